@@ -1,0 +1,1 @@
+../../src/rmsnorm_deploy/__init__.py

@@ -1,0 +1,1 @@
+../../src/rmsnorm_deploy/__main__.py

@@ -1,0 +1,1 @@
+"""What a norm is, and the models that have them."""

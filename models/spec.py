@@ -1,0 +1,149 @@
+"""NormSpec: the one definition of what a norm computes, named by meaning and never by model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from .errors import UsageError
+
+Scale = Literal["none", "weight", "one_plus_weight"]
+Order = Literal["scale_then_cast", "cast_then_scale", "no_upcast", "cast_factor"]
+Statistics = Literal["float32", "promoted", "input"]
+Root = Literal["rsqrt", "sqrt", "reciprocal"]
+Reduction = Literal["mean", "sum"]
+Gate = Literal["none", "before", "after"]
+Activation = Literal["none", "silu", "sigmoid"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "scale": get_args(Scale),
+    "order": get_args(Order),
+    "statistics": get_args(Statistics),
+    "root": get_args(Root),
+    "reduction": get_args(Reduction),
+    "gate": get_args(Gate),
+    "activation": get_args(Activation),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NormSpec:
+    """What one RMSNorm computes, down to the order of its roundings.
+
+    With S the statistics dtype, D the dtype of x and `factor = 1 / sqrt(reduce(x^2) + eps)` in S::
+
+        h = x in S                       (h = h * act(gate in S) when gate == "before")
+        h = h * factor                   (over the last `trailing_dims` dims, or groups of `group_size`)
+        scale_then_cast:  y = cast(h * scale + bias, D)
+        cast_then_scale:  y = cast(h, D) * scale + bias
+        cast_factor:      y = x * cast(factor, D) * scale + bias
+        no_upcast:        S is D throughout: nothing is cast at all
+        y = cast(y * act(gate in S), D)  (when gate == "after"; before the cast of scale_then_cast)
+
+    Where two dtypes meet, PyTorch's type promotion decides.
+
+    Attributes:
+        eps: added to the mean (or sum) of squares, inside the root. Always resolved, never None.
+        trailing_dims: how many trailing dims of x are normalised together.
+        scale: no scale, the weight, or 1 + weight.
+        order: where the cast back to x's dtype happens, see above.
+        statistics: dtype of the sum of squares: `float32` always, `promoted` (float32, or float64 for a float64 x),
+            or `input` (x's own dtype, only with `no_upcast`).
+        root: `rsqrt` multiplies by rsqrt(.), `sqrt` divides by sqrt(.), `reciprocal` multiplies by 1 / sqrt(.). They
+            differ in the last bit only.
+        reduction: `mean` of the squares (RMS norm) or their `sum` (L2 norm with eps inside the root).
+        group_size: the last dim is cut into groups of this many elements, each normalised alone.
+        gate: a second input multiplies before the norm, after it, or not at all.
+        activation: what is applied to the gate in S.
+        bias: whether a bias is added after the scale.
+        offset_in_float32: `one_plus_weight` adds 1 in S (True) or in the weight's own dtype (False).
+    """
+
+    eps: float
+    trailing_dims: int = 1
+    scale: Scale = "weight"
+    order: Order = "scale_then_cast"
+    statistics: Statistics = "float32"
+    root: Root = "rsqrt"
+    reduction: Reduction = "mean"
+    group_size: int | None = None
+    gate: Gate = "none"
+    activation: Activation = "none"
+    bias: bool = False
+    offset_in_float32: bool = True
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"NormSpec.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
+        if not (isinstance(self.eps, int | float) and self.eps >= 0):
+            raise UsageError(f"NormSpec.eps is {self.eps!r}; it must be a number of at least 0.")
+        if self.trailing_dims < 1:
+            raise UsageError(f"NormSpec.trailing_dims is {self.trailing_dims}; it must be at least 1.")
+        if self.group_size is not None and (self.group_size < 1 or self.trailing_dims != 1):
+            raise UsageError("NormSpec.group_size must be at least 1, and groups cut exactly one trailing dim.")
+        if (self.gate == "none") != (self.activation == "none"):
+            raise UsageError("NormSpec.gate and NormSpec.activation must both be given, or neither.")
+        if (self.order == "no_upcast") != (self.statistics == "input"):
+            raise UsageError("NormSpec.order 'no_upcast' goes with statistics 'input', and with nothing else.")
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether the norm reads a weight."""
+        return self.scale != "none"
+
+    def replace(self, **changes: Any) -> NormSpec:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> NormSpec:
+        """The spec written by `to_dict`.
+
+        Raises:
+            UsageError: a field is unknown or has a value that no spec may have.
+        """
+        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise UsageError(f"unknown NormSpec fields: {', '.join(sorted(unknown))}; written by a newer version?")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """One line of JSON with sorted keys: equal specs give equal text."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> NormSpec:
+        """The spec written by `to_json`.
+
+        Raises:
+            UsageError: the text is no spec.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"not a NormSpec: {text[:80]!r} ({error})") from error
+        return cls.from_dict(values)
+
+    def describe(self) -> str:
+        """A short line for people, such as `weight, cast-then-scale, eps 1e-06`."""
+        parts = [{"none": "no weight", "weight": "weight", "one_plus_weight": "1 + weight"}[self.scale]]
+        parts.append(self.order.replace("_", "-"))
+        parts.append(f"eps {self.eps:.3g}")
+        if self.trailing_dims != 1:
+            parts.append(f"last {self.trailing_dims} dims")
+        if self.group_size is not None:
+            parts.append(f"groups of {self.group_size}")
+        if self.gate != "none":
+            parts.append(f"{self.activation} gate {self.gate}")
+        if self.bias:
+            parts.append("bias")
+        if self.reduction == "sum":
+            parts.append("sum (L2)")
+        return ", ".join(parts)

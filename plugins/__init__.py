@@ -1,0 +1,1 @@
+"""The custom operators and what implements them."""

@@ -1,0 +1,1 @@
+"""Running an exported model, comparing it with PyTorch, and measuring it."""

@@ -1,0 +1,6 @@
+"""`python -m rmsnorm_deploy` is the command `rmsnorm`."""
+
+from rmsnorm_deploy.cli import main
+
+if __name__ == "__main__":
+    main()
