@@ -1,0 +1,117 @@
+"""Find every RMSNorm of a model, and say exactly what each one computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .probe import NotANormError, RefusedError, own_tensors, probe
+from .site import Recognition, Refusal, Site
+
+# What these compute is known and is no RMS norm; asking them would only cost time.
+_KNOWN_OTHER_NORMS: dict[type[nn.Module], str] = {
+    nn.LayerNorm: "it subtracts the mean (LayerNorm): not an RMS norm",
+    nn.GroupNorm: "it subtracts the mean of each group (GroupNorm): not an RMS norm",
+    nn.LocalResponseNorm: "it normalises over a window of channels (LocalResponseNorm): not an RMS norm",
+    nn.CrossMapLRN2d: "it normalises over a window of channels (LocalResponseNorm): not an RMS norm",
+}
+_KNOWN_BASES: dict[type[nn.Module], str] = {
+    nn.modules.batchnorm._BatchNorm: "it uses statistics of the batch (BatchNorm): not an RMS norm",
+    nn.modules.instancenorm._InstanceNorm: "it uses statistics of each channel (InstanceNorm): not an RMS norm",
+}
+# A norm's weight spans one hidden size; a larger tensor belongs to another kind of layer.
+_LARGEST_WEIGHT = 1 << 20
+
+
+def recognise(model: nn.Module) -> Recognition:
+    """Find the norms of `model` by what they do, not by what they are called.
+
+    Every module that could be a norm is called on copies of itself with inputs chosen to show its formula, its eps,
+    its statistics dtype and its order of casts. It becomes a site when one NormSpec reproduces its output bit for bit
+    in float32, float16 and bfloat16 (and in its own dtype); otherwise it is refused with the reason, or, where it does
+    not normalise at all, passed over.
+
+    Args:
+        model: any module, in any dtype, on one device or several. It is not changed in any way.
+
+    Returns:
+        Sites and refusals, in the order of `model.named_modules()`. A module reachable by several paths is listed
+        once, under its first.
+    """
+    sites: list[Site] = []
+    refusals: list[Refusal] = []
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        if any(path == p or path.startswith(f"{p}.") for p in inside):
+            continue
+        found = _decide(path, module)
+        if isinstance(found, Site):
+            sites.append(found)
+            inside.append(path)
+        elif isinstance(found, Refusal):
+            refusals.append(found)
+    return Recognition(sites, refusals)
+
+
+def class_name(module: nn.Module) -> str:
+    """`package.module.Class` of a module."""
+    cls = type(module)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _decide(path: str, module: nn.Module) -> Site | Refusal | None:
+    name = class_name(module)
+    reason = _known_reason(module)
+    if reason is not None:
+        return Refusal(path, name, reason)
+    named_norm = "norm" in type(module).__name__.lower()
+    obstacle = _obstacle(module)
+    if obstacle is not None:
+        return Refusal(path, name, obstacle) if named_norm and obstacle else None
+    try:
+        probed = probe(module)
+    except RefusedError as error:
+        return Refusal(path, name, str(error))
+    except NotANormError as error:
+        if not named_norm or isinstance(module, nn.Identity):
+            return None
+        detail = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        return Refusal(path, name, f"it is called a norm, but does not normalise a single input{detail}")
+    except Exception as error:  # the module's own code failed on a probe: it is not one of ours, and says why
+        return Refusal(path, name, f"it failed when probed: {type(error).__name__}: {error}") if named_norm else None
+    weight = getattr(module, probed.weight) if probed.weight else None
+    dtype = weight.dtype if weight is not None else _default_dtype(module)
+    return Site(path, name, probed.spec, probed.width, str(dtype).removeprefix("torch."), probed.weight, probed.bias)
+
+
+def _known_reason(module: nn.Module) -> str | None:
+    if type(module) in _KNOWN_OTHER_NORMS:
+        return _KNOWN_OTHER_NORMS[type(module)]
+    for base, reason in _KNOWN_BASES.items():
+        if isinstance(module, base):
+            return reason
+    return None
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why the module cannot be a candidate: a reason to report for a norm, `""` when there is nothing to say."""
+    cls = type(module)
+    if cls.__module__.startswith("torch.nn.modules") and cls is not nn.RMSNorm:
+        return ""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a TorchScript module, whose code cannot be replaced; export from the original module"
+    tensors = own_tensors(module)
+    if any(t.is_meta for t in tensors.values()):
+        return "its parameters are on the meta device and hold no values; load the weights before inspecting"
+    if any(True for child in module.children() for _ in child.parameters()):
+        return "it keeps parameters in child modules" if tensors else ""
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance (by a kernel or an offload hook); load the model without"
+    if any(t.numel() > _LARGEST_WEIGHT for t in tensors.values()) or len(tensors) > 2:
+        return "it holds more or larger tensors than a weight and a bias"
+    return None
+
+
+def _default_dtype(module: nn.Module) -> torch.dtype:
+    dtype = getattr(module, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
