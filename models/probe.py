@@ -67,11 +67,12 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if t is not None and t.is_floating_point()}
 
 
-def probe(module: nn.Module) -> Probed:
+def probe(module: nn.Module, default_dtype: torch.dtype = torch.float32) -> Probed:
     """Find the spec that reproduces the module.
 
     Args:
         module: a module without children that hold parameters; not on the meta device.
+        default_dtype: the dtype that the module works in where it has no tensor of its own to tell.
 
     Raises:
         NotANormError: it does not normalise.
@@ -85,7 +86,7 @@ def probe(module: nn.Module) -> Probed:
         torch.autocast(device.type, enabled=False),
         _one_thread(),
     ):
-        return _Prober(module, device).run()
+        return _Prober(module, device, default_dtype).run()
 
 
 @contextmanager
@@ -100,11 +101,11 @@ def _one_thread() -> Iterator[None]:
 
 
 class _Prober:
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, default_dtype: torch.dtype) -> None:
         self.module = module
         self.device = device
         self.tensors = own_tensors(module)
-        self.own_dtype = next((t.dtype for t in self.tensors.values()), torch.float32)
+        self.own_dtype = next((t.dtype for t in self.tensors.values()), default_dtype)
         self.generator = torch.Generator().manual_seed(20_240_229)
         self.accepts_gate, self.needs_gate = _second_input(module)
 

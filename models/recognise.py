@@ -41,10 +41,11 @@ def recognise(model: nn.Module) -> Recognition:
     sites: list[Site] = []
     refusals: list[Refusal] = []
     inside: list[str] = []
+    model_dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     for path, module in model.named_modules():
         if any(path == p or path.startswith(f"{p}.") for p in inside):
             continue
-        found = _decide(path, module)
+        found = _decide(path, module, model_dtype)
         if isinstance(found, Site):
             sites.append(found)
             inside.append(path)
@@ -59,7 +60,7 @@ def class_name(module: nn.Module) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _decide(path: str, module: nn.Module) -> Site | Refusal | None:
+def _decide(path: str, module: nn.Module, model_dtype: torch.dtype) -> Site | Refusal | None:
     name = class_name(module)
     reason = _known_reason(module)
     if reason is not None:
@@ -69,7 +70,7 @@ def _decide(path: str, module: nn.Module) -> Site | Refusal | None:
     if obstacle is not None:
         return Refusal(path, name, obstacle) if named_norm and obstacle else None
     try:
-        probed = probe(module)
+        probed = probe(module, model_dtype)
     except RefusedError as error:
         return Refusal(path, name, str(error))
     except NotANormError as error:
@@ -80,7 +81,7 @@ def _decide(path: str, module: nn.Module) -> Site | Refusal | None:
     except Exception as error:  # the module's own code failed on a probe: it is not one of ours, and says why
         return Refusal(path, name, f"it failed when probed: {type(error).__name__}: {error}") if named_norm else None
     weight = getattr(module, probed.weight) if probed.weight else None
-    dtype = weight.dtype if weight is not None else _default_dtype(module)
+    dtype = weight.dtype if weight is not None else model_dtype
     return Site(path, name, probed.spec, probed.width, str(dtype).removeprefix("torch."), probed.weight, probed.bias)
 
 
@@ -111,7 +112,3 @@ def _obstacle(module: nn.Module) -> str | None:
         return "it holds more or larger tensors than a weight and a bias"
     return None
 
-
-def _default_dtype(module: nn.Module) -> torch.dtype:
-    dtype = getattr(module, "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
