@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
 from ..models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError
@@ -69,7 +70,8 @@ def capture(
     is_transformers = is_pretrained(model)
     if with_past and not is_transformers:
         raise UnsupportedError(
-            f"{type(model).__name__} is no transformers model, so there is no KV cache to export. Leave --with-past out."
+            f"{type(model).__name__} is no transformers model, so there is no KV cache to export. "
+            "Leave --with-past out."
         )
     with _quiet():
         try:
@@ -170,7 +172,7 @@ def _drop_cache_outputs(program: ir.Model) -> None:
     kept = [value for value in program.graph.outputs if not (value.name or "").startswith("past_key_values")]
     if len(kept) != len(program.graph.outputs):
         program.graph.outputs[:] = kept
-        ir.passes.common.RemoveUnusedNodesPass()(program)
+        RemoveUnusedNodesPass()(program)
 
 
 def _freeze_scalars(program: ir.Model, sample: Mapping[str, Any]) -> None:
@@ -199,9 +201,7 @@ def _leaf_name(path: tuple[Any, ...]) -> str:
 # Any other module -------------------------------------------------------------------------------------------------
 
 
-def _capture_module(
-    model: nn.Module, inputs: dict[str, Any], opset: int, dynamic: bool | Mapping[str, Any]
-) -> Capture:
+def _capture_module(model: nn.Module, inputs: dict[str, Any], opset: int, dynamic: bool | Mapping[str, Any]) -> Capture:
     shapes: Any = None
     if isinstance(dynamic, Mapping):
         shapes = dict(dynamic)

@@ -170,7 +170,7 @@ def _scale(builder: Builder, spec: NormSpec, weight: ir.Value, stats: ir.DataTyp
     array = constant_array(weight)
     if array is not None:
         wide = array.astype(np.float64 if dtype == DOUBLE else np.float32)
-        return builder.constant(wide + wide.dtype.type(1), dtype, f"one_plus.{weight.name}")
+        return builder.constant(np.add(wide, 1, dtype=wide.dtype), dtype, f"one_plus.{weight.name}")
     return builder.binary(
         "Add", builder.cast(weight, dtype), builder.constant(np.array(1.0), dtype, "one"), weight.shape
     )
@@ -309,10 +309,8 @@ _CORES: dict[str, Callable[[Builder, Core], Emitted]] = {
 def _ones(builder: Builder, core: Core, dtype: ir.DataType) -> ir.Value | None:
     """A scale of ones for operators that must have one; None where the width is not fixed."""
     shape = core.x.shape
-    tail = list(shape[len(shape) - core.dims :]) if shape is not None and len(shape) >= core.dims else [None]
-    if not all(isinstance(d, int) for d in tail):
-        return None
-    return builder.constant(np.ones([int(d) for d in tail]), dtype, "ones")  # type: ignore[arg-type]
+    tail = _static_tail(shape, core.dims)
+    return builder.constant(np.ones(tail), dtype, "ones") if tail is not None else None
 
 
 def _needed(scale: ir.Value | None) -> ir.Value:
@@ -332,11 +330,18 @@ def _spans(weight: ir.Value, x: ir.Value, dims: int) -> bool:
 
 
 def _count(value: ir.Value, dims: int, path: str) -> int:
-    shape = value.shape
-    tail = list(shape[len(shape) - dims :]) if shape is not None else [None]
-    if not all(isinstance(d, int) for d in tail):
+    tail = _static_tail(value.shape, dims)
+    if tail is None:
         raise UnsupportedError(f"norm {path!r} sums squares over a dynamic width; use --target primitives.")
-    return math.prod(int(d) for d in tail)  # type: ignore[arg-type]
+    return math.prod(tail)
+
+
+def _static_tail(shape: ir.Shape | None, dims: int) -> list[int] | None:
+    """The last `dims` dims where they are all numbers."""
+    if shape is None or len(shape) < dims:
+        return None
+    tail = [dim for dim in shape[len(shape) - dims :] if isinstance(dim, int)]
+    return tail if len(tail) == dims else None
 
 
 def _reduced_shape(shape: ir.Shape | None, dims: int) -> ir.Shape | None:

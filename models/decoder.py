@@ -191,7 +191,7 @@ NORMS: dict[NormKind, Callable[[int, float], nn.Module]] = {
 # ------------------------------------------------------------------------------------------------------ transformer
 
 
-def rotary_table(seq: int | torch.SymInt, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_table(seq: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding, for positions 0 to seq - 1.
 
     Computed in float32 on every call and cast at the end: as a buffer, `model.half()` would round the frequencies.
@@ -227,6 +227,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def causal_mask(seq: int, like: Tensor) -> Tensor:
+    """What is added to the attention scores: 0 where a query may look, -inf at every later position.
+
+    Explicit, because is_causal leaves how to build it at a dynamic length to each exporter version; added, because a
+    boolean mask becomes two selections per layer in ONNX.
+
+    Args:
+        seq: sequence length.
+        like: gives the device and the dtype of the result.
+
+    Returns:
+        [seq, seq], queries by keys.
+    """
+    positions = torch.arange(seq, device=like.device)
+    later = positions[None, :] > positions[:, None]
+    return torch.zeros_like(later, dtype=like.dtype).masked_fill(later, float("-inf"))
+
+
 class Attention(nn.Module):
     """Causal grouped-query self-attention (Ainslie et al., 2023, arXiv:2305.13245)."""
 
@@ -243,7 +261,7 @@ class Attention(nn.Module):
         self.k_norm = NORMS[config.norm](config.head_dim, config.eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """[batch, seq, hidden] to the same; cos and sin as in `rotate`; mask is bool [seq, seq], True where seen."""
+        """[batch, seq, hidden] to the same; cos and sin as in `rotate`; mask as in `causal_mask`."""
         query, key, value = (self._split_heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -317,9 +335,7 @@ class Decoder(nn.Module):
         x = self.embedding(input_ids)
         seq = input_ids.shape[1]
         cos, sin = rotary_table(seq, self.config.head_dim, self.config.rope_theta, like=x)
-        # An explicit mask, because is_causal leaves how to build it at a dynamic length to each exporter version.
-        positions = torch.arange(seq, device=x.device)
-        mask = positions[None, :] <= positions[:, None]
+        mask = causal_mask(seq, like=x)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
         x = self.norm(x)
@@ -332,8 +348,9 @@ class Decoder(nn.Module):
 def random_decoder(config: DecoderConfig, seed: int, norm_spread: float = 0.2) -> Decoder:
     """A float32 decoder with random weights; the same config and seed give the same bits.
 
-    Matrices are normal with variance 1 / fan-in and the embedding has variance 1, so that every activation is of the
-    order of 1. torch's global random state is neither read nor changed.
+    Matrices are normal with variance 1 / fan-in, so that every block adds activations of the order of 1. The embedding
+    has variance 1 / hidden_size: at variance 1 it drowns what the blocks add, and the decoder trains badly. torch's
+    global random state is neither read nor changed.
 
     Args:
         config: the shape.
@@ -350,7 +367,7 @@ def random_decoder(config: DecoderConfig, seed: int, norm_spread: float = 0.2) -
             if isinstance(module, nn.Linear):
                 module.weight.normal_(0.0, module.in_features**-0.5, generator=generator)
             elif isinstance(module, nn.Embedding):
-                module.weight.normal_(0.0, 1.0, generator=generator)
+                module.weight.normal_(0.0, module.embedding_dim**-0.5, generator=generator)
             elif isinstance(module, GemmaNorm):
                 module.weight.normal_(0.0, norm_spread, generator=generator)
             elif isinstance(module, nn.RMSNorm | LlamaNorm | OlmoNorm):

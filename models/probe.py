@@ -335,7 +335,7 @@ class _Prober:
         wanted = self._call(self._copy(torch.float32, tensors), x, gate)
         gates: list[tuple[Gate, Activation]] = [("none", "none")]
         if gated:
-            gates += [(place, act) for place in ("after", "before") for act in ("silu", "sigmoid")]  # type: ignore[misc]
+            gates += [(place, act) for place in ("after", "before") for act in ("silu", "sigmoid")]
         found = []
         for roles, value, (place, activation) in itertools.product(self._roles(), eps, gates):
             scales: tuple[Scale, ...] = ("weight", "one_plus_weight") if roles.weight else ("none",)

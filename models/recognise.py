@@ -111,4 +111,3 @@ def _obstacle(module: nn.Module) -> str | None:
     if any(t.numel() > _LARGEST_WEIGHT for t in tensors.values()) or len(tensors) > 2:
         return "it holds more or larger tensors than a weight and a bias"
     return None
-

@@ -32,7 +32,7 @@ def reference(
     """
     values = np.asarray(x, dtype=np.float64)
     result = values
-    activated = np.float64(1.0)
+    activated: NDArray[np.float64] = np.ones(())
     if spec.gate != "none":
         z = np.asarray(gate, dtype=np.float64)
         with np.errstate(over="ignore"):

@@ -31,7 +31,7 @@ CONFIG = DecoderConfig(
     norm="llama",
     task="addition",
 )
-STEPS = 3000
+STEPS = 1500
 BATCH_SIZE = 128
 PEAK_LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100

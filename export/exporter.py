@@ -1,0 +1,255 @@
+"""From a PyTorch model to a folder with an ONNX file: recognise, swap, check, capture, lower, save."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from ..models.errors import MismatchError, UsageError
+from ..models.loading import DTYPES
+from ..models.recognise import recognise
+from ..models.site import Recognition
+from .capture import Capture, capture, detached
+from .files import MANIFEST, new_folder
+from .inputs import example_inputs
+from .lower import lower
+from .lowerings import TARGETS, opset_for
+from .manifest import site_rows, tensor_rows, write_manifest
+from .swap import swapped
+
+MODEL_FILE = "model.onnx"
+# Weights above this many bytes go to model.onnx.data, so no file meets protobuf's limit of 2 GB.
+_EXTERNAL_BYTES = 1024
+# What a server or a tokenizer needs beside the graph; copied where the checkpoint has it.
+_COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """One exported folder.
+
+    Attributes:
+        folder: where it is.
+        target: what it was lowered for.
+        manifest: the manifest's content; the file is `folder / "manifest.json"`.
+        recognition: the norms that were found and those that were refused.
+    """
+
+    folder: Path
+    target: str
+    manifest: dict[str, Any]
+    recognition: Recognition
+
+    @property
+    def files(self) -> list[str]:
+        """Names of all files, the manifest among them."""
+        return [*self.manifest["files"], MANIFEST]
+
+
+@dataclass(slots=True)
+class PreparedModel:
+    """A model whose norms are known and which was captured once; it can be lowered for any number of targets."""
+
+    capture: Capture
+    recognition: Recognition
+    dtype: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def export_model(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    target: str | Sequence[str] = "primitives",
+    dtype: str | None = None,
+    opset: int | None = None,
+    dynamic: bool | Mapping[str, Any] = True,
+    with_past: bool = False,
+    details: Mapping[str, Any] | None = None,
+    companions: Path | None = None,
+    progress: Progress | None = None,
+) -> list[ExportResult]:
+    """Export `model` with every RMSNorm in the form that `target` wants.
+
+    Args:
+        model: any module; it is put back exactly as it was, also after an error.
+        path: the folder to make. With several targets each gets a subfolder of its name. An earlier export there is
+            replaced, anything else is refused.
+        inputs: keyword arguments of the forward; token inputs are made up where it reads `input_ids`. A dim of size 1
+            becomes static, so give at least 2 wherever it is to be dynamic.
+        target: one or several of `primitives`, `standard`, `ort`, `plugin`.
+        dtype: `float32`, `float16`, `bfloat16` or `float64`; another dtype than the model's exports a converted copy.
+        opset: opset import of the file, 18 to 23; None for the target's default (20; 23 for `standard`).
+        dynamic: True lets every dim be dynamic that the model does not fix, False fixes all, a mapping is
+            `torch.export`'s `dynamic_shapes`.
+        with_past: export a decoder of transformers with its KV cache: one file for prefill and decode.
+        details: more fields for the manifest, such as the model's name.
+        companions: a folder to copy config and tokenizer files from.
+        progress: called with a line of text at each step.
+
+    Returns:
+        One result for each target, in the order given.
+
+    Raises:
+        UsageError: an argument is wrong or the folder cannot be written; nothing is left behind.
+        UnsupportedError: the target, opset or dtype cannot do it, or the exporter cannot capture the model.
+        MismatchError: the swapped model does not give the original's bits.
+    """
+    targets = [target] if isinstance(target, str) else list(target)
+    for name in targets:
+        if name not in TARGETS:
+            raise UsageError(f"unknown target {name!r}; the targets are {', '.join(TARGETS)}.")
+        opset_for(name, opset)
+    prepared = prepare(
+        model, inputs=inputs, dtype=dtype, opset=opset, dynamic=dynamic, with_past=with_past, progress=progress,
+    )  # fmt: skip
+    prepared.details.update(details or {})
+    folder = Path(path)
+    places = [folder] if len(targets) == 1 else [folder / name for name in targets]
+    return [
+        save(prepared, place, name, opset=opset, companions=companions, progress=progress)
+        for name, place in zip(targets, places, strict=True)
+    ]
+
+
+def prepare(
+    model: nn.Module,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    opset: int | None = None,
+    dynamic: bool | Mapping[str, Any] = True,
+    with_past: bool = False,
+    progress: Progress | None = None,
+) -> PreparedModel:
+    """Recognise, check and capture: all that does not depend on the target. Arguments as in `export_model`."""
+    say = progress or _silent
+    model = _in_dtype(model, dtype)
+    feeds = dict(inputs) if inputs is not None else example_inputs(model)
+    say("finding the norms")
+    recognition = recognise(model)
+    training = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    try:
+        say(f"checking {len(recognition.sites)} norms in the running model")
+        recognition = _checked(model, recognition, feeds)
+        say("capturing the graph")
+        with swapped(model, recognition.sites):
+            captured = capture(model, detached(feeds), opset=opset, dynamic=dynamic, with_past=with_past)
+    finally:
+        for name, module in model.named_modules():
+            module.training = training[name]
+    return PreparedModel(captured, recognition, _dtype_of(model))
+
+
+def save(
+    prepared: PreparedModel,
+    path: str | os.PathLike[str],
+    target: str,
+    *,
+    opset: int | None = None,
+    companions: Path | None = None,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Lower a prepared model for one target and write its folder, whole or not at all."""
+    say = progress or _silent
+    say(f"lowering for {target}")
+    lowered, sites = lower(prepared.capture.model, target, opset)
+    graph = lowered.graph
+    content = {
+        **prepared.details,
+        "target": target,
+        "opset": graph.opset_imports[""],
+        "dtype": prepared.dtype,
+        "with_past": prepared.capture.with_past,
+        "model": MODEL_FILE,
+        "inputs": tensor_rows(list(graph.inputs)),
+        "outputs": tensor_rows(list(graph.outputs)),
+        "sites": site_rows(prepared.recognition, sites),
+        "refusals": [refusal.to_dict() for refusal in prepared.recognition.refusals],
+        "notes": prepared.capture.notes,
+    }
+    with new_folder(path) as folder:
+        say("writing the model")
+        _write_model(lowered, folder)
+        for name in _COMPANIONS if companions is not None else ():
+            if companions is not None and (companions / name).is_file():
+                shutil.copy(companions / name, folder / name)
+        say("hashing the files")
+        manifest = write_manifest(folder, content)
+    return ExportResult(Path(path), target, manifest, prepared.recognition)
+
+
+def _write_model(model: ir.Model, folder: Path) -> None:
+    model.producer_name = "rmsnorm-deploy"
+    ir.save(
+        model, folder / MODEL_FILE, external_data=f"{MODEL_FILE}.data", size_threshold_bytes=_EXTERNAL_BYTES,
+    )  # fmt: skip
+
+
+def _checked(model: nn.Module, recognition: Recognition, feeds: Mapping[str, Any]) -> Recognition:
+    """Run the model with its norms swapped, drop every norm that differs here, and compare the outputs bit by bit."""
+    if not recognition.sites:
+        return recognition
+    with torch.no_grad():
+        wanted = _tensors(_run(model, feeds))
+        with swapped(model, recognition.sites, check=True) as report:
+            got = _tensors(_run(model, feeds))
+    refused = report.refusals(recognition)
+    if refused:
+        paths = {refusal.path for refusal in refused}
+        kept = [site for site in recognition.sites if site.path not in paths]
+        return Recognition(kept, [*recognition.refusals, *refused])
+    for index, (a, b) in enumerate(zip(wanted, got, strict=True)):
+        if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(a.nan_to_num(), b.nan_to_num()):
+            raise MismatchError(
+                f"output {index} of {type(model).__name__} is not bit for bit the same with its norms swapped, though "
+                "each norm is. Is the model deterministic in eval mode?"
+            )
+    return recognition
+
+
+def _run(model: nn.Module, feeds: Mapping[str, Any]) -> Any:
+    try:
+        return model(**detached(feeds))
+    except Exception as error:
+        shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in feeds.items()}
+        first = " ".join(str(error).split())[:300]
+        raise UsageError(f"{type(model).__name__} fails on the example inputs {shapes}: {first}") from error
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:
+    if dtype is None or dtype == _dtype_of(model):
+        return model
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    return copy.deepcopy(model).to(getattr(torch, dtype))
+
+
+def _dtype_of(model: nn.Module) -> str:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    return str(dtype).removeprefix("torch.")
+
+
+def _silent(_: str) -> None:
+    return None

@@ -1,0 +1,91 @@
+"""The manifest beside an exported model: what was done, to which norms, with which versions, and every file's hash."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ..models.errors import UsageError
+from ..models.site import Recognition
+from .files import MANIFEST, sha256
+from .lower import LoweredSite
+
+SCHEMA = "rmsnorm_deploy.manifest/1"
+_VERSIONS = ("rmsnorm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "transformers", "onnxruntime", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every package that shapes the result, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in _VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def site_rows(recognition: Recognition, lowered: list[LoweredSite]) -> list[dict[str, Any]]:
+    """Each recognised norm with the nodes it became; `calls` is empty for one that the captured run never reached."""
+    rows = []
+    for site in recognition.sites:
+        calls = [
+            {
+                "node": call.node,
+                "form": call.form,
+                "spec": call.spec.to_dict(),
+                "deviations": [
+                    {"runtime": d.runtime, "at_most_ulp": d.ulp, "reason": d.reason} for d in call.deviations
+                ],
+            }
+            for call in lowered
+            if call.path == site.path
+        ]
+        rows.append({**site.to_dict(), "calls": calls})
+    return rows
+
+
+def tensor_rows(values: list[ir.Value]) -> list[dict[str, Any]]:
+    """Graph inputs or outputs as JSON: name, dtype, shape (numbers, or names of dynamic dims)."""
+    rows = []
+    for value in values:
+        shape = [dim if isinstance(dim, int) else dim.value for dim in value.shape or ()]
+        dtype = value.dtype.numpy().name if value.dtype is not None else None
+        rows.append({"name": value.name, "dtype": dtype, "shape": shape})
+    return rows
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Add schema, versions and the hash of every file in `folder`, and write the manifest there."""
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    manifest = {"schema": SCHEMA, "versions": versions(), **content, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an exported folder.
+
+    Raises:
+        UsageError: there is none, or it is not ours.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UsageError(f"{folder} holds no {MANIFEST}, so it is no exported folder. Make one with: rmsnorm export")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
+        raise UsageError(f"{path} has schema {found!r}; this version reads {SCHEMA}. Export again.")
+    return manifest

@@ -1,0 +1,204 @@
+"""Load a model from whatever the user named: a built-in, Python code, a local folder or a hub name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from torch import nn
+
+from .errors import EnvironmentMissingError, UsageError
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+Kind = Literal["transformers", "decoder", "python"]
+BUILTINS = ("addition", "small")
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model in eval mode.
+
+    Attributes:
+        model: the module.
+        source: what the user named.
+        kind: where it came from.
+        folder: the local folder it was read from, if any; config and tokenizer files are copied from there.
+        example_inputs: keyword arguments that a Python factory returned beside its model.
+        task: `addition` for the model that adds numbers, else None.
+    """
+
+    model: nn.Module
+    source: str
+    kind: Kind
+    folder: Path | None = None
+    example_inputs: Mapping[str, Any] | None = None
+    task: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def load_model(source: str, *, dtype: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
+    """Load a model.
+
+    Args:
+        source: `builtin:addition` or `builtin:small`; `package.module:factory` or `file.py:factory`, a callable that
+            returns a module, or a module and a dict of example inputs; a folder saved by this package or by
+            `save_pretrained`; or a hub name such as `Qwen/Qwen3-0.6B`.
+        dtype: `float32`, `float16`, `bfloat16` or `float64`; None keeps the checkpoint's own.
+        trust_remote_code: run Python code that comes with a transformers checkpoint.
+
+    Raises:
+        UsageError: the source does not exist or is no model; the message says what was looked for and where.
+        EnvironmentMissingError: transformers is needed and not installed.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    loaded = _dispatch(source, dtype, trust_remote_code)
+    if dtype is not None and loaded.kind != "transformers":
+        loaded.model = loaded.model.to(_torch_dtype(dtype))
+        if loaded.example_inputs is not None:
+            loaded.example_inputs = _cast_floats(loaded.example_inputs, dtype)
+    loaded.model.eval()
+    return loaded
+
+
+def _dispatch(source: str, dtype: str | None, trust_remote_code: bool) -> LoadedModel:
+    name, colon, rest = source.rpartition(":")
+    if name == "builtin":
+        return _builtin(source, rest)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder(source, path, dtype, trust_remote_code)
+    if path.is_file():
+        raise UsageError(
+            f"{source} is a file. Name a folder with config.json and safetensors weights, or Python code as "
+            f"{path.stem}.py:factory. An exported .onnx file is validated with: rmsnorm validate {path.name} "
+            "--against MODEL"
+        )
+    if colon and not (len(name) == 1 and rest[:1] in "\\/"):
+        return _python(source, name, rest)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source:
+        raise UsageError(f"{source!r}: there is no such folder, and it is no hub name (owner/model).")
+    return _transformers(source, None, dtype, trust_remote_code)
+
+
+def _builtin(source: str, name: str) -> LoadedModel:
+    from . import decoder
+
+    if name == "addition":
+        return LoadedModel(decoder.addition(), source, "decoder", task="addition")
+    if name == "small":
+        return LoadedModel(decoder.small_decoder(), source, "decoder")
+    raise UsageError(f"unknown built-in model {name!r}; there are {', '.join(f'builtin:{n}' for n in BUILTINS)}.")
+
+
+def _folder(source: str, path: Path, dtype: str | None, trust_remote_code: bool) -> LoadedModel:
+    config = path / "config.json"
+    if (path / "manifest.json").is_file() and not config.is_file():
+        raise UsageError(f"{source} is an exported folder, not a PyTorch model. Name the model it was exported from.")
+    if not config.is_file():
+        raise UsageError(f"{source} holds no config.json, so it is no saved model. Save one with save_pretrained.")
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{config} cannot be read as JSON: {error}") from error
+    if values.get("format") == "rmsnorm_deploy.decoder":
+        from .decoder import load_decoder
+
+        return LoadedModel(load_decoder(path), source, "decoder", path, task=values.get("task"))
+    return _transformers(source, path, dtype, trust_remote_code)
+
+
+def _transformers(source: str, folder: Path | None, dtype: str | None, trust_remote_code: bool) -> LoadedModel:
+    try:
+        import transformers
+    except ImportError as error:
+        raise EnvironmentMissingError(
+            f"{source!r} is loaded with transformers, which is not installed. "
+            'Install it with: pip install "rmsnorm-deploy[hf]"'
+        ) from error
+    name = str(folder) if folder is not None else source
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        cls = _architecture(transformers, config)
+        extra = {"trust_remote_code": True} if trust_remote_code else {}
+        model = cls.from_pretrained(name, dtype=dtype or "auto", **extra)
+    except Exception as error:  # transformers raises many kinds; all mean that this name gives no model
+        first = " ".join(str(error).split())[:300]
+        where = f"the folder {source}" if folder is not None else f"the hub name {source!r}"
+        raise UsageError(f"{where} could not be loaded by transformers: {first}") from error
+    return LoadedModel(model, source, "transformers", folder)
+
+
+def _architecture(transformers: ModuleType, config: Any) -> Any:
+    """The class that the checkpoint names, else the nearest auto class."""
+    for name in getattr(config, "architectures", None) or []:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    if type(config) in transformers.AutoModelForCausalLM._model_mapping:
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModel
+
+
+def _python(source: str, name: str, attribute: str) -> LoadedModel:
+    module = _import(source, name)
+    factory: Callable[[], Any] | None = getattr(module, attribute, None)
+    if factory is None:
+        raise UsageError(f"{source}: the module {name!r} has no attribute {attribute!r}.")
+    try:
+        made = factory if isinstance(factory, nn.Module) else factory()
+    except Exception as error:
+        raise UsageError(f"{source}: calling {attribute}() failed: {type(error).__name__}: {error}") from error
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module) or not (inputs is None or isinstance(inputs, Mapping)):
+        raise UsageError(
+            f"{source}: {attribute}() returned {type(made).__name__}. It must return a torch.nn.Module, or one and a "
+            "dict of example inputs."
+        )
+    return LoadedModel(model, source, "python", example_inputs=inputs)
+
+
+def _import(source: str, name: str) -> ModuleType:
+    try:
+        if not name.endswith(".py"):
+            if "" not in sys.path:
+                sys.path.insert(0, "")  # the command line is run beside the user's own code
+            return importlib.import_module(name)
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UsageError(f"{source}: there is no file {name}.")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None:
+            raise UsageError(f"{source}: {name} is no Python file.")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+        return module
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{source}: importing {name!r} failed: {type(error).__name__}: {error}") from error
+
+
+def _torch_dtype(dtype: str) -> Any:
+    import torch
+
+    return getattr(torch, dtype)
+
+
+def _cast_floats(inputs: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    import torch
+
+    wanted = _torch_dtype(dtype)
+    return {
+        name: value.to(wanted) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
