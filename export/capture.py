@@ -231,7 +231,7 @@ def _auto_dims(value: Any) -> Any:
 
 def _name_dims(model: ir.Model) -> None:
     """Give dynamic dims names that say what they are, everywhere in the graph, and only there."""
-    names: dict[str, str] = {}
+    names: dict[str, str] = _fixed_cache_dims(model)
     for value in model.graph.inputs:
         for index, dim in enumerate(value.shape or ()):
             symbol = dim.value if isinstance(dim, ir.SymbolicDim) else None
@@ -242,15 +242,30 @@ def _name_dims(model: ir.Model) -> None:
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
 
     def renamed(dim: Any) -> Any:
-        if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
-            return ir.SymbolicDim(pattern.sub(lambda m: names[m[1]], str(dim.value)))
-        return dim
+        if not isinstance(dim, ir.SymbolicDim) or dim.value is None:
+            return dim
+        text = pattern.sub(lambda m: names[m[1]], str(dim.value))
+        return int(text) if text.isdigit() else ir.SymbolicDim(text)
 
     for graph in model.graphs():
         values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
         for value in values:
             if value.shape is not None:
                 value.shape = ir.Shape([renamed(dim) for dim in value.shape])
+
+
+def _fixed_cache_dims(model: ir.Model) -> dict[str, str]:
+    """Heads and head size of a cache input: the cache that comes out says that they are fixed, and how large."""
+    outputs = {value.name: value for value in model.graph.outputs}
+    fixed = {}
+    for value in model.graph.inputs:
+        present = outputs.get((value.name or "").replace("past_key_values.", "present.", 1))
+        if present is None or present is value or value.shape is None or present.shape is None:
+            continue
+        for dim, known in zip(value.shape, present.shape, strict=False):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None and isinstance(known, int):
+                fixed[dim.value] = str(known)
+    return fixed
 
 
 def _dim_name(name: str, index: int, model: ir.Model) -> str:

@@ -32,7 +32,9 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
         )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
-    size = _vocabulary(model)
+    size = vocabulary_size(model)
+    if size is None:
+        raise UsageError(f"{type(model).__name__} has no vocabulary to draw tokens from; give --inputs FILE.npz.")
 
     def tokens(length: int) -> torch.Tensor:
         return torch.randint(min(3, size - 1), size, (_BATCH, length), generator=generator).to(device)
@@ -45,13 +47,12 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     return inputs
 
 
-def _vocabulary(model: nn.Module) -> int:
+def vocabulary_size(model: nn.Module) -> int | None:
+    """How many token ids the model knows: its config's word, else its first embedding's size, else None."""
     config = getattr(model, "config", None)
     for owner in (config, getattr(config, "text_config", None)):
         size = getattr(owner, "vocab_size", None)
         if isinstance(size, int) and size > 0:
             return size
     embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
-    if embedding is None:
-        raise UsageError(f"{type(model).__name__} has no vocabulary to draw tokens from; give --inputs FILE.npz.")
-    return embedding.num_embeddings
+    return embedding.num_embeddings if embedding is not None else None

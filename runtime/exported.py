@@ -1,0 +1,78 @@
+"""Opening what was exported: a folder with a manifest, or a single .onnx file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..export.lower import FORM_KEY, PATH_KEY, SPEC_KEY, TARGET_KEY
+from ..export.manifest import read_manifest
+from ..models.errors import UsageError
+from .ort_graph import read_model
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An exported model on disk.
+
+    Attributes:
+        model: the .onnx file.
+        folder: the exported folder, or None for a single file.
+        manifest: its manifest, empty for a single file.
+    """
+
+    model: Path
+    folder: Path | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> str | None:
+        """Dtype of the model that was exported, if the manifest tells."""
+        return self.manifest.get("dtype")
+
+    @property
+    def with_past(self) -> bool:
+        """Whether the KV cache goes in and out."""
+        return bool(self.manifest.get("with_past"))
+
+    def deviations(self, runtime: str) -> list[dict[str, Any]]:
+        """Where the file does not round as the module does in this runtime; each reason once, with its norms."""
+        rows: dict[str, dict[str, Any]] = {}
+        for site in self.manifest.get("sites", ()):
+            for call in site["calls"]:
+                for deviation in call["deviations"]:
+                    if deviation["runtime"] in ("any", runtime):
+                        row = rows.setdefault(deviation["reason"], {**deviation, "sites": []})
+                        if site["path"] not in row["sites"]:
+                            row["sites"].append(site["path"])
+        return list(rows.values())
+
+
+def open_exported(path: str | Path) -> Exported:
+    """Open an exported folder or an .onnx file.
+
+    Raises:
+        UsageError: there is nothing there, or it is neither.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        manifest = read_manifest(place)
+        model = place / str(manifest.get("model", "model.onnx"))
+        if not model.is_file():
+            raise UsageError(f"{place} has a manifest but not its model {model.name}; export again.")
+        return Exported(model, place, manifest)
+    if not place.is_file():
+        raise UsageError(f"there is no {place}; name an exported folder or an .onnx file.")
+    return Exported(place)
+
+
+def norm_nodes(path: Path) -> list[dict[str, str]]:
+    """The norms that an .onnx file of ours names in its metadata: node, path, spec (JSON), target and form."""
+    keys = {"path": PATH_KEY, "spec": SPEC_KEY, "target": TARGET_KEY, "form": FORM_KEY}
+    rows = []
+    for node in read_model(path).model.graph.node:
+        metadata = {entry.key: entry.value for entry in node.metadata_props}
+        if SPEC_KEY in metadata:
+            rows.append({"node": node.name, **{short: metadata.get(key, "") for short, key in keys.items()}})
+    return rows

@@ -1,0 +1,174 @@
+"""Greedy generation with an exported decoder in ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..models import addition
+from ..models.errors import EnvironmentMissingError, UnsupportedError, UsageError
+from .exported import Exported, open_exported
+from .feeds import PRESENT, is_past, make_feeds, present_to_past
+from .ort_runner import OrtRunner
+from .runner import Array
+
+ADDITION_TOKENIZER = "rmsnorm_deploy.addition"
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What was generated.
+
+    Attributes:
+        ids: the new token ids.
+        prompt_ids: the token ids of the prompt.
+        text: the new tokens as text, or None where there is no tokenizer.
+        tokens_per_second: new tokens over the time that the runs took, prefill included.
+        with_past: whether the KV cache was used.
+    """
+
+    ids: list[int]
+    prompt_ids: list[int]
+    text: str | None
+    tokens_per_second: float
+    with_past: bool
+
+
+def generate(
+    folder: str | Path, prompt: str | Sequence[int], *, max_new_tokens: int = 32, provider: str = "cpu"
+) -> Generation:
+    """Continue a prompt with the likeliest token at each step.
+
+    With a KV cache in the exported file the prompt runs once and every further step runs one token; without, every
+    step runs the whole sequence. It ends at `max_new_tokens` or at the model's end-of-sequence token.
+
+    Args:
+        folder: an exported folder of a decoder.
+        prompt: text, for which the folder must hold a tokenizer, or token ids.
+        max_new_tokens: at least 1.
+        provider: ONNX Runtime's execution provider.
+
+    Raises:
+        UsageError: the folder, the prompt or the number is wrong.
+        UnsupportedError: the model is no decoder that reads `input_ids` and returns `logits`.
+        EnvironmentMissingError: the tokenizer needs transformers, or ONNX Runtime or the provider is not there.
+    """
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    exported = open_exported(folder)
+    tokenizer = _tokenizer(exported) if isinstance(prompt, str) else None
+    prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) and tokenizer is not None else _ids(prompt)
+    with OrtRunner(exported.model, providers=[provider]) as runner:
+        _check_decoder(runner, exported, prompt_ids)
+        start = time.perf_counter()
+        ids = _greedy(runner, prompt_ids, max_new_tokens, _end_tokens(exported))
+        seconds = time.perf_counter() - start
+    text = tokenizer.decode(ids) if tokenizer is not None else None
+    return Generation(ids, prompt_ids, text, len(ids) / seconds, any(is_past(i.name) for i in runner.inputs()))
+
+
+def _greedy(runner: OrtRunner, prompt: list[int], count: int, ends: set[int]) -> list[int]:
+    infos = runner.inputs()
+    cached = any(is_past(info.name) for info in infos)
+    all_ids = list(prompt)
+    pending = list(prompt)
+    past: dict[str, Array] = {}
+    while True:
+        feeds = make_feeds(infos, 1, len(pending), 0, vocabulary=1)
+        feeds["input_ids"] = np.array([pending], feeds["input_ids"].dtype)
+        if "position_ids" in feeds:
+            feeds["position_ids"] += len(all_ids) - len(pending)
+        if "attention_mask" in feeds:
+            feeds["attention_mask"] = np.ones((1, len(all_ids)), feeds["attention_mask"].dtype)
+        feeds.update({name: value for name, value in past.items() if name in feeds})
+        outputs = runner.run(feeds)
+        token = int(outputs["logits"][0, -1].astype(np.float32).argmax())
+        all_ids.append(token)
+        if len(all_ids) - len(prompt) == count or token in ends:
+            return all_ids[len(prompt) :]
+        past = present_to_past(outputs)
+        pending = [token] if cached else list(all_ids)
+
+
+def _check_decoder(runner: OrtRunner, exported: Exported, prompt: list[int]) -> None:
+    inputs = {info.name for info in runner.inputs()}
+    outputs = {info.name: info for info in runner.outputs()}
+    names = [info.name for info in runner.outputs() if not info.name.startswith(PRESENT)]
+    if "logits" not in outputs and len(names) == 1 and exported.manifest.get("task") is not None:
+        raise UnsupportedError(f"{exported.model} returns {names[0]}, not logits, so it cannot generate.")
+    if "input_ids" not in inputs or "logits" not in outputs or "decoder_input_ids" in inputs:
+        raise UnsupportedError(
+            f"{exported.model} reads {', '.join(sorted(inputs))} and returns {', '.join(sorted(outputs))}; generation "
+            "needs a decoder that reads input_ids and returns logits."
+        )
+    shape = outputs["logits"].shape
+    vocabulary = shape[-1] if shape else None
+    wrong = [token for token in prompt if token < 0 or (isinstance(vocabulary, int) and token >= vocabulary)]
+    if wrong:
+        raise UsageError(f"prompt ids {wrong} are outside the model's vocabulary of {vocabulary} tokens.")
+
+
+def _ids(prompt: str | Sequence[int]) -> list[int]:
+    ids = [int(token) for token in prompt]
+    if not ids:
+        raise UsageError("the prompt is empty; give at least one token.")
+    return ids
+
+
+def _end_tokens(exported: Exported) -> set[int]:
+    """End-of-sequence ids, from generation_config.json or else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = exported.folder / name if exported.folder is not None else None
+        if path is None or not path.is_file():
+            continue
+        end = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        if end is not None:
+            return set(end) if isinstance(end, list) else {int(end)}
+    return set()
+
+
+# Tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer(exported: Exported) -> Any:
+    if exported.manifest.get("tokenizer") == ADDITION_TOKENIZER:
+        return _AdditionTokenizer()
+    folder = exported.folder
+    if folder is None or not ((folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()):
+        raise UsageError(f"{exported.model.parent} holds no tokenizer, so give the prompt as ids: --prompt-ids 1,2,3")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise EnvironmentMissingError(
+            'reading the tokenizer needs transformers. Install it with: pip install "rmsnorm-deploy[hf]"'
+        ) from error
+    return _HubTokenizer(AutoTokenizer.from_pretrained(str(folder)))
+
+
+class _AdditionTokenizer:
+    """Characters of the addition task."""
+
+    def encode(self, text: str) -> list[int]:
+        return [int(token) for token in addition.encode([text])[0]]
+
+    def decode(self, ids: list[int]) -> str:
+        return addition.decode(np.array([ids], np.int64))[0]
+
+
+class _HubTokenizer:
+    """A tokenizer of transformers."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return _ids(self._tokenizer(text)["input_ids"])
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
