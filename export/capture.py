@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import logging
 import re
 import warnings
@@ -297,18 +299,15 @@ def _explained(model: nn.Module, error: Exception) -> UnsupportedError:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Upstream exporters report progress and deprecations on their own; here they would only hide our messages."""
-    names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "transformers", "torch.fx")
-    before = {name: logging.getLogger(name).level for name in names}
-    with warnings.catch_warnings():
+    """Upstream exporters print and log on their own; here that would only hide our messages, or spoil a JSON output."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
         try:
             yield
         finally:
-            for name, level in before.items():
-                logging.getLogger(name).setLevel(level)
+            logging.disable(before)
 
 
 def detached(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,66 @@
+"""Every family, every target, fp32 and fp16, with and without KV cache: recognised, exported, run, compared."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.families import CACHED, FAMILIES, build
+from torch import nn
+
+from rmsnorm_deploy.export.exporter import PreparedModel, prepare, save
+from rmsnorm_deploy.export.lowerings import TARGETS
+from rmsnorm_deploy.models.recognise import recognise
+from rmsnorm_deploy.runtime.ort_runner import optimized_op_counts
+from rmsnorm_deploy.runtime.validate import validate
+
+DTYPES = ("float32", "float16")
+# From one dynamic file.
+SHAPES = list(itertools.product((1, 3), (1, 7, 33)))
+FUSED = ("SimplifiedLayerNormalization", "RMSNormalization")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_norm_is_recognised_and_nothing_else(name: str) -> None:
+    model = build(name)
+    found = recognise(model)
+    assert Counter(site.spec for site in found.sites) == FAMILIES[name].norms
+    assert found.refusals == []
+    named = {path for path, module in model.named_modules() if "norm" in type(module).__name__.lower()}
+    assert {site.path for site in found.sites} == named
+
+
+@pytest.mark.parametrize(("name", "dtype"), list(itertools.product(FAMILIES, DTYPES)))
+def test_exports_without_cache_agree_with_pytorch(name: str, dtype: str, tmp_path: Path) -> None:
+    model = build(name, getattr(torch, dtype))
+    prepared = prepare(model)
+    assert len(prepared.recognition.sites) == sum(FAMILIES[name].norms.values())
+    for target in TARGETS:
+        _check_target(prepared, model, name, dtype, target, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "dtype"), list(itertools.product(CACHED, DTYPES)))
+def test_exports_with_cache_agree_with_pytorch(name: str, dtype: str, tmp_path: Path) -> None:
+    model = build(name, getattr(torch, dtype))
+    prepared = prepare(model, with_past=True)
+    for target in TARGETS:
+        _check_target(prepared, model, name, dtype, target, tmp_path)
+
+
+def _check_target(prepared: PreparedModel, model: nn.Module, name: str, dtype: str, target: str, folder: Path) -> None:
+    result = save(prepared, folder / target, target)
+    count = sum(FAMILIES[name].norms.values())
+    assert len(result.manifest["sites"]) == count
+    assert all(len(site["calls"]) == 1 for site in result.manifest["sites"])
+    report = validate(result.folder, model, shapes=SHAPES)
+    failures = [(case, row.name, row.reason) for case, row in report.rows if not row.passed]
+    assert failures == [], f"{name} {dtype} {target}"
+    assert len(report.rows) >= len(SHAPES)
+    assert report.verdict == "pass"
+    if dtype == "float32":
+        counts = optimized_op_counts(result.folder / "model.onnx")
+        assert sum(counts[op] for op in FUSED) == count, f"{target}: {counts}"
+        assert counts["ReduceMean"] == 0
