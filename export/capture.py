@@ -8,7 +8,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,11 +36,13 @@ class Capture:
             tensors themselves, not copies.
         with_past: whether the KV cache goes in and out.
         notes: what had to be done to capture the model, for the manifest.
+        fixed_dims: symbols of the graph's shapes that stand for one number after all.
     """
 
     model: ir.Model
     with_past: bool = False
     notes: list[str] = field(default_factory=list)
+    fixed_dims: dict[str, str] = field(default_factory=dict)
 
 
 def capture_opset(opset: int | None) -> int:
@@ -85,7 +87,7 @@ def capture(
             raise
         except Exception as error:
             raise _explained(model, error) from error
-    _name_dims(captured.model)
+    _name_dims(captured.model, captured.fixed_dims)
     return captured
 
 
@@ -167,11 +169,16 @@ def _rename_cache(program: ir.Model) -> None:
     for value in program.graph.outputs:
         if match := _PAST_OUTPUT.match(value.name or ""):
             value.name = f"present.{match[1]}.{match[2]}"
+    _drop_outputs(program, "output.past_key_values")
 
 
 def _drop_cache_outputs(program: ir.Model) -> None:
     """Without a cache going in, the cache coming out is nobody's: T5 returns one all the same."""
-    kept = [value for value in program.graph.outputs if not (value.name or "").startswith("past_key_values")]
+    _drop_outputs(program, "past_key_values")
+
+
+def _drop_outputs(program: ir.Model, prefix: str) -> None:
+    kept = [value for value in program.graph.outputs if not (value.name or "").startswith(prefix)]
     if len(kept) != len(program.graph.outputs):
         program.graph.outputs[:] = kept
         RemoveUnusedNodesPass()(program)
@@ -179,25 +186,28 @@ def _drop_cache_outputs(program: ir.Model) -> None:
 
 def _freeze_scalars(program: ir.Model, sample: Mapping[str, Any]) -> None:
     """Turn scalars that a cache carries along (its window) into constants: no caller could know them."""
-    leaves = torch.utils._pytree.tree_flatten_with_path(dict(sample))[0]
-    scalars = {
-        _leaf_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim == 0
-    }  # fmt: skip
     for value in list(program.graph.inputs):
-        name = (value.name or "").removeprefix("input.")
-        if value.shape is None or len(value.shape) != 0 or name not in scalars:
+        if value.shape is None or len(value.shape) != 0:
             continue
-        value.const_value = ir.tensor(scalars[name].numpy(), name=value.name)
+        scalar = _at_path(sample, (value.name or "").removeprefix("input.").split("."))
+        if not isinstance(scalar, torch.Tensor) or scalar.ndim != 0:
+            continue
         program.graph.inputs.remove(value)
         if value.uses():
+            value.const_value = ir.tensor(scalar.numpy(), name=value.name)
             program.graph.register_initializer(value)
 
 
-def _leaf_name(path: tuple[Any, ...]) -> str:
-    parts = []
-    for key in path:
-        parts.append(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))))
-    return ".".join(parts)
+def _at_path(value: Any, path: Sequence[str]) -> Any:
+    """What stands at a dotted path of keys, indices and attributes, or None."""
+    for part in path:
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif part.isdigit() and isinstance(value, Sequence):
+            value = value[int(part)] if int(part) < len(value) else None
+        else:
+            value = getattr(value, part, None)
+    return value
 
 
 # Any other module -------------------------------------------------------------------------------------------------
@@ -215,7 +225,33 @@ def _capture_module(model: nn.Module, inputs: dict[str, Any], opset: int, dynami
         )
     if program is None:
         raise UnsupportedError(f"torch.onnx.export returned nothing for {type(model).__name__}.")
-    return Capture(program.model)
+    exported = program.exported_program
+    if exported is not None:
+        names = _output_names(model, exported)
+        for value, name in zip(program.model.graph.outputs, names, strict=True):
+            value.name = name
+    return Capture(program.model, fixed_dims=_fixed_dims(exported))
+
+
+def _output_names(model: nn.Module, program: torch.export.ExportedProgram) -> list[str]:
+    """The module's own `output_names`; else keys of a mapping, `output` for one tensor, `output_0` ... for several."""
+    spec = program.call_spec.out_spec
+    if spec is None:
+        return []
+    leaves = torch.utils._pytree.tree_flatten_with_path(
+        torch.utils._pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    )[0]
+    declared = getattr(model, "output_names", None)
+    if declared is not None and len(declared) == len(leaves):
+        return list(declared)
+    names = ["_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in leaves]
+    return [f"output_{name}" if name.isdigit() else name or "output" for name in names]
+
+
+def _fixed_dims(program: torch.export.ExportedProgram | None) -> dict[str, str]:
+    """Dims that were asked to be dynamic and that the model turned out to fix; the graph still shows their symbols."""
+    constraints = program.range_constraints if program is not None else {}
+    return {str(symbol): str(int(r.lower)) for symbol, r in constraints.items() if r.lower == r.upper}
 
 
 def _auto_dims(value: Any) -> Any:
@@ -231,9 +267,9 @@ def _auto_dims(value: Any) -> Any:
 # Names and messages -----------------------------------------------------------------------------------------------
 
 
-def _name_dims(model: ir.Model) -> None:
-    """Give dynamic dims names that say what they are, everywhere in the graph, and only there."""
-    names: dict[str, str] = _fixed_cache_dims(model)
+def _name_dims(model: ir.Model, fixed: Mapping[str, str]) -> None:
+    """Give dynamic dims names that say what they are, everywhere in the graph, and fixed ones their number."""
+    names = {**fixed, **_fixed_cache_dims(model)}
     for value in model.graph.inputs:
         for index, dim in enumerate(value.shape or ()):
             symbol = dim.value if isinstance(dim, ir.SymbolicDim) else None
@@ -291,10 +327,13 @@ def _explained(model: nn.Module, error: Exception) -> UnsupportedError:
     first = " ".join(text.splitlines()[0].split())[:400]
     advice = "Try other example inputs, a newer torch or transformers, or an attention implementation of 'eager'."
     if "complex" in text.lower():
-        advice = "The model computes with complex numbers (rotary embeddings), which ONNX does not have."
+        advice = (
+            "The model computes with complex numbers (its rotary embedding does), which ONNX does not have. Try a "
+            "version of the model that rotates with cos and sin, or replace that module before exporting."
+        )
     elif "grouped_mm" in text or "experts" in text.lower():
         advice = 'Try model.set_experts_implementation("batched_mm") before exporting.'
-    return UnsupportedError(f"{type(model).__name__} could not be captured by torch's exporter: {first} {advice}")
+    return UnsupportedError(f"{type(model).__name__} could not be captured by torch's exporter: {first}. {advice}")
 
 
 @contextmanager

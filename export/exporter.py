@@ -22,7 +22,7 @@ from .capture import Capture, capture, detached
 from .files import MANIFEST, new_folder
 from .inputs import example_inputs
 from .lower import lower
-from .lowerings import TARGETS, opset_for
+from .lowerings import TARGETS, Environment, LoweringRefusal, opset_for, resolve
 from .manifest import site_rows, tensor_rows, write_manifest
 from .swap import swapped
 
@@ -116,7 +116,8 @@ def export_model(
             raise UsageError(f"unknown target {name!r}; the targets are {', '.join(TARGETS)}.")
         opset_for(name, opset)
     prepared = prepare(
-        model, inputs=inputs, dtype=dtype, opset=opset, dynamic=dynamic, with_past=with_past, progress=progress,
+        model, inputs=inputs, targets=targets, dtype=dtype, opset=opset, dynamic=dynamic, with_past=with_past,
+        progress=progress,
     )  # fmt: skip
     prepared.details.update(details or {})
     folder = Path(path)
@@ -131,18 +132,27 @@ def prepare(
     model: nn.Module,
     *,
     inputs: Mapping[str, Any] | None = None,
+    targets: Sequence[str] = (),
     dtype: str | None = None,
     opset: int | None = None,
     dynamic: bool | Mapping[str, Any] = True,
     with_past: bool = False,
     progress: Progress | None = None,
 ) -> PreparedModel:
-    """Recognise, check and capture: all that does not depend on the target. Arguments as in `export_model`."""
+    """Recognise, check and capture: all that does not depend on the target.
+
+    Arguments as in `export_model`; what one of `targets` cannot do is refused before the slow part.
+    """
     say = progress or _silent
+    converted = dtype is not None and dtype != _dtype_of(model)
     model = _in_dtype(model, dtype)
     feeds = dict(inputs) if inputs is not None else example_inputs(model)
+    if converted:
+        feeds = {name: _cast(value, getattr(torch, str(dtype))) for name, value in feeds.items()}
     say("finding the norms")
     recognition = recognise(model)
+    for target in targets:
+        _refuse_early(recognition, target, opset, _dtype_of(model))
     training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
@@ -222,6 +232,18 @@ def _checked(model: nn.Module, recognition: Recognition, feeds: Mapping[str, Any
                 "each norm is. Is the model deterministic in eval mode?"
             )
     return recognition
+
+
+def _refuse_early(recognition: Recognition, target: str, opset: int | None, dtype: str) -> None:
+    environment = Environment(opset=opset_for(target, opset), dtype=dtype)
+    for site in recognition.sites:
+        found = resolve(site.spec, "plain", target, environment)
+        if isinstance(found, LoweringRefusal):
+            raise found.to_error()
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _run(model: nn.Module, feeds: Mapping[str, Any]) -> Any:

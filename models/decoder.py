@@ -314,6 +314,8 @@ class Decoder(nn.Module):
         config: what it was built from.
     """
 
+    output_names = ("logits",)
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config

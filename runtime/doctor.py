@@ -1,0 +1,335 @@
+"""What this machine can do: versions, providers, GPUs, and for each target what is missing and how to get it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..export.lowerings import TARGETS, Environment, LoweringRefusal, Target, resolve
+from ..models.spec import NormSpec
+
+SCHEMA = "rmsnorm_deploy.doctor/1"
+
+# In the order in which they are shown; what is not installed is shown as missing.
+_DISTRIBUTIONS = (
+    "rmsnorm-deploy", "numpy", "ml_dtypes", "torch", "onnx", "onnx-ir", "onnxscript", "safetensors", "transformers",
+    "onnxruntime", "onnxruntime-gpu",
+)  # fmt: skip
+_TENSORRT_DISTRIBUTIONS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+_EXPORT_MODULES = ("numpy", "ml_dtypes", "torch", "onnx", "onnx_ir", "onnxscript")
+_PROVIDERS = ("cpu", "cuda", "tensorrt")
+_SMI_SECONDS = 10.0
+
+GET_ONNXRUNTIME = 'pip install "rmsnorm-deploy[cpu]"'
+GET_ONNXRUNTIME_GPU = 'pip uninstall onnxruntime && pip install "rmsnorm-deploy[gpu]"'
+# onnxruntime-gpu's provider loads libnvinfer.so.10; PyPI gives 11 when it is not told otherwise.
+GET_TENSORRT_10 = 'pip install "tensorrt-cu13<11"'
+GET_TENSORRT = "pip install tensorrt-cu13"
+GET_PACKAGE = "pip install rmsnorm-deploy"
+GET_GPU = "use a machine with an NVIDIA GPU and its driver"
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What was found on this machine. Problems are texts, empty where there is none.
+
+    Attributes:
+        versions: installed versions by distribution, None for one that is not installed.
+        imports: problem of each module that export needs.
+        onnxruntime: onnxruntime's version, None where it cannot be imported.
+        providers: problem of each of ONNX Runtime's providers `cpu`, `cuda`, `tensorrt`, found by opening a session.
+        compiled: the providers that onnxruntime was built with, by their full names.
+        gpus: name, memory and driver of each GPU that nvidia-smi or torch sees.
+        torch_cuda: the CUDA version that torch was built for, None for a CPU build.
+        tensorrt: version of TensorRT's Python package, None where it cannot be imported.
+        tensorrt_problem: why it cannot.
+    """
+
+    versions: dict[str, str | None]
+    imports: dict[str, str]
+    onnxruntime: str | None
+    providers: dict[str, str]
+    compiled: list[str]
+    gpus: list[str]
+    torch_cuda: str | None
+    tensorrt: str | None
+    tensorrt_problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One thing to do with a target here.
+
+    Attributes:
+        name: `export`, or where to run: `onnxruntime cpu`, `onnxruntime cuda`, `onnxruntime tensorrt`, `tensorrt`.
+        missing: what stands in the way; empty when it can be done.
+        get: the commands that bring what is missing, in order.
+    """
+
+    name: str
+    missing: list[str] = field(default_factory=list)
+    get: list[str] = field(default_factory=list)
+
+    @property
+    def possible(self) -> bool:
+        """Whether nothing is missing."""
+        return not self.missing
+
+    def to_dict(self) -> dict[str, Any]:
+        """The way as the JSON interface shows it."""
+        return {"name": self.name, "possible": self.possible, "missing": self.missing, "get": self.get}
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What was found, and what it means for each target: its export first, then every way to run it."""
+
+    found: Surroundings
+    targets: dict[str, list[Way]]
+    warnings: list[str]
+
+    def can_run(self, target: str) -> bool:
+        """Whether there is any way to run the target here."""
+        return any(way.possible for way in self.targets[target] if way.name != "export")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The diagnosis as the JSON interface shows it."""
+        found = self.found
+        return {
+            "schema": SCHEMA,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "versions": found.versions,
+            "gpus": found.gpus,
+            "torch_cuda": found.torch_cuda,
+            "onnxruntime": {
+                "version": found.onnxruntime,
+                "compiled_providers": found.compiled,
+                "providers": {name: {"works": not why, "problem": why} for name, why in found.providers.items()},
+            },
+            "tensorrt": {"version": found.tensorrt, "problem": found.tensorrt_problem},
+            "targets": {
+                name: {
+                    "can_export": ways[0].possible,
+                    "can_run": self.can_run(name),
+                    "ways": [way.to_dict() for way in ways],
+                }
+                for name, ways in self.targets.items()
+            },
+            "warnings": self.warnings,
+        }
+
+
+def examine(progress: Progress | None = None) -> Diagnosis:
+    """Look at this machine and say what it can do. Nothing that is missing or broken raises an error.
+
+    Args:
+        progress: called with a line of text at each step.
+    """
+    return diagnose(look(progress))
+
+
+def diagnose(found: Surroundings) -> Diagnosis:
+    """What `found` means for each target."""
+    targets: dict[str, list[Way]] = {target: [_export_way(found), *_run_ways(found, target)] for target in TARGETS}
+    return Diagnosis(found, targets, _warnings(found))
+
+
+def look(progress: Progress | None = None) -> Surroundings:
+    """Find out what is here, by trying it. `progress` is called with a line of text at each step."""
+    say = progress or (lambda _: None)
+    say("importing the packages")
+    imports = {name: _import_problem(name) for name in _EXPORT_MODULES}
+    say("trying ONNX Runtime's providers")
+    onnxruntime, compiled = _onnxruntime()
+    providers = {name: _provider_problem(name, compiled) for name in _PROVIDERS}
+    say("looking for GPUs and TensorRT")
+    torch_cuda, torch_gpus = (None, []) if imports["torch"] else _torch_devices()
+    problem = _import_problem("tensorrt")
+    return Surroundings(
+        versions={name: _version(name) for name in _DISTRIBUTIONS},
+        imports=imports,
+        onnxruntime=onnxruntime,
+        providers=providers,
+        compiled=compiled,
+        gpus=_smi_devices() or torch_gpus,
+        torch_cuda=torch_cuda,
+        tensorrt=None if problem else _tensorrt_version(),
+        tensorrt_problem=problem,
+    )
+
+
+# Meaning ----------------------------------------------------------------------------------------------------------
+
+
+def _export_way(found: Surroundings) -> Way:
+    missing = [problem for problem in found.imports.values() if problem]
+    return Way("export", missing, [GET_PACKAGE] if missing else [])
+
+
+def _run_ways(found: Surroundings, target: Target) -> list[Way]:
+    ways = [_onnxruntime_way(found, target, provider) for provider in _PROVIDERS]
+    return [*ways, _tensorrt_way(found, target)]
+
+
+def _onnxruntime_way(found: Surroundings, target: Target, provider: str) -> Way:
+    name = f"onnxruntime {provider}"
+    too_old = _obstacles(target, "onnxruntime", found.onnxruntime)
+    get_build = GET_ONNXRUNTIME if provider == "cpu" else GET_ONNXRUNTIME_GPU
+    if found.onnxruntime is None:
+        return Way(name, [found.providers[provider]], [get_build])
+    if too_old:
+        return Way(name, too_old, [get_build])
+    problem = found.providers[provider]
+    if not problem:
+        return Way(name)
+    missing, get = [problem], []
+    if provider != "cpu" and not found.gpus:
+        missing.append("no NVIDIA GPU is seen")
+        get.append(GET_GPU)
+    if not _is_compiled(provider, found.compiled):
+        get.append(get_build)
+    if provider == "tensorrt":
+        get.append(GET_TENSORRT_10)
+    return Way(name, missing, get)
+
+
+def _tensorrt_way(found: Surroundings, target: Target) -> Way:
+    unknown = _obstacles(target, "tensorrt", None)
+    if unknown:
+        return Way("tensorrt", unknown)
+    missing, get = [], []
+    if not found.gpus:
+        missing.append("no NVIDIA GPU is seen")
+        get.append(GET_GPU)
+    if found.tensorrt is None:
+        missing.append(found.tensorrt_problem)
+        get.append(GET_TENSORRT)
+    else:
+        too_old = _obstacles(target, "tensorrt", found.tensorrt)
+        missing += too_old
+        get += [GET_TENSORRT] if too_old else []
+    return Way("tensorrt", missing, get)
+
+
+def _is_compiled(provider: str, compiled: list[str]) -> bool:
+    return any(provider == full.lower().removesuffix("executionprovider") for full in compiled)
+
+
+def _obstacles(target: Target, runtime: str, version: str | None) -> list[str]:
+    """What the lowering table has against this runtime, for an ordinary norm."""
+    environment = Environment(runtime=runtime, runtime_version=version)
+    cell = resolve(NormSpec(eps=1e-6), "plain", target, environment)
+    return list(cell.reasons) if isinstance(cell, LoweringRefusal) else []
+
+
+def _warnings(found: Surroundings) -> list[str]:
+    warnings = []
+    if found.versions.get("onnxruntime") and found.versions.get("onnxruntime-gpu"):
+        warnings.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; uninstall both, "
+            "then install one."
+        )
+    if found.gpus and found.torch_cuda is None and not found.imports["torch"]:
+        warnings.append("there is a GPU, but this torch was built without CUDA, so PyTorch runs on the CPU.")
+    if not found.versions.get("transformers"):
+        warnings.append('models of transformers cannot be loaded: pip install "rmsnorm-deploy[hf]"')
+    return warnings
+
+
+# Looking ----------------------------------------------------------------------------------------------------------
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _import_problem(module: str) -> str:
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError:
+        return f"{module} is not installed"
+    except Exception as error:  # a package that is there but does not load fails in its own way
+        return f"{module} does not load: {_first_line(error)}"
+    return ""
+
+
+def _onnxruntime() -> tuple[str | None, list[str]]:
+    if _import_problem("onnxruntime"):
+        return None, []
+    import onnxruntime
+
+    return onnxruntime.__version__, list(onnxruntime.get_available_providers())
+
+
+def _provider_problem(provider: str, compiled: list[str]) -> str:
+    """Open a session on the provider and run it: a provider that is compiled in may still fail to load."""
+    problem = _import_problem("onnxruntime")
+    if problem:
+        return problem
+    if not _is_compiled(provider, compiled):
+        return f"this onnxruntime was built without its {provider} provider"
+    try:
+        import numpy as np
+
+        from .ort_runner import OrtRunner
+
+        with OrtRunner(_identity_model(), providers=[provider]) as runner:
+            runner.run({"x": np.ones(1, np.float32)})
+    except Exception as error:
+        return _first_line(error)
+    return ""
+
+
+def _identity_model() -> bytes:
+    import onnx
+    from onnx import TensorProto, helper
+
+    def value(name: str) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])
+
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "probe", [value("x")], [value("y")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return model.SerializeToString()
+
+
+def _torch_devices() -> tuple[str | None, list[str]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.version.cuda, []
+    return torch.version.cuda, [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _smi_devices() -> list[str]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=_SMI_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return answer.stdout.strip().splitlines() if answer.returncode == 0 else []
+
+
+def _tensorrt_version() -> str | None:
+    import tensorrt
+
+    return getattr(tensorrt, "__version__", None) or next(filter(None, map(_version, _TENSORRT_DISTRIBUTIONS)), None)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return " ".join(text.splitlines()[0].split()) if text else type(error).__name__

@@ -1,0 +1,55 @@
+"""Greedy generation from exported decoders, with and without KV cache, against PyTorch's own greedy search."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.families import build
+from helpers.small_models import Residual, residual_inputs
+
+from rmsnorm_deploy.export.exporter import export_model
+from rmsnorm_deploy.models import addition
+from rmsnorm_deploy.models.decoder import addition as addition_model
+from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
+from rmsnorm_deploy.runtime.generate import ADDITION_TOKENIZER, generate
+
+PROMPT = [5, 17, 40, 8]
+
+
+@pytest.mark.parametrize("with_past", [True, False])
+def test_tokens_are_those_of_pytorch(with_past: bool, tmp_path: Path) -> None:
+    model = build("qwen3")
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        wanted = model.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False)[0, len(PROMPT) :].tolist()
+    export_model(model, tmp_path / "out", target="ort", with_past=with_past)
+    made = generate(tmp_path / "out", PROMPT, max_new_tokens=12)
+    assert made.ids == wanted
+    assert made.with_past is with_past
+    assert made.text is None
+    assert len(set(wanted)) > 1
+    with pytest.raises(UsageError, match="--prompt-ids"):
+        generate(tmp_path / "out", "hello")
+    with pytest.raises(UsageError, match=r"\[97\] are outside the model's vocabulary of 97"):
+        generate(tmp_path / "out", [97])
+
+
+def test_the_trained_checkpoint_adds(tmp_path: Path) -> None:
+    details = {"task": "addition", "tokenizer": ADDITION_TOKENIZER}
+    export_model(addition_model(), tmp_path / "out", details=details)
+    for problem in addition.problems(3, seed=5):
+        made = generate(tmp_path / "out", problem.prompt, max_new_tokens=addition.ANSWER_DIGITS)
+        assert made.text is not None
+        assert made.text[::-1] == problem.answer
+    with pytest.raises(UsageError, match="max_new_tokens is 0"):
+        generate(tmp_path / "out", "001+002=", max_new_tokens=0)
+    with pytest.raises(UsageError, match="empty"):
+        generate(tmp_path / "out", [])
+
+
+def test_what_is_no_decoder_is_refused(tmp_path: Path) -> None:
+    export_model(Residual(), tmp_path / "out", inputs=residual_inputs())
+    with pytest.raises(UnsupportedError, match="needs a decoder"):
+        generate(tmp_path / "out", [1, 2])
