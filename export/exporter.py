@@ -19,7 +19,7 @@ from ..models.loading import DTYPES
 from ..models.recognise import recognise
 from ..models.site import Recognition
 from .capture import Capture, capture, detached
-from .files import MANIFEST, new_folder
+from .files import MANIFEST, check_destination, new_folder
 from .inputs import example_inputs
 from .lower import lower
 from .lowerings import TARGETS, Environment, LoweringRefusal, opset_for, resolve
@@ -115,13 +115,15 @@ def export_model(
         if name not in TARGETS:
             raise UsageError(f"unknown target {name!r}; the targets are {', '.join(TARGETS)}.")
         opset_for(name, opset)
+    folder = Path(path)
+    places = [folder] if len(targets) == 1 else [folder / name for name in targets]
+    for place in places:
+        check_destination(place)
     prepared = prepare(
         model, inputs=inputs, targets=targets, dtype=dtype, opset=opset, dynamic=dynamic, with_past=with_past,
         progress=progress,
     )  # fmt: skip
     prepared.details.update(details or {})
-    folder = Path(path)
-    places = [folder] if len(targets) == 1 else [folder / name for name in targets]
     return [
         save(prepared, place, name, opset=opset, companions=companions, progress=progress)
         for name, place in zip(targets, places, strict=True)
@@ -207,9 +209,10 @@ def save(
 
 def _write_model(model: ir.Model, folder: Path) -> None:
     model.producer_name = "rmsnorm-deploy"
-    ir.save(
-        model, folder / MODEL_FILE, external_data=f"{MODEL_FILE}.data", size_threshold_bytes=_EXTERNAL_BYTES,
-    )  # fmt: skip
+    data = folder / f"{MODEL_FILE}.data"
+    ir.save(model, folder / MODEL_FILE, external_data=data.name, size_threshold_bytes=_EXTERNAL_BYTES)
+    if data.is_file() and data.stat().st_size == 0:
+        data.unlink()
 
 
 def _checked(model: nn.Module, recognition: Recognition, feeds: Mapping[str, Any]) -> Recognition:

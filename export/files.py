@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -26,11 +27,13 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path).expanduser().absolute()
     _check_replaceable(target)
+    missing = _missing_parents(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     except OSError as error:
-        raise UsageError(f"cannot write to {target.parent}: {error.strerror or error}") from error
+        _remove_empty(missing)
+        raise UsageError(f"cannot write to {target.parent}: {error.strerror or error}.") from error
     try:
         partial.chmod(0o777 & ~_umask())
         yield partial
@@ -41,6 +44,22 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise UsageError(f"writing {target} failed: {error.strerror or error}. Nothing was left behind.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _remove_empty(missing)
+
+
+def check_destination(path: str | os.PathLike[str]) -> None:
+    """Find out whether `new_folder(path)` could be made, before slow work is done for it; nothing is left there.
+
+    Raises:
+        UsageError: the place cannot be written to, or holds something else.
+    """
+    target = Path(path).expanduser().absolute()
+    _check_replaceable(target)
+    existing = next((parent for parent in target.parents if parent.exists()), target.parent)
+    try:
+        Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=existing)).rmdir()
+    except OSError as error:
+        raise UsageError(f"cannot write to {existing}: {error.strerror or error}.") from error
 
 
 def sha256(path: Path) -> str:
@@ -74,6 +93,17 @@ def _move_into_place(partial: Path, target: Path) -> None:
             raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _missing_parents(target: Path) -> list[Path]:
+    """The parent folders that would have to be made, innermost first."""
+    return [parent for parent in target.parents if not parent.exists()]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # not empty: something of ours, or of others, lives there now
+            folder.rmdir()
 
 
 def _umask() -> int:

@@ -50,6 +50,24 @@ def site_rows(recognition: Recognition, lowered: list[LoweredSite]) -> list[dict
     return rows
 
 
+def deviation_rows(manifest: dict[str, Any], runtime: str | None = None) -> list[dict[str, Any]]:
+    """Where an exported model does not round as its modules do: each case once, with the paths of its norms.
+
+    Args:
+        manifest: of the exported folder.
+        runtime: only what shows there; None for every runtime.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for site in manifest.get("sites", ()):
+        for deviation in (d for call in site["calls"] for d in call["deviations"]):
+            if runtime is not None and deviation["runtime"] not in ("any", runtime):
+                continue
+            row = found.setdefault((deviation["runtime"], deviation["reason"]), {**deviation, "sites": []})
+            if site["path"] not in row["sites"]:
+                row["sites"].append(site["path"])
+    return list(found.values())
+
+
 def tensor_rows(values: list[ir.Value]) -> list[dict[str, Any]]:
     """Graph inputs or outputs as JSON: name, dtype, shape (numbers, or names of dynamic dims)."""
     rows = []

@@ -97,6 +97,9 @@ def _replacement(module: nn.Module, site: Site, report: SwapReport, check: bool)
 def _node(
     site: Site, spec: NormSpec, x: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None
 ) -> Tensor:
+    # The node says nothing of the width that the norm wants, so the capture has to be told.
+    for dim, size in zip(x.shape[-len(site.width) :] if site.width else (), site.width or (), strict=True):
+        torch._check(dim == size)
     dtype = x.dtype
     if weight is not None and spec.order != "scale_then_cast" and gate is None:
         dtype = torch.promote_types(x.dtype, weight.dtype)

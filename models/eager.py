@@ -48,7 +48,7 @@ def eager(
         h = h * gated
     shape = h.shape
     if spec.group_size is not None:
-        h = h.reshape(*shape[:-1], -1, spec.group_size)
+        h = h.reshape(*shape[:-1], shape[-1] // spec.group_size, spec.group_size)  # -1 would not do for no rows
     h = _normalise(spec, h, x.dtype).reshape(shape)
     if spec.order == "cast_then_scale":
         h = h.to(x.dtype)

@@ -73,9 +73,13 @@ def _dispatch(source: str, dtype: str | None, trust_remote_code: bool) -> Loaded
     if name == "builtin":
         return _builtin(source, rest)
     path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # a name too long, or a parent folder that may not be read
+        raise UsageError(f"{source[:80]!r} cannot be looked up: {error.strerror or error}.") from error
+    if is_folder and source:
         return _folder(source, path, dtype, trust_remote_code)
-    if path.is_file():
+    if is_file:
         raise UsageError(
             f"{source} is a file. Name a folder with config.json and safetensors weights, or Python code as "
             f"{path.stem}.py:factory. An exported .onnx file is validated with: rmsnorm validate {path.name} "
@@ -100,7 +104,8 @@ def _builtin(source: str, name: str) -> LoadedModel:
 
 def _folder(source: str, path: Path, dtype: str | None, trust_remote_code: bool) -> LoadedModel:
     config = path / "config.json"
-    if (path / "manifest.json").is_file() and not config.is_file():
+    has_weights = any(file.suffix in (".safetensors", ".bin") for file in path.iterdir())
+    if (path / "manifest.json").is_file() and not has_weights:  # config.json is copied beside an exported model
         raise UsageError(f"{source} is an exported folder, not a PyTorch model. Name the model it was exported from.")
     if not config.is_file():
         raise UsageError(f"{source} holds no config.json, so it is no saved model. Save one with save_pretrained.")
@@ -108,6 +113,8 @@ def _folder(source: str, path: Path, dtype: str | None, trust_remote_code: bool)
         values = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{config} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{config} holds a {type(values).__name__} and not the fields of a model's config.")
     if values.get("format") == "rmsnorm_deploy.decoder":
         from .decoder import load_decoder
 
@@ -155,7 +162,7 @@ def _python(source: str, name: str, attribute: str) -> LoadedModel:
         raise UsageError(f"{source}: the module {name!r} has no attribute {attribute!r}.")
     try:
         made = factory if isinstance(factory, nn.Module) else factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{source}: calling {attribute}() failed: {type(error).__name__}: {error}") from error
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module) or not (inputs is None or isinstance(inputs, Mapping)):
@@ -175,17 +182,32 @@ def _import(source: str, name: str) -> ModuleType:
         path = Path(name).expanduser()
         if not path.is_file():
             raise UsageError(f"{source}: there is no file {name}.")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        spec = importlib.util.spec_from_file_location(_module_name(path), path)
         if spec is None or spec.loader is None:
             raise UsageError(f"{source}: {name} is no Python file.")
         module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
-        spec.loader.exec_module(module)
+        sys.modules[spec.name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[spec.name]
+            raise
         return module
     except UsageError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{source}: importing {name!r} failed: {type(error).__name__}: {error}") from error
+
+
+def _module_name(path: Path) -> str:
+    """The file's own name, unless it belongs to a module that others import: a user's json.py must not hide json."""
+    try:
+        known = importlib.util.find_spec(path.stem)
+    except (ImportError, ValueError):
+        known = None
+    if known is None or (known.origin is not None and Path(known.origin).resolve() == path.resolve()):
+        return path.stem
+    return f"user_{path.stem}"
 
 
 def _torch_dtype(dtype: str) -> Any:

@@ -6,13 +6,10 @@ its own; its parameters, buffers, hooks, training mode and the random state are 
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import math
-from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,19 +17,11 @@ from torch import Tensor, nn
 
 from .eager import eager
 from .spec import Activation, Gate, NormSpec, Order, Reduction, Root, Scale, Statistics
+from .stand_in import one_thread, stand_in, untouched_random_state
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 _PROBE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDTHS_WITHOUT_WEIGHT = (64, 96)
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)
 
 
 class NotANormError(Exception):
@@ -81,23 +70,12 @@ def probe(module: nn.Module, default_dtype: torch.dtype = torch.float32) -> Prob
     device = next((t.device for t in own_tensors(module).values()), torch.device("cpu"))
     devices = [device] if device.type == "cuda" else []
     with (
-        torch.random.fork_rng(devices=devices),
+        untouched_random_state(devices),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
-        _one_thread(),
+        one_thread(),
     ):
         return _Prober(module, device, default_dtype).run()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Probes are tiny: handing them to several threads only costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Prober:
@@ -105,6 +83,10 @@ class _Prober:
         self.module = module
         self.device = device
         self.tensors = own_tensors(module)
+        # Plain attributes are no parameters: nobody says when they change, so no norm may depend on them.
+        self.loose = {
+            name: t for name, t in vars(module).items() if isinstance(t, Tensor) and t.is_floating_point()
+        }  # fmt: skip
         self.own_dtype = next((t.dtype for t in self.tensors.values()), default_dtype)
         self.generator = torch.Generator().manual_seed(20_240_229)
         self.accepts_gate, self.needs_gate = _second_input(module)
@@ -122,6 +104,7 @@ class _Prober:
             self._prove(spec.replace(gate="none", activation="none"), roles, weights[0], width, self._dtypes())
         for tensors in weights[1:]:
             self._prove(spec, roles, tensors, width, (self.own_dtype,))
+        self._prove_independent(spec, roles, width)
         if roles.weight is None:
             self._prove_other_widths(spec, roles, width)
             return Probed(spec, self._declared_width(width), None, None)
@@ -131,26 +114,17 @@ class _Prober:
 
     def _copy(self, dtype: torch.dtype, tensors: dict[str, Tensor]) -> nn.Module:
         """A stand-in of the module with other tensors and no hooks; the original is not touched."""
-        clone = copy.copy(self.module)
-        state = {k: copy.copy(v) if isinstance(v, list | dict | set) else v for k, v in vars(self.module).items()}
-        state.update({hooks: OrderedDict() for hooks in _HOOKS if hooks in state})
-        state["training"] = False
-        for store in ("_parameters", "_buffers"):
-            state[store] = {
-                name: nn.Parameter(tensors[name].to(dtype), requires_grad=False)
-                if name in tensors and store == "_parameters"
-                else (tensors[name].to(dtype) if name in tensors else value)
-                for name, value in vars(self.module)[store].items()
-            }
-        clone.__dict__ = state
+        clone = stand_in(self.module)
+        for name, tensor in tensors.items():
+            if name in clone._parameters:
+                clone._parameters[name] = nn.Parameter(tensor.to(dtype, copy=True), requires_grad=False)
+            else:
+                clone._buffers[name] = tensor.to(dtype, copy=True)
         return clone
 
     def _random_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Values that show how a weight enters: no ones, no zeros, both signs, exact in every dtype's range."""
-        return {
-            name: (torch.randn(t.shape, generator=self.generator) * 0.7 + 0.2).to(self.device, dtype)
-            for name, t in self.tensors.items()
-        }
+        return {name: (self._randn(*t.shape) * 0.7 + 0.2).to(dtype) for name, t in self.tensors.items()}
 
     def _call(self, module: nn.Module, x: Tensor, gate: Tensor | None) -> Tensor:
         result = module.forward(x.clone()) if gate is None else module.forward(x.clone(), gate.clone())
@@ -159,7 +133,7 @@ class _Prober:
         return result
 
     def _randn(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator).to(self.device)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu").to(self.device)
 
     def _gate_like(self, x: Tensor) -> Tensor:
         return (self._randn(*x.shape) * 2).to(x.dtype)
@@ -169,22 +143,20 @@ class _Prober:
 
         Raises NotANormError where no call works or where the output does not look normalised.
         """
-        last: Exception = NotANormError()
+        last = NotANormError()
         for gated in [True] * self.accepts_gate + [False] * (not self.needs_gate):
             for width in self._widths():
-                x = self._randn(2, 3, *width)
-                gate = self._gate_like(x) if gated else None
                 try:
-                    y = self._call(module, x, gate)
+                    self._check_unit_dims(module, width, gated)
+                    self._check_normalises(module, width, gated)
+                except RefusedError:
+                    raise
                 except NotANormError as error:
                     last = error
-                    continue
                 except Exception as error:  # any error at all only means that this call is not how it is used
                     last = NotANormError(str(error))
-                    continue
-                self._check_normalises(module, x, y, gate)
-                self._check_scalar_weight(module, width)
-                return width, gated
+                else:
+                    return width, gated
         raise last
 
     def _works_without_gate(self, width: tuple[int, ...]) -> bool:
@@ -202,8 +174,7 @@ class _Prober:
             shape = shapes[0]
             while len(shape) > 1 and shape[0] == 1:
                 shape = shape[1:]
-            if shape:
-                yield shape
+            yield shape or (1,)
             if len(shape) > 1:
                 yield (math.prod(shape),)
             return
@@ -212,6 +183,9 @@ class _Prober:
             yield declared
         for size in _WIDTHS_WITHOUT_WEIGHT:
             yield (size,)
+        for tensor in self.loose.values():
+            if tensor.ndim == 1:
+                yield tuple(tensor.shape)
 
     def _declared_width(self, fallback: tuple[int, ...] | None) -> tuple[int, ...] | None:
         """The width a norm without a weight states, where it accepts no other."""
@@ -222,8 +196,11 @@ class _Prober:
             return tuple(shape)
         return None
 
-    def _check_normalises(self, module: nn.Module, x: Tensor, y: Tensor, gate: Tensor | None) -> None:
+    def _check_normalises(self, module: nn.Module, width: tuple[int, ...], gated: bool) -> None:
         """Scale invariance is what makes a norm; shift invariance is what makes it a LayerNorm."""
+        x = self._randn(2, 3, *width)
+        gate = self._gate_like(x) if gated else None
+        y = self._call(module, x, gate)
         big = x * 64
         reference, scaled = self._call(module, big, gate).double(), self._call(module, big * 64, gate).double()
         peak = reference.abs().max()
@@ -232,26 +209,32 @@ class _Prober:
         if (reference - scaled).abs().max() > 1e-2 * peak:
             raise NotANormError
         flat = self._call(module, torch.sign(big), gate).double()
-        if torch.equal(torch.sign(flat).abs(), torch.ones_like(flat)) and torch.equal(flat, reference):
+        if math.prod(width) > 1 and (flat != 0).all() and torch.equal(flat, reference):
             raise NotANormError  # sign-like, no statistics at all
         shifted = self._call(module, big + 4096, gate).double()
         if (reference - shifted).abs().max() <= 2e-2 * peak and x.shape[-1] > 2:
             raise RefusedError("it subtracts the mean (LayerNorm): not an RMS norm")
 
-    def _check_scalar_weight(self, module: nn.Module, width: tuple[int, ...]) -> None:
-        if not self.tensors or math.prod(width) != 1:
+    def _check_unit_dims(self, module: nn.Module, width: tuple[int, ...], gated: bool) -> None:
+        """A weight's dims of size 1 may be spread over any width; then nothing tells what is normalised."""
+        if not self.tensors or 1 not in width:
             return
-        x = self._randn(2, 3, 8)
         try:
-            self._call(module, x, self._gate_like(x) if self.needs_gate else None)
-        except Exception:  # a fixed width of 1, as wanted
+            self._check_normalises(module, tuple(8 if size == 1 else size for size in width), gated)
+        except RefusedError:
+            raise
+        except Exception:  # these dims are fixed at 1, as wanted, or it is no norm
             return
-        raise RefusedError("its weight is a single number spread over a width that the module does not fix")
+        raise RefusedError(
+            "its weight is spread over a width that the module does not fix (a scalar, or a norm over channels)"
+        )
 
     # Measuring ----------------------------------------------------------------------------------------------------
 
     def _extent(self, module: nn.Module, width: tuple[int, ...], gated: bool) -> tuple[int, int | None]:
         """How many trailing dims are normalised together, and the group size, from which outputs one input moves."""
+        if math.prod(width) == 1:
+            return len(width), None
         x = self._randn(2, 3, *width)
         gate = self._gate_like(x) if gated else None
         moved = x.clone()
@@ -423,28 +406,45 @@ class _Prober:
                     raise RefusedError(f"its behaviour with its own weights or other shapes differs in {dtype}")
 
     def _prove_other_widths(self, spec: NormSpec, roles: _Roles, width: tuple[int, ...]) -> None:
-        if self._declared_width(None) is not None or spec.group_size is not None:
+        if self._declared_width(None) is not None:
             return
         for size in _WIDTHS_WITHOUT_WEIGHT:
-            self._prove(spec, roles, {}, (*width[:-1], size), self._dtypes())
+            try:
+                self._prove(spec, roles, {}, (*width[:-1], size), self._dtypes())
+            except (NotANormError, RuntimeError, ValueError) as error:
+                raise RefusedError(f"it has no weight, works at width {width[-1]} and fails at {size}") from error
+
+    def _prove_independent(self, spec: NormSpec, roles: _Roles, width: tuple[int, ...]) -> None:
+        """Whether plain tensor attributes leave the result alone, whatever they hold."""
+        if not self.loose:
+            return
+        module = self._copy(self.own_dtype, self.tensors)
+        vars(module).update({name: self._randn(*t.shape).to(t.dtype) for name, t in self.loose.items()})
+        x, gate = self._inputs(self.own_dtype, width, spec.gate != "none")
+        cast = {name: t.to(self.own_dtype) for name, t in self.tensors.items()}
+        if not _same_bits(self._call(module, x, gate), self._expected(spec, roles, cast, x, gate)):
+            names = ", ".join(self.loose)
+            raise RefusedError(f"it reads a tensor that is neither parameter nor buffer ({names}); register it as one")
 
     def _expected(
         self, spec: NormSpec, roles: _Roles, tensors: dict[str, Tensor], x: Tensor, gate: Tensor | None
     ) -> Tensor:
         weight = tensors[roles.weight].to(x.dtype) if roles.weight else None
         bias = tensors[roles.bias].to(x.dtype) if roles.bias else None
-        if weight is not None and weight.ndim > x.ndim:
-            weight = weight.reshape(weight.shape[-x.ndim :])
         return eager(spec, x, weight, bias, gate if spec.gate != "none" else None)
 
     def _inputs(
         self, dtype: torch.dtype, width: tuple[int, ...], gated: bool, leading: tuple[int, ...] = ()
     ) -> tuple[Tensor, Tensor | None]:
-        """Rows that make every rounding and every eps show: `[rows, *width]`, or with leading dims before it."""
+        """Rows that make every rounding and every eps show: `[rows, *width]`, or with leading dims before it.
+
+        A weight with leading dims of size 1 gets an x of at least its rank.
+        """
+        rank = max((t.ndim for t in self.tensors.values()), default=0)
+        leading = (1,) * (rank - len(width) - len(leading) - 1) + leading
         rows = adversarial_rows(dtype, width, self.generator).to(self.device)
-        x = rows.reshape(*leading, -1, *width) if math.prod(leading) != 4 else rows[: len(rows) // 4 * 4].reshape(
-            *leading, -1, *width
-        )  # fmt: skip
+        rows = rows[: len(rows) // math.prod(leading) * math.prod(leading)]
+        x = rows.reshape(*leading, -1, *width)
         return x, self._gate_like(x) if gated else None
 
 
@@ -457,17 +457,16 @@ def adversarial_rows(dtype: torch.dtype, width: tuple[int, ...], generator: torc
     count = math.prod(width)
     finfo = torch.finfo(dtype)
     normal_rows = max(4, 2048 // count)
-    normal = torch.randn(normal_rows, count, generator=generator, dtype=torch.float64)
-    u = torch.randn(12, count, generator=generator, dtype=torch.float64)
+    normal = torch.randn(normal_rows, count, generator=generator, dtype=torch.float64, device="cpu")
+    u = torch.randn(12, count, generator=generator, dtype=torch.float64, device="cpu")
     outlier = u[0].clone()
     outlier[0] *= 1e3
     special = torch.stack([
         outlier, u[1] * min(2e4, finfo.max / 8), u[2] * 300, u[3] * 1e-2, u[4] * 1e-3, u[5] * 1e-4, u[6] * 1e-6,
-        u[7] * finfo.tiny, torch.zeros(count), torch.full((count,), 0.1), torch.sign(u[8]) * finfo.max,
-        u[9] * finfo.tiny / 64,
-    ]).to(torch.float64)  # fmt: skip
+        u[7] * finfo.tiny, u[8] * 0, u[8] * 0 + 0.1, torch.sign(u[8]) * finfo.max, u[9] * finfo.tiny / 64,
+    ])  # fmt: skip
     rows = torch.cat([normal, special]).clamp(-finfo.max, finfo.max).to(dtype)
-    broken = torch.randn(3, count, generator=generator).to(dtype)
+    broken = torch.randn(3, count, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
     broken[0, 0], broken[1, -1], broken[2, count // 2] = float("nan"), float("inf"), -float("inf")
     return torch.cat([rows, broken]).reshape(-1, *width)
 

@@ -43,7 +43,7 @@ def recognise(model: nn.Module) -> Recognition:
     inside: list[str] = []
     model_dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     for path, module in model.named_modules():
-        if any(path == p or path.startswith(f"{p}.") for p in inside):
+        if any(p == "" or path.startswith(f"{p}.") for p in inside):
             continue
         found = _decide(path, module, model_dtype)
         if isinstance(found, Site):
@@ -65,7 +65,7 @@ def _decide(path: str, module: nn.Module, model_dtype: torch.dtype) -> Site | Re
     reason = _known_reason(module)
     if reason is not None:
         return Refusal(path, name, reason)
-    named_norm = "norm" in type(module).__name__.lower()
+    named_norm = "norm" in _own_name(module).lower()
     obstacle = _obstacle(module)
     if obstacle is not None:
         return Refusal(path, name, obstacle) if named_norm and obstacle else None
@@ -85,6 +85,11 @@ def _decide(path: str, module: nn.Module, model_dtype: torch.dtype) -> Site | Re
     return Site(path, name, probed.spec, probed.width, str(dtype).removeprefix("torch."), probed.weight, probed.bias)
 
 
+def _own_name(module: nn.Module) -> str:
+    """The class's own name; a TorchScript module still knows that of the class it was made from."""
+    return str(getattr(module, "original_name", "")) or type(module).__name__
+
+
 def _known_reason(module: nn.Module) -> str | None:
     if type(module) in _KNOWN_OTHER_NORMS:
         return _KNOWN_OTHER_NORMS[type(module)]
@@ -101,6 +106,8 @@ def _obstacle(module: nn.Module) -> str | None:
         return ""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a TorchScript module, whose code cannot be replaced; export from the original module"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "its tensors are parametrized; make them plain with torch.nn.utils.parametrize.remove_parametrizations"
     tensors = own_tensors(module)
     if any(t.is_meta for t in tensors.values()):
         return "its parameters are on the meta device and hold no values; load the weights before inspecting"

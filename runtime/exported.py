@@ -36,18 +36,6 @@ class Exported:
         """Whether the KV cache goes in and out."""
         return bool(self.manifest.get("with_past"))
 
-    def deviations(self, runtime: str) -> list[dict[str, Any]]:
-        """Where the file does not round as the module does in this runtime; each reason once, with its norms."""
-        rows: dict[str, dict[str, Any]] = {}
-        for site in self.manifest.get("sites", ()):
-            for call in site["calls"]:
-                for deviation in call["deviations"]:
-                    if deviation["runtime"] in ("any", runtime):
-                        row = rows.setdefault(deviation["reason"], {**deviation, "sites": []})
-                        if site["path"] not in row["sites"]:
-                            row["sites"].append(site["path"])
-        return list(rows.values())
-
 
 def open_exported(path: str | Path) -> Exported:
     """Open an exported folder or an .onnx file.

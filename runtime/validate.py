@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..export.inputs import vocabulary_size
+from ..export.manifest import deviation_rows
 from ..models.errors import UsageError
 from .exported import Exported, open_exported
 from .feeds import DEFAULT_SHAPES, PRESENT, is_past, make_feeds, present_to_past
@@ -115,7 +116,7 @@ def validate(
                 for verdict in _judge_case(case, runner, yardstick, truth, atol, rtol):
                     rows.append((case.name, verdict))
             provenance = {"candidate": runner.provenance(), "yardstick": yardstick.provenance(), "seed": seed}
-    return ValidationReport(exported.model, rows, exported.deviations("onnxruntime"), provenance)
+    return ValidationReport(exported.model, rows, deviation_rows(exported.manifest, "onnxruntime"), provenance)
 
 
 def _judge_case(

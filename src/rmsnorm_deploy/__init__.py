@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rmsnorm_deploy.export.exporter import export_model
     from rmsnorm_deploy.models.errors import (
         EnvironmentMissingError,
         MismatchError,
@@ -17,12 +18,27 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
+    from rmsnorm_deploy.models.loading import load_model
+    from rmsnorm_deploy.models.recognise import recognise
+    from rmsnorm_deploy.models.reference import reference
     from rmsnorm_deploy.models.spec import NormSpec
+    from rmsnorm_deploy.runtime.generate import generate
+    from rmsnorm_deploy.runtime.ort_runner import OrtRunner
+    from rmsnorm_deploy.runtime.torch_runner import TorchRunner
+    from rmsnorm_deploy.runtime.validate import validate
 
 __version__ = "0.1.0"
 
 _HOME = {
     "NormSpec": "models.spec",
+    "reference": "models.reference",
+    "recognise": "models.recognise",
+    "load_model": "models.loading",
+    "export_model": "export.exporter",
+    "OrtRunner": "runtime.ort_runner",
+    "TorchRunner": "runtime.torch_runner",
+    "validate": "runtime.validate",
+    "generate": "runtime.generate",
     "RmsnormDeployError": "models.errors",
     "UsageError": "models.errors",
     "UnsupportedError": "models.errors",
@@ -32,6 +48,14 @@ _HOME = {
 
 __all__ = [  # noqa: RUF022 - the order of a model's way through the house
     "NormSpec",
+    "reference",
+    "recognise",
+    "load_model",
+    "export_model",
+    "OrtRunner",
+    "TorchRunner",
+    "validate",
+    "generate",
     "RmsnormDeployError",
     "UsageError",
     "UnsupportedError",

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import json
-from typing import Any
 
+import onnx_ir as ir
 import pytest
 import torch
 from helpers.norm_zoo import BARE, CAST_FIRST, DTYPES, ZOO, TakesMore, Weighted, hub_class, normalised, randomised
 from torch import Tensor, nn
 
+from rmsnorm_deploy.export.capture import capture
 from rmsnorm_deploy.export.swap import CAPTURE_DOMAIN, CAPTURE_OP, swapped
 from rmsnorm_deploy.models.recognise import recognise
 from rmsnorm_deploy.models.site import Recognition, Site
+from rmsnorm_deploy.models.spec import NormSpec
 
 
 class Model(nn.Module):
@@ -341,37 +342,38 @@ def test_the_report_names_only_sites_that_differ() -> None:
     assert [(r.path, r.class_name, r.reason) for r in report.refusals(found)] == [("b", "B", "why")]
 
 
-# Under export ---------------------------------------------------------------------------------------------------------
+# Captured -------------------------------------------------------------------------------------------------------------
 
 
-def symbolic_nodes(model: nn.Module, *arguments: Tensor) -> list[Any]:
-    with swapped(model, sites_of(model)), torch.no_grad():
-        program = torch.export.export(model.eval(), arguments, strict=False)
+def captured_nodes(model: nn.Module, x: Tensor) -> list[ir.Node]:
+    with swapped(model.eval(), sites_of(model)):
+        program = capture(model, {next(iter(inspect.signature(model.forward).parameters)): x}, dynamic=False).model
     assert_not_swapped(model)
-    return [node for node in program.graph.nodes if "onnx_symbolic" in str(node.target)]
+    return [node for node in program.graph if node.domain == CAPTURE_DOMAIN]
 
 
 def test_each_call_becomes_one_node_that_carries_its_spec() -> None:
     model = build(torch.float16)
     sites = {site.path: site for site in sites_of(model)}
-    nodes = symbolic_nodes(model, x_of(torch.float16))
-    calls = ["first", "layers.0", "layers.1", "gated", "gated", "first", "bare", "layers.0"]
-    assert len(nodes) == len(calls)
-    seen = []
-    for node in nodes:
-        assert f"{CAPTURE_DOMAIN}::{CAPTURE_OP}" in node.args
-        texts = [text for argument in node.args if isinstance(argument, list | tuple) for text in argument
-                 if isinstance(text, str)]  # fmt: skip
-        spec = next(json.loads(text) for text in texts if text.startswith("{"))
-        path = next(text for text in texts if text in sites)
-        seen.append(path)
+    calls = []
+    for node in captured_nodes(model, x_of(torch.float16)):
+        spec = NormSpec.from_json(node.attributes["spec"].as_string())
+        path = node.attributes["path"].as_string()
+        gated = spec.gate != "none"
+        calls.append((path, gated))
         expected = sites[path].spec
-        if spec["gate"] == "none":
-            expected = expected.replace(gate="none", activation="none")
-        assert spec == expected.to_dict()
-        assert node.meta["val"].dtype == torch.float16
-        assert tuple(node.meta["val"].shape) == (2, 5, 64)
-    assert sorted(seen) == sorted(calls)
+        assert spec == (expected if gated else expected.replace(gate="none", activation="none"))
+        weight = f"{path}.weight" if spec.has_weight else None
+        assert node.op_type == CAPTURE_OP
+        inputs = [*node.inputs, None, None, None][:4]  # those at the end that are not there are left out
+        assert [value is not None for value in inputs] == [True, spec.has_weight, False, gated]
+        assert (inputs[1].name if inputs[1] is not None else None) == weight
+        assert node.outputs[0].dtype == ir.DataType.FLOAT16
+        assert node.outputs[0].shape == ir.Shape((2, 5, 64))
+    assert calls == [
+        ("first", False), ("layers.0", False), ("layers.1", False), ("gated", True), ("gated", False),
+        ("first", False), ("bare", False), ("layers.0", False),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -380,5 +382,5 @@ def test_each_call_becomes_one_node_that_carries_its_spec() -> None:
 def test_a_wider_weight_gives_the_node_the_dtype_that_the_module_gives(name: str, expected: torch.dtype) -> None:
     model = ZOO[name].build()
     assert model(x_of(torch.float16)).dtype == expected
-    (node,) = symbolic_nodes(model, x_of(torch.float16))
-    assert node.meta["val"].dtype == expected
+    (node,) = captured_nodes(model, x_of(torch.float16))
+    assert node.outputs[0].dtype == (ir.DataType.FLOAT if expected == torch.float32 else ir.DataType.FLOAT16)

@@ -1,0 +1,26 @@
+"""Every command by its name, in the order in which help lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rmsnorm_deploy.cli.demo import demo
+from rmsnorm_deploy.cli.doctor import doctor
+from rmsnorm_deploy.cli.export import export
+from rmsnorm_deploy.cli.generate import generate
+from rmsnorm_deploy.cli.inspect import inspect
+from rmsnorm_deploy.cli.run import run
+from rmsnorm_deploy.cli.targets import targets
+from rmsnorm_deploy.cli.validate import validate
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "inspect": inspect,
+    "export": export,
+    "validate": validate,
+    "run": run,
+    "generate": generate,
+    "targets": targets,
+    "doctor": doctor,
+    "demo": demo,
+}

@@ -1,0 +1,69 @@
+"""`rmsnorm doctor`: what this machine can do, and how to get what is missing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rmsnorm_deploy.cli import options
+from rmsnorm_deploy.cli.screen import Screen
+
+if TYPE_CHECKING:
+    from rmsnorm_deploy.runtime.doctor import Diagnosis
+
+CANNOT_RUN = 4
+
+
+def doctor(
+    target: Annotated[
+        str | None, typer.Option("--target", metavar="TARGET", help="Exit with 4 when this target cannot be run here.")
+    ] = None,
+    as_json: options.AsJson = False,
+) -> int:
+    """Show what this machine can run and what is missing."""
+    from rmsnorm_deploy.export.lowerings import cell
+
+    screen = Screen(as_json)
+    if target is not None:
+        cell(target, "plain")  # refuses an unknown target
+    with screen.working("looking around") as say:
+        from rmsnorm_deploy.runtime.doctor import examine
+
+        diagnosis = examine(say)
+    screen.result(diagnosis.to_dict(), lambda: _print(screen, diagnosis))
+    return 0 if target is None or diagnosis.can_run(target) else CANNOT_RUN
+
+
+def _print(screen: Screen, diagnosis: Diagnosis) -> None:
+    content = diagnosis.to_dict()
+    screen.line(f"Python {content['python']} on {content['platform']}")
+    versions = [(name, version or "not installed") for name, version in content["versions"].items()]
+    screen.table(("package", "version"), versions)
+    screen.line()
+    screen.line("GPU: " + ("; ".join(content["gpus"]) or "none seen"))
+    screen.line("TensorRT for Python: " + (content["tensorrt"]["version"] or content["tensorrt"]["problem"]))
+    for name, provider in content["onnxruntime"]["providers"].items():
+        screen.line(f"ONNX Runtime's provider {name}: {provider['problem'] or 'works'}")
+    screen.line()
+    _print_ways(screen, diagnosis)
+    for warning in diagnosis.warnings:
+        screen.line(f"Warning: {warning}")
+
+
+def _print_ways(screen: Screen, diagnosis: Diagnosis) -> None:
+    """What each target can do here; below it what is missing and how to get it, each once."""
+    rows = [(target, *("yes" if way.possible else "no" for way in ways)) for target, ways in diagnosis.targets.items()]
+    screen.table(("target", *(way.name for way in next(iter(diagnosis.targets.values())))), rows)
+    missing: dict[str, list[str]] = {}
+    commands: dict[str, list[str]] = {}
+    for way in (way for ways in diagnosis.targets.values() for way in ways):
+        for lines, texts in ((missing, way.missing), (commands, way.get)):
+            for text in texts:
+                lines[text] = list(dict.fromkeys([*lines.get(text, ()), way.name]))
+    for title, lines in (("Missing:", missing), ("How to get it:", commands)):
+        if lines:
+            screen.line()
+            screen.line(title)
+        for text, users in lines.items():
+            screen.line(f"  {text}  (for {', '.join(users)})")

@@ -1,0 +1,159 @@
+"""`rmsnorm export`: from a PyTorch model to a folder with an ONNX file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rmsnorm_deploy.cli import options
+from rmsnorm_deploy.cli.arrays import read_npz
+from rmsnorm_deploy.cli.norms import found_line, print_deviations, print_refusals, print_sites
+from rmsnorm_deploy.cli.screen import Screen
+
+if TYPE_CHECKING:
+    from rmsnorm_deploy.export.exporter import ExportResult
+    from rmsnorm_deploy.models.loading import LoadedModel
+
+SCHEMA = "rmsnorm_deploy.export/1"
+
+
+def export(
+    model: options.Model,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="The folder to make; one subfolder per target if there are several."
+        ),
+    ],
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            metavar="TARGET",
+            help="primitives, standard, ort or plugin, see `rmsnorm targets`; may be given several times.",
+            show_default="primitives",
+        ),
+    ] = None,
+    dtype: options.Dtype = None,
+    opset: Annotated[
+        int | None,
+        typer.Option(
+            "--opset", metavar="N", help="Opset import of the file, 18 to 23; the target's own when left out."
+        ),
+    ] = None,
+    with_past: Annotated[
+        bool, typer.Option("--with-past", help="Let the KV cache go in and out (decoders of transformers).")
+    ] = False,
+    static: Annotated[bool, typer.Option("--static", help="Fix every dim at the size of the example inputs.")] = False,
+    inputs: Annotated[
+        Path | None,
+        typer.Option("--inputs", metavar="FILE.npz", help="Example inputs by name, for a model that reads no tokens."),
+    ] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write a model as ONNX with its norms as the target wants them."""
+    from rmsnorm_deploy.export.lowerings import opset_for
+
+    screen = Screen(as_json)
+    targets = list(dict.fromkeys(target or ["primitives"]))
+    for name in targets:
+        opset_for(name, opset)  # refuses a wrong target or opset before anything slow is done
+    arrays = read_npz(inputs) if inputs is not None else None
+    with screen.working(f"loading {model}") as say:
+        from rmsnorm_deploy.export.exporter import export_model
+        from rmsnorm_deploy.models.loading import load_model
+
+        loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        results = export_model(
+            loaded.model,
+            output,
+            inputs=_tensors(arrays) if arrays is not None else loaded.example_inputs,
+            target=targets,
+            opset=opset,
+            dynamic=not static,
+            with_past=with_past,
+            details=details_of(loaded),
+            companions=loaded.folder,
+            progress=say,
+        )
+    payload = _payload(results)
+    screen.result(payload, lambda: _print(screen, model, payload))
+
+
+def details_of(loaded: LoadedModel) -> dict[str, Any]:
+    """What the manifest says of where the model came from."""
+    details: dict[str, Any] = {"source": loaded.source}
+    if loaded.task is not None:
+        details["task"] = loaded.task
+    if loaded.task == "addition":
+        from rmsnorm_deploy.runtime.generate import ADDITION_TOKENIZER
+
+        details["tokenizer"] = ADDITION_TOKENIZER
+    return details
+
+
+def _tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    from rmsnorm_deploy.runtime.torch_runner import to_torch
+
+    return {name: to_torch(array) for name, array in arrays.items()}
+
+
+def _payload(results: list[ExportResult]) -> dict[str, Any]:
+    exports = [_export_row(result) for result in results]
+    first = results[0].manifest
+    single = exports[0] if len(exports) == 1 else None
+    return {
+        "schema": SCHEMA,
+        "exports": exports,
+        "files": [file for row in exports for file in row["files"]],
+        "manifest": single["manifest"] if single else [row["manifest"] for row in exports],
+        "sites": [{k: v for k, v in site.items() if k != "calls"} for site in first["sites"]],
+        "refusals": first["refusals"],
+        "notes": first["notes"],
+    }
+
+
+def _export_row(result: ExportResult) -> dict[str, Any]:
+    from rmsnorm_deploy.export.manifest import deviation_rows
+
+    return {
+        "target": result.target,
+        "opset": result.manifest["opset"],
+        "dtype": result.manifest["dtype"],
+        "folder": str(result.folder),
+        "files": [str(result.folder / name) for name in result.files],
+        "manifest": str(result.folder / "manifest.json"),
+        "deviations": deviation_rows(result.manifest),
+    }
+
+
+def _print(screen: Screen, model: str, payload: dict[str, Any]) -> None:
+    sites, refusals = payload["sites"], payload["refusals"]
+    screen.line(found_line(sites, refusals, model) + ("" if sites else " It was exported as it is."))
+    if sites:
+        screen.line()
+        print_sites(screen, sites)
+    if refusals:
+        screen.line()
+        print_refusals(screen, refusals)
+    for text in payload["notes"]:
+        screen.line(f"Note: {text}.")
+    for row in payload["exports"]:
+        screen.line()
+        screen.line(f"{row['target']} (opset {row['opset']}, {row['dtype']}) -> {row['folder']}")
+        for file in row["files"]:
+            screen.line(f"  {Path(file).name}  {_size(Path(file))}")
+        print_deviations(screen, row["deviations"])
+
+
+def _size(path: Path) -> str:
+    size = float(path.stat().st_size)
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

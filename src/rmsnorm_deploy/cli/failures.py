@@ -1,0 +1,94 @@
+"""What each exception means for the person at the command line."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import typer
+
+from rmsnorm_deploy.models.errors import RmsnormDeployError
+
+SCHEMA = "rmsnorm_deploy.error/1"
+BUG, INTERRUPTED, TERMINATED, PIPE_CLOSED = 70, 130, 143, 141
+
+# The parent of all errors about a command line, for which typer has no public name.
+_COMMAND_LINE_ERROR: Any = typer.BadParameter.__base__
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM): it cleans up as after Ctrl-C."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as it is shown.
+
+    Attributes:
+        kind: the error's class, for programs.
+        message: for people, without a prefix; empty when there is nobody left to tell.
+        exit_code: what the process exits with.
+    """
+
+    kind: str
+    message: str
+    exit_code: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The failure as the JSON interface shows it."""
+        error = {"kind": self.kind, "message": self.message, "exit_code": self.exit_code}
+        return {"schema": SCHEMA, "error": error}
+
+
+def failure_of(error: BaseException) -> Failure:
+    """The failure that an exception stands for."""
+    kind = type(error).__name__
+    if isinstance(error, RmsnormDeployError):
+        return Failure(kind, str(error), error.exit_code)
+    if isinstance(error, _COMMAND_LINE_ERROR):
+        return Failure("UsageError", _command_line_message(error), 2)
+    if isinstance(error, Terminated):
+        return Failure("Interrupted", "terminated; nothing was left half done.", TERMINATED)
+    if isinstance(error, KeyboardInterrupt):
+        return Failure("Interrupted", "interrupted; nothing was left half done.", INTERRUPTED)
+    if isinstance(error, SystemExit):
+        return Failure("UsageError", f"code that this command ran (the model's own?) exited with {error.code!r}.", 2)
+    if isinstance(error, BrokenPipeError):
+        return Failure(kind, "", PIPE_CLOSED)
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("rmsnorm_deploy"):
+        message = f"the package {error.name} is not installed. See what is missing with: rmsnorm doctor"
+        return Failure("EnvironmentMissingError", message, 4)
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return Failure("UsageError", f"{where}{error.strerror}", 2)
+    first = " ".join(str(error).split())[:400]
+    message = f"{kind}: {first} (this is a bug; run with RMSNORM_DEBUG=1 for the traceback)"
+    return Failure(kind, message, BUG)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that temporary files go in both cases."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _command_line_message(error: Any) -> str:
+    message = " ".join(str(error.format_message()).split())
+    path = error.ctx.command_path if error.ctx is not None else "rmsnorm"
+    return f"{message}{'' if message.endswith(('.', '?')) else '.'} See: {path} --help"

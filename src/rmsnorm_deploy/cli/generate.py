@@ -1,0 +1,69 @@
+"""`rmsnorm generate`: let an exported decoder continue a prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rmsnorm_deploy.cli import options
+from rmsnorm_deploy.cli.screen import Screen
+from rmsnorm_deploy.models.errors import UsageError
+
+if TYPE_CHECKING:
+    from rmsnorm_deploy.runtime.generate import Generation
+
+SCHEMA = "rmsnorm_deploy.generate/1"
+
+
+def generate(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="An exported decoder.", show_default=False)],
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="What to continue.")] = None,
+    prompt_ids: Annotated[
+        str | None, typer.Option("--prompt-ids", metavar="1,2,3", help="The same as token ids, without a tokenizer.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="At most so many new tokens.")
+    ] = 32,
+    provider: options.Provider = "cpu",
+    as_json: options.AsJson = False,
+) -> None:
+    """Let an exported decoder continue a prompt."""
+    screen = Screen(as_json)
+    wanted = _prompt(prompt, prompt_ids)
+    with screen.working(f"generating with {path}"):
+        from rmsnorm_deploy.runtime.generate import generate as generate_tokens
+
+        result = generate_tokens(path, wanted, max_new_tokens=max_new_tokens, provider=provider)
+    screen.result(_payload(result), lambda: _print(screen, result))
+
+
+def _payload(result: Generation) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "text": result.text,
+        "ids": result.ids,
+        "prompt_ids": result.prompt_ids,
+        "tokens_per_second": result.tokens_per_second,
+        "with_past": result.with_past,
+    }
+
+
+def _print(screen: Screen, result: Generation) -> None:
+    screen.line(result.text if result.text is not None else ",".join(map(str, result.ids)))
+    cache = "with" if result.with_past else "without"
+    screen.note(f"{len(result.ids)} new tokens, {result.tokens_per_second:.1f} tokens/s, {cache} KV cache")
+
+
+def _prompt(text: str | None, ids: str | None) -> str | list[int]:
+    if (text is None) == (ids is None):
+        raise UsageError("give either --prompt TEXT or --prompt-ids 1,2,3.")
+    if text is not None:
+        return text
+    try:
+        return [int(part) for part in str(ids).split(",")]
+    except ValueError as error:
+        raise UsageError(
+            f"--prompt-ids {ids!r}: write whole numbers with commas between them, such as 1,2,3."
+        ) from error

@@ -1,0 +1,122 @@
+"""What goes where: results to stdout, progress and errors to stderr; rich on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+from rmsnorm_deploy.cli.failures import Failure
+
+DEBUG_VARIABLE = "RMSNORM_DEBUG"
+
+
+class Screen:
+    """Prints for people, or one JSON object for programs.
+
+    Args:
+        as_json: nothing but JSON goes to stdout.
+    """
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def result(self, payload: dict[str, Any], for_people: Callable[[], None]) -> None:
+        """Print the result of a command.
+
+        Args:
+            payload: JSON values, with a `schema` key.
+            for_people: prints the same for people, with `line` and `table`.
+        """
+        if self.as_json:
+            print(json.dumps(payload, indent=2))
+        else:
+            for_people()
+
+    def line(self, text: str = "") -> None:
+        """Print one line on stdout."""
+        if sys.stdout.isatty():
+            _console().print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Print a table on stdout, aligned with spaces where it is no terminal."""
+        texts = [[str(cell) for cell in row] for row in rows]
+        if sys.stdout.isatty():
+            _console().print(_rich_table(columns, texts), highlight=False)
+            return
+        widths = [max(map(len, column)) for column in zip(columns, *texts, strict=True)]
+        for row in (columns, *texts):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+    def note(self, text: str) -> None:
+        """Print one line on stderr, that people should see and that is no part of the result."""
+        print(text, file=sys.stderr)
+
+    @contextmanager
+    def working(self, first: str) -> Iterator[Callable[[str], None]]:
+        """Show steps on stderr while the block runs; what libraries print meanwhile goes to stderr too.
+
+        Args:
+            first: the first step.
+
+        Yields:
+            A function that is called with the text of each further step.
+        """
+        if not sys.stderr.isatty():
+            _plain_step(first)
+            with redirect_stdout(sys.stderr):
+                yield _plain_step
+            return
+        from rich.console import Console
+        from rich.text import Text
+
+        with redirect_stdout(sys.stderr), Console(stderr=True).status(Text(first)) as status:
+            yield lambda text: status.update(Text(text))
+
+    def failure(self, failure: Failure, error: BaseException) -> None:
+        """Print an error: a line on stderr, and an object on stdout for programs."""
+        if os.environ.get(DEBUG_VARIABLE):
+            traceback.print_exception(error)
+        if isinstance(error, BrokenPipeError):
+            _discard_stdout()
+            return
+        print(f"error: {failure.message}", file=sys.stderr)
+        if self.as_json:
+            print(json.dumps(failure.to_dict(), indent=2))
+
+
+def _plain_step(text: str) -> None:
+    print(f"... {text}", file=sys.stderr, flush=True)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+    return table
+
+
+_STYLES = {"pass": "green", "fail": "bold red", "yes": "green", "no": "red"}
+
+
+def _discard_stdout() -> None:
+    """Nobody reads stdout any more: what is still buffered must not fail when Python flushes it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

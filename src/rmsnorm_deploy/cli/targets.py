@@ -1,0 +1,91 @@
+"""`rmsnorm targets`: the lowering table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rmsnorm_deploy.cli import options
+from rmsnorm_deploy.cli.screen import Screen
+
+if TYPE_CHECKING:
+    from rmsnorm_deploy.export.lowerings import Cell, Deviation
+
+SCHEMA = "rmsnorm_deploy.targets/1"
+COLUMNS = ("target", "form", "writes", "opset", "dtypes", "runs in", "not exact")
+
+
+def targets(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show what each target writes, needs and keeps exact."""
+    from rmsnorm_deploy.export.lowerings import TABLE
+
+    screen = Screen(as_json)
+    payload = {"schema": SCHEMA, "targets": [_json_row(cell) for cell in TABLE]}
+    screen.result(payload, lambda: print(markdown_table(), end="") if markdown else _print(screen))
+
+
+def markdown_table() -> str:
+    """The lowering table in GitHub's Markdown, and under it where the targets are not exact."""
+    from rmsnorm_deploy.export.lowerings import TABLE
+
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(_row(cell, code="`")) + " |" for cell in TABLE]
+    lines += ["", *(f"{number}. {_deviation(d)}" for number, d in _deviations().items())]
+    return "\n".join(lines) + "\n"
+
+
+def _print(screen: Screen) -> None:
+    from rmsnorm_deploy.export.lowerings import TABLE
+
+    screen.table(COLUMNS, [_row(cell) for cell in TABLE])
+    screen.line()
+    screen.line("Not exact means: the result differs from the module's in these cases.")
+    for number, deviation in _deviations().items():
+        screen.line(f"{number}. {_deviation(deviation)}")
+
+
+def _row(cell: Cell, code: str = "") -> tuple[str, ...]:
+    numbers = [str(number) for number, d in _deviations().items() if d in cell.deviations]
+    return (
+        f"{code}{cell.target}{code}",
+        {"plain": "norm", "add": "residual add + norm"}[cell.form],
+        f"{cell.emits} ({cell.note})",
+        f"{cell.opset}+",
+        ", ".join(cell.dtypes),
+        ", ".join(f"{runtime} {version}+" for runtime, version in cell.runtimes),
+        ", ".join(numbers) or "-",
+    )
+
+
+def _deviations() -> dict[int, Deviation]:
+    """Every deviation of the table once, numbered from 1."""
+    from rmsnorm_deploy.export.lowerings import TABLE
+
+    return dict(enumerate(dict.fromkeys(d for cell in TABLE for d in cell.deviations), start=1))
+
+
+def _deviation(deviation: Deviation) -> str:
+    bound = "no bound" if deviation.ulp is None else f"at most {deviation.ulp:g} ULP"
+    where = "in every runtime" if deviation.runtime == "any" else f"in {deviation.runtime}"
+    order = deviation.order.replace("_", "-")
+    return f"{order} norms in {' and '.join(deviation.dtypes)}, {where}: {bound}; {deviation.reason}."
+
+
+def _json_row(cell: Cell) -> dict[str, Any]:
+    return {
+        "target": cell.target,
+        "form": cell.form,
+        "emits": cell.emits,
+        "opset": cell.opset,
+        "dtypes": list(cell.dtypes),
+        "runtimes": dict(cell.runtimes),
+        "deviations": [
+            {"order": d.order, "dtypes": list(d.dtypes), "runtime": d.runtime, "at_most_ulp": d.ulp, "reason": d.reason}
+            for d in cell.deviations
+        ],
+        "note": cell.note,
+    }

@@ -1,0 +1,412 @@
+"""Every command: what it prints for people, its JSON, and its exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from rmsnorm_deploy.cli.arrays import read_npz, write_npz
+from rmsnorm_deploy.cli.commands import COMMANDS
+from rmsnorm_deploy.export.exporter import ExportResult, export_model
+from rmsnorm_deploy.export.lowerings import TABLE, TARGETS
+from rmsnorm_deploy.runtime.doctor import Diagnosis, Surroundings, diagnose, look
+from rmsnorm_deploy.runtime.ort_runner import OrtRunner
+
+from .conftest import CommandLine
+
+SITE_KEYS = {"path", "class", "spec", "width", "dtype", "parameters"}
+
+
+# ------------------------------------------------------------------------------------------------------ the whole
+
+
+def test_help_names_every_command(rmsnorm: CommandLine) -> None:
+    outcome = rmsnorm("--help")
+    assert outcome.code == 0
+    assert all(f"\n  {name} " in outcome.out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_json(rmsnorm: CommandLine, name: str) -> None:
+    outcome = rmsnorm(name, "--help")
+    assert outcome.code == 0
+    assert "--json" in outcome.out
+
+
+def test_nothing_asked_shows_help_and_fails(rmsnorm: CommandLine) -> None:
+    outcome = rmsnorm()
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "Usage: rmsnorm" in outcome.err
+
+
+def test_version(rmsnorm: CommandLine) -> None:
+    outcome = rmsnorm("--version")
+    assert outcome.code == 0
+    assert outcome.out.startswith("rmsnorm-deploy ")
+
+
+# -------------------------------------------------------------------------------------------------------- inspect
+
+
+def test_inspect_model(rmsnorm: CommandLine, models: Path) -> None:
+    outcome = rmsnorm("inspect", f"{models}:net", "--json")
+    assert outcome.code == 0
+    content = outcome.json
+    assert content["schema"] == "rmsnorm_deploy.inspect/1"
+    (site,) = content["sites"]
+    assert set(site) == SITE_KEYS
+    assert (site["path"], site["width"], site["dtype"]) == ("norm", 16, "float32")
+    assert site["spec"]["order"] == "cast_then_scale"
+    assert site["parameters"] == ["norm.weight"]
+    (refusal,) = content["refusals"]
+    assert (refusal["path"], refusal["class"]) == ("centred", "torch.nn.modules.normalization.LayerNorm")
+    assert "mean" in refusal["reason"]
+    assert "a factory may print" in outcome.err
+
+
+def test_inspect_for_people_groups_equal_norms(rmsnorm: CommandLine) -> None:
+    outcome = rmsnorm("inspect", "builtin:small")
+    lines = outcome.out.splitlines()
+    assert lines[0] == "5 RMSNorms in builtin:small."
+    (row,) = [line for line in lines if line.startswith("5 ") and "eps" in line]
+    assert "weight, cast-then-scale, eps 1e-06" in row
+    assert "layers.*.attention_norm, layers.*.mlp_norm, norm" in row
+
+
+def test_inspect_dtype(rmsnorm: CommandLine, models: Path) -> None:
+    outcome = rmsnorm("inspect", f"{models}:net", "--dtype", "float16", "--json")
+    assert outcome.json["sites"][0]["dtype"] == "float16"
+
+
+def test_inspect_exported(rmsnorm: CommandLine, models: Path, exported: Path) -> None:
+    wanted = rmsnorm("inspect", f"{models}:net", "--json").json
+    for target in TARGETS:
+        found = rmsnorm("inspect", exported / target, "--json").json
+        assert (found["sites"], found["refusals"]) == (wanted["sites"], wanted["refusals"])
+        (site,) = rmsnorm("inspect", exported / target / "model.onnx", "--json").json["sites"]
+        assert set(site) == SITE_KEYS
+        assert (site["path"], site["spec"]) == ("norm", wanted["sites"][0]["spec"])
+    assert "1 RMSNorm in" in rmsnorm("inspect", exported / "ort" / "model.onnx").out
+
+
+def test_a_model_without_norms_succeeds_and_says_so(rmsnorm: CommandLine, models: Path, tmp_path: Path) -> None:
+    name = f"{models}:without_norms"
+    outcome = rmsnorm("inspect", name)
+    assert (outcome.code, outcome.out) == (0, f"There is no RMSNorm in {name}.\n")
+    outcome = rmsnorm("inspect", name, "--json")
+    assert (outcome.code, outcome.json["sites"], outcome.json["refusals"]) == (0, [], [])
+    outcome = rmsnorm("export", name, "-o", tmp_path / "out")
+    assert outcome.code == 0
+    assert "There is no RMSNorm in" in outcome.out
+    assert "exported as it is" in outcome.out
+    assert rmsnorm("validate", tmp_path / "out", "--against", name).code == 0
+
+
+# --------------------------------------------------------------------------------------------------------- export
+
+
+def test_export_json(rmsnorm: CommandLine, models: Path, tmp_path: Path) -> None:
+    outcome = rmsnorm("export", f"{models}:net", "-o", tmp_path / "out", "--dtype", "float16", "--json")
+    assert outcome.code == 0
+    content = outcome.json
+    assert content["schema"] == "rmsnorm_deploy.export/1"
+    assert {"exports", "files", "manifest", "sites", "refusals", "notes"} <= set(content)
+    assert content["manifest"] == str(tmp_path / "out" / "manifest.json")
+    assert {Path(file).name for file in content["files"]} >= {"model.onnx", "manifest.json"}
+    assert all(Path(file).is_file() for file in content["files"])
+    assert [site["path"] for site in content["sites"]] == ["norm"]
+    (row,) = content["exports"]
+    assert (row["target"], row["dtype"], row["opset"]) == ("primitives", "float16", 20)
+    (deviation,) = row["deviations"]
+    assert (deviation["at_most_ulp"], deviation["sites"]) == (1.5, ["norm"])
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["source"] == f"{models}:net"
+    # The yardstick is loaded in the exported dtype without being told.
+    outcome = rmsnorm("validate", tmp_path / "out", "--against", f"{models}:net")
+    assert outcome.code == 0
+    assert outcome.out.count("not exact, at most 1.5 ULP: ") == 1
+
+
+def test_export_several_targets(rmsnorm: CommandLine, models: Path, tmp_path: Path) -> None:
+    arguments = ("export", f"{models}:net", "-o", tmp_path / "out", "--target", "ort", "--target", "plugin")
+    content = rmsnorm(*arguments, "--json").json
+    assert [row["target"] for row in content["exports"]] == ["ort", "plugin"]
+    assert content["manifest"] == [str(tmp_path / "out" / name / "manifest.json") for name in ("ort", "plugin")]
+    assert content["files"] == [file for row in content["exports"] for file in row["files"]]
+    again = rmsnorm(*arguments)  # an earlier export of ours is replaced
+    assert again.code == 0
+    assert f"plugin (opset 20, float32) -> {tmp_path / 'out' / 'plugin'}" in again.out
+    assert "... capturing the graph" in again.err
+
+
+def test_export_inputs_and_static(rmsnorm: CommandLine, models: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.zeros((3, 4, 8), np.float32))
+    inputs = ("--inputs", tmp_path / "x.npz")
+    assert rmsnorm("export", f"{models}:floats", "-o", tmp_path / "out", *inputs, "--static").code == 0
+    with OrtRunner(tmp_path / "out" / "model.onnx") as runner:
+        assert runner.inputs()[0].shape == (3, 4, 8)
+    (row,) = rmsnorm("validate", tmp_path / "out", "--against", f"{models}:floats", *inputs, "--json").json["outputs"]
+    assert row["passed"]
+    assert row["figures"]["count"] == 3 * 4 * 16
+
+
+# ------------------------------------------------------------------------------------------------------- validate
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_validate_passes(rmsnorm: CommandLine, models: Path, exported: Path, target: str) -> None:
+    outcome = rmsnorm("validate", exported / target, "--against", f"{models}:net", "--json")
+    assert outcome.code == 0
+    assert (outcome.json["schema"], outcome.json["verdict"]) == ("rmsnorm_deploy.validate/1", "pass")
+    assert outcome.json["outputs"]
+
+
+def test_validate_fails_against_another_model(rmsnorm: CommandLine, models: Path, exported: Path) -> None:
+    outcome = rmsnorm("validate", exported / "ort" / "model.onnx", "--against", f"{models}:other_net")
+    assert outcome.code == 1
+    assert "verdict: fail" in outcome.out
+    assert "allowed" in outcome.out  # the reason of each output that failed
+    as_json = rmsnorm("validate", exported / "ort", "--against", f"{models}:other_net", "--json")
+    assert (as_json.code, as_json.json["verdict"]) == (1, "fail")
+
+
+def test_validate_options(rmsnorm: CommandLine, models: Path, exported: Path) -> None:
+    arguments = ("validate", exported / "ort", "--against", f"{models}:net", "--json")
+    shapes = rmsnorm(*arguments, "--shape", "1x7", "--shape", "2x3", "--seed", "5").json
+    assert [row["case"] for row in shapes["outputs"]] == ["1x7", "2x3"]
+    assert shapes["provenance"]["seed"] == 5
+    assert rmsnorm(*arguments, "--atol", "0", "--rtol", "0").code == 1
+    assert rmsnorm(*arguments, "--atol", "1e-3").code == 0
+
+
+# ------------------------------------------------------------------------------------------------ run and generate
+
+
+def test_run(rmsnorm: CommandLine, exported: Path, tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(0, 12, (2, 5))
+    np.savez(tmp_path / "x.npz", input_ids=ids)
+    arguments = ("run", exported / "plugin", "--inputs", tmp_path / "x.npz", "-o", tmp_path / "y.npz")
+    outcome = rmsnorm(*arguments, "--json")
+    assert outcome.code == 0
+    (row,) = outcome.json["outputs"]
+    assert (row["dtype"], row["saved_as"], row["shape"]) == ("float32", "float32", [2, 5, 64])
+    with OrtRunner(exported / "plugin" / "model.onnx") as runner:
+        wanted = runner.run({"input_ids": ids})
+    np.testing.assert_array_equal(read_npz(tmp_path / "y.npz")[row["name"]], wanted[row["name"]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz", "y.npz"]
+    assert "2x5x64" in rmsnorm(*arguments).out
+
+
+def test_npz_holds_any_name_and_widens_bfloat16(tmp_path: Path) -> None:
+    values = np.array([1.0, 2.5, -3.0])
+    arrays = {"file": values, "a/b": values.astype(np.float16), "half": values.astype(ml_dtypes.bfloat16)}
+    assert write_npz(tmp_path / "y.npz", arrays) == ["half"]
+    found = read_npz(tmp_path / "y.npz")
+    assert {name: array.dtype.name for name, array in found.items()} == {
+        "file": "float64", "a/b": "float16", "half": "float32",
+    }  # fmt: skip
+    assert all((array == values).all() for array in found.values())
+
+
+def test_npz_of_bfloat16_written_by_numpy(tmp_path: Path) -> None:
+    values = np.array([1.0, 2.5, -3.0]).astype(ml_dtypes.bfloat16)
+    np.savez(tmp_path / "x.npz", x=values)
+    found = read_npz(tmp_path / "x.npz")["x"]
+    assert found.dtype == ml_dtypes.bfloat16
+    assert (found == values).all()
+
+
+def test_generate(rmsnorm: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def stand_in(folder: Path, prompt: str | list[int], *, max_new_tokens: int, provider: str) -> SimpleNamespace:
+        asked.append((folder, prompt, max_new_tokens, provider))
+        text = "7530" if isinstance(prompt, str) else None
+        return SimpleNamespace(text=text, ids=[7, 5, 3, 0], prompt_ids=[0, 1], tokens_per_second=9.5, with_past=True)
+
+    monkeypatch.setattr("rmsnorm_deploy.runtime.generate.generate", stand_in)
+    outcome = rmsnorm("generate", "out", "--prompt", "012+345=", "--max-new-tokens", "4")
+    assert (outcome.code, outcome.out) == (0, "7530\n")
+    assert "9.5 tokens/s" in outcome.err
+    outcome = rmsnorm("generate", "out", "--prompt-ids", "0,1", "--provider", "cuda")
+    assert outcome.out == "7,5,3,0\n"
+    content = rmsnorm("generate", "out", "--prompt-ids", "0,1", "--json").json
+    assert (content["schema"], content["ids"], content["text"]) == ("rmsnorm_deploy.generate/1", [7, 5, 3, 0], None)
+    assert asked[:2] == [(Path("out"), "012+345=", 4, "cpu"), (Path("out"), [0, 1], 32, "cuda")]
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--prompt", "a", "--prompt-ids", "1"), ("--prompt-ids", "1,x"), ("--prompt-ids", "")]
+)
+def test_generate_wants_one_prompt(rmsnorm: CommandLine, arguments: tuple[str, ...]) -> None:
+    outcome = rmsnorm("generate", "out", *arguments)
+    assert outcome.code == 2
+    assert "--prompt" in outcome.err
+
+
+# -------------------------------------------------------------------------------------------------------- targets
+
+
+def test_targets(rmsnorm: CommandLine) -> None:
+    content = rmsnorm("targets", "--json").json
+    assert content["schema"] == "rmsnorm_deploy.targets/1"
+    assert [(row["target"], row["form"], row["opset"]) for row in content["targets"]] == [
+        (cell.target, cell.form, cell.opset) for cell in TABLE
+    ]
+    people = rmsnorm("targets").out
+    reasons = {deviation.reason for cell in TABLE for deviation in cell.deviations}
+    assert all(people.count(reason) >= 1 for reason in reasons)
+
+
+def test_targets_markdown(rmsnorm: CommandLine) -> None:
+    table = [line for line in rmsnorm("targets", "--markdown").out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(TABLE)
+    assert {line.count("|") for line in table} == {8}
+
+
+# --------------------------------------------------------------------------------------------------------- doctor
+
+HERE = Surroundings(
+    versions={"onnxruntime": "1.30.0", "onnxruntime-gpu": None, "transformers": "5.0.0"},
+    imports={"torch": "", "onnx": ""},
+    onnxruntime="1.30.0",
+    providers={"cpu": "", "cuda": "no cuda", "tensorrt": "no tensorrt"},
+    compiled=["CPUExecutionProvider"],
+    gpus=[],
+    torch_cuda=None,
+    tensorrt=None,
+    tensorrt_problem="tensorrt is not installed",
+)
+
+
+def _ways(diagnosis: Diagnosis, target: str) -> dict[str, tuple[bool, str, str]]:
+    return {w.name: (w.possible, "; ".join(w.missing), "; ".join(w.get)) for w in diagnosis.targets[target]}
+
+
+def test_doctor_on_a_cpu_machine() -> None:
+    diagnosis = diagnose(HERE)
+    for target in TARGETS:
+        ways = _ways(diagnosis, target)
+        assert ways["export"][0]
+        assert ways["onnxruntime cpu"][0]
+        assert not ways["onnxruntime cuda"][0]
+        assert "rmsnorm-deploy[gpu]" in ways["onnxruntime cuda"][2]
+        assert "tensorrt-cu13<11" in ways["onnxruntime tensorrt"][2]
+        assert diagnosis.can_run(target)
+    assert "SimplifiedLayerNormalization" in _ways(diagnosis, "ort")["tensorrt"][1]
+
+
+def test_doctor_without_onnxruntime() -> None:
+    problems = dict.fromkeys(HERE.providers, "onnxruntime is not installed")
+    diagnosis = diagnose(dataclasses.replace(HERE, onnxruntime=None, providers=problems, compiled=[]))
+    assert not any(diagnosis.can_run(target) for target in TARGETS)
+    possible, missing, get = _ways(diagnosis, "primitives")["onnxruntime cpu"]
+    assert (possible, missing, get) == (False, "onnxruntime is not installed", 'pip install "rmsnorm-deploy[cpu]"')
+
+
+def test_doctor_with_everything() -> None:
+    everything = dataclasses.replace(
+        HERE,
+        providers=dict.fromkeys(HERE.providers, ""),
+        compiled=["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
+        gpus=["a GPU"],
+        torch_cuda="13.0",
+        tensorrt="11.1.0",
+        tensorrt_problem="",
+    )
+    diagnosis = diagnose(everything)
+    assert all(way.possible for target in ("primitives", "standard", "plugin") for way in diagnosis.targets[target])
+    assert diagnosis.warnings == []
+
+
+def test_doctor_finds_old_versions_and_clashes() -> None:
+    old = dataclasses.replace(
+        HERE,
+        onnxruntime="1.20.1",
+        versions={"onnxruntime": "1.20.1", "onnxruntime-gpu": "1.20.1", "transformers": None},
+        imports={"torch": "torch is not installed"},
+        gpus=["a GPU"],
+        tensorrt="10.9.0",
+        tensorrt_problem="",
+    )
+    diagnosis = diagnose(old)
+    assert "needs onnxruntime 1.23, and this is 1.20.1" in _ways(diagnosis, "ort")["onnxruntime cpu"][1]
+    assert "needs tensorrt 10.15, and this is 10.9.0" in _ways(diagnosis, "standard")["tensorrt"][1]
+    assert _ways(diagnosis, "plugin")["tensorrt"][0]
+    assert _ways(diagnosis, "plugin")["export"][1] == "torch is not installed"
+    assert len(diagnosis.warnings) == 2
+
+
+@pytest.mark.parametrize(("status", "wanted"), [(0, ["NVIDIA H200, 143771 MiB, 580.1"]), (9, [])])
+def test_doctor_asks_nvidia_smi(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, wanted: list[str]
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho 'NVIDIA H200, 143771 MiB, 580.1'\nexit {status}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert look().gpus == wanted
+
+
+def test_doctor_here(rmsnorm: CommandLine) -> None:
+    outcome = rmsnorm("doctor", "--json")
+    assert outcome.code == 0
+    content = outcome.json
+    assert content["schema"] == "rmsnorm_deploy.doctor/1"
+    assert content["onnxruntime"]["providers"]["cpu"] == {"works": True, "problem": ""}
+    assert all(content["targets"][target]["can_export"] for target in TARGETS)
+    outcome = rmsnorm("doctor", "--target", "ort")
+    assert outcome.code == 0
+    assert "onnxruntime cpu" in outcome.out
+
+
+def test_doctor_target_that_cannot_run(rmsnorm: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = dict.fromkeys(HERE.providers, "onnxruntime is not installed")
+    diagnosis = diagnose(dataclasses.replace(HERE, onnxruntime=None, providers=problems, compiled=[]))
+    monkeypatch.setattr("rmsnorm_deploy.runtime.doctor.examine", lambda say: diagnosis)
+    assert rmsnorm("doctor").code == 0
+    outcome = rmsnorm("doctor", "--target", "ort")
+    assert outcome.code == 4
+    assert 'pip install "rmsnorm-deploy[cpu]"' in outcome.out
+    assert rmsnorm("doctor", "--target", "nosuch").code == 2
+
+
+# ----------------------------------------------------------------------------------------------------------- demo
+
+
+def test_demo(rmsnorm: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rmsnorm_deploy.export.lowerings.TARGETS", ("ort",))
+    monkeypatch.setattr("rmsnorm_deploy.cli.demo._PROBLEMS", 20)
+    results: list[ExportResult] = []
+
+    def exported_once(*arguments: Any, **options: Any) -> list[ExportResult]:
+        return results or results.extend(export_model(*arguments, **options)) or results
+
+    monkeypatch.setattr("rmsnorm_deploy.export.exporter.export_model", exported_once)
+    outcome = rmsnorm("demo", "-o", tmp_path / "demo", "--json")
+    assert outcome.code == 0
+    content = outcome.json
+    assert (content["schema"], content["verdict"], content["problems"]) == ("rmsnorm_deploy.demo/1", "pass", 20)
+    (row,) = content["targets"]
+    assert (row["target"], row["parity"], row["accuracy"]) == ("ort", "pass", content["pytorch_accuracy"])
+    manifest = json.loads((Path(row["folder"]) / "manifest.json").read_text())
+    assert (manifest["task"], manifest["tokenizer"]) == ("addition", "rmsnorm_deploy.addition")
+    # A file that gets fewer sums right than PyTorch fails, whatever its numbers are.
+    run = OrtRunner.run
+    monkeypatch.setattr(OrtRunner, "run", lambda runner, feeds: _forgetful(run(runner, feeds)))
+    outcome = rmsnorm("demo")
+    assert outcome.code == 1
+    assert "0 of 20" in outcome.out
+    assert "verdict: fail" in outcome.out
+
+
+def _forgetful(outputs: dict[str, Any]) -> dict[str, Any]:
+    """Zeros for the batch of sums; the runs of the validation are smaller."""
+    return {name: value * 0 if len(value) == 20 else value for name, value in outputs.items()}

@@ -1,0 +1,41 @@
+"""The command line starts quickly, and without the heavy libraries."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+SECONDS = 0.5
+HEAVY = ("torch", "onnxruntime", "onnx", "onnx_ir", "transformers", "numpy", "ml_dtypes", "rich")
+
+_HELP = "import sys; sys.argv = ['rmsnorm', '--help']; from rmsnorm_deploy.cli import main; main()"
+_IMPORT = "import rmsnorm_deploy; rmsnorm_deploy.NormSpec; rmsnorm_deploy.UsageError"
+
+
+@pytest.mark.parametrize("code", [_HELP, _IMPORT, "import rmsnorm_deploy.cli; rmsnorm_deploy.cli.app"])
+def test_starts_within_half_a_second(code: str) -> None:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < SECONDS
+
+
+@pytest.mark.parametrize("code", [_HELP, _IMPORT, _HELP.replace("--help", "targets")])
+def test_imports_nothing_heavy(code: str) -> None:
+    report = f"import atexit, sys; atexit.register(lambda: print(*[m for m in {HEAVY!r} if m in sys.modules], end='|'))"
+    answer = subprocess.run([sys.executable, "-c", f"{report}\n{code}"], check=True, capture_output=True, text=True)
+    assert answer.stdout.endswith("\n|") or answer.stdout == "|", answer.stdout.splitlines()[-1]
+
+
+def test_every_public_name_exists() -> None:
+    import rmsnorm_deploy
+
+    for name in rmsnorm_deploy.__all__:
+        assert getattr(rmsnorm_deploy, name).__name__ == name
+    with pytest.raises(AttributeError, match="nosuch"):
+        _ = rmsnorm_deploy.nosuch
