@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -120,6 +121,7 @@ def _capture_transformers(
     else:
         _drop_cache_outputs(program)
     _freeze_scalars(program, sample)
+    _refuse_overflowed_mask(model, program)
     return Capture(program, with_past, notes)
 
 
@@ -182,6 +184,22 @@ def _drop_outputs(program: ir.Model, prefix: str) -> None:
     if len(kept) != len(program.graph.outputs):
         program.graph.outputs[:] = kept
         RemoveUnusedNodesPass()(program)
+
+
+def _refuse_overflowed_mask(model: nn.Module, program: ir.Model) -> None:
+    """The smallest float64, which masks attention, passes through float32 upstream and arrives as -inf; 0 * -inf is NaN.
+
+    Raises:
+        UnsupportedError: this happened.
+    """
+    for node in program.graph.all_nodes():
+        for value in node.inputs if node.op_type == "Mul" else ():
+            constant = value.const_value if value is not None and value.dtype == ir.DataType.DOUBLE else None
+            if constant is not None and constant.size == 1 and np.isinf(constant.numpy()).all():
+                raise UnsupportedError(
+                    f"{type(model).__name__} in float64: transformers' exporter writes the attention mask as infinity, "
+                    "and the file would give NaN. Export in float32."
+                )
 
 
 def _freeze_scalars(program: ir.Model, sample: Mapping[str, Any]) -> None:

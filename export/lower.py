@@ -65,12 +65,18 @@ def lower(model: ir.Model, target: str, opset: int | None = None) -> tuple[ir.Mo
     wanted = opset_for(target, opset)
     lowered = model.clone()
     raise_opset(lowered, wanted)
-    constants: dict[Any, ir.Value] = {}
-    sites = []
-    for node in list(_captured(lowered.graph)):
-        sites.append(_lower_node(lowered.graph, node, target, wanted, constants))
+    shared = _Shared({}, {node.name for node in lowered.graph.all_nodes() if node.name})
+    sites = [_lower_node(lowered.graph, node, target, wanted, shared) for node in list(_captured(lowered.graph))]
     _finish(lowered, target)
     return lowered, sites
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What the norms of one model share: constants by value, and the node names already taken."""
+
+    constants: dict[Any, ir.Value]
+    names: set[str]
 
 
 def _captured(graph: ir.Graph) -> Iterator[ir.Node]:
@@ -79,7 +85,7 @@ def _captured(graph: ir.Graph) -> Iterator[ir.Node]:
             yield node
 
 
-def _lower_node(root: ir.Graph, node: ir.Node, target: str, opset: int, constants: dict[Any, ir.Value]) -> LoweredSite:
+def _lower_node(root: ir.Graph, node: ir.Node, target: str, opset: int, shared: _Shared) -> LoweredSite:
     graph = node.graph
     if not isinstance(graph, ir.Graph):
         raise ValueError("a captured norm stands outside any graph")
@@ -96,12 +102,12 @@ def _lower_node(root: ir.Graph, node: ir.Node, target: str, opset: int, constant
     if isinstance(cell, LoweringRefusal):
         raise cell.to_error()
     metadata = {**_kept(node), PATH_KEY: path, TARGET_KEY: target, FORM_KEY: form}
-    builder = Builder(graph, root, metadata, constants)
+    builder = Builder(graph, root, metadata, shared.constants)
     operands = (add.inputs[0], add.inputs[1]) if add is not None and target == "plugin" else None
     inputs = NormInputs(x, weight, bias, gate, operands)  # type: ignore[arg-type]
     emitted = emit(builder, spec, inputs, target, path)
     emitted.core.metadata_props[SPEC_KEY] = spec.to_json()
-    _name(builder, path)
+    _name(builder, path, shared.names)
     _replace(builder, node, add, emitted)
     return LoweredSite(path, spec, form, emitted.core.name or "", dtype, deviations(cell, spec, dtype))
 
@@ -144,10 +150,18 @@ def _take_over(old: ir.Value, new: ir.Value) -> None:
         new.shape = shape
 
 
-def _name(builder: Builder, path: str) -> None:
-    """Nodes are called after the module they came from, so that a profile or an engine can be read."""
-    for index, node in enumerate(builder.nodes):
-        node.name = f"{path or 'norm'}/{node.op_type}" + (f"_{index}" if index else "")
+def _name(builder: Builder, path: str, taken: set[str]) -> None:
+    """Nodes are called after the module they came from, so that a profile or an engine can be read.
+
+    A norm called several times has nodes of several numbers: node names are unique.
+    """
+    for node in builder.nodes:
+        base = name = f"{path or 'norm'}/{node.op_type}"
+        number = 1
+        while name in taken:
+            name, number = f"{base}_{number}", number + 1
+        taken.add(name)
+        node.name = name
 
 
 def _kept(node: ir.Node) -> dict[str, str]:

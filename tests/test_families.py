@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from helpers.families import CACHED, FAMILIES, build
 from torch import nn
 
 from rmsnorm_deploy.export.exporter import PreparedModel, prepare, save
 from rmsnorm_deploy.export.lowerings import TARGETS
+from rmsnorm_deploy.models.errors import UnsupportedError
 from rmsnorm_deploy.models.recognise import recognise
 from rmsnorm_deploy.runtime.ort_runner import optimized_op_counts
 from rmsnorm_deploy.runtime.validate import validate
@@ -48,6 +50,25 @@ def test_exports_with_cache_agree_with_pytorch(name: str, dtype: str, tmp_path: 
     prepared = prepare(model, with_past=True)
     for target in TARGETS:
         _check_target(prepared, model, name, dtype, target, tmp_path)
+
+
+def test_an_overflowed_mask_is_refused_in_float64() -> None:
+    with pytest.raises(UnsupportedError, match="LlamaForCausalLM in float64: .* Export in float32"):
+        prepare(build("llama", torch.float64))
+
+
+def test_what_the_exporter_cannot_do_names_model_cause_and_way_out() -> None:
+    options = {**FAMILIES["llama"].options, "intermediate_size_mlp": 48, "head_dim": 8, "num_local_experts": 2}
+    model = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**options)).eval()
+    assert len(recognise(model).sites) == 7
+    with pytest.raises(UnsupportedError, match=r"Llama4ForCausalLM could not be captured.*complex.*Try"):
+        prepare(model)
+
+
+@pytest.mark.parametrize("name", ["t5", "mamba2"])
+def test_a_model_without_kv_cache_is_refused_with_past(name: str) -> None:
+    with pytest.raises(UnsupportedError, match="Leave --with-past out"):
+        prepare(build(name), with_past=True)
 
 
 def _check_target(prepared: PreparedModel, model: nn.Module, name: str, dtype: str, target: str, folder: Path) -> None:

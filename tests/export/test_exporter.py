@@ -212,6 +212,28 @@ def test_static_export_fixes_every_dim(model: Residual, tmp_path: Path) -> None:
     assert result.manifest["inputs"][0]["shape"] == [2, 3, 16]
 
 
+def test_a_norm_called_several_times(tmp_path: Path) -> None:
+    class Shared(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.RMSNorm(16)
+            self.linear = torch.nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.linear(self.norm(x)) + self.norm(x * 3))
+
+    own = Shared().eval()
+    x = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
+    prepared = prepare(own, inputs={"x": torch.randn(3, 16)})
+    for target in TARGETS:
+        result = save(prepared, tmp_path / target, target)
+        assert len(result.manifest["sites"][0]["calls"]) == 3
+        assert result.manifest["inputs"][0]["shape"] == ["batch", 16]
+        with OrtRunner(result.folder / "model.onnx") as runner, torch.no_grad():
+            (got,) = runner.run({"x": x}).values()
+            assert np.abs(got - own(torch.from_numpy(x)).numpy()).max() < 4e-6
+
+
 def test_weights_go_to_external_data(tmp_path: Path) -> None:
     (result,) = export_model(Residual(32), tmp_path / "out", inputs={"x": torch.randn(2, 3, 32)})
     model = onnx.load(result.folder / "model.onnx", load_external_data=False)
