@@ -187,7 +187,7 @@ def _drop_outputs(program: ir.Model, prefix: str) -> None:
 
 
 def _refuse_overflowed_mask(model: nn.Module, program: ir.Model) -> None:
-    """The smallest float64, which masks attention, passes through float32 upstream and arrives as -inf; 0 * -inf is NaN.
+    """The lowest float64, which masks attention, passes through float32 upstream and arrives as -inf; 0 * -inf is NaN.
 
     Raises:
         UnsupportedError: this happened.

@@ -53,7 +53,7 @@ def test_exports_with_cache_agree_with_pytorch(name: str, dtype: str, tmp_path: 
 
 
 def test_an_overflowed_mask_is_refused_in_float64() -> None:
-    with pytest.raises(UnsupportedError, match="LlamaForCausalLM in float64: .* Export in float32"):
+    with pytest.raises(UnsupportedError, match=r"LlamaForCausalLM in float64: .* Export in float32"):
         prepare(build("llama", torch.float64))
 
 
