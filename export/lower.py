@@ -95,6 +95,7 @@ def _lower_node(root: ir.Graph, node: ir.Node, target: str, opset: int, shared: 
     if x is None or x.dtype is None:
         raise ValueError(f"norm {path!r} has no typed input")
     add = _residual_add(x)
+    _fix_width(x, node)
     form: Form = "add" if add is not None else "plain"
     dtype = _dtype_name(x.dtype)
     environment = Environment(opset=opset, dtype=dtype, top_level=graph is root)
@@ -110,6 +111,14 @@ def _lower_node(root: ir.Graph, node: ir.Node, target: str, opset: int, shared: 
     _name(builder, path, shared.names)
     _replace(builder, node, add, emitted)
     return LoweredSite(path, spec, form, emitted.core.name or "", dtype, deviations(cell, spec, dtype))
+
+
+def _fix_width(x: ir.Value, node: ir.Node) -> None:
+    """The normalised dims are those that the module was recognised with, also where the graph lost track of them."""
+    width = node.attributes["width"].as_string() if "width" in node.attributes else ""
+    sizes = [int(size) for size in width.split("x") if size]
+    if sizes and x.shape is not None and len(x.shape) >= len(sizes):
+        x.shape = ir.Shape([*x.shape[: len(x.shape) - len(sizes)], *sizes])
 
 
 def _residual_add(x: ir.Value) -> ir.Node | None:

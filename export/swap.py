@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..models.calls import NormCall, replace_forward
 from ..models.eager import eager
 from ..models.site import Recognition, Refusal, Site
-from ..models.spec import NormSpec
 
 # The node in a captured graph, before it is lowered. Its inputs are x, weight, bias, gate.
 CAPTURE_DOMAIN = "rmsnorm_deploy.capture"
@@ -56,7 +54,7 @@ def swapped(model: nn.Module, sites: list[Site], *, check: bool = False) -> Iter
     try:
         for site in sites:
             module = model.get_submodule(site.path)
-            object.__setattr__(module, "forward", _replacement(module, site, report, check))
+            _swap(module, site, report, check)
             replaced.append(module)
         yield report
     finally:
@@ -64,49 +62,36 @@ def swapped(model: nn.Module, sites: list[Site], *, check: bool = False) -> Iter
             vars(module).pop("forward", None)
 
 
-def _replacement(module: nn.Module, site: Site, report: SwapReport, check: bool) -> Callable[..., Tensor]:
-    original = module.forward
-    signature = inspect.signature(original)
-    names = list(signature.parameters)
-
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        given = signature.bind(*args, **kwargs).arguments
-        x = given.pop(names[0])
-        gate = given.pop(names[1], None) if site.spec.gate != "none" else None
-        others = sorted(name for name, value in given.items() if value is not None)
-        if others or not isinstance(x, Tensor):
-            report.differing.setdefault(site.path, f"it is called with {', '.join(others)}, which no spec covers")
-            return original(*args, **kwargs)
-        spec = site.spec if gate is not None else site.spec.replace(gate="none", activation="none")
-        weight = getattr(module, site.weight) if site.weight else None
-        bias = getattr(module, site.bias) if site.bias else None
+def _swap(module: nn.Module, site: Site, report: SwapReport, check: bool) -> None:
+    def compute(call: NormCall, original: Callable[[], Tensor]) -> Tensor:
         if torch.compiler.is_exporting():
-            return _node(site, spec, x, weight, bias, gate)
-        result = eager(spec, x, weight, bias, gate)
-        if check and not _same(result, original(*args, **kwargs)):
+            return _node(site, call)
+        result = eager(call.spec, call.x, call.weight, call.bias, call.gate)
+        if check and not _same(result, original()):
+            weight = f", weight {call.weight.dtype}" if call.weight is not None else ""
             report.differing[site.path] = (
-                f"as this model calls it (x {tuple(x.shape)} {x.dtype}"
-                f"{f', weight {weight.dtype}' if weight is not None else ''}), its result is not the spec's"
+                f"as this model calls it (x {tuple(call.x.shape)} {call.x.dtype}{weight}), its result is not the spec's"
             )
         return result
 
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    return forward
+    def unknown(names: str) -> None:
+        report.differing.setdefault(site.path, f"it is called with {names}, which no spec covers")
+
+    replace_forward(module, site, compute, unknown)
 
 
-def _node(
-    site: Site, spec: NormSpec, x: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None
-) -> Tensor:
+def _node(site: Site, call: NormCall) -> Tensor:
     # The node says nothing of the width that the norm wants, so the capture has to be told.
+    x, spec = call.x, call.spec
     for dim, size in zip(x.shape[-len(site.width) :] if site.width else (), site.width or (), strict=True):
         torch._check(dim == size)
     dtype = x.dtype
-    if weight is not None and spec.order != "scale_then_cast" and gate is None:
-        dtype = torch.promote_types(x.dtype, weight.dtype)
+    if call.weight is not None and spec.order != "scale_then_cast" and call.gate is None:
+        dtype = torch.promote_types(x.dtype, call.weight.dtype)
     return torch.onnx.ops.symbolic(
         f"{CAPTURE_DOMAIN}::{CAPTURE_OP}",
-        [x, weight, bias, gate],
-        {"spec": spec.to_json(), "path": site.path},
+        [x, call.weight, call.bias, call.gate],
+        {"spec": spec.to_json(), "path": site.path, "width": "x".join(map(str, site.width or ()))},
         dtype=dtype,
         shape=x.shape,
         version=1,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..models.calls import NormCall, replace_forward
 from ..models.recognise import recognise
 from ..models.reference import reference
-from ..models.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,32 +30,17 @@ def truth_model(model: nn.Module) -> nn.Module:
     if getattr(truth, "_can_set_experts_implementation", lambda: False)():
         truth.set_experts_implementation("eager")  # type: ignore[operator]  # grouped products exist in float32 only
     for site in recognition.sites:
-        module = truth.get_submodule(site.path)
-        object.__setattr__(module, "forward", _forward(module, site))
+        replace_forward(truth.get_submodule(site.path), site, _exact, _ignore)
     return truth
 
 
-def _forward(module: nn.Module, site: Site) -> Callable[..., Tensor]:
-    import inspect
-
+def _exact(call: NormCall, original: Callable[[], Tensor]) -> Tensor:
     import torch
 
-    original = module.forward
-    signature = inspect.signature(original)
-    names = list(signature.parameters)
+    del original
+    arrays = [None if t is None else t.detach().cpu().numpy() for t in (call.weight, call.bias, call.gate)]
+    return torch.from_numpy(reference(call.spec, call.x.detach().cpu().numpy(), *arrays)).to(call.x.device)
 
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        given = signature.bind(*args, **kwargs).arguments
-        x = given.pop(names[0])
-        gate = given.pop(names[1], None) if site.spec.gate != "none" else None
-        if any(value is not None for value in given.values()):
-            return original(*args, **kwargs)
-        spec = site.spec if gate is not None else site.spec.replace(gate="none", activation="none")
-        weight = getattr(module, site.weight).detach().cpu().numpy() if site.weight else None
-        bias = getattr(module, site.bias).detach().cpu().numpy() if site.bias else None
-        gate_array = gate.detach().cpu().numpy() if gate is not None else None
-        result = reference(spec, x.detach().cpu().numpy(), weight, bias, gate_array)
-        return torch.from_numpy(result).to(x.device)
 
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    return forward
+def _ignore(names: str) -> None:
+    """A call that no spec covers runs the widened module itself."""
