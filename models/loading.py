@@ -93,12 +93,13 @@ def _dispatch(source: str, dtype: str | None, trust_remote_code: bool) -> Loaded
 
 
 def _builtin(source: str, name: str) -> LoadedModel:
-    from . import decoder
+    from .checkpoint import addition
+    from .decoder import small_decoder
 
     if name == "addition":
-        return LoadedModel(decoder.addition(), source, "decoder", task="addition")
+        return LoadedModel(addition(), source, "decoder", task="addition")
     if name == "small":
-        return LoadedModel(decoder.small_decoder(), source, "decoder")
+        return LoadedModel(small_decoder(), source, "decoder")
     raise UsageError(f"unknown built-in model {name!r}; there are {', '.join(f'builtin:{n}' for n in BUILTINS)}.")
 
 
@@ -115,9 +116,9 @@ def _folder(source: str, path: Path, dtype: str | None, trust_remote_code: bool)
         raise UsageError(f"{config} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{config} holds a {type(values).__name__} and not the fields of a model's config.")
-    if values.get("format") == "rmsnorm_deploy.decoder":
-        from .decoder import load_decoder
+    from .checkpoint import FORMAT, load_decoder
 
+    if values.get("format") == FORMAT:
         return LoadedModel(load_decoder(path), source, "decoder", path, task=values.get("task"))
     return _transformers(source, path, dtype, trust_remote_code)
 

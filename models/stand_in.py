@@ -38,10 +38,16 @@ def stand_in(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def untouched_random_state(devices: list[torch.device]) -> Iterator[None]:
-    """Give the random state of torch (on the CPU and `devices`), NumPy and Python back as it was."""
+    """Give the random state of torch (on the CPU and `devices`), NumPy and Python back as it was.
+
+    Inside, all three start from the same numbers each time, so that a module which draws some is judged alike.
+    """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=devices):
+            torch.default_generator.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
             yield
     finally:
         random.setstate(python_state)

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .addition import ANSWER_DIGITS, VOCABULARY, Problem, accuracy, draw, encode, problems, torch_step
-from .decoder import Decoder, DecoderConfig, random_decoder, save_decoder
+from .checkpoint import save_decoder
+from .decoder import Decoder, DecoderConfig, random_decoder
 from .errors import RmsnormDeployError, UsageError
 
 CONFIG = DecoderConfig(

@@ -25,8 +25,8 @@ from rmsnorm_deploy.models.addition import (
     solve,
     torch_step,
 )
-from rmsnorm_deploy.models.decoder import addition as shipped_decoder
-from rmsnorm_deploy.models.decoder import load_decoder
+from rmsnorm_deploy.models.checkpoint import addition as shipped_decoder
+from rmsnorm_deploy.models.checkpoint import load_decoder
 from rmsnorm_deploy.models.errors import RmsnormDeployError, UsageError
 
 

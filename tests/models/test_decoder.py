@@ -12,18 +12,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from rmsnorm_deploy.models import decoder
+from rmsnorm_deploy.models.checkpoint import CHECKPOINTS, addition, load_decoder, save_decoder
 from rmsnorm_deploy.models.decoder import (
     NORMS,
     DecoderConfig,
     NormKind,
-    addition,
     causal_mask,
-    load_decoder,
     random_decoder,
     rotary_table,
     rotate,
-    save_decoder,
     small_decoder,
 )
 from rmsnorm_deploy.models.errors import UsageError
@@ -182,7 +179,7 @@ def test_shipped_decoder_is_a_trained_llama_below_two_megabytes() -> None:
     norms = [p for name, p in model.named_parameters() if "norm" in name]
     assert len(norms) == 2 * model.config.num_layers + 1
     assert all(weight.std() > 0.01 for weight in norms)
-    folder = decoder.CHECKPOINTS / "addition"
+    folder = CHECKPOINTS / "addition"
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 2_000_000
 
 

@@ -297,7 +297,8 @@ def test_code_that_comes_with_a_checkpoint_is_not_run_unless_asked(tmp_path: Pat
 
 
 def test_a_decoder_folder_loads(tmp_path: Path) -> None:
-    from rmsnorm_deploy.models.decoder import save_decoder, small_decoder
+    from rmsnorm_deploy.models.checkpoint import save_decoder
+    from rmsnorm_deploy.models.decoder import small_decoder
 
     model = small_decoder()
     save_decoder(model, tmp_path / "model")

@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.look_alikes import LOOK_ALIKES, NamedRMSNorm
 from helpers.norm_zoo import (
     BARE,
     CAST_FIRST,
     FLOAT32_EPS,
     FLOAT64_EPS,
-    LOOK_ALIKES,
     ONE_PLUS,
     TORCH,
     ZOO,
     EvalOnlyDropout,
-    NamedRMSNorm,
     Weighted,
     hub_class,
     normalised,
@@ -137,6 +136,7 @@ def test_width_does_not_matter(width: int) -> None:
 # Look-alikes ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize("name", LOOK_ALIKES)
 def test_look_alike_is_refused_with_the_reason_or_passed_over(name: str) -> None:
     expected = LOOK_ALIKES[name].refused
@@ -378,6 +378,17 @@ def test_recognition_leaves_every_random_state_as_it_was() -> None:
     before = [state() for state in states]
     assert len(recognise(nn.ModuleList([Counting(), EvalOnlyDropout(), NamedRMSNorm(8)])).sites) == 2
     assert [state() for state in states] == before
+
+
+@pytest.mark.parametrize("name", ["random", "always_dropping", "torch"])
+def test_recognition_does_not_depend_on_the_random_state(name: str) -> None:
+    found = []
+    for seed in range(6):
+        module = LOOK_ALIKES[name].make() if name in LOOK_ALIKES else ZOO[name].build()
+        for set_seed in (torch.manual_seed, random.seed, np.random.seed):
+            set_seed(seed)
+        found.append(recognise(module))
+    assert all(one == found[0] for one in found)
 
 
 def test_recognition_leaves_the_modes_of_torch_as_they_were() -> None:
