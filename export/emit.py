@@ -181,19 +181,15 @@ def _grouped_core(
 ) -> Emitted:
     """The core, with x's last dims regrouped into one where the spec has groups or the plugin needs a single dim."""
     dims = spec.trailing_dims
-    flatten = target == "plugin" and dims > 1
     eps, after = spec.eps, None
     if spec.reduction == "sum" and target != "primitives":
         count = _count(h, dims, path) if spec.group_size is None else spec.group_size
         eps, after = spec.eps / count, builder.constant(np.array(1 / math.sqrt(count)), _type(h), "inverse_root")
     shape = h.shape
-    rank = len(shape) if shape is not None else None
-    if spec.group_size is not None or flatten:
-        if rank is None:
-            raise UnsupportedError(f"norm {path!r}: the rank of its input is unknown, so its groups cannot be written.")
-        last = [-1, spec.group_size] if spec.group_size is not None else [-1]
-        h = _reshape(builder, h, [0] * (rank - dims) + last)
-        scale = _reshape(builder, scale, [-1]) if scale is not None else None
+    regrouped = spec.group_size is not None or (target == "plugin" and dims > 1)
+    if regrouped:
+        h = _reshape_tail(builder, h, dims, _regrouped(h, dims, spec.group_size), path)
+        scale = _reshape_tail(builder, scale, dims, [-1], path) if scale is not None else None
         dims = 1
     core = Core(
         h, scale, 0.0, eps, dims, False,
@@ -202,20 +198,32 @@ def _grouped_core(
     )  # fmt: skip
     emitted = _emit_core(builder, core, target, dtype)
     output = emitted.output
-    if rank is not None and (spec.group_size is not None or flatten) and shape is not None:
-        tail = [d if isinstance(d, int) else -1 for d in shape[rank - spec.trailing_dims :]]
-        output = _reshape(builder, output, [0] * (rank - spec.trailing_dims) + tail)
+    if regrouped and shape is not None:
+        tail = [dim if isinstance(dim, int) else -1 for dim in shape[len(shape) - spec.trailing_dims :]]
+        output = _reshape_tail(builder, output, 1 if spec.group_size is None else 2, tail, path)
         output.shape = shape.copy()
     if after is not None:
         output = builder.binary("Mul", output, after, shape)
     return Emitted(output, None, emitted.core)
 
 
-def _reshape(builder: Builder, value: ir.Value, target: list[int]) -> ir.Value:
-    dims = builder.constant(np.array(target), ir.DataType.INT64, "shape")
-    known = [value.shape[i] if d == 0 and value.shape is not None else None for i, d in enumerate(target)]
-    shape = ir.Shape([k if d == 0 else (d if d > 0 else None) for k, d in zip(known, target, strict=True)])
-    return builder.op("Reshape", [value, dims], dtype=_type(value), shape=shape)
+def _regrouped(value: ir.Value, dims: int, group_size: int | None) -> list[int]:
+    """The dims that take the place of the last `dims`: groups and their size, or all in one. -1 where unknown."""
+    tail = _static_tail(value.shape, dims)
+    count = math.prod(tail) if tail is not None else -1
+    if group_size is None:
+        return [count]
+    return [count // group_size if count >= 0 else -1, group_size]
+
+
+def _reshape_tail(builder: Builder, value: ir.Value, dims: int, tail: list[int], path: str) -> ir.Value:
+    """The value with its last `dims` dims replaced by `tail`; the dims before them are kept, also where they are 0."""
+    if value.shape is None:
+        raise UnsupportedError(f"norm {path!r}: the rank of its input is unknown, so its groups cannot be written.")
+    kept = len(value.shape) - dims
+    target = builder.constant(np.array([0] * kept + tail), ir.DataType.INT64, "shape")
+    shape = ir.Shape([*value.shape[:kept], *(size if size >= 0 else None for size in tail)])
+    return builder.op("Reshape", [value, target], dtype=_type(value), shape=shape)
 
 
 # The cores --------------------------------------------------------------------------------------------------------

@@ -94,7 +94,8 @@ def _lower_node(root: ir.Graph, node: ir.Node, target: str, opset: int, shared: 
     x, weight, bias, gate = (*node.inputs, None, None, None)[:4]
     if x is None or x.dtype is None:
         raise ValueError(f"norm {path!r} has no typed input")
-    add = _residual_add(x)
+    # A fused node stands where the Add stood, and a weight that is computed may come after that.
+    add = _residual_add(x) if weight is None or weight.is_initializer() else None
     _fix_width(x, node)
     form: Form = "add" if add is not None else "plain"
     dtype = _dtype_name(x.dtype)
@@ -108,6 +109,10 @@ def _lower_node(root: ir.Graph, node: ir.Node, target: str, opset: int, shared: 
     inputs = NormInputs(x, weight, bias, gate, operands)  # type: ignore[arg-type]
     emitted = emit(builder, spec, inputs, target, path)
     emitted.core.metadata_props[SPEC_KEY] = spec.to_json()
+    if operands is not None and emitted.total is None:  # a gate or a bias stands between the add and the plugin
+        form = "plain"
+        for written in builder.nodes:
+            written.metadata_props[FORM_KEY] = form
     _name(builder, path, shared.names)
     _replace(builder, node, add, emitted)
     return LoweredSite(path, spec, form, emitted.core.name or "", dtype, deviations(cell, spec, dtype))
@@ -129,9 +134,13 @@ def _residual_add(x: ir.Value) -> ir.Node | None:
     for operand in add.inputs:
         if operand is None or operand.dtype != x.dtype or operand.shape is None or operand.is_initializer():
             return None
-        if list(operand.shape) != list(x.shape):
+        if list(operand.shape) != list(x.shape) or any(_unknown(dim) for dim in x.shape):
             return None
     return add
+
+
+def _unknown(dim: int | ir.SymbolicDim) -> bool:
+    return isinstance(dim, ir.SymbolicDim) and dim.value is None
 
 
 def _replace(builder: Builder, node: ir.Node, add: ir.Node | None, emitted: Emitted) -> None:

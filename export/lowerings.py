@@ -7,6 +7,8 @@ still differ in the last bits.
 
 from __future__ import annotations
 
+import dataclasses
+import struct
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -29,7 +31,7 @@ class Deviation:
     """A case in which a cell does not round where the module rounds.
 
     Attributes:
-        order: the order of casts it applies to.
+        order: the order of casts it applies to, or `any`.
         dtypes: the dtypes it applies to.
         runtime: where it shows: a runtime's name, or `any`.
         ulp: largest difference from the module's own result, in ULP of the output dtype; None if it has no bound
@@ -79,6 +81,7 @@ _FACTOR_NOT_CAST = Deviation("cast_factor", HALF, "any", 1.5, "the factor is not
 _ORT_FACTOR_NOT_CAST = Deviation(
     "cast_factor", HALF, "onnxruntime", 1.5, "ONNX Runtime may fuse the norm, and then does not round the factor"
 )
+_ROUNDED_EPS = Deviation("any", ("float64",), "any", None, "the operator holds epsilon as float32")
 _ALL = ("float32", "float16", "bfloat16", "float64")
 
 # fmt: off
@@ -93,19 +96,19 @@ TABLE: tuple[Cell, ...] = (
          "the Add stays: its sum is the second output"),
     Cell("standard", "plain", "RMSNormalization", 23, _ALL,
          (("onnxruntime", "1.23"), ("tensorrt", "10.15")),
-         (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS),
+         (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
          "Cast to float32 and back around it where the module scales before it casts"),
     Cell("standard", "add", "Add, RMSNormalization", 23, _ALL,
          (("onnxruntime", "1.23"), ("tensorrt", "10.15")),
-         (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS),
+         (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
          "the Add stays: its sum is the second output"),
     Cell("ort", "plain", "SimplifiedLayerNormalization", 18, _ALL,
          (("onnxruntime", "1.23"),),
-         (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS),
+         (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
          "ONNX Runtime's own fused operator; nothing else runs it"),
     Cell("ort", "add", "Add, SimplifiedLayerNormalization", 18, _ALL,
          (("onnxruntime", "1.23"),),
-         (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS),
+         (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
          "SkipSimplifiedLayerNormalization is several times less accurate on the CPU, so it is not written"),
     Cell("plugin", "plain", "rmsnorm_deploy::RMSNorm", 18, ("float32", "float16", "bfloat16"),
          (("tensorrt", "10.7"), ("onnxruntime", "1.23")),
@@ -193,13 +196,35 @@ def resolve(spec: NormSpec, form: Form, target: str, environment: Environment) -
 def deviations(chosen: Cell, spec: NormSpec, dtype: str, runtime: str | None = None) -> list[Deviation]:
     """Where `chosen` is not exact for this norm; with a runtime, only what shows there."""
     return [
-        d
+        dataclasses.replace(d, ulp=_bound(d.ulp, spec))
         for d in chosen.deviations
-        if d.order == spec.order
-        and dtype in d.dtypes
-        and (runtime is None or d.runtime in ("any", runtime))
-        and (spec.has_weight or d.order != "cast_then_scale")
+        if dtype in d.dtypes and _concerns(d, spec) and (runtime is None or d.runtime in ("any", runtime))
     ]
+
+
+def _concerns(deviation: Deviation, spec: NormSpec) -> bool:
+    if deviation.order == "any":  # an epsilon that float32 cannot hold, where the statistics are wider
+        return spec.statistics != "float32" and not _is_float32(spec.eps)
+    return deviation.order == spec.order and (spec.has_weight or deviation.order != "cast_then_scale")
+
+
+def _is_float32(value: float) -> bool:
+    try:
+        return bool(struct.unpack("f", struct.pack("f", value))[0] == value)
+    except OverflowError:
+        return False
+
+
+def _bound(ulp: float | None, spec: NormSpec) -> float | None:
+    """The table's bound is for one rounding that is left out, with at most one behind it.
+
+    A bias may cancel what the rounding is measured against; each further rounding (a gate's, a weight's behind a
+    rounded factor) hands on the error of the one before, which a change of binade can double.
+    """
+    if ulp is None or spec.bias:
+        return None
+    further = spec.gate == "after" or (spec.order == "cast_factor" and spec.has_weight)
+    return 2 * ulp if further else ulp
 
 
 def opset_for(target: str, opset: int | None) -> int:

@@ -7,6 +7,10 @@ import onnx_ir as ir
 
 from ..models.errors import UnsupportedError
 
+# What the comparison of two definitions cannot see: scales per channel instead of per group, modes under other names,
+# an axis that became an input with another default.
+_MEANING_CHANGED = {"GroupNormalization": 21, "GridSample": 20, "DFT": 20}
+
 
 def raise_opset(model: ir.Model, opset: int) -> None:
     """Set the default domain's import to `opset`, after checking every operator.
@@ -41,7 +45,7 @@ def _changes(node: ir.Node, current: int, opset: int) -> bool:
         return False  # an operator that onnx does not know (ONNX Runtime's own) has no versions to differ
     if old.since_version == new.since_version:
         return False
-    if new.deprecated or node.op_type == "GroupNormalization":  # its scale is per channel from opset 21 on
+    if new.deprecated or current < _MEANING_CHANGED.get(node.op_type, 0) <= opset:
         return True
     if [i.name for i in old.inputs] != [i.name for i in new.inputs[: len(old.inputs)]]:
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any, Literal, get_args
 
 from .errors import UsageError
@@ -26,6 +27,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "gate": get_args(Gate),
     "activation": get_args(Activation),
 }
+_KINDS: dict[str, type | UnionType] = {
+    "trailing_dims": int,
+    "group_size": int | None,
+    "bias": bool,
+    "offset_in_float32": bool,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +45,7 @@ class NormSpec:
         h = h * factor                   (over the last `trailing_dims` dims, or groups of `group_size`)
         scale_then_cast:  y = cast(h * scale + bias, D)
         cast_then_scale:  y = cast(h, D) * scale + bias
-        cast_factor:      y = x * cast(factor, D) * scale + bias
+        cast_factor:      y = cast(x in S, D) * cast(factor, D) * scale + bias
         no_upcast:        S is D throughout: nothing is cast at all
         y = cast(y * act(gate in S), D)  (when gate == "after"; before the cast of scale_then_cast)
 
@@ -80,6 +87,9 @@ class NormSpec:
                 raise UsageError(f"NormSpec.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
         if not (isinstance(self.eps, int | float) and self.eps >= 0):
             raise UsageError(f"NormSpec.eps is {self.eps!r}; it must be a number of at least 0.")
+        for name, kind in _KINDS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise UsageError(f"NormSpec.{name} is {getattr(self, name)!r}, which is of the wrong type.")
         if self.trailing_dims < 1:
             raise UsageError(f"NormSpec.trailing_dims is {self.trailing_dims}; it must be at least 1.")
         if self.group_size is not None and (self.group_size < 1 or self.trailing_dims != 1):
@@ -109,6 +119,8 @@ class NormSpec:
         Raises:
             UsageError: a field is unknown or has a value that no spec may have.
         """
+        if not isinstance(values, dict) or "eps" not in values:
+            raise UsageError(f"not a NormSpec: {str(values)[:80]!r}; it must be an object with at least eps.")
         unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise UsageError(f"unknown NormSpec fields: {', '.join(sorted(unknown))}; written by a newer version?")

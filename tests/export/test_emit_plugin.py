@@ -10,6 +10,15 @@ import onnx_ir as ir
 import pytest
 import torch
 from helpers.capture_graph import GraphMaker, errors, run
+from helpers.norm_cases import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    case,
+    plugin_nodes,
+    residual_feeds,
+    residual_model,
+)
 from helpers.norm_zoo import (
     ONE_PLUS,
     ZOO,
@@ -19,11 +28,9 @@ from rmsnorm_deploy.export.lower import lower
 from rmsnorm_deploy.export.swap import CAPTURE_DOMAIN
 from rmsnorm_deploy.plugins import contract
 
-FLOAT32, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", [name for name in ZOO if name not in WITHOUT_PLUGIN])
+@pytest.mark.parametrize("name", ZOO)
 def test_plugin_nodes_have_exactly_the_attributes_of_the_contract(name: str, dtype: torch.dtype) -> None:
     it = case(name, dtype)
     lowered, _ = lower(it.model, "plugin")

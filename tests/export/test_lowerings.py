@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import get_args
 
+import numpy as np
 import pytest
 from helpers.norm_zoo import BARE, CAST_FIRST, MAMBA, NO_UPCAST, ONE_PLUS, SCALE_FIRST, TORCH, ZOO
 
@@ -62,9 +63,12 @@ def test_every_cell_is_filled_in(row: Cell) -> None:
     assert row.runtimes
     assert {name for name, _ in row.runtimes} <= set(RUNTIMES)
     for deviation in row.deviations:
-        assert deviation.order in get_args(Order)
         assert deviation.reason
-        assert set(deviation.dtypes) <= set(HALF)  # in float32 and float64 no cast can be in the wrong place
+        if deviation.order == "any":  # no matter of casts: a float64 eps in a float32 attribute
+            assert deviation.dtypes == ("float64",)
+        else:
+            assert deviation.order in get_args(Order)
+            assert set(deviation.dtypes) <= set(HALF)  # in float32 and float64 no cast can be in the wrong place
         assert deviation.runtime in ("any", *RUNTIMES)
         assert deviation.ulp is None or 0.5 <= deviation.ulp <= 2
     orders = [deviation.order for deviation in row.deviations]
@@ -251,8 +255,12 @@ def test_a_deviation_is_stated_exactly_where_the_roundings_differ(name: str) -> 
     spec = ZOO[name].spec
     differs = spec.order in ("no_upcast", "cast_factor") or (spec.order == "cast_then_scale" and spec.has_weight)
     for target, dtype in itertools.product(TARGETS, DTYPES):
-        found = deviations(cell(target, "plain"), spec, dtype)
-        assert [deviation.order for deviation in found] == [spec.order] * (differs and dtype in HALF)
+        found = [deviation.order for deviation in deviations(cell(target, "plain"), spec, dtype)]
+        rounded = float(np.float32(spec.eps)) != spec.eps and spec.statistics != "float32"
+        if dtype == "float64" and target in ("standard", "ort"):
+            assert found == ["any"] * rounded
+        else:
+            assert found == [spec.order] * (differs and dtype in HALF)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +275,10 @@ def test_a_deviation_is_stated_exactly_where_the_roundings_differ(name: str) -> 
         ("primitives", FACTOR, "onnxruntime", [1.5]),
         ("standard", FACTOR, "tensorrt", [1.5]),
         ("plugin", NO_UPCAST, "tensorrt", [None]),
+        # A second rounding hands the error of the first on, a bias may cancel all but the error.
+        ("plugin", CAST_FIRST.replace(gate="after", activation="silu"), "onnxruntime", [3.0]),
+        ("ort", FACTOR.replace(scale="weight"), None, [3.0]),
+        ("ort", CAST_FIRST.replace(bias=True), None, [None]),
         ("ort", SCALE_FIRST, None, []),
         ("ort", ONE_PLUS, "onnxruntime", []),
         ("ort", CAST_FIRST.replace(scale="none"), None, []),
