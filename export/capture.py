@@ -20,6 +20,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
 from ..models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError
+from ..models.experts import experts, has_experts
 from .lowerings import DEFAULT_OPSET
 
 # Cache tensors of a layer, as transformers' exporter names them, and as runtimes and servers expect them.
@@ -103,17 +104,16 @@ def is_pretrained(model: nn.Module) -> bool:
 def _capture_transformers(
     model: Any, inputs: dict[str, Any], opset: int, dynamic: bool | Mapping[str, Any], with_past: bool
 ) -> Capture:
-    exporter, config_class, experts = _transformers_exporter()
+    exporter, config_class = _transformers_exporter()
     config = config_class(
         opset_version=opset,
         dynamic=bool(dynamic),
         dynamic_shapes=dict(dynamic) if isinstance(dynamic, Mapping) else None,
     )
     notes = []
-    implementation = "batched_mm" if _has_experts(model) else None
-    if implementation:
+    if has_experts(model):
         notes.append("experts were captured with their batched_mm implementation, the one that exports")
-    with experts(model, implementation), torch.no_grad():
+    with experts(model, "batched_mm"), torch.no_grad():
         target, sample = (model, {**inputs, "use_cache": False}) if not with_past else _decode_step(model, inputs)
         program = exporter.export(target, sample, config).program
     if with_past:
@@ -125,21 +125,16 @@ def _capture_transformers(
     return Capture(program, with_past, notes)
 
 
-def _transformers_exporter() -> tuple[Any, Any, Any]:
+def _transformers_exporter() -> tuple[Any, Any]:
     """transformers' ONNX exporter; the only place that touches it."""
     try:
-        from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter, use_experts_implementation
+        from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
     except ImportError as error:
         raise EnvironmentMissingError(
             f"exporting a transformers model needs transformers with its ONNX exporter ({error}). "
             'Install it with: pip install "rmsnorm-deploy[hf]"'
         ) from error
-    return OnnxExporter(), OnnxConfig, use_experts_implementation
-
-
-def _has_experts(model: Any) -> bool:
-    can_set = getattr(model, "_can_set_experts_implementation", None)
-    return bool(can_set is not None and can_set())
+    return OnnxExporter(), OnnxConfig
 
 
 def _decode_step(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

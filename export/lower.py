@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ PATH_KEY = METADATA_PREFIX + "path"
 SPEC_KEY = METADATA_PREFIX + "spec"
 TARGET_KEY = METADATA_PREFIX + "target"
 FORM_KEY = METADATA_PREFIX + "form"
+# On the main node: names of the values that go in and come out of the whole norm, as JSON.
+VALUES_KEY = METADATA_PREFIX + "values"
 # The exporter's notes hold the source paths of the machine that exported; the module names stay.
 _DROPPED_METADATA = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
 
@@ -115,6 +118,9 @@ def _lower_node(root: ir.Graph, node: ir.Node, target: str, opset: int, shared: 
             written.metadata_props[FORM_KEY] = form
     _name(builder, path, shared.names)
     _replace(builder, node, add, emitted)
+    values = {"x": emitted.total or x, "y": emitted.output, "gate": gate}
+    names = {role: value.name for role, value in values.items() if value is not None}
+    emitted.core.metadata_props[VALUES_KEY] = json.dumps(names, sort_keys=True)
     return LoweredSite(path, spec, form, emitted.core.name or "", dtype, deviations(cell, spec, dtype))
 
 

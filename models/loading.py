@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -157,10 +157,7 @@ def _architecture(transformers: ModuleType, config: Any) -> Any:
 
 
 def _python(source: str, name: str, attribute: str) -> LoadedModel:
-    module = _import(source, name)
-    factory: Callable[[], Any] | None = getattr(module, attribute, None)
-    if factory is None:
-        raise UsageError(f"{source}: the module {name!r} has no attribute {attribute!r}.")
+    factory = python_attribute(source, name, attribute)
     try:
         made = factory if isinstance(factory, nn.Module) else factory()
     except (Exception, SystemExit) as error:
@@ -172,6 +169,23 @@ def _python(source: str, name: str, attribute: str) -> LoadedModel:
             "dict of example inputs."
         )
     return LoadedModel(model, source, "python", example_inputs=inputs)
+
+
+def python_attribute(source: str, name: str, attribute: str) -> Any:
+    """What a user's Python code calls `attribute`.
+
+    Args:
+        source: what the user wrote, for the message.
+        name: a module such as `package.module`, looked up beside the working directory too, or a file `file.py`.
+        attribute: a name in it.
+
+    Raises:
+        UsageError: there is no such file, module or attribute, or importing it failed.
+    """
+    found = getattr(_import(source, name), attribute, None)
+    if found is None:
+        raise UsageError(f"{source}: the module {name!r} has no attribute {attribute!r}.")
+    return found
 
 
 def _import(source: str, name: str) -> ModuleType:

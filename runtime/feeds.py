@@ -1,13 +1,13 @@
-"""Seeded inputs for an exported model, made from what its inputs say of themselves."""
+"""Inputs for an exported model: seeded ones made from what its inputs say of themselves, and given ones cast."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from ..models.errors import UsageError
-from .runner import Array, TensorInfo, numpy_dtype
+from .runner import ANY_DTYPE, Array, TensorInfo, numpy_dtype
 
 # Batch and length of the runs that a validation makes when it is not told others.
 DEFAULT_SHAPES: tuple[tuple[int, int], ...] = ((1, 1), (1, 7), (3, 33))
@@ -15,6 +15,9 @@ _TOKENS = ("input_ids", "decoder_input_ids")
 # The KV cache as it goes in and as it comes out.
 PAST, PRESENT = "past_key_values.", "present."
 _OUTLIER_CHANNELS, _OUTLIER_FACTOR = 2, 30.0
+# Of these most squares overflow float16, and of those eps outweighs the mean square.
+_LARGE, _TINY = 1000.0, 1e-4
+_HALVES, _INTEGERS = ("float16", "bfloat16"), ("int32", "int64")
 
 
 def make_feeds(
@@ -22,8 +25,15 @@ def make_feeds(
 ) -> dict[str, Array]:
     """Inputs of one shape.
 
-    Token ids are uniform over the vocabulary, masks are ones, positions count from 0, a KV cache starts empty, and
-    floats are normal with two outlier channels, which is what the inputs of deep layers look like.
+    Token ids are uniform over the vocabulary, masks are ones, positions count from 0 and a KV cache starts empty.
+    Floats are normal, with one of three characters, so that the default shapes have all of them:
+
+    - two outlier channels 30 times as large, which is what the inputs of deep layers look like;
+    - 1000 times as large, so that a square overflows float16;
+    - 1e-4 times as large, so that a norm's eps decides.
+
+    With seed 0 a shape of several batches gets the first, a single batch of up to two the third, and a longer one the
+    second; each seed above that moves every shape on by one.
 
     Args:
         infos: the model's inputs.
@@ -36,7 +46,17 @@ def make_feeds(
         UsageError: an input whose values cannot be guessed; it has to be given.
     """
     rng = np.random.default_rng([seed, batch, length])
-    return {info.name: _values(info, batch, length, rng, vocabulary) for info in infos}
+    return {info.name: _values(info, batch, length, seed, rng, vocabulary) for info in infos}
+
+
+def cast_feeds(feeds: Mapping[str, Array], infos: Iterable[TensorInfo]) -> dict[str, Array]:
+    """Given arrays in the dtypes of the inputs, where that is safe; the others as they are.
+
+    float32 is rounded where float16 or bfloat16 is wanted (an .npz file cannot hold bfloat16), and int32 and int64 are
+    exchanged where no value changes.
+    """
+    wanted = {info.name: info.dtype for info in infos}
+    return {name: _cast(array, wanted.get(name, ANY_DTYPE)) for name, array in feeds.items()}
 
 
 def is_past(name: str) -> bool:
@@ -49,7 +69,9 @@ def present_to_past(outputs: Mapping[str, Array]) -> dict[str, Array]:
     return {PAST + name.removeprefix(PRESENT): value for name, value in outputs.items() if name.startswith(PRESENT)}
 
 
-def _values(info: TensorInfo, batch: int, length: int, rng: np.random.Generator, vocabulary: int | None) -> Array:
+def _values(
+    info: TensorInfo, batch: int, length: int, seed: int, rng: np.random.Generator, vocabulary: int | None
+) -> Array:
     if info.shape is None:
         raise UsageError(f"input {info.name!r} has no known rank, so no values can be made for it; give --inputs.")
     shape = _sizes(info, batch, length)
@@ -66,10 +88,32 @@ def _values(info: TensorInfo, batch: int, length: int, rng: np.random.Generator,
         return rng.integers(0, vocabulary, shape, dtype=dtype)
     if np.issubdtype(dtype, np.integer):
         raise UsageError(f"input {info.name!r} is {info.dtype}, whose meaning cannot be guessed; give --inputs.")
+    return _floats(shape, _character(batch, length, seed), rng).astype(dtype)
+
+
+def _cast(array: Array, dtype: str) -> Array:
+    if array.dtype.name == "float32" and dtype in _HALVES:
+        with np.errstate(over="ignore"):  # a value beyond float16 becomes infinite, as it does in PyTorch
+            return array.astype(numpy_dtype(dtype))
+    if array.dtype.name in _INTEGERS and dtype in _INTEGERS:
+        cast = array.astype(dtype)
+        return cast if np.array_equal(cast, array) else array
+    return array
+
+
+def _character(batch: int, length: int, seed: int) -> int:
+    """The index of the character of floats that `make_feeds` lists."""
+    own = 0 if batch > 1 else 1 if length > 2 else 2
+    return (own + seed) % 3
+
+
+def _floats(shape: Sequence[int], character: int, rng: np.random.Generator) -> Array:
     values = rng.standard_normal(shape)
+    if character > 0:
+        return values * (_LARGE if character == 1 else _TINY)
     if values.ndim and shape[-1] >= 8:
         values[..., rng.choice(shape[-1], _OUTLIER_CHANNELS, replace=False)] *= _OUTLIER_FACTOR
-    return values.astype(dtype)
+    return values
 
 
 def _sizes(info: TensorInfo, batch: int, length: int) -> list[int]:

@@ -7,18 +7,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ..models import addition
-from ..models.errors import EnvironmentMissingError, UnsupportedError, UsageError
+from ..models.errors import UnsupportedError, UsageError
 from .exported import Exported, open_exported
 from .feeds import PRESENT, is_past, make_feeds, present_to_past
 from .ort_runner import OrtRunner
 from .runner import Array
+from .tokenizer import ADDITION_TOKENIZER, Tokenizer, has_tokenizer, load_tokenizer, token_ids
 
-ADDITION_TOKENIZER = "rmsnorm_deploy.addition"
+__all__ = ["ADDITION_TOKENIZER", "Generation", "generate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ def generate(
         raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
     exported = open_exported(folder)
     tokenizer = _tokenizer(exported) if isinstance(prompt, str) else None
-    prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) and tokenizer is not None else _ids(prompt)
+    prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) and tokenizer is not None else token_ids(prompt)
     with OrtRunner(exported.model, providers=[provider]) as runner:
         _check_decoder(runner, exported, prompt_ids)
         start = time.perf_counter()
@@ -71,6 +70,12 @@ def generate(
         seconds = time.perf_counter() - start
     text = tokenizer.decode(ids) if tokenizer is not None else None
     return Generation(ids, prompt_ids, text, len(ids) / seconds, any(is_past(i.name) for i in runner.inputs()))
+
+
+def _tokenizer(exported: Exported) -> Tokenizer:
+    if exported.folder is None or not has_tokenizer(exported.folder):
+        raise UsageError(f"{exported.model.parent} holds no tokenizer, so give the prompt as ids: --prompt-ids 1,2,3")
+    return load_tokenizer(exported.folder)
 
 
 def _greedy(runner: OrtRunner, prompt: list[int], count: int, ends: set[int]) -> list[int]:
@@ -114,13 +119,6 @@ def _check_decoder(runner: OrtRunner, exported: Exported, prompt: list[int]) -> 
         raise UsageError(f"prompt ids {wrong} are outside the model's vocabulary of {vocabulary} tokens.")
 
 
-def _ids(prompt: str | Sequence[int]) -> list[int]:
-    ids = [int(token) for token in prompt]
-    if not ids:
-        raise UsageError("the prompt is empty; give at least one token.")
-    return ids
-
-
 def _end_tokens(exported: Exported) -> set[int]:
     """End-of-sequence ids, from generation_config.json or else config.json."""
     for name in ("generation_config.json", "config.json"):
@@ -131,44 +129,3 @@ def _end_tokens(exported: Exported) -> set[int]:
         if end is not None:
             return set(end) if isinstance(end, list) else {int(end)}
     return set()
-
-
-# Tokenizers -------------------------------------------------------------------------------------------------------
-
-
-def _tokenizer(exported: Exported) -> Any:
-    if exported.manifest.get("tokenizer") == ADDITION_TOKENIZER:
-        return _AdditionTokenizer()
-    folder = exported.folder
-    if folder is None or not ((folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()):
-        raise UsageError(f"{exported.model.parent} holds no tokenizer, so give the prompt as ids: --prompt-ids 1,2,3")
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise EnvironmentMissingError(
-            'reading the tokenizer needs transformers. Install it with: pip install "rmsnorm-deploy[hf]"'
-        ) from error
-    return _HubTokenizer(AutoTokenizer.from_pretrained(str(folder)))
-
-
-class _AdditionTokenizer:
-    """Characters of the addition task."""
-
-    def encode(self, text: str) -> list[int]:
-        return [int(token) for token in addition.encode([text])[0]]
-
-    def decode(self, ids: list[int]) -> str:
-        return addition.decode(np.array([ids], np.int64))[0]
-
-
-class _HubTokenizer:
-    """A tokenizer of transformers."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def encode(self, text: str) -> list[int]:
-        return _ids(self._tokenizer(text)["input_ids"])
-
-    def decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))

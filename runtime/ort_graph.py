@@ -40,11 +40,12 @@ class ModelFile:
         return "the model given as bytes" if self.path is None else str(self.path)
 
 
-def read_model(source: str | os.PathLike[str] | bytes) -> ModelFile:
+def read_model(source: str | os.PathLike[str] | bytes, weights_folder: Path | None = None) -> ModelFile:
     """Read a model and check its external data, without loading any.
 
     Args:
-        source: path of an ONNX file, or the bytes of one without external data.
+        source: path of an ONNX file, or the bytes of one.
+        weights_folder: where the external data of bytes lie; None when they must not have any.
 
     Raises:
         UsageError: there is no such file, it is no ONNX model, or external data is missing, too short, or outside the
@@ -68,7 +69,8 @@ def read_model(source: str | os.PathLike[str] | bytes) -> ModelFile:
         raise UsageError(f"{where}: not an ONNX model, or one cut short: {error}.") from error
     if not model.HasField("graph"):
         raise UsageError(f"{where}: not an ONNX model: it holds no graph.")
-    return ModelFile(model, path, _check_external_data(model, path, where))
+    folder = weights_folder if path is None else path.parent
+    return ModelFile(model, path, _check_external_data(model, folder, where))
 
 
 def file_record(path: Path) -> dict[str, Any]:
@@ -137,20 +139,20 @@ def _tensors(model: ModelProto) -> Iterator[TensorProto]:
             yield from attribute.tensors
 
 
-def _check_external_data(model: ModelProto, path: Path | None, where: str) -> tuple[Path, ...]:
+def _check_external_data(model: ModelProto, folder: Path | None, where: str) -> tuple[Path, ...]:
     import onnx
 
     files: dict[Path, int] = {}
     for tensor in _tensors(model):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
-        if path is None:
+        if folder is None:
             raise UsageError(
                 f"{where}: tensor {tensor.name} keeps its values in another file, which bytes cannot point to; "
                 "give the path of the model."
             )
         entries = {entry.key: entry.value for entry in tensor.external_data}
-        file = _located(entries.get("location", ""), path, tensor.name)
+        file = _located(entries.get("location", ""), folder, tensor.name, where)
         if file not in files:
             if not file.is_file():
                 raise UsageError(f"{where}: external data file {file} of tensor {tensor.name} is missing.")
@@ -164,16 +166,16 @@ def _check_external_data(model: ModelProto, path: Path | None, where: str) -> tu
     return tuple(files)
 
 
-def _located(location: str, path: Path, tensor: str) -> Path:
+def _located(location: str, folder: Path, tensor: str, where: str) -> Path:
     # Both kinds of path, because a model may come from another system than this one.
     parts = PurePosixPath(location).parts + PureWindowsPath(location).parts
     absolute = PurePosixPath(location).is_absolute() or PureWindowsPath(location).drive or location.startswith("\\")
     if not location or absolute or ".." in parts:
         raise UsageError(
-            f"{path}: tensor {tensor} keeps its values in {location!r}, which is not inside the model's folder; "
+            f"{where}: tensor {tensor} keeps its values in {location!r}, which is not inside the model's folder; "
             "external data must lie beside the model."
         )
-    return path.parent / location
+    return folder / location
 
 
 def _end_of(entries: dict[str, str], tensor: TensorProto, where: str) -> int:

@@ -38,6 +38,7 @@ _LEVELS = {
     "all": "ORT_ENABLE_ALL",
 }
 _OPTIONS = ("graph_optimization_level", "intra_op_num_threads", "inter_op_num_threads", "optimized_model_path")
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _SILENT = 4  # only fatal messages: every error is raised as well
 
 
@@ -61,7 +62,7 @@ class OrtRunner:
     """Runs an ONNX model in ONNX Runtime.
 
     Args:
-        source: path of an ONNX file, or the bytes of one without external data.
+        source: path of an ONNX file, or the bytes of one.
         providers: execution providers in order of preference, such as `cpu`, `cuda`, `tensorrt` or their full names;
             None is the CPU provider. Nodes that none of them takes run on the CPU provider.
         provider_options: options of a provider by its name.
@@ -69,6 +70,7 @@ class OrtRunner:
             `inter_op_num_threads`, and `optimized_model_path` where the optimised graph is written.
         io_binding: run through the session's IO binding, which places the inputs on the device before the run; the
             results are the same.
+        weights_folder: where the external data of a model given as bytes lie; None when it has none.
 
     Raises:
         UsageError: the model or its external data cannot be read, onnxruntime finds it invalid, or an option or
@@ -85,13 +87,15 @@ class OrtRunner:
         provider_options: Mapping[str, Mapping[str, Any]] | None = None,
         session_options: Mapping[str, Any] | None = None,
         io_binding: bool = False,
+        weights_folder: Path | None = None,
     ) -> None:
         ort = import_onnxruntime()
         self._providers = _full_names(ort, providers)
         self._provider_options = _options_by_provider(ort, self._providers, provider_options)
         self._session_options = dict(session_options or {})
         self._io_binding = io_binding
-        file = read_model(source)
+        self._weights_folder = weights_folder
+        file = read_model(source, weights_folder)
         self._where, self._path, self._external_files = file.where, file.path, file.external_files
         self._session: Any = self._open(ort, file, source)
         open_rank = {v.name for v in file.model.graph.input if not v.type.tensor_type.HasField("shape")}
@@ -119,8 +123,12 @@ class OrtRunner:
         """The model's outputs; an output of open rank shows as one of rank 0."""
         return list(self._outputs)
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """One inference; see `Runner.run`.
+
+        Args:
+            feeds: an array for every input.
+            outputs: names of the outputs that are wanted; None is all of them.
 
         Raises:
             UsageError: the feeds do not fit the inputs, or onnxruntime fails on them.
@@ -129,7 +137,7 @@ class OrtRunner:
         session = self._opened()
         check_feeds(self._inputs, feeds, self._where)
         values = {info.name: _to_value(feeds[info.name]) for info in self._inputs}
-        names = [info.name for info in self._outputs]
+        names = [info.name for info in self._outputs] if outputs is None else list(outputs)
         try:
             results = (
                 _run_bound(session, values, names) if self._io_binding else session.run_with_ort_values(names, values)
@@ -172,6 +180,8 @@ class OrtRunner:
 
     def _open(self, ort: ModuleType, file: ModelFile, source: str | os.PathLike[str] | bytes) -> Any:
         with _session_options(ort, self._session_options, file) as options:
+            if self._weights_folder is not None:
+                options.add_session_config_entry(_WEIGHTS_FOLDER, str(self._weights_folder))
             try:
                 session = ort.InferenceSession(
                     source if isinstance(source, bytes) else os.fspath(source),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from typing import Any
 
 import ml_dtypes
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from rmsnorm_deploy.models.errors import UsageError
-from rmsnorm_deploy.runtime.metrics import figures, judge
+from rmsnorm_deploy.runtime import measured
+from rmsnorm_deploy.runtime.figures import HISTOGRAM_EDGES, Worst, json_value
+from rmsnorm_deploy.runtime.metrics import Figures, figures, judge
 from rmsnorm_deploy.runtime.tolerances import TOLERANCES, small_sample
 from rmsnorm_deploy.runtime.ulp import FORMATS, ulp_size
 
@@ -149,6 +152,143 @@ def test_figures_refuse_shapes_and_dtypes() -> None:
         figures(np.zeros(2, np.float32), np.zeros(2), np.zeros((2, 1), np.float32))
     with pytest.raises(UsageError, match="complex64"):
         figures(np.zeros(2, np.complex64), np.zeros(2))
+
+
+def test_histogram_and_worst_by_hand() -> None:
+    # Errors of 0, 1, 3, 1 and 0.25 ULPs of float16 at 1, in a truth that float16 need not hold.
+    ulp = 2.0**-10
+    truth = np.array([[1.0, 1.0, 1.0], [1.0, 1.0 + ulp / 4, np.nan]])
+    candidate = np.array([[1.0, 1 + ulp, 1 + 3 * ulp], [1 + ulp, 1.0, np.nan]], np.float16)
+    yardstick = np.array([[1.0, 1.0, 1.0], [1.0, 1.0, np.nan]], np.float16)
+    result = figures(candidate, truth, yardstick)
+    assert result.histogram is not None
+    counts = dict(zip(HISTOGRAM_EDGES, result.histogram, strict=True))
+    assert {edge: count for edge, count in counts.items() if count} == {0.0: 1, 0.25: 1, 1.0: 2, 4.0: 1}
+    assert result.worst == (
+        Worst((0, 2), 1 + 3 * ulp, 1.0, 1.0, 3.0),
+        Worst((0, 1), 1 + ulp, 1.0, 1.0, 1.0),
+        Worst((1, 0), 1 + ulp, 1.0, 1.0, 1.0),
+        Worst((1, 1), 1.0, 1.0 + ulp / 4, 1.0, 0.25),
+    )
+
+
+def test_histogram_edges_go_from_none_to_everything() -> None:
+    assert HISTOGRAM_EDGES[:6] == (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+    assert HISTOGRAM_EDGES[-2:] == (2.0**24, math.inf)
+    result = figures(np.array([3e38, 1.0, np.nan], np.float32), np.array([0.0, 1.0, 1.0]))
+    assert result.histogram is not None
+    assert (result.histogram[0], result.histogram[-1]) == (1, 2)
+    assert [worst.index for worst in result.worst] == [(2,), (0,)]
+
+
+def test_the_worst_five_of_equal_errors_are_the_first() -> None:
+    truth = np.ones((4, 8))
+    result = figures(np.full((4, 8), 1 + 2**-10, np.float16), truth)
+    assert [worst.index for worst in result.worst] == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4)]
+
+
+def test_figures_become_json() -> None:
+    found = figures(np.array([1.0, np.nan], np.float32), np.array([1.0, 1.0])).to_dict()
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["histogram"]["ulp_at_most"][-1] == "inf"
+    assert found["worst"] == [{"index": [1], "value": "nan", "truth": 1.0, "yardstick": None, "ulp": "inf"}]
+    assert json_value({"a": (-math.inf, 1, None)}) == {"a": ["-inf", 1, None]}
+    assert figures(np.array([2**60 + 1]), np.array([2**60])).to_dict()["worst"] == []  # float64 cannot tell these
+    assert figures(np.array([7]), np.array([4])).to_dict()["worst"][0] == {
+        "index": [0], "value": 7, "truth": 4, "yardstick": None, "ulp": 3.0
+    }  # fmt: skip
+
+
+def test_logits_by_hand() -> None:
+    # softmax of [0, log 3] is [1/4, 3/4]; of [0, 0] it is [1/2, 1/2].
+    truth = np.array([[0.0, math.log(3.0)], [5.0, 5.0]])
+    candidate = np.array([[0.0, 0.0], [6.0, 5.0]])
+    kl_first = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    q = math.e / (1 + math.e)
+    kl_second = 0.5 * math.log(0.5 / q) + 0.5 * math.log(0.5 / (1 - q))
+    result = figures(candidate, truth, logits=True)
+    assert result.kl == pytest.approx((kl_first + kl_second) / 2, rel=1e-14)
+    assert result.top1_agreement == 0.5
+    same = figures(truth, truth, logits=True)
+    assert (same.kl, same.top1_agreement) == (0.0, 1.0)
+
+
+def test_logits_are_stable_and_take_masks() -> None:
+    truth = np.array([[1e4, 0.0, -np.inf], [-np.inf, 800.0, 799.0]])
+    result = figures(truth + 0.0, truth, logits=True)
+    assert (result.kl, result.top1_agreement) == (0.0, 1.0)
+    masked = figures(np.array([[0.0, -np.inf]]), np.array([[0.0, 0.0]]), logits=True)
+    assert (masked.kl, masked.top1_agreement) == (math.inf, 1.0)
+    broken = figures(np.array([[np.nan, 1.0], [0.0, 1.0]]), np.array([[0.0, 1.0], [0.0, 1.0]]), logits=True)
+    assert (broken.kl, broken.top1_agreement) == (math.inf, 0.5)
+    unknown = figures(np.array([[0.0, 1.0]]), np.array([[np.nan, 1.0]]), logits=True)
+    assert (unknown.kl, unknown.top1_agreement) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "measured_as_logits"),
+    [
+        ("logits", (2, 4), np.float32, True),
+        ("lm.logits@decode", (2, 4), np.float16, True),
+        ("logits", (2, 1), np.float32, False),
+        ("logits", (), np.float32, False),
+        ("logits", (2, 4), np.int64, False),
+        ("hidden", (2, 4), np.float32, False),
+    ],
+)
+def test_what_logits_are(name: str, shape: tuple[int, ...], dtype: Any, measured_as_logits: bool) -> None:
+    ones = np.ones(shape, dtype)
+    verdict = judge(name, ones, ones if dtype == np.int64 else ones.astype(np.float64), ones)
+    for found in (verdict.figures, verdict.yardstick_figures):
+        assert found is not None
+        assert (found.top1_agreement == 1.0) is measured_as_logits
+        assert (found.kl == 0.0) is measured_as_logits
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(40, 64), (3, 5, 7), (50, 3), (4000,)])
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_size_of_the_parts_changes_nothing(
+    dtype: Any, shape: tuple[int, ...], broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = np.random.default_rng(0).standard_normal(shape)
+    candidate, yardstick = noisy(truth, dtype, 3.0, 2), noisy(truth, dtype, 3.0, 3)
+    if broken:
+        candidate.reshape(-1)[[17, 80]] = np.inf
+    whole = judge("logits", candidate, truth, yardstick)
+    monkeypatch.setattr(measured, "_IN_FLIGHT", 100)
+    parts = judge("logits", candidate, truth, yardstick)
+    assert (parts.passed, parts.reason) == (whole.passed, whole.reason)
+    for found, wanted in ((parts.figures, whole.figures), (parts.yardstick_figures, whole.yardstick_figures)):
+        assert found is not None
+        assert wanted is not None
+        for name in Figures.__slots__:
+            value = getattr(wanted, name)
+            exact = not isinstance(value, float) or not math.isfinite(value)
+            assert getattr(found, name) == (value if exact else pytest.approx(value, rel=1e-12)), name
+
+
+def test_the_percentile_is_numpys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "_IN_FLIGHT", 1000)
+    errors = np.random.default_rng(0).integers(0, 2**10, 12_345)
+    for count in (1, 2, 999, 1000, 1001, 1002, 12_345):
+        truth = np.zeros(count, np.int64)
+        expected = np.quantile(errors[:count].astype(float), 0.999, method="higher")
+        assert figures(errors[:count], truth).p999_ulp == expected
+
+
+def test_a_large_output_needs_little_memory_besides_its_own() -> None:
+    truth = np.random.default_rng(0).standard_normal((30, 100_000))
+    candidate, yardstick = truth.astype(np.float32), truth.astype(np.float32)
+    tracemalloc.start()
+    try:
+        verdict = judge("logits", candidate, truth, yardstick)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert verdict.passed
+    # Less than two arrays of float64; judging it in one go took ten.
+    assert peak < 2 * truth.nbytes
 
 
 def noisy(truth: np.ndarray, dtype: Any, units: float, seed: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Reading and writing .npz files."""
+"""Writing .npz files, and the reader of array files under the name that the commands use."""
 
 from __future__ import annotations
 
@@ -9,35 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmsnorm_deploy.models.errors import UsageError
+from rmsnorm_deploy.runtime.arrays import read_arrays as read_npz
 
 if TYPE_CHECKING:
     from rmsnorm_deploy.runtime.runner import Array
 
-
-def read_npz(path: Path) -> dict[str, Array]:
-    """The arrays of an .npz file by name.
-
-    numpy writes bfloat16 arrays (of ml_dtypes) without their dtype, as two bytes per element; these are read back as
-    bfloat16.
-
-    Raises:
-        UsageError: there is no such file, it is no .npz file, or it holds Python objects.
-    """
-    import ml_dtypes
-    import numpy as np
-
-    if not path.is_file():
-        raise UsageError(f"{path}: there is no such file.")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # numpy and zipfile raise many kinds; all mean that this is no archive of arrays
-        raise UsageError(
-            f"{path}: not an .npz file of plain arrays ({error}). Make one with numpy.savez(path, name=array)."
-        ) from error
-    return {n: a.view(ml_dtypes.bfloat16) if a.dtype.str == "|V2" else a for n, a in arrays.items()}
+__all__ = ["check_writable", "read_npz", "write_npz"]
 
 
 def check_writable(path: Path) -> None:

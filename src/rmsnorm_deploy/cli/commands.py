@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from rmsnorm_deploy.cli.bisect import bisect
+from rmsnorm_deploy.cli.compare import compare
 from rmsnorm_deploy.cli.demo import demo
 from rmsnorm_deploy.cli.doctor import doctor
 from rmsnorm_deploy.cli.export import export
@@ -18,6 +20,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
     "export": export,
     "validate": validate,
+    "bisect": bisect,
+    "compare": compare,
     "run": run,
     "generate": generate,
     "targets": targets,

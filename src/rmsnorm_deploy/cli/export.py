@@ -10,12 +10,13 @@ import typer
 
 from rmsnorm_deploy.cli import options
 from rmsnorm_deploy.cli.arrays import read_npz
-from rmsnorm_deploy.cli.norms import found_line, print_deviations, print_refusals, print_sites
+from rmsnorm_deploy.cli.norms import found_line, print_deviations, print_found
 from rmsnorm_deploy.cli.screen import Screen
 
 if TYPE_CHECKING:
     from rmsnorm_deploy.export.exporter import ExportResult
     from rmsnorm_deploy.models.loading import LoadedModel
+    from rmsnorm_deploy.models.outliers import OutlierReport
 
 SCHEMA = "rmsnorm_deploy.export/1"
 
@@ -52,6 +53,17 @@ def export(
         Path | None,
         typer.Option("--inputs", metavar="FILE.npz", help="Example inputs by name, for a model that reads no tokens."),
     ] = None,
+    outliers: Annotated[
+        str | None,
+        typer.Option(
+            "--outliers",
+            metavar="CHANNELSxFACTOR",
+            help="Give the weights outlier channels before the export, such as 4x50; for models with random weights.",
+        ),
+    ] = None,
+    outlier_seed: Annotated[
+        int, typer.Option("--outlier-seed", metavar="N", min=0, help="Seed of the choice of outlier channels.")
+    ] = 0,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -63,11 +75,19 @@ def export(
     for name in targets:
         opset_for(name, opset)  # refuses a wrong target or opset before anything slow is done
     arrays = read_npz(inputs) if inputs is not None else None
+    injection = _injection(outliers)
     with screen.working(f"loading {model}") as say:
         from rmsnorm_deploy.export.exporter import export_model
         from rmsnorm_deploy.models.loading import load_model
 
         loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        details, injected = details_of(loaded), None
+        if injection is not None:
+            from rmsnorm_deploy.models.outliers import inject_outliers
+
+            say("injecting outlier channels")
+            injected = inject_outliers(loaded.model, *injection, outlier_seed)
+            details |= injected.record()
         results = export_model(
             loaded.model,
             output,
@@ -76,11 +96,11 @@ def export(
             opset=opset,
             dynamic=not static,
             with_past=with_past,
-            details=details_of(loaded),
+            details=details,
             companions=loaded.folder,
             progress=say,
         )
-    payload = _payload(results)
+    payload = _payload(results, injected)
     screen.result(payload, lambda: _print(screen, model, payload))
 
 
@@ -102,7 +122,16 @@ def _tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:
     return {name: to_torch(array) for name, array in arrays.items()}
 
 
-def _payload(results: list[ExportResult]) -> dict[str, Any]:
+def _injection(text: str | None) -> tuple[int, float] | None:
+    """The text of --outliers, refused before anything slow is done."""
+    if text is None:
+        return None
+    from rmsnorm_deploy.models.outliers import parse_outliers
+
+    return parse_outliers(text)
+
+
+def _payload(results: list[ExportResult], injected: OutlierReport | None) -> dict[str, Any]:
     exports = [_export_row(result) for result in results]
     first = results[0].manifest
     single = exports[0] if len(exports) == 1 else None
@@ -114,6 +143,7 @@ def _payload(results: list[ExportResult]) -> dict[str, Any]:
         "sites": [{k: v for k, v in site.items() if k != "calls"} for site in first["sites"]],
         "refusals": first["refusals"],
         "notes": first["notes"],
+        "outliers": injected and injected.to_dict(),
     }
 
 
@@ -133,13 +163,10 @@ def _export_row(result: ExportResult) -> dict[str, Any]:
 
 def _print(screen: Screen, model: str, payload: dict[str, Any]) -> None:
     sites, refusals = payload["sites"], payload["refusals"]
-    screen.line(found_line(sites, refusals, model) + ("" if sites else " It was exported as it is."))
-    if sites:
-        screen.line()
-        print_sites(screen, sites)
-    if refusals:
-        screen.line()
-        print_refusals(screen, refusals)
+    first = found_line(sites, refusals, model) + ("" if sites else " It was exported as it is.")
+    print_found(screen, sites, refusals, first)
+    if payload["outliers"] is not None:
+        screen.line(_outlier_line(payload["outliers"]))
     for text in payload["notes"]:
         screen.line(f"Note: {text}.")
     for row in payload["exports"]:
@@ -148,6 +175,13 @@ def _print(screen: Screen, model: str, payload: dict[str, Any]) -> None:
         for file in row["files"]:
             screen.line(f"  {Path(file).name}  {_size(Path(file))}")
         print_deviations(screen, row["deviations"])
+
+
+def _outlier_line(outliers: dict[str, Any]) -> str:
+    return (
+        f"Outlier channels: {outliers['channels']} of {outliers['width']}, {outliers['factor']:g} times larger in "
+        f"{', '.join(outliers['embeddings'])} (norms touched: {len(outliers['norms'])}; seed {outliers['seed']})."
+    )
 
 
 def _size(path: Path) -> str:

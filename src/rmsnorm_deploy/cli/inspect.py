@@ -1,16 +1,25 @@
-"""`rmsnorm inspect`: which norms a model has, and what each one computes."""
+"""`rmsnorm inspect`: which norms a model has, what each one computes, and which are at risk in which dtype."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rmsnorm_deploy.cli import options
-from rmsnorm_deploy.cli.norms import found_line, print_refusals, print_sites
+from rmsnorm_deploy.cli.norms import found_line, print_found, print_risk
 from rmsnorm_deploy.cli.screen import Screen
+from rmsnorm_deploy.models.errors import UsageError
+
+if TYPE_CHECKING:
+    from rmsnorm_deploy.models.loading import LoadedModel
+    from rmsnorm_deploy.runtime.risk import RiskReport
+    from rmsnorm_deploy.runtime.runner import TensorInfo
 
 SCHEMA = "rmsnorm_deploy.inspect/1"
 
@@ -25,37 +34,137 @@ def inspect(
         ),
     ],
     dtype: options.Dtype = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            "--inputs",
+            metavar="SOURCE",
+            help="Run the model on these and say which norms are at risk in which dtype: an .npz or .safetensors file, "
+            "a folder of them, or file.py:function.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="As --inputs, with a prompt; may be given several times."),
+    ] = None,
+    made_up: Annotated[bool, typer.Option("--made-up", help="As --inputs, with inputs that are made up.")] = False,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Find every RMSNorm and say what it computes."""
+    """Find every RMSNorm and say what it computes.
+
+    With inputs, the model runs, and each norm is judged in float32, float16 and bfloat16.
+    """
     screen = Screen(as_json)
     place = Path(model).expanduser()
-    if _is_exported_folder(place):
-        sites, refusals = _from_folder(place)
-    elif place.is_file() and place.suffix == ".onnx":
-        sites, refusals = _from_file(place), []
+    wanted = _Wanted(inputs, prompt or [], made_up)
+    extra: dict[str, Any] = {}
+    if _is_exported_folder(place) or (place.is_file() and place.suffix == ".onnx"):
+        wanted.refuse_exported(model)
+        sites, refusals = _from_folder(place) if place.is_dir() else (_from_file(place), [])
     else:
         with screen.working(f"loading {model}") as say:
             from rmsnorm_deploy.models.loading import load_model
             from rmsnorm_deploy.models.recognise import recognise
 
             loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
-            say("finding the norms")
-            found = recognise(loaded.model)
+            if wanted.any:
+                report = _risk(loaded, wanted, trust_remote_code, say)
+                found, extra = report.recognition, {"risk": report.to_dict()}
+            else:
+                say("finding the norms")
+                found = recognise(loaded.model)
         sites, refusals = [s.to_dict() for s in found.sites], [r.to_dict() for r in found.refusals]
-    payload = {"schema": SCHEMA, "model": model, "sites": sites, "refusals": refusals}
-    screen.result(payload, lambda: _print(screen, model, sites, refusals))
+    payload = {"schema": SCHEMA, "model": model, "sites": sites, "refusals": refusals, **extra}
+    screen.result(payload, lambda: _print(screen, payload))
 
 
-def _print(screen: Screen, model: str, sites: list[dict[str, Any]], refusals: list[dict[str, Any]]) -> None:
-    screen.line(found_line(sites, refusals, model))
-    if sites:
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """Which inputs the model is to run on."""
+
+    source: str | None
+    prompts: list[str]
+    made_up: bool
+
+    @property
+    def any(self) -> bool:
+        return self.source is not None or bool(self.prompts) or self.made_up
+
+    def refuse_exported(self, model: str) -> None:
+        if self.any:
+            raise UsageError(
+                f"{model} is an exported model, and --inputs, --prompt and --made-up run PyTorch. Give the PyTorch "
+                "model that it was exported from."
+            )
+
+
+def _print(screen: Screen, payload: dict[str, Any]) -> None:
+    sites, refusals = payload["sites"], payload["refusals"]
+    print_found(screen, sites, refusals, found_line(sites, refusals, payload["model"]))
+    if payload.get("risk", {}).get("norms"):
         screen.line()
-        print_sites(screen, sites)
-    if refusals:
-        screen.line()
-        print_refusals(screen, refusals)
+        print_risk(screen, payload["risk"])
+
+
+def _risk(loaded: LoadedModel, wanted: _Wanted, trust_remote_code: bool, say: Callable[[str], None]) -> RiskReport:
+    from rmsnorm_deploy.runtime.risk import risk
+
+    cases: list[Mapping[str, Any]] = []
+    if wanted.made_up:
+        cases += _made_up(loaded)
+    if wanted.source is not None or wanted.prompts:
+        from rmsnorm_deploy.runtime.cases import load_cases, prompt_cases
+
+        infos = _infos(loaded)
+        if wanted.source is not None:
+            cases += [case.feeds for case in load_cases(wanted.source, infos)]
+        if wanted.prompts:
+            if loaded.kind != "transformers" and loaded.folder is None and loaded.task is None:
+                raise UsageError(f"--prompt needs a tokenizer, and {loaded.source} has none; give --inputs instead.")
+            tokenizer = str(loaded.folder or loaded.source)
+            found = prompt_cases(wanted.prompts, tokenizer, infos, trust_remote_code=trust_remote_code)
+            cases += [case.feeds for case in found]
+    return risk(loaded.model, cases, progress=say)
+
+
+def _made_up(loaded: LoadedModel) -> list[Mapping[str, Any]]:
+    """The inputs that the model's factory returned, else tokens in the default shapes."""
+    from rmsnorm_deploy.export.inputs import example_inputs, vocabulary_size
+    from rmsnorm_deploy.runtime.feeds import DEFAULT_SHAPES, make_feeds
+    from rmsnorm_deploy.runtime.runner import TensorInfo
+
+    if loaded.example_inputs is not None:
+        return [_arrays(loaded.example_inputs)]
+    infos = [TensorInfo(name, "int64", ("batch", "sequence")) for name in example_inputs(loaded.model)]
+    vocabulary = vocabulary_size(loaded.model)
+    return [make_feeds(infos, batch, length, 0, vocabulary) for batch, length in DEFAULT_SHAPES]
+
+
+def _infos(loaded: LoadedModel) -> list[TensorInfo]:
+    """The model's inputs: those that its factory returned, else those of a model that reads tokens, else its forward's.
+
+    A forward alone tells neither dtypes nor which of its optional parameters are fed; the model itself refuses what
+    does not fit.
+    """
+    from rmsnorm_deploy.export.inputs import example_inputs
+    from rmsnorm_deploy.runtime.runner import ANY_DTYPE, TensorInfo
+    from rmsnorm_deploy.runtime.torch_runner import TorchRunner
+
+    if loaded.example_inputs is not None:
+        return [TensorInfo(name, array.dtype.name, None) for name, array in _arrays(loaded.example_inputs).items()]
+    if "input_ids" in signature(loaded.model.forward).parameters:
+        return [TensorInfo(name, ANY_DTYPE, None) for name in example_inputs(loaded.model)]
+    with TorchRunner(loaded.model) as runner:
+        return runner.inputs()
+
+
+def _arrays(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from rmsnorm_deploy.runtime.torch_runner import to_numpy
+
+    return {name: to_numpy(value) if isinstance(value, torch.Tensor) else value for name, value in tensors.items()}
 
 
 def _is_exported_folder(place: Path) -> bool:

@@ -11,9 +11,25 @@ from rmsnorm_deploy.cli.screen import Screen
 from rmsnorm_deploy.models.spec import NormSpec
 
 _PATHS_SHOWN = 3
+# A table wider than the terminal is no table; the end of a path says more than its beginning.
+_PATH_LENGTH = 48
+_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-def print_sites(screen: Screen, sites: Sequence[Mapping[str, Any]]) -> None:
+def print_found(
+    screen: Screen, sites: Sequence[Mapping[str, Any]], refusals: Sequence[Mapping[str, Any]], first: str
+) -> None:
+    """What recognition found: a first line, then the norms and the modules left alone, as far as there are any."""
+    screen.line(first)
+    if sites:
+        screen.line()
+        _print_sites(screen, sites)
+    if refusals:
+        screen.line()
+        _print_refusals(screen, refusals)
+
+
+def _print_sites(screen: Screen, sites: Sequence[Mapping[str, Any]]) -> None:
     """A table of norms, those that compute the same together."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for site in sites:
@@ -25,13 +41,12 @@ def print_sites(screen: Screen, sites: Sequence[Mapping[str, Any]]) -> None:
     screen.table(("norms", "computes", "width", "dtype", "class", "where"), rows)
 
 
-def print_refusals(screen: Screen, refusals: Sequence[Mapping[str, Any]]) -> None:
+def _print_refusals(screen: Screen, refusals: Sequence[Mapping[str, Any]]) -> None:
     """The modules left alone: each reason once, with its modules."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for refusal in refusals:
         groups.setdefault(refusal["reason"], []).append(refusal)
-    if refusals:
-        screen.line(f"Left as they are: {len(refusals)}")
+    screen.line(f"Left as they are: {len(refusals)}")
     for reason, rows in groups.items():
         classes = ", ".join(sorted({row["class"].rpartition(".")[2] for row in rows}))
         screen.line(f"  {_patterns([row['path'] for row in rows])} ({classes}): {reason}")
@@ -42,6 +57,45 @@ def print_deviations(screen: Screen, deviations: Iterable[Mapping[str, Any]]) ->
     for row in deviations:
         bound = "without a bound" if row["at_most_ulp"] is None else f"at most {row['at_most_ulp']:g} ULP"
         screen.line(f"not exact, {bound}: {row['reason']} ({_counted(len(row['sites']), 'norm')})")
+
+
+def print_risk(screen: Screen, risk: Mapping[str, Any]) -> None:
+    """The table of a risk report, its notes, and the verdict on each dtype."""
+    columns = ("norm", "max |x|", "fp16 margin", "eps decides", "outliers", "weight", *_DTYPES.values())
+    screen.table(columns, [_risk_row(norm) for norm in risk["norms"]])
+    screen.line(
+        "fp16 margin: by what factor the norm's largest value fits its dtype; eps decides: rows whose mean square is "
+        "at most eps; outliers: channels of more than 6 times the median RMS; weight: largest by smallest"
+    )
+    for note in risk["notes"]:
+        screen.line(f"Note: {note}.")
+    for dtype, verdict in risk["verdicts"].items():
+        where = (
+            "" if verdict["verdict"] == "safe" else f", {verdict['norm'] or 'the model itself'}: {verdict['reason']}"
+        )
+        screen.line(f"{dtype}: {verdict['verdict']}{where}")
+
+
+def _risk_row(norm: Mapping[str, Any]) -> tuple[str, ...]:
+    weight = norm["weight"]
+    spread = (
+        "-"
+        if weight is None
+        else f"{float(weight['ratio']):.3g}" + (f", {weight['zeros']} zeros" * bool(weight["zeros"]))
+    )
+    return (
+        _shortened(norm["path"] or "the model itself"),
+        f"{norm['largest']:.3g}",
+        f"{float(norm['least_margin']['float16']):.3g}",
+        f"{100 * norm['eps_decides']:.3g}%",
+        str(norm["outliers"]),
+        spread,
+        *(norm["verdicts"][dtype]["verdict"] for dtype in _DTYPES),
+    )
+
+
+def _shortened(path: str) -> str:
+    return path if len(path) <= _PATH_LENGTH else f"...{path[3 - _PATH_LENGTH :]}"
 
 
 def found_line(sites: Sequence[Any], refusals: Sequence[Any], model: str) -> str:

@@ -1,0 +1,156 @@
+"""The inputs that a user gives: arrays in files, Python code, or prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..models.errors import UsageError
+from ..models.loading import python_attribute
+from .arrays import ARRAY_SUFFIXES, read_arrays
+from .feeds import cast_feeds, make_feeds
+from .runner import ANY_DTYPE, Array, TensorInfo, check_feeds, numpy_dtype
+from .tokenizer import load_tokenizer
+from .torch_runner import to_numpy
+
+# Inputs that run along the tokens of a prompt, for models that say nothing of their shapes.
+_PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+_PROMPT_SHOWN = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One run: what it is called, and what goes in."""
+
+    name: str
+    feeds: dict[str, Array]
+
+
+def load_cases(source: str, infos: Sequence[TensorInfo]) -> list[Case]:
+    """The cases that a user names.
+
+    Arrays are brought to the dtypes of the inputs where that is safe, see `cast_feeds`.
+
+    Args:
+        source: an .npz or .safetensors file, one case; a folder of them, one case each in the order of their names;
+            or Python code, `file.py:function` or `package.module:function`. The function takes no arguments and
+            returns or yields dicts of input name to numpy array or torch tensor, or pairs of a case's name and such a
+            dict.
+        infos: the model's inputs. Those of a PyTorch module, whose dtype is `any`, are not checked: the module is
+            what refuses them.
+
+    Raises:
+        UsageError: there is no such source, it gives no case, or a case does not fit the inputs; the message names it.
+    """
+    cases = [Case(name, cast_feeds(feeds, infos)) for name, feeds in _named_arrays(source)]
+    for case in cases:
+        _check(case, infos)
+    return cases
+
+
+def prompt_cases(
+    prompts: Sequence[str], tokenizer: str, infos: Sequence[TensorInfo], trust_remote_code: bool = False
+) -> list[Case]:
+    """One case of batch 1 for each prompt.
+
+    The mask, the positions and an empty KV cache come with the tokens, as in made-up inputs.
+
+    Args:
+        prompts: texts, at least one.
+        tokenizer: see `load_tokenizer`.
+        infos: the model's inputs, among them `input_ids`.
+        trust_remote_code: run Python code that comes with the tokenizer.
+
+    Raises:
+        UsageError: the model has no `input_ids`, there is no tokenizer, a prompt gives no token, or the tokens do not
+            fit the inputs (a model of fixed shape).
+        EnvironmentMissingError: transformers is not installed.
+    """
+    if not prompts:
+        raise UsageError("there is no prompt; give at least one.")
+    inputs = [_per_token(info) for info in infos]
+    ids_info = next((info for info in inputs if info.name == "input_ids"), None)
+    if ids_info is None:
+        names = ", ".join(info.name for info in infos) or "nothing"
+        raise UsageError(f"a prompt needs a model that reads input_ids; this one reads {names}. Give arrays instead.")
+    reader = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+    cases = []
+    for number, prompt in enumerate(prompts, start=1):
+        ids = reader.encode(prompt)
+        feeds = make_feeds(inputs, 1, len(ids), 0, vocabulary=1)
+        feeds["input_ids"] = np.array([ids], numpy_dtype(ids_info.dtype))
+        shown = prompt if len(prompt) <= _PROMPT_SHOWN else f"{prompt[: _PROMPT_SHOWN - 1]}…"
+        cases.append(Case(f"prompt {number} {shown!r}", feeds))
+        _check(cases[-1], infos)
+    return cases
+
+
+def _check(case: Case, infos: Sequence[TensorInfo]) -> None:
+    if any(info.dtype != ANY_DTYPE for info in infos):
+        check_feeds(infos, case.feeds, f"case {case.name}")
+
+
+def _named_arrays(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    path = Path(source).expanduser()
+    name, colon, function = source.rpartition(":")
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in ARRAY_SUFFIXES and file.is_file())
+        if not files:
+            raise UsageError(f"{source} holds no {' and no '.join(ARRAY_SUFFIXES)} file; put one for each case there.")
+        yield from ((file.name, read_arrays(file)) for file in files)
+    elif path.suffix == ".py" and path.is_file():
+        raise UsageError(f"{source}: name the function in it that makes the inputs, as {source}:function.")
+    elif path.is_file() or not colon:
+        yield path.name, read_arrays(path)
+    else:
+        yield from _made(source, python_attribute(source, name, function))
+
+
+def _made(source: str, function: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What a user's function returns or yields, each with a name."""
+    try:
+        made = function()
+        # A generator's own errors come while it is read.
+        items = [made] if isinstance(made, Mapping) or not isinstance(made, Iterable) else list(made)
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{source}: calling it failed: {type(error).__name__}: {error}") from error
+    if not items:
+        raise UsageError(f"{source} gave no case; return or yield at least one dict of arrays.")
+    for number, item in enumerate(items, start=1):
+        named = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+        name, feeds = item if named else (f"case {number}", item)
+        if not isinstance(feeds, Mapping):
+            raise UsageError(
+                f"{source}: case {number} is a {type(feeds).__name__}. Return or yield dicts of input name to array, "
+                "or pairs of a name and such a dict."
+            )
+        yield name, {str(key): _array(source, str(key), value) for key, value in feeds.items()}
+
+
+def _array(source: str, name: str, value: Any) -> Array:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        try:
+            return to_numpy(value)
+        except TypeError as error:
+            raise UsageError(f"{source}: {name} is {value.dtype}, which numpy has no dtype for.") from error
+    if not isinstance(value, np.ndarray):
+        raise UsageError(f"{source}: {name} is a {type(value).__name__}; give a numpy array or a torch tensor.")
+    return value
+
+
+def _per_token(info: TensorInfo) -> TensorInfo:
+    """An input with the shape and dtype that a prompt gives it, where the model says neither."""
+    if info.name not in _PER_TOKEN:
+        return info
+    return dataclasses.replace(
+        info,
+        dtype="int64" if info.dtype == ANY_DTYPE else info.dtype,
+        shape=("batch", "sequence") if info.shape is None else info.shape,
+    )

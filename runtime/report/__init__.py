@@ -1,0 +1,1 @@
+"""Validation reports as HTML and JUnit."""

@@ -1,0 +1,185 @@
+"""A validation report as one HTML file that opens from disk, without a network, and needs nothing beside it.
+
+What is in the report is put in the page's order here; `report.html.j2` says how it looks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ...models.errors import EnvironmentMissingError
+from .text import clean, command, exact, label, percent, plain, short, write_text
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+_SHOWN = ("max_ulp", "mean_ulp", "p999_ulp", "max_rel_row", "differing", "top1_agreement", "kl")
+_HISTOGRAMS = 4
+_WORST = 30
+
+Row = Mapping[str, Any]
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The report as an HTML page; the same report gives the same text.
+
+    Args:
+        report: a report of schema `rmsnorm_deploy.validate/2` or `rmsnorm_deploy.bisect/1`. `schema`, `verdict` and
+            `outputs` must be there; sections that are missing or empty are left out.
+
+    Raises:
+        EnvironmentMissingError: jinja2 or matplotlib is not installed.
+    """
+    page = _environment().get_template("report.html.j2").render(_view(report, _plots()))
+    return clean(page)
+
+
+def write(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write the report as an HTML page, whole or not at all.
+
+    Raises:
+        UsageError: the file cannot be written.
+        EnvironmentMissingError: jinja2 or matplotlib is not installed.
+    """
+    write_text(render(report), path)
+
+
+def check_installed() -> None:
+    """Say now, and not after a long run, that a report cannot be written.
+
+    Raises:
+        EnvironmentMissingError: jinja2 or matplotlib is not installed.
+    """
+    _environment()
+    _plots()
+
+
+@cache
+def _environment() -> Environment:
+    try:
+        import jinja2
+    except ImportError as error:
+        raise _missing("jinja2", error) from error
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters = {"short": short, "exact": exact, "percent": percent, "plain": plain, "breakable": _breakable}
+    environment.filters.update(filters)
+    return environment
+
+
+def _plots() -> ModuleType:
+    try:
+        from . import plots
+    except ImportError as error:
+        raise _missing("matplotlib", error) from error
+    return plots
+
+
+def _missing(package: str, error: ImportError) -> EnvironmentMissingError:
+    return EnvironmentMissingError(
+        f"an HTML report needs {package}, which cannot be imported ({error}). Install it with: "
+        'pip install "rmsnorm-deploy[report]", or write the report as JSON or JUnit.'
+    )
+
+
+def _breakable(text: str) -> str:
+    """A path as HTML that a browser may break after dots, slashes and underscores."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"([./_])(?=\w)", r"\1<wbr>", str(escape(text))))
+
+
+def _view(report: Mapping[str, Any], plots: ModuleType) -> dict[str, Any]:
+    """What the template shows, with every list there."""
+    lists = ("norms", "stretches", "depth", "culprits", "notes", "refusals", "deviations")
+    view: dict[str, Any] = {name: report.get(name) or [] for name in ("outputs", *lists)}
+    norms = [_norm(row) for row in view["norms"]]
+    anchors = {row["path"]: f"norm-{place}" for place, row in reversed(list(enumerate(norms, 1))) if not row["passed"]}
+    culprits = [{**row, "anchor": anchors.get(row["name"])} for row in view["culprits"]]
+    outputs = [_figured(row) for row in view["outputs"]]
+    guilty = {row["name"] for row in culprits if row["kind"] == "norm"}
+    return {
+        **view,
+        "command": command(report),
+        "schema": report["schema"],
+        "created": report.get("created"),
+        "passed": report["verdict"] == "pass",
+        "summary": report.get("summary"),
+        "outputs": outputs,
+        "logits": any(row["figures"]["top1_agreement"] is not None for row in outputs),
+        "norms": norms,
+        "stretches": [_figured(row) for row in view["stretches"]],
+        "culprits": culprits,
+        "guilty": guilty,
+        "depth": [{**row, "label": label(row)} for row in view["depth"]],
+        "depth_plot": plots.depth(view["depth"], sorted(guilty), "depth") if view["depth"] else None,
+        "histograms": _histograms(view["outputs"], plots),
+        "worst": _worst(view),
+        "settings": report.get("settings") or {},
+        "provenance": report.get("provenance") or {},
+    }
+
+
+def _figured(row: Row) -> dict[str, Any]:
+    """A judged row whose figures have every key that the page shows, None where nothing was measured."""
+    filled = {}
+    for name in ("figures", "yardstick_figures"):
+        figures = row.get(name) or {}
+        filled[name] = {key: figures.get(key) for key in _SHOWN}
+        # Three digits of a cosine near 1 say nothing; rounding may push it a little beyond.
+        cosine = figures.get("cosine")
+        filled[name]["apart"] = None if cosine is None else max(0.0, 1.0 - float(cosine))
+    return {**row, **filled}
+
+
+def _norm(row: Row) -> dict[str, Any]:
+    kinds = [_figured(kind) for kind in row.get("inputs") or []]
+    candidates = [kind for kind in kinds if not kind["passed"]] or kinds
+    return {**row, "label": label(row), "inputs": kinds, "worst": max(candidates, key=_max_ulp, default=None)}
+
+
+def _max_ulp(row: Row) -> float:
+    """The largest error, for sorting: what could not be measured comes before everything."""
+    value = (row.get("figures") or {}).get("max_ulp")
+    number = math.inf if value is None else float(value)
+    return math.inf if math.isnan(number) else number
+
+
+def _histograms(outputs: Sequence[Row], plots: ModuleType) -> list[dict[str, Any]]:
+    """Plots for the outputs with the largest errors."""
+    rows = [row for row in outputs if (row.get("figures") or {}).get("histogram")]
+    rows = sorted(rows, key=_max_ulp, reverse=True)[:_HISTOGRAMS]
+    return [
+        {
+            "row": row,
+            "plot": plots.histogram(
+                row["figures"]["histogram"], (row.get("yardstick_figures") or {}).get("histogram"), f"histogram-{place}"
+            ),
+        }
+        for place, row in enumerate(rows, 1)
+    ]
+
+
+def _worst(view: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
+    """The elements furthest off: first those of what failed, then by ULP."""
+    judged = [(f"{row['case']}, {row['name']}", row) for row in view["outputs"]]
+    judged += [(f"{label(row)}, {kind['kind']}", kind) for row in view["norms"] for kind in row.get("inputs") or []]
+    judged += [(row["name"], row) for row in view["stretches"]]
+    found = [
+        {**element, "where": where, "passed": row["passed"]}
+        for where, row in judged
+        for element in (row.get("figures") or {}).get("worst") or []
+    ]
+    return sorted(found, key=lambda element: (element["passed"], -float(element["ulp"])))[:_WORST]

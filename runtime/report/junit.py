@@ -1,0 +1,144 @@
+"""A validation report as JUnit XML, for CI systems: one test case for each output, norm and stretch.
+
+The file meets both schemas in use, the strict one of Ant's JUnitReport task (github.com/windyroad/JUnit-Schema) and
+junit-10 of Jenkins' xUnit plugin. The first is why `testsuites` has no attributes, why every suite has `package`,
+`id`, `hostname`, `system-out` and `system-err`, and why timestamps have no time zone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+from xml.etree import ElementTree as ET
+
+from .text import clean, command, label, plain, short, write_text
+
+_FIGURES = ("max_ulp", "mean_ulp", "p999_ulp", "max_abs", "max_rel_row", "cosine", "differing", "count")
+# Where a report has no time of its own: the schema wants one, and the same report must give the same file.
+_NO_TIME = "1970-01-01T00:00:00+00:00"
+
+
+class _Case(NamedTuple):
+    """One test case; `failure` holds the message and the text of one that failed."""
+
+    name: str
+    failure: tuple[str, str] | None
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The report as JUnit XML.
+
+    Args:
+        report: a report of schema `rmsnorm_deploy.validate/2` or `rmsnorm_deploy.bisect/1`.
+
+    Returns:
+        The XML with its declaration. Suites `outputs`, `norms` and `stretches`, each left out when it has no case. A
+        failing report none of whose parts failed gets a failing case `verdict`, so that no CI system takes it for a
+        pass.
+    """
+    suites = {
+        "outputs": [_output(row) for row in report["outputs"]],
+        "norms": [_norm(row) for row in report.get("norms") or []],
+        "stretches": [_stretch(row) for row in report.get("stretches") or []],
+    }
+    if report["verdict"] != "pass" and not any(case.failure for cases in suites.values() for case in cases):
+        suites["outputs"].append(_Case("verdict", (report.get("summary") or "the verdict is fail", "")))
+    root = ET.Element("testsuites")
+    for name, cases in suites.items():
+        if cases:
+            _add_suite(root, name, cases, report)
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def write(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write the report as JUnit XML, whole or not at all.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    write_text(render(report), path)
+
+
+def _add_suite(root: ET.Element, name: str, cases: list[_Case], report: Mapping[str, Any]) -> None:
+    title = command(report)
+    suite = ET.SubElement(
+        root,
+        "testsuite",
+        {
+            "name": f"{title} {name}",
+            "package": title,
+            "id": str(len(root)),
+            "hostname": "localhost",
+            "timestamp": _timestamp(report.get("created") or _NO_TIME),
+            "tests": str(len(cases)),
+            "failures": str(sum(case.failure is not None for case in cases)),
+            "errors": "0",
+            "skipped": "0",
+            "time": "0",
+        },
+    )
+    properties = ET.SubElement(suite, "properties")
+    for key, value in _properties(report):
+        ET.SubElement(properties, "property", {"name": clean(key), "value": clean(value)})
+    for case in cases:
+        # Jenkins takes what is before the last dot of a class name for the package.
+        attributes = {"classname": f"{title}.{name}", "name": clean(case.name), "time": "0"}
+        element = ET.SubElement(suite, "testcase", attributes)
+        if case.failure is not None:
+            message, text = map(clean, case.failure)
+            ET.SubElement(element, "failure", {"message": message, "type": "mismatch"}).text = text
+    ET.SubElement(suite, "system-out")
+    ET.SubElement(suite, "system-err")
+
+
+def _properties(report: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    yield "schema", str(report["schema"])
+    yield "verdict", str(report["verdict"])
+    for key, value in (report.get("settings") or {}).items():
+        if value is not None and not isinstance(value, list | dict):
+            yield f"settings.{key}", plain(value)
+
+
+def _timestamp(created: str) -> str:
+    """UTC without a zone, to the second."""
+    moment = datetime.fromisoformat(created)
+    if moment.tzinfo is not None:
+        moment = moment.astimezone(UTC)
+    return moment.replace(tzinfo=None).isoformat(timespec="seconds")
+
+
+def _output(row: Mapping[str, Any]) -> _Case:
+    return _case(f"{row['case']}: {row['name']}", row, _figures(row))
+
+
+def _stretch(row: Mapping[str, Any]) -> _Case:
+    return _case(f"{row['index']}: {row['name']}", row, _figures(row))
+
+
+def _norm(row: Mapping[str, Any]) -> _Case:
+    failed = [kind for kind in row.get("inputs") or [] if not kind["passed"]]
+    return _case(label(row), row, "\n".join(f"{kind['kind']}: {kind['reason']}\n{_figures(kind)}" for kind in failed))
+
+
+def _case(name: str, row: Mapping[str, Any], details: str) -> _Case:
+    if row["passed"]:
+        return _Case(name, None)
+    return _Case(name, (row["reason"], f"{row['reason']}\n{details}".rstrip()))
+
+
+def _figures(row: Mapping[str, Any]) -> str:
+    """The main figures, a line for the candidate and one for PyTorch; nothing where nothing was measured."""
+    lines = []
+    for who, key in (("candidate", "figures"), ("PyTorch", "yardstick_figures")):
+        figures = row.get(key)
+        if figures:
+            lines.append(f"{who}: " + ", ".join(_figure(k, figures[k]) for k in _FIGURES if figures.get(k) is not None))
+    return "\n".join(lines)
+
+
+def _figure(key: str, value: float | str) -> str:
+    # Three digits would hide how far a cosine is from 1, and round a count.
+    return f"{key} {plain(value) if key in ('cosine', 'differing', 'count') else short(value)}"

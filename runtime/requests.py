@@ -1,0 +1,176 @@
+"""A validation as it is asked for on the command line, kept in its report, and run again from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..models.errors import UsageError
+from ..models.loading import load_model
+from ..models.outliers import apply_recorded
+from .cases import Case, load_cases, prompt_cases
+from .exported import Exported, open_exported
+from .ort_graph import file_record
+from .runner import TensorInfo
+from .tolerances import parse_limits
+from .validate import validate
+from .validation_report import BISECT_SCHEMA, VALIDATE_SCHEMA, ValidationReport
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationRequest:
+    """What a validation is asked to do; every field is a JSON value.
+
+    Attributes:
+        candidate: an exported folder, an .onnx file, or a PyTorch model as for `load_model`.
+        against: the PyTorch model, as for `load_model`.
+        dtype: to load it in; the exported one when None.
+        provider: ONNX Runtime's execution provider.
+        seed: of made-up inputs.
+        shapes: batch and length of made-up inputs; None for the default ones.
+        inputs: see `load_cases`.
+        prompts: see `prompt_cases`.
+        tokenizer: for prompts; None looks beside the candidate, then beside the PyTorch model.
+        atol: see `parse_limits`.
+        rtol: see `parse_limits`.
+        ulp: see `parse_limits`.
+        outputs_only: leave norms and stretches out.
+        depth: measure errors along the depth.
+        window: norms that are looked at together.
+        bisect: the report is one of bisect.
+    """
+
+    candidate: str
+    against: str
+    dtype: str | None = None
+    provider: str = "cpu"
+    seed: int = 0
+    shapes: list[list[int]] | None = None
+    inputs: str | None = None
+    prompts: list[str] = field(default_factory=list)
+    tokenizer: str | None = None
+    atol: list[str] = field(default_factory=list)
+    rtol: list[str] = field(default_factory=list)
+    ulp: list[str] = field(default_factory=list)
+    outputs_only: bool = False
+    depth: bool = False
+    window: int | None = None
+    bisect: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The request as the report's settings."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_report(cls, path: Path) -> tuple[ValidationRequest, dict[str, Any]]:
+        """The request behind a report, and the report.
+
+        Raises:
+            UsageError: there is no such file, it is no report, or one of another version.
+        """
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        except ValueError as error:
+            raise UsageError(f"{path}: not a JSON report ({error}). Make one with: rmsnorm validate --json") from error
+        schema = report.get("schema") if isinstance(report, dict) else None
+        if schema not in (VALIDATE_SCHEMA, BISECT_SCHEMA):
+            raise UsageError(
+                f"{path}: its schema is {schema!r}; this version runs {VALIDATE_SCHEMA} and {BISECT_SCHEMA} again."
+            )
+        try:
+            return cls(**report["settings"]), report
+        except (KeyError, TypeError) as error:
+            raise UsageError(f"{path}: its settings are not those of a command ({error}); run it anew.") from error
+
+    def run(self, *, trust_remote_code: bool = False, say: Callable[[str], None]) -> ValidationReport:
+        """Load both sides and validate.
+
+        Args:
+            trust_remote_code: run Python code that comes with a checkpoint. Never taken from a report.
+            say: progress.
+
+        Raises:
+            RmsnormDeployError: as `validate`, `load_model` and the readers of inputs.
+        """
+        limits = parse_limits(self.atol, self.rtol, self.ulp)
+        if self.inputs is not None and self.prompts:
+            raise UsageError("give either --inputs or --prompt, not both.")
+        model_candidate = is_model_source(self.candidate)
+        exported = None if model_candidate else open_exported(self.candidate)
+        say(f"loading {self.against}")
+        model = load_against(self.against, self.dtype, exported, trust_remote_code)
+        other = None
+        if model_candidate:
+            say(f"loading {self.candidate}")
+            other = load_model(self.candidate, trust_remote_code=trust_remote_code).model
+
+        def cases(infos: Sequence[TensorInfo]) -> list[Case] | None:
+            if self.inputs is not None:
+                return load_cases(self.inputs, infos)
+            if self.prompts:
+                return prompt_cases(self.prompts, self._tokenizer(exported), infos, trust_remote_code)
+            return None
+
+        report = validate(
+            other if other is not None else self.candidate,
+            model,
+            provider=self.provider,
+            shapes=None if self.shapes is None else [(batch, length) for batch, length in self.shapes],
+            seed=self.seed,
+            cases=cases,
+            limits=limits,
+            outputs_only=self.outputs_only,
+            depth=self.depth or self.bisect,
+            window=self.window,
+            settings=self.to_dict(),
+            progress=say,
+        )
+        report.schema = BISECT_SCHEMA if self.bisect else VALIDATE_SCHEMA
+        if self.inputs is not None and Path(self.inputs).is_file():
+            report.provenance["inputs"] = file_record(Path(self.inputs))
+        return report
+
+    def _tokenizer(self, exported: Exported | None) -> str:
+        if self.tokenizer is not None:
+            return self.tokenizer
+        folder = exported.folder if exported is not None else None
+        beside = folder is not None and any((folder / name).is_file() for name in _TOKENIZER_FILES)
+        return str(folder) if beside else self.against
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spiece.model")
+
+
+def is_model_source(text: str) -> bool:
+    """Whether a candidate names a PyTorch model rather than an exported file."""
+    place = Path(text).expanduser()
+    if place.is_dir():
+        return (place / "config.json").is_file() and not (place / "manifest.json").is_file()
+    return ":" in text and not place.exists()
+
+
+def load_against(source: str, dtype: str | None, exported: Exported | None, trust_remote_code: bool) -> nn.Module:
+    """The PyTorch model in the dtype asked for, or else in the one that was exported, with the outliers that the
+    export put into its weights.
+
+    Raises:
+        UsageError: as `load_model`.
+    """
+    model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code).model
+    own = next((str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()), None)
+    wanted = exported.dtype if exported is not None else None
+    if dtype is None and own is not None and wanted not in (None, own):
+        # Only now: casting a model to the dtype it has already would change one that mixes dtypes.
+        model = load_model(source, dtype=wanted, trust_remote_code=trust_remote_code).model
+    if exported is not None:
+        apply_recorded(model, exported.manifest)
+    return model

@@ -1,0 +1,261 @@
+"""What `validate` and `bisect` share: their options, running the request, and writing and printing the report."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rmsnorm_deploy.cli.arrays import check_writable
+from rmsnorm_deploy.cli.norms import print_deviations
+from rmsnorm_deploy.cli.screen import Screen
+from rmsnorm_deploy.models.errors import UsageError
+
+if TYPE_CHECKING:
+    from rmsnorm_deploy.runtime.requests import ValidationRequest
+
+_SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
+
+Candidate = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[CANDIDATE]",
+        help="An exported folder, an .onnx file, or another PyTorch model: a folder, module:factory or builtin:.",
+        show_default=False,
+    ),
+]
+Against = Annotated[
+    str | None,
+    typer.Option("--against", metavar="MODEL", help="The PyTorch model that was exported, as for export."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="DTYPE", help="Dtype to load MODEL in; the exported one when left out."),
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the made-up inputs.")]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape",
+        metavar="BATCHxLENGTH",
+        help="Size of a run, such as 3x33; may be given several times.",
+        show_default="1x1, 1x7, 3x33",
+    ),
+]
+Inputs = Annotated[
+    str | None,
+    typer.Option(
+        "--inputs",
+        metavar="SOURCE",
+        help="Inputs in place of made-up ones: .npz, .safetensors, a folder of them, or file.py:function.",
+    ),
+]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", metavar="TEXT", help="A real text through the tokenizer; may be given several times."),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer", metavar="MODEL", help="Where the tokenizer is; beside the export or MODEL when left out."
+    ),
+]
+Atol = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--atol",
+        metavar="[OUTPUT:]X",
+        help="With --rtol, a fixed limit on an output's error in place of PyTorch's own error, such as logits:1e-3.",
+    ),
+]
+Rtol = Annotated[
+    list[str] | None, typer.Option("--rtol", metavar="[OUTPUT:]X", help="See --atol; relative to the truth.")
+]
+Ulp = Annotated[list[str] | None, typer.Option("--ulp", metavar="[OUTPUT:]X", help="See --atol; in ULPs.")]
+Window = Annotated[
+    int | None,
+    typer.Option("--window", metavar="NORMS", min=1, help="Look at so many norms at a time: fewer need less memory."),
+]
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML file.")]
+Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write the report as JUnit XML.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the report as JSON, as --json prints it.")
+]
+Replay = Annotated[
+    Path | None,
+    typer.Option("--replay", metavar="REPORT.json", help="Run the command behind a JSON report again, and compare."),
+]
+
+
+def shapes_of(texts: Sequence[str] | None) -> list[list[int]] | None:
+    """Batch and length from texts such as `3x33`.
+
+    Raises:
+        UsageError: a text is none.
+    """
+    found = []
+    for text in texts or ():
+        match = _SHAPE.fullmatch(text.lower())
+        if match is None:
+            raise UsageError(f"--shape {text} is no batch and length; write them as 3x33, both at least 1.")
+        found.append([int(match[1]), int(match[2])])
+    return found or None
+
+
+def sides(candidate: str | None, against: str | None, command: str) -> tuple[str, str]:
+    """Both sides, of which neither may be missing without --replay.
+
+    Raises:
+        UsageError: one is missing.
+    """
+    if candidate is None or against is None:
+        missing = "CANDIDATE" if candidate is None else "--against MODEL"
+        raise UsageError(f"{missing} is missing; give both sides, or --replay a report. See: rmsnorm {command} --help")
+    return candidate, against
+
+
+def check_files(*paths: Path | None) -> None:
+    """Refuse output files before any work is done for them.
+
+    Raises:
+        UsageError: one cannot be written.
+    """
+    for path in paths:
+        if path is not None:
+            check_writable(path)
+
+
+def run_request(
+    request: ValidationRequest,
+    screen: Screen,
+    *,
+    html: Path | None,
+    junit: Path | None,
+    output: Path | None,
+    show_norms: bool,
+    trust_remote_code: bool,
+    before: Mapping[str, Any] | None = None,
+) -> int:
+    """Run, write the files, print, and say with the exit code whether it passed.
+
+    Args:
+        request: what to run.
+        screen: where the result goes.
+        html: where the HTML report goes.
+        junit: where the JUnit report goes.
+        output: where the JSON report goes.
+        show_norms: print a line for each norm and stretch.
+        trust_remote_code: run Python code that comes with a checkpoint.
+        before: the report that is run again.
+    """
+    if html is not None:
+        from rmsnorm_deploy.runtime.report.html import check_installed
+
+        check_installed()
+    with screen.working(f"opening {request.candidate}") as say:
+        report = request.run(trust_remote_code=trust_remote_code, say=say)
+        content = report.to_dict()
+        if html is not None:
+            from rmsnorm_deploy.runtime.report import html as html_report
+
+            say(f"writing {html}")
+            html_report.write(content, html)
+        if junit is not None:
+            from rmsnorm_deploy.runtime.report import junit as junit_report
+
+            junit_report.write(content, junit)
+        if output is not None:
+            from rmsnorm_deploy.runtime.report.text import write_text
+
+            write_text(json.dumps(content, indent=2) + "\n", output)
+    again = None if before is None else _again(before, content)
+    screen.result(content, lambda: print_report(screen, content, show_norms=show_norms, again=again))
+    if again is not None and screen.as_json:
+        screen.note(again)
+    return 0 if report.verdict == "pass" else 1
+
+
+def print_report(
+    screen: Screen, report: Mapping[str, Any], *, show_norms: bool = False, again: str | None = None
+) -> None:
+    """The tables of a report, the reasons of what failed, the deviations and the verdict."""
+    columns = ("case", "output", "verdict", "max error/row RMS", "max ULP", "mean ULP", "cosine")
+    screen.table(columns, [(row["case"], row["name"], *_cells(row), _cosine(row)) for row in report["outputs"]])
+    screen.line("errors against PyTorch in float64; in brackets those of PyTorch in the deployed dtype")
+    if show_norms:
+        _print_parts(screen, report)
+    for row in report["outputs"]:
+        if not row["passed"]:
+            screen.line(f"{row['case']}, {row['name']}: {row['reason']}")
+    for note in report["notes"]:
+        screen.line(f"note: {note}")
+    print_deviations(screen, report["deviations"])
+    for culprit in report["culprits"]:
+        screen.line(f"{culprit['kind']} {culprit['name']}: {culprit['reason']}")
+    if again is not None:
+        screen.line(again)
+    screen.line(report["summary"])
+    screen.line(f"verdict: {report['verdict']}")
+
+
+def _print_parts(screen: Screen, report: Mapping[str, Any]) -> None:
+    if report["norms"]:
+        screen.line()
+        rows = []
+        for norm in report["norms"]:
+            worst = max(norm["inputs"], key=lambda row: (not row["passed"], _error(row)), default=None)
+            cells = _cells(worst)[1:] if worst is not None else ("-", "-", "-")
+            name = norm["path"] if not norm["call"] else f"{norm['path']} (call {norm['call'] + 1})"
+            rows.append((name, _verdict(norm), worst["kind"] if worst is not None else "-", *cells))
+        screen.table(("norm, alone", "verdict", "worst on", "max error/row RMS", "max ULP", "mean ULP"), rows)
+    if report["stretches"]:
+        screen.line()
+        rows = [(row["name"], *_cells(row)) for row in report["stretches"]]
+        screen.table(("stretch between norms", "verdict", "max error/row RMS", "max ULP", "mean ULP"), rows)
+    if report["depth"]:
+        screen.line()
+        columns = ("as the whole model runs, at", "side", "error/row RMS", "introduced there")
+        screen.table(columns, [_depth_row(point) for point in report["depth"]])
+    screen.line()
+
+
+def _depth_row(point: Mapping[str, Any]) -> tuple[str, ...]:
+    introduced = "-"
+    if point["introduced"] is not None:
+        introduced = f"{float(point['introduced']):.3g} ({float(point['yardstick_introduced']):.3g})"
+    error = f"{float(point['error']):.3g} ({float(point['yardstick_error']):.3g})"
+    return point["path"], point["side"], error, introduced
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    return "pass" if row["passed"] else "fail"
+
+
+def _error(row: Mapping[str, Any]) -> float:
+    """The error of a kind of input, by which the one to show is chosen; least where PyTorch itself is lost."""
+    if row["figures"] is None:
+        return float("inf")
+    return float(row["figures"]["max_rel_row"]) if float(row["yardstick_figures"]["max_rel_row"]) < 0.25 else -1.0
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    mine, theirs = row["figures"], row["yardstick_figures"]
+    if mine is None:
+        return _verdict(row), "-", "-", "-"
+    pairs = (f"{float(mine[key]):.3g} ({float(theirs[key]):.3g})" for key in ("max_rel_row", "max_ulp", "mean_ulp"))
+    return _verdict(row), *pairs
+
+
+def _cosine(row: Mapping[str, Any]) -> str:
+    return "-" if row["figures"] is None else f"{float(row['figures']['cosine']):.9f}"
+
+
+def _again(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    from rmsnorm_deploy.runtime.validation_report import differences
+
+    found = differences(before, json.loads(json.dumps(now)))
+    return f"run again: differs in {', '.join(found)}" if found else "run again: the same report, apart from the time"
