@@ -68,7 +68,7 @@ class ArrayComparison:
         failed = sum(not row.passed for row in self.rows)
         return {
             **_head("arrays", self.reference, self.candidate, self.passed),
-            "summary": f"{failed} of {len(self.rows)} arrays fail" if failed else f"{len(self.rows)} arrays agree",
+            "summary": f"arrays that agree: {len(self.rows) - failed} of {len(self.rows)}",
             "outputs": [
                 {name: value for name, value in row.to_dict().items() if name != "yardstick_figures"}
                 for row in self.rows
@@ -138,8 +138,8 @@ class ReportComparison:
         worse = sum(change.after != "pass" for change in self.verdicts)
         return {
             **_head("reports", self.reference, self.candidate, self.passed),
-            "summary": f"{worse} verdicts became worse, {len(self.verdicts) - worse} better, "
-            f"{len(self.missing)} rows are missing, {len(self.figures)} figures changed more than {FACTOR:g} times",
+            "summary": f"verdicts worse: {worse}, better: {len(self.verdicts) - worse}; rows missing: "
+            f"{len(self.missing)}; figures changed more than {FACTOR:g} times: {len(self.figures)}",
             "verdicts": [change.to_dict() for change in self.verdicts],
             "missing": [{"kind": kind, "name": name} for kind, name in self.missing],
             "added": [{"kind": kind, "name": name} for kind, name in self.added],
@@ -156,6 +156,7 @@ def compare(
     Arrays (.npz or .safetensors) are compared by name. Without limits, floating-point arrays of one dtype may differ
     by the floors of `TOLERANCES`, a few roundings relative to the row; where the dtypes differ, the reference rounded
     to the coarser of the two is the yardstick, as PyTorch is in a validation. Integers and booleans must be equal.
+    bfloat16 that was widened to float32 to be stored counts as float32; give limits for it.
 
     Reports (.json) are compared row by row: what passed must still pass, and no row may be missing.
 

@@ -35,7 +35,7 @@ def report(path: Path, passed: bool, ulp: float) -> Path:
 def test_arrays_that_agree(rmsnorm: CommandLine, files: Path) -> None:
     outcome = rmsnorm("compare", files / "a.npz", files / "near.npz")
     assert outcome.code == 0
-    assert outcome.out.splitlines()[-2:] == ["2 arrays agree.", "verdict: pass"]
+    assert outcome.out.splitlines()[-2:] == ["arrays that agree: 2 of 2.", "verdict: pass"]
     row = outcome.out.splitlines()[1].split()
     assert (row[0], row[1], row[4], row[6:]) == ("logits", "pass", "1", ["64", "of", "64"])
     content = rmsnorm("compare", files / "a.npz", files / "near.npz", "--json").json
@@ -46,7 +46,7 @@ def test_arrays_that_agree(rmsnorm: CommandLine, files: Path) -> None:
 def test_arrays_that_differ(rmsnorm: CommandLine, files: Path) -> None:
     outcome = rmsnorm("compare", files / "a.npz", files / "far.npz")
     assert outcome.code == 1
-    assert "1 of 2 arrays fail.\nverdict: fail" in outcome.out
+    assert "arrays that agree: 1 of 2.\nverdict: fail" in outcome.out
     assert "logits: error max" in outcome.out
     np.savez(files / "other.npz", ids=np.arange(3))
     outcome = rmsnorm("compare", files / "a.npz", files / "other.npz", "--json")
@@ -81,7 +81,7 @@ def test_reports(rmsnorm: CommandLine, tmp_path: Path) -> None:
     assert lines[-1] == ["verdict:", "fail"]
     outcome = rmsnorm("compare", bad, good)
     assert outcome.code == 0
-    assert "0 verdicts became worse, 2 better" in outcome.out
+    assert "verdicts worse: 0, better: 2;" in outcome.out
     assert rmsnorm("compare", good, good, "--json").json["kind"] == "reports"
 
 

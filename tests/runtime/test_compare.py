@@ -41,7 +41,7 @@ def test_equal_arrays_pass(tmp_path: Path) -> None:
     assert [row["name"] for row in content["outputs"]] == ["logits", "ids"]
     figures = content["outputs"][0]["figures"]
     assert (figures["max_ulp"], figures["differing"], figures["top1_agreement"], figures["kl"]) == (0.0, 0, 1.0, 0.0)
-    assert content["summary"] == "2 arrays agree"
+    assert content["summary"] == "arrays that agree: 2 of 2"
     assert json.loads(json.dumps(content, allow_nan=False)) == content
 
 
@@ -88,7 +88,7 @@ def test_arrays_that_differ(candidate: dict[str, Any], reason: str, tmp_path: Pa
     assert not result.passed
     (failed,) = [row for row in result.rows if not row.passed]
     assert reason in failed.reason
-    assert result.to_dict()["summary"] == f"1 of {len(result.rows)} arrays fail"
+    assert result.to_dict()["summary"] == f"arrays that agree: {len(result.rows) - 1} of {len(result.rows)}"
 
 
 def test_complex_arrays_are_not_compared(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_row_that_fails_now_fails(tmp_path: Path) -> None:
         {"kind": "report", "name": "verdict", "before": "pass", "after": "fail", "reason": "everything passed"},
         {"kind": "output", "name": "1x7, logits", "before": "pass", "after": "fail", "reason": "too far off"},
     ]
-    assert content["summary"].startswith("2 verdicts became worse, 0 better")
+    assert content["summary"] == ("verdicts worse: 2, better: 0; rows missing: 0; figures changed more than 2 times: 0")
 
 
 def test_a_row_that_passes_now_or_fails_as_before_passes(tmp_path: Path) -> None:

@@ -1,0 +1,251 @@
+"""The float64 truth: the model's own, float64 throughout, independent of every lowering, and put back afterwards."""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.families import FAMILIES, build
+from helpers.norm_zoo import ZOO
+from torch import Tensor, nn
+
+import rmsnorm_deploy.models.reference as reference_module
+import rmsnorm_deploy.runtime.truth as truth_module
+from rmsnorm_deploy.models.recognise import recognise
+from rmsnorm_deploy.models.reference import reference
+from rmsnorm_deploy.models.spec import NormSpec
+from rmsnorm_deploy.runtime.cases import Case
+from rmsnorm_deploy.runtime.truth import at_norms, exactly, in_float64
+from rmsnorm_deploy.runtime.validate import validate
+from rmsnorm_deploy.runtime.validation_report import ValidationReport
+
+IDS = torch.arange(3, 12)[None]
+
+
+def logits(model: nn.Module, name: str) -> Tensor:
+    feeds = {"input_ids": IDS, "decoder_input_ids": IDS} if name == "t5" else {"input_ids": IDS}
+    with torch.no_grad():
+        return model(**feeds).logits
+
+
+def truth_of(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    """In float64: what the model's own code gives, and what it gives with the reference at every norm."""
+    sites = recognise(model).sites
+    with in_float64(model):
+        own = logits(model, name)
+        with at_norms(model, sites, exactly):
+            return own, logits(model, name)
+
+
+# ------------------------------------------------------------------------------------------------- what it computes
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_own_code_in_float64_is_the_reference_and_no_plain_double_copy(name: str) -> None:
+    model = build(name)
+    own, exact = truth_of(model, name)
+    assert own.dtype == exact.dtype == torch.float64
+    scale = exact.abs().max()
+    assert (own - exact).abs().max() / scale < 1e-12
+    if name != "gpt_oss":  # its experts do not run in float64 without the context
+        doubled = logits(copy.deepcopy(model).double(), name)
+        assert 1e-10 < (exact - doubled).abs().max() / scale < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "mamba2"])
+def test_models_in_half_types_have_a_float64_truth(name: str, dtype: torch.dtype) -> None:
+    model = build(name, dtype)
+    own, exact = truth_of(model, name)
+    assert exact.dtype == torch.float64
+    scale = exact.abs().max()
+    assert (own - exact).abs().max() / scale < 1e-12
+    assert 1e-4 < (logits(model, name).double() - exact).abs().max() / scale < 0.2
+
+
+class Casts(nn.Module):
+    """Every way in which models ask for a narrower dtype; what comes out holds all bits of a float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.half = nn.Parameter(torch.ones(1, dtype=torch.float16))
+        self.register_buffer("turn", torch.ones(1, dtype=torch.complex64))
+        self.register_buffer("index", torch.tensor([0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float().half().to(torch.bfloat16).type(torch.float16).to(dtype=torch.float32)
+        y = y.type_as(self.half).to(self.half).to(self.half.dtype)
+        y = y + torch.zeros(1, dtype=torch.float32) + torch.tensor(0.0, dtype=torch.float16)
+        y = y.sum(0, keepdim=True, dtype=torch.float32) + torch.empty_like(y, dtype=torch.float16).fill_(0.0)
+        pairs = torch.view_as_complex(torch.stack([y, torch.zeros_like(y)], -1)) * self.turn
+        return torch.view_as_real(pairs)[..., 0] * torch.softmax(torch.zeros(1, 1), -1, dtype=torch.float32)[0]
+
+
+def test_casts_to_narrower_dtypes_stay_in_float64() -> None:
+    model, x = Casts().eval(), torch.tensor([1.0 + 2.0**-40], dtype=torch.float64)
+    with in_float64(model), torch.no_grad():
+        y = model(x)
+        assert (model.half.dtype, model.turn.dtype, model.index.dtype) == (torch.float64, torch.complex128, torch.int64)
+    assert y.dtype == torch.float64
+    assert torch.equal(y, x)
+    assert not torch.equal(model(x.half()).double(), x)
+
+
+# ------------------------------------------------------------------------------------------------ what is put back
+
+
+def tensors(model: nn.Module) -> dict[str, tuple[int, int, torch.dtype, bool, bytes]]:
+    """Each tensor's identity, place in memory, dtype, gradient flag and bits."""
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {
+        name: (id(t), t.data_ptr(), t.dtype, t.requires_grad, t.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, t in every
+    }  # fmt: skip
+
+
+class Tied(nn.Module):
+    """Two names for one parameter, two parameters of one storage, a buffer, and an int buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embed.weight
+        self.shared = nn.Parameter(self.embed.weight.data, requires_grad=False)
+        self.norm = nn.RMSNorm(4, eps=1e-6)
+        self.register_buffer("scale", torch.ones(4, dtype=torch.float16))
+        self.register_buffer("steps", torch.arange(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.embed(x) * self.scale)) + (self.embed(x) @ self.shared.T)
+
+
+def test_tied_tensors_stay_tied_inside_and_outside() -> None:
+    model = Tied().eval()
+    before = tensors(model)
+    with in_float64(model):
+        assert model.head.weight is model.embed.weight
+        assert model.shared.data_ptr() == model.embed.weight.data_ptr() != before["shared"][1]
+        assert {t.dtype for t in (*model.parameters(), model.scale)} == {torch.float64}
+        assert model.steps.data_ptr() == before["steps"][1]
+        assert model(torch.tensor([1])).dtype == torch.float64
+    assert tensors(model) == before
+    assert model.head.weight is model.embed.weight
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "mamba2"])
+def test_every_tensor_is_put_back_after_an_exception(name: str) -> None:
+    model = build(name, torch.float16)
+    before, sites = tensors(model), recognise(model).sites
+    experts = getattr(model, "get_experts_implementation", lambda: None)()
+
+    def fails(*_: Any) -> Tensor:
+        raise RuntimeError("no luck")
+
+    with pytest.raises(RuntimeError, match="no luck"), in_float64(model), at_norms(model, sites, fails):
+        assert next(model.parameters()).dtype == torch.float64
+        logits(model, name)
+    assert tensors(model) == before
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert getattr(model, "get_experts_implementation", lambda: None)() == experts
+    # No cast is widened any more.
+    assert torch.ones(1, dtype=torch.float64).float().dtype == torch.float32
+
+
+def test_experts_run_one_by_one_inside_and_as_before_outside() -> None:
+    model: Any = build("gpt_oss")
+    before = model.get_experts_implementation()
+    with in_float64(model):
+        assert model.get_experts_implementation() == "eager"
+    assert model.get_experts_implementation() == before != "eager"
+
+
+def test_calls_of_one_norm_are_counted_in_one_context() -> None:
+    norm = nn.RMSNorm(4, eps=1e-6)
+    model = nn.Sequential(norm, nn.Linear(4, 4), norm).eval()
+    seen: list[tuple[str, int]] = []
+
+    def visit(path: str, number: int, call: Any, original: Callable[[], Tensor]) -> Tensor:
+        seen.append((path, number))
+        return original()
+
+    for _ in range(2):
+        with at_norms(model, recognise(model).sites, visit), torch.no_grad():
+            model(torch.ones(1, 4))
+    assert seen == [("0", 0), ("0", 1)] * 2
+
+
+# ------------------------------------------------------------------------------------------------- independence
+
+
+class OneNorm(nn.Module):
+    """A linear layer and one norm of the zoo, with a gate where it takes one."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(64, 64, bias=False), ZOO[name].build(dtype)
+        self.gate = nn.Linear(64, 64, bias=False) if ZOO[name].gated else None
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for module in (self.linear, self.gate):
+                if module is not None:
+                    module.weight.copy_(torch.randn(64, 64, generator=generator) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        return self.norm(h) if self.gate is None else self.norm(h, self.gate(x))
+
+
+def validated(name: str, dtype: torch.dtype, **options: Any) -> ValidationReport:
+    """The model held against itself: a candidate that is right to the last bit."""
+    model = OneNorm(name, dtype).to(dtype).eval()
+    x = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(6)).to(dtype).numpy()
+    return validate(model, model, cases=[Case("x", {"x": x})], **options)
+
+
+def without_root(spec: NormSpec, x: Any, weight: Any, bias: Any, gate: Any) -> Any:
+    squares = np.mean(np.square(np.asarray(x, np.float64)), axis=-1, keepdims=True)
+    return reference(spec, x, weight, bias, gate) / np.sqrt(squares + spec.eps)
+
+
+def changed(**changes: Any) -> Callable[..., Any]:
+    return lambda spec, *rest: reference(spec.replace(**changes), *rest)
+
+
+def without_bias(spec: NormSpec, x: Any, weight: Any, bias: Any, gate: Any) -> Any:
+    return reference(spec, x, weight, np.zeros_like(bias), gate)
+
+
+# How a formula can be wrong, and a norm that shows it.
+BROKEN: dict[str, tuple[str, Callable[..., Any]]] = {
+    "eps dropped": ("llama", changed(eps=0.0)),
+    "eps ten times too large": ("llama", lambda spec, *rest: reference(spec.replace(eps=10 * spec.eps), *rest)),
+    "eps ten times too small": ("olmo2", lambda spec, *rest: reference(spec.replace(eps=spec.eps / 10), *rest)),
+    "scale ignored": ("llama", changed(scale="none")),
+    "1 + w taken for w": ("gemma2", changed(scale="weight")),
+    "w taken for 1 + w": ("olmo2", changed(scale="one_plus_weight")),
+    "sum for mean": ("torch", changed(reduction="sum")),
+    "mean for sum": ("l2_weighted", changed(reduction="mean")),
+    "gate before ignored": ("mamba2", changed(gate="none", activation="none")),
+    "gate after ignored": ("qwen3_next", changed(gate="none", activation="none")),
+    "gate after for before": ("mamba2", changed(gate="after")),
+    "gate before for after": ("qwen3_next", changed(gate="before")),
+    "sigmoid for silu": ("qwen3_next", changed(activation="sigmoid")),
+    "group ignored": ("mamba2", changed(group_size=None)),
+    "half the group": ("falcon_h1", changed(group_size=8)),
+    "bias ignored": ("biased_after_cast", without_bias),
+    "root dropped": ("llama", without_root),
+}
+WIDTH_33 = {"biased_after_cast"}
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in BROKEN.values()} - WIDTH_33))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_held_against_itself_passes(name: str, dtype: torch.dtype) -> None:
+    report = validated(name, dtype)
+    assert (report.verdict, len(report.norms), report.culprits) == ("pass", 1, [])
