@@ -21,9 +21,10 @@ from torch import nn
 
 from ..models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError
 from ..models.experts import experts, has_experts
+from .cache_names import PAST, PRESENT
 from .lowerings import DEFAULT_OPSET
 
-# Cache tensors of a layer, as transformers' exporter names them, and as runtimes and servers expect them.
+# Cache tensors of a layer, as transformers' exporter names them.
 _PAST_INPUT = re.compile(r"^(?:input\.)?past_key_values\.layers\.(\d+)\.(key|value)s$")
 _PAST_OUTPUT = re.compile(r"^(?:output\.)?past_key_values\.layers\.(\d+)\.(key|value)s$")
 _TOKEN_INPUTS = ("input_ids", "position_ids", "token_type_ids")
@@ -162,10 +163,10 @@ def _decode_step(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any
 def _rename_cache(program: ir.Model) -> None:
     for value in program.graph.inputs:
         if match := _PAST_INPUT.match(value.name or ""):
-            value.name = f"past_key_values.{match[1]}.{match[2]}"
+            value.name = f"{PAST}{match[1]}.{match[2]}"
     for value in program.graph.outputs:
         if match := _PAST_OUTPUT.match(value.name or ""):
-            value.name = f"present.{match[1]}.{match[2]}"
+            value.name = f"{PRESENT}{match[1]}.{match[2]}"
     _drop_outputs(program, "output.past_key_values")
 
 
@@ -310,7 +311,7 @@ def _fixed_cache_dims(model: ir.Model) -> dict[str, str]:
     outputs = {value.name: value for value in model.graph.outputs}
     fixed = {}
     for value in model.graph.inputs:
-        present = outputs.get((value.name or "").replace("past_key_values.", "present.", 1))
+        present = outputs.get((value.name or "").replace(PAST, PRESENT, 1))
         if present is None or present is value or value.shape is None or present.shape is None:
             continue
         for dim, known in zip(value.shape, present.shape, strict=False):
@@ -320,8 +321,8 @@ def _fixed_cache_dims(model: ir.Model) -> dict[str, str]:
 
 
 def _dim_name(name: str, index: int, model: ir.Model) -> str:
-    past = any((value.name or "").startswith("past_key_values.") for value in model.graph.inputs)
-    if name.startswith("past_key_values."):
+    past = any((value.name or "").startswith(PAST) for value in model.graph.inputs)
+    if name.startswith(PAST):
         return {0: "batch", 2: "past_sequence"}.get(index, f"cache_dim_{index}")
     if name in _TOKEN_INPUTS:
         return ("batch", "sequence")[index] if index < 2 else f"{name}_dim_{index}"

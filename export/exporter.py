@@ -227,7 +227,8 @@ def _checked(model: nn.Module, recognition: Recognition, feeds: Mapping[str, Any
     if refused:
         paths = {refusal.path for refusal in refused}
         kept = [site for site in recognition.sites if site.path not in paths]
-        return Recognition(kept, [*recognition.refusals, *refused])
+        # Once more without them: what is kept has to give the whole model's outputs.
+        return _checked(model, Recognition(kept, [*recognition.refusals, *refused]), feeds)
     for index, (a, b) in enumerate(zip(wanted, got, strict=True)):
         if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(a.nan_to_num(), b.nan_to_num()):
             raise MismatchError(

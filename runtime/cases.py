@@ -13,7 +13,7 @@ import numpy as np
 from ..models.errors import UsageError
 from ..models.loading import python_attribute
 from .arrays import ARRAY_SUFFIXES, read_arrays
-from .feeds import cast_feeds, make_feeds
+from .feeds import cast_feeds, make_feeds, with_empty_cache
 from .runner import ANY_DTYPE, Array, TensorInfo, check_feeds, numpy_dtype
 from .tokenizer import load_tokenizer
 from .torch_runner import to_numpy
@@ -34,7 +34,8 @@ class Case:
 def load_cases(source: str, infos: Sequence[TensorInfo]) -> list[Case]:
     """The cases that a user names.
 
-    Arrays are brought to the dtypes of the inputs where that is safe, see `cast_feeds`.
+    Arrays are brought to the dtypes of the inputs where that is safe, see `cast_feeds`; a KV cache that is not given
+    starts empty.
 
     Args:
         source: an .npz or .safetensors file, one case; a folder of them, one case each in the order of their names;
@@ -47,7 +48,7 @@ def load_cases(source: str, infos: Sequence[TensorInfo]) -> list[Case]:
     Raises:
         UsageError: there is no such source, it gives no case, or a case does not fit the inputs; the message names it.
     """
-    cases = [Case(name, cast_feeds(feeds, infos)) for name, feeds in _named_arrays(source)]
+    cases = [Case(name, with_empty_cache(cast_feeds(feeds, infos), infos)) for name, feeds in _named_arrays(source)]
     for case in cases:
         _check(case, infos)
     return cases

@@ -31,11 +31,6 @@ class Exported:
         """Dtype of the model that was exported, if the manifest tells."""
         return self.manifest.get("dtype")
 
-    @property
-    def with_past(self) -> bool:
-        """Whether the KV cache goes in and out."""
-        return bool(self.manifest.get("with_past"))
-
 
 def open_exported(path: str | Path) -> Exported:
     """Open an exported folder or an .onnx file.

@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from ..export.cache_names import PAST, PRESENT
 from ..models.errors import UsageError
 from .runner import ANY_DTYPE, Array, TensorInfo, numpy_dtype
 
 # Batch and length of the runs that a validation makes when it is not told others.
 DEFAULT_SHAPES: tuple[tuple[int, int], ...] = ((1, 1), (1, 7), (3, 33))
 _TOKENS = ("input_ids", "decoder_input_ids")
-# The KV cache as it goes in and as it comes out.
-PAST, PRESENT = "past_key_values.", "present."
 _OUTLIER_CHANNELS, _OUTLIER_FACTOR = 2, 30.0
 # Of these most squares overflow float16, and of those eps outweighs the mean square.
 _LARGE, _TINY = 1000.0, 1e-4
@@ -47,6 +46,15 @@ def make_feeds(
     """
     rng = np.random.default_rng([seed, batch, length])
     return {info.name: _values(info, batch, length, seed, rng, vocabulary) for info in infos}
+
+
+def with_empty_cache(feeds: Mapping[str, Array], infos: Sequence[TensorInfo]) -> dict[str, Array]:
+    """The feeds, with an empty KV cache where the model reads one and none is given."""
+    missing = [info for info in infos if is_past(info.name) and info.name not in feeds]
+    ids = feeds.get("input_ids")
+    if not missing or ids is None or ids.ndim != 2:
+        return dict(feeds)
+    return {**feeds, **make_feeds(missing, ids.shape[0], ids.shape[1], 0, None)}
 
 
 def cast_feeds(feeds: Mapping[str, Array], infos: Iterable[TensorInfo]) -> dict[str, Array]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..models.errors import UnsupportedError, UsageError
 from .exported import Exported, open_exported
-from .feeds import PRESENT, is_past, make_feeds, present_to_past
+from .feeds import is_past, make_feeds, present_to_past
 from .ort_runner import OrtRunner
 from .runner import Array
 from .tokenizer import ADDITION_TOKENIZER, Tokenizer, has_tokenizer, load_tokenizer, token_ids
@@ -104,9 +104,6 @@ def _greedy(runner: OrtRunner, prompt: list[int], count: int, ends: set[int]) ->
 def _check_decoder(runner: OrtRunner, exported: Exported, prompt: list[int]) -> None:
     inputs = {info.name for info in runner.inputs()}
     outputs = {info.name: info for info in runner.outputs()}
-    names = [info.name for info in runner.outputs() if not info.name.startswith(PRESENT)]
-    if "logits" not in outputs and len(names) == 1 and exported.manifest.get("task") is not None:
-        raise UnsupportedError(f"{exported.model} returns {names[0]}, not logits, so it cannot generate.")
     if "input_ids" not in inputs or "logits" not in outputs or "decoder_input_ids" in inputs:
         raise UnsupportedError(
             f"{exported.model} reads {', '.join(sorted(inputs))} and returns {', '.join(sorted(outputs))}; generation "

@@ -118,6 +118,7 @@ def _view(report: Mapping[str, Any], plots: ModuleType) -> dict[str, Any]:
         "schema": report["schema"],
         "created": report.get("created"),
         "passed": report["verdict"] == "pass",
+        "model": report.get("model"),
         "summary": report.get("summary"),
         "outputs": outputs,
         "logits": any(row["figures"]["top1_agreement"] is not None for row in outputs),

@@ -12,10 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from rmsnorm_deploy.cli.arrays import read_npz, write_npz
+from rmsnorm_deploy.cli.arrays import write_npz
 from rmsnorm_deploy.cli.commands import COMMANDS
 from rmsnorm_deploy.export.exporter import ExportResult, export_model
 from rmsnorm_deploy.export.lowerings import TABLE, TARGETS
+from rmsnorm_deploy.runtime.arrays import read_arrays
 from rmsnorm_deploy.runtime.doctor import Diagnosis, Surroundings, diagnose, look
 from rmsnorm_deploy.runtime.ort_runner import OrtRunner
 
@@ -199,7 +200,7 @@ def test_run(rmsnorm: CommandLine, exported: Path, tmp_path: Path) -> None:
     assert (row["dtype"], row["saved_as"], row["shape"]) == ("float32", "float32", [2, 5, 64])
     with OrtRunner(exported / "plugin" / "model.onnx") as runner:
         wanted = runner.run({"input_ids": ids})
-    np.testing.assert_array_equal(read_npz(tmp_path / "y.npz")[row["name"]], wanted[row["name"]])
+    np.testing.assert_array_equal(read_arrays(tmp_path / "y.npz")[row["name"]], wanted[row["name"]])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz", "y.npz"]
     assert "2x5x64" in rmsnorm(*arguments).out
 
@@ -208,7 +209,7 @@ def test_npz_holds_any_name_and_widens_bfloat16(tmp_path: Path) -> None:
     values = np.array([1.0, 2.5, -3.0])
     arrays = {"file": values, "a/b": values.astype(np.float16), "half": values.astype(ml_dtypes.bfloat16)}
     assert write_npz(tmp_path / "y.npz", arrays) == ["half"]
-    found = read_npz(tmp_path / "y.npz")
+    found = read_arrays(tmp_path / "y.npz")
     assert {name: array.dtype.name for name, array in found.items()} == {
         "file": "float64", "a/b": "float16", "half": "float32",
     }  # fmt: skip
@@ -218,7 +219,7 @@ def test_npz_holds_any_name_and_widens_bfloat16(tmp_path: Path) -> None:
 def test_npz_of_bfloat16_written_by_numpy(tmp_path: Path) -> None:
     values = np.array([1.0, 2.5, -3.0]).astype(ml_dtypes.bfloat16)
     np.savez(tmp_path / "x.npz", x=values)
-    found = read_npz(tmp_path / "x.npz")["x"]
+    found = read_arrays(tmp_path / "x.npz")["x"]
     assert found.dtype == ml_dtypes.bfloat16
     assert (found == values).all()
 

@@ -1,4 +1,4 @@
-"""Writing .npz files, and the reader of array files under the name that the commands use."""
+"""Writing .npz files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmsnorm_deploy.models.errors import UsageError
-from rmsnorm_deploy.runtime.arrays import read_arrays as read_npz
 
 if TYPE_CHECKING:
     from rmsnorm_deploy.runtime.runner import Array
-
-__all__ = ["check_writable", "read_npz", "write_npz"]
 
 
 def check_writable(path: Path) -> None:

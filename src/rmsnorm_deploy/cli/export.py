@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rmsnorm_deploy.cli import options
-from rmsnorm_deploy.cli.arrays import read_npz
 from rmsnorm_deploy.cli.norms import found_line, print_deviations, print_found
 from rmsnorm_deploy.cli.screen import Screen
+from rmsnorm_deploy.runtime.arrays import read_arrays
 
 if TYPE_CHECKING:
     from rmsnorm_deploy.export.exporter import ExportResult
@@ -74,7 +74,7 @@ def export(
     targets = list(dict.fromkeys(target or ["primitives"]))
     for name in targets:
         opset_for(name, opset)  # refuses a wrong target or opset before anything slow is done
-    arrays = read_npz(inputs) if inputs is not None else None
+    arrays = read_arrays(inputs) if inputs is not None else None
     injection = _injection(outliers)
     with screen.working(f"loading {model}") as say:
         from rmsnorm_deploy.export.exporter import export_model

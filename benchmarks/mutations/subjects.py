@@ -1,0 +1,139 @@
+"""The models of the mutation suite, each exported once for all four targets."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT / "tests") not in sys.path:
+    sys.path.append(str(ROOT / "tests"))
+
+from helpers.families import build  # noqa: E402
+from helpers.norm_zoo import Biased, Weighted, hub_class, randomised  # noqa: E402
+
+from rmsnorm_deploy.export.exporter import prepare, save  # noqa: E402
+from rmsnorm_deploy.models.checkpoint import addition  # noqa: E402
+from rmsnorm_deploy.models.outliers import inject_outliers  # noqa: E402
+from rmsnorm_deploy.runtime.ort_runner import OrtRunner  # noqa: E402
+from rmsnorm_deploy.runtime.validate import made_up_cases  # noqa: E402
+
+TARGETS = ("primitives", "standard", "ort", "plugin")
+WIDTH, GROUP = 32, 16
+_OUTLIERS = (2, 50.0, 0)  # channels, factor, seed
+
+Outputs = list[dict[str, np.ndarray[Any, Any]]]
+
+
+class Assorted(nn.Module):
+    """Norms that the decoders lack: a bias, groups, gates before and after, two of equal width, several epsilons.
+
+    Takes x `[batch, sequence, WIDTH]` and returns two outputs of that shape.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(8))
+        self.biased = Biased(WIDTH)
+        self.query, self.key = Weighted(WIDTH), Weighted(WIDTH)
+        self.grouped = hub_class("mamba2", "MambaRMSNormGated")(WIDTH, GROUP)
+        self.after = hub_class("falcon_h1", "FalconH1RMSNormGated")(WIDTH, n_groups=WIDTH // GROUP)
+        self.final = nn.RMSNorm(WIDTH, eps=1e-5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        linears = self.linears
+        h = x + linears[0](self.biased(x))
+        q, k = self.query(linears[1](h)), self.key(linears[2](h))
+        h = h + linears[3](q * torch.sigmoid(k))
+        h = h + self.grouped(linears[4](h), linears[5](h))
+        h = h + self.after(linears[6](h), linears[7](h))
+        return self.final(h), h
+
+
+def assorted() -> nn.Module:
+    """`Assorted` with random weights that leave the size of its values about as it is."""
+    model = randomised(Assorted(), seed=5)
+    with torch.no_grad():
+        for parameter in model.get_submodule("linears").parameters():
+            parameter.mul_(0.3)
+    return model.eval()
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model as it is exported.
+
+    Attributes:
+        model: `addition` (the trained checkpoint), `assorted`, or a family of tests/helpers/families.py.
+        dtype: `float32` or `float16`.
+        variant: `plain`, `past` (with the KV cache), `outliers` (outlier channels), or `redrawn` (other random
+            weights).
+    """
+
+    model: str
+    dtype: str = "float32"
+    variant: str = "plain"
+
+    @property
+    def label(self) -> str:
+        """The name in tables."""
+        return self.model if self.variant == "plain" else f"{self.model} {self.variant}"
+
+    def build(self) -> nn.Module:
+        """The PyTorch model in its dtype, in eval mode."""
+        made = {"addition": addition, "assorted": assorted}.get(self.model)
+        model = made() if made is not None else build(self.model)
+        if self.variant == "redrawn":
+            _redraw(model)
+        elif self.variant == "outliers":
+            inject_outliers(model, *_OUTLIERS)
+        return model.to(getattr(torch, self.dtype)).eval()
+
+
+class Exports:
+    """Exported folders under one folder, and the models they came from; what is there already is used again."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.model = functools.cache(self._model)
+        self.outputs = functools.cache(self._outputs)
+
+    def folder(self, subject: Subject, target: str) -> Path:
+        """The exported folder of a model for a target."""
+        place = self.work / f"{subject.model}-{subject.variant}-{subject.dtype}"
+        if not (place / target).is_dir():
+            x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
+            inputs = {"x": x.to(getattr(torch, subject.dtype))} if subject.model == "assorted" else None
+            prepared = prepare(self.model(subject), inputs=inputs, with_past=subject.variant == "past")
+            for name in TARGETS:
+                save(prepared, place / name, name)
+        return place / target
+
+    def _model(self, subject: Subject) -> nn.Module:
+        return subject.build()
+
+    def _outputs(self, subject: Subject, target: str) -> Outputs:
+        """What the honest file gives for the inputs that `validate` makes up."""
+        with OrtRunner(self.folder(subject, target) / "model.onnx") as runner:
+            return run_cases(runner, self.model(subject))
+
+
+def run_cases(runner: Any, model: nn.Module) -> Outputs:
+    """The runner's outputs for the inputs that `validate` makes up by default, one dict for each case."""
+    return [runner.run(case.feeds) for case in made_up_cases(runner.inputs(), model, None, 0)]
+
+
+def _redraw(model: nn.Module) -> None:
+    """Other weights of the same distribution: each parameter's values in another order."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            order = torch.randperm(parameter.numel(), generator=generator)
+            parameter.copy_(parameter.flatten()[order].reshape(parameter.shape))
