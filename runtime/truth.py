@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from ..models.calls import NormCall, replace_forward
 from ..models.experts import experts
@@ -26,52 +28,86 @@ _WIDE: dict[torch.dtype, torch.dtype] = {
     torch.complex64: torch.complex128,
 }
 
+# Tensors of fewer elements are widened into memory of their own.
+_SMALL = 1 << 16
+
 Visit = Callable[[str, int, NormCall, Callable[[], "Tensor"]], "Tensor"]
 
 
-class _NoNarrowing(TorchDispatchMode):
-    """Every request for a narrower floating-point dtype becomes one for float64.
+class _InFloat64(TorchDispatchMode):
+    """Every operator computes in float64, whatever its operands and whatever dtype is asked for.
 
-    Models cast to float32 wherever they fear for half types (softmax, rotary embedding, routers, logits); in a widened
-    copy these casts would throw away what the truth is for.
+    Weights stay as they are and are widened one operator at a time, into memory that is used again: a second model in
+    float64 would need twice the memory of the first, and more time to be made than a pass through it takes. Models
+    also cast to float32 wherever they fear for half types (softmax, rotary embedding, routers, logits); in a model
+    that was merely widened these casts would throw away what the truth is for.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._spare: list[Tensor] = []
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        wide = tuple(_WIDE.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
         named = {k: _WIDE.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
-        return func(*wide, **named)
+        if any(value.alias_info is not None for value in func._schema.returns):
+            return func(*args, **named)  # a view, or a write in place: nothing is computed, or in the target's dtype
+        if func is torch.ops.aten.embedding.default:
+            return func(*args, **named).to(torch.float64)  # the rows that are read, not the whole table
+        used = 0
+
+        def widened(value: Any) -> Any:
+            nonlocal used
+            if isinstance(value, torch.dtype):
+                return _WIDE.get(value, value)
+            if not isinstance(value, torch.Tensor) or value.dtype not in _WIDE:
+                return value
+            if value.dtype.is_complex or value.numel() < _SMALL or value.device.type != "cpu":
+                return _wide_tensor(value)
+            used += 1
+            return self._borrowed(used - 1, value)
+
+        return func(*tree_map(widened, args), **tree_map(widened, named))
+
+    def _borrowed(self, slot: int, value: Tensor) -> Tensor:
+        """The values in float64, in memory that is free again after the operator."""
+        if slot == len(self._spare):
+            self._spare.append(torch.empty(0, dtype=torch.float64))
+        if self._spare[slot].numel() < value.numel():
+            self._spare[slot] = torch.empty(value.numel(), dtype=torch.float64)
+        dense = torch.ops.aten.is_non_overlapping_and_dense(value)
+        flat = self._spare[slot][: value.numel()]
+        return (flat.as_strided(value.shape, value.stride()) if dense else flat.view(value.shape)).copy_(value)
+
+
+class _Retried(TorchFunctionMode):
+    """Functions that refuse operands of different dtypes before any operator runs (convolutions do) get wide ones."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        try:
+            return func(*args, **named)
+        except RuntimeError:
+            if getattr(func, "__name__", "_").endswith("_"):
+                raise  # a write in place must not go to a copy
+            return func(*tree_map(_wide_tensor, args), **tree_map(_wide_tensor, named))
+
+
+def _wide_tensor(value: Any) -> Any:
+    is_narrow = isinstance(value, torch.Tensor) and value.dtype in _WIDE
+    return value.to(_WIDE[value.dtype]) if is_narrow else value
 
 
 @contextmanager
 def in_float64(model: nn.Module) -> Iterator[None]:
-    """Let `model` compute in float64 while the context is open; afterwards it holds its own tensors again.
+    """Let `model` compute in float64 while the context is open. Its tensors are not touched.
 
-    Parameters and buffers are widened in place, so the peak is the model and its float64 values, not a second model
-    beside them. Casts to narrower dtypes inside the model stay in float64. Norms still run their own code: see
-    `at_norms` and `exactly`.
+    Norms still run their own code: see `at_norms` and `exactly`.
 
     Args:
         model: in the deployment dtype, in eval mode.
     """
-    owners: list[tuple[Tensor, Tensor]] = []
-    widened: dict[tuple[Any, ...], Tensor] = {}
-    with ExitStack() as stack:
-        stack.enter_context(experts(model, "eager"))  # grouped products exist in float32 only
-        try:
-            for tensor in [*model.parameters(), *model.buffers()]:
-                if tensor.dtype in _WIDE:
-                    held = tensor.data
-                    key = (held.data_ptr(), tuple(held.shape), held.stride(), held.dtype)
-                    if key not in widened or not held.numel():
-                        widened[key] = held.to(_WIDE[held.dtype])
-                    owners.append((tensor, held))
-                    tensor.data = widened[key]
-            widened.clear()
-            stack.enter_context(_NoNarrowing())
-            yield
-        finally:
-            for tensor, held in owners:
-                tensor.data = held
+    with experts(model, "eager"), _Retried(), _InFloat64():  # grouped products exist in float32 only
+        yield
 
 
 @contextmanager

@@ -64,8 +64,7 @@ def validate(
 
     Args:
         candidate: an exported folder, an .onnx file, another PyTorch module, or an open runner.
-        model: the PyTorch model, in the dtype that is deployed. It computes in float64 for a while and is put back
-            exactly as it was.
+        model: the PyTorch model, in the dtype that is deployed. It is not changed.
         provider: ONNX Runtime's execution provider: `cpu`, `cuda` or `tensorrt`.
         shapes: batch and length of each case; `(1, 1), (1, 7), (3, 33)` when None.
         seed: of the made-up inputs.
@@ -158,7 +157,7 @@ class _Work:
     def compare_outputs(
         self, report: ValidationReport, limits: Mapping[str, Limits], *, with_norms: bool, depth: bool
     ) -> None:
-        """Fill the report. PyTorch is widened once, for everything that needs its truth."""
+        """Fill the report."""
         largest = max(self.runs, key=lambda run: run.size)
         recognition = recognise(self.model)
         norms = TorchNorms(self.model, self.yardstick, recognition)
@@ -172,7 +171,6 @@ class _Work:
         if with_norms:
             self._match(access, report)
         with Tape() as free:
-            self.say("widening PyTorch to float64")
             with in_float64(self.model):
                 for number, run in enumerate(self.runs, start=1):
                     self.say(f"PyTorch in float64: {run.case.name} ({number} of {len(self.runs)})")

@@ -41,11 +41,13 @@ def _text(page: str, path: str) -> str:
 
 @pytest.mark.parametrize(("passed", "word", "sign"), [(True, "Pass", "✓"), (False, "Fail", "✗")])
 def test_the_verdict_comes_first(passed: bool, word: str, sign: str) -> None:
-    report = sample_report(passed)
+    report = {**sample_report(passed), "model": "out/model.onnx"}
     page = html.render(report)
     main = parser.document_fromstring(page).get_element_by_id("main")
     assert main[0].tag == "header"
-    assert " ".join(main[0].text_content().split()) == f"rmsnorm validate {sign} {word} {report['summary']}"
+    assert " ".join(main[0].text_content().split()) == (
+        f"rmsnorm validate out/model.onnx against {report['settings']['against']} {sign} {word} {report['summary']}"
+    )
     assert _text(page, "//title") == f"{word} – rmsnorm validate"
 
 

@@ -1,0 +1,186 @@
+"""What becomes of one fault: whether it is alive, whether `validate` catches it, and whether `bisect` finds it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from faults import Fault
+from runner_faults import RunnerFault, SpoiledRunner
+from subjects import Exports, Outputs, run_cases
+
+from rmsnorm_deploy.models.errors import RmsnormDeployError
+from rmsnorm_deploy.runtime.cases import Case
+from rmsnorm_deploy.runtime.graph_norms import GraphNorms, Key
+from rmsnorm_deploy.runtime.norm_access import CalledNorm
+from rmsnorm_deploy.runtime.norm_inputs import adversarial, turns
+from rmsnorm_deploy.runtime.onnx_norms import OnnxNorms
+from rmsnorm_deploy.runtime.ort_runner import OrtRunner
+from rmsnorm_deploy.runtime.validate import bisect, made_up_cases, validate
+from surgery import Edit
+
+INNOCENTS_ALLOWED = 3
+_OPEN_DIM = 5  # size of a symbolic dim where a norm runs alone
+
+
+@dataclass(frozen=True, slots=True)
+class FaultResult:
+    """What became of one fault.
+
+    Attributes:
+        fault: its name.
+        model: the model it was planted in.
+        target: in which form.
+        dtype: of the model.
+        alive: where its bits showed: `outputs`, `norm` (on adversarial rows only), `error` (it raises), or `dead`.
+        verdict: `pass` or `fail`, `error` for a clear error, or `broken: ...` for any other exception.
+        summary: the report's sentence, or the error's message.
+        wanted: what bisect must name; empty where only outputs can be seen.
+        in_norm: whether that is norms.
+        named: whether bisect named all of it.
+        innocents: norms that bisect named and should not have.
+        culprits: all that bisect named.
+        seconds: that it took.
+    """
+
+    fault: str
+    model: str
+    target: str
+    dtype: str
+    alive: str
+    verdict: str
+    summary: str
+    wanted: tuple[str, ...]
+    in_norm: bool
+    named: bool
+    innocents: tuple[str, ...]
+    culprits: tuple[str, ...]
+    seconds: float
+
+    @property
+    def caught(self) -> bool:
+        """Whether the fault is alive and `validate` did not let it pass."""
+        return self.alive != "dead" and self.verdict in ("fail", "error")
+
+    @property
+    def good(self) -> bool:
+        """Whether the tool did all that it should."""
+        return self.caught and self.named and len(self.innocents) <= INNOCENTS_ALLOWED
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as JSON values."""
+        return asdict(self) | {"caught": self.caught}
+
+
+def judge_fault(fault: Fault | RunnerFault, exports: Exports) -> FaultResult:
+    """Plant a fault, show that it is alive, and see what the tool says of it."""
+    start = time.perf_counter()
+    honest = exports.folder(fault.subject, fault.target)
+    if isinstance(fault, RunnerFault):
+        alive, verdict, summary = _judge_runner(fault, exports, honest)
+        found: list[Mapping[str, str]] = []
+        wanted: tuple[str, ...] = ()
+        in_norm = False
+    else:
+        place = exports.work / "fault"
+        shutil.rmtree(place, ignore_errors=True)
+        folder = fault.write(honest, place)
+        alive = aliveness(fault, exports, folder)
+        verdict, summary, _ = _ask(validate, folder, exports.model(fault.subject))
+        _, _, found = _ask(bisect, folder, exports.model(fault.subject))
+        wanted, in_norm = fault.norms or (fault.before,), bool(fault.norms)
+    kind = "norm" if in_norm else "stretch"
+    names = {row["name"] for row in found if row["kind"] == kind}
+    named = all(any(_is_place(name, place, in_norm) for name in names) for place in wanted)
+    innocents = tuple(row["name"] for row in found if row["kind"] == "norm" and (not in_norm or row["name"] not in wanted))
+    return FaultResult(
+        fault.name, fault.subject.label, fault.target, fault.dtype, alive, verdict, summary, wanted, in_norm, named,
+        innocents, tuple(f"{row['kind']} {row['name']}" for row in found), round(time.perf_counter() - start, 2),
+    )  # fmt: skip
+
+
+def aliveness(fault: Fault, exports: Exports, folder: Path) -> str:
+    """Whether the file with the fault gives other bits than the honest one, and where they show; see `FaultResult`."""
+    model = exports.model(fault.subject)
+    honest = exports.folder(fault.subject, fault.target)
+    if fault.padded:
+        before, after = (_padded(place / "model.onnx", model) for place in (honest, folder))
+    else:
+        before = exports.outputs(fault.subject, fault.target)
+        with OrtRunner(folder / "model.onnx") as runner:
+            after = run_cases(runner, model)
+    if _differ(before, after):
+        return "outputs"
+    return "norm" if any(_norm_differs(path, honest, folder) for path in fault.norms) else "dead"
+
+
+def _judge_runner(fault: RunnerFault, exports: Exports, honest: Path) -> tuple[str, str, str]:
+    model = exports.model(fault.subject)
+    try:
+        spoiled = run_cases(SpoiledRunner.open(honest, fault.spoil), model)
+        alive = "outputs" if _differ(exports.outputs(fault.subject, fault.target), spoiled) else "dead"
+    except RuntimeError:
+        alive = "error"
+    verdict, summary, _ = _ask(validate, SpoiledRunner.open(honest, fault.spoil), model)
+    return alive, verdict, summary
+
+
+def _ask(tool: Any, candidate: Any, model: Any) -> tuple[str, str, list[Mapping[str, str]]]:
+    """Verdict, sentence and culprits; an error that is not one of ours is the tool's failure, and must not end this."""
+    try:
+        report = tool(candidate, model)
+    except RmsnormDeployError as error:
+        return "error", f"{type(error).__name__}: {error}", []
+    except Exception as error:
+        return f"broken: {type(error).__name__}", str(error), []
+    return report.verdict, report.summary, [culprit.to_dict() for culprit in report.culprits]
+
+
+def _is_place(name: str, wanted: str, in_norm: bool) -> bool:
+    return name == wanted if in_norm else name.removesuffix(" (its gate)").endswith(f"... {wanted}")
+
+
+def _differ(before: Outputs, after: Outputs) -> bool:
+    return any(
+        list(a) != list(b) or any(a[n].dtype != b[n].dtype or a[n].tobytes() != b[n].tobytes() for n in a)
+        for a, b in zip(before, after, strict=True)
+    )
+
+
+def _padded(path: Path, model: Any) -> Outputs:
+    """Outputs for the made-up inputs with the first tokens of every row masked."""
+    with OrtRunner(path) as runner:
+        cases: Sequence[Case] = made_up_cases(runner.inputs(), model, None, 0)
+        for case in cases:
+            case.feeds["attention_mask"][:, : case.feeds["attention_mask"].shape[1] // 2] = 0
+        return [runner.run(case.feeds) for case in cases]
+
+
+def _norm_differs(path: str, honest: Path, folder: Path) -> bool:
+    """Whether a norm alone gives other bits on rows of every kind."""
+    key = (path, 0)
+    if key not in GraphNorms(folder / "model.onnx").norms:
+        return False
+    called = _called(path, honest)
+    results = []
+    for place in (honest, folder):
+        with OnnxNorms(place / "model.onnx", ["cpu"]).alone([key]) as run:
+            results.append([_bits(run({key: adversarial(called, turn, 0)[0]}), key) for turn in range(turns(called))])
+    return results[0] != results[1]
+
+
+def _bits(results: Mapping[Key, Any], key: Key) -> bytes:
+    result = results[key]
+    return result.y.tobytes() + (b"" if result.total is None else result.total.tobytes())
+
+
+def _called(path: str, folder: Path) -> CalledNorm:
+    norm = Edit(folder).norm(path)
+    shape = tuple(dim if isinstance(dim, int) else _OPEN_DIM for dim in norm.x.shape or ())
+    dtypes = [None if v is None else np.dtype(v.dtype.numpy()).name for v in (norm.x, norm.y, norm.gate)]  # type: ignore[union-attr]
+    return CalledNorm((path, 0), norm.spec, shape, str(dtypes[0]), str(dtypes[1]), dtypes[2], True)

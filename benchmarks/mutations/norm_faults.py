@@ -1,0 +1,397 @@
+"""Faults inside norms: epsilon, weight, statistics, casts, groups, gates, the fused residual add, whole norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from faults import Fault, Plant
+from surgery import (
+    BFLOAT16,
+    FLOAT,
+    FLOAT16,
+    Array,
+    Edit,
+    Spelling,
+    bias_of,
+    change_weight,
+    respell,
+    scale_of,
+    set_attribute,
+    set_eps,
+)
+
+# One norm of each kind of model, and the ones that the fused residual add belongs to.
+ADDITION, ADDITION_MLP = "layers.1.attention_norm", "layers.0.mlp_norm"
+LLAMA, LLAMA_FIRST = "model.layers.1.input_layernorm", "model.layers.0.input_layernorm"
+LLAMA_POST, LAST = "model.layers.0.post_attention_layernorm", "model.norm"
+LLAMA_ADDS = (LLAMA_POST, LLAMA, "model.layers.1.post_attention_layernorm", LAST)
+Q_NORM, K_NORM = "model.layers.0.self_attn.q_norm", "model.layers.1.self_attn.k_norm"
+POST_FF = "model.layers.0.post_feedforward_layernorm"
+MAMBA, MAMBA_GATED = "backbone.layers.1.norm", "backbone.layers.0.mixer.norm"
+
+# ----------------------------------------------------------------------------------------------------- how to plant it
+
+
+def eps(path: str, change: Callable[[float], float]) -> Plant:
+    """Another epsilon, where the target holds it."""
+    return lambda edit: set_eps(edit, path, change)
+
+
+def weight(path: str, change: Callable[[Array], Array]) -> Plant:
+    """Another weight (or 1 + weight), where the target holds it."""
+    return lambda edit: change_weight(edit, path, change)
+
+
+def weight_of_other(path: str, other: str) -> Plant:
+    """The weight of another norm."""
+    return lambda edit: change_weight(edit, path, lambda _: scale_of(edit.norm(other)))
+
+
+def formula(path: str, **options: Any) -> Plant:
+    """The norm spelled anew with wrong steps or a wrong spec; see `respell`."""
+    return lambda edit: respell(edit, path, **options)
+
+
+def attribute(path: str, name: str, value: float) -> Plant:
+    """Another attribute on the norm's operator."""
+    return lambda edit: set_attribute(edit, path, name, value)
+
+
+def in_body(function: str, op_type: str, change: Callable[[ir.Function, ir.Node], None]) -> Plant:
+    """A change at the first node of a type in the body of a plugin operator's function."""
+
+    def plant(edit: Edit) -> None:
+        body = next(f for f in edit.model.functions.values() if f.name == function)
+        change(body, next(node for node in body if node.op_type == op_type))
+
+    return plant
+
+
+def op_type(path: str, old: str, new: str) -> Plant:
+    """Another operator with the same inputs in place of one of the norm's."""
+
+    def plant(edit: Edit) -> None:
+        next(node for node in edit.norm(path).nodes if node.op_type == old).op_type = new
+
+    return plant
+
+
+def renamed(change: dict[str, str]) -> Callable[[ir.Function, ir.Node], None]:
+    """Another operator in a function's body."""
+
+    def apply(body: ir.Function, node: ir.Node) -> None:
+        node.op_type = change[node.op_type]
+
+    return apply
+
+
+# ---------------------------------------------------------------------------------------------------------- the changes
+
+
+def bfloat16(array: Array) -> Array:
+    return array.astype(ir.DataType.BFLOAT16.numpy()).astype(np.float64)
+
+
+def half(array: Array) -> Array:
+    return array.astype(np.float16).astype(np.float64)
+
+
+def swapped_channels(array: Array) -> Array:
+    order = np.arange(len(array))
+    order[[1, 2]] = order[[2, 1]]
+    return array[order]
+
+
+def times_at(index: int, factor: float) -> Callable[[Array], Array]:
+    return lambda array: np.where(np.arange(len(array)) == index, array * factor, array)
+
+
+def eps_outside(s: Spelling, h: ir.Value, mean: ir.Value) -> ir.Value:
+    return s.op("Div", h, s.op("Add", s.op("Sqrt", mean), s.number(s.spec.eps)))
+
+
+def without_eps(s: Spelling, h: ir.Value, mean: ir.Value) -> ir.Value:
+    return s.op("Div", h, s.op("Sqrt", mean))
+
+
+def mean_in(dtype: int) -> Callable[[Spelling, ir.Value], ir.Value]:
+    """Squares and their mean in a half type: float32 operators between roundings, as a runtime cannot undo those."""
+
+    def step(s: Spelling, h: ir.Value) -> ir.Value:
+        x = s.rounded(h, dtype)
+        return s.rounded(s.mean(s.rounded(s.op("Mul", x, x), dtype)), dtype)
+
+    return step
+
+
+def variance(s: Spelling, h: ir.Value) -> ir.Value:
+    centred = s.op("Sub", h, s.mean(h))
+    return s.mean(s.op("Mul", centred, centred))
+
+
+def centred(s: Spelling, x: ir.Value) -> ir.Value:
+    h = s.op("Cast", x, to=FLOAT)
+    return s.op("Sub", h, s.mean(h))
+
+
+def bessel(s: Spelling, h: ir.Value) -> ir.Value:
+    return s.op("Mul", s.mean(s.op("Mul", h, h)), s.number(s.width / (s.width - 1)))
+
+
+def mean_size(s: Spelling, h: ir.Value) -> ir.Value:
+    mean = s.mean(s.op("Abs", h))
+    return s.op("Mul", mean, mean)
+
+
+def other_axis(s: Spelling, h: ir.Value) -> ir.Value:
+    return s.mean(s.op("Mul", h, h), axis=-2)
+
+
+def all_axes(s: Spelling, h: ir.Value) -> ir.Value:
+    return s.mean(s.op("Mul", h, h), axis=0)
+
+
+def clamped(s: Spelling, h: ir.Value, mean: ir.Value) -> ir.Value:
+    return s.op("Clip", s.normalise(h, mean), s.number(-4.0), s.number(4.0))
+
+
+def slightly_larger(s: Spelling, h: ir.Value) -> ir.Value:
+    return s.op("Mul", s.leave(h), s.number(1.001, int(s.dtype)))
+
+
+def scaled_in_half(s: Spelling, h: ir.Value) -> ir.Value:
+    """The cast before the scale, where the module scales before it casts."""
+    return s.op("Mul", s.op("Cast", h, to=int(s.dtype)), s.parameter(s._scale))
+
+
+def bias_before_scale(s: Spelling, h: ir.Value) -> ir.Value:
+    h = s.op("Add", h, s.parameter(bias_of(s.norm), FLOAT))
+    return s.op("Cast", s.op("Mul", h, s.parameter(scale_of(s.norm), FLOAT)), to=int(s.dtype))
+
+
+def gate_itself(s: Spelling) -> ir.Value:
+    return s.op("Cast", s.norm.gate, to=FLOAT)
+
+
+def rounded_x(s: Spelling, x: ir.Value) -> ir.Value:
+    return s.rounded(x, FLOAT16)
+
+
+def weighed_first(s: Spelling, x: ir.Value) -> ir.Value:
+    """The weight on x in place of the normalised value, so that the statistics see it."""
+    return s.op("Mul", s.op("Cast", x, to=FLOAT), s.parameter(scale_of(s.norm), FLOAT))
+
+
+def unweighed(s: Spelling, h: ir.Value) -> ir.Value:
+    return s.op("Cast", h, to=int(s.dtype))
+
+
+# ------------------------------------------------------------------------------------------- residual adds, whole norms
+
+
+def x_alone(s: Spelling, a: ir.Value, b: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The residual is left out."""
+    total = s.op("Add", a, s.op("Sub", b, b))
+    return total, total
+
+
+def residual_twice(s: Spelling, a: ir.Value, b: ir.Value) -> tuple[ir.Value, ir.Value]:
+    total = s.op("Add", s.op("Add", a, b), b)
+    return total, total
+
+
+def stale_sum(body: ir.Function, add: ir.Node) -> None:
+    """The function hands on X in place of the sum."""
+    node = ir.node("Identity", [body.inputs[0]])
+    node.outputs[0].name = "stale"
+    body.append(node)
+    body.outputs[1] = node.outputs[0]
+
+
+def dropped_residual(body: ir.Function, add: ir.Node) -> None:
+    add.op_type = "Identity"
+    add.resize_inputs(1)
+
+
+def doubled_residual(body: ir.Function, add: ir.Node) -> None:
+    node = ir.node("Add", [body.inputs[1], body.inputs[1]])
+    node.outputs[0].name = "doubled"
+    body.insert_before(add, node)
+    add.replace_input_with(1, node.outputs[0])
+
+
+def sum_and_result_swapped(path: str) -> Plant:
+    def plant(edit: Edit) -> None:
+        norm = edit.norm(path)
+        exchange(norm.x, norm.y)
+        norm.x.name, norm.y.name = norm.y.name, norm.x.name
+
+    return plant
+
+
+def results_swapped(first: str, second: str) -> Plant:
+    """Each of two norms makes the other's value."""
+
+    def plant(edit: Edit) -> None:
+        a, b = edit.norm(first).y, edit.norm(second).y
+        exchange(a, b)
+        a.name, b.name = b.name, a.name
+
+    return plant
+
+
+def exchange(a: ir.Value, b: ir.Value) -> None:
+    """What reads one value reads the other from now on."""
+    of_a, of_b = list(a.uses()), list(b.uses())
+    for value, uses in ((b, of_a), (a, of_b)):
+        for node, index in uses:
+            node.replace_input_with(index, value)
+
+
+def skipped(path: str, *, deleted: bool) -> Plant:
+    def plant(edit: Edit) -> None:
+        norm = edit.norm(path)
+        norm.y.replace_all_uses_with(norm.x)
+        if deleted:
+            edit.graph.remove(norm.nodes, safe=True)
+
+    return plant
+
+
+def twice(path: str) -> Plant:
+    """The norm's nodes once more behind it, metadata and all."""
+
+    def plant(edit: Edit) -> None:
+        norm = edit.norm(path)
+        uses = list(norm.y.uses())
+        again = Spelling(edit, norm).write(norm.y)
+        producer = again.producer()
+        assert producer is not None
+        producer.metadata_props.update(norm.core.metadata_props)
+        for node, index in uses:
+            node.replace_input_with(index, again)
+
+    return plant
+
+
+def unlabelled(path: str, change: Callable[[float], float]) -> Plant:
+    """Another epsilon in a norm whose metadata a tool has dropped."""
+
+    def plant(edit: Edit) -> None:
+        set_eps(edit, path, change)
+        for node in edit.norm(path).nodes:
+            node.metadata_props.clear()
+
+    return plant
+
+
+def _norm(name: str, model: str, target: str, path: str, plant: Plant, dtype: str = "float32") -> Fault:
+    return Fault(name, model, target, plant, norms=(path,), dtype=dtype)
+
+
+def _add_body(name: str, change: Callable[[ir.Function, ir.Node], None], first: str = "Add") -> Fault:
+    return Fault(name, "llama", "plugin", in_body("AddRMSNorm", first, change), norms=LLAMA_ADDS)
+
+
+NORM_FAULTS: tuple[Fault, ...] = (
+    # epsilon
+    _norm("eps x 10", "addition", "primitives", ADDITION, eps(ADDITION, lambda e: 10 * e)),
+    _norm("eps x 10", "llama", "standard", LLAMA, eps(LLAMA, lambda e: 10 * e)),
+    _norm("eps x 10", "llama", "ort", LLAMA_POST, eps(LLAMA_POST, lambda e: 10 * e), "float16"),
+    _norm("eps x 10", "gemma3", "plugin", Q_NORM, eps(Q_NORM, lambda e: 10 * e)),
+    _norm("eps x 10, metadata dropped", "llama", "primitives", LLAMA_FIRST,
+          unlabelled(LLAMA_FIRST, lambda e: 10 * e)),
+    _norm("eps / 10", "llama", "primitives", LLAMA, eps(LLAMA, lambda e: e / 10), "float16"),
+    _norm("eps / 10", "olmo2", "ort", POST_FF, eps(POST_FF, lambda e: e / 10)),
+    _norm("eps / 10", "llama", "plugin", LAST, eps(LAST, lambda e: e / 10)),
+    _norm("eps outside the root", "llama", "primitives", LLAMA, formula(LLAMA, normalise=eps_outside)),
+    _norm("eps outside the root", "gemma3", "standard", K_NORM, formula(K_NORM, normalise=eps_outside), "float16"),
+    _norm("eps = 0", "addition", "standard", "norm", eps("norm", lambda e: 0.0)),
+    _norm("eps = 0", "assorted", "primitives", "query", eps("query", lambda e: 0.0)),
+    _norm("eps left out", "mamba2", "ort", MAMBA_GATED, formula(MAMBA_GATED, normalise=without_eps)),
+    _norm("eps of another norm", "assorted", "ort", "final", eps("final", lambda e: 3e-6)),
+    _norm("eps of another norm", "assorted", "primitives", "biased", eps("biased", lambda e: 1e-6), "float16"),
+    # weight
+    _norm("gamma dropped", "llama", "ort", LLAMA, weight(LLAMA, np.ones_like)),
+    _norm("gamma dropped", "olmo2", "plugin", Q_NORM, weight(Q_NORM, np.ones_like), "float16"),
+    _norm("gamma + 1 missing", "gemma3", "plugin", Q_NORM, attribute(Q_NORM, "scale_offset", 0.0)),
+    _norm("gamma + 1 missing", "gemma3", "primitives", LAST, weight(LAST, lambda w: w - 1)),
+    _norm("gamma + 1 doubled", "gemma3", "plugin", K_NORM, attribute(K_NORM, "scale_offset", 2.0)),
+    _norm("gamma + 1 doubled", "gemma3", "standard", POST_FF, weight(POST_FF, lambda w: w + 1), "float16"),
+    _norm("gamma squared", "qwen3", "standard", K_NORM, weight(K_NORM, np.square)),
+    _norm("gamma on x before the statistics", "llama", "ort", LLAMA,
+          formula(LLAMA, enter=weighed_first, leave=unweighed)),
+    _norm("gamma rounded to float16", "llama", "primitives", LLAMA, weight(LLAMA, half)),
+    _norm("gamma rounded to float16", "addition", "plugin", ADDITION_MLP, weight(ADDITION_MLP, half)),
+    _norm("gamma rounded to bfloat16", "addition", "ort", ADDITION, weight(ADDITION, bfloat16)),
+    _norm("gamma of another layer", "addition", "primitives", ADDITION, weight_of_other(ADDITION, ADDITION_MLP)),
+    _norm("gamma of another layer", "llama", "plugin", LLAMA, weight_of_other(LLAMA, LAST), "float16"),
+    _norm("gamma: two channels swapped", "gemma3", "ort", LAST, weight(LAST, swapped_channels), "float16"),
+    _norm("gamma: one channel 1% larger", "llama", "primitives", LLAMA, weight(LLAMA, times_at(3, 1.01))),
+    _norm("gamma: one channel 1% larger", "olmo2", "ort", POST_FF, weight(POST_FF, times_at(3, 1.01)), "float16"),
+    _norm("gamma: one channel negated", "addition", "plugin", "norm", weight("norm", times_at(7, -1.0))),
+    _norm("gamma reversed", "mamba2", "standard", MAMBA, weight(MAMBA, lambda w: w[::-1])),
+    # casts and precision
+    _norm("cast before the scale", "olmo2", "primitives", Q_NORM, formula(Q_NORM, leave=scaled_in_half), "float16"),
+    _norm("cast before the scale", "olmo2", "plugin", POST_FF, attribute(POST_FF, "scale_type", FLOAT16), "float16"),
+    _norm("cast before the scale", "gemma3", "plugin", Q_NORM, attribute(Q_NORM, "scale_type", FLOAT16), "float16"),
+    _norm("statistics in float16", "llama", "primitives", LLAMA, formula(LLAMA, statistic=mean_in(FLOAT16))),
+    _norm("statistics in float16", "llama", "ort", LLAMA, formula(LLAMA, statistic=mean_in(FLOAT16)), "float16"),
+    _norm("statistics in bfloat16", "addition", "standard", ADDITION, formula(ADDITION, statistic=mean_in(BFLOAT16))),
+    _norm("statistics in bfloat16", "olmo2", "standard", Q_NORM, formula(Q_NORM, statistic=mean_in(BFLOAT16)), "float16"),
+    _norm("x rounded to float16", "gemma3", "ort", POST_FF, formula(POST_FF, enter=rounded_x)),
+    _norm("x rounded to float16", "addition", "plugin", ADDITION, formula(ADDITION, enter=rounded_x)),
+    # statistics
+    _norm("sum in place of the mean", "addition", "primitives", ADDITION, op_type(ADDITION, "ReduceMean", "ReduceSum")),
+    _norm("sum in place of the mean", "llama", "plugin", LLAMA_FIRST,
+          in_body("RMSNorm", "ReduceMean", renamed({"ReduceMean": "ReduceSum"}))),
+    _norm("mean over width - 1", "llama", "standard", LLAMA, formula(LLAMA, statistic=bessel)),
+    _norm("mean over width - 1", "qwen3", "primitives", Q_NORM, formula(Q_NORM, statistic=bessel), "float16"),
+    _norm("variance in place of the mean square", "addition", "ort", ADDITION,
+          formula(ADDITION, statistic=variance)),
+    _norm("LayerNormalization in place of RMSNormalization", "llama", "standard", LLAMA,
+          op_type(LLAMA, "RMSNormalization", "LayerNormalization")),
+    _norm("mean subtracted", "olmo2", "primitives", POST_FF, formula(POST_FF, enter=centred), "float16"),
+    _norm("mean of sizes in place of squares", "llama", "ort", LLAMA_POST, formula(LLAMA_POST, statistic=mean_size)),
+    _norm("statistics along the sequence", "llama", "primitives", LAST, formula(LAST, statistic=other_axis)),
+    _norm("statistics along the batch", "addition", "standard", "norm", formula("norm", statistic=all_axes)),
+    _norm("root left out", "llama", "plugin", LLAMA_FIRST, in_body("RMSNorm", "Sqrt", renamed({"Sqrt": "Identity"}))),
+    # groups and gates
+    _norm("one group in place of two", "mamba2", "ort", MAMBA_GATED, formula(MAMBA_GATED, spec={"group_size": None})),
+    _norm("groups half as wide", "assorted", "plugin", "grouped", formula("grouped", spec={"group_size": 8})),
+    _norm("gate after in place of before", "mamba2", "primitives", MAMBA_GATED,
+          formula(MAMBA_GATED, spec={"gate": "after", "order": "scale_then_cast"})),
+    _norm("gate before in place of after", "assorted", "standard", "after",
+          formula("after", spec={"gate": "before"}), "float16"),
+    _norm("gate without its activation", "mamba2", "plugin", MAMBA_GATED, formula(MAMBA_GATED, gate=gate_itself)),
+    _norm("sigmoid in place of silu", "assorted", "ort", "after", formula("after", spec={"activation": "sigmoid"})),
+    # the rest of the formula
+    _norm("bias dropped", "assorted", "ort", "biased", formula("biased", spec={"bias": False})),
+    _norm("bias before the scale", "assorted", "primitives", "biased",
+          formula("biased", leave=bias_before_scale), "float16"),
+    _norm("normalised value clamped at 4", "llama", "standard", LLAMA, formula(LLAMA, normalise=clamped)),
+    _norm("normalised value clamped at 4", "mamba2", "ort", MAMBA, formula(MAMBA, normalise=clamped), "float16"),
+    _norm("result x 1.001", "llama", "ort", LLAMA, formula(LLAMA, leave=slightly_larger)),
+    # the fused residual add
+    _add_body("residual dropped", dropped_residual),
+    _add_body("residual added twice", doubled_residual),
+    _add_body("sum handed on without the residual", stale_sum),
+    _norm("residual dropped", "addition", "plugin", ADDITION, formula(ADDITION, add=x_alone)),
+    _norm("residual added twice", "addition", "plugin", "norm", formula("norm", add=residual_twice), "float16"),
+    _norm("sum and result swapped", "llama", "plugin", LLAMA, sum_and_result_swapped(LLAMA)),
+    # whole norms
+    _norm("norm skipped, its nodes deleted", "llama", "ort", LLAMA, skipped(LLAMA, deleted=True)),
+    _norm("norm skipped, its nodes deleted", "gemma3", "primitives", Q_NORM, skipped(Q_NORM, deleted=True), "float16"),
+    _norm("norm skipped, its nodes left dead", "addition", "primitives", ADDITION, skipped(ADDITION, deleted=False)),
+    _norm("norm skipped, its nodes left dead", "llama", "plugin", LLAMA, skipped(LLAMA, deleted=False)),
+    _norm("norm applied twice", "llama", "standard", LLAMA, twice(LLAMA)),
+    _norm("norm applied twice", "olmo2", "ort", Q_NORM, twice(Q_NORM), "float16"),
+    Fault("results of two norms swapped", "assorted", "standard", results_swapped("query", "key"),
+          norms=("query", "key")),
+    Fault("results of two norms swapped", "gemma3", "primitives",
+          results_swapped(POST_FF, "model.layers.0.post_attention_layernorm"), dtype="float16",
+          norms=(POST_FF, "model.layers.0.post_attention_layernorm")),
+)  # fmt: skip

@@ -1,0 +1,116 @@
+"""Show that `validate` catches faults and raises no false alarm: plant every fault alone, and run honest exports.
+
+    python benchmarks/mutations/run.py                  # everything, about 20 minutes on two cores
+    python benchmarks/mutations/run.py --faults-only
+    python benchmarks/mutations/run.py --honest-only --runs 40
+
+Each fault must change bits (a dead one is an error of this suite), `validate` with its default settings must not let it
+pass, and `bisect` must name where it was planted. The exit code is 1 unless all are caught and found and no honest run
+fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from faults import all_faults
+from honest import HonestResult, honest_runs, run_honest
+from judging import FaultResult, judge_fault
+from runner_faults import RUNNER_FAULTS
+from subjects import Exports
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--faults-only", action="store_true", help="leave the honest runs out")
+    only.add_argument("--honest-only", action="store_true", help="leave the faults out")
+    parser.add_argument("--runs", type=int, default=200, help="how many honest runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every result there")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep the exports there, and use those it has")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # small models are slower on more
+    with _work(arguments.work) as folder:
+        exports = Exports(folder)
+        faults = [] if arguments.honest_only else judge_all(exports)
+        honest = [] if arguments.faults_only else run_all(exports, arguments.runs)
+    if arguments.json:
+        content = {"faults": [r.to_dict() for r in faults], "honest": [r.to_dict() for r in honest]}
+        partial = arguments.json.with_name(f".{arguments.json.name}.partial")
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.replace(arguments.json)
+    for line in (*_missed(faults), *_alarms(honest), *_totals(faults, honest)):
+        print(line)
+    return 0 if all(r.good for r in faults) and all(r.passed for r in honest) else 1
+
+
+def judge_all(exports: Exports) -> list[FaultResult]:
+    """Judge every fault; each is a row of a table."""
+    print("| fault | model | target | dtype | alive | validate | bisect named | innocents |")
+    print("|---|---|---|---|---|---|---|---|")
+    results = []
+    for fault in (*all_faults(), *RUNNER_FAULTS):
+        result = judge_fault(fault, exports)
+        results.append(result)
+        named = ("yes" if result.named else "NO") + ("" if result.in_norm else " (stretch)") if result.wanted else "-"
+        cells = (result.fault, result.model, result.target, result.dtype, result.alive, result.verdict, named)
+        print(f"| {' | '.join(cells)} | {len(result.innocents)} |", flush=True)
+    return results
+
+
+def run_all(exports: Exports, runs: int) -> list[HonestResult]:
+    """Run honest exports; prints how many passed, by model and dtype."""
+    results = [run_honest(run, exports) for run in honest_runs(runs)]
+    total = Counter((r.model, r.dtype) for r in results)
+    passed = Counter((r.model, r.dtype) for r in results if r.passed)
+    print("\n| model | dtype | runs | passed |\n|---|---|---|---|")
+    for (model, dtype), count in total.items():
+        print(f"| {model} | {dtype} | {count} | {passed[model, dtype]} |", flush=True)
+    return results
+
+
+def _missed(faults: Sequence[FaultResult]) -> list[str]:
+    return [
+        f"not as it should be: {r.fault} ({r.model}, {r.target}, {r.dtype}): {r.alive}, {r.verdict}: {r.summary} "
+        f"wanted {', '.join(r.wanted) or 'nothing'}; named {', '.join(r.culprits) or 'nothing'}"
+        for r in faults if not r.good
+    ]  # fmt: skip
+
+
+def _alarms(honest: Sequence[HonestResult]) -> list[str]:
+    return [
+        f"false alarm: {r.model} {r.dtype} {r.target} seed {r.seed}: {r.summary} {'; '.join(r.reasons)}"
+        for r in honest if not r.passed
+    ]  # fmt: skip
+
+
+def _totals(faults: Sequence[FaultResult], honest: Sequence[HonestResult]) -> list[str]:
+    norms = [r for r in faults if r.in_norm]
+    lines = []
+    if faults:
+        caught, named = sum(r.caught for r in faults), sum(r.named for r in norms)
+        lines.append(f"caught {caught} of {len(faults)} faults; bisect named the norm in {named} of {len(norms)}")
+    if honest:
+        lines.append(f"false alarms: {sum(not r.passed for r in honest)} of {len(honest)} honest runs")
+    return lines
+
+
+@contextlib.contextmanager
+def _work(folder: Path | None) -> Iterator[Path]:
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
