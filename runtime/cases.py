@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..export.inputs import example_inputs, vocabulary_size
 from ..models.errors import UsageError
-from ..models.loading import python_attribute
+from ..models.loading import LoadedModel, python_attribute
 from .arrays import ARRAY_SUFFIXES, read_arrays
-from .feeds import cast_feeds, make_feeds, with_empty_cache
+from .feeds import DEFAULT_SHAPES, cast_feeds, make_feeds, with_empty_cache
 from .runner import ANY_DTYPE, Array, TensorInfo, check_feeds, numpy_dtype
 from .tokenizer import load_tokenizer
-from .torch_runner import to_numpy
+from .torch_runner import TorchRunner, to_numpy
 
 # Inputs that run along the tokens of a prompt, for models that say nothing of their shapes.
 _PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
@@ -89,6 +92,39 @@ def prompt_cases(
         cases.append(Case(f"prompt {number} {shown!r}", feeds))
         _check(cases[-1], infos)
     return cases
+
+
+def inputs_of(loaded: LoadedModel) -> list[TensorInfo]:
+    """The inputs of a PyTorch model: those that its factory returned, else tokens, else its forward's.
+
+    A forward alone tells neither dtypes nor which of its optional parameters are fed; the model itself refuses what
+    does not fit.
+    """
+    if loaded.example_inputs is not None:
+        arrays = _given_arrays(loaded)
+        return [TensorInfo(name, array.dtype.name, None) for name, array in arrays.items()]
+    if "input_ids" in inspect.signature(loaded.model.forward).parameters:
+        return [TensorInfo(name, ANY_DTYPE, None) for name in example_inputs(loaded.model)]
+    with TorchRunner(loaded.model) as runner:
+        return runner.inputs()
+
+
+def made_up_for(loaded: LoadedModel, shapes: Sequence[tuple[int, int]] | None = None, seed: int = 0) -> list[Case]:
+    """Cases for a PyTorch model: the inputs that its factory returned, else tokens in several shapes.
+
+    Raises:
+        UsageError: the model reads no tokens, and there are no inputs of its own.
+    """
+    if loaded.example_inputs is not None:
+        return [Case("the factory's own inputs", _given_arrays(loaded))]
+    infos = [TensorInfo(name, "int64", ("batch", "sequence")) for name in example_inputs(loaded.model)]
+    vocabulary = vocabulary_size(loaded.model)
+    return [Case(f"{b}x{n}", make_feeds(infos, b, n, seed, vocabulary)) for b, n in shapes or DEFAULT_SHAPES]
+
+
+def _given_arrays(loaded: LoadedModel) -> dict[str, Array]:
+    given = (loaded.example_inputs or {}).items()
+    return {name: to_numpy(value) if isinstance(value, torch.Tensor) else np.asarray(value) for name, value in given}
 
 
 def _check(case: Case, infos: Sequence[TensorInfo]) -> None:

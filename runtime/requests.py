@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.errors import UsageError
-from ..models.loading import load_model
+from ..models.loading import LoadedModel, load_model
 from ..models.outliers import apply_recorded
-from .cases import Case, load_cases, prompt_cases
+from .cases import Case, inputs_of, load_cases, made_up_for, prompt_cases
 from .exported import Exported, open_exported
 from .ort_graph import file_record
 from .runner import TensorInfo
@@ -104,29 +104,20 @@ class ValidationRequest:
         limits = parse_limits(self.atol, self.rtol, self.ulp)
         if self.inputs is not None and self.prompts:
             raise UsageError("give either --inputs or --prompt, not both.")
-        model_candidate = is_model_source(self.candidate)
-        exported = None if model_candidate else open_exported(self.candidate)
+        exported = None if is_model_source(self.candidate) else open_exported(self.candidate)
         say(f"loading {self.against}")
         model = load_against(self.against, self.dtype, exported, trust_remote_code)
         other = None
-        if model_candidate:
+        if exported is None:
             say(f"loading {self.candidate}")
-            other = load_model(self.candidate, trust_remote_code=trust_remote_code).model
-
-        def cases(infos: Sequence[TensorInfo]) -> list[Case] | None:
-            if self.inputs is not None:
-                return load_cases(self.inputs, infos)
-            if self.prompts:
-                return prompt_cases(self.prompts, self._tokenizer(exported), infos, trust_remote_code)
-            return None
-
+            other = load_model(self.candidate, trust_remote_code=trust_remote_code)
         report = validate(
-            other if other is not None else self.candidate,
+            self.candidate if other is None else other.model,
             model,
             provider=self.provider,
-            shapes=None if self.shapes is None else [(batch, length) for batch, length in self.shapes],
+            shapes=self._sizes,
             seed=self.seed,
-            cases=cases,
+            cases=lambda infos: self._cases(infos, exported, other, trust_remote_code),
             limits=limits,
             outputs_only=self.outputs_only,
             depth=self.depth or self.bisect,
@@ -138,6 +129,21 @@ class ValidationRequest:
         if self.inputs is not None and Path(self.inputs).is_file():
             report.provenance["inputs"] = file_record(Path(self.inputs))
         return report
+
+    @property
+    def _sizes(self) -> list[tuple[int, int]] | None:
+        return None if self.shapes is None else [(batch, length) for batch, length in self.shapes]
+
+    def _cases(
+        self, infos: Sequence[TensorInfo], exported: Exported | None, other: LoadedModel | None, trust_remote_code: bool
+    ) -> list[Case] | None:
+        """The inputs that were asked for; None leaves them to be made up from what the candidate says of itself."""
+        infos = infos if other is None else inputs_of(other)
+        if self.inputs is not None:
+            return load_cases(self.inputs, infos)
+        if self.prompts:
+            return prompt_cases(self.prompts, self._tokenizer(exported), infos, trust_remote_code)
+        return None if other is None else made_up_for(other, self._sizes, self.seed)
 
     def _tokenizer(self, exported: Exported | None) -> str:
         if self.tokenizer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,7 @@ def validate(
         own_names = list(dict.fromkeys(name.removesuffix(_DECODE_SUFFIX) for run in runs for name in run.got))
         report.provenance = {"candidate": runner.provenance()}
     check_limits(limits or {}, own_names)
-    with TorchRunner(model) as yardstick, Tape() as tape:
+    with TorchRunner(model, input_names=_by_position(model, infos)) as yardstick, Tape() as tape:
         work = _Work(target, model, yardstick, runs, own_names, tape, seed, window, say)
         work.compare_outputs(report, limits or {}, with_norms=not outputs_only, depth=depth)
         report.provenance |= {"yardstick": yardstick.provenance(), "versions": versions()}
@@ -314,6 +315,12 @@ def made_up_cases(
             name = f"{batch}x{length}" + (" then 1 more" if extra else "")
             cases.append(Case(name if _is_dynamic(infos) else "the file's own shape", feeds))
     return cases
+
+
+def _by_position(model: nn.Module, infos: Sequence[TensorInfo]) -> list[str] | None:
+    """The candidate's input names, where they are not those of PyTorch's parameters and go in by their order."""
+    names = [info.name for info in infos if not is_past(info.name)]
+    return None if set(names) <= set(inspect.signature(model.forward).parameters) else names
 
 
 def _run_candidate(runner: Runner, case: Case) -> Outputs:

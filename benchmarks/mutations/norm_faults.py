@@ -163,8 +163,13 @@ def slightly_larger(s: Spelling, h: ir.Value) -> ir.Value:
 
 
 def scaled_in_half(s: Spelling, h: ir.Value) -> ir.Value:
-    """The cast before the scale, where the module scales before it casts."""
-    return s.op("Mul", s.op("Cast", h, to=int(s.dtype)), s.parameter(s._scale))
+    """The cast before the scale, where the module scales before it casts.
+
+    The product of two float16 numbers is exact in float32, so this rounds as a float16 product does; ONNX Runtime
+    would leave the first cast out before a float16 Mul, for which it has no kernel on a CPU.
+    """
+    h = s.op("Mul", s.rounded(h, int(s.dtype)), s.parameter(scale_of(s.norm), FLOAT))
+    return s.op("Cast", h, to=int(s.dtype))
 
 
 def bias_before_scale(s: Spelling, h: ir.Value) -> ir.Value:
@@ -336,7 +341,7 @@ NORM_FAULTS: tuple[Fault, ...] = (
     _norm("gamma reversed", "mamba2", "standard", MAMBA, weight(MAMBA, lambda w: w[::-1])),
     # casts and precision
     _norm("cast before the scale", "olmo2", "primitives", Q_NORM, formula(Q_NORM, leave=scaled_in_half), "float16"),
-    _norm("cast before the scale", "olmo2", "plugin", POST_FF, attribute(POST_FF, "scale_type", FLOAT16), "float16"),
+    _norm("cast before the scale", "olmo2", "plugin", POST_FF, formula(POST_FF, leave=scaled_in_half), "float16"),
     _norm("cast before the scale", "gemma3", "plugin", Q_NORM, attribute(Q_NORM, "scale_type", FLOAT16), "float16"),
     _norm("statistics in float16", "llama", "primitives", LLAMA, formula(LLAMA, statistic=mean_in(FLOAT16))),
     _norm("statistics in float16", "llama", "ort", LLAMA, formula(LLAMA, statistic=mean_in(FLOAT16)), "float16"),
@@ -391,7 +396,6 @@ NORM_FAULTS: tuple[Fault, ...] = (
     _norm("norm applied twice", "olmo2", "ort", Q_NORM, twice(Q_NORM), "float16"),
     Fault("results of two norms swapped", "assorted", "standard", results_swapped("query", "key"),
           norms=("query", "key")),
-    Fault("results of two norms swapped", "gemma3", "primitives",
-          results_swapped(POST_FF, "model.layers.0.post_attention_layernorm"), dtype="float16",
-          norms=(POST_FF, "model.layers.0.post_attention_layernorm")),
+    Fault("results of two norms swapped", "assorted", "plugin", results_swapped("query", "key"),
+          norms=("query", "key"), dtype="float16"),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The float64 truth: the model's own, float64 throughout, independent of every lowering, and put back afterwards."""
+"""The float64 truth: the model's own, float64 throughout, independent of every lowering; the model stays as it was."""
 
 from __future__ import annotations
 
@@ -91,17 +91,60 @@ def test_casts_to_narrower_dtypes_stay_in_float64() -> None:
     model, x = Casts().eval(), torch.tensor([1.0 + 2.0**-40], dtype=torch.float64)
     with in_float64(model), torch.no_grad():
         y = model(x)
-        assert (model.narrow.dtype, model.turn.dtype, model.index.dtype) == (
-            torch.float64,
-            torch.complex128,
-            torch.int64,
-        )
     assert y.dtype == torch.float64
     assert torch.equal(y, x)
     assert not torch.equal(model(x.half()).double(), x)
 
 
-# ------------------------------------------------------------------------------------------------ what is put back
+class Written(nn.Module):
+    """Values written into fresh tensors, some of which name no dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros(x.shape)
+        out.copy_(x)
+        indexed = torch.empty(x.shape, dtype=torch.float32)
+        indexed[:] = out
+        summed = torch.zeros_like(x, dtype=torch.float16).index_add_(0, torch.arange(len(x)), indexed)
+        return torch.ones(x.shape).mul_(summed)
+
+
+def test_values_written_into_fresh_tensors_stay_in_float64() -> None:
+    x = torch.tensor([1.0 + 2.0**-40, -3.0], dtype=torch.float64)
+    with in_float64(nn.Identity()):
+        y = Written()(x)
+    assert y.dtype == torch.float64
+    assert torch.equal(y, x)
+
+
+class Large(nn.Module):
+    """Weights that are widened into memory that is used again, several in one operator and one seen transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.one, self.two, self.three = (
+            nn.Parameter(torch.randn(300, 300, generator=generator) / 17) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.one * 1.0
+        h = torch.addmm(self.two, self.one, self.three.t()) + torch.cat([self.one, self.two])[150:450]
+        h = h @ self.three.t().reshape(300, 300) + kept
+        return torch.nn.functional.linear(x, h) @ self.two.expand(2, 300, 300)
+
+
+def test_large_weights_are_widened_without_mixing_them_up() -> None:
+    model = Large().eval()
+    x = torch.randn(4, 300, generator=torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        with in_float64(model):
+            y = model(x.double())
+        # No cast is inside, so a plain copy in float64 is the truth too.
+        wanted = copy.deepcopy(model).double()(x.double())
+    assert (y - wanted).abs().max() / wanted.abs().max() < 1e-14
+
+
+# -------------------------------------------------------------------------------------------- what is left as it was
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -130,21 +173,19 @@ class Tied(nn.Module):
         return self.head(self.norm(self.embed(x) * self.scale)) + (self.embed(x) @ self.shared.T)
 
 
-def test_tied_tensors_stay_tied_inside_and_outside() -> None:
+def test_tensors_are_the_models_own_inside_and_outside() -> None:
     model = Tied().eval()
     before = tensors(model)
-    with in_float64(model):
-        assert model.head.weight is model.embed.weight
-        assert model.shared.data_ptr() == model.embed.weight.data_ptr() != before["shared"][1]
-        assert {t.dtype for t in (*model.parameters(), model.scale)} == {torch.float64}
-        assert model.steps.data_ptr() == before["steps"][1]
+    with in_float64(model), torch.no_grad():
         assert model(torch.tensor([1])).dtype == torch.float64
+        assert tensors(model) == before
     assert tensors(model) == before
     assert model.head.weight is model.embed.weight
+    assert model.shared.data_ptr() == model.embed.weight.data_ptr()
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
-def test_every_tensor_is_put_back_after_an_exception(name: str) -> None:
+def test_the_model_is_as_before_after_an_exception(name: str) -> None:
     model = build(name, torch.float16)
     before, sites = tensors(model), recognise(model).sites
     experts = getattr(model, "get_experts_implementation", lambda: None)()

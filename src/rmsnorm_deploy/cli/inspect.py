@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +18,6 @@ from rmsnorm_deploy.models.errors import UsageError
 if TYPE_CHECKING:
     from rmsnorm_deploy.models.loading import LoadedModel
     from rmsnorm_deploy.runtime.risk import RiskReport
-    from rmsnorm_deploy.runtime.runner import TensorInfo
 
 SCHEMA = "rmsnorm_deploy.inspect/1"
 
@@ -108,63 +106,19 @@ def _print(screen: Screen, payload: dict[str, Any]) -> None:
 
 
 def _risk(loaded: LoadedModel, wanted: _Wanted, trust_remote_code: bool, say: Callable[[str], None]) -> RiskReport:
+    from rmsnorm_deploy.runtime.cases import inputs_of, load_cases, made_up_for, prompt_cases
     from rmsnorm_deploy.runtime.risk import risk
 
-    cases: list[Mapping[str, Any]] = []
-    if wanted.made_up:
-        cases += _made_up(loaded)
-    if wanted.source is not None or wanted.prompts:
-        from rmsnorm_deploy.runtime.cases import load_cases, prompt_cases
-
-        infos = _infos(loaded)
-        if wanted.source is not None:
-            cases += [case.feeds for case in load_cases(wanted.source, infos)]
-        if wanted.prompts:
-            if loaded.kind != "transformers" and loaded.folder is None and loaded.task is None:
-                raise UsageError(f"--prompt needs a tokenizer, and {loaded.source} has none; give --inputs instead.")
-            tokenizer = str(loaded.folder or loaded.source)
-            found = prompt_cases(wanted.prompts, tokenizer, infos, trust_remote_code=trust_remote_code)
-            cases += [case.feeds for case in found]
-    return risk(loaded.model, cases, progress=say)
-
-
-def _made_up(loaded: LoadedModel) -> list[Mapping[str, Any]]:
-    """The inputs that the model's factory returned, else tokens in the default shapes."""
-    from rmsnorm_deploy.export.inputs import example_inputs, vocabulary_size
-    from rmsnorm_deploy.runtime.feeds import DEFAULT_SHAPES, make_feeds
-    from rmsnorm_deploy.runtime.runner import TensorInfo
-
-    if loaded.example_inputs is not None:
-        return [_arrays(loaded.example_inputs)]
-    infos = [TensorInfo(name, "int64", ("batch", "sequence")) for name in example_inputs(loaded.model)]
-    vocabulary = vocabulary_size(loaded.model)
-    return [make_feeds(infos, batch, length, 0, vocabulary) for batch, length in DEFAULT_SHAPES]
-
-
-def _infos(loaded: LoadedModel) -> list[TensorInfo]:
-    """The model's inputs: those that its factory returned, else those of a model that reads tokens, else its forward's.
-
-    A forward alone tells neither dtypes nor which of its optional parameters are fed; the model itself refuses what
-    does not fit.
-    """
-    from rmsnorm_deploy.export.inputs import example_inputs
-    from rmsnorm_deploy.runtime.runner import ANY_DTYPE, TensorInfo
-    from rmsnorm_deploy.runtime.torch_runner import TorchRunner
-
-    if loaded.example_inputs is not None:
-        return [TensorInfo(name, array.dtype.name, None) for name, array in _arrays(loaded.example_inputs).items()]
-    if "input_ids" in signature(loaded.model.forward).parameters:
-        return [TensorInfo(name, ANY_DTYPE, None) for name in example_inputs(loaded.model)]
-    with TorchRunner(loaded.model) as runner:
-        return runner.inputs()
-
-
-def _arrays(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    import torch
-
-    from rmsnorm_deploy.runtime.torch_runner import to_numpy
-
-    return {name: to_numpy(value) if isinstance(value, torch.Tensor) else value for name, value in tensors.items()}
+    cases = made_up_for(loaded) if wanted.made_up else []
+    infos = inputs_of(loaded) if wanted.source is not None or wanted.prompts else []
+    if wanted.source is not None:
+        cases += load_cases(wanted.source, infos)
+    if wanted.prompts:
+        if loaded.kind != "transformers" and loaded.folder is None and loaded.task is None:
+            raise UsageError(f"--prompt needs a tokenizer, and {loaded.source} has none; give --inputs instead.")
+        tokenizer = str(loaded.folder or loaded.source)
+        cases += prompt_cases(wanted.prompts, tokenizer, infos, trust_remote_code=trust_remote_code)
+    return risk(loaded.model, [case.feeds for case in cases], progress=say)
 
 
 def _is_exported_folder(place: Path) -> bool:
