@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rmsnorm_deploy.runtime.generate import generate
     from rmsnorm_deploy.runtime.ort_runner import OrtRunner
     from rmsnorm_deploy.runtime.torch_runner import TorchRunner
-    from rmsnorm_deploy.runtime.validate import validate
+    from rmsnorm_deploy.runtime.validate import bisect, validate
 
 __version__ = "0.1.0"
 
@@ -38,6 +38,7 @@ _HOME = {
     "OrtRunner": "runtime.ort_runner",
     "TorchRunner": "runtime.torch_runner",
     "validate": "runtime.validate",
+    "bisect": "runtime.validate",
     "generate": "runtime.generate",
     "RmsnormDeployError": "models.errors",
     "UsageError": "models.errors",
@@ -55,6 +56,7 @@ __all__ = [  # noqa: RUF022 - the order of a model's way through the house
     "OrtRunner",
     "TorchRunner",
     "validate",
+    "bisect",
     "generate",
     "RmsnormDeployError",
     "UsageError",

@@ -139,12 +139,12 @@ def test_gates_are_written_too_and_what_cannot_be_replaced_is_left(tape: Tape) -
 
 def test_a_wrong_formula_shows_as_a_disagreement(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(spec: Any, x: Any, *rest: Any) -> Any:
-        return reference(spec, x, *rest) * (1.0 + 1e-6)
+        return reference(spec, x, *rest) * (1.0 + 1e-4)
 
     monkeypatch.setattr("rmsnorm_deploy.runtime.truth.reference", wrong)
     _, disagreements, _ = written(Residual().eval(), feeds_of(), tape)
     # At the largest element of a row, which is several times its RMS.
-    assert {key: 1e-6 < off < 1e-5 for key, off in disagreements.items()} == {FIRST: True, SECOND: True}
+    assert {key: 0.9e-4 < off < 1e-3 for key, off in disagreements.items()} == {FIRST: True, SECOND: True}
 
 
 def test_an_epsilon_that_follows_the_dtype_is_no_disagreement(tape: Tape) -> None:
