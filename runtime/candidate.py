@@ -11,7 +11,7 @@ from ..models.errors import UsageError
 from ..models.recognise import recognise
 from .exported import Exported, open_exported
 from .graph_norms import Key
-from .norm_access import NormAccess
+from .norm_access import NormAccess, Sources
 from .onnx_norms import OnnxNorms
 from .ort_runner import OrtRunner
 from .runner import Array, Runner
@@ -43,8 +43,8 @@ class Candidate(Protocol):
         """The candidate opened at its norms, or None where it cannot be."""
         ...
 
-    def sources(self, keys: list[Key], of: Key | str) -> list[Key]:
-        """The norms whose values go into the stretch before a norm, or before an output."""
+    def sources(self, keys: list[Key], end: Key | str) -> Sources:
+        """What goes into the stretch before a norm, or before an output."""
         ...
 
 
@@ -68,9 +68,9 @@ class OnnxCandidate:
             self._norms = OnnxNorms(self._path, self._providers)
         return self._norms
 
-    def sources(self, keys: list[Key], of: Key | str) -> list[Key]:
+    def sources(self, keys: list[Key], end: Key | str) -> Sources:
         """See `Candidate.sources`."""
-        return self.norms({}).sources(keys, of)
+        return self.norms({}).sources(keys, end)
 
 
 class TorchCandidate:
@@ -91,10 +91,10 @@ class TorchCandidate:
         norms.survey(feeds)
         return norms
 
-    def sources(self, keys: list[Key], of: Key | str) -> list[Key]:
+    def sources(self, keys: list[Key], end: Key | str) -> Sources:
         """PyTorch does not tell what a value was computed from: the norm before it in time."""
-        at = keys.index(of) if not isinstance(of, str) else len(keys)
-        return keys[max(at - 1, 0) : at]
+        at = keys.index(end) if not isinstance(end, str) else len(keys)
+        return Sources(keys[max(at - 1, 0) : at])
 
 
 class RunnerCandidate:
@@ -114,10 +114,10 @@ class RunnerCandidate:
         """None: a runner shows its outputs only."""
         del feeds
 
-    def sources(self, keys: list[Key], of: Key | str) -> list[Key]:
+    def sources(self, keys: list[Key], end: Key | str) -> Sources:
         """None are known."""
-        del keys, of
-        return []
+        del keys, end
+        return Sources([])
 
 
 def candidate_of(thing: str | Path | nn.Module | Runner, provider: str) -> Candidate:

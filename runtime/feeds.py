@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,8 @@ _TOKENS = ("input_ids", "decoder_input_ids")
 _OUTLIER_CHANNELS, _OUTLIER_FACTOR = 2, 30.0
 # Of these most squares overflow float16, and of those eps outweighs the mean square.
 _LARGE, _TINY = 1000.0, 1e-4
+# Padding in made-up masks, and the length from which there is any.
+_PADDING, _PADDED_FROM = 2, 8
 _HALVES, _INTEGERS = ("float16", "bfloat16"), ("int32", "int64")
 
 
@@ -24,7 +27,8 @@ def make_feeds(
 ) -> dict[str, Array]:
     """Inputs of one shape.
 
-    Token ids are uniform over the vocabulary, masks are ones, positions count from 0 and a KV cache starts empty.
+    Token ids are uniform over the vocabulary, masks are ones (in a batch, the last one ends in padding), positions
+    count from 0 and a KV cache starts empty.
     Floats are normal, with one of three characters, so that the default shapes have all of them:
 
     - two outlier channels 30 times as large, which is what the inputs of deep layers look like;
@@ -89,7 +93,7 @@ def _values(
     if info.name == "position_ids":
         return np.broadcast_to(np.arange(shape[-1], dtype=dtype), shape).copy()
     if info.name.endswith("attention_mask") or dtype == np.bool_:
-        return np.ones(shape, dtype)
+        return _mask(shape, dtype)
     if info.name in _TOKENS or (np.issubdtype(dtype, np.integer) and vocabulary is not None):
         if vocabulary is None:
             raise UsageError(f"the vocabulary behind input {info.name!r} is unknown; give --inputs.")
@@ -97,6 +101,14 @@ def _values(
     if np.issubdtype(dtype, np.integer):
         raise UsageError(f"input {info.name!r} is {info.dtype}, whose meaning cannot be guessed; give --inputs.")
     return _floats(shape, _character(batch, length, seed), rng).astype(dtype)
+
+
+def _mask(shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
+    """Ones; in a batch, the last one is padded at its end, so that a mask that nobody reads shows."""
+    mask = np.ones(shape, dtype)
+    if len(shape) == 2 and shape[0] > 1 and shape[1] >= _PADDED_FROM:
+        mask[-1, -_PADDING:] = 0
+    return mask
 
 
 def _cast(array: Array, dtype: str) -> Array:

@@ -49,6 +49,21 @@ class GraphNorm:
     used: bool
 
 
+@dataclass(slots=True)
+class Ancestry:
+    """What a value is computed from.
+
+    Attributes:
+        values: names of cut values.
+        paths: modules that nodes on the way name as theirs.
+        reads_inputs: whether the model's inputs go in too.
+    """
+
+    values: set[str]
+    paths: set[str]
+    reads_inputs: bool
+
+
 class GraphNorms:
     """The norms of one .onnx file.
 
@@ -110,6 +125,7 @@ class GraphNorms:
         model = self._model.clone()
         values = {v.name: v for v in _values(model.graph)}
         own = list(model.graph.outputs) if with_outputs else []
+        model.graph.outputs.clear()  # a cut value may be an output too; what comes out is what is computed
         fed: dict[str, ir.Value] = {}
         for norm in (self.norms[key] for key in keys):
             for name in (norm.x, norm.y):
@@ -129,20 +145,23 @@ class GraphNorms:
         model.graph.outputs.extend(values[name] for name in names if name not in present)
         return ir.to_proto(model)
 
-    def feeders(self, keys: Iterable[Key], name: str) -> set[str]:
-        """The cut values that the value `name` is computed from, when the norms `keys` are cut."""
+    def ancestry(self, keys: Iterable[Key], name: str) -> Ancestry:
+        """What the value `name` is computed from, when the norms `keys` are cut."""
         cut = {v for key in keys for v in (self.norms[key].x, self.norms[key].y)}
-        found: set[str] = set()
+        found = Ancestry(set(), set(), False)
         pending, seen = [self._values[name]], set()
         while pending:
             value = pending.pop()
+            found.reads_inputs |= value.is_graph_input() and not value.is_initializer()
             node = value.producer()
             if node is None or node in seen:
                 continue
             seen.add(node)
+            if PATH_KEY in node.metadata_props:
+                found.paths.add(node.metadata_props[PATH_KEY])
             for before in _read(node):
                 if before.name in cut:
-                    found.add(str(before.name))
+                    found.values.add(str(before.name))
                 else:
                     pending.append(before)
         return found

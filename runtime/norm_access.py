@@ -52,6 +52,21 @@ class CalledNorm:
     forced: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What goes into a stretch.
+
+    Attributes:
+        keys: the norms whose values go in.
+        paths: modules of norms whose nodes lie inside the stretch.
+        reads_inputs: whether the model's inputs go in too, or may do so.
+    """
+
+    keys: list[Key]
+    paths: frozenset[str] = frozenset()
+    reads_inputs: bool = True
+
+
 RunNorms = Callable[[Mapping[Key, NormFeed]], dict[Key, NormResult]]
 # Takes a norm's key, `x`, `y` or `gate`, and the value there; nothing is kept that it does not keep.
 Sink = Callable[[Key, str, Array], None]

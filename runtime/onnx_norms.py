@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 from .graph_norms import GraphNorm, GraphNorms, Key, fed_name, gate_name, operand_name
-from .norm_access import NormFeed, NormResult, RunNorms, Sink
+from .norm_access import NormFeed, NormResult, RunNorms, Sink, Sources
 from .ort_runner import OrtRunner
 from .runner import Array, numpy_dtype
 from .tape import Tape
@@ -42,10 +42,12 @@ class OnnxNorms:
         """Norms whose result nothing reads."""
         return [key for key, norm in self._graph.norms.items() if not norm.used]
 
-    def sources(self, keys: list[Key], of: Key | str) -> list[Key]:
-        """The norms whose values go into the stretch before a norm, or before an output."""
-        names = self._graph.feeders(keys, of if isinstance(of, str) else self._graph.norms[of].x)
-        return [key for key in keys if names & {self._graph.norms[key].x, self._graph.norms[key].y}]
+    def sources(self, keys: list[Key], end: Key | str) -> Sources:
+        """What goes into the stretch before a norm, or before an output."""
+        found = self._graph.ancestry(keys, end if isinstance(end, str) else self._graph.norms[end].x)
+        norms = self._graph.norms
+        feeding = [key for key in keys if found.values & {norms[key].x, norms[key].y}]
+        return Sources(feeding, frozenset(found.paths), found.reads_inputs)
 
     @contextmanager
     def alone(self, keys: Iterable[Key]) -> Iterator[RunNorms]:

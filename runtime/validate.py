@@ -13,7 +13,7 @@ import numpy as np
 from ..export.cache_names import PRESENT
 from ..export.inputs import vocabulary_size
 from ..export.manifest import deviation_rows, versions
-from ..models.errors import UsageError
+from ..models.errors import RmsnormDeployError, UsageError
 from ..models.recognise import recognise
 from .candidate import Candidate, candidate_of
 from .cases import Case
@@ -97,7 +97,7 @@ def validate(
         runs = [_Run(case) for case in given or made_up_cases(infos, model, shapes, seed)]
         for number, run in enumerate(runs, start=1):
             say(f"{target.name}: {run.case.name} ({number} of {len(runs)})")
-            run.got = _run_candidate(runner, run.case)
+            run.got = _run_guarded(runner, run.case, target.name)
         own_names = list(dict.fromkeys(name.removesuffix(_DECODE_SUFFIX) for run in runs for name in run.got))
         report.provenance = {"candidate": runner.provenance()}
     check_limits(limits or {}, own_names)
@@ -154,6 +154,7 @@ class _Work:
     say: Progress
     called: dict[Key, CalledNorm] = field(default_factory=dict)
     keys: list[Key] = field(default_factory=list)
+    lost: set[Key] = field(default_factory=set)
 
     def compare_outputs(
         self, report: ValidationReport, limits: Mapping[str, Limits], *, with_norms: bool, depth: bool
@@ -212,7 +213,10 @@ class _Work:
         refused = {row["path"]: row["reason"] for row in self.target.manifest.get("refusals", ())}
         problems = access.problems if access is not None else {}
         for key in (key for key in self.called if key not in present):
-            reason = problems.get(key[0]) or refused.get(key[0]) or "none of its nodes names it"
+            reason = problems.get(key[0]) or refused.get(key[0])
+            if reason is None:
+                self.lost.add(key)
+                reason = "none of its nodes names it"
             report.notes.append(f"{norm_name(key)} could not be checked by itself: {reason}")
         for key in sorted(present - set(self.called)):
             report.notes.append(f"{norm_name(key)} was not reached by these inputs, so it was not checked")
@@ -260,13 +264,21 @@ class _Work:
         )  # fmt: skip
 
     def _stretch(self, cut: list[Key], end: Key | str) -> tuple[str, list[str]]:
-        """The name of the stretch that ends before a norm or an output, and the norms inside it."""
+        """The name of the stretch that ends before a norm or an output, and the norms inside it.
+
+        A norm that could not be cut out is inside where its nodes are. One that has no node left may be anywhere
+        between what goes into the stretch and its end.
+        """
         order = list(self.called)
         sources = self.target.sources(cut, end)
-        first = min((order.index(key) for key in sources), default=-1)
+        first = -1 if sources.reads_inputs else min((order.index(key) for key in sources.keys), default=-1)
         last = order.index(end) if not isinstance(end, str) else len(order)
-        inside = [norm_name(key) for key in order[first + 1 : last] if key not in self.keys]
-        begin = norm_name(max(sources, key=order.index)) if sources else "the inputs"
+        between = order[first + 1 : last]
+        inside = [
+            norm_name(key) for key in order
+            if key not in self.keys and (key[0] in sources.paths or (key in between and key in self.lost))
+        ]  # fmt: skip
+        begin = norm_name(max(sources.keys, key=order.index)) if sources.keys else "the inputs"
         return f"{begin} ... {end if isinstance(end, str) else norm_name(end)}", inside
 
     def _depth(
@@ -323,6 +335,30 @@ def _by_position(model: nn.Module, infos: Sequence[TensorInfo]) -> list[str] | N
     return None if set(names) <= set(inspect.signature(model.forward).parameters) else names
 
 
+def _run_guarded(runner: Runner, case: Case, name: str) -> Outputs:
+    """The candidate's outputs.
+
+    Raises:
+        UsageError: it fails, or returns other outputs than it says.
+    """
+    try:
+        outputs = _run_candidate(runner, case)
+    except RmsnormDeployError:
+        raise
+    except Exception as error:  # a runner of the user's own may raise anything
+        raise UsageError(f"{name} failed on case {case.name}: {type(error).__name__}: {error}") from error
+    returned = {output.removesuffix(_DECODE_SUFFIX) for output in outputs}
+    missing = [
+        info.name for info in runner.outputs() if info.name not in returned and not info.name.startswith(PRESENT)
+    ]
+    if missing or not outputs:
+        raise UsageError(
+            f"{name} did not return {', '.join(missing) or 'anything'} on case {case.name}; "
+            f"it returned {', '.join(outputs) or 'nothing'}."
+        )
+    return outputs
+
+
 def _run_candidate(runner: Runner, case: Case) -> Outputs:
     cached = any(is_past(name) for name in case.feeds)
     if not cached or case.feeds["input_ids"].shape[1] == 1:
@@ -357,7 +393,12 @@ def _judge_output(
         true, wanted = true[:, -1:], wanted[:, -1:]
     elif candidate.ndim == wanted.ndim and candidate.ndim > 1 and candidate.shape[1] == wanted.shape[1] - 1:
         true, wanted = true[:, :-1], wanted[:, :-1]  # the prompt's part of a case that goes on with one more token
-    return judge(name, candidate, true, wanted, limits=limits_of(limits, key))
+    found = limits_of(limits, key)
+    verdict = judge(name, candidate, true, wanted, limits=found)
+    if candidate.dtype != wanted.dtype and verdict.passed and found is None:
+        reason = f"it is {candidate.dtype.name} where PyTorch gives {wanted.dtype.name}; explicit limits let that pass"
+        return OutputVerdict(name, False, reason, verdict.figures, verdict.yardstick_figures)
+    return verdict
 
 
 def _introduced(report: ValidationReport) -> dict[tuple[Key, str], tuple[float, float]]:

@@ -77,9 +77,11 @@ def _check_target(prepared: PreparedModel, model: nn.Module, name: str, dtype: s
     assert len(result.manifest["sites"]) == count
     assert all(len(site["calls"]) == 1 for site in result.manifest["sites"])
     report = validate(result.folder, model, shapes=SHAPES)
-    failures = [(case, row.name, row.reason) for case, row in report.rows if not row.passed]
-    assert failures == [], f"{name} {dtype} {target}"
+    assert (report.culprits, report.notes) == ([], []), f"{name} {dtype} {target}"
     assert len(report.rows) >= len(SHAPES)
+    # Every norm alone, what is before each of them (and before a gate), and what is after the last.
+    assert {check.norm.key for check in report.norms} == {(site["path"], 0) for site in result.manifest["sites"]}
+    assert len(report.stretches) > count
     assert report.verdict == "pass"
     if dtype == "float32":
         counts = optimized_op_counts(result.folder / "model.onnx")

@@ -13,6 +13,7 @@ import numpy as np
 from faults import Fault
 from runner_faults import RunnerFault, SpoiledRunner
 from subjects import Exports, Outputs, run_cases
+from surgery import Edit
 
 from rmsnorm_deploy.models.errors import RmsnormDeployError
 from rmsnorm_deploy.runtime.cases import Case
@@ -22,7 +23,6 @@ from rmsnorm_deploy.runtime.norm_inputs import adversarial, turns
 from rmsnorm_deploy.runtime.onnx_norms import OnnxNorms
 from rmsnorm_deploy.runtime.ort_runner import OrtRunner
 from rmsnorm_deploy.runtime.validate import bisect, made_up_cases, validate
-from surgery import Edit
 
 INNOCENTS_ALLOWED = 3
 _OPEN_DIM = 5  # size of a symbolic dim where a norm runs alone
@@ -97,7 +97,9 @@ def judge_fault(fault: Fault | RunnerFault, exports: Exports) -> FaultResult:
     kind = "norm" if in_norm else "stretch"
     names = {row["name"] for row in found if row["kind"] == kind}
     named = all(any(_is_place(name, place, in_norm) for name in names) for place in wanted)
-    innocents = tuple(row["name"] for row in found if row["kind"] == "norm" and (not in_norm or row["name"] not in wanted))
+    innocents = tuple(
+        row["name"] for row in found if row["kind"] == "norm" and (not in_norm or row["name"] not in wanted)
+    )
     return FaultResult(
         fault.name, fault.subject.label, fault.target, fault.dtype, alive, verdict, summary, wanted, in_norm, named,
         innocents, tuple(f"{row['kind']} {row['name']}" for row in found), round(time.perf_counter() - start, 2),

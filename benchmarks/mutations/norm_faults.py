@@ -3,25 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from faults import Fault, Plant
-from surgery import (
-    BFLOAT16,
-    FLOAT,
-    FLOAT16,
-    Array,
-    Edit,
-    Spelling,
-    bias_of,
-    change_weight,
-    respell,
-    scale_of,
-    set_attribute,
-    set_eps,
+from plants import (
+    attribute,
+    eps,
+    formula,
+    in_body,
+    op_type,
+    results_swapped,
+    skipped,
+    sum_and_result_swapped,
+    twice,
+    unlabelled,
+    weight,
+    weight_of_other,
 )
+from steps import (
+    all_axes,
+    bessel,
+    bfloat16,
+    bias_before_scale,
+    centred,
+    clamped,
+    doubled_residual,
+    dropped_residual,
+    eps_outside,
+    gate_itself,
+    half,
+    mean_in,
+    mean_size,
+    other_axis,
+    renamed,
+    residual_twice,
+    rounded_x,
+    scaled_in_half,
+    slightly_larger,
+    stale_sum,
+    swapped_channels,
+    times_at,
+    unweighed,
+    variance,
+    weighed_first,
+    without_eps,
+    x_alone,
+)
+from surgery import BFLOAT16, FLOAT16
 
 # One norm of each kind of model, and the ones that the fused residual add belongs to.
 ADDITION, ADDITION_MLP = "layers.1.attention_norm", "layers.0.mlp_norm"
@@ -31,266 +60,6 @@ LLAMA_ADDS = (LLAMA_POST, LLAMA, "model.layers.1.post_attention_layernorm", LAST
 Q_NORM, K_NORM = "model.layers.0.self_attn.q_norm", "model.layers.1.self_attn.k_norm"
 POST_FF = "model.layers.0.post_feedforward_layernorm"
 MAMBA, MAMBA_GATED = "backbone.layers.1.norm", "backbone.layers.0.mixer.norm"
-
-# ----------------------------------------------------------------------------------------------------- how to plant it
-
-
-def eps(path: str, change: Callable[[float], float]) -> Plant:
-    """Another epsilon, where the target holds it."""
-    return lambda edit: set_eps(edit, path, change)
-
-
-def weight(path: str, change: Callable[[Array], Array]) -> Plant:
-    """Another weight (or 1 + weight), where the target holds it."""
-    return lambda edit: change_weight(edit, path, change)
-
-
-def weight_of_other(path: str, other: str) -> Plant:
-    """The weight of another norm."""
-    return lambda edit: change_weight(edit, path, lambda _: scale_of(edit.norm(other)))
-
-
-def formula(path: str, **options: Any) -> Plant:
-    """The norm spelled anew with wrong steps or a wrong spec; see `respell`."""
-    return lambda edit: respell(edit, path, **options)
-
-
-def attribute(path: str, name: str, value: float) -> Plant:
-    """Another attribute on the norm's operator."""
-    return lambda edit: set_attribute(edit, path, name, value)
-
-
-def in_body(function: str, op_type: str, change: Callable[[ir.Function, ir.Node], None]) -> Plant:
-    """A change at the first node of a type in the body of a plugin operator's function."""
-
-    def plant(edit: Edit) -> None:
-        body = next(f for f in edit.model.functions.values() if f.name == function)
-        change(body, next(node for node in body if node.op_type == op_type))
-
-    return plant
-
-
-def op_type(path: str, old: str, new: str) -> Plant:
-    """Another operator with the same inputs in place of one of the norm's."""
-
-    def plant(edit: Edit) -> None:
-        next(node for node in edit.norm(path).nodes if node.op_type == old).op_type = new
-
-    return plant
-
-
-def renamed(change: dict[str, str]) -> Callable[[ir.Function, ir.Node], None]:
-    """Another operator in a function's body."""
-
-    def apply(body: ir.Function, node: ir.Node) -> None:
-        node.op_type = change[node.op_type]
-
-    return apply
-
-
-# ---------------------------------------------------------------------------------------------------------- the changes
-
-
-def bfloat16(array: Array) -> Array:
-    return array.astype(ir.DataType.BFLOAT16.numpy()).astype(np.float64)
-
-
-def half(array: Array) -> Array:
-    return array.astype(np.float16).astype(np.float64)
-
-
-def swapped_channels(array: Array) -> Array:
-    order = np.arange(len(array))
-    order[[1, 2]] = order[[2, 1]]
-    return array[order]
-
-
-def times_at(index: int, factor: float) -> Callable[[Array], Array]:
-    return lambda array: np.where(np.arange(len(array)) == index, array * factor, array)
-
-
-def eps_outside(s: Spelling, h: ir.Value, mean: ir.Value) -> ir.Value:
-    return s.op("Div", h, s.op("Add", s.op("Sqrt", mean), s.number(s.spec.eps)))
-
-
-def without_eps(s: Spelling, h: ir.Value, mean: ir.Value) -> ir.Value:
-    return s.op("Div", h, s.op("Sqrt", mean))
-
-
-def mean_in(dtype: int) -> Callable[[Spelling, ir.Value], ir.Value]:
-    """Squares and their mean in a half type: float32 operators between roundings, as a runtime cannot undo those."""
-
-    def step(s: Spelling, h: ir.Value) -> ir.Value:
-        x = s.rounded(h, dtype)
-        return s.rounded(s.mean(s.rounded(s.op("Mul", x, x), dtype)), dtype)
-
-    return step
-
-
-def variance(s: Spelling, h: ir.Value) -> ir.Value:
-    centred = s.op("Sub", h, s.mean(h))
-    return s.mean(s.op("Mul", centred, centred))
-
-
-def centred(s: Spelling, x: ir.Value) -> ir.Value:
-    h = s.op("Cast", x, to=FLOAT)
-    return s.op("Sub", h, s.mean(h))
-
-
-def bessel(s: Spelling, h: ir.Value) -> ir.Value:
-    return s.op("Mul", s.mean(s.op("Mul", h, h)), s.number(s.width / (s.width - 1)))
-
-
-def mean_size(s: Spelling, h: ir.Value) -> ir.Value:
-    mean = s.mean(s.op("Abs", h))
-    return s.op("Mul", mean, mean)
-
-
-def other_axis(s: Spelling, h: ir.Value) -> ir.Value:
-    return s.mean(s.op("Mul", h, h), axis=-2)
-
-
-def all_axes(s: Spelling, h: ir.Value) -> ir.Value:
-    return s.mean(s.op("Mul", h, h), axis=0)
-
-
-def clamped(s: Spelling, h: ir.Value, mean: ir.Value) -> ir.Value:
-    return s.op("Clip", s.normalise(h, mean), s.number(-4.0), s.number(4.0))
-
-
-def slightly_larger(s: Spelling, h: ir.Value) -> ir.Value:
-    return s.op("Mul", s.leave(h), s.number(1.001, int(s.dtype)))
-
-
-def scaled_in_half(s: Spelling, h: ir.Value) -> ir.Value:
-    """The cast before the scale, where the module scales before it casts.
-
-    The product of two float16 numbers is exact in float32, so this rounds as a float16 product does; ONNX Runtime
-    would leave the first cast out before a float16 Mul, for which it has no kernel on a CPU.
-    """
-    h = s.op("Mul", s.rounded(h, int(s.dtype)), s.parameter(scale_of(s.norm), FLOAT))
-    return s.op("Cast", h, to=int(s.dtype))
-
-
-def bias_before_scale(s: Spelling, h: ir.Value) -> ir.Value:
-    h = s.op("Add", h, s.parameter(bias_of(s.norm), FLOAT))
-    return s.op("Cast", s.op("Mul", h, s.parameter(scale_of(s.norm), FLOAT)), to=int(s.dtype))
-
-
-def gate_itself(s: Spelling) -> ir.Value:
-    return s.op("Cast", s.norm.gate, to=FLOAT)
-
-
-def rounded_x(s: Spelling, x: ir.Value) -> ir.Value:
-    return s.rounded(x, FLOAT16)
-
-
-def weighed_first(s: Spelling, x: ir.Value) -> ir.Value:
-    """The weight on x in place of the normalised value, so that the statistics see it."""
-    return s.op("Mul", s.op("Cast", x, to=FLOAT), s.parameter(scale_of(s.norm), FLOAT))
-
-
-def unweighed(s: Spelling, h: ir.Value) -> ir.Value:
-    return s.op("Cast", h, to=int(s.dtype))
-
-
-# ------------------------------------------------------------------------------------------- residual adds, whole norms
-
-
-def x_alone(s: Spelling, a: ir.Value, b: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The residual is left out."""
-    total = s.op("Add", a, s.op("Sub", b, b))
-    return total, total
-
-
-def residual_twice(s: Spelling, a: ir.Value, b: ir.Value) -> tuple[ir.Value, ir.Value]:
-    total = s.op("Add", s.op("Add", a, b), b)
-    return total, total
-
-
-def stale_sum(body: ir.Function, add: ir.Node) -> None:
-    """The function hands on X in place of the sum."""
-    node = ir.node("Identity", [body.inputs[0]])
-    node.outputs[0].name = "stale"
-    body.append(node)
-    body.outputs[1] = node.outputs[0]
-
-
-def dropped_residual(body: ir.Function, add: ir.Node) -> None:
-    add.op_type = "Identity"
-    add.resize_inputs(1)
-
-
-def doubled_residual(body: ir.Function, add: ir.Node) -> None:
-    node = ir.node("Add", [body.inputs[1], body.inputs[1]])
-    node.outputs[0].name = "doubled"
-    body.insert_before(add, node)
-    add.replace_input_with(1, node.outputs[0])
-
-
-def sum_and_result_swapped(path: str) -> Plant:
-    def plant(edit: Edit) -> None:
-        norm = edit.norm(path)
-        exchange(norm.x, norm.y)
-        norm.x.name, norm.y.name = norm.y.name, norm.x.name
-
-    return plant
-
-
-def results_swapped(first: str, second: str) -> Plant:
-    """Each of two norms makes the other's value."""
-
-    def plant(edit: Edit) -> None:
-        a, b = edit.norm(first).y, edit.norm(second).y
-        exchange(a, b)
-        a.name, b.name = b.name, a.name
-
-    return plant
-
-
-def exchange(a: ir.Value, b: ir.Value) -> None:
-    """What reads one value reads the other from now on."""
-    of_a, of_b = list(a.uses()), list(b.uses())
-    for value, uses in ((b, of_a), (a, of_b)):
-        for node, index in uses:
-            node.replace_input_with(index, value)
-
-
-def skipped(path: str, *, deleted: bool) -> Plant:
-    def plant(edit: Edit) -> None:
-        norm = edit.norm(path)
-        norm.y.replace_all_uses_with(norm.x)
-        if deleted:
-            edit.graph.remove(norm.nodes, safe=True)
-
-    return plant
-
-
-def twice(path: str) -> Plant:
-    """The norm's nodes once more behind it, metadata and all."""
-
-    def plant(edit: Edit) -> None:
-        norm = edit.norm(path)
-        uses = list(norm.y.uses())
-        again = Spelling(edit, norm).write(norm.y)
-        producer = again.producer()
-        assert producer is not None
-        producer.metadata_props.update(norm.core.metadata_props)
-        for node, index in uses:
-            node.replace_input_with(index, again)
-
-    return plant
-
-
-def unlabelled(path: str, change: Callable[[float], float]) -> Plant:
-    """Another epsilon in a norm whose metadata a tool has dropped."""
-
-    def plant(edit: Edit) -> None:
-        set_eps(edit, path, change)
-        for node in edit.norm(path).nodes:
-            node.metadata_props.clear()
-
-    return plant
 
 
 def _norm(name: str, model: str, target: str, path: str, plant: Plant, dtype: str = "float32") -> Fault:
@@ -346,7 +115,8 @@ NORM_FAULTS: tuple[Fault, ...] = (
     _norm("statistics in float16", "llama", "primitives", LLAMA, formula(LLAMA, statistic=mean_in(FLOAT16))),
     _norm("statistics in float16", "llama", "ort", LLAMA, formula(LLAMA, statistic=mean_in(FLOAT16)), "float16"),
     _norm("statistics in bfloat16", "addition", "standard", ADDITION, formula(ADDITION, statistic=mean_in(BFLOAT16))),
-    _norm("statistics in bfloat16", "olmo2", "standard", Q_NORM, formula(Q_NORM, statistic=mean_in(BFLOAT16)), "float16"),
+    _norm("statistics in bfloat16", "olmo2", "standard", Q_NORM,
+          formula(Q_NORM, statistic=mean_in(BFLOAT16)), "float16"),
     _norm("x rounded to float16", "gemma3", "ort", POST_FF, formula(POST_FF, enter=rounded_x)),
     _norm("x rounded to float16", "addition", "plugin", ADDITION, formula(ADDITION, enter=rounded_x)),
     # statistics

@@ -47,7 +47,7 @@ def main() -> int:
         partial = arguments.json.with_name(f".{arguments.json.name}.partial")
         partial.write_text(json.dumps(content, indent=2) + "\n")
         partial.replace(arguments.json)
-    for line in (*_missed(faults), *_alarms(honest), *_totals(faults, honest)):
+    for line in (*_missed(faults), *_alarms(honest), *totals(faults, honest)):
         print(line)
     return 0 if all(r.good for r in faults) and all(r.passed for r in honest) else 1
 
@@ -92,7 +92,7 @@ def _alarms(honest: Sequence[HonestResult]) -> list[str]:
     ]  # fmt: skip
 
 
-def _totals(faults: Sequence[FaultResult], honest: Sequence[HonestResult]) -> list[str]:
+def totals(faults: Sequence[FaultResult], honest: Sequence[HonestResult]) -> list[str]:
     norms = [r for r in faults if r.in_norm]
     lines = []
     if faults:

@@ -1,4 +1,8 @@
-"""Faults of runners: what comes out of a runtime is not what its model computed. Only outputs can show them."""
+"""Faults of runners: what comes out of a runtime is not what its model computed. Only outputs can show them.
+
+Rounding a float16 model's outputs to bfloat16 is not among them: that error is of the size of PyTorch's own in float16,
+so by the rule that outputs are held to it is none.
+"""
 
 from __future__ import annotations
 
@@ -138,8 +142,6 @@ RUNNER_FAULTS: tuple[RunnerFault, ...] = (
     RunnerFault("second batch element wrong", "llama", "plugin", each(second_batch)),
     RunnerFault("outputs rounded to bfloat16", "addition", "plugin",
                 each(lambda v: v.astype(ml_dtypes.bfloat16).astype(v.dtype))),
-    RunnerFault("outputs rounded to bfloat16", "llama", "ort",
-                each(lambda v: v.astype(ml_dtypes.bfloat16).astype(v.dtype)), "float16"),
     RunnerFault("one element 1% off", "addition", "primitives", each(largest_off)),
     RunnerFault("one element 1% off", "llama", "standard", each(largest_off)),
     RunnerFault("outputs in another order", "assorted", "standard", exchanged),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 from faults import Fault, Plant
-from norm_faults import ADDITION, LLAMA, LLAMA_POST, exchange
+from norm_faults import ADDITION, LLAMA, LLAMA_POST
+from plants import exchange
 from surgery import Array, Edit
 
 
@@ -93,8 +94,8 @@ STRETCH_FAULTS: tuple[Fault, ...] = (
     Fault("Linear of another layer", "llama", "plugin", linear(DOWN, "", LATER_DOWN), before=LLAMA),
     Fault("embedding: two rows swapped", "llama", "ort", embedding_rows_swapped,
           before="model.layers.0.input_layernorm"),
-    Fault("embedding: two rows swapped", "mamba2", "primitives", embedding_rows_swapped, before="backbone.layers.0.norm",
-          dtype="float16"),
+    Fault("embedding: two rows swapped", "mamba2", "primitives", embedding_rows_swapped,
+          before="backbone.layers.0.norm", dtype="float16"),
     Fault("residual dropped", "llama", "primitives", residual(LLAMA, "dropped"), before=LLAMA),
     Fault("residual dropped", "addition", "standard", residual(ADDITION, "dropped"), before=ADDITION),
     Fault("residual added twice", "llama", "ort", residual(LLAMA_POST, "twice"), before=LLAMA_POST, dtype="float16"),

@@ -17,6 +17,9 @@ from rmsnorm_deploy.export.lower import PATH_KEY, SPEC_KEY, VALUES_KEY
 from rmsnorm_deploy.models.spec import NormSpec
 
 FLOAT, FLOAT16, BFLOAT16 = (int(ir.DataType[name]) for name in ("FLOAT", "FLOAT16", "BFLOAT16"))
+# Where the exporter of PyTorch writes the module paths that a node comes from.
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
 Array = np.ndarray[Any, Any]
 
 
@@ -56,9 +59,9 @@ class Edit:
         nodes = [node for node in self.graph if node.metadata_props.get(PATH_KEY) == path]
         core = next(node for node in nodes if VALUES_KEY in node.metadata_props)
         names = json.loads(core.metadata_props[VALUES_KEY])
-        x, y, gate = (self.value(names[k]) if k in names else None for k in ("x", "y", "gate"))
-        assert x is not None and y is not None
-        return Norm(path, NormSpec.from_json(core.metadata_props[SPEC_KEY]), nodes, core, x, y, gate)
+        gate = self.value(names["gate"]) if "gate" in names else None
+        spec = NormSpec.from_json(core.metadata_props[SPEC_KEY])
+        return Norm(path, spec, nodes, core, self.value(names["x"]), self.value(names["y"]), gate)
 
     def value(self, name: str) -> ir.Value:
         """The value of a name."""
@@ -72,16 +75,13 @@ class Edit:
 
     def linear(self, scope: str) -> ir.Node:
         """The matrix product of the Linear module of a path."""
-        return next(
-            n for n in self.graph
-            if n.op_type in ("MatMul", "Gemm") and f"'{scope}'" in n.metadata_props.get("pkg.torch.onnx.name_scopes", "")
-        )  # fmt: skip
+        products = (node for node in self.graph if node.op_type in ("MatMul", "Gemm"))
+        return next(node for node in products if f"'{scope}'" in node.metadata_props.get(_SCOPES, ""))
 
     def residual_add(self, path: str) -> ir.Node:
         """The Add node that makes a norm's x."""
-        add = self.norm(path).x.producer()
-        assert add is not None and add.op_type == "Add"
-        return add
+        x = self.norm(path).x
+        return next(node for node in self.graph if node.op_type == "Add" and x in node.outputs)
 
     def constant(self, array: Array) -> ir.Value:
         """A new initializer."""
@@ -91,7 +91,9 @@ class Edit:
         self.graph.register_initializer(value)
         return value
 
-    def op(self, op_type: str, *inputs: ir.Value | None, metadata: dict[str, str] | None = None, **attributes: Any) -> ir.Value:  # fmt: skip
+    def op(
+        self, op_type: str, *inputs: ir.Value | None, metadata: dict[str, str] | None = None, **attributes: Any
+    ) -> ir.Value:
         """A new node with one output; `save` puts it where it belongs."""
         self._made += 1
         node = ir.node(op_type, inputs, attributes, name=f"edited/{op_type}_{self._made}", metadata_props=metadata)
@@ -101,9 +103,7 @@ class Edit:
 
     def change_constant(self, node: ir.Node, index: int, change: Callable[[Array], Array]) -> None:
         """Give one node another constant in place of its input; other readers keep the old one."""
-        old = node.inputs[index]
-        assert old is not None and old.const_value is not None, f"{node.name} has no constant at {index}"
-        array = old.const_value.numpy()
+        array = constant_at(node, index)
         node.replace_input_with(index, self.constant(np.asarray(change(array)).astype(array.dtype)))
 
     def save(self, folder: Path) -> Path:
@@ -115,6 +115,14 @@ class Edit:
         return folder
 
 
+def constant_at(node: ir.Node, index: int) -> Array:
+    """The constant that a node reads at an input."""
+    value = node.inputs[index]
+    if value is None or value.const_value is None:
+        raise ValueError(f"{node.name} reads no constant at input {index}")
+    return value.const_value.numpy()
+
+
 def _reads(node: ir.Node, name: str) -> bool:
     return any(value is not None and value.name == name for value in node.inputs)
 
@@ -122,12 +130,8 @@ def _reads(node: ir.Node, name: str) -> bool:
 # ---------------------------------------------------------------------------------------- weights, epsilon, attributes
 
 
-def weight_of(norm: Norm) -> tuple[ir.Node, int]:
-    """The node that reads a norm's weight (or 1 + weight), and at which input."""
-    return _parameter(norm, "weight")
-
-
 def _parameter(norm: Norm, name: str) -> tuple[ir.Node, int]:
+    """The node that reads a norm's weight or bias, and at which input."""
     return next(
         (node, index)
         for node in norm.nodes
@@ -136,29 +140,27 @@ def _parameter(norm: Norm, name: str) -> tuple[ir.Node, int]:
     )
 
 
+def _offset(node: ir.Node) -> float:
+    """What the plugin operator adds to its weight; elsewhere the file holds 1 + weight."""
+    return node.attributes["scale_offset"].as_float() if "scale_offset" in node.attributes else 0.0
+
+
 def scale_of(norm: Norm) -> Array:
     """What a norm multiplies by, float64[width]: the weight, or 1 + weight."""
-    node, index = weight_of(norm)
-    value = node.inputs[index]
-    assert value is not None and value.const_value is not None
-    stored = value.const_value.numpy().astype(np.float64)
-    offset = node.attributes["scale_offset"].as_float() if "scale_offset" in node.attributes else 0.0
-    return stored + offset
+    node, index = _parameter(norm, "weight")
+    return constant_at(node, index).astype(np.float64) + _offset(node)
 
 
 def bias_of(norm: Norm) -> Array:
     """The bias of a norm that has one, float64[width]."""
-    node, index = _parameter(norm, "bias")
-    value = node.inputs[index]
-    assert value is not None and value.const_value is not None
-    return value.const_value.numpy().astype(np.float64)
+    return constant_at(*_parameter(norm, "bias")).astype(np.float64)
 
 
 def change_weight(edit: Edit, path: str, change: Callable[[Array], Array]) -> None:
     """Change what a norm multiplies by; other readers of the same tensor keep the old one."""
     norm = edit.norm(path)
-    node, index = weight_of(norm)
-    offset = node.attributes["scale_offset"].as_float() if "scale_offset" in node.attributes else 0.0
+    node, index = _parameter(norm, "weight")
+    offset = _offset(node)
     edit.change_constant(node, index, lambda stored: change(stored.astype(np.float64) + offset) - offset)
 
 
@@ -297,17 +299,14 @@ def respell(
     """
     norm = edit.norm(path)
     spelling = Spelling(edit, norm, spec=norm.spec.replace(**(spec or {})), **options)
-    x = norm.x
+    x = total = norm.x
     if norm.fused_add:
         operands = norm.core.inputs[0], norm.core.inputs[1]
         x, total = add(spelling, *operands) if add else (spelling.op("Add", *operands),) * 2
-        core = total.producer()
         _take_over(norm.x, total)
-    first = len(list(edit.graph))
+    first = len(edit.graph)
     y = spelling.write(x)
-    if not norm.fused_add:
-        core = list(edit.graph)[first]
-    assert core is not None
+    core = next(node for node in edit.graph if total in node.outputs) if norm.fused_add else edit.graph[first]
     core.metadata_props.update({key: norm.core.metadata_props[key] for key in (SPEC_KEY, VALUES_KEY)})
     _take_over(norm.y, y)
     edit.graph.remove(norm.nodes, safe=True)

@@ -47,6 +47,9 @@ def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
         (("generate", "out", "--prompt-ids", "1", "--max-new-tokens", "0"), "--max-new-tokens"),
         (("validate", "out", "--against", "builtin:small", "--shape", "3by4"), "3x33"),
         (("validate", "out", "--against", "builtin:small", "--shape", "0x4"), "at least 1"),
+        (("bisect", "out", "--against", "builtin:small", "--shape", "3by4"), "3x33"),
+        (("validate", "out"), "--against MODEL is missing"),
+        (("validate", "--replay", "nosuch.json"), "nosuch.json: cannot be read"),
     ],
 )
 def test_wrong_command_line(rmsnorm: CommandLine, arguments: tuple[str, ...], message: str) -> None:

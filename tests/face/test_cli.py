@@ -165,8 +165,8 @@ def test_export_inputs_and_static(rmsnorm: CommandLine, models: Path, tmp_path: 
 def test_validate_passes(rmsnorm: CommandLine, models: Path, exported: Path, target: str) -> None:
     outcome = rmsnorm("validate", exported / target, "--against", f"{models}:net", "--json")
     assert outcome.code == 0
-    assert (outcome.json["schema"], outcome.json["verdict"]) == ("rmsnorm_deploy.validate/1", "pass")
-    assert outcome.json["outputs"]
+    assert (outcome.json["schema"], outcome.json["verdict"]) == ("rmsnorm_deploy.validate/2", "pass")
+    assert [len(outcome.json[part]) for part in ("outputs", "norms", "stretches")] == [3, 1, 2]
 
 
 def test_validate_fails_against_another_model(rmsnorm: CommandLine, models: Path, exported: Path) -> None:
@@ -182,7 +182,7 @@ def test_validate_options(rmsnorm: CommandLine, models: Path, exported: Path) ->
     arguments = ("validate", exported / "ort", "--against", f"{models}:net", "--json")
     shapes = rmsnorm(*arguments, "--shape", "1x7", "--shape", "2x3", "--seed", "5").json
     assert [row["case"] for row in shapes["outputs"]] == ["1x7", "2x3"]
-    assert shapes["provenance"]["seed"] == 5
+    assert (shapes["settings"]["seed"], shapes["settings"]["shapes"]) == (5, [[1, 7], [2, 3]])
     assert rmsnorm(*arguments, "--atol", "0", "--rtol", "0").code == 1
     assert rmsnorm(*arguments, "--atol", "1e-3").code == 0
 

@@ -108,13 +108,13 @@ def test_feeders_are_the_cut_values_on_the_way(path: Path) -> None:
     first, gated, second = (graph.norms[key] for key in KEYS)
     assert first.x == "x"
     assert gated.gate is not None
-    assert graph.feeders(KEYS, first.x) == set()
-    assert graph.feeders(KEYS, gated.x) == {first.y}
-    assert graph.feeders(KEYS, gated.gate) == {"x"}
-    assert graph.feeders(KEYS, second.x) == {gated.y, "x"}
-    assert graph.feeders([FIRST], second.x) == {first.y, "x"}
-    assert graph.feeders([], second.x) == set()
-    assert graph.feeders(KEYS, graph.output_names[0]) == {second.y}
+    assert graph.ancestry(KEYS, first.x).values == set()
+    assert graph.ancestry(KEYS, gated.x).values == {first.y}
+    assert graph.ancestry(KEYS, gated.gate).values == {"x"}
+    assert graph.ancestry(KEYS, second.x).values == {gated.y, "x"}
+    assert graph.ancestry([FIRST], second.x).values == {first.y, "x"}
+    assert graph.ancestry([], second.x).values == set()
+    assert graph.ancestry(KEYS, graph.output_names[0]).values == {second.y}
 
 
 # --------------------------------------------------------------------------------------------------------- alone

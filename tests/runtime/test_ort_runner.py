@@ -296,6 +296,44 @@ def test_external_data_in_bytes_and_of_no_dtype(external: Path) -> None:
         OrtRunner(external)
 
 
+def test_bytes_find_their_external_data_in_the_folder_that_is_named(external: Path, tmp_path: Path) -> None:
+    source = external.read_bytes()
+    with OrtRunner(external) as whole, OrtRunner(source, weights_folder=external.parent) as runner:
+        np.testing.assert_array_equal(runner.run({"x": X})["y"], whole.run({"x": X})["y"])
+        record = runner.provenance()
+    assert record["model"] is None
+    assert [row["file"] for row in record["external_data"]] == ["weights.bin"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UsageError, match=r"the model given as bytes: external data file .*weights\.bin of tensor w"):
+        OrtRunner(source, weights_folder=empty)
+    os.truncate(external.with_name("weights.bin"), 200)
+    with pytest.raises(UsageError, match=r"is cut short: tensor w ends at byte 256, the file at 200"):
+        OrtRunner(source, weights_folder=external.parent)
+
+
+def test_bytes_without_external_data_need_no_folder(tmp_path: Path) -> None:
+    source = linear().SerializeToString()
+    with OrtRunner(source) as plain, OrtRunner(source, weights_folder=tmp_path) as runner:
+        np.testing.assert_array_equal(runner.run({"x": X})["y"], plain.run({"x": X})["y"])
+
+
+@pytest.mark.parametrize("io_binding", [False, True])
+def test_only_the_outputs_that_are_wanted_come_back(io_binding: bool) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"]), helper.make_node("Neg", ["y"], ["z"])]
+    outputs = [("y", T.FLOAT, ["n", 8]), ("z", T.FLOAT, ["n", 8])]
+    model = build(nodes, [("x", T.FLOAT, ["n", 8])], outputs, {"w": W})
+    with OrtRunner(model.SerializeToString(), io_binding=io_binding) as runner:
+        whole = runner.run({"x": X})
+        assert list(whole) == ["y", "z"]
+        for names in (["z"], ["z", "y"], ["y"]):
+            found = runner.run({"x": X}, outputs=names)
+            assert list(found) == names
+            assert all(np.array_equal(found[name], whole[name]) for name in names)
+        with pytest.raises(UsageError, match="nosuch"):
+            runner.run({"x": X}, outputs=["nosuch"])
+
+
 def test_packed_types_are_measured_in_bits(external: Path) -> None:
     model = onnx.load(external, load_external_data=False)
     tensor = model.graph.initializer[0]
