@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,3 +68,42 @@ def replace_forward(
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
     object.__setattr__(module, "forward", forward)
+
+
+# Gets a module's path, how often it was called before, the call, and a function that runs the module's own code.
+Visit = Callable[[str, int, NormCall, Callable[[], Tensor]], Tensor]
+
+
+@contextmanager
+def at_norms(
+    model: nn.Module, sites: Sequence[Site], visit: Visit, unknown: Callable[[str, str], None] | None = None
+) -> Iterator[None]:
+    """Let `visit` answer for every norm while the context is open.
+
+    Args:
+        model: where the sites were recognised.
+        sites: the norms.
+        visit: returns the norm's result. A call that no spec covers goes to the module and is not visited.
+        unknown: told the module's path and the names of arguments that no spec covers.
+    """
+    modules = {site.path: model.get_submodule(site.path) for site in sites}
+    counts = dict.fromkeys(modules, 0)
+
+    def visiting(path: str) -> Callable[[NormCall, Callable[[], Tensor]], Tensor]:
+        def compute(call: NormCall, original: Callable[[], Tensor]) -> Tensor:
+            number = counts[path]
+            counts[path] += 1
+            return visit(path, number, call, original)
+
+        return compute
+
+    def told(path: str) -> Callable[[str], None]:
+        return lambda names: unknown(path, names) if unknown is not None else None
+
+    try:
+        for site in sites:
+            replace_forward(modules[site.path], site, visiting(site.path), told(site.path))
+        yield
+    finally:
+        for module in modules.values():
+            vars(module).pop("forward", None)

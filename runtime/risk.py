@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..export.lowerings import TARGETS, opset_for
-from ..models.calls import NormCall, replace_forward
+from ..models.calls import NormCall, at_norms
 from ..models.errors import RmsnormDeployError, UsageError
 from ..models.recognise import recognise
-from ..models.site import Recognition, Site
+from ..models.site import Recognition
 from .norm_alone import NormError, NormRows, error_in_onnxruntime, error_in_torch, truth_of
 from .norm_watch import DTYPES, Margins, NormSeen, NormWatch
 from .risk_rules import LEVELS, Level, RiskVerdict, counting_margins, judge_norm
@@ -169,7 +168,7 @@ def risk(
     if not recognition.sites:
         return RiskReport(len(cases), [], notes, recognition)
     watches = _Watches(notes)
-    with _watched(model, recognition, watches), TorchRunner(model) as runner:
+    with at_norms(model, recognition.sites, watches.visit, watches.unknown), TorchRunner(model) as runner:
         for number, feeds in enumerate(cases, 1):
             say(f"running case {number} of {len(cases)}")
             runner.run(feeds)
@@ -187,42 +186,21 @@ class _Watches:
         self.reached: set[str] = set()
         self._notes = notes
 
-    def take(self, path: str, call: NormCall, result: Tensor) -> None:
+    def visit(self, path: str, number: int, call: NormCall, original: Callable[[], Tensor]) -> Tensor:
+        del number
+        result = original()
         self.reached.add(path)
         key = (path, call.spec, tuple(call.x.shape[-call.spec.trailing_dims :]))
         if key not in self.all:
             self.all[key] = NormWatch(path, call)
         self.all[key].observe(call, result)
+        return result
 
     def unknown(self, path: str, names: str) -> None:
         self.reached.add(path)
         note = f"{path or 'the model itself'} is called with {names}, which no spec covers"
         if note not in self._notes:
             self._notes.append(note)
-
-
-@contextmanager
-def _watched(model: nn.Module, recognition: Recognition, watches: _Watches) -> Iterator[None]:
-    """Show every call of a recognised norm to its watch while the context is open."""
-    replaced = []
-    try:
-        for site in recognition.sites:
-            module = model.get_submodule(site.path)
-            _watch(module, site, watches)
-            replaced.append(module)
-        yield
-    finally:
-        for module in replaced:
-            vars(module).pop("forward", None)
-
-
-def _watch(module: nn.Module, site: Site, watches: _Watches) -> None:
-    def compute(call: NormCall, original: Callable[[], Tensor]) -> Tensor:
-        result = original()
-        watches.take(site.path, call, result)
-        return result
-
-    replace_forward(module, site, compute, lambda names: watches.unknown(site.path, names))
 
 
 def _measured(watch: NormWatch, targets: Sequence[str], say: Progress) -> NormRisk:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..models.calls import NormCall
+from ..models.calls import NormCall, at_norms
 from ..models.reference import reference
 from ..models.site import Recognition
 from .graph_norms import Key
@@ -17,7 +17,7 @@ from .norm_access import CalledNorm, NormFeed, NormResult, RunNorms, Sink
 from .runner import Array, numpy_dtype
 from .tape import Tape
 from .torch_runner import TorchRunner, to_numpy, to_torch
-from .truth import at_norms, exact, wide_array
+from .truth import exact, wide_array
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

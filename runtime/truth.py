@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from ..models.calls import NormCall, replace_forward
+from ..models.calls import NormCall
 from ..models.experts import experts
 from ..models.reference import reference
-from ..models.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,8 +30,6 @@ _WIDE: dict[torch.dtype, torch.dtype] = {
 
 # Tensors of fewer elements are widened into memory of their own.
 _SMALL = 1 << 16
-
-Visit = Callable[[str, int, NormCall, Callable[[], "Tensor"]], "Tensor"]
 
 
 class _InFloat64(TorchDispatchMode):
@@ -52,7 +50,7 @@ class _InFloat64(TorchDispatchMode):
         if any(value.alias_info is not None for value in func._schema.returns):
             return func(*args, **named)  # a view, or a write in place: nothing is computed, or in the target's dtype
         if func is torch.ops.aten.embedding.default:
-            return func(*args, **named).to(torch.float64)  # the rows that are read, not the whole table
+            return _wide_tensor(func(*args, **named))  # the rows that are read, not the whole table
         used = 0
 
         def widened(value: Any) -> Any:
@@ -66,7 +64,8 @@ class _InFloat64(TorchDispatchMode):
             used += 1
             return self._borrowed(used - 1, value)
 
-        return func(*tree_map(widened, args), **tree_map(widened, named))
+        # What takes no operand and names no dtype makes tensors of the default one.
+        return tree_map(_wide_tensor, func(*tree_map(widened, args), **tree_map(widened, named)))
 
     def _borrowed(self, slot: int, value: Tensor) -> Tensor:
         """The values in float64, in memory that is free again after the operator."""
@@ -101,44 +100,15 @@ def _wide_tensor(value: Any) -> Any:
 def in_float64(model: nn.Module) -> Iterator[None]:
     """Let `model` compute in float64 while the context is open. Its tensors are not touched.
 
-    Norms still run their own code: see `at_norms` and `exactly`.
+    Norms still run their own code: see `exactly`.
 
     Args:
         model: in the deployment dtype, in eval mode.
     """
-    with experts(model, "eager"), _Retried(), _InFloat64():  # grouped products exist in float32 only
+    with warnings.catch_warnings(), experts(model, "eager"), _Retried(), _InFloat64():
+        # (Experts: grouped products exist in float32 only.) Weights keep their dtype, and are meant to.
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         yield
-
-
-@contextmanager
-def at_norms(model: nn.Module, sites: Sequence[Site], visit: Visit) -> Iterator[None]:
-    """Let `visit` answer for every norm while the context is open.
-
-    Args:
-        model: where the sites were recognised.
-        sites: the norms.
-        visit: called with the module's path, how often this norm was called before in the context, the call, and a
-            function that runs the module's own code; returns the norm's result. A call that no spec covers goes to
-            the module and is not visited.
-    """
-    modules = {site.path: model.get_submodule(site.path) for site in sites}
-    counts = dict.fromkeys(modules, 0)
-
-    def visiting(path: str) -> Callable[[NormCall, Callable[[], Tensor]], Tensor]:
-        def compute(call: NormCall, original: Callable[[], Tensor]) -> Tensor:
-            number = counts[path]
-            counts[path] += 1
-            return visit(path, number, call, original)
-
-        return compute
-
-    try:
-        for site in sites:
-            replace_forward(modules[site.path], site, visiting(site.path), _ignore)
-        yield
-    finally:
-        for module in modules.values():
-            vars(module).pop("forward", None)
 
 
 def exact(call: NormCall) -> Array:
@@ -156,7 +126,3 @@ def exactly(path: str, number: int, call: NormCall, original: Callable[[], Tenso
 def wide_array(tensor: Tensor) -> Array:
     """A tensor's values in float64, in host memory."""
     return tensor.detach().to("cpu", torch.float64).numpy()
-
-
-def _ignore(names: str) -> None:
-    """A call that no spec covers runs the module's own code."""

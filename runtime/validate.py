@@ -13,6 +13,7 @@ import numpy as np
 from ..export.cache_names import PRESENT
 from ..export.inputs import vocabulary_size
 from ..export.manifest import deviation_rows, versions
+from ..models.calls import at_norms
 from ..models.errors import RmsnormDeployError, UsageError
 from ..models.recognise import recognise
 from .candidate import Candidate, candidate_of
@@ -27,7 +28,7 @@ from .tape import Tape
 from .tolerances import Limits, check_limits, limits_of
 from .torch_norms import TorchNorms
 from .torch_runner import TorchRunner
-from .truth import at_norms, exactly, in_float64
+from .truth import exactly, in_float64
 from .validation_report import BISECT_SCHEMA, DepthPoint, ValidationReport
 
 if TYPE_CHECKING:

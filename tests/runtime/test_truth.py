@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 import rmsnorm_deploy.models.reference as reference_module
 import rmsnorm_deploy.runtime.truth as truth_module
+from rmsnorm_deploy.models.calls import at_norms
 from rmsnorm_deploy.models.recognise import recognise
 from rmsnorm_deploy.models.reference import reference
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.runtime.cases import Case
-from rmsnorm_deploy.runtime.truth import at_norms, exactly, in_float64
+from rmsnorm_deploy.runtime.truth import exactly, in_float64
 from rmsnorm_deploy.runtime.validate import validate
 from rmsnorm_deploy.runtime.validation_report import ValidationReport
 
