@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ class Errors(NamedTuple):
     agrees: Mask
 
 
+@cache
 def kind_of(dtype: np.dtype[Any]) -> str:
     """`boolean`, `integer`, `floating-point`, or `unsupported` for a dtype that errors are not measured in."""
     if dtype == np.bool_:
