@@ -72,8 +72,8 @@ def validate(folder: Path) -> dict[str, Any]:
 def forward(folder: Path) -> dict[str, Any]:
     """Time the plain forward passes."""
     from rmsnorm_deploy import OrtRunner, TorchRunner, load_model
+    from rmsnorm_deploy.runtime.runs import made_up_cases
     from rmsnorm_deploy.runtime.truth import in_float64
-    from rmsnorm_deploy.runtime.validate import made_up_cases
 
     seconds: dict[str, list[float]] = {}
 

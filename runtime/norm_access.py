@@ -85,6 +85,10 @@ class NormAccess(Protocol):
         """Module paths of norms that are there and cannot be opened, with the reason."""
         ...
 
+    def unused(self) -> list[Key]:
+        """Norms whose result nothing reads."""
+        ...
+
     def alone(self, keys: Iterable[Key]) -> AbstractContextManager[RunNorms]:
         """A function that runs each of these norms alone."""
         ...

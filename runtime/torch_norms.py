@@ -50,6 +50,10 @@ class TorchNorms:
         """None: every recognised norm can be opened."""
         return {}
 
+    def unused(self) -> list[Key]:
+        """None are known: PyTorch does not tell who reads a result."""
+        return []
+
     def survey(self, feeds: Mapping[str, Array]) -> tuple[dict[Key, CalledNorm], dict[str, Array]]:
         """Run once; the norms that were called, in order of execution, and the outputs."""
         called: dict[Key, CalledNorm] = {}

@@ -22,7 +22,8 @@ from rmsnorm_deploy.runtime.norm_access import CalledNorm
 from rmsnorm_deploy.runtime.norm_inputs import adversarial, turns
 from rmsnorm_deploy.runtime.onnx_norms import OnnxNorms
 from rmsnorm_deploy.runtime.ort_runner import OrtRunner
-from rmsnorm_deploy.runtime.validate import bisect, made_up_cases, validate
+from rmsnorm_deploy.runtime.runs import made_up_cases
+from rmsnorm_deploy.runtime.validate import bisect, validate
 
 INNOCENTS_ALLOWED = 3
 _OPEN_DIM = 5  # size of a symbolic dim where a norm runs alone

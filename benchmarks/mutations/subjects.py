@@ -23,7 +23,7 @@ from rmsnorm_deploy.export.exporter import prepare, save  # noqa: E402
 from rmsnorm_deploy.models.checkpoint import addition  # noqa: E402
 from rmsnorm_deploy.models.outliers import inject_outliers  # noqa: E402
 from rmsnorm_deploy.runtime.ort_runner import OrtRunner  # noqa: E402
-from rmsnorm_deploy.runtime.validate import made_up_cases  # noqa: E402
+from rmsnorm_deploy.runtime.runs import made_up_cases  # noqa: E402
 
 TARGETS = ("primitives", "standard", "ort", "plugin")
 WIDTH, GROUP = 32, 16
