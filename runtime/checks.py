@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..models.errors import RmsnormDeployError
+from ..models.spec import NormSpec
 from .graph_norms import Key
 from .metrics import OutputVerdict, judge
 from .norm_access import CalledNorm, NormAccess, NormFeed
@@ -246,11 +247,9 @@ def judge_norm(kind: str, norm: CalledNorm, candidate: Array, truth: Array, yard
     if mine is None or own is None:
         return verdict
     dtype = yardstick.dtype.name
-    limit = _SOUND_IN_HALF if norm.spec.statistics == "input" and dtype in ("float16", "bfloat16") else _SOUND[dtype]
     off = own.max_rel_row / format_of(dtype).eps
-    if kind in _TAME and not off <= limit:
-        reason = f"PyTorch's own norm is {off:.3g} eps x row RMS from the formula that it was recognised by"
-        return OutputVerdict(kind, False, f"{reason} ({norm.spec.describe()}): there is no truth to go by", mine, own)
+    if kind in _TAME and not off <= sound_limit(norm.spec, dtype):
+        return OutputVerdict(kind, False, no_truth(norm.spec, off), mine, own)
     if not verdict.passed and dtype == "float32" and kind in _SUMS_GO_ONE_WAY:
         width = math.prod(norm.shape[len(norm.shape) - norm.spec.trailing_dims :])
         limit = (TOLERANCES[dtype].floor_max + _PLAIN_SUMS * width) * format_of(dtype).eps
@@ -263,6 +262,20 @@ def judge_norm(kind: str, norm: CalledNorm, candidate: Array, truth: Array, yard
             reason = f"error of {ulp:.3g} ULP where the result is not small, {allowed:.3g} allowed; PyTorch's own is "
             return OutputVerdict(kind, False, f"{reason}{own_ulp:.3g} ULP", mine, own)
     return verdict
+
+
+def sound_limit(spec: NormSpec, dtype: str) -> float:
+    """How far PyTorch's own norm may be from the reference, in eps x row RMS."""
+    in_half = spec.statistics == "input" and dtype in ("float16", "bfloat16")
+    return _SOUND_IN_HALF if in_half else _SOUND[dtype]
+
+
+def no_truth(spec: NormSpec, off: float) -> str:
+    """The reason why a norm cannot be judged: PyTorch does not compute what it was recognised by."""
+    return (
+        f"PyTorch's own norm is {off:.3g} eps x row RMS from the formula that it was recognised by "
+        f"({spec.describe()}): there is no truth to go by"
+    )
 
 
 def _large_ulp(array: Array, truth: Array) -> float:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 from ..models.calls import at_norms
 from ..models.recognise import recognise
 from .candidate import Candidate
-from .checks import AS_IT_RUNS, NormCheck, check_norms, check_stretches, norm_name, try_or_note
+from .checks import (
+    AS_IT_RUNS,
+    NormCheck,
+    check_norms,
+    check_stretches,
+    no_truth,
+    norm_name,
+    sound_limit,
+    try_or_note,
+)
 from .graph_norms import Key
 from .metrics import OutputVerdict, figures
 from .norm_access import CalledNorm, NormAccess
@@ -70,10 +79,12 @@ class Examination:
         norms = TorchNorms(self.model, self.yardstick, recognition)
         for number, run in enumerate(self.runs, start=1):
             self.say(f"PyTorch: {run.case.name} ({number} of {len(self.runs)})")
-            if run is largest and with_norms:
+            if run is largest:
                 self.called, run.wanted = norms.survey(run.torch_feeds)
             else:
                 run.wanted = self.yardstick.run(run.torch_feeds)
+        others = [name for name in largest.wanted if name not in self.names and set(self.names) & set(largest.wanted)]
+        report.notes += [f"PyTorch also returns {name}, which {self.target.name} does not" for name in others]
         access = self.target.norms(largest.torch_feeds) if with_norms else None
         if with_norms:
             self._match(access, report)
@@ -88,6 +99,7 @@ class Examination:
                     self.say("PyTorch in float64, norm by norm")
                     outputs, disagreements = norms.write_truth(wide(largest.torch_feeds), self.tape)
             if access is None or not self.keys:
+                report.norms = self._unrecognised()
                 return
             truth_outputs = named(outputs, self.names)
             self._check_parts(report, access, norms, largest, truth_outputs, disagreements)
@@ -145,6 +157,8 @@ class Examination:
 
         report.norms = try_or_note("norms", report.notes, alone)
         report.norms = [self._unsound(check, disagreements) for check in report.norms]
+        checked = {check.norm.key for check in report.norms}
+        report.norms += [check for check in self._unrecognised() if check.norm.key not in checked]
         unused = access.unused()
         report.norms = [_failed(c, "nothing in the file reads its result") if c.norm.key in unused else c
                         for c in report.norms]  # fmt: skip
@@ -158,6 +172,17 @@ class Examination:
                 lambda end: self._stretch(cut, end), self.window,
             ),
         )  # fmt: skip
+
+    def _unrecognised(self) -> list[NormCheck]:
+        """Norms that do not compute, as the model runs, what they were recognised by; a truth with them is none.
+
+        Norms whose statistics overflow in a half type do not either; those are PyTorch's own fault.
+        """
+        return [
+            NormCheck(norm, "plain", False, no_truth(norm.spec, norm.off))
+            for norm in self.called.values()
+            if norm.spec.statistics != "input" and norm.off > sound_limit(norm.spec, norm.y_dtype)
+        ]
 
     @staticmethod
     def _unsound(check: NormCheck, disagreements: Mapping[Key, float]) -> NormCheck:

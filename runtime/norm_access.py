@@ -41,6 +41,7 @@ class CalledNorm:
         y_dtype: of the result.
         gate_dtype: of the gate, or None.
         forced: whether its x can be replaced while the model runs.
+        off: how far PyTorch's result is from the float64 reference of its formula, in eps x row RMS.
     """
 
     key: Key
@@ -50,6 +51,7 @@ class CalledNorm:
     y_dtype: str
     gate_dtype: str | None
     forced: bool
+    off: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

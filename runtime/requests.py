@@ -16,6 +16,7 @@ from .cases import Case, inputs_of, load_cases, made_up_for, prompt_cases
 from .exported import Exported, open_exported
 from .ort_graph import file_record
 from .runner import TensorInfo
+from .tokenizer import has_tokenizer
 from .tolerances import parse_limits
 from .validate import validate
 from .validation_report import BISECT_SCHEMA, VALIDATE_SCHEMA, ValidationReport
@@ -86,10 +87,15 @@ class ValidationRequest:
             raise UsageError(
                 f"{path}: its schema is {schema!r}; this version runs {VALIDATE_SCHEMA} and {BISECT_SCHEMA} again."
             )
-        try:
-            return cls(**report["settings"]), report
-        except (KeyError, TypeError) as error:
-            raise UsageError(f"{path}: its settings are not those of a command ({error}); run it anew.") from error
+        settings = report.get("settings")
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        if not isinstance(settings, dict) or set(settings) != set(known):
+            odd = ", ".join(sorted(set(settings or ()) ^ set(known)))
+            raise UsageError(f"{path}: its settings are not those of a command ({odd}); run it anew.")
+        for name, value in settings.items():
+            if not _KINDS[str(known[name].type)](value):
+                raise UsageError(f"{path}: its settings are not those of a command: {name} is {value!r}; run it anew.")
+        return cls(**settings), report
 
     def run(self, *, trust_remote_code: bool = False, say: Callable[[str], None]) -> ValidationReport:
         """Load both sides and validate.
@@ -149,11 +155,28 @@ class ValidationRequest:
         if self.tokenizer is not None:
             return self.tokenizer
         folder = exported.folder if exported is not None else None
-        beside = folder is not None and any((folder / name).is_file() for name in _TOKENIZER_FILES)
-        return str(folder) if beside else self.against
+        return str(folder) if folder is not None and has_tokenizer(folder) else self.against
 
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spiece.model")
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_shapes(value: Any) -> bool:
+    pairs = isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+    return value is None or (pairs and all(_is_whole(size) for pair in value for size in pair))
+
+
+# What a setting of each type may be in a report.
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "str | None": lambda value: value is None or isinstance(value, str),
+    "int": _is_whole,
+    "int | None": lambda value: value is None or _is_whole(value),
+    "bool": lambda value: isinstance(value, bool),
+    "list[str]": lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value),
+    "list[list[int]] | None": _is_shapes,
+}
 
 
 def is_model_source(text: str) -> bool:

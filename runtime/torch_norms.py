@@ -12,12 +12,14 @@ import torch
 from ..models.calls import NormCall, at_norms
 from ..models.reference import reference
 from ..models.site import Recognition
+from ..models.spec import NormSpec
 from .graph_norms import Key
 from .norm_access import CalledNorm, NormFeed, NormResult, RunNorms, Sink
 from .runner import Array, numpy_dtype
 from .tape import Tape
 from .torch_runner import TorchRunner, to_numpy, to_torch
 from .truth import exact, wide_array
+from .ulp import format_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,8 +64,9 @@ class TorchNorms:
             x, y = call.x, original()
             forced = 0 not in x.stride() and x.untyped_storage().data_ptr() not in self._own
             gate = None if call.gate is None else _dtype_name(call.gate)
+            off = _distance(call.spec, to_numpy(y), exact(call)) / format_of(numpy_dtype(_dtype_name(y))).eps
             called[path, number] = CalledNorm(
-                (path, number), call.spec, tuple(x.shape), _dtype_name(x), _dtype_name(y), gate, forced
+                (path, number), call.spec, tuple(x.shape), _dtype_name(x), _dtype_name(y), gate, forced, off
             )
             return y
 
@@ -190,13 +193,24 @@ def _rounded(array: Array, dtype: str) -> Array:
         return array.astype(numpy_dtype(dtype))
 
 
+def _distance(spec: NormSpec, own: Array, wanted: Array, excused: Array | float = 0.0) -> float:
+    """The largest difference, relative to the RMS of its row, of what is finite; less what is excused in its row."""
+    axes = tuple(range(-spec.trailing_dims, 0))
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        scale = np.sqrt(np.mean(wanted**2, axis=axes, keepdims=True))
+        off = np.abs(own.astype(np.float64) - wanted) / np.where(scale == 0.0, 1.0, scale) - excused
+    return max(float(np.max(off, where=np.isfinite(off), initial=0.0)), 0.0)
+
+
 def _disagreement(call: NormCall, own: Array, wanted: Array) -> float:
     """How far a norm's own code is from the reference; modules may resolve epsilon by the dtype, so that is let be."""
-    x, spec = wide_array(call.x), call.spec
-    axes = tuple(range(-spec.trailing_dims, 0))
-    squares = np.mean(x**2, axis=axes) if spec.group_size is None else np.zeros(())
-    by_epsilon = float(np.max(spec.eps / (squares + spec.eps), initial=0.0)) if spec.eps else 0.0
-    scale = np.sqrt(np.mean(wanted**2, axis=axes, keepdims=True))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        off = np.abs(own - wanted) / np.where(scale == 0.0, 1.0, scale)
-    return max(float(np.nanmax(off, initial=0.0)) - by_epsilon, 0.0)
+    spec = call.spec
+    if not spec.eps:
+        return _distance(spec, own, wanted)
+    squares = wide_array(call.x) ** 2
+    if spec.group_size is not None:
+        squares = squares.reshape(*squares.shape[:-1], squares.shape[-1] // spec.group_size, spec.group_size)
+    mean = np.mean(squares, axis=tuple(range(-spec.trailing_dims, 0)), keepdims=True)
+    if spec.group_size is not None:
+        mean = np.min(mean, axis=-2, initial=np.inf)  # the smallest group of a row feels epsilon most
+    return _distance(spec, own, wanted, spec.eps / (mean + spec.eps))

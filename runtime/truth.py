@@ -65,7 +65,14 @@ class _InFloat64(TorchDispatchMode):
             return self._borrowed(used - 1, value)
 
         # What takes no operand and names no dtype makes tensors of the default one.
-        return tree_map(_wide_tensor, func(*tree_map(widened, args), **tree_map(widened, named)))
+        result = tree_map(_wide_tensor, func(*tree_map(widened, args), **tree_map(widened, named)))
+        return tree_map(self._own, result) if used else result
+
+    def _own(self, value: Any) -> Any:
+        """The value, copied out of borrowed memory: some operators return a view and do not say so."""
+        borrowed = {tensor.untyped_storage().data_ptr() for tensor in self._spare}
+        is_view = isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in borrowed
+        return value.clone() if is_view else value
 
     def _borrowed(self, slot: int, value: Tensor) -> Tensor:
         """The values in float64, in memory that is free again after the operator."""

@@ -186,6 +186,9 @@ def test_replay_that_cannot_be(rmsnorm: CommandLine, report: Path, tmp_path: Pat
         outcome = rmsnorm("validate", "--replay", report)
         assert outcome.code == 2, message
         assert message in outcome.err
+    outcome = rmsnorm("validate", "--replay", report, "--seed", "3")
+    assert outcome.code == 2
+    assert "--replay takes what to run from the report" in outcome.err
     outcome = rmsnorm("validate", "--replay", tmp_path / "nosuch.json")
     assert outcome.code == 2
     assert "nosuch.json: cannot be read" in outcome.err

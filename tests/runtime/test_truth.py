@@ -359,3 +359,14 @@ def test_the_truth_shares_no_code_with_any_lowering(module: Any) -> None:
     found = closure(module)
     assert "rmsnorm_deploy.models.spec" in found
     assert [name for name in found if name.startswith(FORBIDDEN)] == []
+
+
+def test_what_an_operator_returns_is_not_overwritten_by_the_next() -> None:
+    """Some operators return a view of what they read without saying so; large operands are widened in shared memory."""
+    first, second = torch.full((300, 300), 2.0), torch.full((300, 300), 3.0)
+    with in_float64(nn.Identity()):
+        view = torch.ops.aten._unsafe_view(first, [90000])
+        other = torch.ops.aten._unsafe_view(second, [90000])
+    assert view.dtype == other.dtype == torch.float64
+    assert bool((view == 2.0).all())
+    assert bool((other == 3.0).all())

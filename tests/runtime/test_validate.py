@@ -225,6 +225,37 @@ def test_a_wrong_truth_fails_an_export_that_is_right(
     assert all("there is no truth to go by" in check.reason for check in report.norms)
 
 
+def test_a_wrong_truth_is_seen_without_the_norms_of_the_file_too(
+    folder: Path, model: Residual, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(spec: Any, *rest: Any) -> Any:
+        return reference(spec.replace(eps=0.5), *rest)
+
+    monkeypatch.setattr("rmsnorm_deploy.runtime.truth.reference", wrong)
+    report = validate(folder, model, outputs_only=True)
+    assert [(c.kind, c.name) for c in report.culprits] == [("norm", "norms.0"), ("norm", "norms.1")]
+    assert all("there is no truth to go by" in check.reason for check in report.norms)
+
+
+def test_an_output_that_only_pytorch_has_is_noted(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.RMSNorm(16, eps=1e-5)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"first": self.norm(x), "second": x * 2}
+
+    two = Two().eval()
+    file = save(prepare(two, inputs=residual_inputs()), tmp_path / "out", "ort").folder / "model.onnx"
+    graph = onnx.load(file)
+    del graph.graph.output[1]
+    onnx.save(graph, tmp_path / "one.onnx")
+    report = validate(tmp_path / "one.onnx", two)
+    assert report.verdict == "pass"
+    assert [note for note in report.notes if "also returns second" in note]
+
+
 # --------------------------------------------------------------------------------------------- a norm by other means
 
 

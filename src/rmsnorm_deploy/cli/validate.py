@@ -8,6 +8,7 @@ import typer
 
 from rmsnorm_deploy.cli import options, validation
 from rmsnorm_deploy.cli.screen import Screen
+from rmsnorm_deploy.models.errors import UsageError
 
 
 def validate(
@@ -47,6 +48,10 @@ def validate(
     shapes = validation.shapes_of(shape)
     if replay is None:
         sides = validation.sides(candidate, against, "validate")
+    elif any(
+        (candidate, against, dtype, seed, shape, inputs, prompt, tokenizer, atol, rtol, ulp, outputs_only, window)
+    ):
+        raise UsageError("--replay takes what to run from the report; leave the other options and the candidate out.")
     from rmsnorm_deploy.runtime.requests import ValidationRequest
 
     before = None
