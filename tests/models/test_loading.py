@@ -63,7 +63,7 @@ def nothing():
 def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A file of Python code in the working folder, whose modules are forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     path = tmp_path / "my_norm_model.py"
     path.write_text(CODE)
     yield path
