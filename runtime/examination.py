@@ -101,6 +101,7 @@ class Examination:
             if access is None or not self.keys:
                 report.norms = self._unrecognised()
                 return
+            report.notes += access.remarks
             truth_outputs = named(outputs, self.names)
             self._check_parts(report, access, norms, largest, truth_outputs, disagreements)
             if depth:

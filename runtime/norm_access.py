@@ -87,6 +87,11 @@ class NormAccess(Protocol):
         """Module paths of norms that are there and cannot be opened, with the reason."""
         ...
 
+    @property
+    def remarks(self) -> list[str]:
+        """How the parts are run otherwise than the whole is; for the report."""
+        ...
+
     def unused(self) -> list[Key]:
         """Norms whose result nothing reads."""
         ...

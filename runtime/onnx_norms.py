@@ -11,9 +11,13 @@ import onnx
 
 from .graph_norms import GraphNorm, GraphNorms, Key, fed_name, gate_name, operand_name
 from .norm_access import NormFeed, NormResult, RunNorms, Sink, Sources
+from .ort_graph import read_model
 from .ort_runner import OrtRunner
 from .runner import Array, numpy_dtype
 from .tape import Tape
+
+# Weights beyond this many bytes are not repacked a second time: that would take longer than the run.
+_LARGE_FILE = 1 << 30
 
 
 class OnnxNorms:
@@ -95,8 +99,24 @@ class OnnxNorms:
                     sink(norm.key, "y", results[norm.y])
         return {name: results[name] for name in own}
 
+    @property
+    def remarks(self) -> list[str]:
+        """How the parts are run otherwise than the whole file is."""
+        if not self._large:
+            return []
+        return ["the file is large: its parts were run without repacking weights for the kernels, which opens at once"]
+
+    @property
+    def _large(self) -> bool:
+        return sum(path.stat().st_size for path in read_model(self._path).external_files) > _LARGE_FILE
+
     def _opened(self, model: onnx.ModelProto) -> OrtRunner:
-        return OrtRunner(model.SerializeToString(), providers=self._providers, weights_folder=self._path.parent)
+        return OrtRunner(
+            model.SerializeToString(),
+            providers=self._providers,
+            weights_folder=self._path.parent,
+            session_options={"repack_weights": not self._large},
+        )
 
     def _operands(self, norm: GraphNorm, feed: NormFeed) -> dict[str, Array]:
         x = feed.x.astype(numpy_dtype(self._graph.dtype(norm.operands[0])), copy=False)

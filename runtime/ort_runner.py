@@ -37,8 +37,15 @@ _LEVELS = {
     "extended": "ORT_ENABLE_EXTENDED",
     "all": "ORT_ENABLE_ALL",
 }
-_OPTIONS = ("graph_optimization_level", "intra_op_num_threads", "inter_op_num_threads", "optimized_model_path")
+_OPTIONS = (
+    "graph_optimization_level",
+    "intra_op_num_threads",
+    "inter_op_num_threads",
+    "optimized_model_path",
+    "repack_weights",
+)
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+_NO_PREPACKING = "session.disable_prepacking"
 _SILENT = 4  # only fatal messages: every error is raised as well
 
 
@@ -67,7 +74,9 @@ class OrtRunner:
             None is the CPU provider. Nodes that none of them takes run on the CPU provider.
         provider_options: options of a provider by its name.
         session_options: `graph_optimization_level` (disabled, basic, extended, all), `intra_op_num_threads`,
-            `inter_op_num_threads`, and `optimized_model_path` where the optimised graph is written.
+            `inter_op_num_threads`, `optimized_model_path` where the optimised graph is written, and `repack_weights`
+            (True unless said otherwise: kernels get a copy of the weights in the order that suits them; without, a
+            large file opens at once and needs no memory for it, and runs slower).
         io_binding: run through the session's IO binding, which places the inputs on the device before the run; the
             results are the same.
         weights_folder: where the external data of a model given as bytes lie; None when it has none.
@@ -277,6 +286,8 @@ def _session_options(ort: ModuleType, wanted: Mapping[str, Any], file: ModelFile
         if not isinstance(threads, int) or threads < 0:
             raise UsageError(f"{name} is {threads!r}; it must be a whole number, 0 for as many as there are cores.")
         setattr(options, name, threads)
+    if not wanted.get("repack_weights", True):
+        options.add_session_config_entry(_NO_PREPACKING, "1")
     if "optimized_model_path" not in wanted:
         yield options
         return

@@ -52,6 +52,11 @@ class TorchNorms:
         """None: every recognised norm can be opened."""
         return {}
 
+    @property
+    def remarks(self) -> list[str]:
+        """None: norms run in the model itself."""
+        return []
+
     def unused(self) -> list[Key]:
         """None are known: PyTorch does not tell who reads a result."""
         return []

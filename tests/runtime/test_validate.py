@@ -237,6 +237,27 @@ def test_a_wrong_truth_is_seen_without_the_norms_of_the_file_too(
     assert all("there is no truth to go by" in check.reason for check in report.norms)
 
 
+def test_a_large_file_is_opened_without_repacking_its_weights_again(
+    exports: dict[str, Path], model: Residual, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = validate(exports["ort"], model)
+    monkeypatch.setattr("rmsnorm_deploy.runtime.onnx_norms._LARGE_FILE", -1)
+    opened: list[Any] = []
+    original = OrtRunner.__init__
+
+    def spied(self: OrtRunner, *args: Any, **kwargs: Any) -> None:
+        opened.append(kwargs.get("session_options"))
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(OrtRunner, "__init__", spied)
+    report = validate(exports["ort"], model)
+    assert (plain.verdict, report.verdict) == ("pass", "pass")
+    assert not [note for note in plain.notes if "without repacking" in note]
+    assert [note for note in report.notes if "without repacking" in note]
+    # The whole file as it is deployed; its norms and its stretches without.
+    assert opened == [None, {"repack_weights": False}, {"repack_weights": False}]
+
+
 def test_an_output_that_only_pytorch_has_is_noted(tmp_path: Path) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
