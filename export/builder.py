@@ -9,6 +9,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+_PREFIX = "rmsnorm_deploy."
+# How the names of our scales of ones begin.
+ONES = _PREFIX + "ones"
 HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -20,16 +23,19 @@ class Builder:
         root: the main graph, which holds the constants.
         metadata: written on every node.
         constants: constants already made for this model, shared between builders.
+        opset: opset import of the finished file.
     """
 
     def __init__(
-        self, graph: ir.Graph, root: ir.Graph, metadata: Mapping[str, str], constants: dict[Any, ir.Value]
+        self, graph: ir.Graph, root: ir.Graph, metadata: Mapping[str, str], constants: dict[Any, ir.Value], opset: int
     ) -> None:
         self.graph = graph
         self.root = root
+        self.opset = opset
         self.metadata = dict(metadata)
         self.nodes: list[ir.Node] = []
         self._constants = constants
+        self._made: list[Any] = []
 
     def op(
         self,
@@ -62,13 +68,14 @@ class Builder:
         cast = np.asarray(array).astype(dtype.numpy())
         key = (cast.tobytes(), cast.shape, dtype)
         if key not in self._constants:
-            name = self._free_name(f"rmsnorm_deploy.{hint}.{dtype.name.lower()}")
+            name = self._free_name(f"{_PREFIX}{hint}.{dtype.name.lower()}")
             value = ir.Value(
                 name=name, shape=ir.Shape(cast.shape), type=ir.TensorType(dtype),
                 const_value=ir.Tensor(cast, dtype=dtype, name=name),
             )  # fmt: skip
             self.root.register_initializer(value)
             self._constants[key] = value
+            self._made.append(key)
         return self._constants[key]
 
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
@@ -88,6 +95,15 @@ class Builder:
     def insert_before(self, node: ir.Node) -> None:
         """Put the collected nodes in front of `node`."""
         self.graph.insert_before(node, self.nodes)
+
+    def withdraw(self) -> None:
+        """Take back what was collected, and the constants made for it."""
+        for node in reversed(self.nodes):
+            node.resize_inputs(0)
+        self.nodes.clear()
+        for key in self._made:
+            del self.root.initializers[str(self._constants.pop(key).name)]
+        self._made.clear()
 
     def _free_name(self, wanted: str) -> str:
         name, number = wanted, 1

@@ -242,9 +242,7 @@ def _primitives(builder: Builder, core: Core, factor_dtype: ir.DataType | None =
     h = builder.cast(core.x, stats)
     squares = builder.op("Pow", [h, builder.constant(np.array(2.0), stats, "two")], dtype=stats, shape=h.shape)
     reduced = _reduced_shape(h.shape, core.dims)
-    axes = builder.constant(np.arange(-core.dims, 0), ir.DataType.INT64, "axes")
-    reduce = "ReduceSum" if core.use_sum else "ReduceMean"
-    mean = builder.op(reduce, [squares, axes], {"keepdims": 1}, dtype=stats, shape=reduced)
+    mean = _reduced(builder, "ReduceSum" if core.use_sum else "ReduceMean", squares, core.dims, reduced)
     under = builder.binary("Add", mean, builder.constant(np.array(core.eps), stats, "epsilon"), reduced)
     root = builder.op("Sqrt", [under], dtype=stats, shape=reduced)
     if core.cast_factor and factor_dtype is not None:
@@ -262,6 +260,15 @@ def _primitives(builder: Builder, core: Core, factor_dtype: ir.DataType | None =
     if scale is not None:
         y = builder.binary("Mul", y, builder.cast(scale, _type(y)), h.shape)
     return Emitted(builder.cast(y, dtype), None, node)
+
+
+def _reduced(builder: Builder, op_type: str, value: ir.Value, dims: int, shape: ir.Shape | None) -> ir.Value:
+    """The sum or mean over the last dims, whose axes became an input with opset 13 and 18."""
+    axes = list(range(-dims, 0))
+    if builder.opset < (13 if op_type == "ReduceSum" else 18):
+        return builder.op(op_type, [value], {"axes": axes, "keepdims": 1}, dtype=_type(value), shape=shape)
+    axes_input = builder.constant(np.array(axes), ir.DataType.INT64, "axes")
+    return builder.op(op_type, [value, axes_input], {"keepdims": 1}, dtype=_type(value), shape=shape)
 
 
 def _standard(builder: Builder, core: Core) -> Emitted:

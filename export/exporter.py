@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..models.loading import DTYPES
 from ..models.recognise import recognise
 from ..models.site import Recognition
 from .capture import Capture, capture, detached
-from .files import MANIFEST, check_destination, new_folder
+from .files import MANIFEST, check_destination, copy_companions, new_folder
 from .inputs import example_inputs
 from .lower import lower
 from .lowerings import TARGETS, Environment, LoweringRefusal, opset_for, resolve
@@ -29,12 +28,6 @@ from .swap import swapped
 MODEL_FILE = "model.onnx"
 # Weights above this many bytes go to model.onnx.data, so no file meets protobuf's limit of 2 GB.
 _EXTERNAL_BYTES = 1024
-# What a server or a tokenizer needs beside the graph; copied where the checkpoint has it.
-_COMPANIONS = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model", "added_tokens.json", "chat_template.jinja",
-)  # fmt: skip
-
 Progress = Callable[[str], None]
 
 
@@ -199,9 +192,8 @@ def save(
     with new_folder(path) as folder:
         say("writing the model")
         _write_model(lowered, folder)
-        for name in _COMPANIONS if companions is not None else ():
-            if companions is not None and (companions / name).is_file():
-                shutil.copy(companions / name, folder / name)
+        if companions is not None:
+            copy_companions(companions, folder)
         say("hashing the files")
         manifest = write_manifest(folder, content)
     return ExportResult(Path(path), target, manifest, prepared.recognition)

@@ -14,6 +14,12 @@ from pathlib import Path
 from ..models.errors import UsageError
 
 MANIFEST = "manifest.json"
+# What a server or a tokenizer needs beside the graph; copied where the model has it.
+_COMPANIONS = (
+    "config.json", "generation_config.json", "genai_config.json", "tokenizer.json", "tokenizer_config.json",
+    "tokenizer.model", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model", "added_tokens.json",
+    "chat_template.jinja",
+)  # fmt: skip
 
 
 @contextmanager
@@ -60,6 +66,13 @@ def check_destination(path: str | os.PathLike[str]) -> None:
         Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=existing)).rmdir()
     except OSError as error:
         raise UsageError(f"cannot write to {existing}: {error.strerror or error}.") from error
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy the config and tokenizer files that lie in `source`."""
+    for name in _COMPANIONS:
+        if (source / name).is_file():
+            shutil.copy(source / name, folder / name)
 
 
 def sha256(path: Path) -> str:

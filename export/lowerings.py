@@ -86,11 +86,11 @@ _ALL = ("float32", "float16", "bfloat16", "float64")
 
 # fmt: off
 TABLE: tuple[Cell, ...] = (
-    Cell("primitives", "plain", "Cast, Pow, ReduceMean, Add, Sqrt, Div, Mul, Cast", 18, _ALL,
+    Cell("primitives", "plain", "Cast, Pow, ReduceMean, Add, Sqrt, Div, Mul, Cast", 7, _ALL,
          (("onnxruntime", "1.23"), ("tensorrt", "10.7")),
          (_ORT_SCALES_FIRST, _ORT_FACTOR_NOT_CAST, _HALF_STATISTICS),
          "the spelling that ONNX Runtime fuses into one kernel at load"),
-    Cell("primitives", "add", "Add, then as plain", 18, _ALL,
+    Cell("primitives", "add", "Add, then as plain", 7, _ALL,
          (("onnxruntime", "1.23"), ("tensorrt", "10.7")),
          (_ORT_SCALES_FIRST, _ORT_FACTOR_NOT_CAST, _HALF_STATISTICS),
          "the Add stays: its sum is the second output"),
@@ -102,11 +102,11 @@ TABLE: tuple[Cell, ...] = (
          (("onnxruntime", "1.23"), ("tensorrt", "10.15")),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
          "the Add stays: its sum is the second output"),
-    Cell("ort", "plain", "SimplifiedLayerNormalization", 18, _ALL,
+    Cell("ort", "plain", "SimplifiedLayerNormalization", 7, _ALL,
          (("onnxruntime", "1.23"),),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
          "ONNX Runtime's own fused operator; nothing else runs it"),
-    Cell("ort", "add", "Add, SimplifiedLayerNormalization", 18, _ALL,
+    Cell("ort", "add", "Add, SimplifiedLayerNormalization", 7, _ALL,
          (("onnxruntime", "1.23"),),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
          "SkipSimplifiedLayerNormalization is several times less accurate on the CPU, so it is not written"),

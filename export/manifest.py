@@ -13,7 +13,9 @@ import onnx_ir as ir
 from ..models.errors import UsageError
 from ..models.site import Recognition
 from .files import MANIFEST, sha256
-from .lower import LoweredSite
+from .graph_site import GraphSite
+from .rewrite import Rewritten
+from .write_norm import LoweredSite, dtype_name
 
 SCHEMA = "rmsnorm_deploy.manifest/1"
 _VERSIONS = ("rmsnorm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "transformers", "onnxruntime", "numpy")
@@ -34,20 +36,41 @@ def site_rows(recognition: Recognition, lowered: list[LoweredSite]) -> list[dict
     """Each recognised norm with the nodes it became; `calls` is empty for one that the captured run never reached."""
     rows = []
     for site in recognition.sites:
-        calls = [
-            {
-                "node": call.node,
-                "form": call.form,
-                "spec": call.spec.to_dict(),
-                "deviations": [
-                    {"runtime": d.runtime, "at_most_ulp": d.ulp, "reason": d.reason} for d in call.deviations
-                ],
-            }
-            for call in lowered
-            if call.path == site.path
-        ]
+        calls = [_call_row(call) for call in lowered if call.path == site.path]
         rows.append({**site.to_dict(), "calls": calls})
     return rows
+
+
+def graph_row(site: GraphSite) -> dict[str, Any]:
+    """A norm of a graph as the JSON interface shows it, like `Site.to_dict`; a graph knows no classes."""
+    tail = (site.shape or ())[-site.spec.trailing_dims :]
+    return {
+        "path": site.path,
+        "class": None,
+        "spec": site.spec.to_dict(),
+        "width": tail[0] if len(tail) == 1 else list(tail) or None,
+        "dtype": dtype_name(site.dtype),
+        "parameters": [str(value.name) for value in (site.weight, site.bias) if value is not None],
+    }
+
+
+def rewritten_rows(rewritten: Rewritten) -> list[dict[str, Any]]:
+    """Each norm of a rewritten file, like `site_rows`: norms of one path together, with the nodes they became."""
+    rows: dict[str, dict[str, Any]] = {}
+    for site in rewritten.sites:
+        row = rows.setdefault(site.before.path, {**graph_row(site.before), "calls": []})
+        if site.lowered is not None:
+            row["calls"].append({**_call_row(site.lowered), "changed": site.changed})
+    return list(rows.values())
+
+
+def _call_row(call: LoweredSite) -> dict[str, Any]:
+    return {
+        "node": call.node,
+        "form": call.form,
+        "spec": call.spec.to_dict(),
+        "deviations": [{"runtime": d.runtime, "at_most_ulp": d.ulp, "reason": d.reason} for d in call.deviations],
+    }
 
 
 def deviation_rows(manifest: dict[str, Any], runtime: str | None = None) -> list[dict[str, Any]]:

@@ -41,6 +41,17 @@ def plugin_function(op_type: str, opset: int = _FUNCTION_OPSET) -> ir.Function:
     return ir.Function(contract.DOMAIN, op_type, graph=graph, attributes=attributes)
 
 
+def add_plugin_functions(model: ir.Model) -> None:
+    """Give the model the functions of the custom operators in its main graph, in its own opset."""
+    used = {node.op_type for node in model.graph if node.domain == contract.DOMAIN}
+    for op_type in sorted(used):
+        function = plugin_function(op_type)
+        function.opset_imports[""] = model.graph.opset_imports[""]
+        model.functions[function.identifier()] = function
+    if used:
+        model.graph.opset_imports[contract.DOMAIN] = contract.DOMAIN_VERSION
+
+
 def _add(nodes: list[ir.Node], op_type: str, inputs: list[ir.Value], name: str, **attributes: int) -> ir.Value:
     node = ir.node(op_type, inputs, attributes, num_outputs=1)
     node.outputs[0].name = name

@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..export.lower import FORM_KEY, PATH_KEY, SPEC_KEY, TARGET_KEY
 from ..export.manifest import read_manifest
 from ..models.errors import UsageError
-from .ort_graph import read_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +46,3 @@ def open_exported(path: str | Path) -> Exported:
     if not place.is_file():
         raise UsageError(f"there is no {place}; name an exported folder or an .onnx file.")
     return Exported(place)
-
-
-def norm_nodes(path: Path) -> list[dict[str, str]]:
-    """The norms that an .onnx file of ours names in its metadata: node, path, spec (JSON), target and form."""
-    keys = {"path": PATH_KEY, "spec": SPEC_KEY, "target": TARGET_KEY, "form": FORM_KEY}
-    rows = []
-    for node in read_model(path).model.graph.node:
-        metadata = {entry.key: entry.value for entry in node.metadata_props}
-        if SPEC_KEY in metadata:
-            rows.append({"node": node.name, **{short: metadata.get(key, "") for short, key in keys.items()}})
-    return rows

@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 
-from ..export.lower import FORM_KEY, PATH_KEY, SPEC_KEY, VALUES_KEY
+from ..export.write_norm import FORM_KEY, PATH_KEY, SPEC_KEY, VALUES_KEY
 
 # A norm of the model: the path of its module, and the how-manieth call of it.
 Key = tuple[str, int]

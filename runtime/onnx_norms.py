@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from ..export.model_file import read_model
 from .graph_norms import GraphNorm, GraphNorms, Key, fed_name, gate_name, operand_name
 from .norm_access import NormFeed, NormResult, RunNorms, Sink, Sources
-from .ort_graph import read_model
 from .ort_runner import OrtRunner
 from .runner import Array, numpy_dtype
 from .tape import Tape

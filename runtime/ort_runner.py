@@ -16,8 +16,9 @@ from typing import Any, Self
 import ml_dtypes
 import numpy as np
 
+from ..export.model_file import ModelFile, read_model
 from ..models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
-from .ort_graph import ModelFile, file_record, input_dtypes, op_counts, read_model
+from .ort_graph import file_record, input_dtypes, op_counts
 from .runner import Array, TensorInfo, check_feeds, describe_feeds
 
 CPU = "CPUExecutionProvider"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rmsnorm_deploy.models.spec import NormSpec
     from rmsnorm_deploy.runtime.generate import generate
     from rmsnorm_deploy.runtime.ort_runner import OrtRunner
+    from rmsnorm_deploy.runtime.rewriting import rewrite_model
     from rmsnorm_deploy.runtime.torch_runner import TorchRunner
     from rmsnorm_deploy.runtime.validate import bisect, validate
 
@@ -35,6 +36,7 @@ _HOME = {
     "recognise": "models.recognise",
     "load_model": "models.loading",
     "export_model": "export.exporter",
+    "rewrite_model": "runtime.rewriting",
     "OrtRunner": "runtime.ort_runner",
     "TorchRunner": "runtime.torch_runner",
     "validate": "runtime.validate",
@@ -53,6 +55,7 @@ __all__ = [  # noqa: RUF022 - the order of a model's way through the house
     "recognise",
     "load_model",
     "export_model",
+    "rewrite_model",
     "OrtRunner",
     "TorchRunner",
     "validate",

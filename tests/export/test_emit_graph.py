@@ -31,9 +31,10 @@ from helpers.norm_zoo import (
 )
 from torch import nn
 
-from rmsnorm_deploy.export.lower import FORM_KEY, PATH_KEY, SPEC_KEY, TARGET_KEY, lower
+from rmsnorm_deploy.export.lower import lower
 from rmsnorm_deploy.export.lowerings import TARGETS, cell
 from rmsnorm_deploy.export.swap import CAPTURE_DOMAIN
+from rmsnorm_deploy.export.write_norm import FORM_KEY, PATH_KEY, SPEC_KEY, TARGET_KEY
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.models.reference import reference
 from rmsnorm_deploy.models.spec import NormSpec

@@ -20,8 +20,9 @@ from helpers.norm_zoo import (
     ZOO,
 )
 
-from rmsnorm_deploy.export.lower import FORM_KEY, PATH_KEY, lower
+from rmsnorm_deploy.export.lower import lower
 from rmsnorm_deploy.export.lowerings import TARGETS
+from rmsnorm_deploy.export.write_norm import FORM_KEY, PATH_KEY
 from rmsnorm_deploy.models.reference import reference
 from rmsnorm_deploy.models.spec import NormSpec
 

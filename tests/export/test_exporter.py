@@ -19,8 +19,8 @@ from helpers.small_models import Residual, WithoutNorm, residual_inputs
 from rmsnorm_deploy.export import exporter
 from rmsnorm_deploy.export.exporter import PreparedModel, export_model, prepare, save
 from rmsnorm_deploy.export.files import sha256
-from rmsnorm_deploy.export.lower import PATH_KEY, SPEC_KEY, TARGET_KEY
 from rmsnorm_deploy.export.lowerings import TARGETS
+from rmsnorm_deploy.export.write_norm import PATH_KEY, SPEC_KEY, TARGET_KEY
 from rmsnorm_deploy.models.errors import MismatchError, UnsupportedError, UsageError
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.runtime.ort_runner import OrtRunner

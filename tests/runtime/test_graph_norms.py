@@ -15,8 +15,8 @@ from helpers.norm_zoo import ZOO
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.exporter import ExportResult, prepare, save
-from rmsnorm_deploy.export.lower import PATH_KEY, SPEC_KEY, VALUES_KEY
 from rmsnorm_deploy.export.lowerings import TARGETS
+from rmsnorm_deploy.export.write_norm import PATH_KEY, SPEC_KEY, VALUES_KEY
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.runtime.graph_norms import GraphNorms, Key, fed_name, gate_name, operand_name
 from rmsnorm_deploy.runtime.norm_access import CalledNorm, NormFeed

@@ -16,8 +16,9 @@ import pytest
 from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
+from rmsnorm_deploy.export.model_file import read_model
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, UnsupportedError, UsageError
-from rmsnorm_deploy.runtime.ort_graph import op_counts, read_model
+from rmsnorm_deploy.runtime.ort_graph import op_counts
 from rmsnorm_deploy.runtime.ort_runner import OrtRunner, import_onnxruntime, optimized_op_counts
 from rmsnorm_deploy.runtime.runner import Runner, TensorInfo
 
@@ -222,7 +223,7 @@ def test_an_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(onnx, "load", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(UsageError, match="cannot be read: Permission denied"):
         OrtRunner(path)
 

@@ -23,7 +23,6 @@ from rmsnorm_deploy.export.lowerings import TARGETS
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, UsageError
 from rmsnorm_deploy.models.reference import reference
 from rmsnorm_deploy.runtime.cases import Case
-from rmsnorm_deploy.runtime.exported import norm_nodes, open_exported
 from rmsnorm_deploy.runtime.graph_norms import GraphNorms
 from rmsnorm_deploy.runtime.ort_runner import OrtRunner
 from rmsnorm_deploy.runtime.runner import Array, TensorInfo
@@ -619,10 +618,3 @@ def test_what_does_not_fit_is_said(folder: Path, model: Residual, tmp_path: Path
         validate(folder, model, cases=[Case("wide", {"x": np.ones((2, 2, 8), np.float32)})])
     with pytest.raises(UsageError, match="int cannot be validated; give a path, a PyTorch module or a runner"):
         validate(3, model)  # type: ignore[arg-type]
-
-
-def test_norm_nodes_are_read_from_the_file(exports: dict[str, Path]) -> None:
-    rows = norm_nodes(exports["primitives"] / "model.onnx")
-    assert [row["path"] for row in rows] == ["norms.0", "norms.1"]
-    assert {row["form"] for row in rows} == {"add"}
-    assert open_exported(exports["primitives"]).dtype == "float32"

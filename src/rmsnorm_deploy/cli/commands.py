@@ -12,6 +12,7 @@ from rmsnorm_deploy.cli.doctor import doctor
 from rmsnorm_deploy.cli.export import export
 from rmsnorm_deploy.cli.generate import generate
 from rmsnorm_deploy.cli.inspect import inspect
+from rmsnorm_deploy.cli.rewrite import rewrite
 from rmsnorm_deploy.cli.run import run
 from rmsnorm_deploy.cli.targets import targets
 from rmsnorm_deploy.cli.validate import validate
@@ -19,6 +20,7 @@ from rmsnorm_deploy.cli.validate import validate
 COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
     "export": export,
+    "rewrite": rewrite,
     "validate": validate,
     "bisect": bisect,
     "compare": compare,

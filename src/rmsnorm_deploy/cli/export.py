@@ -10,7 +10,7 @@ import typer
 
 from rmsnorm_deploy.cli import options
 from rmsnorm_deploy.cli.norms import found_line, print_deviations, print_found
-from rmsnorm_deploy.cli.screen import Screen
+from rmsnorm_deploy.cli.screen import Screen, file_size
 from rmsnorm_deploy.runtime.arrays import read_arrays
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _print(screen: Screen, model: str, payload: dict[str, Any]) -> None:
         screen.line()
         screen.line(f"{row['target']} (opset {row['opset']}, {row['dtype']}) -> {row['folder']}")
         for file in row["files"]:
-            screen.line(f"  {Path(file).name}  {_size(Path(file))}")
+            screen.line(f"  {Path(file).name}  {file_size(Path(file))}")
         print_deviations(screen, row["deviations"])
 
 
@@ -182,12 +182,3 @@ def _outlier_line(outliers: dict[str, Any]) -> str:
         f"Outlier channels: {outliers['channels']} of {outliers['width']}, {outliers['factor']:g} times larger in "
         f"{', '.join(outliers['embeddings'])} (norms touched: {len(outliers['norms'])}; seed {outliers['seed']})."
     )
-
-
-def _size(path: Path) -> str:
-    size = float(path.stat().st_size)
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

@@ -59,7 +59,7 @@ def inspect(
     extra: dict[str, Any] = {}
     if _is_exported_folder(place) or (place.is_file() and place.suffix == ".onnx"):
         wanted.refuse_exported(model)
-        sites, refusals = _from_folder(place) if place.is_dir() else (_from_file(place), [])
+        sites, refusals = _from_folder(place) if place.is_dir() else _from_file(place)
     else:
         with screen.working(f"loading {model}") as say:
             from rmsnorm_deploy.models.loading import load_model
@@ -141,14 +141,15 @@ def _from_folder(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
     return sites, manifest["refusals"]
 
 
-def _from_file(path: Path) -> list[dict[str, Any]]:
-    """One site for each module that the nodes' metadata name. Class, width and dtype are in the manifest only."""
-    from rmsnorm_deploy.models.spec import NormSpec
-    from rmsnorm_deploy.runtime.exported import norm_nodes
+def _from_file(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The norms that stand in the graph, whoever exported it."""
+    from rmsnorm_deploy.export.graph_check import check_graph
+    from rmsnorm_deploy.export.graph_recognise import recognise_graph
+    from rmsnorm_deploy.export.inline import inline_norm_functions
+    from rmsnorm_deploy.export.manifest import graph_row
+    from rmsnorm_deploy.export.model_file import read_model, to_ir
 
-    unknown: dict[str, Any] = {"class": None, "width": None, "dtype": None, "parameters": []}
-    sites = {
-        node["path"]: {"path": node["path"], "spec": NormSpec.from_json(node["spec"]).to_dict(), **unknown}
-        for node in norm_nodes(path)
-    }
-    return list(sites.values())
+    file = read_model(path)
+    check_graph(file.model, file.where)
+    found = recognise_graph(inline_norm_functions(to_ir(file))[0])
+    return [graph_row(site) for site in found.sites], [refusal.to_dict() for refusal in found.refusals]

@@ -23,22 +23,26 @@ def print_found(
     screen.line(first)
     if sites:
         screen.line()
-        _print_sites(screen, sites)
+        print_sites(screen, sites)
     if refusals:
         screen.line()
         _print_refusals(screen, refusals)
 
 
-def _print_sites(screen: Screen, sites: Sequence[Mapping[str, Any]]) -> None:
+def print_sites(screen: Screen, sites: Sequence[Mapping[str, Any]]) -> None:
     """A table of norms, those that compute the same together."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for site in sites:
         spec = NormSpec.from_dict(site["spec"]).describe()
-        width = _width(site["width"]) if site["class"] else "?"
+        width = _width(site["width"]) if site["class"] is not None or site["width"] is not None else "?"
         key = (spec, width, site["dtype"] or "?", (site["class"] or "?").rpartition(".")[2])
         groups.setdefault(key, []).append(site["path"])
     rows = [(len(paths), *key, _patterns(paths)) for key, paths in groups.items()]
-    screen.table(("norms", "computes", "width", "dtype", "class", "where"), rows)
+    columns: tuple[str, ...] = ("norms", "computes", "width", "dtype", "class", "where")
+    if all(site["class"] is None for site in sites):  # a graph knows no classes
+        columns = columns[:4] + columns[5:]
+        rows = [row[:4] + row[5:] for row in rows]
+    screen.table(columns, rows)
 
 
 def _print_refusals(screen: Screen, refusals: Sequence[Mapping[str, Any]]) -> None:

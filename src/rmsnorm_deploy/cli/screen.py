@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 from rmsnorm_deploy.cli.failures import Failure
@@ -120,3 +121,13 @@ _STYLES = {"pass": "green", "fail": "bold red", "yes": "green", "no": "red"}
 def _discard_stdout() -> None:
     """Nobody reads stdout any more: what is still buffered must not fail when Python flushes it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def file_size(path: Path) -> str:
+    """A file's size for people."""
+    size = float(path.stat().st_size)
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

@@ -1,0 +1,119 @@
+"""Dtypes and shapes that a file leaves out, worked out by ONNX's own shape inference.
+
+Weights stay where they are: only small constants take part. Operators that ONNX does not know are stood in for by one
+that hands its input's type on, where that is what they do.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+
+# Constants of at most this many elements may hold a shape.
+_SMALL = 1024
+_GRAPH = onnx.AttributeProto.GRAPH
+# Operators of ONNX Runtime, TensorRT and of our own whose outputs of these numbers have the first input's type.
+_LIKE_FIRST_INPUT: dict[tuple[str, str], tuple[int, ...]] = {
+    ("", "SimplifiedLayerNormalization"): (0,),
+    ("com.microsoft", "SimplifiedLayerNormalization"): (0,),
+    ("com.microsoft", "SkipSimplifiedLayerNormalization"): (0, 3),
+    ("com.microsoft", "SkipLayerNormalization"): (0, 3),
+    ("com.microsoft", "GroupQueryAttention"): (0,),
+    ("com.microsoft", "RotaryEmbedding"): (0,),
+    ("com.microsoft", "BiasGelu"): (0,),
+    ("com.microsoft", "FastGelu"): (0,),
+    ("com.microsoft", "Gelu"): (0,),
+    ("com.microsoft", "QuickGelu"): (0,),
+    ("rmsnorm_deploy", "RMSNorm"): (0,),
+    ("rmsnorm_deploy", "AddRMSNorm"): (0, 1),
+}
+
+
+def fill_types(model: ir.Model) -> list[tuple[ir.Value, bool, bool]]:
+    """Give every value of the model's graphs the dtype and shape that can be inferred, where it has none.
+
+    Returns:
+        The values that were given something: each with whether its dtype and its shape are new.
+    """
+    filled: list[tuple[ir.Value, bool, bool]] = []
+    skeleton = _skeleton(model)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
+    except Exception:  # a graph that contradicts itself; what the file says is then all there is
+        return filled
+    known = {info.name: info.type for info in (*inferred.graph.value_info, *inferred.graph.output)}
+    with_graphs = (node for node in inferred.graph.node if any(a.type == _GRAPH for a in node.attribute))
+    pending: list[tuple[ir.Graph, dict[str, onnx.TypeProto], list[onnx.NodeProto]]] = [
+        (model.graph, known, list(with_graphs))
+    ]
+    while pending:
+        graph, known, holders = pending.pop()
+        following = iter(holders)
+        for node in graph:
+            for value in node.outputs:
+                if value.name in known and (value.dtype is None or value.shape is None):
+                    _fill(value, known[value.name], filled)
+            inner = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+            if inner:
+                protos = [a.g for a in next(following).attribute if a.type == _GRAPH]
+                pending.extend(_inner(g, p) for g, p in zip(inner, protos, strict=True))
+    return filled
+
+
+def _inner(graph: ir.Graph, proto: onnx.GraphProto) -> tuple[ir.Graph, dict[str, onnx.TypeProto], list[onnx.NodeProto]]:
+    known = {info.name: info.type for info in (*proto.value_info, *proto.output)}
+    return graph, known, [node for node in proto.node if any(a.type == _GRAPH for a in node.attribute)]
+
+
+def _skeleton(model: ir.Model) -> onnx.ModelProto:
+    """The model as a proto, with large constants as inputs of their type."""
+    proto = onnx.ModelProto(ir_version=10)
+    for domain, version in model.opset_imports.items():
+        proto.opset_import.add(domain=domain, version=version)
+    graph = proto.graph
+    graph.name = "types"
+    for value in model.graph.inputs:
+        if value.name not in model.graph.initializers:
+            ir.serde.serialize_value_into(graph.input.add(), value)
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and value.const_value.size <= _SMALL:
+            ir.serde.serialize_tensor_into(graph.initializer.add(), value.const_value)
+            graph.initializer[-1].name = str(value.name)
+        else:
+            ir.serde.serialize_value_into(graph.input.add(), value)
+    for node in model.graph:
+        like_first = _LIKE_FIRST_INPUT.get((node.domain, node.op_type))
+        if like_first is None:
+            ir.serde.serialize_node_into(graph.node.add(), node)
+        elif node.inputs and node.inputs[0] is not None:
+            outputs = [node.outputs[index] for index in like_first if index < len(node.outputs)]
+            for output in (value for value in outputs if value.name):
+                graph.node.add(op_type="Identity", input=[str(node.inputs[0].name)], output=[str(output.name)])
+        for value in node.outputs:
+            if value.type is not None and value.name:
+                ir.serde.serialize_value_into(graph.value_info.add(), value)
+    for value in model.graph.outputs:
+        ir.serde.serialize_value_into(graph.output.add(), value)
+    for function in model.functions.values():
+        ir.serde.serialize_function_into(proto.functions.add(), function)
+    return proto
+
+
+def _fill(value: ir.Value, known: onnx.TypeProto, filled: list[tuple[ir.Value, bool, bool]]) -> None:
+    if not known.HasField("tensor_type"):
+        return
+    tensor = known.tensor_type
+    new_dtype = value.dtype is None and tensor.elem_type != 0
+    if new_dtype:
+        value.dtype = ir.DataType(tensor.elem_type)
+    new_shape = value.shape is None and tensor.HasField("shape")
+    if new_shape:
+        value.shape = ir.Shape([_dim(dim) for dim in tensor.shape.dim])
+    if new_dtype or new_shape:
+        filled.append((value, new_dtype, new_shape))
+
+
+def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    if dim.HasField("dim_value"):
+        return dim.dim_value
+    return dim.dim_param or None

@@ -1,0 +1,117 @@
+"""What can be said of a single value of a graph: small constants, dims, and where a widened value comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+# Beyond this many elements a constant is a weight matrix, which nothing here needs to read.
+_MOST_ELEMENTS = 1 << 20
+_WIDTH = {ir.DataType.FLOAT16: 1, ir.DataType.BFLOAT16: 1, ir.DataType.FLOAT: 2, ir.DataType.DOUBLE: 3}
+
+DEFAULT_DOMAINS = ("", "ai.onnx")
+
+Dim = int | ir.SymbolicDim
+
+
+def constant(value: ir.Value | None) -> NDArray[Any] | None:
+    """The array of a small constant that nothing can override, or None."""
+    if value is None:
+        return None
+    node = value.producer()
+    if node is not None:
+        return _of_node(node) if node.op_type == "Constant" and node.domain in DEFAULT_DOMAINS else None
+    # An initializer that is a graph input as well is only a default.
+    if value.const_value is None or value.is_graph_input() or value.const_value.size > _MOST_ELEMENTS:
+        return None
+    return value.const_value.numpy()
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """The number in a constant of one element, or None."""
+    array = constant(value) if value is not None and _may_be_scalar(value) else None
+    if array is None or array.size != 1 or array.dtype.kind in "OSU":
+        return None
+    return float(array.reshape(()).astype(np.float64))
+
+
+def integers(value: ir.Value | None) -> list[int] | None:
+    """The whole numbers in a constant, or None."""
+    array = constant(value)
+    if array is None or array.dtype.kind not in "iu" or array.size > 64:
+        return None
+    return [int(number) for number in array.reshape(-1)]
+
+
+def dims(value: ir.Value | None) -> list[Dim] | None:
+    """The dims of a value, or None where its rank is unknown."""
+    if value is None:
+        return None
+    if value.shape is not None:
+        return list(value.shape)
+    if value.const_value is not None:
+        return [dim for dim in value.const_value.shape if isinstance(dim, int)]
+    array = constant(value)
+    return None if array is None else list(array.shape)
+
+
+def same_dims(a: Sequence[Dim] | None, b: Sequence[Dim] | None) -> bool:
+    """Whether two shapes are known to be equal; a dim without a name equals nothing."""
+    if a is None or b is None or len(a) != len(b):
+        return False
+    return all(x == y and not (isinstance(x, ir.SymbolicDim) and x.value is None) for x, y in zip(a, b, strict=True))
+
+
+def static(shape: Sequence[Dim] | None, count: int) -> list[int] | None:
+    """The last `count` dims where they are all numbers."""
+    if shape is None or len(shape) < count:
+        return None
+    tail = [dim for dim in shape[len(shape) - count :] if isinstance(dim, int)]
+    return tail if len(tail) == count else None
+
+
+def is_half(dtype: ir.DataType | None) -> bool:
+    """Whether a dtype is one of two bytes."""
+    return dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def widens(narrow: ir.DataType | None, wide: ir.DataType | None) -> bool:
+    """Whether a cast between two floating dtypes loses nothing."""
+    if narrow is None or wide is None or narrow not in _WIDTH or wide not in _WIDTH:
+        return False
+    return narrow == wide or _WIDTH[narrow] < _WIDTH[wide]
+
+
+def is_floating(dtype: ir.DataType | None) -> bool:
+    """Whether norms are computed in this dtype."""
+    return dtype in _WIDTH
+
+
+def axes_of(node: ir.Node) -> list[int] | None:
+    """The axes of a Reduce, Squeeze or Unsqueeze node, as attribute or input; None where they are not constant."""
+    if "axes" in node.attributes:
+        return list(node.attributes["axes"].as_ints())
+    return integers(node.inputs[1]) if len(node.inputs) > 1 else None
+
+
+def _may_be_scalar(value: ir.Value) -> bool:
+    shape = value.shape if value.shape is not None else value.const_value.shape if value.const_value else None
+    return shape is None or all(dim == 1 for dim in shape)
+
+
+def _of_node(node: ir.Node) -> NDArray[Any] | None:
+    for name, kind in (("value_float", np.float32), ("value_floats", np.float32)):
+        if name in node.attributes:
+            return np.array(node.attributes[name].value, kind)
+    for name in ("value_int", "value_ints"):
+        if name in node.attributes:
+            return np.array(node.attributes[name].value, np.int64)
+    attribute = node.attributes.get("value")
+    if attribute is None or attribute.is_ref() or attribute.type != ir.AttributeType.TENSOR:
+        return None
+    tensor = attribute.as_tensor()
+    return tensor.numpy() if tensor.size <= _MOST_ELEMENTS else None

@@ -1,0 +1,208 @@
+"""From any ONNX graph to one whose norms are in a target's form; everything else stays as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from ..models.errors import UnsupportedError, UsageError
+from .graph_recognise import find_norms
+from .graph_site import GraphRefusal, GraphSite
+from .graph_types import fill_types
+from .inline import inline_norm_functions
+from .lowerings import HIGHEST_OPSET, cell
+from .opset import raise_opset
+from .plugin_functions import add_plugin_functions
+from .write_norm import LoweredSite, NormWriter, Written
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RewrittenSite:
+    """One norm, before and after.
+
+    Attributes:
+        before: in the original model.
+        lowered: what it became; None where it was left as it is.
+        changed: False where it stood in the target's form already.
+        x: in the rewritten model: what is normalised; None where one operator adds, normalises and keeps the sum.
+        y: in the rewritten model: the result.
+        gate: in the rewritten model.
+        operands: in the rewritten model: x, or the two values that are added up to it inside of the norm.
+    """
+
+    before: GraphSite
+    lowered: LoweredSite | None
+    changed: bool
+    x: ir.Value | None
+    y: ir.Value
+    gate: ir.Value | None
+    operands: tuple[ir.Value, ...]
+
+    @property
+    def stood(self) -> bool:
+        """Whether it was in the target's form before."""
+        return not self.changed and (self.lowered is not None or self.before.target is not None)
+
+
+@dataclass(slots=True)
+class Rewritten:
+    """A rewritten model.
+
+    Attributes:
+        model: the new one.
+        original: the given one; with functions that held norms inlined, where there were any.
+        sites: every norm, in graph order.
+        refusals: what looks like a norm, or is one, and was left as it is.
+        notes: what else was done.
+    """
+
+    model: ir.Model
+    original: ir.Model
+    sites: list[RewrittenSite]
+    refusals: list[GraphRefusal]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def changed(self) -> bool:
+        """Whether any norm was written anew."""
+        return any(site.changed for site in self.sites)
+
+
+def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Container[int] = ()) -> Rewritten:
+    """Put every norm of a graph into a target's form.
+
+    Args:
+        model: any model; it stays as it is, but for dtypes and shapes that are inferred, and the order of its nodes
+            where that was not topological. Weights are not read, except those of norms.
+        target: one of the lowering table's targets.
+        opset: opset import of the result; None raises it only as far as the target needs.
+        skip: numbers of norms, in graph order, to leave as they are.
+
+    Raises:
+        UsageError: unknown target.
+        UnsupportedError: the opset cannot be raised without changing what another operator means, or the target can
+            do none of the norms.
+    """
+    lowest = cell(target, "plain").opset
+    _sort(model)
+    original, inlined = inline_norm_functions(model)
+    notes = [f"inlined, because norms stand in them: {', '.join(inlined)}"] if inlined else []
+    filled = fill_types(original)
+    found = find_norms(original)
+    rewritten = original.clone()
+    copies = _copies(original.graph, rewritten.graph)
+    current = rewritten.graph.opset_imports.get("", rewritten.graph.opset_imports.get("ai.onnx", 1))
+    wanted = _wanted_opset(target, opset, current, lowest if found.sites else current)
+    writer = NormWriter(rewritten.graph, target, wanted)
+    refusals = list(found.refusals)
+    done: list[tuple[GraphSite, GraphSite, Written | None]] = []
+    for number, before in enumerate(found.sites):
+        site, written = _copied(before, copies), None
+        if number not in skip and not (site.target == target == "ort"):
+            try:
+                written = writer.write(site)
+            except UnsupportedError as error:
+                refusals.append(GraphRefusal(site.node, site.path, str(error)))
+        done.append((before, site, written))
+    writer.finish()
+    sites = [_rewritten(writer, *row) for row in done]
+    result = Rewritten(rewritten, original, sites, refusals, notes)
+    if (
+        sites
+        and refusals
+        and not skip
+        and not any(s.lowered for s in sites)
+        and any(not s.before.target for s in sites)
+    ):
+        raise UnsupportedError(f"none of the {len(sites)} norms can be written: {refusals[-1].reason}")
+    if result.changed or (opset is not None and opset > current):
+        raise_opset(rewritten, wanted)
+        if wanted > current:
+            notes.append(f"opset import raised from {current} to {wanted}")
+    if result.changed:
+        add_plugin_functions(rewritten)
+    _untype(result, [(copies[value], dtype, shape) for value, dtype, shape in filled])
+    return result
+
+
+def _copies(graph: ir.Graph, clone: ir.Graph) -> dict[ir.Value, ir.Value]:
+    """Each value of a graph, and of the bodies in it, with its copy."""
+    copies: dict[ir.Value, ir.Value] = {}
+    pending = [(graph, clone)]
+    while pending:
+        one, other = pending.pop()
+        copies.update(zip(one.inputs, other.inputs, strict=True))
+        copies.update((value, other.initializers[name]) for name, value in one.initializers.items())
+        for node, copy in zip(one, other, strict=True):
+            copies.update(zip(node.outputs, copy.outputs, strict=True))
+            for name, attribute in node.attributes.items():
+                if attribute.type == ir.AttributeType.GRAPH:
+                    pending.append((attribute.as_graph(), copy.attributes[name].as_graph()))
+                elif attribute.type == ir.AttributeType.GRAPHS:
+                    inner = zip(attribute.as_graphs(), copy.attributes[name].as_graphs(), strict=True)
+                    pending.extend(inner)
+    return copies
+
+
+def _copied(site: GraphSite, copies: Mapping[ir.Value, ir.Value]) -> GraphSite:
+    """The site in the copied model. A constant that stands in no graph serves both."""
+
+    def copy(value: ir.Value | None) -> ir.Value | None:
+        return None if value is None else copies.get(value, value)
+
+    operands = None if site.sum_of is None else (copies[site.sum_of[0]], copies[site.sum_of[1]])
+    return dataclasses.replace(
+        site, x=copy(site.x), weight=copy(site.weight), bias=copy(site.bias), gate=copy(site.gate),
+        y=copies[site.y], sum_of=operands, nodes=(),
+    )  # fmt: skip
+
+
+def _rewritten(writer: NormWriter, before: GraphSite, site: GraphSite, written: Written | None) -> RewrittenSite:
+    """The site with its values as they are when every norm is written."""
+    if written is not None:
+        x, y, operands = written.x, written.y, written.operands
+    else:
+        x, y = site.x, site.y
+        operands = (x,) if x is not None else site.sum_of or ()
+    now = [value for value in map(writer.current, operands) if value is not None]
+    lowered, changed = (written.lowered, written.changed) if written is not None else (None, False)
+    gate = writer.current(site.gate)
+    return RewrittenSite(before, lowered, changed, writer.current(x), writer.current(y) or y, gate, tuple(now))
+
+
+def _wanted_opset(target: str, opset: int | None, current: int, lowest: int) -> int:
+    if opset is None:
+        return max(current, lowest)
+    if opset > max(HIGHEST_OPSET, current):
+        raise UnsupportedError(f"opset {opset} is not written; the highest is {HIGHEST_OPSET}.")
+    if opset < current:
+        raise UsageError(f"the file has opset {current}; opsets are raised, never lowered. Leave --opset out.")
+    if opset < lowest:
+        raise UnsupportedError(f"target {target!r} needs opset {lowest}, but opset {opset} was asked for.")
+    return opset
+
+
+def _sort(model: ir.Model) -> None:
+    """Put nodes in topological order where they are not; a cycle has been refused before."""
+    for graph in list(model.graphs()):
+        place = {node: index for index, node in enumerate(graph)}
+        producers = ((value.producer(), node) for node in graph for value in node.inputs if value is not None)
+        if any(place.get(before, -1) > place[node] for before, node in producers if before is not None):
+            graph.sort()
+
+
+def _untype(result: Rewritten, known: list[tuple[ir.Value, bool, bool]]) -> None:
+    """Take back the dtypes and shapes that the file did not have, except where norms begin and end."""
+    kept = {
+        value for site in result.sites for value in (site.x, site.y, site.gate, *site.operands) if value is not None
+    }
+    for value, new_dtype, new_shape in known:
+        if value in kept:
+            continue
+        if new_shape:
+            value.shape = None
+        if new_dtype:
+            value.type = None

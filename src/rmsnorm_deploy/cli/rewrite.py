@@ -1,0 +1,129 @@
+"""`rmsnorm rewrite`: any .onnx file with its norms in the form that a target wants."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rmsnorm_deploy.cli import options
+from rmsnorm_deploy.cli.norms import found_line, print_deviations, print_sites
+from rmsnorm_deploy.cli.screen import Screen, file_size
+from rmsnorm_deploy.runtime.arrays import read_arrays
+
+if TYPE_CHECKING:
+    from rmsnorm_deploy.runtime.rewriting import RewriteResult
+
+SCHEMA = "rmsnorm_deploy.rewrite/1"
+_REFUSALS_SHOWN = 20
+
+
+class Weights(StrEnum):
+    """What happens to external data."""
+
+    LINK = "link"
+    COPY = "copy"
+
+
+def rewrite(
+    path: Annotated[
+        Path, typer.Argument(metavar="MODEL.onnx", help="The file, whoever exported it.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to make.")],
+    target: Annotated[
+        str,
+        typer.Option("--target", metavar="TARGET", help="primitives, standard, ort or plugin, see `rmsnorm targets`."),
+    ] = "ort",
+    opset: Annotated[
+        int | None,
+        typer.Option(
+            "--opset", metavar="N", help="Opset import of the result; raised only as far as needed when left out."
+        ),
+    ] = None,
+    weights: Annotated[
+        Weights,
+        typer.Option(
+            "--weights",
+            help="External data get a second name (a hard link) or are copied.",
+        ),
+    ] = Weights.LINK,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Run every norm and the whole model, before and after.")
+    ] = True,
+    inputs: Annotated[
+        Path | None,
+        typer.Option("--inputs", metavar="FILE", help="Inputs of the whole model for the proof: .npz or .safetensors."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the proof's random numbers.")] = 0,
+    as_json: options.AsJson = False,
+) -> None:
+    """Rewrite the norms of any .onnx file for a target, with proof."""
+    from rmsnorm_deploy.export.lowerings import cell
+
+    screen = Screen(as_json)
+    cell(target, "plain")  # refuses a wrong target before anything slow is done
+    feeds = read_arrays(inputs) if inputs is not None else None
+    with screen.working(f"reading {path}") as say:
+        from rmsnorm_deploy.runtime.rewriting import rewrite_model
+
+        result = rewrite_model(
+            path, output, target=target, opset=opset, weights=weights.value, verify=verify, inputs=feeds, seed=seed,
+            progress=say,
+        )  # fmt: skip
+    payload = _payload(result)
+    screen.result(payload, lambda: _print(screen, path, payload))
+
+
+def _payload(result: RewriteResult) -> dict[str, Any]:
+    from rmsnorm_deploy.export.manifest import deviation_rows
+
+    manifest, sites = result.manifest, result.rewritten.sites
+    return {
+        "schema": SCHEMA,
+        "target": manifest["target"],
+        "opset": manifest["opset"],
+        "folder": str(result.folder),
+        "files": [str(result.folder / name) for name in result.files],
+        "manifest": str(result.folder / "manifest.json"),
+        "norms": len(sites),
+        "changed": sum(site.changed for site in sites),
+        "kept": sum(site.stood for site in sites),
+        "sites": manifest["sites"],
+        "refusals": manifest["refusals"],
+        "notes": manifest["notes"],
+        "deviations": deviation_rows(manifest),
+        "proof": manifest["proof"],
+    }
+
+
+def _print(screen: Screen, path: Path, payload: dict[str, Any]) -> None:
+    sites, refusals = payload["sites"], payload["refusals"]
+    screen.line(found_line(range(payload["norms"]), refusals, str(path)))
+    if sites:
+        screen.line()
+        print_sites(screen, sites)
+        screen.line()
+        same = f", {payload['kept']} stood in its form already" if payload["kept"] else ""
+        screen.line(f"Rewritten for {payload['target']}: {payload['changed']} of {payload['norms']}{same}.")
+    if refusals:
+        screen.line(f"Left as they are: {len(refusals)}")
+        for row in refusals[:_REFUSALS_SHOWN]:
+            screen.line(f"  {row['node'] or row['path'] or 'a node without a name'}: {row['reason']}")
+        if len(refusals) > _REFUSALS_SHOWN:
+            screen.line(f"  and {len(refusals) - _REFUSALS_SHOWN} more, see {payload['manifest']}")
+    for text in payload["notes"]:
+        screen.line(f"Note: {text}.")
+    print_deviations(screen, payload["deviations"])
+    screen.line()
+    screen.line(f"{payload['target']} (opset {payload['opset']}) -> {payload['folder']}")
+    for file in payload["files"]:
+        screen.line(f"  {Path(file).name}  {file_size(Path(file))}")
+    proof = payload["proof"]
+    if proof is None:
+        screen.line("proof: none was asked for")
+        return
+    for text in proof["notes"]:
+        screen.line(f"Note: {text}.")
+    screen.line(f"proof: {proof['verdict']} ({proof['reason']})")
