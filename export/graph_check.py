@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
-from onnx import FunctionProto, GraphProto, ModelProto
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, defs
 
 from ..models.errors import UnsupportedError, UsageError
 from .model_file import label, shorten, subgraphs, with_subgraphs
@@ -17,12 +19,26 @@ from .model_file import label, shorten, subgraphs, with_subgraphs
 # A node takes about 4 KB of memory and 30 microseconds in each step of a rewrite.
 MOST_NODES = 500_000
 DEEPEST_GRAPH = 100
+# Types of attributes for operators of which ONNX knows nothing, or at another opset only.
+_NORM_ATTRIBUTES = {
+    **dict.fromkeys(("axis", "keepdims", "stash_type", "to"), AttributeProto.INT),
+    "axes": AttributeProto.INTS,
+    "epsilon": AttributeProto.FLOAT,
+}
+_TYPES = {
+    getattr(defs.OpSchema.AttrType, name): number
+    for name, number in AttributeProto.AttributeType.items()
+    if hasattr(defs.OpSchema.AttrType, name)
+}
+_KNOWN_DTYPES = frozenset(TensorProto.DataType.values())
+_DTYPES = ("to", "dtype", "output_dtype", "stash_type")
 
 
 @dataclass(slots=True)
 class _Scope:
     """A graph or a function's body, and what its nodes read beyond their inputs: for their own subgraphs."""
 
+    opset: int
     body: GraphProto | FunctionProto
     name: str
     parent: _Scope | None
@@ -39,9 +55,12 @@ def check_graph(model: ModelProto, where: str) -> None:
 
     Raises:
         UsageError: a name is read that nothing makes, or is made twice; nodes wait for each other in a circle;
-            functions call themselves; a node has no op; the default opset is missing, or imported twice.
+            functions call themselves; a node has no op, or other inputs, outputs or attributes than its op can have;
+            the default opset is missing, or imported twice; a text is none.
         UnsupportedError: more than 500,000 nodes, counted with functions inlined, or subgraphs more than 100 deep.
     """
+    _check_size(len(model.graph.node), 0, where)
+    _check_texts(model, where)
     _check_opsets(model, where)
     calls = _check_calls(model, where)
     scopes = _scopes(model, calls, where)
@@ -50,6 +69,27 @@ def check_graph(model: ModelProto, where: str) -> None:
     for scope in reversed(scopes):  # subgraphs before the graphs that hold them
         _check_reads(scope, where)
         _check_order(scope, where)
+
+
+def _check_texts(model: ModelProto, where: str) -> None:
+    """protobuf hands out a text that is no UTF-8 as bytes, and takes it back from nobody."""
+    pending: list[Any] = [model]
+    while pending:
+        message = pending.pop()
+        for descriptor, value in message.ListFields():
+            if descriptor.type == descriptor.TYPE_MESSAGE:
+                pending.extend([value] if hasattr(value, "ListFields") else value)
+            elif descriptor.type == descriptor.TYPE_STRING:
+                for text in [value] if isinstance(value, str | bytes) else value:
+                    if isinstance(text, bytes):
+                        raise UsageError(
+                            f"{where}: {descriptor.name} {shorten(text)} of a {type(message).__name__} is no text. The "
+                            "file is damaged; export it again."
+                        )
+
+
+def _opset(holder: ModelProto | FunctionProto) -> int:
+    return next((entry.version for entry in holder.opset_import if entry.domain in ("", "ai.onnx")), 0)
 
 
 def _check_opsets(model: ModelProto, where: str) -> None:
@@ -100,23 +140,55 @@ def _check_calls(model: ModelProto, where: str) -> Counter[tuple[str, str, str]]
 
 def _scopes(model: ModelProto, calls: Counter[tuple[str, str, str]], where: str) -> list[_Scope]:
     """Every graph and function body, holders before what they hold."""
-    scopes = [_Scope(model.graph, "the graph", None, 0, 0)]
-    scopes += [_Scope(f, f"function {shorten(f.name)}", None, 0, 0) for f in model.functions]
+    opset = _opset(model)
+    scopes = [_Scope(opset, model.graph, "the graph", None, 0, 0)]
+    scopes += [_Scope(_opset(f) or opset, f, f"function {shorten(f.name)}", None, 0, 0) for f in model.functions]
     total = 0
     for scope in scopes:  # grows
         total += len(scope.body.node)
         _check_size(total, scope.depth, where)
         for index, node in enumerate(scope.body.node):
-            if not node.op_type or not isinstance(node.op_type, str):
-                raise UsageError(f"{where}: {label(node)} has no op.")
+            _check_node(node, scope.opset, where)
             total += calls[node.domain, node.op_type, node.overload]
-            names = Counter(attribute.name for attribute in node.attribute)
-            if len(names) < len(node.attribute):
-                raise UsageError(f"{where}: {label(node)} has attribute {shorten(names.most_common(1)[0][0])} twice.")
             inner = list(subgraphs(node))
-            scopes += [_Scope(g, f"a subgraph of {label(node)}", scope, index, scope.depth + 1) for g in inner]
+            scopes += [
+                _Scope(scope.opset, g, f"a subgraph of {label(node)}", scope, index, scope.depth + 1) for g in inner
+            ]
         _check_size(total, scope.depth, where)
     return scopes
+
+
+def _check_node(node: NodeProto, opset: int, where: str) -> None:
+    """Check what ONNX says of the op: how many inputs and outputs, and the types of attributes."""
+    if not node.op_type:
+        raise UsageError(f"{where}: {label(node)} has no op.")
+    schema = _schema(node.op_type, opset) if node.domain in ("", "ai.onnx") else None
+    if schema is not None:
+        inputs = schema.min_input <= len(node.input) <= schema.max_input
+        if not inputs or len(node.output) > schema.max_output:
+            raise UsageError(
+                f"{where}: {label(node)} has {len(node.input)} inputs and {len(node.output)} outputs, which is not "
+                f"what opset {opset} says of it."
+            )
+    seen = set()
+    for attribute in node.attribute:
+        name, kind = attribute.name, attribute.type
+        if name in seen:
+            raise UsageError(f"{where}: {label(node)} has attribute {shorten(name)} twice.")
+        seen.add(name)
+        stated = schema.attributes.get(name) if schema is not None else None
+        wanted = _NORM_ATTRIBUTES.get(name) if stated is None else _TYPES.get(stated.type)
+        bad_dtype = name in _DTYPES and kind == AttributeProto.INT and attribute.i not in _KNOWN_DTYPES
+        if (wanted not in (None, kind) and kind != AttributeProto.UNDEFINED) or bad_dtype:
+            raise UsageError(f"{where}: attribute {shorten(name)} of {label(node)} is not of the type that it must be.")
+
+
+@lru_cache(maxsize=4096)
+def _schema(op_type: str, opset: int) -> defs.OpSchema | None:
+    try:
+        return defs.get_schema(op_type, opset, "")
+    except defs.SchemaError:
+        return None
 
 
 def _check_size(nodes: int, depth: int, where: str) -> None:
@@ -131,15 +203,11 @@ def _check_size(nodes: int, depth: int, where: str) -> None:
 def _note_makers(scope: _Scope, where: str) -> None:
     """Note which node makes each name of a graph; -1 for inputs and initializers."""
     for name in _given(scope.body):
-        if not isinstance(name, str):
-            raise UsageError(f"{where}: the name {name!r} in {scope.name} is no text.")
         if name in scope.made:
             raise UsageError(f"{where}: {shorten(name)!r} is given twice as an input or initializer of {scope.name}.")
         scope.made[name] = -1
     for index, node in enumerate(scope.body.node):
         for name in node.output:
-            if not isinstance(name, str):
-                raise UsageError(f"{where}: the output {name!r} of {label(node)} is no text.")
             if name in scope.made:
                 raise UsageError(f"{where}: {shorten(name)!r} is made twice in {scope.name}, again by {label(node)}.")
             if name:
@@ -166,13 +234,13 @@ def _check_reads(scope: _Scope, where: str) -> None:
         missing = [name for name in read if name not in scope.made]
         if missing and scope.parent is None:
             raise UsageError(
-                f"{where}: {label(node)} reads {shorten(repr(min(missing, key=str)))}, which nothing in {scope.name} "
+                f"{where}: {label(node)} reads {shorten(repr(min(missing)))}, which nothing in {scope.name} "
                 "makes. The file is damaged, or an initializer was left out; export it again."
             )
         if missing and scope.parent is not None:
             scope.parent.reads[scope.holder].update(missing)
             read.difference_update(missing)
-    outputs = [o if isinstance(o, str | bytes) else o.name for o in scope.body.output]
+    outputs = [o if isinstance(o, str) else o.name for o in scope.body.output]
     for name in outputs:
         if name not in scope.made:
             raise UsageError(

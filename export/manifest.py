@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +102,34 @@ def tensor_rows(values: list[ir.Value]) -> list[dict[str, Any]]:
     return rows
 
 
-def write_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Add schema, versions and the hash of every file in `folder`, and write the manifest there."""
+def write_manifest(folder: Path, content: dict[str, Any], unchanged: Collection[Path] = ()) -> dict[str, Any]:
+    """Add schema, versions and the hash of every file in `folder`, and write the manifest there.
+
+    Args:
+        folder: the new folder.
+        content: the rest of the manifest.
+        unchanged: files that are another file's bytes: large weights, which are not read to be hashed.
+    """
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": None if path in unchanged else sha256(path),
+        }
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
     manifest = {"schema": SCHEMA, "versions": versions(), **content, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(_json_lines(manifest), encoding="utf-8")
     return manifest
+
+
+def _json_lines(content: dict[str, Any]) -> str:
+    """JSON with a line for each entry and for each item of a list: there may be thousands of norms."""
+    entries = []
+    for key, value in content.items():
+        items = ",\n    ".join(json.dumps(item) for item in value) if isinstance(value, list) and value else None
+        entries.append(f"  {json.dumps(key)}: " + (json.dumps(value) if items is None else f"[\n    {items}\n  ]"))
+    return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -146,7 +146,8 @@ def to_ir(file: ModelFile) -> ir.Model:
         kind = UnsupportedError if isinstance(cause, NotImplementedError) else UsageError
         raise kind(f"{file.where}: the graph cannot be read: {shorten(str(cause), 300)}") from error
     if file.path is not None:
-        ir.external_data.set_base_dir(model.graph, file.path.parent)
+        for body in (model.graph, *(function.graph for function in model.functions.values())):
+            ir.external_data.set_base_dir(body, file.path.parent)
     return model
 
 
@@ -172,8 +173,9 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
         yield from attribute.graphs
 
 
-def shorten(text: str, length: int = 80) -> str:
-    """A name or message out of a file, fit for one line of a message."""
+def shorten(text: str | bytes, length: int = 80) -> str:
+    """A name or message out of a file, fit for one line of a message. Bytes are names that are no UTF-8."""
+    text = text if isinstance(text, str) else repr(text)
     line = text.encode("unicode_escape", "replace").decode() if not text.isprintable() else text
     return line if len(line) <= length else line[: length - 3] + "..."
 
@@ -228,7 +230,7 @@ def _tensors(model: ModelProto) -> Iterator[TensorProto]:
             yield from (sparse.values, sparse.indices)
     defaults = (attribute for function in model.functions for attribute in function.attribute_proto)
     for attribute in (*defaults, *(a for node in all_nodes(model) for a in node.attribute)):
-        if attribute.HasField("t"):
+        if attribute.HasField("t") or attribute.type == attribute.TENSOR:
             yield attribute.t
         yield from attribute.tensors
         for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
@@ -318,7 +320,9 @@ def _allowed_folders(path: Path | None, folder: Path | None) -> list[Path]:
     return [folder, *real]
 
 
-def _located(location: str, folders: Sequence[Path], tensor: str, where: str) -> FileStamp:
+def _located(location: str | bytes, folders: Sequence[Path], tensor: str, where: str) -> FileStamp:
+    if isinstance(location, bytes):  # no UTF-8
+        raise UsageError(f"{where}: tensor {shorten(tensor)} keeps its values in {location!r}, which is no file name.")
     # Both kinds of path, because a model may come from another system than this one.
     parts = PurePosixPath(location).parts + PureWindowsPath(location).parts
     absolute = PurePosixPath(location).is_absolute() or PureWindowsPath(location).drive or location.startswith("\\")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -82,6 +83,7 @@ class NormWriter:
         self._names = {node.name for node in root.all_nodes() if node.name}
         self._successors: dict[ir.Value, ir.Value] = {}
         self._left: set[ir.Value] = set()
+        self._numbers: Counter[str] = Counter()
 
     def current(self, value: ir.Value | None) -> ir.Value | None:
         """The value that stands for this one now: norms that were written have new results."""
@@ -245,9 +247,9 @@ class NormWriter:
         """
         for node in builder.nodes:
             base = name = f"{path or 'norm'}/{node.op_type}"
-            number = 1
             while name in self._names:
-                name, number = f"{base}_{number}", number + 1
+                self._numbers[base] += 1
+                name = f"{base}_{self._numbers[base]}"
             self._names.add(name)
             node.name = name
 

@@ -110,7 +110,7 @@ class NormSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, as JSON values."""
-        return dataclasses.asdict(self)
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> NormSpec:

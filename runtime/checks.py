@@ -237,19 +237,21 @@ def _telling_rows(x: Array) -> Array:
     return np.unique([*np.linspace(0, count - 1, most - 2).astype(int), *ends])
 
 
-def judge_norm(kind: str, norm: CalledNorm, candidate: Array, truth: Array, yardstick: Array) -> OutputVerdict:
+def judge_norm(
+    kind: str, norm: CalledNorm, candidate: Array, truth: Array, yardstick: Array, yardstick_name: str = "PyTorch"
+) -> OutputVerdict:
     """The verdict on one norm's result for one kind of input: that of `judge`, and for half types one on ULPs.
 
-    It fails too when PyTorch's own norm is not near the reference: then there is no truth to go by.
+    It fails too when the yardstick's own norm is not near the reference: then there is no truth to go by.
     """
-    verdict = judge(kind, candidate, truth, yardstick)
+    verdict = judge(kind, candidate, truth, yardstick, yardstick_name=yardstick_name)
     mine, own = verdict.figures, verdict.yardstick_figures
     if mine is None or own is None:
         return verdict
     dtype = yardstick.dtype.name
     off = own.max_rel_row / format_of(dtype).eps
     if kind in _TAME and not off <= sound_limit(norm.spec, dtype):
-        return OutputVerdict(kind, False, no_truth(norm.spec, off), mine, own)
+        return OutputVerdict(kind, False, no_truth(norm.spec, off, yardstick_name), mine, own)
     if not verdict.passed and dtype == "float32" and kind in _SUMS_GO_ONE_WAY:
         width = math.prod(norm.shape[len(norm.shape) - norm.spec.trailing_dims :])
         limit = (TOLERANCES[dtype].floor_max + _PLAIN_SUMS * width) * format_of(dtype).eps
@@ -259,8 +261,8 @@ def judge_norm(kind: str, norm: CalledNorm, candidate: Array, truth: Array, yard
         ulp, own_ulp = (_large_ulp(side, truth) for side in (candidate, yardstick))
         allowed = max(_HALF_ULP_FLOOR, _HALF_ULP_FACTOR * own_ulp)
         if ulp > allowed:
-            reason = f"error of {ulp:.3g} ULP where the result is not small, {allowed:.3g} allowed; PyTorch's own is "
-            return OutputVerdict(kind, False, f"{reason}{own_ulp:.3g} ULP", mine, own)
+            reason = f"error of {ulp:.3g} ULP where the result is not small, {allowed:.3g} allowed"
+            return OutputVerdict(kind, False, f"{reason}; {yardstick_name}'s own is {own_ulp:.3g} ULP", mine, own)
     return verdict
 
 
@@ -270,10 +272,10 @@ def sound_limit(spec: NormSpec, dtype: str) -> float:
     return _SOUND_IN_HALF if in_half else _SOUND[dtype]
 
 
-def no_truth(spec: NormSpec, off: float) -> str:
-    """The reason why a norm cannot be judged: PyTorch does not compute what it was recognised by."""
+def no_truth(spec: NormSpec, off: float, whose: str = "PyTorch") -> str:
+    """The reason why a norm cannot be judged: PyTorch, or whose it is, does not compute what it was recognised by."""
     return (
-        f"PyTorch's own norm is {off:.3g} eps x row RMS from the formula that it was recognised by "
+        f"{whose}'s own norm is {off:.3g} eps x row RMS from the formula that it was recognised by "
         f"({spec.describe()}): there is no truth to go by"
     )
 

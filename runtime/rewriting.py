@@ -19,7 +19,8 @@ from ..export.model_writer import write_model
 from ..export.rewrite import Rewritten, rewrite
 from ..models.errors import MismatchError, UsageError
 from .feeds import is_past
-from .rewrite_proof import Proof, prove_model, prove_sites
+from .model_proof import prove_model
+from .rewrite_proof import Proof, prove_norms
 from .runner import Array
 
 Weights = Literal["link", "copy"]
@@ -94,7 +95,7 @@ def rewrite_model(
         graph = to_ir(original)
         say("finding the norms")
         rewritten = rewrite(graph, target, opset)
-        proof = Proof([], None, [])
+        proof = Proof()
         if verify:
             rewritten, proof = _proven(rewritten, proof, graph, target, opset, source.parent, seed, say)
         with new_folder(folder) as place:
@@ -107,7 +108,9 @@ def rewrite_model(
             copy_companions(source.parent, place)
             original.check_unchanged()
             say("hashing the files")
-            manifest = write_manifest(place, _content(rewritten, source, target, proof if verify else None, notes))
+            content = _content(rewritten, source, target, proof if verify else None, notes)
+            weights_files = [place / file.relative_to(source.parent) for file in original.external_files]
+            manifest = write_manifest(place, content, weights_files)
     return RewriteResult(Path(folder), manifest, rewritten, proof if verify else None)
 
 
@@ -115,7 +118,7 @@ def _proven(
     rewritten: Rewritten, proof: Proof, graph: Any, target: str, opset: int | None, folder: Path, seed: int, say: Any
 ) -> tuple[Rewritten, Proof]:
     """The rewriting without the norms whose proof fails."""
-    proof = prove_sites(rewritten, folder, seed=seed, say=say)
+    proof = prove_norms(rewritten, folder, seed=seed, say=say)
     failed = {row.number: row.reason for row in proof.sites if row.verdict == "mismatch"}
     if failed:
         sites = rewritten.sites
@@ -125,7 +128,7 @@ def _proven(
         ]
         rewritten = rewrite(graph, target, opset, skip=failed)
         rewritten.refusals.extend(refused)
-        proof = prove_sites(rewritten, folder, seed=seed, say=say)
+        proof = prove_norms(rewritten, folder, seed=seed, say=say)
     return rewritten, proof
 
 

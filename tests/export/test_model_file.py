@@ -233,7 +233,7 @@ def test_what_onnx_ir_cannot_hold_is_refused() -> None:
     ):
         with pytest.raises(UnsupportedError, match=message):
             to_ir(read_model(model.SerializeToString()))
-    with pytest.raises(UsageError, match="the graph cannot be read: .*invalid start byte"):
+    with pytest.raises(UsageError, match=r"the graph cannot be read: .*invalid start byte"):
         to_ir(read_model(text.SerializeToString()))
 
 
