@@ -19,7 +19,7 @@ from ..models.errors import RmsnormDeployError
 from .feeds import make_feeds
 from .metrics import OutputVerdict, judge
 from .ort_runner import OrtRunner
-from .rewrite_proof import Proof
+from .rewrite_proof import Proof, Say
 from .runner import Array, TensorInfo, numpy_dtype
 from .ulp import format_of
 
@@ -153,9 +153,9 @@ def _round(root: ir.Graph, value: ir.Value, node: ir.Node, seed: int, number: in
     )
     factor.name = f"rounding.{number}"
     root.register_initializer(factor)
+    uses = list(value.uses())
     made = ir.node("Mul", [value, factor], name=f"rounding.{number}")
     made.outputs[0].name, made.outputs[0].type, made.outputs[0].shape = f"{value.name}.rounded", value.type, value.shape
-    uses = list(value.uses())
     node.graph.insert_after(node, made)
     for use in uses:
         use.node.replace_input_with(use.idx, made.outputs[0])

@@ -138,14 +138,23 @@ def prove_norms(rewritten: Rewritten, folder: Path, *, seed: int, say: Say) -> P
     """
     proof = Proof()
     wanted = [(number, site) for number, site in enumerate(rewritten.sites) if site.changed]
+    rejected: dict[str, list[str]] = {}
     for first in range(0, len(wanted), _WINDOW):
         say(f"running norms alone: {first + 1} to {min(first + _WINDOW, len(wanted))} of {len(wanted)}")
-        proof.sites += _prove_window(rewritten, wanted[first : first + _WINDOW], folder, seed, proof.notes)
+        proof.sites += _prove_window(rewritten, wanted[first : first + _WINDOW], folder, seed, rejected)
+    for cause, names in rejected.items():
+        which = f"{names[0]} and {len(names) - 1} more norms" if len(names) > 1 else names[0]
+        text = f"{which} did not run in ONNX Runtime as the file had them, so PyTorch stood in for them: {cause}"
+        proof.notes.append(text)
     return proof
 
 
 def _prove_window(
-    rewritten: Rewritten, sites: Sequence[tuple[int, RewrittenSite]], folder: Path, seed: int, notes: list[str]
+    rewritten: Rewritten,
+    sites: Sequence[tuple[int, RewrittenSite]],
+    folder: Path,
+    seed: int,
+    rejected: dict[str, list[str]],
 ) -> list[SiteProof]:
     """All in one session where they run together; each in its own where one of them does not."""
     try:
@@ -154,16 +163,16 @@ def _prove_window(
         before = cut_out(rewritten.original, [test.before for test in tests])
         given = _given({**before.given, **after.given}, seed)
         candidate = _run(after, tests, folder, given)
-        own = _run_before(before, tests, folder, given, notes)
+        own = _run_before(before, tests, folder, given, rejected)
         return [test.judged(candidate, own, given, before) for test in tests]
     except RmsnormDeployError as error:
         if len(sites) > 1:
-            return [row for site in sites for row in _prove_window(rewritten, [site], folder, seed, notes)]
+            return [row for site in sites for row in _prove_window(rewritten, [site], folder, seed, rejected)]
         return [SiteProof(sites[0][0], sites[0][1].before.path, "unproven", str(error))]
 
 
 def _run_before(
-    model: CutModel, tests: Sequence[_Test], folder: Path, given: Mapping[str, Array], notes: list[str]
+    model: CutModel, tests: Sequence[_Test], folder: Path, given: Mapping[str, Array], rejected: dict[str, list[str]]
 ) -> list[dict[str, Array]] | None:
     """The norms as they were; None where ONNX Runtime does not run them, which is a reason to rewrite."""
     try:
@@ -171,10 +180,7 @@ def _run_before(
     except RmsnormDeployError as error:
         if len(tests) > 1:
             raise
-        cause = " ".join(str(error).split())
-        notes.append(
-            f"{tests[0].name} as it was does not run in ONNX Runtime, so PyTorch stands in for it: {cause[:200]}"
-        )
+        rejected.setdefault(" ".join(str(error).split())[:240], []).append(tests[0].name)
         return None
 
 
