@@ -41,7 +41,7 @@ from rmsnorm_deploy.export.rewrite import rewrite
 from rmsnorm_deploy.models.errors import RmsnormDeployError
 
 SLOW = 10.0  # seconds
-MEMORY = 12 << 30  # bytes of address space: what asks for more gets an error in place of the machine
+MEMORY = 6 << 30  # bytes of address space: what asks for more gets an error in place of the machine
 # How far outputs may be apart, relative to the largest of them: a norm rounds a handful of times, and dims are small.
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 2e-2}
 NUMBERS = (-(1 << 63), -(1 << 31), -4, -2, -1, 0, 1, 2, 3, 4, 7, 8, 16, 1 << 31, (1 << 63) - 1)
@@ -429,7 +429,6 @@ def _compared(old: Path, new: Path, seed: int) -> str:
 
 
 def _run_both(old: Path, new: Path, seed: int, say: Callable[[str], None]) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     session = _session(old)
     feeds = dict(_feeds(session, seed))
     before = session.run(None, feeds)
@@ -479,6 +478,7 @@ def main() -> int:
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--out", type=Path, default=Path("fuzz"), help="where files that crash are kept")
     given = arguments.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     end = time.monotonic() + given.seconds
     outcomes = fuzz(given.seed, given.out, lambda _: time.monotonic() < end)
     print(outcomes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -158,7 +159,7 @@ class GraphReader:
     def _rooted(self, term: Statistic, node: ir.Node) -> Statistic:
         """Arithmetic in a half type rounds the statistic, unless it is the finished factor that was cast to it."""
         if is_half(node.outputs[0].dtype) and not term.factor_half:
-            return term.with_node(node, nodes=term.nodes, half=True)
+            return replace(term, half=True)
         return term
 
     def _reduce(self, node: ir.Node) -> Term | None:

@@ -140,7 +140,7 @@ def _composite(node: ir.Node) -> GraphSite | str:
         order="no_upcast" if double else "cast_then_scale" if cast_first else "scale_then_cast",
         statistics="input" if double else "float32",
         root="sqrt",
-        offset_in_float32=not cast_first,
+        offset_in_float32=not (cast_first and offset),
     )
     return GraphSite(
         _path((node,), scale), _refined(spec, (node,)), "add", total, weight, None, None, node.outputs[0], (a, b),

@@ -131,7 +131,8 @@ def _gated(
     node = root.producer()
     if node is None or node.op_type != "Mul" or node.domain not in DEFAULT_DOMAINS or root.is_graph_output():
         return None
-    if isinstance(reader.terms.get(root), Activated) or any(use.node not in norm_nodes for use in root.uses()):
+    others = (use.node for use in root.uses() if use.node not in norm_nodes and use.node.op_type != "Shape")
+    if isinstance(reader.terms.get(root), Activated) or next(others, None) is not None:
         return None
     for x, other in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
         term = None if other is None else reader.terms.get(other)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -20,6 +23,19 @@ from rmsnorm_deploy.export.rewrite import rewrite
 from rmsnorm_deploy.models.errors import RmsnormDeployError, UnsupportedError, UsageError
 
 WIDTH = 8
+
+
+def _script(name: str) -> ModuleType:
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where its dataclasses look for their types
+    spec.loader.exec_module(module)
+    return module
+
+
+fuzz_rewrite = _script("fuzz_rewrite")
 
 
 def norm_model() -> ModelProto:
@@ -227,6 +243,11 @@ def _other_count(model: ModelProto) -> None:
     model.graph.node[3].input.append("x")
 
 
+def _other_count_of_a_function(model: ModelProto) -> None:
+    model.functions.append(_function("F"))
+    model.graph.node.append(helper.make_node("F", ["x", "x"], ["z"], domain="own"))
+
+
 def _other_type(model: ModelProto) -> None:
     model.graph.node[1].attribute.add(name="keepdims", type=onnx.AttributeProto.FLOATS)
 
@@ -289,6 +310,10 @@ def _same_functions(model: ModelProto) -> None:
         (_no_op, "'make mean' has no op"),
         (_attribute_twice, "ReduceMean 'make mean' has attribute keepdims twice"),
         (_other_count, "Sqrt 'make root' has 2 inputs and 1 outputs, which is not what opset 18 says of it"),
+        (
+            _other_count_of_a_function,
+            "F without a name.* has 2 inputs .* not what function F says of it",
+        ),
         (_other_type, "attribute keepdims of ReduceMean 'make mean' is not of the type that it must be"),
         (_other_type_of_a_norm, "attribute epsilon of SimplifiedLayerNormalization 'make z' is not of the type"),
         (_other_dtype, "attribute to of Cast 'make z' is not of the type that it must be"),
@@ -323,14 +348,12 @@ def test_names_of_any_kind_are_fine_and_never_spoil_a_message(tmp_path: Path, na
     refused(tmp_path, model, UsageError, "Sqrt .* needs its own result")
 
 
-def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
-    for place, text in (
-        (b"root", "of a NodeProto is no text"),
-        (b"Sqrt", "op_type .* is no text"),
-        (b"main", "name .* of a GraphProto"),
-    ):
-        data = norm_model().SerializeToString().replace(place, b"\xff" * len(place))
-        refused(tmp_path, data, UsageError, text)
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [(b"root", "of a NodeProto is no text"), (b"Sqrt", "op_type .* is no text"), (b"main", "name .* of a GraphProto")],
+)
+def test_names_that_are_no_text_are_refused(tmp_path: Path, place: bytes, text: str) -> None:
+    refused(tmp_path, norm_model().SerializeToString().replace(place, b"\xff" * len(place)), UsageError, text)
 
 
 def test_nodes_without_names_are_named_by_what_they_make(tmp_path: Path) -> None:
@@ -390,3 +413,11 @@ def test_functions_that_grow_without_end_when_inlined_are_refused(tmp_path: Path
     model.opset_import.add(domain="own", version=1)
     model.graph.node.append(helper.make_node("F0", ["x"], ["z"], domain="own"))
     refused(tmp_path, model, UnsupportedError, f"more than {MOST_NODES} nodes")
+
+
+def test_a_thousand_damaged_files_are_rewritten_or_refused(tmp_path: Path) -> None:
+    outcomes = fuzz_rewrite.fuzz(0, tmp_path / "crashes", lambda number: number < 1000)
+    assert outcomes.crashes == {}, str(outcomes)
+    assert sum(outcomes.counts.values()) == 1000
+    assert outcomes.counts["written, same numbers"] > 50
+    assert outcomes.counts["refused (UsageError)"] > 300
