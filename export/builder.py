@@ -68,7 +68,7 @@ class Builder:
         cast = np.asarray(array).astype(dtype.numpy())
         key = (cast.tobytes(), cast.shape, dtype)
         if key not in self._constants:
-            name = self._free_name(f"{_PREFIX}{hint}.{dtype.name.lower()}")
+            name = self._free_name(f"{_PREFIX}{_stem(hint)}.{dtype.name.lower()}")
             value = ir.Value(
                 name=name, shape=ir.Shape(cast.shape), type=ir.TensorType(dtype),
                 const_value=ir.Tensor(cast, dtype=dtype, name=name),
@@ -110,6 +110,16 @@ class Builder:
         while name in self.root.initializers:
             name, number = f"{wanted}.{number}", number + 1
         return name
+
+
+def _stem(hint: str) -> str:
+    """A name without what an earlier constant of ours added to it."""
+    if not hint.startswith(_PREFIX):
+        return hint
+    parts = hint.removeprefix(_PREFIX).split(".")
+    while len(parts) > 1 and (parts[-1].isdecimal() or parts[-1].upper() in ir.DataType.__members__):
+        parts.pop()
+    return ".".join(parts)
 
 
 def promote(a: ir.DataType | None, b: ir.DataType | None) -> ir.DataType:

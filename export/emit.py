@@ -20,6 +20,8 @@ from .builder import HALF_TYPES, Builder, constant_array, promote
 
 FLOAT = ir.DataType.FLOAT
 DOUBLE = ir.DataType.DOUBLE
+# A dim beyond this is a damaged file's.
+_WIDEST = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,7 +357,7 @@ def _static_tail(shape: ir.Shape | None, dims: int) -> list[int] | None:
     """The last `dims` dims where they are all numbers."""
     if shape is None or len(shape) < dims:
         return None
-    tail = [dim for dim in shape[len(shape) - dims :] if isinstance(dim, int)]
+    tail = [dim for dim in shape[len(shape) - dims :] if isinstance(dim, int) and 0 < dim <= _WIDEST]
     return tail if len(tail) == dims else None
 
 

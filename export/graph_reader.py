@@ -19,6 +19,7 @@ from .graph_values import (
     integers,
     is_floating,
     is_half,
+    regrouping,
     same_dims,
     scalar,
     static,
@@ -33,6 +34,8 @@ FUSED = {
     (contract.DOMAIN, contract.RMS_NORM),
 }
 _FLOAT = ir.DataType.FLOAT
+# More trailing dims than this are none of a norm's.
+MOST_DIMS = 8
 _LAYER_NORM = "the mean is subtracted first, so it is a LayerNorm"
 _OUTSIDE = "epsilon is added outside of the root, which no RMSNorm does"
 _BOUND = "a bound is put on the statistic (as L2 normalisation does), where RMSNorm adds epsilon to the mean of squares"
@@ -113,8 +116,10 @@ class GraphReader:
         assert value is not None
         if out.dtype is None and node.op_type == "Cast" and "to" in node.attributes:
             out.dtype = ir.DataType(node.attributes["to"].as_int())
-        if node.op_type == "Identity" or widens(value.dtype, out.dtype):
-            self._roots[out] = self.root(value)
+        root = self.root(value)
+        # A value that was widened and is narrowed again to what it was is the same value.
+        if node.op_type == "Identity" or widens(value.dtype, out.dtype) or (out.dtype and root.dtype == out.dtype):
+            self._roots[out] = root
         term, to = self._term(value), out.dtype
         if node.op_type == "Identity" and to is None:
             to = value.dtype
@@ -184,7 +189,7 @@ class GraphReader:
                 return None
             axes = [axis - rank if axis >= 0 else axis for axis in axes]
         count = len(axes)
-        if sorted(axes) != list(range(-count, 0)) or not axes:
+        if sorted(axes) != list(range(-count, 0)) or not axes or (rank is not None and count > rank):
             self._refuse(node, f"it reduces over axes {sorted(axes)}, which are not the trailing ones")
             return None
         size = 1.0
@@ -458,6 +463,9 @@ class GraphReader:
                 self._refuse(node, "the rank of its input is unknown, so its axis cannot be told")
                 return
             axis -= len(shape)
+        if not -MOST_DIMS <= axis < 0 or (shape is not None and -axis > len(shape)):
+            self._refuse(node, "its axis is none of its input's dims")
+            return
         ours = node.domain == contract.DOMAIN
         epsilon = attributes["epsilon"].as_float() if "epsilon" in attributes else 1e-5
         offset = attributes["scale_offset"].as_float() if "scale_offset" in attributes else 0.0
@@ -492,7 +500,8 @@ class GraphReader:
         """Whether a value can be a norm's weight or bias."""
         if any(step.kind == "reshape" for step in normed.steps):
             before = self._unreshaped(normed.root)
-            return before is not None and self._fits(value, before, 1)
+            cut = regrouping(before, normed.root, normed.axes)
+            return before is not None and cut is not None and self._fits(value, before, cut[1])
         return self._fits(value, normed.value, normed.axes)
 
     def _fits(self, value: ir.Value | None, like: ir.Value, axes: int) -> bool:

@@ -13,7 +13,7 @@ from ..plugins import contract
 from .builder import ONES
 from .graph_reader import GraphReader
 from .graph_site import GraphRecognition, GraphRefusal, GraphSite
-from .graph_spec import Reading, reading, shortest
+from .graph_spec import Reading, reading, shortest, unfolded
 from .graph_terms import Normed
 from .graph_types import fill_types
 from .graph_values import dims, is_floating, is_half, same_dims
@@ -90,12 +90,12 @@ def _last(read: Reading) -> ir.Node:
 
 def _site(read: Reading) -> GraphSite:
     nodes = tuple(dict.fromkeys(read.inside))
-    operands = residual_operands(read.x, _last(read))
+    operands = residual_operands(read.x, read.y)
     form: Form = "add" if operands is not None else "plain"
-    spec = _refined(read.spec, nodes)
+    spec, weight = _refined(read.spec, nodes, read.weight)
     assert read.x.dtype is not None
     return GraphSite(
-        _path(nodes, read.weight), spec, form, read.x, read.weight, read.bias, read.gate, read.y, operands, nodes,
+        _path(nodes, read.weight), spec, form, read.x, weight, read.bias, read.gate, read.y, operands, nodes,
         read.normed.reduce.name or "", _shape(read.x), read.x.dtype,
     )  # fmt: skip
 
@@ -142,32 +142,38 @@ def _composite(node: ir.Node) -> GraphSite | str:
         root="sqrt",
         offset_in_float32=not (cast_first and offset),
     )
+    spec, weight = _refined(spec, (node,), weight)
     return GraphSite(
-        _path((node,), scale), _refined(spec, (node,)), "add", total, weight, None, None, node.outputs[0], (a, b),
+        _path((node,), scale), spec, "add", total, weight, None, None, node.outputs[0], (a, b),
         (node,), node.name or "", _shape(a), a.dtype, "plugin" if ours else "ort",
     )  # fmt: skip
 
 
-def _refined(spec: NormSpec, nodes: tuple[ir.Node, ...]) -> NormSpec:
-    """The spec that the file's own notes give, where the graph says the same.
+def _refined(spec: NormSpec, nodes: tuple[ir.Node, ...], weight: ir.Value | None) -> tuple[NormSpec, ir.Value | None]:
+    """The spec that the file's own notes give, where the graph says the same, and the weight that goes with it.
 
-    A graph does not show everything: in float32 casts are gone, and a fused operator hides their order. What the notes
-    say beyond the graph is taken over when all that the graph does show agrees.
+    A graph does not show everything: in float32 casts are gone, a fused operator hides their order, and 1 + weight is
+    one constant. What the notes say beyond the graph is taken over when all that the graph does show agrees.
     """
     noted = {node.metadata_props[SPEC_KEY] for node in nodes if SPEC_KEY in node.metadata_props}
     if len(noted) != 1:
-        return spec
+        return spec, weight
     try:
         known = NormSpec.from_json(noted.pop())
     except UsageError:
-        return spec
+        return spec, weight
     fields = ("trailing_dims", "group_size", "reduction", "gate", "activation", "bias")
     same = all(getattr(known, name) == getattr(spec, name) for name in fields)
     if not same or not math.isclose(known.eps, spec.eps, rel_tol=1e-6) or known.has_weight != spec.has_weight:
-        return spec
+        return spec, weight
     if known.scale == spec.scale:
-        return known
-    return known.replace(scale=spec.scale, offset_in_float32=spec.offset_in_float32)
+        return known, weight
+    if known.scale == "one_plus_weight" and weight is not None and weight.dtype is not None:
+        wide = ir.DataType.FLOAT if known.offset_in_float32 and is_half(weight.dtype) else weight.dtype
+        before = unfolded(weight, wide)
+        if before is not None:
+            return known, before
+    return known.replace(scale=spec.scale, offset_in_float32=spec.offset_in_float32), weight
 
 
 def _path(nodes: tuple[ir.Node, ...], weight: ir.Value | None) -> str:

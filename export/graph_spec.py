@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from ..models.spec import NormSpec, Order
 from .graph_reader import GraphReader
 from .graph_terms import Activated, Normed, Step
-from .graph_values import DEFAULT_DOMAINS, constant, dims, is_half, same_dims, scalar, static
+from .graph_values import DEFAULT_DOMAINS, constant, dims, is_half, regrouping, same_dims, scalar, static
 
+_RESHAPES = ("Reshape", "Unsqueeze", "Squeeze", "Identity")
 _FLOAT, _DOUBLE = ir.DataType.FLOAT, ir.DataType.DOUBLE
 # The coefficient that is left must be 1, but for roundings of constants such as sqrt(n) in float16.
 _COEFFICIENT = 2e-3
@@ -86,7 +87,7 @@ def _inputs(normed: Normed, reader: GraphReader) -> list[_Input]:
     if reshaped:
         node = root.producer()
         before = None if node is None else node.inputs[0]
-        split = _regrouping(before, root, axes)
+        split = regrouping(before, root, axes)
         if before is None or node is None or split is None:
             return []
         group, axes = split
@@ -102,26 +103,6 @@ def _inputs(normed: Normed, reader: GraphReader) -> list[_Input]:
     if not reshaped and normed.operand is not narrow:
         ways.append(_Input(normed.operand, None, "none", None, axes, ()))
     return ways
-
-
-def _regrouping(before: ir.Value | None, after: ir.Value, axes: int) -> tuple[int | None, int] | None:
-    """Group size and trailing dims, where a Reshape cuts the last dim in groups or makes one of several."""
-    whole, cut = dims(before), dims(after)
-    if before is None or whole is None or cut is None or axes != 1 or not whole:
-        return None
-    size, last = cut[-1], whole[-1]
-    if not isinstance(size, int) or not isinstance(last, int) or size < 1:
-        return None
-    if last % size == 0 and last != size:
-        return size, 1
-    count, width = 0, 1
-    while width < size and count < len(whole):
-        count += 1
-        dim = whole[len(whole) - count]
-        if not isinstance(dim, int):
-            return None
-        width *= dim
-    return (None, count) if width == size else None
 
 
 def _gated(
@@ -169,7 +150,7 @@ def _read(normed: Normed, given: _Input, reader: GraphReader) -> Reading | None:
             return None
     in_half = order == "no_upcast"
     spec = NormSpec(
-        eps=normed.eps if normed.half else shortest(normed.eps),
+        eps=normed.eps if normed.half or dtype == _DOUBLE else shortest(normed.eps),
         trailing_dims=given.trailing_dims,
         scale="none" if scale is None else "one_plus_weight" if plus_one else "weight",
         order=order,
@@ -264,7 +245,7 @@ def _plain(value: ir.Value) -> ir.Value:
     """The value before reshapes that only add or drop dims of 1."""
     for _ in range(4):
         node = value.producer()
-        if node is None or node.op_type not in ("Reshape", "Unsqueeze", "Squeeze", "Identity") or not node.inputs:
+        if node is None or node.op_type not in _RESHAPES or not node.inputs:
             return value
         before = node.inputs[0]
         if before is None or [d for d in dims(before) or () if d != 1] != [d for d in dims(value) or () if d != 1]:
@@ -285,21 +266,47 @@ def _unfolded(value: ir.Value, array: NDArray[Any], dtype: ir.DataType) -> tuple
     return value, False, True
 
 
+def unfolded(value: ir.Value, dtype: ir.DataType) -> ir.Value | None:
+    """The constant to which 1 is added, in `dtype`, to give exactly this constant; None where there is none."""
+    array = constant(value)
+    if array is None or value.dtype is None:
+        return None
+    kind = dtype.numpy()
+    wide = array.astype(kind)
+    narrow = wide - kind.type(1)
+    if not np.array_equal((narrow + kind.type(1)).astype(array.dtype), array):
+        return None
+    return _made(narrow.astype(array.dtype), value.dtype, str(value.name))
+
+
 def _shaped(value: ir.Value | None, x: ir.Value, count: int) -> ir.Value | None:
-    """A weight in the shape of x's trailing dims; one that is computed stays as it is."""
+    """A weight in the shape of x's trailing dims; None where it has another."""
     if value is None:
         return None
     tail, array = static(dims(x), count), constant(value)
-    plain = _plain(value)
-    if array is None and plain is not value and tail is not None and list(dims(plain) or ()) == tail:
-        return plain
-    if array is None or tail is None or list(array.shape) == tail:
+    if array is None:
+        return _computed(value, tail)
+    if tail is None or list(array.shape) == tail:
         return value
     if array.size not in (1, math.prod(tail)):
         return None
     full = np.broadcast_to(array.reshape(()), tail) if array.size == 1 else array.reshape(tail)
     dtype = ir.DataType.from_numpy(array.dtype) if value.dtype is None else value.dtype
     return _made(np.ascontiguousarray(full), dtype, str(value.name))
+
+
+def _computed(value: ir.Value, tail: list[int] | None) -> ir.Value | None:
+    """A weight that nodes compute, or that is an input: as it is, or before a reshape, where that has the shape."""
+    shape = static(dims(value), len(dims(value) or ()))
+    node = value.producer()
+    before = node.inputs[0] if node is not None and node.op_type in _RESHAPES and node.inputs else None
+    if tail is None:
+        return value if shape is not None and len(shape) == 1 else None
+    if before is not None and dims(before) == tail and before.dtype == value.dtype:
+        return before
+    if shape is None:
+        return None
+    return value if [dim for dim in shape if dim != 1] == [dim for dim in tail if dim != 1] or not shape else None
 
 
 def _made(array: NDArray[Any], dtype: ir.DataType, name: str) -> ir.Value:

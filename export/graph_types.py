@@ -54,7 +54,7 @@ def fill_types(model: ir.Model) -> list[tuple[ir.Value, bool, bool]]:
                 if value.name in known and (value.dtype is None or value.shape is None):
                     _fill(value, known[value.name], filled)
             inner = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
-            if inner:
+            if inner and (node.domain, node.op_type) not in _LIKE_FIRST_INPUT:
                 protos = [a.g for a in next(following).attribute if a.type == _GRAPH]
                 pending.extend(_inner(g, p) for g, p in zip(inner, protos, strict=True))
     return filled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,11 +68,31 @@ def same_dims(a: Sequence[Dim] | None, b: Sequence[Dim] | None) -> bool:
 
 
 def static(shape: Sequence[Dim] | None, count: int) -> list[int] | None:
-    """The last `count` dims where they are all numbers."""
+    """The last `count` dims where they are all numbers, and such as a norm can have."""
     if shape is None or len(shape) < count:
         return None
-    tail = [dim for dim in shape[len(shape) - count :] if isinstance(dim, int)]
-    return tail if len(tail) == count else None
+    tail = [dim for dim in shape[len(shape) - count :] if isinstance(dim, int) and dim > 0]
+    return tail if len(tail) == count and math.prod(tail) <= _MOST_ELEMENTS else None
+
+
+def regrouping(before: ir.Value | None, after: ir.Value, axes: int) -> tuple[int | None, int] | None:
+    """Group size and trailing dims, where a Reshape cuts the last dim in groups or makes one of several."""
+    whole, cut = dims(before), dims(after)
+    if before is None or whole is None or cut is None or axes != 1 or not whole:
+        return None
+    size, last = cut[-1], whole[-1]
+    if not isinstance(size, int) or not isinstance(last, int) or size < 1 or last < 1:
+        return None
+    if last % size == 0 and last != size:
+        return size, 1
+    count, width = 0, 1
+    while width < size and count < len(whole):
+        count += 1
+        dim = whole[len(whole) - count]
+        if not isinstance(dim, int):
+            return None
+        width *= dim
+    return (None, count) if width == size else None
 
 
 def is_half(dtype: ir.DataType | None) -> bool:

@@ -20,19 +20,27 @@ def inline_norm_functions(model: ir.Model) -> tuple[ir.Model, list[str]]:
     Returns:
         The model itself where there is nothing to inline, or a copy; and the names of the functions that went.
     """
-    own = [function for function in model.functions.values() if function.domain != contract.DOMAIN]
+    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
+    # What has another opset than the model cannot be inlined as it is; ONNX Runtime reads it with the model's.
+    own = [
+        function for function in model.functions.values()
+        if function.domain != contract.DOMAIN and function.opset_imports.get("", opset) == opset
+    ]  # fmt: skip
+    keys = {_key(function) for function in own}
     if not own:
         return model, []
     trial = model.clone()
     for function in trial.functions.values():
         for node in function.all_nodes():
             node.metadata_props[_TAG] = _key(function)
-    InlinePass(lambda function: function.domain != contract.DOMAIN)(trial)
+    InlinePass(lambda function: _key(function) in keys)(trial)
     sites = recognise_graph(trial).sites
     wanted = {node.metadata_props[_TAG] for site in sites for node in site.nodes if _TAG in node.metadata_props}
     if not wanted:
         return model, []
     wanted = _with_callers(own, wanted)
+    if not wanted <= keys:
+        return model, []
     inlined = model.clone()
     InlinePass(lambda function: _key(function) in wanted)(inlined)
     return inlined, sorted(f"{f.domain}::{f.name}" for f in own if _key(f) in wanted)

@@ -57,7 +57,7 @@ def _site(node: ir.Node) -> GraphSite:
     if x is None or x.dtype is None:
         raise ValueError(f"norm {path!r} has no typed input")
     _fix_width(x, node)
-    operands = residual_operands(x, node)
+    operands = residual_operands(x, node.outputs[0])
     if weight is not None and weight.producer() is not None:
         operands = None
     form: Form = "add" if operands is not None else "plain"

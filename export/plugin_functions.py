@@ -43,7 +43,7 @@ def plugin_function(op_type: str, opset: int = _FUNCTION_OPSET) -> ir.Function:
 
 def add_plugin_functions(model: ir.Model) -> None:
     """Give the model the functions of the custom operators in its main graph, in its own opset."""
-    used = {node.op_type for node in model.graph if node.domain == contract.DOMAIN}
+    used = {node.op_type for node in model.graph if node.domain == contract.DOMAIN} & set(contract.INPUTS)
     for op_type in sorted(used):
         function = plugin_function(op_type)
         function.opset_imports[""] = model.graph.opset_imports[""]

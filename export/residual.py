@@ -7,10 +7,17 @@ import onnx_ir as ir
 from .graph_values import DEFAULT_DOMAINS, dims, same_dims
 
 
-def residual_operands(x: ir.Value, user: ir.Node) -> tuple[ir.Value, ir.Value] | None:
-    """The two values that x is the sum of, where both have x's own shape: a broadcast is no residual."""
-    add = x.producer()
-    if add is None or add.op_type != "Add" or add.domain not in DEFAULT_DOMAINS or add.graph is not user.graph:
+def residual_operands(x: ir.Value, y: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """The two values that x is the sum of, where both have x's own shape: a broadcast is no residual.
+
+    Args:
+        x: what a norm normalises.
+        y: the norm's result, which must stand in the graph of the Add.
+    """
+    add, last = x.producer(), y.producer()
+    if add is None or last is None or add.op_type != "Add" or add.domain not in DEFAULT_DOMAINS:
+        return None
+    if add.graph is not last.graph:
         return None
     a, b = add.inputs
     if a is None or b is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -13,10 +13,10 @@ from .graph_recognise import find_norms
 from .graph_site import GraphRefusal, GraphSite
 from .graph_types import fill_types
 from .inline import inline_norm_functions
-from .lowerings import HIGHEST_OPSET, cell
+from .lowerings import HIGHEST_OPSET, cell, deviations
 from .opset import raise_opset
 from .plugin_functions import add_plugin_functions
-from .write_norm import LoweredSite, NormWriter, Written
+from .write_norm import LoweredSite, NormWriter, Written, dtype_name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +30,7 @@ class RewrittenSite:
         x: in the rewritten model: what is normalised; None where one operator adds, normalises and keeps the sum.
         y: in the rewritten model: the result.
         gate: in the rewritten model.
-        operands: in the rewritten model: x, or the two values that are added up to it inside of the norm.
+        sum_of: in the rewritten model: the two values that x is the sum of, where it is a residual add's.
     """
 
     before: GraphSite
@@ -39,7 +39,7 @@ class RewrittenSite:
     x: ir.Value | None
     y: ir.Value
     gate: ir.Value | None
-    operands: tuple[ir.Value, ...]
+    sum_of: tuple[ir.Value, ir.Value] | None
 
     @property
     def stood(self) -> bool:
@@ -103,6 +103,7 @@ def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Contai
         site, written = _copied(before, copies), None
         if number not in skip and not (site.target == target == "ort"):
             try:
+                _refuse_other_epsilon(site, target)
                 written = writer.write(site)
             except UnsupportedError as error:
                 refusals.append(GraphRefusal(site.node, site.path, str(error)))
@@ -128,6 +129,15 @@ def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Contai
     return result
 
 
+def _refuse_other_epsilon(site: GraphSite, target: str) -> None:
+    """A file has to compute what it computed: an epsilon in float64 must not become the nearest float32."""
+    inexact = [d for d in deviations(cell(target, site.form), site.spec, dtype_name(site.dtype)) if d.order == "any"]
+    if inexact:
+        raise UnsupportedError(
+            f"{inexact[0].reason}, and this one, {site.spec.eps!r}, is none. Use --target primitives."
+        )
+
+
 def _copies(graph: ir.Graph, clone: ir.Graph) -> dict[ir.Value, ir.Value]:
     """Each value of a graph, and of the bodies in it, with its copy."""
     copies: dict[ir.Value, ir.Value] = {}
@@ -138,12 +148,7 @@ def _copies(graph: ir.Graph, clone: ir.Graph) -> dict[ir.Value, ir.Value]:
         copies.update((value, other.initializers[name]) for name, value in one.initializers.items())
         for node, copy in zip(one, other, strict=True):
             copies.update(zip(node.outputs, copy.outputs, strict=True))
-            for name, attribute in node.attributes.items():
-                if attribute.type == ir.AttributeType.GRAPH:
-                    pending.append((attribute.as_graph(), copy.attributes[name].as_graph()))
-                elif attribute.type == ir.AttributeType.GRAPHS:
-                    inner = zip(attribute.as_graphs(), copy.attributes[name].as_graphs(), strict=True)
-                    pending.extend(inner)
+            pending.extend(zip(_bodies(node), _bodies(copy), strict=True))
     return copies
 
 
@@ -162,15 +167,12 @@ def _copied(site: GraphSite, copies: Mapping[ir.Value, ir.Value]) -> GraphSite:
 
 def _rewritten(writer: NormWriter, before: GraphSite, site: GraphSite, written: Written | None) -> RewrittenSite:
     """The site with its values as they are when every norm is written."""
-    if written is not None:
-        x, y, operands = written.x, written.y, written.operands
-    else:
-        x, y = site.x, site.y
-        operands = (x,) if x is not None else site.sum_of or ()
-    now = [value for value in map(writer.current, operands) if value is not None]
-    lowered, changed = (written.lowered, written.changed) if written is not None else (None, False)
+    x, y = (site.x, site.y) if written is None else (written.x, written.y)
+    lowered, changed = (None, False) if written is None else (written.lowered, written.changed)
+    operands = [value for value in map(writer.current, site.sum_of or ()) if value is not None]
+    sum_of = (operands[0], operands[1]) if len(operands) == 2 else None
     gate = writer.current(site.gate)
-    return RewrittenSite(before, lowered, changed, writer.current(x), writer.current(y) or y, gate, tuple(now))
+    return RewrittenSite(before, lowered, changed, writer.current(x), writer.current(y) or y, gate, sum_of)
 
 
 def _wanted_opset(target: str, opset: int | None, current: int, lowest: int) -> int:
@@ -187,17 +189,38 @@ def _wanted_opset(target: str, opset: int | None, current: int, lowest: int) -> 
 
 def _sort(model: ir.Model) -> None:
     """Put nodes in topological order where they are not; a cycle has been refused before."""
-    for graph in list(model.graphs()):
-        place = {node: index for index, node in enumerate(graph)}
-        producers = ((value.producer(), node) for node in graph for value in node.inputs if value is not None)
-        if any(place.get(before, -1) > place[node] for before, node in producers if before is not None):
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        made: set[ir.Value] = set()
+        pending: list[Iterator[ir.Node]] = [iter(graph)]
+        sorted_already = True
+        while pending and sorted_already:
+            node = next(pending[-1], None)
+            if node is None:
+                pending.pop()
+                continue
+            made.update(node.outputs)
+            read = (v for v in node.inputs if v is not None and v.producer() is not None)
+            sorted_already = all(v in made for v in read)
+            pending.extend(iter(inner) for inner in _bodies(node))
+        if not sorted_already:
             graph.sort()
+
+
+def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
+            yield from attribute.as_graphs()
 
 
 def _untype(result: Rewritten, known: list[tuple[ir.Value, bool, bool]]) -> None:
     """Take back the dtypes and shapes that the file did not have, except where norms begin and end."""
     kept = {
-        value for site in result.sites for value in (site.x, site.y, site.gate, *site.operands) if value is not None
+        value
+        for site in result.sites
+        for value in (site.x, site.y, site.gate, *(site.sum_of or ()))
+        if value is not None
     }
     for value, new_dtype, new_shape in known:
         if value in kept:

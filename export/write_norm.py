@@ -17,6 +17,7 @@ from .emit import Emitted, NormInputs, emit
 from .graph_site import GraphSite
 from .graph_values import constant
 from .lowerings import Deviation, Environment, Form, LoweringRefusal, deviations, resolve
+from .residual import residual_operands
 from .same_nodes import counterparts
 
 METADATA_PREFIX = "rmsnorm_deploy."
@@ -58,14 +59,12 @@ class Written:
         changed: False where it stood in the target's form already; then only notes were added.
         x: what is normalised; None where one operator adds and normalises and keeps the sum to itself.
         y: the result.
-        operands: x, or the two values that are added up to it, where one operator does both.
     """
 
     lowered: LoweredSite
     changed: bool
     x: ir.Value | None
     y: ir.Value
-    operands: tuple[ir.Value, ...]
 
 
 class NormWriter:
@@ -132,20 +131,24 @@ class NormWriter:
             self._name(builder, site.path)
             total = self._replace(builder, site, emitted, composite, x)
             core, output = emitted.core, emitted.output
-        fused = emitted.total is not None
-        core.metadata_props[SPEC_KEY] = spec.to_json()
+        if found is None or SPEC_KEY not in core.metadata_props:
+            core.metadata_props[SPEC_KEY] = spec.to_json()
         values = {"x": total, "y": output, "gate": site.gate}
         names = {role: value.name for role, value in values.items() if value is not None}
         core.metadata_props[VALUES_KEY] = json.dumps(names, sort_keys=True)
-        operands = site.sum_of if fused and site.sum_of is not None else (total,) if total is not None else ()
         lowered = LoweredSite(site.path, spec, form, core.name or "", dtype, deviations(cell, spec, dtype))
-        return Written(lowered, found is None, total, output, operands)
+        return Written(lowered, found is None, total, output)
 
     def _now(self, site: GraphSite) -> GraphSite:
+        x = self.current(site.x)
         sum_of = tuple(value for value in map(self.current, site.sum_of or ()) if value is not None)
+        form = site.form
+        if site.target is None and x is not None and residual_operands(x, site.y) is None:
+            form, sum_of = "plain", ()  # another norm of the same sum has taken the Add in
         return replace(
             site,
-            x=self.current(site.x),
+            form=form,
+            x=x,
             weight=self.current(site.weight),
             bias=self.current(site.bias),
             gate=self.current(site.gate),
@@ -238,6 +241,9 @@ class NormWriter:
             owner = value.graph
             if not value.uses() and not value.is_graph_input() and not value.is_graph_output() and owner is not None:
                 owner.initializers.pop(str(value.name), None)
+        for value in self._constants.values():  # made for a norm that was refused after all
+            if not value.uses():
+                self._root.initializers.pop(str(value.name), None)
         self._left.clear()
 
     def _name(self, builder: Builder, path: str) -> None:

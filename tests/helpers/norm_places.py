@@ -326,7 +326,8 @@ def plugin(dtype: str, added: bool, scale_type: str, offset: float) -> onnx.Mode
 
 def fused_operators() -> Iterable[Spelling]:
     first = FUSED.replace(order="cast_then_scale")
-    double = FUSED.replace(order="no_upcast", statistics="input")
+    # The operators hold epsilon as float32.
+    double = FUSED.replace(order="no_upcast", statistics="input", eps=float(np.float32(1e-5)))
     for axis in ({}, {"axis": -1}, {"axis": 2}, {"axis": -2}):
         spec = FUSED.replace(trailing_dims=2) if axis == {"axis": -2} else FUSED
         build = partial(fused, "RMSNormalization", "float32", 23, **axis)
