@@ -111,7 +111,7 @@ import json, resource, sys, time
 start = time.perf_counter()
 from rmsnorm_deploy.runtime.rewriting import rewrite_model
 imported, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-result = rewrite_model(sys.argv[1], sys.argv[2], target="ort", verify=False)
+result = rewrite_model(sys.argv[1], sys.argv[2], target="ort", verify=False, weights="link")
 end, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({"import_s": imported - start, "s": end - imported, "import_mb": before / 1000, "peak_mb": peak / 1000,
                   "norms": len(result.rewritten.sites), "changed": sum(s.changed for s in result.rewritten.sites)}))
@@ -225,6 +225,13 @@ def onnxruntimes(path: Path, folder: Path) -> Path:
     return folder / path.name
 
 
+def root_of(error: BaseException) -> BaseException:
+    """What an error was raised for in the first place."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def fused_table(folder: Path) -> None:
     ways = {"rmsnorm rewrite": ours, "optimize_for_ort": onnxscripts, "onnxruntime.transformers": onnxruntimes}
     print("norms fused of all; in brackets the largest difference from the file before, by the outputs' size")
@@ -239,7 +246,7 @@ def fused_table(folder: Path) -> None:
                     result = optimise(path, place)
                 cells.append(f"{fused_norms(result)} of {count} ({agrees(result, wanted, feeds)})")
             except Exception as error:
-                cells.append(f"fails: {' '.join(str(error).split())[:60]}")
+                cells.append(f"fails: {' '.join(str(root_of(error)).split())[:300]}")
         print(f"| {name} {dtype} | {' | '.join(cells)} |", flush=True)
 
 

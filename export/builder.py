@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from .graph_values import constant
+
 _PREFIX = "rmsnorm_deploy."
 # How the names of our scales of ones begin.
 ONES = _PREFIX + "ones"
@@ -82,7 +84,7 @@ class Builder:
         """The value in `dtype`: itself, a converted constant, or a Cast node."""
         if value.dtype == dtype:
             return value
-        array = constant_array(value)
+        array = constant(value)
         if array is not None:
             return self.constant(array, dtype, value.name or "constant")
         return self.op("Cast", [value], {"to": dtype}, dtype=dtype, shape=value.shape)
@@ -131,10 +133,3 @@ def promote(a: ir.DataType | None, b: ir.DataType | None) -> ir.DataType:
     if ir.DataType.DOUBLE in (a, b):
         return ir.DataType.DOUBLE
     return ir.DataType.FLOAT
-
-
-def constant_array(value: ir.Value) -> NDArray[Any] | None:
-    """The value of a small constant of the graph, or None where it is computed."""
-    if value.const_value is None or (value.producer() is None and not value.is_initializer()):
-        return None
-    return value.const_value.numpy()

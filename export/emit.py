@@ -16,7 +16,8 @@ import onnx_ir as ir
 from ..models.errors import UnsupportedError
 from ..models.spec import NormSpec
 from ..plugins import contract
-from .builder import HALF_TYPES, Builder, constant_array, promote
+from .builder import HALF_TYPES, Builder, promote
+from .graph_values import constant
 
 FLOAT = ir.DataType.FLOAT
 DOUBLE = ir.DataType.DOUBLE
@@ -169,7 +170,7 @@ def _scale(builder: Builder, spec: NormSpec, weight: ir.Value, stats: ir.DataTyp
     if spec.scale == "weight":
         return weight
     dtype = stats if spec.offset_in_float32 else promote(weight.dtype, weight.dtype)
-    array = constant_array(weight)
+    array = constant(weight)
     if array is not None:
         wide = array.astype(np.float64 if dtype == DOUBLE else np.float32)
         return builder.constant(np.add(wide, 1, dtype=wide.dtype), dtype, f"one_plus.{weight.name}")

@@ -53,6 +53,28 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         _remove_empty(missing)
 
 
+@contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file in the folder of `path` that takes its name when the block ends well, and vanishes otherwise.
+
+    Raises:
+        UsageError: there is a file of that name, or the folder cannot be written to.
+    """
+    target = Path(path).expanduser().absolute()
+    partial = target.with_name(f".{target.stem}.partial{target.suffix}")
+    try:
+        yield partial
+        if target.exists():
+            raise UsageError(f"{target} exists; name a new file.")
+        partial.rename(target)
+    except OSError as error:
+        if isinstance(error, IsADirectoryError):
+            raise
+        raise UsageError(f"writing {target} failed: {error.strerror or error}. Nothing was left behind.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def check_destination(path: str | os.PathLike[str]) -> None:
     """Find out whether `new_folder(path)` could be made, before slow work is done for it; nothing is left there.
 

@@ -29,7 +29,7 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
     # An initializer that is a graph input as well is only a default.
     if value.const_value is None or value.is_graph_input() or value.const_value.size > _MOST_ELEMENTS:
         return None
-    return value.const_value.numpy()
+    return _read(value.const_value)
 
 
 def scalar(value: ir.Value | None) -> float | None:
@@ -117,6 +117,19 @@ def axes_of(node: ir.Node) -> list[int] | None:
     if "axes" in node.attributes:
         return list(node.attributes["axes"].as_ints())
     return integers(node.inputs[1]) if len(node.inputs) > 1 else None
+
+
+def _read(tensor: ir.TensorProtocol) -> NDArray[Any] | None:
+    """The values of a small tensor; of external data, those bytes alone."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor.numpy()
+    kind = tensor.dtype.numpy()
+    if kind.itemsize * 8 != tensor.dtype.bitwidth:  # several values to a byte: no norm's
+        return None
+    with open(tensor.path, "rb") as file:
+        file.seek(tensor.offset or 0)
+        data = file.read(tensor.size * kind.itemsize)
+    return np.frombuffer(data, kind.newbyteorder("<")).astype(kind, copy=False).reshape(tuple(tensor.shape))
 
 
 def _may_be_scalar(value: ir.Value) -> bool:

@@ -25,7 +25,7 @@ _PLACE = ("location", "offset", "length")
 
 
 def write_model(
-    model: ir.Model, original: ModelFile, folder: Path, name: str, weights: Literal["link", "copy"]
+    model: ir.Model, original: ModelFile, folder: Path, name: str, weights: Literal["copy", "link", "reference"]
 ) -> list[str]:
     """Write a rewritten model and put the original's external data beside it, byte for byte.
 
@@ -35,8 +35,9 @@ def write_model(
         folder: an existing folder.
         name: the model's file name in it.
         weights: `link` makes each data file of `original` a hard link, the same file under a second name, and copies
-            where the file system cannot; `copy` makes another file. A symbolic link is no choice: ONNX Runtime
-            refuses data that really lie outside of the model's folder.
+            where the file system cannot; `copy` makes another file; `reference` leaves them where they are, for a model
+            in the original's own folder. A symbolic link is no choice: ONNX Runtime refuses data that really lie
+            outside of the model's folder.
 
     Returns:
         What a user should know about how the weights were placed.
@@ -55,7 +56,7 @@ def write_model(
             f"{original.where}: the rewritten graph is larger than the {LARGEST_MODEL} bytes that an ONNX file can "
             "have. Save the model with its weights as external data first."
         )
-    notes = _place_weights(original, folder, name, weights)
+    notes = [] if weights == "reference" else _place_weights(original, folder, name, weights)
     (folder / name).write_bytes(proto.SerializeToString(deterministic=True))
     original.check_unchanged()
     return notes

@@ -10,21 +10,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..export.files import MANIFEST, check_destination, copy_companions, new_folder
+from ..export.files import MANIFEST, check_destination, copy_companions, new_file, new_folder
 from ..export.graph_check import check_graph
 from ..export.graph_site import GraphRefusal
 from ..export.manifest import rewritten_rows, tensor_rows, write_manifest
 from ..export.model_file import ModelFile, read_model, to_ir
 from ..export.model_writer import write_model
 from ..export.rewrite import Rewritten, rewrite
+from ..export.write_norm import dtype_name
 from ..models.errors import MismatchError, UsageError
 from .feeds import is_past
 from .model_proof import prove_model
 from .rewrite_proof import Proof, prove_norms
 from .runner import Array
 
-Weights = Literal["link", "copy"]
-WEIGHTS: tuple[Weights, ...] = ("link", "copy")
+Weights = Literal["copy", "link"]
+WEIGHTS: tuple[Weights, ...] = ("copy", "link")
+_LINKED = (
+    "the weights are hard links to the original's: ONNX Runtime reads them, but onnx and onnx_ir refuse files of several "
+    "names, the original too, until one of the two is gone"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,30 +37,32 @@ class RewriteResult:
     """A rewritten model on disk.
 
     Attributes:
-        folder: where it is.
-        manifest: the manifest's content; the file is `folder / "manifest.json"`.
+        model: the new .onnx file.
+        files: every file that was written.
+        manifest: what was done; in a new folder also a file, `manifest.json`.
         rewritten: the graphs before and after.
         proof: None where none was asked for.
     """
 
-    folder: Path
+    model: Path
+    files: list[Path]
     manifest: dict[str, Any]
     rewritten: Rewritten = field(repr=False)
     proof: Proof | None
 
     @property
-    def files(self) -> list[str]:
-        """Names of all files, the manifest among them."""
-        return [*self.manifest["files"], MANIFEST]
+    def folder(self) -> Path:
+        """Where the new file lies."""
+        return self.model.parent
 
 
 def rewrite_model(
     path: str | os.PathLike[str],
-    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
     *,
     target: str = "ort",
     opset: int | None = None,
-    weights: Weights = "link",
+    weights: Weights = "copy",
     verify: bool = True,
     inputs: Mapping[str, Array] | None = None,
     seed: int = 0,
@@ -65,11 +72,12 @@ def rewrite_model(
 
     Args:
         path: the file, whoever exported it; it is never written to. Large weights are not read.
-        folder: the folder to make; the file keeps its name in it. An earlier result there is replaced, anything else
-            is refused.
+        output: a folder to make, in which the file keeps its name: an earlier result there is replaced, anything else
+            is refused. Or a new .onnx file in the original's folder, which refers to the same external data.
         target: `primitives`, `standard`, `ort` or `plugin`.
         opset: opset import of the result; None raises it only as far as the target needs.
-        weights: external data get a second name in the folder (`link`, where the file system can) or are copied.
+        weights: whether external data are copied to a new folder or get a second name there (a hard link), which takes
+            no time and no space, but which onnx and onnx_ir refuse to read.
         verify: run every rewritten norm and the whole model, before and after, in ONNX Runtime. A norm whose proof
             fails is left as it was.
         inputs: inputs of the whole model for the proof; made up where left out.
@@ -85,37 +93,77 @@ def rewrite_model(
     say = progress or (lambda text: None)
     if weights not in WEIGHTS:
         raise UsageError(f"unknown choice {weights!r} for the weights; choose one of {', '.join(WEIGHTS)}.")
-    check_destination(folder)
+    source, place = Path(path), Path(output).expanduser()
+    beside = place.suffix == ".onnx"
+    _check_place(source, place, beside)
     with _without_collection():
         say("reading the graph")
-        original = read_model(path)
-        source = Path(path)
-        _check_apart(source, Path(folder))
+        original = read_model(source)
+        if (
+            beside
+            and original.external_files
+            and place.absolute().parent.resolve() != source.absolute().parent.resolve()
+        ):
+            raise UsageError(
+                f"{place}: a single file can refer to the external data of {source} from the same folder only. Name a "
+                "file there, or a folder to make."
+            )
         check_graph(original.model, original.where)
         graph = to_ir(original)
         say("finding the norms")
         rewritten = rewrite(graph, target, opset)
         proof = Proof()
         if verify:
-            rewritten, proof = _proven(rewritten, proof, graph, target, opset, source.parent, seed, say)
-        with new_folder(folder) as place:
-            say("writing the model")
-            notes = _write(rewritten, original, place, weights)
-            if verify and rewritten.changed:
-                proof = prove_model(rewritten, source, place / source.name, proof, feeds=inputs, seed=seed, say=say)
-                if proof.verdict == "mismatch":
-                    raise MismatchError(f"{source}: written for {target}, it computes something else: {proof.reason}")
-            copy_companions(source.parent, place)
-            original.check_unchanged()
+            rewritten, proof = _proven(rewritten, graph, target, opset, source.parent, seed, say)
+        job = _Job(original, source, rewritten, proof, target, verify, inputs, seed, say)
+        if beside:
+            with new_file(place) as partial:
+                content = _write(job, partial.parent, partial.name, "reference")
+            return RewriteResult(place, [place], content, rewritten, job.proof if verify else None)
+        with new_folder(place) as folder:
+            content = _write(job, folder, source.name, weights)
+            copy_companions(source.parent, folder)
             say("hashing the files")
-            content = _content(rewritten, source, target, proof if verify else None, notes)
-            weights_files = [place / file.relative_to(source.parent) for file in original.external_files]
-            manifest = write_manifest(place, content, weights_files)
-    return RewriteResult(Path(folder), manifest, rewritten, proof if verify else None)
+            unchanged = [folder / file.relative_to(source.parent) for file in original.external_files]
+            manifest = write_manifest(folder, content, unchanged)
+    files = [place / name for name in (*manifest["files"], MANIFEST)]
+    return RewriteResult(place / source.name, files, manifest, rewritten, job.proof if verify else None)
+
+
+@dataclass(slots=True)
+class _Job:
+    """What writing and the last proof need."""
+
+    original: ModelFile
+    source: Path
+    rewritten: Rewritten
+    proof: Proof
+    target: str
+    verify: bool
+    inputs: Mapping[str, Array] | None
+    seed: int
+    say: Callable[[str], None]
+
+
+def _write(job: _Job, folder: Path, name: str, weights: Literal["copy", "link", "reference"]) -> dict[str, Any]:
+    """Write the model, run it as a whole, and say what was done."""
+    job.say("writing the model")
+    notes = write_model(job.rewritten.model, job.original, folder, name, weights)
+    if weights == "link" and job.original.external_files and not notes:
+        notes.append(_LINKED)
+    if job.verify and job.rewritten.changed:
+        job.proof = prove_model(
+            job.rewritten, job.source, folder / name, job.proof, feeds=job.inputs, seed=job.seed, say=job.say
+        )
+        if job.proof.verdict == "mismatch":
+            reason = f"written for {job.target}, it computes something else: {job.proof.reason}"
+            raise MismatchError(f"{job.source}: {reason}")
+    job.original.check_unchanged()
+    return _content(job, notes)
 
 
 def _proven(
-    rewritten: Rewritten, proof: Proof, graph: Any, target: str, opset: int | None, folder: Path, seed: int, say: Any
+    rewritten: Rewritten, graph: Any, target: str, opset: int | None, folder: Path, seed: int, say: Any
 ) -> tuple[Rewritten, Proof]:
     """The rewriting without the norms whose proof fails."""
     proof = prove_norms(rewritten, folder, seed=seed, say=say)
@@ -132,35 +180,36 @@ def _proven(
     return rewritten, proof
 
 
-def _write(rewritten: Rewritten, original: ModelFile, place: Path, weights: Weights) -> list[str]:
-    assert original.path is not None
-    return write_model(rewritten.model, original, place, original.path.name, weights)
-
-
-def _content(rewritten: Rewritten, source: Path, target: str, proof: Proof | None, notes: list[str]) -> dict[str, Any]:
-    graph = rewritten.model.graph
+def _content(job: _Job, notes: list[str]) -> dict[str, Any]:
+    graph, rewritten = job.rewritten.model.graph, job.rewritten
     dtypes = [site.before.dtype for site in rewritten.sites]
     dtypes += [value.dtype for value in graph.outputs if value.dtype is not None and value.dtype.is_floating_point()]
     common = max(dict.fromkeys(dtypes), key=dtypes.count) if dtypes else None
     return {
-        "source": str(source),
-        "target": target,
+        "source": str(job.source),
+        "target": job.target,
         "opset": graph.opset_imports.get("", graph.opset_imports.get("ai.onnx")),
-        "dtype": None if common is None else common.numpy().name,
+        "dtype": None if common is None else dtype_name(common),
         "with_past": any(is_past(str(value.name)) for value in graph.inputs),
-        "model": source.name,
+        "model": job.source.name,
         "inputs": tensor_rows(list(graph.inputs)),
         "outputs": tensor_rows(list(graph.outputs)),
         "sites": rewritten_rows(rewritten),
         "refusals": [refusal.to_dict() for refusal in rewritten.refusals],
         "notes": [*rewritten.notes, *notes],
-        "proof": None if proof is None else proof.to_dict(),
+        "proof": job.proof.to_dict() if job.verify else None,
     }
 
 
-def _check_apart(source: Path, folder: Path) -> None:
-    if folder.expanduser().absolute() == source.absolute().parent:
-        raise UsageError(f"{folder} is the folder of the model itself, which is never written to; name another.")
+def _check_place(source: Path, place: Path, beside: bool) -> None:
+    """Refuse a place that cannot be written to before slow work is done for it."""
+    if beside:
+        if place.exists() or place.is_symlink():
+            raise UsageError(f"{place} exists; name a new file.")
+        return
+    if place.absolute() == source.absolute().parent:
+        raise UsageError(f"{place} is the folder of the model itself, which is never written to; name another.")
+    check_destination(place)
 
 
 @contextmanager

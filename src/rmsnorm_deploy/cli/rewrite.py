@@ -23,15 +23,23 @@ _REFUSALS_SHOWN = 20
 class Weights(StrEnum):
     """What happens to external data."""
 
-    LINK = "link"
     COPY = "copy"
+    LINK = "link"
 
 
 def rewrite(
     path: Annotated[
         Path, typer.Argument(metavar="MODEL.onnx", help="The file, whoever exported it.", show_default=False)
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to make.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR_OR_ONNX",
+            help="The folder to make; or a new .onnx file in the model's own folder, which refers to the same weights.",
+        ),
+    ],
     target: Annotated[
         str,
         typer.Option("--target", metavar="TARGET", help="primitives, standard, ort or plugin, see `rmsnorm targets`."),
@@ -46,9 +54,9 @@ def rewrite(
         Weights,
         typer.Option(
             "--weights",
-            help="External data get a second name (a hard link) or are copied.",
+            help="External data are copied to the new folder, or get a second name there (a hard link).",
         ),
-    ] = Weights.LINK,
+    ] = Weights.COPY,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Run every norm and the whole model, before and after.")
     ] = True,
@@ -85,8 +93,7 @@ def _payload(result: RewriteResult) -> dict[str, Any]:
         "target": manifest["target"],
         "opset": manifest["opset"],
         "folder": str(result.folder),
-        "files": [str(result.folder / name) for name in result.files],
-        "manifest": str(result.folder / "manifest.json"),
+        "files": [str(file) for file in result.files],
         "norms": len(sites),
         "changed": sum(site.changed for site in sites),
         "kept": sum(site.stood for site in sites),
@@ -112,7 +119,7 @@ def _print(screen: Screen, path: Path, payload: dict[str, Any]) -> None:
         for row in refusals[:_REFUSALS_SHOWN]:
             screen.line(f"  {row['node'] or row['path'] or 'a node without a name'}: {row['reason']}")
         if len(refusals) > _REFUSALS_SHOWN:
-            screen.line(f"  and {len(refusals) - _REFUSALS_SHOWN} more, see {payload['manifest']}")
+            screen.line(f"  and {len(refusals) - _REFUSALS_SHOWN} more; --json lists them all")
     for text in payload["notes"]:
         screen.line(f"Note: {text}.")
     print_deviations(screen, payload["deviations"])
