@@ -129,7 +129,7 @@ def _read(tensor: ir.TensorProtocol) -> NDArray[Any] | None:
     with open(tensor.path, "rb") as file:
         file.seek(tensor.offset or 0)
         data = file.read(tensor.size * kind.itemsize)
-    return np.frombuffer(data, kind.newbyteorder("<")).astype(kind, copy=False).reshape(tuple(tensor.shape))
+    return np.frombuffer(data, kind.newbyteorder("<")).astype(kind, copy=False).reshape(tensor.shape.numpy())
 
 
 def _may_be_scalar(value: ir.Value) -> bool:

@@ -27,8 +27,8 @@ from .runner import Array
 Weights = Literal["copy", "link"]
 WEIGHTS: tuple[Weights, ...] = ("copy", "link")
 _LINKED = (
-    "the weights are hard links to the original's: ONNX Runtime reads them, but onnx and onnx_ir refuse files of several "
-    "names, the original too, until one of the two is gone"
+    "the weights are hard links to the original's: ONNX Runtime reads them, but onnx and onnx_ir refuse files of "
+    "several names, the original too, until one of the two is gone"
 )
 
 

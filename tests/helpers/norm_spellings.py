@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from helpers.graph_text import FLOATS, Graph, weight
+from helpers.graph_text import FLOATS, Graph, numpy_type, weight
 
 from rmsnorm_deploy.models.spec import NormSpec
 
@@ -104,7 +104,8 @@ def legal(way: Way) -> bool:
         not (way.reduction == "sum_div_eps_first" and way.epsilon == "none"),
         not half or way.square not in ("pow_int",),
         way.factor == "right" or way.root not in ("div", "pow_half_div"),
-        way.dtype != "float64" or way.eps == EXACT,
+        (way.dtype == "float64") == (way.eps == EXACT),
+        way.square != "pow_int" or way.opset >= 12,
     )
     return all(checks)
 
@@ -126,8 +127,10 @@ def expected(way: Way) -> NormSpec:
         if way.casts == "statistics":
             order = "cast_factor"
     eps = 0.0 if way.epsilon == "none" else way.eps
-    if stays_half and eps:
-        eps = float(np.asarray(eps, np.float16)) if way.dtype == "float16" else float(_bfloat(eps))
+    if stays_half and eps:  # as it is added: times n where the sum is divided after it, in float32 before the cast
+        count = math.prod(tail(way)) if way.reduction == "sum_div_eps_first" else 1
+        wide = way.casts == "half_mean" and count > 1
+        eps = float(np.asarray(eps * count, np.float32 if wide else numpy_type(way.dtype))) / count
     plus = way.weight in ("one_plus", "plus_one", "one_plus_cast")
     divided = way.root in ("div", "pow_half_div") and way.casts != "statistics" and way.scale != "factor_first"
     return NormSpec(
@@ -139,12 +142,6 @@ def expected(way: Way) -> NormSpec:
         root="sqrt" if divided else "rsqrt",
         offset_in_float32=not (plus and (stays_half or way.weight == "one_plus_cast")),
     )
-
-
-def _bfloat(value: float) -> Any:
-    import ml_dtypes
-
-    return np.asarray(value, ml_dtypes.bfloat16)
 
 
 def build(way: Way) -> onnx.ModelProto:
