@@ -124,7 +124,7 @@ class _Copy:
         if value not in self._shared:
             name = self._name("given")
             if value.const_value is not None and not value.is_graph_input():
-                tensor = value.const_value
+                tensor = _renamed(value.const_value, name)
                 made = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=value.shape, const_value=tensor)
                 self._graph.register_initializer(made)
             else:
@@ -136,6 +136,16 @@ class _Copy:
     def _name(self, kind: str) -> str:
         self._count += 1
         return f"{kind}{self._count}"
+
+
+def _renamed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    """The tensor under another name: a tensor that stands in a graph must keep its own. External data stay external."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return ir.ExternalTensor(
+            tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name,
+            base_dir=tensor.base_dir,
+        )  # fmt: skip
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
 
 
 def _called(model: ir.Model, graph: ir.Graph) -> list[ir.Function]:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from helpers import norm_spellings as spellings
 from helpers.graph_text import Graph
 from helpers.norm_spellings import EXACT, Way, build, expected, legal, norm, tail
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rmsnorm_deploy.export.graph_recognise import recognise_graph
@@ -21,12 +21,6 @@ from rmsnorm_deploy.export.rewrite import rewrite
 from rmsnorm_deploy.runtime.metrics import judge
 from rmsnorm_deploy.runtime.ort_runner import OrtRunner
 from rmsnorm_deploy.runtime.runner import numpy_dtype
-
-QUIET = [HealthCheck.filter_too_much, HealthCheck.too_slow]
-settings.register_profile("few", max_examples=120, deadline=None, derandomize=True, suppress_health_check=QUIET)
-settings.register_profile("many", max_examples=5000, deadline=None, suppress_health_check=QUIET)
-if settings.get_current_profile_name() != "many":
-    settings.load_profile("few")
 
 CHOICES = {
     "square": spellings.SQUARES, "reduction": spellings.REDUCTIONS, "axes": spellings.AXES,
