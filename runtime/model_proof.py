@@ -61,9 +61,11 @@ def prove_model(
             truths = [runner.run(case) for case in cases]
     except RmsnormDeployError as error:
         cause = " ".join(str(error).split())[:300]
-        proof.unproven = "" if _loads_only_now(before, options) else f"the whole model was not compared: {cause}"
-        proof.notes.append(f"the file before does not run: {cause}" if not proof.unproven else proof.unproven)
-        proof.model = []
+        if not _is_rejected(before, options):
+            proof.unproven = f"the whole model was not compared: {cause}"
+            return proof
+        proof.notes.append(f"the file before does not run: {cause}")
+        proof.model = _finite(after, rewritten.model, infos, feeds, seed, options)
         return proof
     with OrtRunner(after, session_options=options) as runner:
         results = [runner.run(case) for case in cases]
@@ -94,8 +96,28 @@ def _judged(name: str, candidate: Array, truth: Array, yardsticks: Sequence[Arra
     return verdict
 
 
-def _loads_only_now(before: Path, options: Mapping[str, Any]) -> bool:
-    """Whether the file before is one that ONNX Runtime rejects as it is."""
+def _finite(
+    after: Path,
+    model: ir.Model,
+    infos: Sequence[TensorInfo],
+    feeds: Mapping[str, Array] | None,
+    seed: int,
+    options: Mapping[str, Any],
+) -> list[OutputVerdict]:
+    """The new file by itself, where the one before does not run: it must, and what comes out must be finite."""
+    verdicts = []
+    with OrtRunner(after, session_options=options) as runner:
+        for case in _cases(model, infos, feeds, seed):
+            for name, array in runner.run(case).items():
+                values = array.astype(np.float64) if array.dtype.kind == "f" else np.zeros(1)
+                finite = bool(np.isfinite(values).all())
+                reason = "finite, where the file before does not run" if finite else "not finite"
+                verdicts.append(OutputVerdict(name, finite, reason, None, None))
+    return verdicts
+
+
+def _is_rejected(before: Path, options: Mapping[str, Any]) -> bool:
+    """Whether the file before is one that ONNX Runtime does not load."""
     try:
         with OrtRunner(before, session_options=options):
             return False

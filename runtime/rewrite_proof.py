@@ -110,7 +110,7 @@ class Proof:
             return self.unproven
         if not self.sites:
             return "no norm was written anew"
-        norms = f"{len(self.sites)} norms alone on {len(KINDS)} kinds of rows"
+        norms = f"{len(self.sites)} norm{'s' * (len(self.sites) != 1)} alone on {len(KINDS)} kinds of rows"
         return f"{norms}; the whole model, {len(self.model or ())} outputs"
 
     def to_dict(self) -> dict[str, Any]:

@@ -195,7 +195,10 @@ def test_torch(name: str, opset: int, dynamo: bool, dtype: torch.dtype, tmp_path
     specs = check(onnx.load(path), path, COUNTS.get(name, 1), loads)
     mixed = dtype == torch.float16 and not dynamo  # TorchScript keeps sums of float16 in float32, and drops some casts
     if not mixed:
-        known = [meaning(site.spec, dtype) for site in recognise(module).sites]
+        own = [site.spec for site in recognise(module).sites]
+        if (name, opset, dtype) == ("torch", 23, torch.float16):  # one operator, which casts first by its definition
+            own = [spec.replace(order="cast_then_scale") for spec in own]
+        known = [meaning(spec, dtype) for spec in own]
         assert [meaning(spec, dtype) for spec in specs] == known
 
 
