@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from ..export.rewrite import Rewritten
 from ..export.write_norm import dtype_name
-from ..models.errors import RmsnormDeployError
-from .feeds import make_feeds
+from ..models.errors import MismatchError, RmsnormDeployError
+from .feeds import cast_feeds, make_feeds
 from .metrics import OutputVerdict, judge
 from .ort_runner import OrtRunner
 from .rewrite_proof import Proof, Say
@@ -53,19 +53,27 @@ def prove_model(
     say("running the whole model")
     large = sum(path.stat().st_size for path in after.parent.rglob("*") if path.is_file()) > _LARGE_FILE
     options = {"repack_weights": not large}
-    with OrtRunner(after, session_options=options) as runner:
-        infos = runner.inputs()
+    rejected = _rejection(before, options)
+    try:
+        with OrtRunner(after, session_options=options) as runner:
+            infos = runner.inputs()
+    except RmsnormDeployError as error:
+        if rejected is None:
+            raise MismatchError(f"the file before loads in ONNX Runtime, and the new one does not: {error}") from error
+        proof.unproven = f"neither the file before nor the new one loads in ONNX Runtime: {rejected}"
+        return proof
     try:
         cases = _cases(rewritten.model, infos, feeds, seed)
+        if rejected is not None:
+            proof.notes.append(f"the file before does not load: {rejected}")
+            proof.model = _finite(after, cases, options)
+            return proof
         with OrtRunner(before, session_options=options) as runner:
             truths = [runner.run(case) for case in cases]
     except RmsnormDeployError as error:
-        cause = " ".join(str(error).split())[:300]
-        if not _is_rejected(before, options):
-            proof.unproven = f"the whole model was not compared: {cause}"
-            return proof
-        proof.notes.append(f"the file before does not run: {cause}")
-        proof.model = _finite(after, rewritten.model, infos, feeds, seed, options)
+        if feeds is not None:
+            raise
+        proof.unproven = f"the whole model was not compared: {' '.join(str(error).split())[:300]}"
         return proof
     with OrtRunner(after, session_options=options) as runner:
         results = [runner.run(case) for case in cases]
@@ -96,40 +104,33 @@ def _judged(name: str, candidate: Array, truth: Array, yardsticks: Sequence[Arra
     return verdict
 
 
-def _finite(
-    after: Path,
-    model: ir.Model,
-    infos: Sequence[TensorInfo],
-    feeds: Mapping[str, Array] | None,
-    seed: int,
-    options: Mapping[str, Any],
-) -> list[OutputVerdict]:
-    """The new file by itself, where the one before does not run: it must, and what comes out must be finite."""
+def _finite(after: Path, cases: Sequence[Mapping[str, Array]], options: Mapping[str, Any]) -> list[OutputVerdict]:
+    """The new file by itself, where the one before does not load: it must run, and give what is finite."""
     verdicts = []
     with OrtRunner(after, session_options=options) as runner:
-        for case in _cases(model, infos, feeds, seed):
+        for case in cases:
             for name, array in runner.run(case).items():
                 values = array.astype(np.float64) if array.dtype.kind == "f" else np.zeros(1)
                 finite = bool(np.isfinite(values).all())
-                reason = "finite, where the file before does not run" if finite else "not finite"
+                reason = "finite, where the file before does not load" if finite else "not finite"
                 verdicts.append(OutputVerdict(name, finite, reason, None, None))
     return verdicts
 
 
-def _is_rejected(before: Path, options: Mapping[str, Any]) -> bool:
-    """Whether the file before is one that ONNX Runtime does not load."""
+def _rejection(before: Path, options: Mapping[str, Any]) -> str | None:
+    """Why ONNX Runtime does not load the file before; None where it does."""
     try:
         with OrtRunner(before, session_options=options):
-            return False
-    except RmsnormDeployError:
-        return True
+            return None
+    except RmsnormDeployError as error:
+        return " ".join(str(error).split())[:300]
 
 
 def _cases(
     model: ir.Model, infos: Sequence[TensorInfo], feeds: Mapping[str, Array] | None, seed: int
 ) -> list[dict[str, Array]]:
     if feeds is not None:
-        return [dict(feeds)]
+        return [cast_feeds(feeds, infos)]
     vocabulary = _vocabulary(model)
     return [make_feeds(infos, batch, length, seed, vocabulary) for batch, length in _SHAPES]
 

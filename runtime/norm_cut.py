@@ -73,8 +73,8 @@ class _Copy:
         self._count = 0
 
     def input(self, value: ir.Value, name: str) -> ir.Value:
-        """An input that stands for the value; its dims are open where they are no numbers."""
-        shape = None if value.shape is None else ir.Shape([d if isinstance(d, int) else None for d in value.shape])
+        """An input that stands for the value. Its dims are open: a cut may be run on fewer rows than the model is."""
+        shape = None if value.shape is None else ir.Shape([None] * len(value.shape))
         made = ir.Value(name=name, type=value.type or ir.TensorType(ir.DataType.FLOAT), shape=shape)
         self._graph.inputs.append(made)
         return made
