@@ -177,22 +177,32 @@ def _refined(spec: NormSpec, nodes: tuple[ir.Node, ...], weight: ir.Value | None
 
 
 def _path(nodes: tuple[ir.Node, ...], weight: ir.Value | None) -> str:
-    """The module that a norm came from: as the nodes' notes have it, or its weight's name, or a node's own name."""
+    """The module that a norm came from: by the nodes' notes, its weight's name, or the scope in the nodes' own names.
+
+    Equal weights of several norms may have become one, whose name is then that of one norm only.
+    """
     for node in nodes:
         if PATH_KEY in node.metadata_props:
             return node.metadata_props[PATH_KEY]
-    if weight is not None and weight.name:
-        for ending in _WEIGHT_ENDINGS:
-            head, found, _ = weight.name.partition(ending)
-            if found and head:
-                return head
+    named = "" if weight is None else _owner(weight.name or "")
+    if named and weight is not None and len(weight.uses()) <= 1:
+        return named
     for node in nodes:
         scopes = _scopes(node)
         if scopes:
             return scopes
     name = next((node.name for node in nodes if node.name), "")
     head = name.rpartition("/")[0].strip("/")
-    return head.replace("/", ".") if head else name
+    return head.replace("/", ".") or named or name
+
+
+def _owner(name: str) -> str:
+    """The module that a weight's name begins with."""
+    for ending in _WEIGHT_ENDINGS:
+        head, found, _ = name.partition(ending)
+        if found:
+            return head
+    return ""
 
 
 def _scopes(node: ir.Node) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -149,6 +150,8 @@ def _write(job: _Job, folder: Path, name: str, weights: Literal["copy", "link", 
     """Write the model, run it as a whole, and say what was done."""
     job.say("writing the model")
     notes = write_model(job.rewritten.model, job.original, folder, name, weights)
+    if not job.rewritten.sites and not job.rewritten.notes:
+        shutil.copyfile(job.source, folder / name)  # nothing was done: the very file
     if weights == "link" and job.original.external_files and not notes:
         notes.append(_LINKED)
     if job.verify and job.rewritten.changed:

@@ -110,7 +110,7 @@ def _print(screen: Screen, path: Path, payload: dict[str, Any]) -> None:
     screen.line(found_line(range(payload["norms"]), refusals, str(path)))
     if sites:
         screen.line()
-        print_sites(screen, sites)
+        print_sites(screen, [site for site in sites for _ in site["calls"] or [None]])
         screen.line()
         same = f", {payload['kept']} stood in its form already" if payload["kept"] else ""
         screen.line(f"Rewritten for {payload['target']}: {payload['changed']} of {payload['norms']}{same}.")
