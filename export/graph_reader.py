@@ -8,13 +8,23 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from ..plugins import contract
 from .builder import ONES
+from .graph_fused import FUSED, fused_norm
+from .graph_shapes import (
+    both_ways,
+    copies_dims,
+    fits,
+    is_ones,
+    other_input,
+    reshapes_back,
+    result_dtype,
+    subtracts_mean,
+    unreshaped,
+)
 from .graph_terms import MOST_NODES, Activated, Normed, Squares, Statistic, Step, Term
 from .graph_values import (
     DEFAULT_DOMAINS,
     axes_of,
-    constant,
     dims,
     integers,
     is_floating,
@@ -26,16 +36,6 @@ from .graph_values import (
     widens,
 )
 
-# Operators that are a whole norm: x first, the scale second.
-FUSED = {
-    ("", "RMSNormalization"),
-    ("", "SimplifiedLayerNormalization"),
-    ("com.microsoft", "SimplifiedLayerNormalization"),
-    (contract.DOMAIN, contract.RMS_NORM),
-}
-_FLOAT = ir.DataType.FLOAT
-# More trailing dims than this are none of a norm's.
-MOST_DIMS = 8
 _LAYER_NORM = "the mean is subtracted first, so it is a LayerNorm"
 _OUTSIDE = "epsilon is added outside of the root, which no RMSNorm does"
 _BOUND = "a bound is put on the statistic (as L2 normalisation does), where RMSNorm adds epsilon to the mean of squares"
@@ -83,7 +83,11 @@ class GraphReader:
         if not node.outputs or not node.inputs or node.inputs[0] is None:
             return
         if (node.domain if node.domain != "ai.onnx" else "", node.op_type) in FUSED:
-            self._fused(node)
+            fused = fused_norm(node, self.root)
+            if isinstance(fused, Normed):
+                self.terms[node.outputs[0]] = fused
+            elif fused is not None:
+                self._refuse(node, fused)
             return
         handler = _HANDLERS.get(node.op_type) if node.domain in DEFAULT_DOMAINS else None
         if handler is None:
@@ -207,14 +211,14 @@ class GraphReader:
         return statistic if node.op_type != "ReduceL2" else statistic.power(0.5)
 
     def _add(self, node: ir.Node) -> Term | None:
-        for value, other in _both_ways(node):
+        for value, other in both_ways(node):
             term = self._term(value)
             if isinstance(term, Statistic):
                 return self._shifted(term, node, scalar(other), other)
-        for value, other in _both_ways(node):
+        for value, other in both_ways(node):
             normed = self._open(value)
             if normed is not None and self._is_vector(other, normed):
-                return normed.then(node, Step("bias", _dtype(node), other))
+                return normed.then(node, Step("bias", result_dtype(node), other))
         return None
 
     def _sub(self, node: ir.Node) -> Term | None:
@@ -294,7 +298,7 @@ class GraphReader:
         weighted = self._weighted(term, other)
         if weighted is not None:
             return self._normalised(term, node, weighted[0], divided, weighted[1])
-        if term.p == -0.5 and term.scale is None and term.reduced and self._fits(other, term.taken, term.axes):
+        if term.p == -0.5 and term.scale is None and term.reduced and fits(other, term.taken, term.axes):
             return term.with_node(node, scale=other, half=term.half or is_half(node.outputs[0].dtype))
         if abs(term.p) == 0.5:
             self._refuse(term.reduce, _OTHER)
@@ -306,18 +310,18 @@ class GraphReader:
         if term.p != -0.5 or not term.reduced:
             self._refuse(term.reduce, _POWER if term.reduced else _GONE)
             return None
-        if self._subtracts_mean(term.root):
+        if subtracts_mean(term.root):
             self._refuse(term.reduce, _LAYER_NORM)
             return None
         # c (a M + b)^(-1/2) = c a^(-1/2) (M + b/a)^(-1/2)
         if term.a <= 0 or term.b < 0:
             self._refuse(term.reduce, "its mean of squares or its epsilon is negative")
             return None
-        dtype = _dtype(node)
+        dtype = result_dtype(node)
         nodes = (*term.nodes, *((before,) if before is not None else ()), node)
         steps: tuple[Step, ...] = ()
         if before is not None:
-            steps = (Step("scale", dtype, _other_input(before, operand)),)
+            steps = (Step("scale", dtype, other_input(before, operand)),)
         if term.scale is not None:
             steps = (*steps, Step("scale", dtype, term.scale))
         return Normed(
@@ -332,13 +336,13 @@ class GraphReader:
             return None
         if product.is_graph_output() or is_half(product.dtype):
             return None
-        for value, other in _both_ways(node):
-            if value is not None and self.root(value) is term.root and self._fits(other, value, term.axes):
+        for value, other in both_ways(node):
+            if value is not None and self.root(value) is term.root and fits(other, value, term.axes):
                 return value, node
         return None
 
     def _multiplied(self, normed: Normed, node: ir.Node, other: ir.Value) -> Normed | None:
-        dtype = _dtype(node)
+        dtype = result_dtype(node)
         activated = self._term(other)
         if isinstance(activated, Activated) and same_dims(dims(activated.root), dims(normed.value)):
             if other.is_graph_output() or is_half(activated.taken.dtype) != is_half(dtype):
@@ -350,7 +354,7 @@ class GraphReader:
             return normed.then(node, None, number)
         if self._is_vector(other, normed):
             # Our own ones are there for an operator or a fusion that wants a scale; they are no weight.
-            ours = (other.name or "").startswith(ONES) and _is_ones(other)
+            ours = (other.name or "").startswith(ONES) and is_ones(other)
             return normed.then(node, None if ours else Step("scale", dtype, other))
         return None
 
@@ -366,7 +370,7 @@ class GraphReader:
         assert value is not None
         if not is_floating(value.dtype):
             return None
-        swish = node.op_type in ("Swish", "QuickGelu")
+        swish = node.op_type == "Swish"
         alpha = node.attributes["alpha"].as_float() if "alpha" in node.attributes else 1.0
         if swish and alpha != 1.0:
             return None
@@ -393,15 +397,15 @@ class GraphReader:
             target = integers(node.inputs[1]) if len(node.inputs) > 1 else None
             copied = shape is not None and target == [0] * (len(shape) - term.axes) + [1] * term.axes
             flat = shape is not None and target == [-1] + [1] * term.axes and len(shape) == term.axes + 1
-            fits = same_dims(dims(out), wanted) or flat or (copied and not term.reduced and _copies(node, shape))
+            fits = same_dims(dims(out), wanted) or flat or (copied and not term.reduced and copies_dims(node, shape))
             return term.with_node(node, reduced=True) if fits else None
         normed = self._open(value)
         if normed is None or any(step.kind == "reshape" for step in normed.steps):
             return None
-        before = self._unreshaped(normed.root)
-        if before is None or not self._reshapes_back(node, before):
+        before = unreshaped(normed.root)
+        if before is None or not reshapes_back(node, before, self.root):
             return None
-        return normed.then(node, Step("reshape", _dtype(node)))
+        return normed.then(node, Step("reshape", result_dtype(node)))
 
     def _expand(self, node: ir.Node) -> Term | None:
         term = self._term(node.inputs[0])
@@ -409,157 +413,13 @@ class GraphReader:
             return None
         return term.with_node(node) if same_dims(dims(node.outputs[0]), dims(term.taken)) else None
 
-    def _unreshaped(self, root: ir.Value) -> ir.Value | None:
-        node = root.producer()
-        if node is None or node.op_type != "Reshape" or node.domain not in DEFAULT_DOMAINS:
-            return None
-        return node.inputs[0]
-
-    def _reshapes_back(self, node: ir.Node, before: ir.Value) -> bool:
-        wanted, got = dims(before), dims(node.outputs[0])
-        if same_dims(wanted, got):
-            return True
-        if wanted is not None and got is not None and len(wanted) == len(got):
-            # Both have as many elements: where all dims but one are the same, the last one is too.
-            open_dims = [dim for dim, like in zip(got, wanted, strict=True) if not same_dims([dim], [like])]
-            if len(open_dims) == 1 and not isinstance(open_dims[0], int):
-                return True
-        # The shape of the value itself, taken by a Shape node.
-        shape_node = node.inputs[1].producer() if len(node.inputs) > 1 and node.inputs[1] is not None else None
-        if shape_node is not None and shape_node.op_type == "Shape" and not shape_node.attributes:
-            read = shape_node.inputs[0]
-            return read is not None and (self.root(read) is self.root(before) or same_dims(dims(read), wanted))
-        return False
-
-    def _subtracts_mean(self, root: ir.Value) -> bool:
-        """Whether x is something minus one number for each row."""
-        node = root.producer()
-        while node is not None and node.op_type in ("Cast", "Identity") and node.inputs[0] is not None:
-            node = node.inputs[0].producer()
-        if node is None or node.op_type not in ("Sub", "Add") or node.domain not in DEFAULT_DOMAINS:
-            return False
-        whole = dims(root)
-        candidates = node.inputs[1:] if node.op_type == "Sub" else node.inputs
-        for value in candidates:
-            if value is None:
-                continue
-            shape = dims(value)
-            wide = whole is None or not whole or whole[-1] != 1
-            if shape is None or (len(shape) > 0 and shape[-1] == 1 and wide and constant(value) is None):
-                if shape is None and not _reads_reduce(value):
-                    continue
-                return True
-        return False
-
-    def _fused(self, node: ir.Node) -> None:
-        x, out = node.inputs[0], node.outputs[0]
-        scale = node.inputs[1] if len(node.inputs) > 1 else None
-        if x is None or not is_floating(x.dtype) or x.dtype is None:
-            return
-        attributes, shape = node.attributes, dims(x)
-        axis = attributes["axis"].as_int() if "axis" in attributes else -1
-        if axis >= 0:
-            if shape is None:
-                self._refuse(node, "the rank of its input is unknown, so its axis cannot be told")
-                return
-            axis -= len(shape)
-        if not -MOST_DIMS <= axis < 0 or (shape is not None and -axis > len(shape)):
-            self._refuse(node, "its axis is none of its input's dims")
-            return
-        ours = node.domain == contract.DOMAIN
-        epsilon = attributes["epsilon"].as_float() if "epsilon" in attributes else 1e-5
-        offset = attributes["scale_offset"].as_float() if "scale_offset" in attributes else 0.0
-        stash, scale_type = (
-            ir.DataType(attributes[name].as_int()) if name in attributes else _FLOAT
-            for name in ("stash_type", "scale_type")
-        )  # fmt: skip
-        dtype: ir.DataType = x.dtype
-        if is_half(stash) or (len(node.outputs) > 1 and any(extra.uses() for extra in node.outputs[1:])):
-            self._refuse(node, "its statistics are in a half type, or are used elsewhere")
-            return
-        if out.dtype is None:
-            out.type = scale.type if scale is not None and node.op_type == "RMSNormalization" else x.type
-        wide = stash if widens(dtype, stash) else dtype
-        rounds_first = is_half(dtype) and (
-            node.op_type == "RMSNormalization" and (scale is None or scale.dtype == dtype)
-            if not ours
-            else is_half(scale_type)
-        )
-        steps: list[Step] = [Step("cast", dtype)] if rounds_first else []
-        if scale is not None and not (offset == 0.0 and _is_ones(scale)):
-            steps.append(Step("scale", dtype if rounds_first else wide, scale))
-        if is_half(dtype) and out.dtype == dtype and not rounds_first:
-            steps.append(Step("cast", dtype))
-        term = Normed(
-            out, self.root(x), x, wide, epsilon, 1.0, -axis, True, False, False, node, tuple(steps),
-            (node,), offset=offset,
-        )  # fmt: skip
-        self.terms[out] = term
-
     def _is_vector(self, value: ir.Value | None, normed: Normed) -> bool:
         """Whether a value can be a norm's weight or bias."""
         if any(step.kind == "reshape" for step in normed.steps):
-            before = self._unreshaped(normed.root)
+            before = unreshaped(normed.root)
             cut = regrouping(before, normed.root, normed.axes)
-            return before is not None and cut is not None and self._fits(value, before, cut[1])
-        return self._fits(value, normed.value, normed.axes)
-
-    def _fits(self, value: ir.Value | None, like: ir.Value, axes: int) -> bool:
-        """Whether a value has the shape of the trailing dims of `like`, one element, or leading dims of 1 before."""
-        if value is None or not is_floating(value.dtype):
-            return False
-        shape, whole = dims(value), dims(like)
-        if shape is None or any(not isinstance(dim, int) for dim in shape):
-            return False
-        if math.prod(d for d in shape if isinstance(d, int)) == 1:
-            return whole is None or len(shape) <= len(whole)
-        if whole is None:
-            return len(shape) == axes == 1
-        if len(shape) > len(whole) or any(dim != 1 for dim in shape[: max(len(shape) - axes, 0)]):
-            return False
-        return len(shape) >= axes and list(shape[len(shape) - axes :]) == list(whole[len(whole) - axes :])
-
-
-def _both_ways(node: ir.Node) -> Iterator[tuple[ir.Value | None, ir.Value | None]]:
-    a, b = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
-    yield a, b
-    yield b, a
-
-
-def _other_input(node: ir.Node, value: ir.Value) -> ir.Value | None:
-    return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
-
-
-def _dtype(node: ir.Node) -> ir.DataType:
-    """The dtype of a node's result: its first typed input's where the file does not say."""
-    out = node.outputs[0]
-    if out.dtype is None:
-        out.type = next((v.type for v in node.inputs if v is not None and v.dtype is not None), None)
-    return out.dtype if out.dtype is not None else _FLOAT
-
-
-def _is_ones(value: ir.Value) -> bool:
-    array = constant(value)
-    return array is not None and bool((array == 1).all())
-
-
-def _copies(node: ir.Node, shape: list[int | ir.SymbolicDim] | None) -> bool:
-    """Whether zeros in a Reshape's target copy the input's dims."""
-    return shape is not None and ("allowzero" not in node.attributes or node.attributes["allowzero"].as_int() == 0)
-
-
-def _reads_reduce(value: ir.Value) -> bool:
-    """Whether a value comes from a Reduce node by way of a few scalar operations."""
-    for _ in range(4):
-        node = value.producer()
-        if node is None:
-            return False
-        if node.op_type.startswith("Reduce") or node.op_type == "GlobalAveragePool":
-            return True
-        if not node.inputs or node.inputs[0] is None:
-            return False
-        value = node.inputs[0]
-    return False
+            return before is not None and cut is not None and fits(value, before, cut[1])
+        return fits(value, normed.value, normed.axes)
 
 
 _Handler = Callable[[GraphReader, ir.Node], Term | None]

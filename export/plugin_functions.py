@@ -9,6 +9,8 @@ from ..plugins import contract
 
 # Cast, Pow, ReduceMean with axes as input, CastLike: all there from opset 18.
 _FUNCTION_OPSET = 18
+# The first IR version with model-local functions.
+_FUNCTIONS_SINCE = 8
 
 
 def plugin_function(op_type: str, opset: int = _FUNCTION_OPSET) -> ir.Function:
@@ -49,6 +51,7 @@ def add_plugin_functions(model: ir.Model) -> None:
         function.opset_imports[""] = model.graph.opset_imports[""]
         model.functions[function.identifier()] = function
     if used:
+        model.ir_version = max(model.ir_version, _FUNCTIONS_SINCE)
         model.graph.opset_imports[contract.DOMAIN] = contract.DOMAIN_VERSION
 
 

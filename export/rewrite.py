@@ -18,6 +18,9 @@ from .opset import raise_opset
 from .plugin_functions import add_plugin_functions
 from .write_norm import LoweredSite, NormWriter, Written, dtype_name
 
+# Before this IR version every initializer had to be an input too.
+_CONSTANTS_SINCE = 4
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RewrittenSite:
@@ -124,6 +127,7 @@ def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Contai
         if wanted > current:
             notes.append(f"opset import raised from {current} to {wanted}")
     if result.changed:
+        rewritten.ir_version = max(rewritten.ir_version, _CONSTANTS_SINCE)
         add_plugin_functions(rewritten)
     _untype(result, [(copies[value], dtype, shape) for value, dtype, shape in filled])
     return result
