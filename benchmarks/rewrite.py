@@ -1,10 +1,12 @@
 """What rewriting costs, and how many norms it fuses beside two other optimisers.
 
-    python benchmarks/rewrite.py              all three parts
-    python benchmarks/rewrite.py --only nodes | large | fused
+    python benchmarks/rewrite.py              all parts
+    python benchmarks/rewrite.py --only nodes | large | fused | corpus
 
 nodes: seconds for graphs of 1e3, 1e4 and 1e5 nodes without the proof, from reading the file to having written it.
 large: a file of 1.1e9 float32 parameters with external data (sparse on disk): seconds and memory without the proof.
+corpus: the same three on every spelling of the tests' corpus: files in which all norms are fused, those that go wrong,
+    and those that a tool fails on.
 fused: norms in ONNX Runtime's fused form after this package, after onnxscript's `optimize_for_ort`, and after
     `onnxruntime.transformers.optimizer`, on the same files, which `torch.onnx.export` writes at its default settings;
     and whether the result still agrees with the file that it came from.
@@ -22,7 +24,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,35 +176,48 @@ def plain_exports(folder: Path) -> Iterator[tuple[str, str, Path, int]]:
 
 def fused_norms(path: Path) -> int:
     """Operators that are a whole norm, in the file itself."""
-    return sum(node.op_type in NORM_OPS for node in onnx.load(path, load_external_data=False).graph.node)
+    from rmsnorm_deploy.export.model_file import all_nodes
+
+    return sum(node.op_type in NORM_OPS for node in all_nodes(onnx.load(path, load_external_data=False)))
 
 
-def outputs(path: Path, feeds: dict[str, Any] | None = None) -> tuple[list[Any], dict[str, Any]]:
+def outputs(path: Path, feeds: dict[str, Any] | None = None, rows: bool = False) -> tuple[list[Any], dict[str, Any]]:
+    """What a file gives: on made-up tokens, or on normal rows."""
     from rmsnorm_deploy.runtime.feeds import make_feeds
     from rmsnorm_deploy.runtime.ort_runner import OrtRunner
+    from rmsnorm_deploy.runtime.runner import numpy_dtype
 
     with OrtRunner(path) as runner:
+        if feeds is None and rows:
+            rng = np.random.default_rng(0)
+            shapes = [(i, [dim if isinstance(dim, int) else 3 for dim in i.shape or ()]) for i in runner.inputs()]
+            feeds = {i.name: np.asarray(rng.standard_normal(shape)).astype(numpy_dtype(i.dtype)) for i, shape in shapes}
         feeds = feeds or make_feeds(runner.inputs(), 2, 7, 0, 90)
         return list(runner.run(feeds).values()), feeds
 
 
-def agrees(path: Path, wanted: list[Any], feeds: dict[str, Any]) -> str:
-    """Whether a file gives what the file it came from gives: the largest difference by the outputs' size."""
-    try:
-        got, _ = outputs(path, feeds)
-    except Exception as error:
-        return f"does not run: {' '.join(str(error).split())[:60]}"
+def difference(path: Path, wanted: list[Any], feeds: dict[str, Any]) -> float:
+    """The largest difference from what the file before gives, by the size of the output."""
+    got, _ = outputs(path, feeds)
     worst = 0.0
     for a, b in zip(wanted, got, strict=True):
         wide = a.astype(np.float64)
         worst = max(worst, float(np.abs(b.astype(np.float64) - wide).max() / np.abs(wide).max()))
-    return f"{worst:.1e}"
+    return worst
 
 
-def ours(path: Path, folder: Path) -> Path:
+def agrees(path: Path, wanted: list[Any], feeds: dict[str, Any]) -> str:
+    """The difference for people, or why there is none."""
+    try:
+        return f"{difference(path, wanted, feeds):.1e}"
+    except Exception as error:
+        return f"does not run: {' '.join(str(error).split())[:60]}"
+
+
+def ours(path: Path, folder: Path, verify: bool = True) -> Path:
     from rmsnorm_deploy.runtime.rewriting import rewrite_model
 
-    return rewrite_model(path, folder, target="ort").folder / path.name
+    return rewrite_model(path, folder, target="ort", verify=verify).model
 
 
 def onnxscripts(path: Path, folder: Path) -> Path:
@@ -225,6 +241,43 @@ def onnxruntimes(path: Path, folder: Path) -> Path:
     return folder / path.name
 
 
+def quietly(optimise: Callable[[Path, Path], Path], path: Path, folder: Path) -> Path:
+    """The optimised file; what tools print goes nowhere."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return optimise(path, folder)
+
+
+def corpus_table(folder: Path) -> None:
+    sys.path.insert(0, str(ROOT / "tests"))
+    from helpers.norm_places import PLACES
+    from helpers.norm_spellings import SPELLINGS
+
+    ways = {**WAYS, "rmsnorm rewrite": lambda path, place: ours(path, place, verify=False)}
+    counts: dict[str, Counter[str]] = {way: Counter() for way in ways}
+    spellings = [spelling for spelling in (*SPELLINGS.values(), *PLACES.values()) if spelling.runs]
+    for number, spelling in enumerate(spellings):
+        path = folder / f"{number}.onnx"
+        path.write_bytes(spelling.build().SerializeToString())
+        wanted, feeds = outputs(path, rows=True)
+        for way, optimise in ways.items():
+            try:
+                result = quietly(optimise, path, folder / f"{number}-{way.replace(' ', '-')}")
+                fused = fused_norms(result) >= len(spelling.expected)
+            except Exception:
+                counts[way]["fails"] += 1
+                continue
+            try:
+                right = difference(result, wanted, feeds) <= TOLERANCE
+            except Exception:
+                right = False
+            counts[way]["all fused" if fused and right else "not all fused" if right else "wrong"] += 1
+    print(f"{len(spellings)} files; wrong: does not run, or differs by more than {TOLERANCE:g} of the outputs' size")
+    outcomes = ("all fused", "not all fused", "wrong", "fails")
+    print(f"| | {' | '.join(outcomes)} |\n|---|{'---|' * len(outcomes)}")
+    for way in WAYS:
+        print(f"| {way} | {' | '.join(str(counts[way][outcome]) for outcome in outcomes)} |")
+
+
 def root_of(error: BaseException) -> BaseException:
     """What an error was raised for in the first place."""
     while error.__cause__ is not None:
@@ -232,25 +285,30 @@ def root_of(error: BaseException) -> BaseException:
     return error
 
 
+WAYS: dict[str, Callable[[Path, Path], Path]] = {
+    "rmsnorm rewrite": ours, "optimize_for_ort": onnxscripts, "onnxruntime.transformers": onnxruntimes,
+}  # fmt: skip
+# Of the outputs' size: some roundings of float16.
+TOLERANCE = 5e-3
+
+
 def fused_table(folder: Path) -> None:
-    ways = {"rmsnorm rewrite": ours, "optimize_for_ort": onnxscripts, "onnxruntime.transformers": onnxruntimes}
     print("norms fused of all; in brackets the largest difference from the file before, by the outputs' size")
-    print(f"| file | {' | '.join(ways)} |\n|---|{'---|' * len(ways)}")
+    print(f"| file | {' | '.join(WAYS)} |\n|---|{'---|' * len(WAYS)}")
     for name, dtype, path, count in plain_exports(folder):
         wanted, feeds = outputs(path)
         cells = []
-        for way, optimise in ways.items():
+        for way, optimise in WAYS.items():
             place = folder / f"{name}-{dtype}-{way.replace(' ', '-')}"
             try:
-                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                    result = optimise(path, place)
+                result = quietly(optimise, path, place)
                 cells.append(f"{fused_norms(result)} of {count} ({agrees(result, wanted, feeds)})")
             except Exception as error:
-                cells.append(f"fails: {' '.join(str(root_of(error)).split())[:300]}")
+                cells.append(f"fails: {' '.join(str(root_of(error)).split())[:60]}")
         print(f"| {name} {dtype} | {' | '.join(cells)} |", flush=True)
 
 
-PARTS = {"nodes": nodes_table, "large": large_table, "fused": fused_table}
+PARTS = {"nodes": nodes_table, "large": large_table, "fused": fused_table, "corpus": corpus_table}
 
 
 def main() -> None:

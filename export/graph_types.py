@@ -6,6 +6,8 @@ that hands its input's type on, where that is what they do.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import onnx
 import onnx_ir as ir
 
@@ -29,13 +31,25 @@ _LIKE_FIRST_INPUT: dict[tuple[str, str], tuple[int, ...]] = {
 }
 
 
-def fill_types(model: ir.Model) -> list[tuple[ir.Value, bool, bool]]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Filled:
+    """A value that was given a dtype or a shape, and what it had before."""
+
+    value: ir.Value
+    type: ir.TypeProtocol | None
+    shape: ir.Shape | None
+
+
+def fill_types(model: ir.Model) -> list[Filled]:
     """Give every value of the model's graphs the dtype and shape that can be inferred, where it has none.
 
+    Where the file says one shape and its operators give another, theirs counts: a file whose inputs were changed by
+    hand often keeps old shapes inside, and still runs.
+
     Returns:
-        The values that were given something: each with whether its dtype and its shape are new.
+        The values that were given something.
     """
-    filled: list[tuple[ir.Value, bool, bool]] = []
+    filled: list[Filled] = []
     skeleton = _skeleton(model)
     try:
         inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
@@ -51,7 +65,7 @@ def fill_types(model: ir.Model) -> list[tuple[ir.Value, bool, bool]]:
         following = iter(holders)
         for node in graph:
             for value in node.outputs:
-                if value.name in known and (value.dtype is None or value.shape is None):
+                if value.name in known:
                     _fill(value, known[value.name], filled)
             inner = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
             if inner and (node.domain, node.op_type) not in _LIKE_FIRST_INPUT:
@@ -89,28 +103,36 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
             outputs = [node.outputs[index] for index in like_first if index < len(node.outputs)]
             for output in (value for value in outputs if value.name):
                 graph.node.add(op_type="Identity", input=[str(node.inputs[0].name)], output=[str(output.name)])
-        for value in node.outputs:
+        inferred = node.domain in ("", "ai.onnx") and onnx.defs.has(node.op_type)
+        for value in node.outputs if not inferred else ():
             if value.type is not None and value.name:
                 ir.serde.serialize_value_into(graph.value_info.add(), value)
     for value in model.graph.outputs:
-        ir.serde.serialize_value_into(graph.output.add(), value)
+        graph.output.add(name=str(value.name))
     for function in model.functions.values():
         ir.serde.serialize_function_into(proto.functions.add(), function)
     return proto
 
 
-def _fill(value: ir.Value, known: onnx.TypeProto, filled: list[tuple[ir.Value, bool, bool]]) -> None:
+def _fill(value: ir.Value, known: onnx.TypeProto, filled: list[Filled]) -> None:
     if not known.HasField("tensor_type"):
         return
     tensor = known.tensor_type
-    new_dtype = value.dtype is None and tensor.elem_type != 0
-    if new_dtype:
+    before = Filled(value, value.type, value.shape)
+    if value.dtype is None and tensor.elem_type != 0:
         value.dtype = ir.DataType(tensor.elem_type)
-    new_shape = value.shape is None and tensor.HasField("shape")
-    if new_shape:
-        value.shape = ir.Shape([_dim(dim) for dim in tensor.shape.dim])
-    if new_dtype or new_shape:
-        filled.append((value, new_dtype, new_shape))
+    if tensor.HasField("shape"):
+        shape = ir.Shape([_dim(dim) for dim in tensor.shape.dim])
+        if value.shape is None or _contradict(value.shape, shape):
+            value.shape = shape
+    if value.type is not before.type or value.shape is not before.shape:
+        filled.append(before)
+
+
+def _contradict(said: ir.Shape, inferred: ir.Shape) -> bool:
+    if len(said) != len(inferred):
+        return True
+    return any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(said, inferred, strict=True))
 
 
 def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from ..models.errors import UnsupportedError, UsageError
 from .graph_recognise import find_norms
 from .graph_site import GraphRefusal, GraphSite
-from .graph_types import fill_types
+from .graph_types import Filled, fill_types
 from .inline import inline_norm_functions
 from .lowerings import HIGHEST_OPSET, cell, deviations
 from .opset import raise_opset
@@ -129,7 +129,7 @@ def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Contai
     if result.changed:
         rewritten.ir_version = max(rewritten.ir_version, _CONSTANTS_SINCE)
         add_plugin_functions(rewritten)
-    _untype(result, [(copies[value], dtype, shape) for value, dtype, shape in filled])
+    _untype(result, [(copies[row.value], row) for row in filled])
     return result
 
 
@@ -218,18 +218,9 @@ def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
             yield from attribute.as_graphs()
 
 
-def _untype(result: Rewritten, known: list[tuple[ir.Value, bool, bool]]) -> None:
+def _untype(result: Rewritten, filled: list[tuple[ir.Value, Filled]]) -> None:
     """Take back the dtypes and shapes that the file did not have, except where norms begin and end."""
-    kept = {
-        value
-        for site in result.sites
-        for value in (site.x, site.y, site.gate, *(site.sum_of or ()))
-        if value is not None
-    }
-    for value, new_dtype, new_shape in known:
-        if value in kept:
-            continue
-        if new_shape:
-            value.shape = None
-        if new_dtype:
-            value.type = None
+    kept = {value for site in result.sites for value in (site.x, site.y, site.gate, *(site.sum_of or ()))}
+    for value, before in filled:
+        if value not in kept:
+            value.type, value.shape = before.type, before.shape
