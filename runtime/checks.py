@@ -255,7 +255,7 @@ def judge_norm(
     )
     off = own.max_rel_row / format_of(rounded).eps
     if kind in TAME and not off <= sound_limit(norm.spec, rounded):
-        return OutputVerdict(kind, False, no_truth(norm.spec, off, yardstick_name), mine, own)
+        return OutputVerdict(kind, False, no_truth(norm.spec, off, f"{yardstick_name}'s own norm"), mine, own)
     if not verdict.passed and dtype == "float32" and kind in _SUMS_GO_ONE_WAY:
         width = math.prod(norm.shape[len(norm.shape) - norm.spec.trailing_dims :])
         limit = (TOLERANCES[dtype].floor_max + _PLAIN_SUMS * width) * format_of(dtype).eps
@@ -276,10 +276,10 @@ def sound_limit(spec: NormSpec, dtype: str) -> float:
     return _SOUND_IN_HALF if in_half else _SOUND[dtype]
 
 
-def no_truth(spec: NormSpec, off: float, whose: str = "PyTorch") -> str:
+def no_truth(spec: NormSpec, off: float, whose: str = "PyTorch's own norm", unit: str = "eps x row RMS") -> str:
     """The reason why a norm cannot be judged: PyTorch, or whose it is, does not compute what it was recognised by."""
     return (
-        f"{whose}'s own norm is {off:.3g} eps x row RMS from the formula that it was recognised by "
+        f"{whose} is {off:.3g} {unit} from the formula that it was recognised by "
         f"({spec.describe()}): there is no truth to go by"
     )
 

@@ -190,11 +190,7 @@ class Examination:
         off = disagreements.get(check.norm.key, 0.0)
         if off <= _SAME_FORMULA:
             return check
-        formula = check.norm.spec.describe()
-        return _failed(
-            check, f"PyTorch's own code in float64 is {off:.3g} x row RMS from the formula that it was recognised by "
-            f"({formula}): there is no truth to go by",
-        )  # fmt: skip
+        return _failed(check, no_truth(check.norm.spec, off, "PyTorch's own code in float64", "x row RMS"))
 
     def _stretch(self, cut: list[Key], end: Key | str) -> tuple[str, list[str]]:
         """The name of the stretch that ends before a norm or an output, and the norms inside it.

@@ -79,8 +79,6 @@ def judge(
     yardstick: NDArray[Any],
     *,
     limits: Limits | None = None,
-    atol: float | None = None,
-    rtol: float | None = None,
     yardstick_name: str = "PyTorch",
 ) -> OutputVerdict:
     """The verdict on one output.
@@ -95,17 +93,12 @@ def judge(
         yardstick: what PyTorch gives in the deployment dtype.
         limits: with any of them set, they replace the table. Integers and booleans are compared exactly all the same,
             and NaN and infinities must be in place.
-        atol: short for `Limits(atol, rtol)` in place of `limits`.
-        rtol: see atol.
         yardstick_name: what the yardstick is called in the reason.
 
     Returns:
         The verdict; shapes or kinds of dtype that do not match are a failing one, not an exception.
-
-    Raises:
-        UsageError: atol or rtol is negative or NaN.
     """
-    limits = limits or Limits(atol, rtol)
+    limits = limits or Limits()
     problem = _incomparable(candidate, truth, yardstick)
     if problem:
         return OutputVerdict(name, False, problem, None, None)

@@ -31,6 +31,7 @@ class OnnxNorms:
     def __init__(self, path: Path, providers: list[str]) -> None:
         self._path, self._providers = path, providers
         self._graph = GraphNorms(path)
+        self._large = sum(file.stat().st_size for file in read_model(path).external_files) > _LARGE_FILE
 
     @property
     def keys(self) -> list[Key]:
@@ -105,10 +106,6 @@ class OnnxNorms:
         if not self._large:
             return []
         return ["the file is large: its parts were run without repacking weights for the kernels, which opens at once"]
-
-    @property
-    def _large(self) -> bool:
-        return sum(path.stat().st_size for path in read_model(self._path).external_files) > _LARGE_FILE
 
     def _opened(self, model: onnx.ModelProto) -> OrtRunner:
         return OrtRunner(

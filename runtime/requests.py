@@ -18,7 +18,7 @@ from .ort_graph import file_record
 from .runner import TensorInfo
 from .tokenizer import has_tokenizer
 from .tolerances import parse_limits
-from .validate import validate
+from .validate import bisect, validate
 from .validation_report import BISECT_SCHEMA, VALIDATE_SCHEMA, ValidationReport
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class ValidationRequest:
         if exported is None:
             say(f"loading {self.candidate}")
             other = load_model(self.candidate, trust_remote_code=trust_remote_code)
-        report = validate(
+        report = (bisect if self.bisect else validate)(
             self.candidate if other is None else other.model,
             model,
             provider=self.provider,
@@ -126,12 +126,11 @@ class ValidationRequest:
             cases=lambda infos: self._cases(infos, exported, other, trust_remote_code),
             limits=limits,
             outputs_only=self.outputs_only,
-            depth=self.depth or self.bisect,
+            depth=self.depth,
             window=self.window,
             settings=self.to_dict(),
             progress=say,
         )
-        report.schema = BISECT_SCHEMA if self.bisect else VALIDATE_SCHEMA
         if self.inputs is not None and Path(self.inputs).is_file():
             report.provenance["inputs"] = file_record(Path(self.inputs))
         return report

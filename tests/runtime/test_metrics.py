@@ -15,7 +15,7 @@ from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime import measured
 from rmsnorm_deploy.runtime.figures import HISTOGRAM_EDGES, Worst, json_value
 from rmsnorm_deploy.runtime.metrics import Figures, figures, judge
-from rmsnorm_deploy.runtime.tolerances import TOLERANCES, small_sample
+from rmsnorm_deploy.runtime.tolerances import TOLERANCES, Limits, small_sample
 from rmsnorm_deploy.runtime.ulp import FORMATS, ulp_size
 
 BF16 = ml_dtypes.bfloat16
@@ -441,7 +441,7 @@ def test_nothing_to_judge_by_is_no_pass() -> None:
     verdict = judge("logits", np.ones(64, np.float16), truth, overflowed)
     assert not verdict.passed
     assert "give atol or rtol" in verdict.reason
-    assert judge("logits", np.ones(64, np.float16), truth, overflowed, atol=1e-3).passed
+    assert judge("logits", np.ones(64, np.float16), truth, overflowed, limits=Limits(atol=1e-3)).passed
     assert judge("logits", overflowed, truth, overflowed).passed
 
 
@@ -486,7 +486,7 @@ def test_a_wider_candidate_passes_with_a_note() -> None:
 def test_integers_and_booleans_compare_exactly_with_the_yardstick() -> None:
     ids = np.array([[1, 2], [3, 2**60]])
     assert judge("ids", ids.copy(), ids, ids).passed
-    verdict = judge("ids", ids + np.array([[0, 0], [0, 1]]), ids, ids, atol=5.0)
+    verdict = judge("ids", ids + np.array([[0, 0], [0, 1]]), ids, ids, limits=Limits(atol=5.0))
     assert not verdict.passed
     assert "the first at (1, 1): 1152921504606846977 for 1152921504606846976" in verdict.reason
     flags = np.array([True, False])
@@ -499,16 +499,16 @@ def test_integers_and_booleans_compare_exactly_with_the_yardstick() -> None:
 def test_explicit_tolerances_replace_the_rule(atol: float | None, rtol: float | None, passed: bool) -> None:
     truth = np.array([1.0, -1.0, 0.5])
     candidate = np.array([1.01, -1.0, 0.5], np.float32)
-    assert judge("y", candidate, truth, truth.astype(np.float32), atol=atol, rtol=rtol).passed is passed
+    assert judge("y", candidate, truth, truth.astype(np.float32), limits=Limits(atol, rtol)).passed is passed
 
 
 def test_explicit_tolerances_still_want_nan_in_place_and_must_be_numbers() -> None:
     truth = np.array([1.0, 2.0])
     yardstick = truth.astype(np.float32)
-    assert not judge("y", np.array([1.0, np.nan], np.float32), truth, yardstick, atol=1e9).passed
+    assert not judge("y", np.array([1.0, np.nan], np.float32), truth, yardstick, limits=Limits(atol=1e9)).passed
     for wrong in (-1.0, math.nan):
         with pytest.raises(UsageError, match="rtol"):
-            judge("y", yardstick, truth, yardstick, rtol=wrong)
+            judge("y", yardstick, truth, yardstick, limits=Limits(rtol=wrong))
 
 
 def test_empty_and_scalar_outputs() -> None:
