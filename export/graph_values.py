@@ -126,9 +126,9 @@ def _read(tensor: ir.TensorProtocol) -> NDArray[Any] | None:
             return tensor.numpy()
         except (AssertionError, TypeError, ValueError):  # values in a field that its dtype does not have
             return None
-    kind = tensor.dtype.numpy()
-    if kind.itemsize * 8 != tensor.dtype.bitwidth:  # several values to a byte: no norm's
+    if tensor.dtype == ir.DataType.STRING or tensor.dtype.bitwidth % 8:  # texts, or several values to a byte
         return None
+    kind = tensor.dtype.numpy()
     with open(tensor.path, "rb") as file:
         file.seek(tensor.offset or 0)
         data = file.read(tensor.size * kind.itemsize)

@@ -200,8 +200,22 @@ def test_export_that_stops_while_it_writes(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_export_interrupted_while_it_captures(models: Path, tmp_path: Path) -> None:
-    process = start("export", f"{models}:net", "-o", tmp_path / "out")
+SLOW = """
+import time, torch
+class Slow(torch.nn.Linear):
+    def forward(self, x):
+        if torch.compiler.is_exporting():
+            time.sleep(50)
+        return super().forward(x)
+def net():
+    return Slow(4, 4), {"x": torch.ones(2, 4)}
+"""
+
+
+def test_export_interrupted_while_it_captures(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    model = tmp_path_factory.mktemp("slow") / "slow.py"
+    model.write_text(SLOW)
+    process = start("export", f"{model}:net", "-o", tmp_path / "out")
     assert process.stderr is not None
     for line in process.stderr:
         if "capturing" in line:
