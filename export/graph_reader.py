@@ -347,7 +347,8 @@ class GraphReader:
         if isinstance(activated, Activated) and same_dims(dims(activated.root), dims(normed.value)):
             if other.is_graph_output() or is_half(activated.taken.dtype) != is_half(dtype):
                 return None
-            return normed.then(node, Step("gate", dtype, activated.root, activated.kind))
+            gated = normed.then(node, Step("gate", dtype, activated.root, activated.kind))
+            return replace(gated, nodes=(*normed.nodes, *activated.nodes, node))
         number = scalar(other)
         off = not math.isclose(normed.coefficient, 1.0, rel_tol=1e-5)
         if number is not None and number > 0 and off:

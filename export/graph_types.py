@@ -13,6 +13,8 @@ import onnx_ir as ir
 
 # Constants of at most this many elements may hold a shape.
 _SMALL = 1024
+# A vector of more elements than this is no vector of a sound model's.
+_LONGEST = 1 << 24
 _GRAPH = onnx.AttributeProto.GRAPH
 # Operators of ONNX Runtime, TensorRT and of our own whose outputs of these numbers have the first input's type.
 _LIKE_FIRST_INPUT: dict[tuple[str, str], tuple[int, ...]] = {
@@ -52,7 +54,7 @@ def fill_types(model: ir.Model) -> list[Filled]:
     filled: list[Filled] = []
     skeleton = _skeleton(model)
     try:
-        inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
+        inferred = _inferred(skeleton)
     except Exception:  # a graph that contradicts itself; what the file says is then all there is
         return filled
     known = {info.name: info.type for info in (*inferred.graph.value_info, *inferred.graph.output)}
@@ -72,6 +74,19 @@ def fill_types(model: ir.Model) -> list[Filled]:
                 protos = [a.g for a in next(following).attribute if a.type == _GRAPH]
                 pending.extend(_inner(g, p) for g, p in zip(inner, protos, strict=True))
     return filled
+
+
+def _inferred(skeleton: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with shapes, also those that nodes compute.
+
+    Following computed shapes, onnx makes as many entries as a vector has elements: absurd ones would fill the memory.
+    """
+    plain = onnx.shape_inference.infer_shapes(skeleton)
+    graph = plain.graph
+    shapes = (info.type.tensor_type.shape.dim for info in (*graph.input, *graph.value_info, *graph.output))
+    if any(len(dims) == 1 and dims[0].dim_value > _LONGEST for dims in shapes):
+        return plain
+    return onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
 
 
 def _inner(graph: ir.Graph, proto: onnx.GraphProto) -> tuple[ir.Graph, dict[str, onnx.TypeProto], list[onnx.NodeProto]]:

@@ -17,6 +17,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 
+from ..export.annotate import annotate
 from ..export.write_norm import FORM_KEY, PATH_KEY, SPEC_KEY, VALUES_KEY
 
 # A norm of the model: the path of its module, and the how-manieth call of it.
@@ -75,6 +76,7 @@ class GraphNorms:
         self.path = path
         self.problems: dict[str, str] = {}
         self._model = ir.load(path)
+        annotate(self._model)
         self._values = {v.name: v for v in _values(self._model.graph)}
         self.norms: dict[Key, GraphNorm] = {norm.key: norm for norm in self._located()}
 
