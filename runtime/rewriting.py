@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..export.files import MANIFEST, check_destination, copy_companions, new_file, new_folder
 from ..export.graph_check import check_graph
@@ -21,9 +21,10 @@ from ..export.rewrite import Rewritten, rewrite
 from ..export.write_norm import dtype_name
 from ..models.errors import MismatchError, UsageError
 from .feeds import is_past
-from .model_proof import prove_model
-from .rewrite_proof import Proof, prove_norms
-from .runner import Array
+
+if TYPE_CHECKING:
+    from .rewrite_proof import Proof
+    from .runner import Array
 
 Weights = Literal["copy", "link"]
 WEIGHTS: tuple[Weights, ...] = ("copy", "link")
@@ -113,14 +114,14 @@ def rewrite_model(
         graph = to_ir(original)
         say("finding the norms")
         rewritten = rewrite(graph, target, opset)
-        proof = Proof()
+        proof = None
         if verify:
             rewritten, proof = _proven(rewritten, graph, target, opset, source.parent, seed, say)
-        job = _Job(original, source, rewritten, proof, target, verify, inputs, seed, say)
+        job = _Job(original, source, rewritten, proof, target, inputs, seed, say)
         if beside:
             with new_file(place) as partial:
                 content = _write(job, partial.parent, partial.name, "reference")
-            return RewriteResult(place, [place], content, rewritten, job.proof if verify else None)
+            return RewriteResult(place, [place], content, rewritten, job.proof)
         with new_folder(place) as folder:
             content = _write(job, folder, source.name, weights)
             copy_companions(source.parent, folder)
@@ -128,7 +129,7 @@ def rewrite_model(
             unchanged = [folder / file.relative_to(source.parent) for file in original.external_files]
             manifest = write_manifest(folder, content, unchanged)
     files = [place / name for name in (*manifest["files"], MANIFEST)]
-    return RewriteResult(place / source.name, files, manifest, rewritten, job.proof if verify else None)
+    return RewriteResult(place / source.name, files, manifest, rewritten, job.proof)
 
 
 @dataclass(slots=True)
@@ -138,9 +139,8 @@ class _Job:
     original: ModelFile
     source: Path
     rewritten: Rewritten
-    proof: Proof
+    proof: Proof | None
     target: str
-    verify: bool
     inputs: Mapping[str, Array] | None
     seed: int
     say: Callable[[str], None]
@@ -154,7 +154,9 @@ def _write(job: _Job, folder: Path, name: str, weights: Literal["copy", "link", 
         shutil.copyfile(job.source, folder / name)  # nothing was done: the very file
     if weights == "link" and job.original.external_files and not notes:
         notes.append(_LINKED)
-    if job.verify and job.rewritten.changed:
+    if job.proof is not None and job.rewritten.changed:
+        from .model_proof import prove_model
+
         job.proof = prove_model(
             job.rewritten, job.source, folder / name, job.proof, feeds=job.inputs, seed=job.seed, say=job.say
         )
@@ -169,6 +171,8 @@ def _proven(
     rewritten: Rewritten, graph: Any, target: str, opset: int | None, folder: Path, seed: int, say: Any
 ) -> tuple[Rewritten, Proof]:
     """The rewriting without the norms whose proof fails."""
+    from .rewrite_proof import prove_norms
+
     proof = prove_norms(rewritten, folder, seed=seed, say=say)
     failed = {row.number: row.reason for row in proof.sites if row.verdict == "mismatch"}
     if failed:
@@ -200,7 +204,7 @@ def _content(job: _Job, notes: list[str]) -> dict[str, Any]:
         "sites": rewritten_rows(rewritten),
         "refusals": [refusal.to_dict() for refusal in rewritten.refusals],
         "notes": [*rewritten.notes, *notes],
-        "proof": job.proof.to_dict() if job.verify else None,
+        "proof": None if job.proof is None else job.proof.to_dict(),
     }
 
 
