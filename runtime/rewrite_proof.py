@@ -8,7 +8,7 @@ recognised wrongly is far from its truth, and one that was written wrongly is wo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +20,10 @@ from ..export.graph_site import GraphSite
 from ..export.graph_values import constant
 from ..export.rewrite import Rewritten, RewrittenSite
 from ..export.write_norm import dtype_name
-from ..models.errors import RmsnormDeployError, UsageError
+from ..models.errors import EnvironmentMissingError, RmsnormDeployError, UsageError
 from ..models.reference import reference
 from ..models.spec import NormSpec
-from .checks import TAME, judge_norm
+from .checks import TAME, judge_norm, rows_by_kind
 from .metrics import OutputVerdict
 from .norm_access import CalledNorm, NormFeed
 from .norm_cut import Cut, CutModel, cut_out
@@ -34,8 +34,8 @@ from .runner import Array
 Verdict = Literal["pass", "mismatch", "unproven"]
 Say = Callable[[str], None]
 
-# Norms that are run in one session, and elements of a norm's input.
-_WINDOW, _MOST_ELEMENTS = 64, 1 << 20
+# Norms that are run in one session, elements of all their inputs, and elements from which a norm's input is made small.
+_WINDOW, _WINDOW_ELEMENTS, _MOST_ELEMENTS = 64, 1 << 24, 1 << 16
 # Sizes of dims that the file leaves open: the first, and the others. Ten rows show every kind once.
 _FIRST, _OTHERS = 2, 5
 
@@ -77,12 +77,14 @@ class Proof:
     Attributes:
         sites: each norm that was written anew.
         model: a verdict for each output of the whole model, by shape; None before it ran.
+        alone: the file before does not load, so the new one ran by itself.
         notes: what could not be done as usual.
         unproven: why the whole model could not be compared; empty where it was.
     """
 
     sites: list[SiteProof] = field(default_factory=list)
     model: list[OutputVerdict] | None = None
+    alone: bool = False
     notes: list[str] = field(default_factory=list)
     unproven: str = ""
 
@@ -111,6 +113,8 @@ class Proof:
         if not self.sites:
             return "no norm was written anew"
         norms = f"{len(self.sites)} norm{'s' * (len(self.sites) != 1)} alone on {len(KINDS)} kinds of rows"
+        if self.alone:
+            return f"{norms}; the whole model runs and is finite, where the file before does not load"
         return f"{norms}; the whole model, {len(self.model or ())} outputs"
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,14 +144,29 @@ def prove_norms(rewritten: Rewritten, folder: Path, *, seed: int, say: Say) -> P
     proof = Proof()
     wanted = [(number, site) for number, site in enumerate(rewritten.sites) if site.changed]
     rejected: dict[str, list[str]] = {}
-    for first in range(0, len(wanted), _WINDOW):
-        say(f"running norms alone: {first + 1} to {min(first + _WINDOW, len(wanted))} of {len(wanted)}")
-        proof.sites += _prove_window(rewritten, wanted[first : first + _WINDOW], folder, seed, rejected)
+    for window in _windows(wanted):
+        first = len(proof.sites)
+        say(f"running norms alone: {first + 1} to {first + len(window)} of {len(wanted)}")
+        proof.sites += _prove_window(rewritten, window, folder, seed, rejected)
     for cause, names in rejected.items():
         which = f"{names[0]} and {len(names) - 1} more norms" if len(names) > 1 else names[0]
         text = f"{which} did not run in ONNX Runtime as the file had them, so PyTorch stood in for them: {cause}"
         proof.notes.append(text)
     return proof
+
+
+def _windows(sites: Sequence[tuple[int, RewrittenSite]]) -> list[list[tuple[int, RewrittenSite]]]:
+    """As many norms at a time as fit: a shape that is fixed may be large."""
+    windows: list[list[tuple[int, RewrittenSite]]] = []
+    room = 0
+    for number, site in sites:
+        elements = math.prod(_shape(site.before))
+        if not windows or len(windows[-1]) == _WINDOW or elements > room:
+            windows.append([])
+            room = _WINDOW_ELEMENTS
+        windows[-1].append((number, site))
+        room -= elements
+    return windows
 
 
 def _prove_window(
@@ -162,10 +181,12 @@ def _prove_window(
         tests = [_Test(number, site, seed) for number, site in sites]
         after = cut_out(rewritten.model, [test.after for test in tests])
         before = cut_out(rewritten.original, [test.before for test in tests])
-        given = _given({**before.given, **after.given}, seed)
+        given = _given([*before.given.values(), *after.given.values()], seed)
         candidate = _run(after, tests, folder, given)
         own = _run_before(before, tests, folder, given, rejected)
         return [test.judged(candidate, own, given, before) for test in tests]
+    except EnvironmentMissingError:
+        raise
     except RmsnormDeployError as error:
         if len(sites) > 1:
             return [row for site in sites for row in _prove_window(rewritten, [site], folder, seed, rejected)]
@@ -197,10 +218,10 @@ def _run(model: CutModel, tests: Sequence[_Test], folder: Path, given: Mapping[s
     return results
 
 
-def _given(values: Mapping[str, ir.Value], seed: int) -> dict[str, Array]:
+def _given(values: Iterable[ir.Value], seed: int) -> dict[str, Array]:
     """Values for what a norm reads from outside, such as a weight that is a graph input, by the value's name."""
     arrays: dict[str, Array] = {}
-    for value in values.values():
+    for value in values:
         shape = [dim for dim in value.shape or () if isinstance(dim, int)]
         if value.shape is None or len(shape) != len(value.shape) or value.dtype is None:
             raise UsageError(f"{value.name} goes into a norm, and its shape is not known.")
@@ -313,17 +334,14 @@ class _Test:
         gate = None if feed.gate is None else feed.gate.reshape(-1, *tail)
         verdicts = []
         spec, as_rounded = _as_rounded(self.called.spec, tensors)
-        for number, kind in enumerate(KINDS):
-            rows = np.flatnonzero(kinds == number)
-            if not len(rows):
-                continue
+        for kind, rows in rows_by_kind(kinds, math.prod(tail)).items():
             part = NormFeed(x[rows], None if gate is None else gate[rows])
             truth = reference(spec, part.x, gate=part.gate, **as_rounded)
-            verdict = judge_norm(kind.name, self.called, mine[rows], truth, theirs[rows], "the file before")
-            if not verdict.passed and kind.name not in TAME:
+            verdict = judge_norm(kind, self.called, mine[rows], truth, theirs[rows], "the file before")
+            if not verdict.passed and kind not in TAME:
                 # Where squares overflow, ONNX Runtime's result goes by what it fused; PyTorch's own is as good.
                 own = _in_torch(self.called, part, tensors)
-                verdict = judge_norm(kind.name, self.called, mine[rows], truth, own)
+                verdict = judge_norm(kind, self.called, mine[rows], truth, own)
             verdicts.append(verdict)
         return verdicts
 
