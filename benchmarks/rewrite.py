@@ -226,7 +226,7 @@ def onnxscripts(path: Path, folder: Path) -> Path:
 
     optimized, _ = optimize_for_ort(ir.load(path))
     folder.mkdir()
-    ir.save(optimized, folder / path.name)
+    ir.save(optimized, folder / path.name, external_data=f"{path.name}.data")
     return folder / path.name
 
 
