@@ -28,9 +28,14 @@ from .conftest import CommandLine
 
 
 def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
-    """The command in a process of its own."""
+    """The command in a process of its own, which hears Ctrl-C even where these tests run in the background."""
+
+    def hear() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     command = [sys.executable, "-m", "rmsnorm_deploy", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": hear}
+    return subprocess.Popen(command, text=True, **pipes, **options)
 
 
 # -------------------------------------------------------------------------------------------------- wrong arguments
