@@ -7,7 +7,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from ..plugins import contract
-from .graph_shapes import is_ones
+from .graph_shapes import is_ones, may_fit
 from .graph_terms import Normed, Step
 from .graph_values import dims, is_floating, is_half, widens
 
@@ -39,6 +39,8 @@ def fused_norm(node: ir.Node, root: Callable[[ir.Value], ir.Value]) -> Normed | 
         return "its axis is none of its input's dims"
     ours = node.domain == contract.DOMAIN
     epsilon = attributes["epsilon"].as_float() if "epsilon" in attributes else 1e-5
+    if scale is not None and not may_fit(scale, x, -axis):
+        return "its scale has another shape than the dims that it normalises"
     offset = attributes["scale_offset"].as_float() if "scale_offset" in attributes else 0.0
     stash, scale_type = (
         ir.DataType(attributes[name].as_int()) if name in attributes else _FLOAT

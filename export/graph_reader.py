@@ -16,6 +16,7 @@ from .graph_shapes import (
     fits,
     is_ones,
     other_input,
+    raises_rank,
     reshapes_back,
     result_dtype,
     subtracts_mean,
@@ -90,7 +91,7 @@ class GraphReader:
                 self._refuse(node, fused)
             return
         handler = _HANDLERS.get(node.op_type) if node.domain in DEFAULT_DOMAINS else None
-        if handler is None:
+        if handler is None or raises_rank(node):
             return
         term = handler(self, node)
         if term is not None and len(term.nodes) <= MOST_NODES:
@@ -127,9 +128,13 @@ class GraphReader:
         term, to = self._term(value), out.dtype
         if node.op_type == "Identity" and to is None:
             to = value.dtype
+        if not is_floating(to):  # whole numbers and eight-bit floats are no rounding that a spec knows
+            return None
         if isinstance(term, Squares):
             return Squares(term.root, term.taken, term.half or is_half(to), (*term.nodes, node))
         if isinstance(term, Statistic):
+            if term.root.dtype == ir.DataType.DOUBLE and to != ir.DataType.DOUBLE:
+                return None
             if not is_half(to) or is_half(value.dtype):
                 return term.with_node(node)
             if abs(term.p) == 0.5 and term.scale is None and not term.half:
@@ -183,7 +188,8 @@ class GraphReader:
         taken = dims(term.taken)
         rank = None if taken is None else len(taken)
         if axes is None:
-            if rank != 1 or len(node.inputs) > 1:
+            noop = "noop_with_empty_axes" in node.attributes and node.attributes["noop_with_empty_axes"].as_int() != 0
+            if rank != 1 or len(node.inputs) > 1 or noop:
                 self._refuse(node, "it reduces over dims that the file does not fix")
                 return None
             axes = [0]
@@ -205,7 +211,7 @@ class GraphReader:
             size = float(math.prod(tail))
         keep = node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1
         statistic = Statistic(
-            term.root, term.taken, count, bool(keep), term.half or is_half(node.outputs[0].dtype), size, 0.0, 1.0, 1.0,
+            term.root, term.taken, count, keep == 1, term.half or is_half(node.outputs[0].dtype), size, 0.0, 1.0, 1.0,
             node, (*term.nodes, node),
         )  # fmt: skip
         return statistic if node.op_type != "ReduceL2" else statistic.power(0.5)

@@ -120,6 +120,8 @@ def _composite(node: ir.Node) -> GraphSite | str:
         return "its statistics are used elsewhere"
     if bias is not None:
         return "it adds a bias to the sum, which no operator here does"
+    if len(dims(scale) or ()) != 1 or not _same_width(scale, a):
+        return "its scale has another shape than the dim that it normalises"
     if scale.dtype != a.dtype:
         return "its scale is of another dtype than its input"
     number = _SUM_OUTPUT[kind]
@@ -147,6 +149,14 @@ def _composite(node: ir.Node) -> GraphSite | str:
         _path((node,), scale), spec, "add", total, weight, None, None, node.outputs[0], (a, b),
         (node,), node.name or "", _shape(a), a.dtype, "plugin" if ours else "ort",
     )  # fmt: skip
+
+
+def _same_width(scale: ir.Value, like: ir.Value) -> bool:
+    """Whether a scale may have the size of the last dim: an operator does not stretch a scale of one element."""
+    shape, whole = dims(scale), dims(like)
+    if not shape or not whole:
+        return True
+    return shape[-1] == whole[-1] or not (isinstance(shape[-1], int) and isinstance(whole[-1], int))
 
 
 def _refined(spec: NormSpec, nodes: tuple[ir.Node, ...], weight: ir.Value | None) -> tuple[NormSpec, ir.Value | None]:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
 
-from .graph_values import DEFAULT_DOMAINS, constant, dims, is_floating, same_dims
+from .graph_values import DEFAULT_DOMAINS, constant, dims, is_floating, same_dims, scalar
+
+_BROADCASTS = ("Add", "Sub", "Mul", "Div", "Pow")
 
 
 def unreshaped(root: ir.Value) -> ir.Value | None:
@@ -65,12 +67,34 @@ def fits(value: ir.Value | None, like: ir.Value, axes: int) -> bool:
     if shape is None or any(not isinstance(dim, int) for dim in shape):
         return False
     if math.prod(d for d in shape if isinstance(d, int)) == 1:
-        return whole is None or len(shape) <= len(whole)
+        return len(shape) <= (1 if whole is None else len(whole))
     if whole is None:
         return len(shape) == axes == 1
     if len(shape) > len(whole) or any(dim != 1 for dim in shape[: max(len(shape) - axes, 0)]):
         return False
     return len(shape) >= axes and list(shape[len(shape) - axes :]) == list(whole[len(whole) - axes :])
+
+
+def may_fit(scale: ir.Value, like: ir.Value, axes: int) -> bool:
+    """As `fits`, also where the trailing dims are not known."""
+    shape, whole = dims(scale), dims(like)
+    if fits(scale, like, axes) or shape is None:
+        return True
+    tail = [None] * axes if whole is None else whole[-axes:]
+    return len(shape) == axes and all(
+        a == b for a, b in zip(shape, tail, strict=True) if isinstance(a, int) and isinstance(b, int)
+    )
+
+
+def raises_rank(node: ir.Node) -> bool:
+    """Whether a constant of one element has more dims than the value it meets, and so gives its own to the result."""
+    if len(node.inputs) != 2 or node.op_type not in _BROADCASTS:
+        return False
+    for value, other in both_ways(node):
+        shape, like = dims(value), dims(other)
+        if scalar(value) is not None and (shape is None or len(shape) > (1 if like is None else len(like))):
+            return True
+    return False
 
 
 def both_ways(node: ir.Node) -> Iterator[tuple[ir.Value | None, ir.Value | None]]:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 _MOST_ELEMENTS = 1 << 20
 _WIDTH = {ir.DataType.FLOAT16: 1, ir.DataType.BFLOAT16: 1, ir.DataType.FLOAT: 2, ir.DataType.DOUBLE: 3}
 
+_HANDED_ON = ("Identity", "Cast", "CastLike", "Reshape", "Unsqueeze", "Squeeze")
+_CASTS = (*_WIDTH, ir.DataType.INT32, ir.DataType.INT64)
 DEFAULT_DOMAINS = ("", "ai.onnx")
 
 Dim = int | ir.SymbolicDim
@@ -34,15 +36,28 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
 
 def scalar(value: ir.Value | None) -> float | None:
     """The number in a constant of one element, or None."""
-    array = constant(value) if value is not None and _may_be_scalar(value) else None
+    array = _folded(value) if value is not None and _may_be_scalar(value) else None
     if array is None or array.size != 1 or array.dtype.kind in "OSU":
         return None
     return float(array.reshape(()).astype(np.float64))
 
 
+def _folded(value: ir.Value | None, deepest: int = 4) -> NDArray[Any] | None:
+    """`constant`, also behind nodes that only cast or reshape it, as exporters leave them; the shape may be another."""
+    array = constant(value)
+    node = None if value is None else value.producer()
+    if array is not None or node is None or node.domain not in DEFAULT_DOMAINS or node.op_type not in _HANDED_ON:
+        return array
+    inner = _folded(node.inputs[0], deepest - 1) if deepest and node.inputs else None
+    if inner is None or inner.size > 64 or not node.op_type.startswith("Cast"):
+        return inner
+    to = value.dtype if value is not None else None
+    return inner.astype(to.numpy()) if to in _CASTS else None
+
+
 def integers(value: ir.Value | None) -> list[int] | None:
     """The whole numbers in a constant, or None."""
-    array = constant(value)
+    array = _folded(value)
     if array is None or array.dtype.kind not in "iu" or array.size > 64:
         return None
     return [int(number) for number in array.reshape(-1)]

@@ -48,7 +48,8 @@ def add_plugin_functions(model: ir.Model) -> None:
     used = {node.op_type for node in model.graph if node.domain == contract.DOMAIN} & set(contract.INPUTS)
     for op_type in sorted(used):
         function = plugin_function(op_type)
-        function.opset_imports[""] = model.graph.opset_imports[""]
+        imports = model.graph.opset_imports
+        function.opset_imports[""] = imports[""] if "" in imports else imports["ai.onnx"]
         model.functions[function.identifier()] = function
     if used:
         model.ir_version = max(model.ir_version, _FUNCTIONS_SINCE)

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from helpers.look_alike_graphs import LOOK_ALIKES
+from helpers.norm_oddities import ODDITIES
 from helpers.norm_places import PLACES
 from helpers.norm_spellings import SPELLINGS, WAYS, Spelling, build
 
@@ -26,7 +27,7 @@ from rmsnorm_deploy.runtime.ort_runner import OrtRunner
 from rmsnorm_deploy.runtime.rewrite_proof import prove_norms
 from rmsnorm_deploy.runtime.runner import numpy_dtype
 
-ALL: dict[str, Spelling] = {**SPELLINGS, **PLACES}
+ALL: dict[str, Spelling] = {**SPELLINGS, **PLACES, **ODDITIES}
 
 
 def graph_of(proto: onnx.ModelProto) -> ir.Model:

@@ -10,6 +10,8 @@ import onnx
 from helpers.graph_text import Graph, weight
 from helpers.norm_spellings import WIDTH
 
+from rmsnorm_deploy.plugins import contract
+
 DIMS: list[Any] = ["batch", "length", WIDTH]
 Write = Callable[[Graph, str], str]
 
@@ -309,6 +311,89 @@ def overridable(g: Graph, x: str) -> str:
     return over_root(g, x, g.op("Add", mean(g, square(g, x)), name))
 
 
+def stretched(g: Graph, x: str, which: str) -> str:
+    """A constant of one element that has more dims than x: the result has them too, and is no norm of x."""
+
+    def number(value: float, name: str) -> str:
+        return g.constant(np.full([1] * 4 if name == which else [], value, np.float32))
+
+    total = g.reduce("ReduceSum", g.op("Pow", x, number(2, "exponent")), [-1], 0)
+    if which == "flat sum":
+        total = g.op("Mul", total, g.constant(np.ones([1, 1, 1], np.float32)))
+    stat = g.op("Add", g.op("Div", g.unsqueeze(total, [-1]), number(WIDTH, "n")), number(1e-6, "epsilon"))
+    return scaled(g, g.op("Mul", x, g.op("Div", number(1, "one"), g.op("Sqrt", stat))))
+
+
+def rounded(g: Graph, x: str, what: str, dtype: int) -> str:
+    """x, its squares or their mean pass a dtype that no statistics have."""
+
+    def there_and_back(value: str, name: str) -> str:
+        return g.cast(g.op("Cast", value, to=dtype), "float32") if name == what else value
+
+    h = there_and_back(x, "x")
+    return over_root(g, x, eps(g, there_and_back(mean(g, there_and_back(g.op("Mul", h, h), "squares")), "mean")))
+
+
+def rounded_double(g: Graph, x: str) -> str:
+    stat = g.cast(g.cast(mean(g, g.op("Mul", x, x)), "float32"), "float64")
+    return g.op("Div", x, g.op("Sqrt", g.op("Add", stat, g.constant(np.float64(2.0**-20)))))
+
+
+def not_reduced(g: Graph, x: str) -> str:
+    return over_root(g, x, eps(g, g.op("ReduceMean", square(g, x), keepdims=1, noop_with_empty_axes=1)))
+
+
+def live_axes(g: Graph, x: str) -> str:
+    axes = g.input("axes", [1], "int64")
+    return over_root(g, x, eps(g, g.op("ReduceMean", square(g, x), axes, keepdims=1)))
+
+
+def dropped(g: Graph, x: str) -> str:
+    """Dropout in training mode inside of the statistics."""
+    return over_root(
+        g, x, eps(g, mean(g, g.op("Dropout", square(g, x), g.constant(np.float32(0.5)), g.constant(True))))
+    )
+
+
+def selected(g: Graph, x: str) -> str:
+    """The factor never exceeds 1."""
+    factor, one = rsqrt(g, eps(g, mean(g, square(g, x)))), g.constant(np.float32(1))
+    return scaled(g, g.op("Mul", x, g.op("Where", g.op("Greater", factor, one), one, factor)))
+
+
+def other_operand(g: Graph, x: str, what: str) -> str:
+    """What is squared and what is scaled differ by a sign, a factor or a place."""
+    three = g.constant(np.float32(3))
+    if what == "negative":
+        return g.op("Mul", g.op("Neg", x), rsqrt(g, eps(g, mean(g, square(g, x)))))
+    if what == "three times":
+        return scaled(g, g.op("Mul", x, rsqrt(g, eps(g, mean(g, square(g, g.op("Mul", x, three)))))))
+    factor = g.op("Transpose", rsqrt(g, eps(g, mean(g, square(g, x)))), perm=[0, 2, 1])
+    return g.op("Mul", g.op("Transpose", x, perm=[0, 2, 1]), factor)
+
+
+def odd_scale(op_type: str, domain: str, shape: list[int], inputs: int) -> onnx.ModelProto:
+    """An operator whose scale has another shape than the last dim."""
+    g = Graph()
+    names = [g.input(name, DIMS) for name in ("x", "residual")[: inputs - 1]]
+    g.output(g.op(op_type, *names, g.constant(np.resize(weight(WIDTH), shape)), domain=domain, epsilon=1e-5))
+    return g.model()
+
+
+def odd_operators() -> Iterable[tuple[str, onnx.ModelProto]]:
+    microsoft, ours = "com.microsoft", contract.DOMAIN
+    skip = "SkipSimplifiedLayerNormalization"
+    for shape in ([1], [1, WIDTH], [WIDTH, 1], [3, WIDTH]):
+        yield f"{skip} with a scale of {shape}", odd_scale(skip, microsoft, shape, 3)
+        yield f"AddRMSNorm with a scale of {shape}", odd_scale(contract.ADD_RMS_NORM, ours, shape, 3)
+    for shape in ([WIDTH, 1], [3, WIDTH], [1, 1, 1, WIDTH]):
+        yield f"RMSNorm with a scale of {shape}", odd_scale(contract.RMS_NORM, ours, shape, 2)
+    g = Graph()
+    given = [g.input("x", DIMS), g.input("residual", DIMS), *(g.constant(weight(WIDTH, seed=seed)) for seed in (0, 1))]
+    g.output(g.op(skip, *given, domain=microsoft, epsilon=1e-5))
+    yield f"{skip} with a bias", g.model()
+
+
 def look_alikes() -> Iterable[tuple[str, onnx.ModelProto]]:
     for centre in ("sub", "neg", "neg left", "sum", "cast", "squeezed"):
         for spelling in ("div", "reciprocal", "pow"):
@@ -320,10 +405,21 @@ def look_alikes() -> Iterable[tuple[str, onnx.ModelProto]]:
     writers: tuple[Write, ...] = (
         second_moment, standard_deviation, clipped_rms, cosine, normalised_dot, softmax_scaling, softmax_by_hand,
         squared_softmax, rms_loss, rms_output, response, energy, variance_gate, adam, other_rows, batch_norm_by_hand,
-        instance_norm_by_hand, everywhere, overridable,
+        instance_norm_by_hand, everywhere, overridable, not_reduced, live_axes, dropped, selected,
     )  # fmt: skip
     for write in writers:
         yield write.__name__, model(write)
+    for which in ("exponent", "n", "epsilon", "one", "flat sum"):
+        yield f"stretched by {which}", model(lambda g, x, w=which: stretched(g, x, w))
+    for dtype in (onnx.TensorProto.INT32, onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT8E4M3FN):
+        for what in ("x", "squares", "mean"):
+            name = f"{what} rounded to {onnx.TensorProto.DataType.Name(dtype).lower()}"
+            yield name, model(lambda g, x, w=what, d=dtype: rounded(g, x, w, d), opset=19)
+    yield "rounded_double", model(rounded_double, dtype="float64")
+    yield "not_reduced, rank 1", model(not_reduced, [WIDTH])
+    for what in ("negative", "three times", "transposed"):
+        yield f"scaled is not squared, {what}", model(lambda g, x, w=what: other_operand(g, x, w))
+    yield from odd_operators()
     yield "squeezed", model(squeezed, [WIDTH, WIDTH])
     yield "straddling", model(straddling, [WIDTH, WIDTH])
     ones, zeros = np.ones(WIDTH, np.float32), np.zeros(WIDTH, np.float32)
