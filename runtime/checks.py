@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,8 +23,10 @@ from .norm_inputs import KINDS, adversarial, turns
 from .runner import Array
 from .tape import Tape
 from .tolerances import TOLERANCES, Limits
-from .torch_norms import TorchNorms
 from .ulp import format_of, ulp_size
+
+if TYPE_CHECKING:
+    from .torch_norms import TorchNorms
 
 AS_IT_RUNS = "as it runs"
 # In half types a norm ends in one or two roundings, and what it does before them in float32 hardly shows; a candidate
@@ -260,7 +262,7 @@ def judge_norm(
     )
     off = _scaled_error(yardstick, truth, rounded)
     if kind in TAME and not off <= sound_limit(norm.spec, rounded):
-        reason = no_truth(norm.spec, off, f"{yardstick_name}'s own norm", "eps x row scale")
+        reason = no_truth(norm.spec, off, f"{yardstick_name}'s own norm")
         return OutputVerdict(kind, False, reason, mine, own)
     if not verdict.passed and dtype == "float32" and kind in _SUMS_GO_ONE_WAY:
         width = math.prod(norm.shape[len(norm.shape) - norm.spec.trailing_dims :])
@@ -282,7 +284,7 @@ def sound_limit(spec: NormSpec, dtype: str) -> float:
     return _SOUND_IN_HALF if in_half else _SOUND[dtype]
 
 
-def no_truth(spec: NormSpec, off: float, whose: str = "PyTorch's own norm", unit: str = "eps x row RMS") -> str:
+def no_truth(spec: NormSpec, off: float, whose: str = "PyTorch's own norm", unit: str = "eps x row scale") -> str:
     """The reason why a norm cannot be judged: PyTorch, or whose it is, does not compute what it was recognised by."""
     return (
         f"{whose} is {off:.3g} {unit} from the formula that it was recognised by "

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,14 +16,12 @@ from .arrays import read_arrays
 from .figures import json_value
 from .measured import kind_of
 from .metrics import OutputVerdict, judge
+from .report_file import read_report
 from .runner import Array
 from .tolerances import Limits, check_limits, limits_of
 from .ulp import FORMATS
 
 SCHEMA = "rmsnorm_deploy.compare/1"
-# The reports that are read, each with its version.
-READABLE = {"rmsnorm_deploy.validate": 2, "rmsnorm_deploy.bisect": 1}
-_SCHEMA = re.compile(r"(\w+\.\w+)/(\d+)")
 # A figure is listed when it changed by more than this factor; each figure with the size below which it is rounding.
 FACTOR = 2.0
 _FIGURES = {"max_ulp": 0.0, "mean_ulp": 0.0, "p999_ulp": 0.0, "max_abs": 0.0, "max_rel_row": 0.0, "kl": 1e-12}
@@ -236,7 +232,7 @@ def _kind(array: Array) -> str:
 
 
 def _compare_reports(reference: Path, candidate: Path) -> ReportComparison:
-    before, after = _read_report(reference), _read_report(candidate)
+    before, after = _whole_report(reference), _whole_report(candidate)
     if before["schema"] != after["schema"]:
         raise UsageError(
             f"{reference} is a report of {before['schema']}, {candidate} one of {after['schema']}; compare two of one "
@@ -262,29 +258,11 @@ def _compare_reports(reference: Path, candidate: Path) -> ReportComparison:
     return result
 
 
-def _read_report(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UsageError(f"{path} is no JSON: {error}") from error
-    schema = content.get("schema") if isinstance(content, dict) else None
-    match = _SCHEMA.fullmatch(str(schema))
-    if match is None or match[1] not in READABLE:
-        raise UsageError(f"{path} has schema {schema!r}; the reports that are read are {_readable()}.")
-    if int(match[2]) != READABLE[match[1]]:
-        raise UsageError(
-            f"{path} was written as {schema}; this version reads {match[1]}/{READABLE[match[1]]}. Write the report "
-            "again with this version."
-        )
+def _whole_report(path: Path) -> dict[str, Any]:
+    content = read_report(path)
     if content.get("verdict") not in ("pass", "fail") or "outputs" not in content:
         raise UsageError(f"{path} is no whole report: it lacks its verdict or its outputs. Write it again.")
     return content
-
-
-def _readable() -> str:
-    return " and ".join(f"{name}/{version}" for name, version in READABLE.items())
 
 
 def _rows(path: Path, report: Mapping[str, Any]) -> dict[tuple[str, str], _Row]:

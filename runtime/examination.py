@@ -190,7 +190,7 @@ class Examination:
         off = disagreements.get(check.norm.key, 0.0)
         if off <= _SAME_FORMULA:
             return check
-        return _failed(check, no_truth(check.norm.spec, off, "PyTorch's own code in float64", "x row RMS"))
+        return _failed(check, no_truth(check.norm.spec, off, "PyTorch's own code in float64", "x row scale"))
 
     def _stretch(self, cut: list[Key], end: Key | str) -> tuple[str, list[str]]:
         """The name of the stretch that ends before a norm or an output, and the norms inside it.

@@ -40,8 +40,8 @@ def make_feeds(
 
     Args:
         infos: the model's inputs.
-        batch: size of the first dynamic dim.
-        length: size of every other dynamic dim.
+        batch: size of open dims that are called a batch, or come first and are not called a length.
+        length: size of every other open dim; one that is called past is 0.
         seed: of the random numbers; equal seeds give equal inputs.
         vocabulary: number of token ids, needed where there are tokens.
 
@@ -89,7 +89,7 @@ def _values(
     shape = _sizes(info, batch, length)
     dtype = numpy_dtype(info.dtype)
     if is_past(info.name):
-        return np.zeros([0 if dim == "past_sequence" else n for n, dim in zip(shape, info.shape, strict=True)], dtype)
+        return np.zeros(shape, dtype)
     if info.name == "position_ids":
         return np.broadcast_to(np.arange(shape[-1], dtype=dtype), shape).copy()
     if info.name.endswith("attention_mask") or dtype == np.bool_:
@@ -137,10 +137,16 @@ def _floats(shape: Sequence[int], character: int, rng: np.random.Generator) -> A
 
 
 def _sizes(info: TensorInfo, batch: int, length: int) -> list[int]:
-    sizes = []
-    for index, dim in enumerate(info.shape or ()):
-        if isinstance(dim, int):
-            sizes.append(dim)
-        else:
-            sizes.append(batch if dim == "batch" or (index == 0 and dim != "sequence") else length)
-    return sizes
+    return [
+        dim if isinstance(dim, int) else _size(dim, index, batch, length) for index, dim in enumerate(info.shape or ())
+    ]
+
+
+def _size(dim: str | None, index: int, batch: int, length: int) -> int:
+    """The size of an open dim by its name, such as `past_sequence_length + 1`: nothing is past yet."""
+    parts = [part.strip() for part in (dim or "").split("+")]
+    if any("past" in part for part in parts):
+        left = [part for part in parts if "past" not in part]
+        return sum(int(part) if part.isdigit() else _size(part, index, batch, length) for part in left)
+    is_length = any(word in parts[0] for word in ("seq", "length"))
+    return batch if "batch" in parts[0] or (index == 0 and not is_length) else length

@@ -93,7 +93,10 @@ def prove_model(
         return proof
     if empty:
         proof.notes.append(f"nothing finite to compare in {', '.join(empty)}: {_BEFORE} gives none on these inputs")
-    proof.model = _compared(rewritten, before, cases, truths, results, seed, options, say)
+    try:
+        proof.model = _compared(rewritten, before, cases, truths, results, seed, options, say)
+    except RmsnormDeployError as error:
+        proof.unproven = f"the whole model was not compared: {_ROUNDED} does not run: {_short(error)}"
     return proof
 
 
@@ -107,22 +110,26 @@ def _compared(
     options: Mapping[str, Any],
     say: Say,
 ) -> list[OutputVerdict]:
-    """A verdict for each output of each case, by as many roundings as it takes to pass."""
-    yardsticks: dict[tuple[int, str], Array] = {}
-    verdicts: dict[tuple[int, str], OutputVerdict] = {}
+    """A verdict for each output of each case, by as many roundings as it takes to pass; mostly none are needed."""
+    keys = [(index, name) for index, truth in enumerate(truths) for name in truth]
+    yardsticks = {(index, name): truths[index][name] for index, name in keys}
+    verdicts = {
+        (index, name): _judged(name, results[index][name], truths[index][name], truths[index][name])
+        for index, name in keys
+    }
     for number in range(_ROUNDINGS):
+        if all(verdict.passed for verdict in verdicts.values()):
+            break
         say(f"running the whole model with a rounding at each norm: {number + 1}")
         data = _rounded(rewritten, seed + number)
         with OrtRunner(data, weights_folder=before.parent, session_options=options) as runner:
             rounded = [runner.run(case) for case in cases]
-        for index, truth in enumerate(truths):
-            for name in truth:
-                key = (index, name)
-                yardsticks[key] = _worse(yardsticks.get(key, truth[name]), rounded[index][name], truth[name])
-                if key not in verdicts or not verdicts[key].passed:
-                    verdicts[key] = _judged(name, results[index][name], truth[name], yardsticks[key])
-        if all(verdict.passed for verdict in verdicts.values()):
-            break
+        for index, name in keys:
+            truth = truths[index][name]
+            yardstick = _worse(yardsticks[index, name], rounded[index][name], truth)
+            yardsticks[index, name] = yardstick
+            if not verdicts[index, name].passed:
+                verdicts[index, name] = _judged(name, results[index][name], truth, yardstick)
     return list(verdicts.values())
 
 

@@ -41,7 +41,7 @@ class CalledNorm:
         y_dtype: of the result.
         gate_dtype: of the gate, or None.
         forced: whether its x can be replaced while the model runs.
-        off: how far PyTorch's result is from the float64 reference of its formula, in eps x row RMS.
+        off: how far PyTorch's result is from the float64 reference of its formula, in eps x max(|truth|, row RMS).
     """
 
     key: Key

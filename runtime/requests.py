@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +14,12 @@ from ..models.outliers import apply_recorded
 from .cases import Case, inputs_of, load_cases, made_up_for, prompt_cases
 from .exported import Exported, open_exported
 from .ort_graph import file_record
+from .report_file import read_report
 from .runner import TensorInfo
 from .tokenizer import has_tokenizer
 from .tolerances import parse_limits
 from .validate import bisect, validate
-from .validation_report import BISECT_SCHEMA, VALIDATE_SCHEMA, ValidationReport
+from .validation_report import ValidationReport
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,17 +76,7 @@ class ValidationRequest:
         Raises:
             UsageError: there is no such file, it is no report, or one of another version.
         """
-        try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be read: {error.strerror or error}.") from error
-        except ValueError as error:
-            raise UsageError(f"{path}: not a JSON report ({error}). Make one with: rmsnorm validate --json") from error
-        schema = report.get("schema") if isinstance(report, dict) else None
-        if schema not in (VALIDATE_SCHEMA, BISECT_SCHEMA):
-            raise UsageError(
-                f"{path}: its schema is {schema!r}; this version runs {VALIDATE_SCHEMA} and {BISECT_SCHEMA} again."
-            )
+        report = read_report(path)
         settings = report.get("settings")
         known = {f.name: f for f in dataclasses.fields(cls)}
         if not isinstance(settings, dict) or set(settings) != set(known):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from zlib import crc32
 
 import numpy as np
 import onnx_ir as ir
@@ -225,7 +226,7 @@ def _given(values: Iterable[ir.Value], seed: int) -> dict[str, Array]:
         shape = [dim for dim in value.shape or () if isinstance(dim, int)]
         if value.shape is None or len(shape) != len(value.shape) or value.dtype is None:
             raise UsageError(f"{value.name} goes into a norm, and its shape is not known.")
-        rng = np.random.default_rng([seed, len(shape), *shape])
+        rng = np.random.default_rng([seed, crc32((value.name or "").encode())])
         if not value.dtype.is_floating_point():
             raise UsageError(f"{value.name} goes into a norm, and is {value.dtype.name.lower()}.")
         arrays[value.name or ""] = (1 + 0.3 * rng.standard_normal(shape)).astype(value.dtype.numpy())
@@ -248,7 +249,10 @@ class _Test:
         added = before.sum_of is not None and site.sum_of is not None
         operands = before.sum_of if added and before.sum_of is not None else (before.x,)
         after = site.sum_of if added and site.sum_of is not None else (site.x,)
-        self._parts = len(operands)
+        self._parts = len(set(operands)) if added else 0
+        # A norm may be gated by what it normalises, or by one of the two that this is the sum of.
+        own = {**({"x": before.x} if added else {}), **{f"x{i}": value for i, value in enumerate(operands)}}
+        self._gate_is = next((role for role, value in own.items() if value is not None and value is before.gate), None)
         self._sum = added and before.x is not None and site.x is not None
         live = {
             role: value
@@ -261,25 +265,36 @@ class _Test:
         self.after = self._cut(after, site.gate, {"y": site.y, **sums})
 
     def _cut(self, operands: Sequence[ir.Value | None], gate: ir.Value | None, outputs: dict[str, ir.Value]) -> Cut:
-        inputs = {f"x{index}": value for index, value in enumerate(operands) if value is not None}
-        if gate is not None:
-            inputs["gate"] = gate
+        roles = {f"x{index}": value for index, value in enumerate(operands)}
+        if self._gate_is != "x":
+            roles["gate"] = gate
+        inputs: dict[str, ir.Value] = {}
+        for role, value in roles.items():
+            if value is not None and value not in inputs.values():
+                inputs[role] = value
         return Cut(str(self.number), inputs, outputs)
 
     def feeds(self, turn: int) -> dict[str, Array]:
-        """What goes in; where the norm adds, x in two parts that sum to it exactly."""
-        feed, _ = self._made(turn)
-        arrays = {"x0": feed.x}
-        if self._parts == 2:
-            first = np.arange(feed.x.size).reshape(feed.x.shape) % 2 == 0
-            zero = np.zeros((), feed.x.dtype)
-            arrays = {"x0": np.where(first, feed.x, zero), "x1": np.where(first, zero, feed.x)}
-        if feed.gate is not None:
-            arrays["gate"] = feed.gate
+        """What goes in, by the names of the cuts' inputs."""
+        _, arrays, _ = self._made(turn)
         return {f"{self.number}.{role}": array for role, array in arrays.items()}
 
-    def _made(self, turn: int) -> tuple[NormFeed, Array]:
-        return adversarial(self.called, turn % self.turns, self._seed)
+    def _made(self, turn: int) -> tuple[NormFeed, dict[str, Array], Array]:
+        """What the norm is run on, the same by roles, and the kind of each row; x in parts that sum to it exactly."""
+        feed, kinds = adversarial(self.called, turn % self.turns, self._seed)
+        x = feed.x
+        arrays = {"x0": x}
+        if self._parts == 1:
+            half = x * x.dtype.type(0.5)
+            x, arrays = half + half, {"x0": half}
+        elif self._parts == 2:
+            first = np.arange(x.size).reshape(x.shape) % 2 == 0
+            zero = np.zeros((), x.dtype)
+            arrays = {"x0": np.where(first, x, zero), "x1": np.where(first, zero, x)}
+        gate = {"x": x, **arrays}[self._gate_is] if self._gate_is else feed.gate
+        if gate is not None:
+            arrays["gate"] = gate
+        return NormFeed(x, gate), arrays, kinds
 
     def judged(
         self,
@@ -291,7 +306,7 @@ class _Test:
         """The verdict on the norm, kind by kind."""
         verdicts: list[OutputVerdict] = []
         for turn in range(self.turns):
-            feed, kinds = self._made(turn)
+            feed, _, kinds = self._made(turn)
             mine = candidate[turn][f"{self.number}.y"]
             turned = None if own is None else own[turn]
             tensors = {role: self._tensor(role, turned, given) for role in ("weight", "bias")}

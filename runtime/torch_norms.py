@@ -100,7 +100,7 @@ class TorchNorms:
 
         Returns:
             The outputs, computed from the last norms' rounded values; and how far each norm's own code in float64 is
-            from the reference, relative to the row's RMS, beyond what its epsilon could account for.
+            from the reference, in max(|truth|, row RMS), beyond what its epsilon could account for.
         """
         disagreements: dict[Key, float] = {}
 
@@ -199,10 +199,10 @@ def _rounded(array: Array, dtype: str) -> Array:
 
 
 def _distance(spec: NormSpec, own: Array, wanted: Array, excused: Array | float = 0.0) -> float:
-    """The largest difference, relative to the RMS of its row, of what is finite; less what is excused in its row."""
+    """The largest difference, in max(|wanted|, row RMS), of what is finite; less what is excused in its row."""
     axes = tuple(range(-spec.trailing_dims, 0))
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        scale = np.sqrt(np.mean(wanted**2, axis=axes, keepdims=True))
+        scale = np.maximum(np.abs(wanted), np.sqrt(np.mean(wanted**2, axis=axes, keepdims=True)))
         off = np.abs(own.astype(np.float64) - wanted) / np.where(scale == 0.0, 1.0, scale) - excused
     return max(float(np.max(off, where=np.isfinite(off), initial=0.0)), 0.0)
 

@@ -12,12 +12,13 @@ from .candidate import Candidate, candidate_of
 from .cases import Case
 from .examination import Examination, Progress
 from .feeds import DEFAULT_SHAPES
+from .report_file import BISECT_SCHEMA
 from .runner import Runner, TensorInfo
 from .runs import DECODE_SUFFIX, Run, by_position, made_up_cases, run_guarded
 from .tape import Tape
 from .tolerances import Limits, check_limits
 from .torch_runner import TorchRunner
-from .validation_report import BISECT_SCHEMA, ValidationReport
+from .validation_report import ValidationReport
 
 if TYPE_CHECKING:
     from torch import nn

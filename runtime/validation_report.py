@@ -11,9 +11,8 @@ from typing import Any, Literal
 from .checks import NormCheck, StretchCheck, norm_name
 from .graph_norms import Key
 from .metrics import OutputVerdict
+from .report_file import VALIDATE_SCHEMA
 
-VALIDATE_SCHEMA = "rmsnorm_deploy.validate/2"
-BISECT_SCHEMA = "rmsnorm_deploy.bisect/1"
 CREATED = "created"
 
 

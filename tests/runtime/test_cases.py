@@ -301,3 +301,19 @@ def test_seeds_decide_and_move_the_characters_on() -> None:
     assert not np.array_equal(floats(3, 33), floats(3, 33, seed=3))
     sizes = [np.median(np.abs(floats(3, 33, seed=seed))) for seed in range(3)]
     assert sizes[2] < 1e-3 < 0.1 < sizes[0] < 10 < 100 < sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("dims", "sizes"),
+    [
+        (("batch_size", "sequence_length"), (2, 9)),
+        (("batch_size", "past_sequence_length + sequence_length"), (2, 9)),
+        (("batch_size", "past_sequence_length + 1"), (2, 1)),
+        (("batch_size", 4, "past_sequence_length", 8), (2, 4, 0, 8)),
+        (("sequence_length", "batch_size", 8), (9, 2, 8)),
+        (("n", 3, "height", "width"), (2, 3, 9, 9)),
+        ((None, None), (2, 9)),
+    ],
+)
+def test_open_dims_get_sizes_by_their_names(dims: tuple[int | str | None, ...], sizes: tuple[int, ...]) -> None:
+    assert make_feeds([TensorInfo("x", "float32", dims)], 2, 9, 0, None)["x"].shape == sizes

@@ -228,6 +228,18 @@ def test_pytorch_far_from_its_formula_is_no_yardstick() -> None:
     assert judge_norm("largest", norm, own, truth, own).passed, "overflow is an excuse there"
 
 
+def test_an_outlier_of_a_wide_row_is_rounded_by_its_own_size() -> None:
+    norm = CalledNorm(KEY, NormSpec(eps=1e-6), (1, 4096), "float16", "float16", None, True)
+    truth = np.random.default_rng(0).standard_normal((1, 4096))
+    truth[0, 7] = 100.03  # between two values of float16 that are 1/16 apart
+    own, row = truth.astype(np.float16), np.sqrt(np.mean(truth**2))
+    assert np.abs(own - truth).max() / row > 8 * np.finfo(np.float16).eps
+    assert judge_norm("outlier channels", norm, own, truth, own).passed
+    own[0, 7] *= np.float16(1.01)
+    verdict = judge_norm("outlier channels", norm, own, truth, own)
+    assert "PyTorch's own norm is 9.93 eps x row scale from the formula" in verdict.reason
+
+
 # ------------------------------------------------------------------------------------------------- float16 traps
 
 

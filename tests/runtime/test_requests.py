@@ -17,8 +17,9 @@ from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.loading import LoadedModel
 from rmsnorm_deploy.runtime import requests
 from rmsnorm_deploy.runtime.exported import Exported, open_exported
+from rmsnorm_deploy.runtime.report_file import BISECT_SCHEMA, VALIDATE_SCHEMA
 from rmsnorm_deploy.runtime.requests import ValidationRequest, is_model_source, load_against
-from rmsnorm_deploy.runtime.validation_report import BISECT_SCHEMA, VALIDATE_SCHEMA, differences
+from rmsnorm_deploy.runtime.validation_report import differences
 
 SOURCE = """
 import torch
@@ -133,10 +134,10 @@ def test_remote_code_is_trusted_by_who_runs_it_and_never_by_a_report(
     [
         ("{", "not a JSON report"),
         ("\udcff", "not a JSON report"),
-        ("[]", "its schema is None; this version runs rmsnorm_deploy.validate/2 and rmsnorm_deploy.bisect/1 again"),
+        ("[]", "its schema is None; this version reads rmsnorm_deploy.validate/2 and rmsnorm_deploy.bisect/1"),
         ("{}", "its schema is None"),
-        ('{"schema": "rmsnorm_deploy.validate/1"}', "its schema is 'rmsnorm_deploy.validate/1'; this version runs"),
-        ('{"schema": "rmsnorm_deploy.validate/3"}', "its schema is 'rmsnorm_deploy.validate/3'; this version runs"),
+        ('{"schema": "rmsnorm_deploy.validate/1"}', "its schema is 'rmsnorm_deploy.validate/1'; this version reads"),
+        ('{"schema": "rmsnorm_deploy.validate/3"}', "its schema is 'rmsnorm_deploy.validate/3'; this version reads"),
         (json.dumps({"schema": VALIDATE_SCHEMA}), "its settings are not those of a command"),
         (json.dumps({"schema": VALIDATE_SCHEMA, "settings": {"seed": 0}}), "its settings are not those of a command"),
     ],

@@ -148,10 +148,20 @@ def test_a_wrong_formula_shows_as_a_disagreement(tape: Tape, monkeypatch: pytest
 
 
 def test_an_epsilon_that_follows_the_dtype_is_no_disagreement(tape: Tape) -> None:
-    model = nn.Sequential(nn.Linear(16, 16), nn.RMSNorm(16)).eval()  # eps None: that of the dtype
+    model = nn.Sequential(nn.RMSNorm(16)).eval()  # eps None: that of the dtype
     feeds = {"input": feeds_of()["x"] * 1e-3}
+    feeds["input"][..., 5] *= 20  # nearly all of its row: up to 4 times the row's RMS
     _, disagreements, _ = written(model, feeds, tape)
-    assert disagreements["1", 0] < 1e-9
+    assert disagreements["0", 0] < 1e-9
+
+
+def test_an_outlier_of_a_wide_half_row_is_near_the_formula() -> None:
+    model = nn.Sequential(nn.RMSNorm(4096, eps=1e-6)).eval().half()
+    x = np.random.default_rng(0).standard_normal((1, 4096)).astype(np.float16)
+    x[0, 7] = 100.06  # its result lies between two values of float16 that are 1/16 apart: 30 eps of the row's RMS
+    norms = opened(model)
+    called, _ = norms.survey({"input": x})
+    assert 0.1 < called["0", 0].off <= 1.0
 
 
 def test_the_traced_truth_is_not_rounded(tape: Tape) -> None:
