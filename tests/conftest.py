@@ -22,5 +22,5 @@ settings.load_profile("few")
 def pytest_runtest_setup() -> None:
     """Seed before the fixtures of each test, so that what a test sees does not hang on the tests before it."""
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - libraries draw from it
+    np.random.seed(0)
     torch.manual_seed(0)
