@@ -334,8 +334,8 @@ def _ones(builder: Builder, core: Core, dtype: ir.DataType) -> ir.Value | None:
 def _needed(scale: ir.Value | None) -> ir.Value:
     if scale is None:
         raise UnsupportedError(
-            "a norm without a weight has a dynamic width, and this target's operator needs a scale of fixed width. "
-            "Make the last dim static in the example inputs, or use --target primitives."
+            "the dims that a norm normalises are not fixed, and this target's operator needs a scale of their shape. "
+            "Make them static in the example inputs or in the file, or use --target primitives."
         )
     return scale
 

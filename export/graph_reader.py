@@ -39,6 +39,7 @@ from .graph_values import (
 
 _LAYER_NORM = "the mean is subtracted first, so it is a LayerNorm"
 _OUTSIDE = "epsilon is added outside of the root, which no RMSNorm does"
+_DIVIDED = "it is divided by what the file does not fix"
 _BOUND = "a bound is put on the statistic (as L2 normalisation does), where RMSNorm adds epsilon to the mean of squares"
 _POWER = "x is multiplied by another power of the statistic than -1/2"
 _GONE = "the reduced dims are gone when x is scaled, so rows and factors do not meet"
@@ -285,6 +286,8 @@ class GraphReader:
             return normed.then(node, None, 1.0 / number) if normed is not None else None
         divisor = self._term(b)
         if not isinstance(divisor, Statistic):
+            if isinstance(term, Statistic):
+                self._refuse(term.reduce, _DIVIDED)
             return None
         inverted = divisor.power(-1.0)
         if inverted is None:

@@ -46,13 +46,29 @@ def _folded(value: ir.Value | None, deepest: int = 4) -> NDArray[Any] | None:
     """`constant`, also behind nodes that only cast or reshape it, as exporters leave them; the shape may be another."""
     array = constant(value)
     node = None if value is None else value.producer()
-    if array is not None or node is None or node.domain not in DEFAULT_DOMAINS or node.op_type not in _HANDED_ON:
+    if array is not None or node is None or node.domain not in DEFAULT_DOMAINS:
         return array
+    if node.op_type == "Gather":
+        return _of_shape(node)
+    if node.op_type not in _HANDED_ON:
+        return None
     inner = _folded(node.inputs[0], deepest - 1) if deepest and node.inputs else None
     if inner is None or inner.size > 64 or not node.op_type.startswith("Cast"):
         return inner
     to = value.dtype if value is not None else None
     return inner.astype(to.numpy()) if to in _CASTS else None
+
+
+def _of_shape(gather: ir.Node) -> NDArray[Any] | None:
+    """The one dim that is taken out of a value's shape, where it is fixed."""
+    taken = gather.inputs[0].producer() if gather.inputs and gather.inputs[0] is not None else None
+    if taken is None or taken.op_type != "Shape" or taken.domain not in DEFAULT_DOMAINS or taken.attributes:
+        return None
+    shape, picked = dims(taken.inputs[0]), _folded(gather.inputs[1], 1)
+    if shape is None or picked is None or picked.size != 1 or not -len(shape) <= int(picked.reshape(())) < len(shape):
+        return None
+    dim = shape[int(picked.reshape(()))]
+    return np.full(picked.shape, dim, np.int64) if isinstance(dim, int) else None
 
 
 def integers(value: ir.Value | None) -> list[int] | None:

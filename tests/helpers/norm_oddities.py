@@ -81,6 +81,22 @@ WEIGHTS: dict[str, Callable[[Graph], str]] = {
 }
 
 
+COUNTS: dict[str, Callable[[Graph, str], str]] = {
+    "Gather": lambda g, x: g.cast(g.op("Gather", g.op("Shape", x), g.constant(np.int64(-1))), "float32"),
+    "Gather of [2]": lambda g, x: g.cast(g.op("Gather", g.op("Shape", x), g.constant(np.int64([2]))), "float32"),
+    "Gather, reshaped": lambda g, x: g.cast(
+        g.reshape(g.op("Gather", g.op("Shape", x), g.constant(np.int64([-1]))), [1]), "float32"
+    ),
+}
+
+
+def counted(g: Graph, x: str, count: str) -> str:
+    """The mean as a sum over the width that the shape of x tells."""
+    mean = g.op("Div", g.reduce("ReduceSum", g.op("Mul", x, x), [-1]), COUNTS[count](g, x))
+    root = g.op("Sqrt", g.op("Add", mean, g.constant(np.float32(1e-6))))
+    return g.op("Mul", vector(g), g.op("Div", x, root))
+
+
 # One graph each ---------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +196,9 @@ def named_domain() -> onnx.ModelProto:
 def rows() -> Iterable[tuple[str, Callable[[], onnx.ModelProto], list[NormSpec]]]:
     for kind in CONSTANTS:
         yield f"constant, {kind}", partial(model, partial(with_constants, kind=kind)), [PLAIN]
+    for count in COUNTS:
+        way = partial(model, partial(counted, count=count))
+        yield f"sum over n, {count}", way, [PLAIN.replace(root="sqrt")]
     for kind, make in WEIGHTS.items():
         yield f"weight {kind}", partial(model, lambda g, x, m=make: g.op("Mul", normed(g, x), m(g))), [PLAIN]
     ranks: dict[str, list[Any]] = {
