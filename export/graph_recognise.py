@@ -28,6 +28,9 @@ _SCALE_INPUT = {SKIP: 2, ADD_NORM: 2}
 _WEIGHT_ENDINGS = (".weight", ".gamma", ".scale", ".g")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
+# Whether a weight is read more than once: asked for once, as the answer takes as long as there are readers.
+_Shared = dict[ir.Value, bool]
+
 
 def recognise_graph(model: ir.Model) -> GraphRecognition:
     """Every norm in the model's main graph and in the bodies of its control flow.
@@ -51,18 +54,19 @@ def find_norms(model: ir.Model) -> GraphRecognition:
     reader.read(model.graph)
     found: dict[ir.Node, GraphSite] = {}
     refusals: dict[ir.Node, GraphRefusal] = {}
+    shared: _Shared = {}
     for value, term in reader.terms.items():
         if not isinstance(term, Normed) or value in reader.continued:
             continue
         read = reading(term, reader)
         main = term.reduce
         if isinstance(read, Reading) and len({node.graph for node in read.normed.nodes}) == 1:
-            found[_last(read)] = _site(read)
+            found[_last(read)] = _site(read, shared)
         else:
             reason = read if isinstance(read, str) else "it stands in several bodies of control flow"
             refusals[main] = _refusal(main, term.nodes, reason)
     for node in _composites(model):
-        site = _composite(node)
+        site = _composite(node, shared)
         if isinstance(site, GraphSite):
             found[node] = site
         else:
@@ -79,7 +83,7 @@ def find_norms(model: ir.Model) -> GraphRecognition:
 
 
 def _refusal(node: ir.Node, nodes: tuple[ir.Node, ...], reason: str) -> GraphRefusal:
-    return GraphRefusal(node.name or "", _path(nodes, None), reason, node.op_type)
+    return GraphRefusal(node.name or "", _path(nodes, None, {}), reason, node.op_type)
 
 
 def _last(read: Reading) -> ir.Node:
@@ -88,14 +92,14 @@ def _last(read: Reading) -> ir.Node:
     return node
 
 
-def _site(read: Reading) -> GraphSite:
+def _site(read: Reading, shared: _Shared) -> GraphSite:
     nodes = tuple(dict.fromkeys(read.inside))
     operands = residual_operands(read.x, read.y)
     form: Form = "add" if operands is not None else "plain"
     spec, weight = _refined(read.spec, nodes, read.weight)
     assert read.x.dtype is not None
     return GraphSite(
-        _path(nodes, read.weight), spec, form, read.x, weight, read.bias, read.gate, read.y, operands, nodes,
+        _path(nodes, read.weight, shared), spec, form, read.x, weight, read.bias, read.gate, read.y, operands, nodes,
         read.normed.reduce.name or "", _shape(read.x), read.x.dtype,
     )  # fmt: skip
 
@@ -106,7 +110,7 @@ def _composites(model: ir.Model) -> Iterator[ir.Node]:
             yield node
 
 
-def _composite(node: ir.Node) -> GraphSite | str:
+def _composite(node: ir.Node, shared: _Shared) -> GraphSite | str:
     """The norm in an operator that adds and normalises."""
     kind = (node.domain, node.op_type)
     a, b, scale = (*node.inputs, None, None, None)[:3]
@@ -146,7 +150,7 @@ def _composite(node: ir.Node) -> GraphSite | str:
     )
     spec, weight = _refined(spec, (node,), weight)
     return GraphSite(
-        _path((node,), scale), spec, "add", total, weight, None, None, node.outputs[0], (a, b),
+        _path((node,), scale, shared), spec, "add", total, weight, None, None, node.outputs[0], (a, b),
         (node,), node.name or "", _shape(a), a.dtype, "plugin" if ours else "ort",
     )  # fmt: skip
 
@@ -186,7 +190,7 @@ def _refined(spec: NormSpec, nodes: tuple[ir.Node, ...], weight: ir.Value | None
     return known.replace(scale=spec.scale, offset_in_float32=spec.offset_in_float32), weight
 
 
-def _path(nodes: tuple[ir.Node, ...], weight: ir.Value | None) -> str:
+def _path(nodes: tuple[ir.Node, ...], weight: ir.Value | None, shared: _Shared) -> str:
     """The module that a norm came from: by the nodes' notes, its weight's name, or the scope in the nodes' own names.
 
     Equal weights of several norms may have become one, whose name is then that of one norm only.
@@ -195,8 +199,11 @@ def _path(nodes: tuple[ir.Node, ...], weight: ir.Value | None) -> str:
         if PATH_KEY in node.metadata_props:
             return node.metadata_props[PATH_KEY]
     named = "" if weight is None else _owner(weight.name or "")
-    if named and weight is not None and len(weight.uses()) <= 1:
-        return named
+    if named and weight is not None:
+        if weight not in shared:
+            shared[weight] = len(weight.uses()) > 1
+        if not shared[weight]:
+            return named
     for node in nodes:
         scopes = _scopes(node)
         if scopes:
