@@ -1,0 +1,369 @@
+// RMSNorm and residual add + RMSNorm, with everything that varies fixed at compile time by a configuration C.
+//
+//   h = x                                              (in float32, as everything below)
+//   h = x + residual, rounded to the residual's format unless C::exact_sum
+//   h = h * act(gate)                                  when C::gate is before
+//   n = h / sqrt(mean(h^2) + eps)
+//   y = n * s, s the weight or 1 + weight              when C::cast_first is false
+//   y = round(n) * round(s)                            when it is true: both to y's format
+//   y = round(y) * act(gate)                           when C::gate is after (not rounded before unless cast_first)
+//   q = round(y / scale), y rounded to its own format  when the output is quantised
+//
+// One row is read by C::threads threads of each of C::cluster blocks, C::rows rows by one block. A thread holds
+// C::vectors vectors of C::elements neighbouring values, all loaded before anything is computed; a row that is wider
+// than threads x vectors x elements x cluster is read in several tiles, and read again for the second half.
+//
+// In place (y over x, sum over residual) is allowed where formats agree and rows are whole: each element is written by
+// the thread that read it, after it read it.
+#pragma once
+
+#include "numbers.cuh"
+
+namespace rmsnorm {
+
+enum Scale { no_scale, weight_scale, one_plus_weight_scale };
+enum Gate { no_gate, gate_before, gate_after };
+enum Activation { silu, sigmoid };
+enum Quantisation { not_quantised, static_scale, scale_per_row };
+
+struct None {
+  static constexpr int bytes = 1;
+};
+
+// Rows may be strided: row r begins at (r / C::inner) * outer + (r % C::inner) * inner, in elements.
+struct Strides {
+  long long outer, inner;
+};
+
+struct Arguments {
+  const void *x, *residual, *gate, *weight, *scale;
+  int rows;
+  Strides x_strides, residual_strides, gate_strides;
+  void *y, *sum, *row_scale;
+};
+
+// Threads --------------------------------------------------------------------------------------------------------
+
+// Without a GPU these are supplied by whoever includes this, with threadIdx, blockIdx and __syncthreads.
+#if RMSNORM_ON_GPU
+#define RMSNORM_SHARED(name, count) __shared__ float name[count]
+
+RMSNORM_INLINE float lane_across(float value, int distance) {
+  return __shfl_xor_sync(0xffffffffu, value, distance);
+}
+
+// 1 / sqrt(value), rounded once.
+RMSNORM_INLINE float inverse_root(float value) { return __frsqrt_rn(value); }
+
+RMSNORM_INLINE u32 cluster_rank() {
+  u32 rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+RMSNORM_INLINE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// What another block of the cluster holds at the address that `mine` has in this block's shared memory.
+RMSNORM_INLINE float of_block(const float* mine, u32 rank) {
+  u32 address = static_cast<u32>(__cvta_generic_to_shared(mine)), theirs;
+  float value;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(theirs) : "memory");
+  return value;
+}
+#endif
+
+struct Sum {
+  static RMSNORM_INLINE float of(float a, float b) { return a + b; }
+};
+
+struct Maximum {
+  static RMSNORM_INLINE float of(float a, float b) { return fmaxf(a, b); }
+};
+
+// One value of all threads of a row; every thread of the block takes part. `partial` and `total` are this reduction's
+// own shared memory: no barrier is needed after it.
+template <class C, class Op>
+RMSNORM_INLINE float reduced(float value, float* partial, float* total) {
+  constexpr int lanes = C::threads < 32 ? C::threads : 32;
+#pragma unroll
+  for (int distance = lanes / 2; distance > 0; distance /= 2) value = Op::of(value, lane_across(value, distance));
+  if constexpr (C::threads > 32) {
+    constexpr int warps = C::threads / 32;
+    const int warp = threadIdx.x / 32, first = threadIdx.x / C::threads * warps;
+    if (threadIdx.x % 32 == 0) partial[warp] = value;
+    __syncthreads();
+    value = partial[first];
+#pragma unroll
+    for (int i = 1; i < warps; ++i) value = Op::of(value, partial[first + i]);
+  }
+  if constexpr (C::cluster > 1) {
+    if (threadIdx.x == 0) *total = value;
+    cluster_barrier();
+    value = of_block(total, 0);
+#pragma unroll
+    for (int rank = 1; rank < C::cluster; ++rank) value = Op::of(value, of_block(total, rank));
+  }
+  return value;
+}
+
+// Rows -----------------------------------------------------------------------------------------------------------
+
+// value * silu(z) or value * sigmoid(z). With `exact` what the sum and the quotient round away is made up for, which
+// shows in a float32 result only.
+template <int activation, bool exact>
+RMSNORM_INLINE float gated(float value, float z) {
+  const float e = expf(-z), divisor = 1.0f + e, dividend = activation == silu ? z : 1.0f;
+  const float quotient = dividend / divisor;
+  if constexpr (exact) {
+    if (divisor < 1e30f && fabsf(quotient) < 1e30f) {
+      const float added = divisor - 1.0f;
+      const float lost = (1.0f - (divisor - added)) + (e - added);
+      const float rest = (fmaf(-quotient, divisor, dividend) - quotient * lost) / divisor;
+      return fmaf(value, quotient, value * rest);
+    }
+  }
+  return value * quotient;
+}
+
+template <class C>
+RMSNORM_INLINE long long begin_of(int row, const Strides& strides) {
+  if constexpr (C::strided) return row / C::inner * strides.outer + row % C::inner * strides.inner;
+  return static_cast<long long>(row) * C::width;
+}
+
+// The vectors of one thread in one tile of one row.
+template <class C>
+struct Tile {
+  static constexpr bool adds = !same<typename C::Residual, None>;
+  static constexpr int count = C::elements;
+  static constexpr int tiles =
+      (C::width + C::cluster * C::threads * C::vectors * count - 1) / (C::cluster * C::threads * C::vectors * count);
+  static constexpr bool whole = tiles * C::cluster * C::threads * C::vectors * count == C::width;
+  // What h is rounded to: held packed, it takes half the registers in a half type.
+  using Held = typename Either<adds, typename C::Residual, typename C::X>::type;
+  static constexpr bool exact_gate = C::Y::bytes == 4;
+  static constexpr bool packed = !(adds && C::exact_sum) && C::gate != gate_before;
+
+  Packed<Held, count> held[packed ? C::vectors : 1];
+  float wide[packed ? 1 : C::vectors][count];
+  Packed<typename C::X, count> gate[C::gate == gate_after ? C::vectors : 1];
+  Packed<typename C::Weight, count> weight[C::prefetch ? C::vectors : 1];
+
+  static RMSNORM_INLINE int column(int tile, int vector) {
+    const int thread = threadIdx.x % C::threads;
+    const int rank = C::cluster > 1 ? static_cast<int>(cluster_rank()) : 0;
+    return (((tile * C::cluster + rank) * C::vectors + vector) * C::threads + thread) * count;
+  }
+
+  static RMSNORM_INLINE bool inside(int column) { return whole || column < C::width; }
+
+  template <class T>
+  static RMSNORM_INLINE const void* at(const void* from, long long element) {
+    return static_cast<const char*>(from) + element * T::bytes;
+  }
+
+  template <class T>
+  static RMSNORM_INLINE void* at(void* to, long long element) {
+    return static_cast<char*>(to) + element * T::bytes;
+  }
+
+  static RMSNORM_INLINE int weight_begin(int row) { return C::weight_rows > 1 ? row % C::weight_rows * C::width : 0; }
+
+  RMSNORM_INLINE void read(const Arguments& a, int row, int tile, bool live) {
+    Packed<typename C::X, count> x[C::vectors], before[C::gate == gate_before ? C::vectors : 1];
+    Packed<Held, count> residual[adds ? C::vectors : 1];
+#pragma unroll
+    for (int v = 0; v < C::vectors; ++v) {
+      x[v].clear();
+      if (live && inside(column(tile, v)))
+        x[v].load(at<typename C::X>(a.x, begin_of<C>(row, a.x_strides) + column(tile, v)));
+    }
+    if constexpr (adds) {
+#pragma unroll
+      for (int v = 0; v < C::vectors; ++v) {
+        residual[v].clear();
+        if (live && inside(column(tile, v)))
+          residual[v].load(at<Held>(a.residual, begin_of<C>(row, a.residual_strides) + column(tile, v)));
+      }
+    }
+    if constexpr (C::gate != no_gate) {
+      auto& to = choose<C::gate == gate_before>(before, gate);
+#pragma unroll
+      for (int v = 0; v < C::vectors; ++v) {
+        to[v].clear();
+        if (live && inside(column(tile, v)))
+          to[v].load(at<typename C::X>(a.gate, begin_of<C>(row, a.gate_strides) + column(tile, v)));
+      }
+    }
+    if constexpr (C::prefetch) {
+#pragma unroll
+      for (int v = 0; v < C::vectors; ++v) read_weight(weight[v], a, row, tile, v, live);
+    }
+#pragma unroll
+    for (int v = 0; v < C::vectors; ++v) {
+      if constexpr (!adds && packed) {
+        held[v] = x[v];
+      } else {
+        float h[count];
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+          h[i] = x[v].get(i);
+          if constexpr (adds) h[i] += residual[v].get(i);
+          if constexpr (adds && !C::exact_sum) h[i] = rounded<Held>(h[i]);
+          if constexpr (C::gate == gate_before) h[i] = gated<C::activation, exact_gate>(h[i], before[v].get(i));
+        }
+        if constexpr (packed) {
+          held[v].set(h);
+        } else {
+#pragma unroll
+          for (int i = 0; i < count; ++i) wide[v][i] = h[i];
+        }
+      }
+    }
+  }
+
+  RMSNORM_INLINE float value(int vector, int i) const {
+    if constexpr (packed) return held[vector].get(i);
+    return wide[vector][i];
+  }
+
+  // The sum of the squares, by a tree within each vector.
+  RMSNORM_INLINE float squares() const {
+    float total = 0.0f;
+#pragma unroll
+    for (int v = 0; v < C::vectors; ++v) {
+      float square[count];
+#pragma unroll
+      for (int i = 0; i < count; ++i) square[i] = value(v, i) * value(v, i);
+#pragma unroll
+      for (int step = 1; step < count; step *= 2) {
+#pragma unroll
+        for (int i = 0; i + step < count; i += 2 * step) square[i] += square[i + step];
+      }
+      total += square[0];
+    }
+    return total;
+  }
+
+  RMSNORM_INLINE void read_weight(
+      Packed<typename C::Weight, count>& to, const Arguments& a, int row, int tile, int vector, bool live) const {
+    if constexpr (C::scale != no_scale) {
+      if (live && inside(column(tile, vector)))
+        to.load(at<typename C::Weight>(a.weight, weight_begin(row) + column(tile, vector)));
+      else
+        to.clear();
+    }
+  }
+
+  // One vector of y, rounded to y's format, still as float.
+  RMSNORM_INLINE void result(
+      float (&y)[count], const Arguments& a, int row, int tile, int v, bool live, float factor) const {
+    using Y = typename C::Y;
+    Packed<typename C::Weight, count> loaded;
+    if constexpr (!C::prefetch) read_weight(loaded, a, row, tile, v, live);
+    const auto& weights = choose<C::prefetch>(weight[C::prefetch ? v : 0], loaded);
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      y[i] = value(v, i) * factor;
+      if constexpr (C::cast_first) y[i] = rounded<Y>(y[i]);
+      if constexpr (C::scale != no_scale) {
+        float scale = weights.get(i);
+        if constexpr (C::scale == one_plus_weight_scale) scale += 1.0f;
+        if constexpr (C::cast_first) scale = rounded<Y>(scale);
+        y[i] *= scale;
+        if constexpr (C::cast_first) y[i] = rounded<Y>(y[i]);
+      }
+      if constexpr (C::gate == gate_after) y[i] = gated<C::activation, exact_gate>(y[i], gate[v].get(i));
+      if constexpr (C::quantisation != not_quantised) y[i] = rounded<Y>(y[i]);
+    }
+  }
+
+  RMSNORM_INLINE float largest(const Arguments& a, int row, int tile, bool live, float factor) const {
+    float most = 0.0f;
+#pragma unroll
+    for (int v = 0; v < C::vectors; ++v) {
+      if (live && inside(column(tile, v))) {
+        float y[count];
+        result(y, a, row, tile, v, live, factor);
+#pragma unroll
+        for (int i = 0; i < count; ++i) most = fmaxf(most, fabsf(y[i]));
+      }
+    }
+    return most;
+  }
+
+  RMSNORM_INLINE void write(const Arguments& a, int row, int tile, float factor, float scale) const {
+    const long long begin = static_cast<long long>(row) * C::width;
+#pragma unroll
+    for (int v = 0; v < C::vectors; ++v) {
+      const int c = column(tile, v);
+      if (!inside(c)) continue;
+      if constexpr (adds) {
+        Packed<Held, count> sum;
+        if constexpr (packed) {
+          sum = held[v];
+        } else {
+          sum.set(wide[v]);
+        }
+        sum.store(at<Held>(a.sum, begin + c));
+      }
+      float y[count];
+      result(y, a, row, tile, v, true, factor);
+      if constexpr (C::quantisation != not_quantised) {
+#pragma unroll
+        for (int i = 0; i < count; ++i) y[i] /= scale;
+      }
+      Packed<typename C::Out, count> out;
+      out.set(y);
+      out.store(at<typename C::Out>(a.y, begin + c));
+    }
+  }
+};
+
+template <class C>
+RMSNORM_INLINE void rms_norm(const Arguments& a, float* shared) {
+  constexpr int slots = C::threads * C::rows / 32;
+  using Tiles = Tile<C>;
+  const long long wanted = static_cast<long long>(blockIdx.x / C::cluster) * C::rows + threadIdx.x / C::threads;
+  const bool live = wanted < a.rows;
+  const int row = live ? static_cast<int>(wanted) : 0;
+  Tiles tile;
+
+  float squares = 0.0f;
+#pragma unroll 1
+  for (int t = 0; t < Tiles::tiles; ++t) {
+    tile.read(a, row, t, live);
+    squares += tile.squares();
+  }
+  squares = reduced<C, Sum>(squares, shared, shared + slots);
+  const float factor = inverse_root(squares / static_cast<float>(C::width) + C::epsilon());
+
+  float scale = 1.0f;
+  if constexpr (C::quantisation == static_scale) scale = *static_cast<const float*>(a.scale);
+  if constexpr (C::quantisation == scale_per_row) {
+    float most = 0.0f;
+#pragma unroll 1
+    for (int t = 0; t < Tiles::tiles; ++t) {
+      if constexpr (Tiles::tiles > 1) tile.read(a, row, t, live);
+      most = fmaxf(most, tile.largest(a, row, t, live, factor));
+    }
+    most = reduced<C, Maximum>(most, shared + slots + 1, shared + 2 * slots + 1);
+    scale = most / C::Out::largest;
+    if (scale == 0.0f) scale = 1.0f;
+    if (live && Tiles::column(0, 0) == 0) static_cast<float*>(a.row_scale)[row] = scale;
+  }
+  if (live) {
+#pragma unroll 1
+    for (int t = 0; t < Tiles::tiles; ++t) {
+      if constexpr (Tiles::tiles > 1) tile.read(a, row, t, live);
+      tile.write(a, row, t, factor, scale);
+    }
+  }
+  // No block may leave while another reads its shared memory.
+  if constexpr (C::cluster > 1) cluster_barrier();
+}
+
+}  // namespace rmsnorm
