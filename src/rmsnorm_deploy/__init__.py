@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rmsnorm_deploy.runtime.generate import generate
     from rmsnorm_deploy.runtime.ort_runner import OrtRunner
     from rmsnorm_deploy.runtime.rewriting import rewrite_model
+    from rmsnorm_deploy.runtime.tensorrt.build import build_engine
     from rmsnorm_deploy.runtime.torch_runner import TorchRunner
     from rmsnorm_deploy.runtime.validate import bisect, validate
 
@@ -37,6 +38,7 @@ _HOME = {
     "load_model": "models.loading",
     "export_model": "export.exporter",
     "rewrite_model": "runtime.rewriting",
+    "build_engine": "runtime.tensorrt.build",
     "OrtRunner": "runtime.ort_runner",
     "TorchRunner": "runtime.torch_runner",
     "validate": "runtime.validate",
@@ -56,6 +58,7 @@ __all__ = [  # noqa: RUF022 - the order of a model's way through the house
     "load_model",
     "export_model",
     "rewrite_model",
+    "build_engine",
     "OrtRunner",
     "TorchRunner",
     "validate",

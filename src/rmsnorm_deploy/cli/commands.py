@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rmsnorm_deploy.cli.bisect import bisect
+from rmsnorm_deploy.cli.build import build
 from rmsnorm_deploy.cli.compare import compare
 from rmsnorm_deploy.cli.demo import demo
 from rmsnorm_deploy.cli.doctor import doctor
@@ -21,6 +22,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
     "export": export,
     "rewrite": rewrite,
+    "build": build,
     "validate": validate,
     "bisect": bisect,
     "compare": compare,

@@ -26,6 +26,11 @@ class Screen:
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
 
+    @property
+    def is_live(self) -> bool:
+        """Whether progress is shown on one line that changes."""
+        return sys.stderr.isatty()
+
     def result(self, payload: dict[str, Any], for_people: Callable[[], None]) -> None:
         """Print the result of a command.
 

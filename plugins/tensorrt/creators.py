@@ -1,0 +1,253 @@
+"""The plugins in Python: for a machine without the C++ library. They parse, build, and run where there is a GPU.
+
+TensorRT holds no references to Python objects, and an exception in some of these methods ends the process or leaves an
+engine without the plugin's fields. So every object is kept for as long as the process lives, what can be wrong is
+checked in `create_plugin` (whose exception is a parser error), and the other methods record what went wrong in
+`Plugins.problems` and give the answer that fails cleanly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ...models.errors import RmsnormDeployError, UsageError
+from .. import contract
+from .images import KernelImages, compile_images, kernel_of, unpack
+from .launcher import Launcher, cuda_driver
+
+
+class Plugins:
+    """Both creators, registered in one plugin registry.
+
+    Args:
+        trt: the module `tensorrt` or `tensorrt_rtx`.
+        architectures: that kernels are compiled for, without their point.
+        driver: gives `cuda.bindings.driver`; called when a kernel is launched for the first time.
+        without_kernels: serialize no kernels, for tests of everything else and for machines without NVRTC.
+
+    Attributes:
+        problems: what went wrong in a method that may not raise.
+        images: the kernels that were compiled, by operator, width, dtype and attributes.
+    """
+
+    def __init__(
+        self,
+        trt: Any,
+        architectures: tuple[int, ...],
+        driver: Callable[[], Any] = cuda_driver,
+        without_kernels: bool = False,
+    ) -> None:
+        self.trt = trt
+        self.architectures = architectures
+        self.driver = driver
+        self.without_kernels = without_kernels
+        self.problems: list[str] = []
+        self.images: dict[tuple[Any, ...], KernelImages] = {}
+        self.kept: list[Any] = []
+        self.types = {trt.float32: "float32", trt.float16: "float16", trt.bfloat16: "bfloat16"}
+        self.plugin_class, self._creator_class = _classes(trt)
+        self.creators = [self._creator_class(self, name) for name in contract.INPUTS]
+
+    def register(self) -> None:
+        """Put the creators into the registry.
+
+        Raises:
+            RmsnormDeployError: the registry refuses: others of the same name are there.
+        """
+        registry = self.trt.get_plugin_registry()
+        for creator in self.creators:
+            if not registry.register_creator(creator, contract.PLUGIN_NAMESPACE):
+                raise RmsnormDeployError(
+                    f"TensorRT's registry refuses {creator.name}: another creator of namespace "
+                    f"{contract.PLUGIN_NAMESPACE}, version {contract.PLUGIN_VERSION} is registered already."
+                )
+
+    def compiled(self, name: str, dtype: str, width: int, values: Mapping[str, float | int]) -> KernelImages:
+        """The kernels of a norm, compiled once for all that are equal."""
+        key = (name, dtype, width, *sorted(values.items()))
+        if key not in self.images:
+            kernel = kernel_of(name, dtype, width, values["epsilon"], values["scale_offset"], int(values["scale_type"]))
+            self.images[key] = compile_images(kernel, self.architectures)
+        return self.images[key]
+
+    def report(self) -> list[dict[str, Any]]:
+        """The compiled kernels as JSON: operator, width, dtype, architectures, bytes."""
+        return [
+            {
+                "operator": name,
+                "width": width,
+                "dtype": dtype,
+                "architectures": images.architectures,
+                "bytes": len(images.pack()),
+            }
+            for (name, dtype, width, *_), images in self.images.items()
+        ]
+
+
+def read_fields(name: str, fields: Any, runtime: bool) -> tuple[dict[str, float | int], bytes | None]:
+    """The values of a plugin's fields, and the packed kernels where there are any.
+
+    Args:
+        name: of the operator, for messages.
+        fields: a `PluginFieldCollection`.
+        runtime: whether they come from an engine, where each must be there.
+
+    Raises:
+        UsageError: a value is missing or not one of the contract's.
+    """
+    values: dict[str, float | int] = {}
+    kernels = None
+    for field in fields:
+        if field.name == contract.KERNELS_FIELD:
+            kernels = np.asarray(field.data).tobytes()
+        elif field.name in contract.KERNEL_ATTRIBUTES:
+            (value,) = np.asarray(field.data).reshape(-1)[:1]
+            values[field.name] = float(value) if contract.KERNEL_ATTRIBUTES[field.name] == "FLOAT" else int(value)
+    problems = contract.attribute_problems(values)
+    if runtime and kernels is None:
+        problems.append(f"field {contract.KERNELS_FIELD} is missing, so the engine carries no kernel")
+    if problems:
+        raise UsageError(f"{name}: {'; '.join(problems)}.")
+    return values, kernels
+
+
+def _classes(trt: Any) -> tuple[Any, Any]:
+    """The plugin and its creator, derived from the classes of this TensorRT."""
+
+    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
+        """One norm; copies share everything but what depends on the shapes at hand."""
+
+        def __init__(self, owner: Plugins, name: str, values: dict[str, float | int], kernels: bytes | None) -> None:
+            for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
+                base.__init__(self)
+            self.owner, self.name, self.values, self.kernels = owner, name, values, kernels
+            self.plugin_name, self.plugin_version = name, contract.PLUGIN_VERSION
+            self.plugin_namespace = contract.PLUGIN_NAMESPACE
+            self.num_outputs = len(contract.OUTPUTS[name])
+            self.timing_cache_id = "-".join(f"{value:g}" for _, value in sorted(values.items()))
+            self._launcher: Launcher | None = None
+            self._fields: list[Any] = []
+            owner.kept.append(self)
+
+        def get_capability_interface(self, kind: Any) -> Any:
+            return self
+
+        def clone(self) -> Any:
+            return Plugin(self.owner, self.name, self.values, self.kernels)
+
+        # Build
+
+        def get_output_data_types(self, input_types: list[Any]) -> list[Any]:
+            return [input_types[0]] * self.num_outputs
+
+        def get_output_shapes(self, inputs: list[Any], shape_inputs: list[Any], expressions: Any) -> list[Any]:
+            return [trt.DimsExprs(inputs[0]) for _ in range(self.num_outputs)]
+
+        def supports_format_combination(self, position: int, tensors: list[Any], inputs: int) -> bool:
+            described, first = tensors[position].desc, tensors[0].desc
+            if described.format != trt.TensorFormat.LINEAR or described.type not in self.owner.types:
+                return False
+            if position == 0:
+                allowed = contract.scale_type_problem(int(self.values["scale_type"]), self.owner.types[described.type])
+                return allowed is None
+            return bool(described.type == first.type)
+
+        def configure_plugin(self, inputs: list[Any], outputs: list[Any]) -> None:
+            """Called thousands of times for one network: equal norms are compiled once."""
+            described = inputs[0].desc
+            width = list(described.dims)[-1]
+            if width < 1:
+                self._failed(f"the width of x is {width}: the plugin needs one that is known when the engine is built")
+                return
+            if self.owner.without_kernels:
+                return
+            try:
+                images = self.owner.compiled(self.name, self.owner.types[described.type], width, self.values)
+            except RmsnormDeployError as error:
+                self._failed(str(error))
+                return
+            self.kernels = images.pack()
+
+        def get_workspace_size(self, inputs: list[Any], outputs: list[Any]) -> int:
+            return 0
+
+        def get_valid_tactics(self) -> list[int]:
+            return []
+
+        # Run
+
+        def set_tactic(self, tactic: int) -> None:
+            return None
+
+        def attach_to_context(self, context: Any) -> Any:
+            return self.clone()
+
+        def on_shape_change(self, inputs: list[Any], outputs: list[Any]) -> None:
+            return None
+
+        def get_fields_to_serialize(self) -> Any:
+            arrays = {
+                name: np.array([self.values[name]], np.float32 if kind == "FLOAT" else np.int32)
+                for name, kind in contract.KERNEL_ATTRIBUTES.items()
+            }
+            kinds = {
+                name: getattr(trt.PluginFieldType, contract.FIELD_TYPES[kind])
+                for name, kind in contract.KERNEL_ATTRIBUTES.items()
+            }
+            if self.kernels is not None:
+                arrays[contract.KERNELS_FIELD] = np.frombuffer(self.kernels, np.int8)
+                kinds[contract.KERNELS_FIELD] = trt.PluginFieldType.INT8
+            self._fields = [arrays, [trt.PluginField(name, array, kinds[name]) for name, array in arrays.items()]]
+            return trt.PluginFieldCollection(self._fields[1])
+
+        def enqueue(
+            self,
+            input_desc: list[Any],
+            output_desc: list[Any],
+            inputs: list[int],
+            outputs: list[int],
+            workspace: int,
+            stream: int,
+        ) -> None:
+            if self._launcher is None:
+                if self.kernels is None:
+                    raise RmsnormDeployError(f"{self.name}: the engine carries no kernel.")
+                images = unpack(self.kernels)
+                self._launcher = Launcher(images, contract.KERNEL_OPS[self.name], self.owner.driver())
+            rows = math.prod(list(input_desc[0].dims)[:-1])
+            self._launcher.launch([*inputs, *outputs], len(inputs), rows, stream)
+
+        def _failed(self, problem: str) -> None:
+            text = f"{self.name}: {problem}"
+            if text not in self.owner.problems:
+                self.owner.problems.append(text)
+
+    class Creator(trt.IPluginCreatorV3One):
+        """Makes the plugins of one operator, from a node's attributes or from an engine's fields."""
+
+        def __init__(self, owner: Plugins, name: str) -> None:
+            super().__init__()
+            self.owner, self.name = owner, name
+            self.plugin_version, self.plugin_namespace = contract.PLUGIN_VERSION, contract.PLUGIN_NAMESPACE
+            # What the parser looks for on the node; the kernels are a field of serialized plugins only.
+            self._fields = [
+                trt.PluginField(name, np.array([]), getattr(trt.PluginFieldType, contract.FIELD_TYPES[kind]))
+                for name, kind in contract.KERNEL_ATTRIBUTES.items()
+            ]
+            self.field_names = trt.PluginFieldCollection(self._fields)
+
+        def create_plugin(self, node: str, fields: Any, phase: Any) -> Any:
+            """`node` is the ONNX node's name when a file is parsed, and the operator's when an engine is loaded."""
+            where = self.name if node == self.name else f"{node} ({self.name})"
+            try:
+                values, kernels = read_fields(where, fields, phase == trt.TensorRTPhase.RUNTIME)
+            except UsageError as error:
+                self.owner.problems.append(str(error))
+                raise
+            return Plugin(self.owner, self.name, values, kernels)
+
+    return Plugin, Creator

@@ -1,0 +1,205 @@
+"""The compiled kernels of one norm, packed into the bytes that an engine carries in the plugin's field `kernels`.
+
+A kernel is specialized by width, dtypes and layout. It is compiled when the engine is built, in two layouts (for few
+rows and for many) and for each architecture wanted, and read again when the engine is loaded. The C++ library writes
+and reads the same bytes (`cpp/images.h`). All numbers are little-endian and unsigned:
+
+    8 bytes  "RMSNORM1"
+    u32      width
+    u32      ONNX data type of x
+    u32      number of images
+    u32      0
+    for each image:
+        u32  kind: 0 cubin, 1 PTX
+        u32  architecture: compute capability without its point, such as 89
+        u32  1 for at most as many rows as the GPU has multiprocessors, 0 for any number
+        u32  threads of a block
+        u32  rows that one block reads
+        u32  blocks of a cluster
+        u32  bytes of the image
+        u32  0
+        the image, filled up with zeros to a multiple of 8 bytes
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, get_args
+
+from ...models.errors import UsageError
+from .. import contract
+from ..compiler import Kind, compile_kernel
+from ..kernel import NormKernel
+from ..launch_config import choose
+
+MAGIC: Final = b"RMSNORM1"
+# What an engine can be built for without a GPU, and what the full TensorRT adds.
+ARCHITECTURES: Final = (75, 80, 86, 89, 90, 100, 120)
+_HEADER: Final = struct.Struct("<8s4I")
+_ENTRY: Final = struct.Struct("<8I")
+_KINDS: Final[tuple[Kind, ...]] = ("cubin", "ptx")
+_FEW_ROWS: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class KernelImage:
+    """One compiled kernel and how it is launched.
+
+    Attributes:
+        kind: `cubin` runs on its own major architecture, `ptx` on it and all later ones.
+        architecture: compute capability without its point, such as 89.
+        few: laid out for at most as many rows as the GPU has multiprocessors.
+        block: threads of a block.
+        rows: that one block reads.
+        cluster: blocks that read one row together.
+        image: the cubin, or the PTX text with a zero at its end.
+    """
+
+    kind: Kind
+    architecture: int
+    few: bool
+    block: int
+    rows: int
+    cluster: int
+    image: bytes
+
+    def grid(self, rows: int) -> int:
+        """Blocks for this many rows."""
+        return -(-rows // self.rows) * self.cluster
+
+    def runs_on(self, architecture: int) -> bool:
+        """Whether a GPU of this architecture can load it."""
+        if self.kind == "ptx":
+            return self.architecture <= architecture
+        return self.architecture // 10 == architecture // 10 and self.architecture <= architecture
+
+
+@dataclass(frozen=True, slots=True)
+class KernelImages:
+    """All images of one norm, with the width and dtype of x that they were compiled for."""
+
+    width: int
+    dtype: str
+    images: tuple[KernelImage, ...]
+
+    @property
+    def architectures(self) -> list[int]:
+        """Architectures that there is a cubin for."""
+        return sorted({image.architecture for image in self.images if image.kind == "cubin"})
+
+    def choose(self, architecture: int, rows: int, multiprocessors: int) -> KernelImage | None:
+        """The image to launch: a cubin before PTX, the nearest architecture, the layout for this many rows."""
+        fitting = [image for image in self.images if image.runs_on(architecture)]
+        few = rows <= multiprocessors
+        return max(
+            fitting, key=lambda image: (image.kind == "cubin", image.architecture, image.few == few), default=None
+        )
+
+    def pack(self) -> bytes:
+        """The bytes of the field."""
+        parts = [_HEADER.pack(MAGIC, self.width, contract.ONNX_TYPES[self.dtype], len(self.images), 0)]
+        for image in self.images:
+            kind, few, size = _KINDS.index(image.kind), int(image.few), len(image.image)
+            parts += [
+                _ENTRY.pack(kind, image.architecture, few, image.block, image.rows, image.cluster, size, 0),
+                image.image,
+                b"\0" * (-size % 8),
+            ]
+        return b"".join(parts)
+
+
+def unpack(content: bytes) -> KernelImages:
+    """Read the bytes of the field.
+
+    Raises:
+        UsageError: they were cut short, or nobody of this project wrote them.
+    """
+    try:
+        magic, width, dtype, count, _ = _HEADER.unpack_from(content)
+        if magic != MAGIC:
+            raise UsageError(f"packed kernels: expected {MAGIC!r} at their beginning, got {magic!r}")
+        names = {number: name for name, number in contract.ONNX_TYPES.items()}
+        position, images = _HEADER.size, []
+        for _ in range(count):
+            kind, architecture, few, block, rows, cluster, size, _ = _ENTRY.unpack_from(content, position)
+            position += _ENTRY.size
+            image = content[position : position + size]
+            if len(image) != size:
+                raise UsageError(f"packed kernels: expected an image of {size} bytes, got {len(image)}")
+            images.append(KernelImage(_KINDS[kind], architecture, bool(few), block, rows, cluster, image))
+            position += size + -size % 8
+        return KernelImages(width, names[dtype], tuple(images))
+    except (struct.error, IndexError, KeyError) as error:
+        raise UsageError(f"packed kernels: {len(content)} bytes that are cut short or damaged: {error}") from error
+
+
+def kernel_of(op_type: str, dtype: str, width: int, epsilon: float, scale_offset: float, scale_type: int) -> NormKernel:
+    """The kernel of one node of the contract.
+
+    Raises:
+        UsageError: a value that the kernel cannot do.
+    """
+    attributes = {"epsilon": epsilon, "scale_offset": scale_offset, "scale_type": scale_type}
+    problems = contract.attribute_problems(attributes)
+    if not problems:
+        problems = [problem for problem in [contract.scale_type_problem(scale_type, dtype)] if problem]
+    if problems:
+        raise UsageError(f"{op_type}: {'; '.join(problems)}.")
+    return NormKernel(
+        width,
+        epsilon,
+        contract.KERNEL_OPS[op_type],  # type: ignore[arg-type]
+        dtype,  # type: ignore[arg-type]
+        scale="one_plus_weight" if scale_offset else "weight",
+        cast_first=dtype != "float32" and scale_type == contract.ONNX_TYPES[dtype],
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def compile_images(kernel: NormKernel, architectures: tuple[int, ...]) -> KernelImages:
+    """Compile a kernel in both layouts: a cubin for each architecture, and PTX of the newest for later GPUs.
+
+    Equal norms share one result.
+
+    Args:
+        kernel: what is computed.
+        architectures: compute capabilities without their point, at least one.
+
+    Raises:
+        UsageError: NVRTC does not know an architecture.
+        EnvironmentMissingError: cuda-bindings or NVRTC is not installed.
+    """
+    images = [
+        _compiled(kernel, architecture, few, "cubin") for architecture in sorted(architectures) for few in (True, False)
+    ]
+    images += [_compiled(kernel, max(architectures), few, "ptx") for few in (True, False)]
+    return KernelImages(kernel.width, kernel.dtype, tuple(images))
+
+
+def _compiled(kernel: NormKernel, architecture: int, few: bool, kind: Kind) -> KernelImage:
+    config = choose(kernel, _FEW_ROWS if few else None, architecture)
+    image = compile_kernel(kernel, config, architecture, kind).image
+    if kind == "ptx":
+        image += b"\0"
+    return KernelImage(kind, architecture, few, config.block, config.rows, config.cluster, image)
+
+
+def known_architectures(texts: Sequence[str]) -> tuple[int, ...]:
+    """Architectures as users write them: `sm_86`, `86` or `8.6`, several with commas between.
+
+    Raises:
+        UsageError: a text that is not one.
+    """
+    found = []
+    for text in (part.strip() for joined in texts for part in joined.split(",")):
+        digits = text.lower().removeprefix("sm_").removeprefix("sm").replace(".", "")
+        if not digits.isdecimal() or not 2 <= len(digits) <= 3:
+            raise UsageError(f"architecture: expected something like sm_86, got {text!r}.")
+        found.append(int(digits))
+    return tuple(dict.fromkeys(found))
+
+
+assert set(get_args(Kind)) == set(_KINDS)

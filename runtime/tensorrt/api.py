@@ -1,0 +1,238 @@
+"""TensorRT 10.7 to 11.x and TensorRT-RTX behind one interface. Whatever differs between them stands here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+from ...models.errors import EnvironmentMissingError, UnsupportedError, UsageError
+
+RuntimeName = Literal["tensorrt", "rtx"]
+RUNTIMES: Final[tuple[RuntimeName, ...]] = get_args(RuntimeName)
+
+
+@dataclass(frozen=True, slots=True)
+class Flavor:
+    """One of the two products.
+
+    Attributes:
+        title: for people.
+        module: its Python module.
+        library_modules: packages that hold its shared libraries, where pip brought them.
+        install: how to get it.
+        oldest: the lowest version that this package supports.
+        tool: the program that builds engines from the command line.
+        unversioned: a library that is opened by a name which the wheel does not have.
+        architectures: what it builds for without a GPU; empty where it always builds for the GPU at hand.
+        default_architectures: what it builds for where none is named.
+    """
+
+    title: str
+    module: str
+    library_modules: tuple[str, ...]
+    install: str
+    oldest: tuple[int, int]
+    tool: str
+    unversioned: str | None
+    architectures: tuple[int, ...]
+    default_architectures: tuple[int, ...]
+
+
+FLAVORS: Final[dict[RuntimeName, Flavor]] = {
+    "tensorrt": Flavor(
+        "TensorRT", "tensorrt", ("tensorrt_libs",), 'pip install "rmsnorm-deploy[tensorrt]"', (10, 7), "trtexec",
+        None, (), (),
+    ),
+    # NVIDIA's documentation of 1.7 ("CPU-Only AOT"): unset is 8.0, 8.6, 8.9 and 12.0; 7.5 has to be asked for.
+    "rtx": Flavor(
+        "TensorRT-RTX", "tensorrt_rtx", ("tensorrt_rtx_libs",), 'pip install "rmsnorm-deploy[rtx]"', (1, 4),
+        "tensorrt_rtx", "libtensorrt_rtx.so", (75, 80, 86, 89, 120, 121), (80, 86, 89, 120),
+    ),
+}  # fmt: skip
+
+
+def flavor_of(runtime: str) -> Flavor:
+    """The product of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for name, flavor in FLAVORS.items():
+        if name == runtime:
+            return flavor
+    raise UsageError(f"runtime: expected {' or '.join(RUNTIMES)}, got {runtime!r}.")
+
+
+def is_installed(runtime: str) -> bool:
+    """Whether the product's Python module can be found; it is not imported."""
+    return importlib.util.find_spec(flavor_of(runtime).module) is not None
+
+
+def check_installed(runtime: str) -> None:
+    """Make sure that the product's Python module can be found.
+
+    Raises:
+        EnvironmentMissingError: it cannot; the message says how to get it, and whether the other one is there.
+    """
+    flavor = flavor_of(runtime)
+    if is_installed(runtime):
+        return
+    others = [name for name in RUNTIMES if name != runtime and is_installed(name)]
+    hint = f" Installed here: {FLAVORS[others[0]].title} (--runtime {others[0]})." if others else ""
+    raise EnvironmentMissingError(f"{flavor.title} for Python is not installed; install: {flavor.install}{hint}")
+
+
+def library_folders(runtime: str) -> list[Path]:
+    """Folders of the shared libraries that pip brought; empty where the system has them."""
+    folders = []
+    for name in flavor_of(runtime).library_modules:
+        spec = importlib.util.find_spec(name)
+        folders += [Path(place) for place in (spec.submodule_search_locations or ())] if spec is not None else []
+    return folders
+
+
+def link_libraries(runtime: str, folder: Path) -> None:
+    """Put links into `folder` for libraries that are opened by a name which the wheel lacks.
+
+    At the first plugin the parser of TensorRT-RTX opens `libtensorrt_rtx.so` without a version, and the process ends
+    where the loader does not find it.
+    """
+    name = flavor_of(runtime).unversioned
+    if name is None:
+        return
+    for place in library_folders(runtime):
+        for library in sorted(place.glob(f"{name}.*")):
+            if not (folder / name).exists():
+                (folder / name).symlink_to(library)
+
+
+class Api:
+    """One loaded TensorRT.
+
+    Args:
+        runtime: `tensorrt` or `rtx`.
+
+    Attributes:
+        trt: the module.
+        version: such as `1.7.1.116`.
+
+    Raises:
+        EnvironmentMissingError: it is not installed, or its libraries do not load.
+        UnsupportedError: the version is too old.
+    """
+
+    def __init__(self, runtime: str) -> None:
+        self.flavor = flavor_of(runtime)
+        check_installed(runtime)
+        try:
+            self.trt: Any = importlib.import_module(self.flavor.module)
+        except Exception as error:  # a shared library that is missing fails in many ways
+            raise EnvironmentMissingError(
+                f"{self.flavor.title} is installed and does not load: {' '.join(str(error).split())}"
+            ) from error
+        self.version: str = self.trt.__version__
+        if version_of(self.version) < self.flavor.oldest:
+            oldest = ".".join(map(str, self.flavor.oldest))
+            raise UnsupportedError(
+                f"{self.flavor.title}: expected version {oldest} or later, got {self.version}. "
+                f"Install: {self.flavor.install}"
+            )
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether this is TensorRT-RTX."""
+        return self.flavor.module == "tensorrt_rtx"
+
+    def network(self, builder: Any) -> Any:
+        """A strongly typed network: TensorRT 11 and RTX know no other; 10 has to be asked."""
+        flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        return builder.create_network(0 if flag is None else 1 << int(flag))
+
+    def set_architectures(self, config: Any, architectures: Sequence[int]) -> None:
+        """Say what the engine is for. The full TensorRT builds for the GPU at hand and has nothing to set."""
+        if not self.is_rtx:
+            return
+        config.num_compute_capabilities = len(architectures)
+        for index, architecture in enumerate(architectures):
+            config.set_compute_capability(getattr(self.trt.ComputeCapability, f"SM{architecture}"), index)
+
+    def set_flag(self, config: Any, name: str) -> None:
+        """Set a builder flag by its name.
+
+        Raises:
+            UnsupportedError: this TensorRT has no such flag.
+        """
+        flag = getattr(self.trt.BuilderFlag, name, None)
+        if flag is None:
+            raise UnsupportedError(f"{self.flavor.title} {self.version} has no builder flag {name}.")
+        config.set_flag(flag)
+
+    @property
+    def has_timing_cache(self) -> bool:
+        """RTX takes a timing cache and does nothing with it."""
+        return not self.is_rtx
+
+    @property
+    def can_read_engines(self) -> bool:
+        """Whether an engine can be opened here: `Runtime` must not be touched where there is no driver."""
+        return cuda_device() is not None
+
+
+def cuda_device() -> tuple[str, int] | None:
+    """Name and architecture (compute capability without its point) of the first GPU, asked of CUDA's driver."""
+    import ctypes
+
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
+    # 75 and 76: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+    failed = (
+        driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(device), 0)
+        or driver.cuDeviceGetName(name, len(name), device)
+        or driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
+        or driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
+    )
+    return None if failed else (name.value.decode(), 10 * major.value + minor.value)
+
+
+def resolve_architectures(runtime: str, wanted: Sequence[int]) -> tuple[int, ...]:
+    """What an engine is built for: what was asked for, the GPU at hand, or what can be built without one.
+
+    Raises:
+        UnsupportedError: the product cannot build for an architecture that was asked for.
+    """
+    flavor = flavor_of(runtime)
+    device = cuda_device()
+    if flavor.architectures:
+        unknown = [number for number in wanted if number not in flavor.architectures]
+        if unknown:
+            known = ", ".join(f"sm_{number}" for number in flavor.architectures)
+            raise UnsupportedError(f"{flavor.title} builds for {known}, not for sm_{unknown[0]}.")
+        return tuple(wanted) or flavor.default_architectures
+    if device is None:
+        raise EnvironmentMissingError(
+            f"{flavor.title} builds for the GPU at hand, and there is none. Build where there is one (see "
+            "--print-trtexec), or build with --runtime rtx, which needs no GPU."
+        )
+    others = [number for number in wanted if number != device[1]]
+    if others:
+        raise UnsupportedError(
+            f"{flavor.title} builds for the GPU at hand, {device[0]} (sm_{device[1]}), not for sm_{others[0]}. "
+            "Leave --arch out, or build on a machine that has such a GPU."
+        )
+    return (device[1],)
+
+
+def version_of(text: str) -> tuple[int, int]:
+    """Major and minor of a version's text."""
+    numbers = [int(number) for number in re.findall(r"\d+", text)[:2]]
+    return (numbers[0], numbers[1] if len(numbers) > 1 else 0) if numbers else (0, 0)

@@ -1,0 +1,224 @@
+"""What an ONNX file asks of TensorRT, read and checked before TensorRT sees it.
+
+TensorRT's parser takes an empty file for an empty network, turns float64 into float32 and an unregistered plugin into
+its local function, all without a word. What is known of a file beforehand is checked here, so that each of these ends
+in an error that names the cause.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...export.graph_check import check_graph
+from ...export.model_file import ModelFile, all_nodes, graphs, label, read_model, to_ir
+from ...export.write_norm import FORM_KEY, PATH_KEY, SPEC_KEY
+from ...models.errors import UnsupportedError, UsageError
+from ...plugins import contract
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
+
+_OUR_DOMAINS = (contract.DOMAIN, contract.ORT_DOMAIN)
+_DOUBLE = 11
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class InputDims:
+    """A graph input: its name, and each dim as a number, a name, or None where the file gives neither."""
+
+    name: str
+    dims: tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FileNorm:
+    """One norm of a file.
+
+    Attributes:
+        path: the module it came from, or its node's name.
+        form: `plain`, or `add` with a residual add in front.
+        node: name of its main node.
+        nodes: names of all its nodes.
+        is_plugin: whether its main node is one of the contract's operators.
+    """
+
+    path: str
+    form: str
+    node: str
+    nodes: frozenset[str]
+    is_plugin: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkFile:
+    """A file that TensorRT may be given.
+
+    Attributes:
+        path: where it is.
+        inputs: inputs of the graph that are no initializers.
+        norms: in the graph's order.
+        plugin_nodes: names of the contract's nodes in the main graph.
+        functions: local functions of the contract's operators that stand in for the plugin.
+        external_files: weights outside the file.
+    """
+
+    path: Path
+    inputs: list[InputDims]
+    norms: list[FileNorm]
+    plugin_nodes: list[str]
+    functions: list[str]
+    external_files: tuple[Path, ...] = field(default=())
+
+    @property
+    def has_unnamed_plugins(self) -> bool:
+        """Whether a layer cannot be told by its node's name."""
+        return any(not name for name in self.plugin_nodes)
+
+
+def read_network(path: Path, allow_float64: bool = False) -> NetworkFile:
+    """Read a file and check what TensorRT would silently make something else of.
+
+    Args:
+        path: the .onnx file; its large weights are not read.
+        allow_float64: let TensorRT compute float64 values in float32.
+
+    Raises:
+        UsageError: the file is no sound ONNX model, or its weights are missing.
+        UnsupportedError: it holds float64 values, or the contract's nodes where no plugin can stand.
+    """
+    file = read_model(path)
+    check_graph(file.model, file.where)
+    if not file.model.graph.node:
+        raise UsageError(f"{file.where}: the graph has no nodes, so there is nothing to build.")
+    if not allow_float64:
+        _check_no_float64(file.model, file.where)
+    plugin_nodes = _plugin_nodes(file.model, file.where)
+    initializers = {tensor.name for tensor in file.model.graph.initializer}
+    inputs = [
+        InputDims(value.name, tuple(_dim(dim) for dim in value.type.tensor_type.shape.dim))
+        for value in file.model.graph.input
+        if value.name not in initializers
+    ]
+    functions = [f.name for f in file.model.functions if f.name in contract.INPUTS and f.domain in _OUR_DOMAINS]
+    return NetworkFile(path, inputs, _norms(file), plugin_nodes, functions, file.external_files)
+
+
+def _dim(dim: Any) -> int | str | None:
+    return dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
+
+
+def _check_no_float64(model: ModelProto, where: str) -> None:
+    found = list(_float64_values(model))
+    if found:
+        names = ", ".join(found[:_SHOWN]) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
+        raise UnsupportedError(
+            f"{where}: float64 values, which TensorRT computes in float32 without saying so: {names}. Export the model "
+            "in float32, float16 or bfloat16, or accept float32 with --float64-as-float32."
+        )
+
+
+def _float64_values(model: ModelProto) -> Iterator[str]:
+    for graph in graphs(model):
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.tensor_type.elem_type == _DOUBLE:
+                yield value.name
+        yield from (tensor.name for tensor in graph.initializer if tensor.data_type == _DOUBLE)
+    for node in all_nodes(model):
+        for attribute in node.attribute:
+            if attribute.t.data_type == _DOUBLE or (
+                attribute.i == _DOUBLE and (node.op_type, attribute.name) in _DTYPE_ATTRIBUTES
+            ):
+                yield label(node)
+
+
+# Attributes whose number is a data type.
+_DTYPE_ATTRIBUTES = {("Cast", "to"), ("EyeLike", "dtype"), ("RandomNormal", "dtype"), ("RandomUniform", "dtype"),
+                     ("RandomNormalLike", "dtype"), ("RandomUniformLike", "dtype"), ("Multinomial", "dtype"),
+                     ("Bernoulli", "dtype"), ("BlackmanWindow", "output_datatype")}  # fmt: skip
+
+
+def _plugin_nodes(model: ModelProto, where: str) -> list[str]:
+    """Names of the contract's nodes, checked: each in the main graph, with what the parser looks them up by."""
+    top = list(_ours(model.graph.node))
+    inside = [node for graph in list(graphs(model))[1:] for node in _ours(graph.node)]
+    in_functions = [(function, node) for function in model.functions for node in _ours(function.node)]
+    if inside:
+        raise UnsupportedError(
+            f"{where}: {label(inside[0])} stands in the body of a control-flow node, where TensorRT looks for no "
+            "plugin. Write this norm in another form: rmsnorm rewrite --target primitives."
+        )
+    if in_functions:
+        function, node = in_functions[0]
+        raise UnsupportedError(
+            f"{where}: {label(node)} stands in the local function {function.name}, where TensorRT looks for no plugin. "
+            "Inline the function first: rmsnorm rewrite does."
+        )
+    for name in contract.INPUTS:
+        domains = sorted({function.domain for function in model.functions if function.name == name})
+        if top and domains and (len(domains) > 1 or domains[0] not in _OUR_DOMAINS):
+            raise UnsupportedError(
+                f"{where}: the local function {name} of domain {domains[0] or 'ai.onnx'!r} has the name of the "
+                f"plugin's operator, and TensorRT tells functions by their names only. Rename it."
+            )
+    for node in top:
+        _check_plugin_node(node, where)
+    return [node.name for node in top]
+
+
+def _ours(nodes: Any) -> Iterator[NodeProto]:
+    return (node for node in nodes if node.domain in _OUR_DOMAINS and node.op_type in contract.INPUTS)
+
+
+def _check_plugin_node(node: NodeProto, where: str) -> None:
+    attributes = {attribute.name: attribute for attribute in node.attribute}
+    for name, expected in contract.PARSER_ATTRIBUTES.items():
+        found = attributes[name].s.decode(errors="replace") if name in attributes else None
+        if name == "plugin_version" and found is None:
+            continue  # the parser takes "1" then
+        if found != expected:
+            raise UnsupportedError(
+                f"{where}: {label(node)}: {name}: expected {expected!r}, got {found!r}. TensorRT would find no plugin "
+                "and use the local function without saying so. Export again with --target plugin."
+            )
+    values = {
+        name: attributes[name].f if kind == "FLOAT" else attributes[name].i
+        for name, kind in contract.KERNEL_ATTRIBUTES.items()
+        if name in attributes
+    }
+    problems = contract.attribute_problems(values)
+    wanted = len(contract.INPUTS[node.op_type])
+    if len(node.input) != wanted or not all(node.input):
+        problems.append(f"expected {wanted} inputs, got {sum(map(bool, node.input))}")
+    if problems:
+        raise UnsupportedError(f"{where}: {label(node)}: {'; '.join(problems)}. The plugin's kernel cannot do that.")
+
+
+def _norms(file: ModelFile) -> list[FileNorm]:
+    """The norms of the main graph: by the metadata of export and rewrite, else recognized from what nodes compute."""
+    from ...export.annotate import annotate
+
+    model = to_ir(file)
+    for node in model.graph:
+        if not node.name and node.outputs:
+            node.name = f"node_of_{node.outputs[0].name}"  # what TensorRT's parser calls it
+    annotate(model)
+    nodes: dict[str, list[Any]] = {}
+    for node in model.graph:
+        if PATH_KEY in node.metadata_props:
+            nodes.setdefault(node.metadata_props[PATH_KEY], []).append(node)
+    mains = [(path, node) for path, found in nodes.items() for node in found if SPEC_KEY in node.metadata_props]
+    calls = Counter(path for path, _ in mains)
+    # Nodes of a module that is called several times are not told apart: only the main nodes count then.
+    return [_norm(path, main, nodes[path] if calls[path] == 1 else [main]) for path, main in mains]
+
+
+def _norm(path: str, main: Any, nodes: list[Any]) -> FileNorm:
+    names = frozenset(node.name for node in nodes if node.name)
+    is_plugin = main.domain in _OUR_DOMAINS and main.op_type in contract.INPUTS
+    form = main.metadata_props.get(FORM_KEY, "plain")
+    return FileNorm(path or main.name or "", form, main.name or "", names, is_plugin)

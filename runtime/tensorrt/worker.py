@@ -1,0 +1,392 @@
+"""The process in which TensorRT parses and builds: `python -m rmsnorm_deploy.runtime.tensorrt.worker FOLDER`.
+
+The builder may end its process, swallow Ctrl-C, or be killed for its memory. Here that ends a worker and is an error
+message for whoever waits for it. `FOLDER/request.json` says what to do; `FOLDER/engine` and `FOLDER/result.json` are
+the answer. Standard output and error are the build's log; progress goes to the file descriptor that the request names,
+a JSON object a line.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
+from ...plugins import contract
+from .api import Api
+from .layers import LOG_BEGINS, Layer, NormDtypes, Source, layers_of_inspector, layers_of_log, nodes_of, norm_layers
+from .network import FileNorm
+
+REQUEST, RESULT, ENGINE, LOG = "request.json", "result.json", "engine", "build.log"
+_SEVERITIES: Final = ("internal error", "error", "warning", "info", "verbose")
+_WARNING, _VERBOSE = 2, 4
+_KEPT_LINES: Final = 400
+# The one warning that every file with token ids gets.
+_EXPECTED_WARNING: Final = "has Int64 binding"
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def main(folder: Path) -> int:
+    """Do what the request in `folder` says. 0, or 1 with the error in the result."""
+    _die_with_parent()
+    request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
+    try:
+        result = _Build(request, folder).run()
+    except RmsnormDeployError as error:
+        result = {"error": {"kind": type(error).__name__, "message": str(error)}}
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        result = {"error": {"kind": "RmsnormDeployError", "message": message}}
+    partial = folder / f"{RESULT}.partial"
+    partial.write_text(json.dumps(result), encoding="utf-8")
+    partial.rename(folder / RESULT)
+    return 1 if "error" in result else 0
+
+
+def _die_with_parent() -> None:
+    """Whoever waits for this process may be killed; nobody would end it then."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:
+        raise SystemExit("the process that asked for this build is gone.")
+
+
+class _Build:
+    """One build, step by step."""
+
+    def __init__(self, request: dict[str, Any], folder: Path) -> None:
+        self.request, self.folder = request, folder
+        self.options: dict[str, Any] = request["options"]
+        self.norms = [FileNorm(**{**row, "nodes": frozenset(row["nodes"])}) for row in request["norms"]]
+        self.api = Api(self.options["runtime"])
+        self.trt = self.api.trt
+        self.logger: Any = _logger_class(self.trt)(self.options["verbose"])
+        self.events = os.fdopen(request["events"], "w", encoding="utf-8") if request["events"] is not None else None
+        self.plugins: Any = None
+
+    def run(self) -> dict[str, Any]:
+        trt, api = self.trt, self.api
+        self._register_plugins()
+        builder = trt.Builder(self.logger)
+        network = api.network(builder)
+        parser = trt.OnnxParser(network, self.logger)
+        began = time.monotonic()
+        self._tell("parsing")
+        self._parse(parser, network)
+        plugin_layers = self._check_plugins(network)
+        dtypes = self._dtypes(network)
+        parsed = time.monotonic()
+        config = self._config(builder, network)
+        serialized = builder.build_serialized_network(network, config)
+        problems = self._problems()
+        if serialized is None or problems:
+            raise RmsnormDeployError(self._failure("the builder made no engine", problems))
+        built = time.monotonic()
+        with (self.folder / ENGINE).open("wb") as file:
+            file.write(serialized)
+        layers, source = self._layers()
+        rows = norm_layers(self.norms, layers, dtypes)
+        return {
+            "version": api.version,
+            "plugin_layers": plugin_layers,
+            "norms": [row.to_dict() for row in rows],
+            "layers": len(layers),
+            "layer_source": source,
+            "kernels": self._kernels(),
+            "warnings": [text for text in self.logger.warnings if _EXPECTED_WARNING not in text],
+            "parse_seconds": round(parsed - began, 3),
+            "build_seconds": round(built - parsed, 3),
+        }
+
+    # Plugins
+
+    def _register_plugins(self) -> None:
+        plugin = self.request["plugin"]
+        if plugin["kind"] == "python":
+            from ...plugins.tensorrt.creators import Plugins
+
+            self.plugins = Plugins(self.trt, tuple(self.request["architectures"]))
+            self.plugins.register()
+        elif plugin["kind"] == "library":
+            self._load_library(plugin["library"])
+
+    def _load_library(self, library: str) -> None:
+        registry = self.trt.get_plugin_registry()
+        before = {_creator_key(creator) for creator in registry.all_creators}
+        try:
+            registry.load_library(library)
+        except Exception as error:
+            raise UsageError(f"{library}: TensorRT cannot load it: {' '.join(str(error).split())}") from error
+        version, namespace = contract.PLUGIN_VERSION, contract.PLUGIN_NAMESPACE
+        missing = [name for name in contract.INPUTS if registry.get_creator(name, version, namespace) is None]
+        if missing:
+            brought = [_creator_key(creator) for creator in registry.all_creators]
+            names = ", ".join(f"{n} version {v} of namespace {s!r}" for n, v, s in brought if (n, v, s) not in before)
+            raise UsageError(
+                f"{library}: expected creators {' and '.join(contract.INPUTS)} of namespace {namespace!r}, version "
+                f"{version!r}; it brings {names or 'none'}. Build it again: rmsnorm plugin build."
+            )
+
+    def _kernels(self) -> list[dict[str, Any]]:
+        if self.plugins is not None:
+            return self.plugins.report()
+        if self.request["plugin"]["kind"] == "library":
+            from ...plugins.tensorrt.library import kernels_report
+
+            return kernels_report(Path(self.request["plugin"]["library"]))
+        return []
+
+    def _problems(self) -> list[str]:
+        if self.plugins is not None:
+            return list(self.plugins.problems)
+        if self.request["plugin"]["kind"] == "library":
+            from ...plugins.tensorrt.library import last_error
+
+            found = last_error(Path(self.request["plugin"]["library"]))
+            return [found] if found else []
+        return []
+
+    # Parsing
+
+    def _parse(self, parser: Any, network: Any) -> None:
+        path = self.request["model"]
+        parsed = parser.parse(Path(path).read_bytes(), path)
+        errors = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
+        if not parsed or errors:
+            raise UnsupportedError(
+                self._failure(f"{self.request['shown']}: TensorRT's parser refuses it", [*self._problems(), *errors])
+            )
+        if network.num_layers == 0:
+            raise UsageError(f"{self.request['shown']}: TensorRT's parser finds no layer in it; is it an ONNX file?")
+
+    def _check_plugins(self, network: Any) -> int:
+        """Count our plugin layers against the file's nodes: the fall-back to the local function is silent."""
+        trt = self.trt
+        layers = [network.get_layer(index) for index in range(network.num_layers)]
+        plugin_layers = [layer for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
+        expected: list[str] = self.request["plugin_nodes"]
+        if self.request["plugin"]["kind"] == "none":
+            return len(plugin_layers)
+        names = {layer.name for layer in plugin_layers}
+        ours = [layer for layer in plugin_layers if layer.name in expected or not all(expected)]
+        lost = [name for name in expected if name and name not in names]
+        if lost or len(ours) < len(expected):
+            shown = ", ".join(lost[:5]) or "nodes without a name"
+            raise UnsupportedError(
+                f"{self.request['shown']}: the plugin runs {len(ours)} of {len(expected)} norms, and TensorRT would "
+                f"use the local function for the others: {shown}. Its registry has {self._registered()}; expected "
+                f"namespace {contract.PLUGIN_NAMESPACE!r}, version {contract.PLUGIN_VERSION!r}, and TensorRT 10.7 or "
+                "later."
+            )
+        for layer in ours:
+            problems = self._layer_problems(layer)
+            if problems:
+                raise UnsupportedError(f"{self.request['shown']}: {layer.name}: {'; '.join(problems)}.")
+        return len(ours)
+
+    def _registered(self) -> str:
+        keys = [_creator_key(c) for c in self.trt.get_plugin_registry().all_creators]
+        ours = [
+            f"{name} version {version} of namespace {space!r}"
+            for name, version, space in keys
+            if name in contract.INPUTS
+        ]
+        return ", ".join(ours) or f"no creator of {' or '.join(contract.INPUTS)}"
+
+    def _layer_problems(self, layer: Any) -> list[str]:
+        """What the plugin cannot do: checked here, as a refusal while building can end the process."""
+        trt = self.trt
+        inputs = [layer.get_input(index) for index in range(layer.num_inputs)]
+        x, scale = inputs[0], inputs[-1]
+        allowed = {trt.float32: "float32", trt.float16: "float16", trt.bfloat16: "bfloat16"}
+        problems = []
+        if x.dtype not in allowed:
+            problems.append(f"x: expected {', '.join(allowed.values())}, got {x.dtype}")
+        others = [tensor.name for tensor in inputs if tensor.dtype != x.dtype]
+        if others:
+            problems.append(f"expected inputs of one dtype, got another for {', '.join(others)}")
+        if len(x.shape) < 1 or x.shape[-1] < 1:
+            problems.append(
+                f"x: expected a last dim that is known when the engine is built, got shape {tuple(x.shape)}"
+            )
+        elif tuple(scale.shape) != (x.shape[-1],):
+            problems.append(f"scale: expected shape ({x.shape[-1]},), got {tuple(scale.shape)}")
+        if len(inputs) == 3 and tuple(inputs[1].shape) != tuple(x.shape):
+            problems.append(f"residual: expected x's shape {tuple(x.shape)}, got {tuple(inputs[1].shape)}")
+        return problems
+
+    def _dtypes(self, network: Any) -> dict[str, NormDtypes]:
+        """What a strongly typed network says of each norm: the dtype of its result, and that of its statistics."""
+        trt = self.trt
+        words = {trt.float32: "float32", trt.float16: "float16", trt.bfloat16: "bfloat16"}
+        by_node = {node: norm for norm in self.norms for node in norm.nodes}
+        results: dict[str, str] = {}
+        statistics: dict[str, str] = {}
+        for index in range(network.num_layers):
+            layer = network.get_layer(index)
+            norms = [by_node[node] for node in nodes_of(layer.metadata) if node in by_node]
+            if not norms or layer.num_outputs == 0:
+                continue
+            word = words.get(layer.get_output(0).dtype, str(layer.get_output(0).dtype))
+            for norm in norms:
+                results[norm.path] = word  # the last one wins: layers stand in the graph's order
+                if layer.type in (trt.LayerType.REDUCE, trt.LayerType.NORMALIZATION):
+                    statistics.setdefault(norm.path, word)
+                elif norm.is_plugin and layer.type == trt.LayerType.PLUGIN_V3:
+                    statistics[norm.path] = "float32"  # the kernel's own, whatever x is
+        return {path: NormDtypes(word, statistics.get(path)) for path, word in results.items()}
+
+    # Building
+
+    def _config(self, builder: Any, network: Any) -> Any:
+        trt, api, options = self.trt, self.api, self.options
+        config = builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        monitor = _monitor_class(trt)(self._tell)
+        config.progress_monitor = monitor
+        self._kept = monitor
+        if options["workspace"] is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options["workspace"] << 20)
+        if options["version_compatible"]:
+            api.set_flag(config, "VERSION_COMPATIBLE")
+        if options["refit"]:
+            api.set_flag(config, "REFIT")
+        api.set_architectures(config, self.request["architectures"])
+        cache = self.request.get("timing_cache")
+        if cache is not None and api.has_timing_cache:
+            content = Path(cache).read_bytes() if Path(cache).is_file() else b""
+            config.set_timing_cache(config.create_timing_cache(content), ignore_mismatch=False)
+        inputs = {network.get_input(index).name: network.get_input(index) for index in range(network.num_inputs)}
+        for number, profile in enumerate(self.request["profiles"]):
+            self._add_profile(builder, config, inputs, profile, number)
+        return config
+
+    def _add_profile(
+        self, builder: Any, config: Any, inputs: dict[str, Any], shapes: dict[str, Any], number: int
+    ) -> None:
+        profile = builder.create_optimization_profile()
+        for name, (least, usual, most) in shapes.items():
+            if name not in inputs:
+                raise UsageError(f"profile {number}: the network has no input {name!r}; it has {', '.join(inputs)}.")
+            if inputs[name].is_shape_tensor:
+                raise UnsupportedError(f"input {name} is a shape tensor, for which no profile can be made.")
+            profile.set_shape(name, tuple(least), tuple(usual), tuple(most))
+        dynamic = [name for name, tensor in inputs.items() if -1 in tuple(tensor.shape)]
+        missing = [name for name in dynamic if name not in shapes]
+        if missing:
+            raise UsageError(f"profile {number}: no shapes for input {missing[0]}, whose dims are dynamic.")
+        if config.add_optimization_profile(profile) < 0:
+            # Wrong ranks and orders are noticed here only, by a number.
+            raise UsageError(self._failure(f"profile {number}: TensorRT refuses the shapes {json.dumps(shapes)}", []))
+
+    def _layers(self) -> tuple[list[Layer], Source]:
+        if self.api.can_read_engines:
+            runtime = self.trt.Runtime(self.logger)
+            engine = runtime.deserialize_cuda_engine((self.folder / ENGINE).read_bytes())
+            if engine is not None:
+                inspector = engine.create_engine_inspector()
+                return layers_of_inspector(
+                    inspector.get_engine_information(self.trt.LayerInformationFormat.JSON)
+                ), "inspector"
+        return [layer for message in self.logger.layers for layer in layers_of_log(message)], "builder log"
+
+    def _failure(self, what: str, causes: list[str]) -> str:
+        """An error's text: the causes that are known, else the last errors of TensorRT's log."""
+        causes = causes or self.logger.errors[-5:]
+        return f"{what}: {'; '.join(dict.fromkeys(causes))}" if causes else f"{what}, without saying why."
+
+    def _tell(self, phase: str, step: int | None = None, steps: int | None = None) -> None:
+        if self.events is not None:
+            print(json.dumps({"phase": phase, "step": step, "steps": steps}), file=self.events, flush=True)
+
+
+def _creator_key(creator: Any) -> tuple[str, str, str]:
+    return (creator.name, creator.plugin_version, creator.plugin_namespace)
+
+
+def _parser_error(error: Any) -> str:
+    name, operator = error.node_name(), error.node_operator()
+    where = f"node {name or error.node()} ({operator}): " if operator else ""
+    text = " ".join(error.desc().split())
+    stack = [str(entry) for entry in error.local_function_stack()]
+    inside = f" (inside {' > '.join(stack)})" if stack else ""
+    return f"{where}{text}{inside}"
+
+
+def _logger_class(trt: Any) -> Any:
+    class Logger(trt.ILogger):
+        """Writes the log, and keeps what the result speaks of. May be called from several threads."""
+
+        def __init__(self, verbose: bool) -> None:
+            super().__init__()
+            self.verbose = verbose
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+            self.layers: list[str] = []
+            self.latest: deque[str] = deque(maxlen=_KEPT_LINES)
+
+        def log(self, severity: Any, message: str) -> None:
+            level = int(severity)
+            line = f"[{_SEVERITIES[level]}] {message}"
+            if message.startswith(LOG_BEGINS):
+                self.layers.append(message)
+            if level < _WARNING:
+                self.errors.append(" ".join(message.split()))
+                # What came before an error may be the only place that names a file.
+                for earlier in self.latest:
+                    print(earlier)
+                self.latest.clear()
+            elif level == _WARNING and message not in self.warnings:
+                self.warnings.append(message)
+            if level < _VERBOSE or self.verbose or message.startswith(LOG_BEGINS):
+                print(line, flush=True)
+            else:
+                self.latest.append(line)
+
+    return Logger
+
+
+def _monitor_class(trt: Any) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        """Tells how far the build is. An exception here would end it, so there is none."""
+
+        def __init__(self, tell: Callable[[str, int | None, int | None], None]) -> None:
+            super().__init__()
+            self.tell = tell
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+            self.report(phase_name, 0)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self.report(phase_name, step + 1)
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
+
+        def report(self, phase: str, step: int) -> None:
+            try:
+                self.tell(phase, step, self.steps.get(phase))
+            except OSError:  # nobody listens any more
+                self.tell = lambda *_: None
+
+    return Monitor
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise EnvironmentMissingError("expected the folder of one request.")
+    raise SystemExit(main(Path(sys.argv[1])))

@@ -1,0 +1,185 @@
+"""`rmsnorm build`: a TensorRT engine from an exported folder or an .onnx file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rmsnorm_deploy.cli import options
+from rmsnorm_deploy.cli.screen import Screen, file_size
+
+if TYPE_CHECKING:
+    from rmsnorm_deploy.runtime.tensorrt.build import Engine, Progress
+
+SCHEMA = "rmsnorm_deploy.build/1"
+
+
+def build(
+    source: options.Exported,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="ENGINE", help="The engine's file; ENGINE.json and ENGINE.log come beside it."
+        ),
+    ] = None,
+    runtime: Annotated[
+        str, typer.Option("--runtime", metavar="NAME", help="tensorrt, or rtx, which needs no GPU to build.")
+    ] = "rtx",
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--profile",
+            metavar="NAME:MIN,OPT,MAX",
+            help="Shapes of an input, such as input_ids:1x1,4x512,16x4096, or a range of a dim, such as "
+            "past_sequence:0,128,4095; several in one profile with spaces or semicolons between them. The other "
+            "inputs follow by the names of their dims. Given several times: several profiles.",
+        ),
+    ] = None,
+    norm: Annotated[
+        str,
+        typer.Option(
+            "--norm",
+            metavar="CHOICE",
+            help="auto: as the file has them; plugin: every norm in the plugin; native: none.",
+        ),
+    ] = "auto",
+    plugin: Annotated[
+        str,
+        typer.Option(
+            "--plugin", metavar="KIND", help="library (C++), python, or auto: the library where there is one."
+        ),
+    ] = "auto",
+    plugin_library: Annotated[
+        Path | None,
+        typer.Option("--plugin-library", metavar="FILE", help="The plugin's library; see `rmsnorm plugin path`."),
+    ] = None,
+    arch: Annotated[
+        list[str] | None,
+        typer.Option("--arch", metavar="SM", help="What to build for, such as sm_86,sm_89; only with --runtime rtx."),
+    ] = None,
+    workspace: Annotated[
+        int | None, typer.Option("--workspace", metavar="MIB", min=1, help="Most memory of one layer while it runs.")
+    ] = None,
+    memory_limit: Annotated[
+        int | None,
+        typer.Option("--memory-limit", metavar="MIB", min=1, help="End the builder beyond this much memory."),
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="An engine that later versions of TensorRT load too.")
+    ] = False,
+    refit: Annotated[bool, typer.Option("--refit", help="An engine whose weights can be replaced.")] = False,
+    float64_as_float32: Annotated[
+        bool, typer.Option("--float64-as-float32", help="Build a file with float64 values, computed in float32.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Keep all of TensorRT's messages in the log.")] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Build a TensorRT engine and show which layer runs each norm."""
+    from rmsnorm_deploy.models.errors import UsageError
+    from rmsnorm_deploy.plugins.tensorrt.images import known_architectures
+    from rmsnorm_deploy.runtime.tensorrt.build import build_engine
+    from rmsnorm_deploy.runtime.tensorrt.options import BuildOptions
+
+    screen = Screen(as_json)
+    chosen = BuildOptions(
+        runtime=runtime,  # type: ignore[arg-type]
+        profiles=tuple(profile or ()),
+        norm=norm,  # type: ignore[arg-type]
+        plugin=plugin,  # type: ignore[arg-type]
+        plugin_library=None if plugin_library is None else str(plugin_library),
+        architectures=known_architectures(arch or ()),
+        workspace=workspace,
+        memory_limit=memory_limit,
+        float64_as_float32=float64_as_float32,
+        version_compatible=version_compatible,
+        refit=refit,
+        verbose=verbose,
+    )
+    if output is None or not str(output).strip():
+        raise UsageError("-o: expected the engine's file, such as -o model.engine.")
+    with _progress(screen, f"building {source}") as tell:
+        engine = build_engine(source, output, chosen, progress=tell)
+    payload = payload_of(engine)
+    screen.result(payload, lambda: _print(screen, payload))
+
+
+def payload_of(engine: Engine) -> dict[str, Any]:
+    """An engine as the JSON interface shows it."""
+    record = engine.record
+    return {
+        "schema": SCHEMA,
+        "engine": str(engine.path),
+        "record": str(engine.record_file),
+        "log": str(engine.log),
+        **{key: record[key] for key in _SHOWN},
+    }
+
+
+_SHOWN = (
+    "bytes", "runtime", "architectures", "gpu", "norm", "plugin", "plugin_layers", "norms", "layer_source", "kernels",
+    "profiles", "warnings", "seconds",
+)  # fmt: skip
+
+
+@contextmanager
+def _progress(screen: Screen, first: str) -> Iterator[Callable[[Progress], None]]:
+    """A bar for each of TensorRT's phases on a terminal, and a line for each elsewhere."""
+    with screen.working(first) as say:
+        seen: set[str] = set()
+
+        def tell(progress: Progress) -> None:
+            if screen.is_live and progress.steps:
+                done = 20 * (progress.step or 0) // progress.steps
+                bar = "#" * done + "-" * (20 - done)
+                say(f"{progress.phase} [{bar}] {progress.step} of {progress.steps}")
+            elif progress.phase not in seen:
+                seen.add(progress.phase)
+                say(progress.phase)
+
+        yield tell
+
+
+def _print(screen: Screen, payload: dict[str, Any]) -> None:
+    runtime, engine = payload["runtime"], Path(payload["engine"])
+    where = ", ".join(payload["architectures"]) + (f" ({payload['gpu']})" if payload["gpu"] else "")
+    screen.line(f"{engine}  {file_size(engine)}, {runtime['title']} {runtime['version']}, for {where}")
+    print_norms(screen, payload)
+    for number, profile in enumerate(payload["profiles"]):
+        screen.line(f"profile {number}: " + "; ".join(_shapes(name, shapes) for name, shapes in profile.items()))
+    for text in payload["warnings"]:
+        screen.line(f"TensorRT warns: {text}")
+    screen.line(f"log: {payload['log']}")
+
+
+def print_norms(screen: Screen, payload: dict[str, Any]) -> None:
+    """The table of norms and layers, and what it was read from."""
+    norms = payload["norms"]
+    if not norms:
+        screen.line("No RMSNorm was found in the file.")
+        return
+    screen.table(
+        ("norm", "form", "run by", "precision", "statistics", "layer"),
+        [
+            (
+                row["path"],
+                row["form"],
+                "plugin" if row["plugin"] else (row["kind"] or "unknown"),
+                row["precision"] or "unknown",
+                row["statistics"] or "unknown",
+                row["layer"] or "no layer names it",
+            )
+            for row in norms
+        ],
+    )
+    plugin = payload["plugin"]
+    named = f", {plugin['library']}" if plugin["library"] else ""
+    screen.line(f"plugin layers: {payload['plugin_layers']} of {len(norms)} norms (plugin: {plugin['kind']}{named})")
+    screen.line(f"why: {plugin['reason']}; layers read from the {payload['layer_source']}")
+
+
+def _shapes(name: str, shapes: list[list[int]]) -> str:
+    return f"{name} " + ", ".join("x".join(map(str, shape)) for shape in shapes)
