@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import rmsnorm_deploy
+from rmsnorm_deploy.cli import plugin
 from rmsnorm_deploy.cli.commands import COMMANDS
 from rmsnorm_deploy.cli.failures import failure_of, interruptible
 from rmsnorm_deploy.cli.screen import Screen
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
+app.add_typer(plugin.app, name="plugin")
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,98 @@
+#include "norm.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+namespace rmsnorm_deploy {
+namespace {
+
+constexpr int most_threads = 1024, widest_access = 16, warp_bytes = 1024, block_of_warps = 128;
+constexpr int cluster_architecture = 90, clustered_bytes = 64 * 1024;
+
+int ceiling(int a, int b) { return (a + b - 1) / b; }
+
+// Registers that a thread may fill with what it loads, in bytes, by the threads of its block.
+int limit_of(int threads) { return threads <= 256 ? 320 : threads <= 512 ? 192 : 96; }
+
+std::tuple<int, double> cost_of(int threads, int held, int vectors, bool few) {
+  const int tiles = ceiling(vectors, threads * held);
+  const double idle = static_cast<double>(tiles * threads * held) / vectors - 1;
+  const double wanted = std::min(std::max(few ? vectors : vectors / 2.0, few ? 128.0 : 64.0), few ? 1024.0 : 512.0);
+  const double uneven = (threads & (threads - 1)) == 0 ? 0.0 : 0.02;
+  return {tiles, idle + std::abs(threads - wanted) / wanted * 0.25 + uneven};
+}
+
+}  // namespace
+
+int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+const char* name_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float32: return "float32";
+    case Dtype::float16: return "float16";
+    case Dtype::bfloat16: return "bfloat16";
+  }
+  std::abort();
+}
+
+bool is_dtype(int number) {
+  return number == static_cast<int>(Dtype::float32) || number == static_cast<int>(Dtype::float16) ||
+         number == static_cast<int>(Dtype::bfloat16);
+}
+
+std::string Norm::generic_kernel() const { return std::string("generic_") + kernel() + "_" + name_of(dtype); }
+
+Layout choose_layout(const Norm& norm, bool few, int architecture) {
+  const int bytes = bytes_of(norm.dtype);
+  int elements = widest_access / bytes;
+  while (elements > 1 && norm.width % elements) elements /= 2;
+  const int vectors = norm.width / elements;
+  if (vectors <= 32 && norm.width * bytes <= warp_bytes) {
+    int threads = 1;
+    while (threads < vectors) threads *= 2;
+    return {threads, 1, elements, (few ? 32 : block_of_warps) / threads};
+  }
+  const int held_bytes = bytes * (norm.adds ? 2 : 1);
+  int spread = 1;
+  if (architecture >= cluster_architecture && norm.width * held_bytes > clustered_bytes)
+    spread = norm.width * held_bytes <= 2 * clustered_bytes ? 2 : 4;
+  const int per_block = ceiling(vectors, spread);
+  Layout best = {0, 0, elements, 1, spread};
+  std::tuple<int, double> least;
+  for (int threads = 32; threads <= most_threads; threads += 32) {
+    const int most = std::max(limit_of(threads) / (held_bytes * elements), 1), wanted = ceiling(per_block, threads);
+    if (wanted > most && threads != most_threads) continue;
+    const int held = std::min(wanted, most);  // more is read in several tiles
+    const auto cost = cost_of(threads, held, per_block, few);
+    if (best.threads == 0 || cost < least) best.threads = threads, best.vectors = held, least = cost;
+  }
+  best.prefetch = few && best.vectors * elements <= 16;
+  return best;
+}
+
+std::vector<std::string> compile_options(const Norm& norm, const Layout& layout, int architecture) {
+  static const struct { Dtype dtype; const char* format; } formats[] = {
+      {Dtype::float32, "Float32"}, {Dtype::float16, "Float16"}, {Dtype::bfloat16, "BFloat16"}};
+  std::string format;
+  for (const auto& row : formats)
+    if (row.dtype == norm.dtype) format = row.format;
+  unsigned bits;
+  std::memcpy(&bits, &norm.epsilon, 4);
+  char epsilon[16];
+  std::snprintf(epsilon, sizeof epsilon, "0x%08xu", bits);
+  const std::pair<const char*, std::string> macros[] = {
+      {"NAME", norm.kernel()}, {"X", format}, {"RESIDUAL", norm.adds ? format : "None"}, {"WEIGHT", format},
+      {"Y", format}, {"OUT", format}, {"WIDTH", std::to_string(norm.width)}, {"INNER", "1"}, {"WEIGHT_ROWS", "1"},
+      {"ADDS", norm.adds ? "1" : "0"}, {"SCALE", norm.one_plus ? "2" : "1"}, {"GATE", "0"}, {"ACTIVATION", "0"},
+      {"QUANTISATION", "0"}, {"CAST_FIRST", norm.cast_first ? "1" : "0"}, {"EXACT_SUM", "0"}, {"STRIDED", "0"},
+      {"EPSILON", epsilon}, {"THREADS", std::to_string(layout.threads)}, {"VECTORS", std::to_string(layout.vectors)},
+      {"ELEMENTS", std::to_string(layout.elements)}, {"ROWS", std::to_string(layout.rows)},
+      {"CLUSTER", std::to_string(layout.cluster)}, {"PREFETCH", layout.prefetch ? "1" : "0"}};
+  std::vector<std::string> options = {"--gpu-architecture=sm_" + std::to_string(architecture), "--std=c++17"};
+  for (const auto& [name, value] : macros) options.push_back(std::string("-DRMSNORM_") + name + "=" + value);
+  return options;
+}
+
+}  // namespace rmsnorm_deploy

@@ -1,0 +1,15 @@
+// Files that the build puts into the library: the kernel's source, for NVRTC, and the generic kernel, compiled.
+#pragma once
+
+#include <cstddef>
+
+namespace rmsnorm_deploy {
+
+const char* kernel_source();
+const char* rms_norm_source();
+const char* numbers_source();
+// A fatbin of plugins/cuda/generic.cu, and the architectures that it holds, such as "75,80,86".
+const char* generic_fatbin();
+const char* generic_architectures();
+
+}  // namespace rmsnorm_deploy
