@@ -11,11 +11,12 @@ WORKERS ?= 2
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt tests/tensorrt-headers.txt
+$(VENV)/.installed: pyproject.toml constraints.txt tests/tensorrt-headers.txt tests/tensorrt-lean.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,hf,kernel,report,rtx,dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --upgrade --target $(VENV)/tensorrt-headers -r tests/tensorrt-headers.txt
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes --upgrade --target $(VENV)/tensorrt-lean -r tests/tensorrt-lean.txt
 	touch $@
 
 demo: install
