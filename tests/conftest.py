@@ -5,11 +5,13 @@ The property tests try few examples by default, more with `--hypothesis-profile 
 
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
 import pytest
 import torch
+from helpers import plugin_library
 from hypothesis import HealthCheck, settings
 
 QUIET = [HealthCheck.filter_too_much, HealthCheck.too_slow]
@@ -24,3 +26,15 @@ def pytest_runtest_setup() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def built_library(tmp_path_factory: pytest.TempPathFactory) -> plugin_library.BuiltLibrary:
+    """The plugin's libraries, compiled once for all processes of a test run."""
+    problem = plugin_library.missing()
+    if problem is not None:
+        pytest.skip(problem)
+    base = tmp_path_factory.getbasetemp()
+    return plugin_library.build_once(
+        (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "plugin-library"
+    )
