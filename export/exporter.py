@@ -23,6 +23,7 @@ from .inputs import example_inputs
 from .lower import lower
 from .lowerings import TARGETS, Environment, LoweringRefusal, opset_for, resolve
 from .manifest import site_rows, tensor_rows, write_manifest
+from .plugin_functions import PluginStyle, plugin_style, style_notes
 from .swap import swapped
 
 MODEL_FILE = "model.onnx"
@@ -61,6 +62,7 @@ class PreparedModel:
     recognition: Recognition
     dtype: str
     details: dict[str, Any] = field(default_factory=dict)
+    companions: Path | None = None
 
 
 def export_model(
@@ -73,6 +75,8 @@ def export_model(
     opset: int | None = None,
     dynamic: bool | Mapping[str, Any] = True,
     with_past: bool = False,
+    function: bool = True,
+    ort_trt: bool = False,
     details: Mapping[str, Any] | None = None,
     companions: Path | None = None,
     progress: Progress | None = None,
@@ -91,6 +95,10 @@ def export_model(
         dynamic: True lets every dim be dynamic that the model does not fix, False fixes all, a mapping is
             `torch.export`'s `dynamic_shapes`.
         with_past: export a decoder of transformers with its KV cache: one file for prefill and decode.
+        function: give the file of target `plugin` local functions that stand in for the plugin. TensorRT 10.6 and
+            before use them in place of the plugin; without them ONNX Runtime cannot run the file.
+        ort_trt: write the file of target `plugin` for ONNX Runtime's TensorRT provider: plugin nodes in domain
+            `trt.plugins`, without local functions.
         details: more fields for the manifest, such as the model's name.
         companions: a folder to copy config and tokenizer files from.
         progress: called with a line of text at each step.
@@ -108,6 +116,7 @@ def export_model(
         if name not in TARGETS:
             raise UsageError(f"unknown target {name!r}; the targets are {', '.join(TARGETS)}.")
         opset_for(name, opset)
+    style = plugin_style(function, ort_trt, targets)
     folder = Path(path)
     places = [folder] if len(targets) == 1 else [folder / name for name in targets]
     for place in places:
@@ -117,8 +126,9 @@ def export_model(
         progress=progress,
     )  # fmt: skip
     prepared.details.update(details or {})
+    prepared.companions = companions
     return [
-        save(prepared, place, name, opset=opset, companions=companions, progress=progress)
+        save(prepared, place, name, opset=opset, style=style if name == "plugin" else "function", progress=progress)
         for name, place in zip(targets, places, strict=True)
     ]
 
@@ -168,13 +178,16 @@ def save(
     target: str,
     *,
     opset: int | None = None,
-    companions: Path | None = None,
+    style: PluginStyle = "function",
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Lower a prepared model for one target and write its folder, whole or not at all."""
+    """Lower a prepared model for one target and write its folder, whole or not at all.
+
+    Arguments as in `export_model`; `style` is how the file has the custom operators of target `plugin`.
+    """
     say = progress or _silent
     say(f"lowering for {target}")
-    lowered, sites = lower(prepared.capture.model, target, opset)
+    lowered, sites = lower(prepared.capture.model, target, opset, style)
     graph = lowered.graph
     content = {
         **prepared.details,
@@ -187,13 +200,13 @@ def save(
         "outputs": tensor_rows(list(graph.outputs)),
         "sites": site_rows(prepared.recognition, sites),
         "refusals": [refusal.to_dict() for refusal in prepared.recognition.refusals],
-        "notes": prepared.capture.notes,
+        "notes": [*prepared.capture.notes, *style_notes(lowered, style)],
     }
     with new_folder(path) as folder:
         say("writing the model")
         _write_model(lowered, folder)
-        if companions is not None:
-            copy_companions(companions, folder)
+        if prepared.companions is not None:
+            copy_companions(prepared.companions, folder)
         say("hashing the files")
         manifest = write_manifest(folder, content)
     return ExportResult(Path(path), target, manifest, prepared.recognition)

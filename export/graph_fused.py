@@ -10,14 +10,16 @@ from ..plugins import contract
 from .graph_shapes import is_ones, may_fit
 from .graph_terms import Normed, Step
 from .graph_values import dims, is_floating, is_half, widens
+from .plugin_functions import PLUGIN_DOMAINS, is_plugin_node
 
 # x is the first input, the scale the second.
 FUSED = {
     ("", "RMSNormalization"),
     ("", "SimplifiedLayerNormalization"),
     ("com.microsoft", "SimplifiedLayerNormalization"),
-    (contract.DOMAIN, contract.RMS_NORM),
+    *((domain, contract.RMS_NORM) for domain in PLUGIN_DOMAINS),
 }
+OTHER_PLUGIN = f"its plugin is of another namespace than {contract.PLUGIN_NAMESPACE!r}"
 # More trailing dims than this are none of a norm's.
 _MOST_DIMS = 8
 _FLOAT = ir.DataType.FLOAT
@@ -25,6 +27,9 @@ _FLOAT = ir.DataType.FLOAT
 
 def fused_norm(node: ir.Node, root: Callable[[ir.Value], ir.Value]) -> Normed | str | None:
     """The norm that an operator is; or why it is none, or None where its input is of no dtype that norms have."""
+    ours = is_plugin_node(node)
+    if node.domain in PLUGIN_DOMAINS and not ours:
+        return OTHER_PLUGIN
     x, out = node.inputs[0], node.outputs[0]
     scale = node.inputs[1] if len(node.inputs) > 1 else None
     if x is None or not is_floating(x.dtype) or x.dtype is None:
@@ -37,7 +42,6 @@ def fused_norm(node: ir.Node, root: Callable[[ir.Value], ir.Value]) -> Normed | 
         axis -= len(shape)
     if not -_MOST_DIMS <= axis < 0 or (shape is not None and -axis > len(shape)):
         return "its axis is none of its input's dims"
-    ours = node.domain == contract.DOMAIN
     epsilon = attributes["epsilon"].as_float() if "epsilon" in attributes else 1e-5
     if scale is not None and not may_fit(scale, x, -axis):
         return "its scale has another shape than the dims that it normalises"

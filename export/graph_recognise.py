@@ -11,6 +11,7 @@ from ..models.errors import UsageError
 from ..models.spec import NormSpec
 from ..plugins import contract
 from .builder import ONES
+from .graph_fused import OTHER_PLUGIN
 from .graph_reader import GraphReader
 from .graph_site import GraphRecognition, GraphRefusal, GraphSite
 from .graph_spec import Reading, reading, shortest, unfolded
@@ -18,13 +19,13 @@ from .graph_terms import Normed
 from .graph_types import fill_types
 from .graph_values import dims, is_floating, is_half, same_dims
 from .lowerings import Form
+from .plugin_functions import PLUGIN_DOMAINS, is_plugin_node
 from .residual import residual_operands
 from .write_norm import PATH_KEY, SPEC_KEY
 
 SKIP = ("com.microsoft", "SkipSimplifiedLayerNormalization")
-ADD_NORM = (contract.DOMAIN, contract.ADD_RMS_NORM)
-_SUM_OUTPUT = {SKIP: 3, ADD_NORM: 1}
-_SCALE_INPUT = {SKIP: 2, ADD_NORM: 2}
+ADD_NORMS = tuple((domain, contract.ADD_RMS_NORM) for domain in PLUGIN_DOMAINS)
+_SUM_OUTPUT = {SKIP: 3, **dict.fromkeys(ADD_NORMS, 1)}
 _WEIGHT_ENDINGS = (".weight", ".gamma", ".scale", ".g")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -113,6 +114,8 @@ def _composites(model: ir.Model) -> Iterator[ir.Node]:
 def _composite(node: ir.Node, shared: _Shared) -> GraphSite | str:
     """The norm in an operator that adds and normalises."""
     kind = (node.domain, node.op_type)
+    if kind in ADD_NORMS and not is_plugin_node(node):
+        return OTHER_PLUGIN
     a, b, scale = (*node.inputs, None, None, None)[:3]
     bias = node.inputs[3] if kind == SKIP and len(node.inputs) > 3 else None
     if a is None or b is None or scale is None or a.dtype is None or not is_floating(a.dtype):
@@ -132,7 +135,7 @@ def _composite(node: ir.Node, shared: _Shared) -> GraphSite | str:
     total = node.outputs[number] if len(node.outputs) > number and node.outputs[number].name else None
     attributes = node.attributes
     epsilon = attributes["epsilon"].as_float() if "epsilon" in attributes else 1e-5
-    ours, wide = kind == ADD_NORM, not is_half(a.dtype)
+    ours, wide = kind in ADD_NORMS, not is_half(a.dtype)
     scale_type = attributes["scale_type"].as_int() if "scale_type" in attributes else int(ir.DataType.FLOAT)
     cast_first = ours and not wide and scale_type != int(ir.DataType.FLOAT)
     offset = attributes["scale_offset"].as_float() if "scale_offset" in attributes else 0.0

@@ -30,6 +30,8 @@ _LIKE_FIRST_INPUT: dict[tuple[str, str], tuple[int, ...]] = {
     ("com.microsoft", "QuickGelu"): (0,),
     ("rmsnorm_deploy", "RMSNorm"): (0,),
     ("rmsnorm_deploy", "AddRMSNorm"): (0, 1),
+    ("trt.plugins", "RMSNorm"): (0,),
+    ("trt.plugins", "AddRMSNorm"): (0, 1),
 }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from ..plugins import contract
 from .graph_recognise import recognise_graph
+from .plugin_functions import stands_in_for_plugin
 
 _TAG = "rmsnorm_deploy.function"
 
@@ -24,7 +24,7 @@ def inline_norm_functions(model: ir.Model) -> tuple[ir.Model, list[str]]:
     # What has another opset than the model cannot be inlined as it is; ONNX Runtime reads it with the model's.
     own = [
         function for function in model.functions.values()
-        if function.domain != contract.DOMAIN and function.opset_imports.get("", opset) == opset
+        if not stands_in_for_plugin(function) and function.opset_imports.get("", opset) == opset
     ]  # fmt: skip
     keys = {_key(function) for function in own}
     if not own:

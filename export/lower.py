@@ -10,7 +10,7 @@ from ..models.spec import NormSpec
 from .graph_site import GraphSite
 from .lowerings import Form, opset_for
 from .opset import raise_opset
-from .plugin_functions import add_plugin_functions
+from .plugin_functions import PluginStyle, check_style, style_plugin_nodes
 from .residual import residual_operands
 from .swap import CAPTURE_DOMAIN, CAPTURE_OP
 from .write_norm import LoweredSite, NormWriter
@@ -19,27 +19,31 @@ from .write_norm import LoweredSite, NormWriter
 _DROPPED_METADATA = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
 
 
-def lower(model: ir.Model, target: str, opset: int | None = None) -> tuple[ir.Model, list[LoweredSite]]:
+def lower(
+    model: ir.Model, target: str, opset: int | None = None, style: PluginStyle = "function"
+) -> tuple[ir.Model, list[LoweredSite]]:
     """Lower every captured norm of `model` for `target`.
 
     Args:
         model: a captured graph; it is copied (weights are shared) and stays as it is.
         target: one of the lowering table's targets.
         opset: the opset import of the result, or None for the target's default.
+        style: how the file has the custom operators of target `plugin`.
 
     Returns:
         The lowered model and its norms in graph order.
 
     Raises:
-        UsageError: unknown target.
+        UsageError: unknown target, or a style for another target than `plugin`.
         UnsupportedError: the target cannot do one of the norms, or the opset.
     """
     wanted = opset_for(target, opset)
+    check_style(style, [target])
     lowered = model.clone()
     raise_opset(lowered, wanted)
     writer = NormWriter(lowered.graph, target, wanted)
     sites = [writer.write(_site(node), _kept(node)).lowered for node in list(_captured(lowered.graph))]
-    _finish(lowered)
+    _finish(lowered, style)
     return lowered, sites
 
 
@@ -79,13 +83,13 @@ def _kept(node: ir.Node) -> dict[str, str]:
     return {key: value for key, value in node.metadata_props.items() if key not in _DROPPED_METADATA}
 
 
-def _finish(model: ir.Model) -> None:
+def _finish(model: ir.Model, style: PluginStyle) -> None:
     for graph in model.graphs():
         for node in graph:
             for key in _DROPPED_METADATA:
                 node.metadata_props.pop(key, None)
     model.graph.opset_imports.pop(CAPTURE_DOMAIN, None)
-    add_plugin_functions(model)
+    style_plugin_nodes(model, style)
     for name in [n for n, v in model.graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
         if not model.graph.initializers[name].is_graph_input():
             del model.graph.initializers[name]

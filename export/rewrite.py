@@ -15,7 +15,7 @@ from .graph_types import Filled, fill_types
 from .inline import inline_norm_functions
 from .lowerings import HIGHEST_OPSET, cell, deviations
 from .opset import raise_opset
-from .plugin_functions import add_plugin_functions
+from .plugin_functions import is_plugin_node, move_to_contract_domain, style_plugin_nodes
 from .write_norm import LoweredSite, NormWriter, Written, dtype_name
 
 # Before this IR version every initializer had to be an input too.
@@ -77,6 +77,8 @@ class Rewritten:
 def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Container[int] = ()) -> Rewritten:
     """Put every norm of a graph into a target's form.
 
+    For target `plugin` the result has local functions, so ONNX Runtime runs it; see `style_plugin_nodes`.
+
     Args:
         model: any model; it stays as it is, but for dtypes and shapes that are inferred, and the order of its nodes
             where that was not topological. Weights are not read, except those of norms.
@@ -99,6 +101,8 @@ def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Contai
     copies = _copies(original.graph, rewritten.graph)
     current = rewritten.graph.opset_imports.get("", rewritten.graph.opset_imports.get("ai.onnx", 1))
     wanted = _wanted_opset(target, opset, current, lowest if found.sites else current)
+    # Plugin nodes of another style stand in the target's form too, once they have their functions.
+    restyled = target == "plugin" and move_to_contract_domain(rewritten, _plugin_nodes(found.sites, copies))
     writer = NormWriter(rewritten.graph, target, wanted)
     refusals = list(found.refusals)
     done: list[tuple[GraphSite, GraphSite, Written | None]] = []
@@ -122,13 +126,13 @@ def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Contai
         and any(not s.before.target for s in sites)
     ):
         raise UnsupportedError(f"none of the {len(sites)} norms can be written: {refusals[-1].reason}")
-    if result.changed or (opset is not None and opset > current):
+    if result.changed or restyled or (opset is not None and opset > current):
         raise_opset(rewritten, wanted)
         if wanted > current:
             notes.append(f"opset import raised from {current} to {wanted}")
-    if result.changed:
+    if result.changed or restyled:
         rewritten.ir_version = max(rewritten.ir_version, _CONSTANTS_SINCE)
-        add_plugin_functions(rewritten)
+        style_plugin_nodes(rewritten, "function")
     _untype(result, [(copies[row.value], row) for row in filled])
     return result
 
@@ -154,6 +158,15 @@ def _copies(graph: ir.Graph, clone: ir.Graph) -> dict[ir.Value, ir.Value]:
             copies.update(zip(node.outputs, copy.outputs, strict=True))
             pending.extend(zip(_bodies(node), _bodies(copy), strict=True))
     return copies
+
+
+def _plugin_nodes(sites: list[GraphSite], copies: Mapping[ir.Value, ir.Value]) -> Iterator[ir.Node]:
+    """The custom operators of the copied model that are norms."""
+    for site in sites:
+        for node in site.nodes:
+            copy = copies[node.outputs[0]].producer() if is_plugin_node(node) else None
+            if copy is not None:
+                yield copy
 
 
 def _copied(site: GraphSite, copies: Mapping[ir.Value, ir.Value]) -> GraphSite:

@@ -17,6 +17,7 @@ from ..export.graph_site import GraphRefusal
 from ..export.manifest import rewritten_rows, tensor_rows, write_manifest
 from ..export.model_file import ModelFile, read_model, to_ir
 from ..export.model_writer import write_model
+from ..export.plugin_functions import PluginStyle, plugin_style, style_notes, style_plugin_nodes
 from ..export.rewrite import Rewritten, rewrite
 from ..export.write_norm import dtype_name
 from ..models.errors import MismatchError, UsageError
@@ -64,6 +65,8 @@ def rewrite_model(
     *,
     target: str = "ort",
     opset: int | None = None,
+    function: bool = True,
+    ort_trt: bool = False,
     weights: Weights = "copy",
     verify: bool = True,
     inputs: Mapping[str, Array] | None = None,
@@ -78,6 +81,9 @@ def rewrite_model(
             is refused. Or a new .onnx file in the original's folder, which refers to the same external data.
         target: `primitives`, `standard`, `ort` or `plugin`.
         opset: opset import of the result; None raises it only as far as the target needs.
+        function: give the file of target `plugin` local functions that stand in for the plugin, as in `export_model`.
+            The proof is made with them in any case: ONNX Runtime does not run the file without.
+        ort_trt: write the file of target `plugin` for ONNX Runtime's TensorRT provider.
         weights: whether external data are copied to a new folder or get a second name there (a hard link), which takes
             no time and no space, but which onnx and onnx_ir refuse to read.
         verify: run every rewritten norm and the whole model, before and after, in ONNX Runtime. A norm whose proof
@@ -95,6 +101,7 @@ def rewrite_model(
     say = progress or (lambda text: None)
     if weights not in WEIGHTS:
         raise UsageError(f"unknown choice {weights!r} for the weights; choose one of {', '.join(WEIGHTS)}.")
+    style = plugin_style(function, ort_trt, [target])
     source, place = Path(path), Path(output).expanduser()
     beside = place.suffix == ".onnx"
     _check_place(source, place, beside)
@@ -117,7 +124,7 @@ def rewrite_model(
         proof = None
         if verify:
             rewritten, proof = _proven(rewritten, graph, target, opset, source.parent, seed, say)
-        job = _Job(original, source, rewritten, proof, target, inputs, seed, say)
+        job = _Job(original, source, rewritten, proof, target, style, inputs, seed, say)
         if beside:
             with new_file(place) as partial:
                 content = _write(job, partial.parent, partial.name, "reference")
@@ -141,6 +148,7 @@ class _Job:
     rewritten: Rewritten
     proof: Proof | None
     target: str
+    style: PluginStyle
     inputs: Mapping[str, Array] | None
     seed: int
     say: Callable[[str], None]
@@ -148,13 +156,16 @@ class _Job:
 
 def _write(job: _Job, folder: Path, name: str, weights: Literal["copy", "link", "reference"]) -> dict[str, Any]:
     """Write the model, run it as a whole, and say what was done."""
+    proves = job.proof is not None and job.rewritten.changed
+    if not proves:
+        _restyle(job)
     job.say("writing the model")
     notes = write_model(job.rewritten.model, job.original, folder, name, weights)
     if not job.rewritten.sites and not job.rewritten.notes:
         shutil.copyfile(job.source, folder / name)  # nothing was done: the very file
     if weights == "link" and job.original.external_files and not notes:
         notes.append(_LINKED)
-    if job.proof is not None and job.rewritten.changed:
+    if job.proof is not None and proves:
         from .model_proof import prove_model
 
         job.proof = prove_model(
@@ -163,8 +174,17 @@ def _write(job: _Job, folder: Path, name: str, weights: Literal["copy", "link", 
         if job.proof.verdict == "mismatch":
             reason = f"written for {job.target}, it computes something else: {job.proof.reason}"
             raise MismatchError(f"{job.source}: {reason}")
+        if job.style != "function":
+            _restyle(job)  # only now: ONNX Runtime, which proves it, runs no file of another style
+            write_model(job.rewritten.model, job.original, folder, name, "reference")  # the weights are there
     job.original.check_unchanged()
-    return _content(job, notes)
+    return _content(job, [*notes, *style_notes(job.rewritten.model, job.style)])
+
+
+def _restyle(job: _Job) -> None:
+    """Put the custom operators into the style that was asked for; `rewrite` gives them functions."""
+    if job.target == "plugin" and job.style != "function":
+        style_plugin_nodes(job.rewritten.model, job.style)
 
 
 def _proven(

@@ -95,6 +95,9 @@ def test_the_file_has_the_function_at_top_level_and_loads_in_plain_onnxruntime(a
     assert [value.name for value in function.inputs] == list(contract.INPUTS[op_type])
     assert len(function.outputs) == len(contract.OUTPUTS[op_type])
     assert sorted(function.attributes) == sorted(contract.ATTRIBUTES)
+    assert [node.name for node in function] == [
+        f"rmsnorm_deploy::{op_type}/{node.outputs[0].name}" for node in function
+    ]
     assert function.opset_imports == {"": loaded.graph.opset_imports[""]}
     assert loaded.graph.opset_imports[contract.DOMAIN] == contract.DOMAIN_VERSION
     assert CAPTURE_DOMAIN not in loaded.graph.opset_imports

@@ -48,6 +48,19 @@ def export(
     with_past: Annotated[
         bool, typer.Option("--with-past", help="Let the KV cache go in and out (decoders of transformers).")
     ] = False,
+    no_function: Annotated[
+        bool,
+        typer.Option(
+            "--no-function",
+            help="For --target plugin: plugin nodes without local functions, as TensorRT 10.6 and before need them.",
+        ),
+    ] = False,
+    ort_trt: Annotated[
+        bool,
+        typer.Option(
+            "--ort-trt", help="For --target plugin: plugin nodes as ONNX Runtime's TensorRT provider looks for them."
+        ),
+    ] = False,
     static: Annotated[bool, typer.Option("--static", help="Fix every dim at the size of the example inputs.")] = False,
     inputs: Annotated[
         Path | None,
@@ -69,11 +82,13 @@ def export(
 ) -> None:
     """Write a model as ONNX with its norms as the target wants them."""
     from rmsnorm_deploy.export.lowerings import opset_for
+    from rmsnorm_deploy.export.plugin_functions import plugin_style
 
     screen = Screen(as_json)
     targets = list(dict.fromkeys(target or ["primitives"]))
     for name in targets:
         opset_for(name, opset)  # refuses a wrong target or opset before anything slow is done
+    plugin_style(not no_function, ort_trt, targets)
     arrays = read_arrays(inputs) if inputs is not None else None
     injection = _injection(outliers)
     with screen.working(f"loading {model}") as say:
@@ -96,6 +111,8 @@ def export(
             opset=opset,
             dynamic=not static,
             with_past=with_past,
+            function=not no_function,
+            ort_trt=ort_trt,
             details=details,
             companions=loaded.folder,
             progress=say,
@@ -142,7 +159,7 @@ def _payload(results: list[ExportResult], injected: OutlierReport | None) -> dic
         "manifest": single["manifest"] if single else [row["manifest"] for row in exports],
         "sites": [{k: v for k, v in site.items() if k != "calls"} for site in first["sites"]],
         "refusals": first["refusals"],
-        "notes": first["notes"],
+        "notes": list(dict.fromkeys(text for result in results for text in result.manifest["notes"])),
         "outliers": injected and injected.to_dict(),
     }
 

@@ -50,6 +50,19 @@ def rewrite(
             "--opset", metavar="N", help="Opset import of the result; raised only as far as needed when left out."
         ),
     ] = None,
+    no_function: Annotated[
+        bool,
+        typer.Option(
+            "--no-function",
+            help="For --target plugin: plugin nodes without local functions, as TensorRT 10.6 and before need them.",
+        ),
+    ] = False,
+    ort_trt: Annotated[
+        bool,
+        typer.Option(
+            "--ort-trt", help="For --target plugin: plugin nodes as ONNX Runtime's TensorRT provider looks for them."
+        ),
+    ] = False,
     weights: Annotated[
         Weights,
         typer.Option(
@@ -69,16 +82,18 @@ def rewrite(
 ) -> None:
     """Rewrite the norms of any .onnx file for a target, with proof."""
     from rmsnorm_deploy.export.lowerings import cell
+    from rmsnorm_deploy.export.plugin_functions import plugin_style
 
     screen = Screen(as_json)
     cell(target, "plain")  # refuses a wrong target before anything slow is done
+    plugin_style(not no_function, ort_trt, [target])
     feeds = read_arrays(inputs) if inputs is not None else None
     with screen.working(f"reading {path}") as say:
         from rmsnorm_deploy.runtime.rewriting import rewrite_model
 
         result = rewrite_model(
-            path, output, target=target, opset=opset, weights=weights.value, verify=verify, inputs=feeds, seed=seed,
-            progress=say,
+            path, output, target=target, opset=opset, function=not no_function, ort_trt=ort_trt, weights=weights.value,
+            verify=verify, inputs=feeds, seed=seed, progress=say,
         )  # fmt: skip
     payload = _payload(result)
     screen.result(payload, lambda: _print(screen, path, payload))
