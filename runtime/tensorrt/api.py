@@ -23,6 +23,7 @@ class Flavor:
     Attributes:
         title: for people.
         module: its Python module.
+        distributions: packages of which it may be installed, whose versions tell one build from another.
         library_modules: packages that hold its shared libraries, where pip brought them.
         install: how to get it.
         oldest: the lowest version that this package supports.
@@ -34,6 +35,7 @@ class Flavor:
 
     title: str
     module: str
+    distributions: tuple[str, ...]
     library_modules: tuple[str, ...]
     install: str
     oldest: tuple[int, int]
@@ -45,12 +47,15 @@ class Flavor:
 
 FLAVORS: Final[dict[RuntimeName, Flavor]] = {
     "tensorrt": Flavor(
-        "TensorRT", "tensorrt", ("tensorrt_libs",), 'pip install "rmsnorm-deploy[tensorrt]"', (10, 7), "trtexec",
+        "TensorRT", "tensorrt",
+        ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-libs", "tensorrt-cu12-libs"),
+        ("tensorrt_libs",), 'pip install "rmsnorm-deploy[tensorrt]"', (10, 7), "trtexec",
         None, (), (),
     ),
     # NVIDIA's documentation of 1.7 ("CPU-Only AOT"): unset is 8.0, 8.6, 8.9 and 12.0; 7.5 has to be asked for.
     "rtx": Flavor(
-        "TensorRT-RTX", "tensorrt_rtx", ("tensorrt_rtx_libs",), 'pip install "rmsnorm-deploy[rtx]"', (1, 4),
+        "TensorRT-RTX", "tensorrt_rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu12"),
+        ("tensorrt_rtx_libs",), 'pip install "rmsnorm-deploy[rtx]"', (1, 4),
         "tensorrt_rtx", "libtensorrt_rtx.so", (75, 80, 86, 89, 120, 121), (80, 86, 89, 120),
     ),
 }  # fmt: skip
@@ -204,11 +209,17 @@ def cuda_device() -> tuple[str, int] | None:
     return None if failed else (name.value.decode(), 10 * major.value + minor.value)
 
 
-def resolve_architectures(runtime: str, wanted: Sequence[int]) -> tuple[int, ...]:
+def resolve_architectures(runtime: str, wanted: Sequence[int], elsewhere: bool = False) -> tuple[int, ...]:
     """What an engine is built for: what was asked for, the GPU at hand, or what can be built without one.
+
+    Args:
+        runtime: `tensorrt` or `rtx`.
+        wanted: architectures that were asked for.
+        elsewhere: the engine is built on another machine, whose GPU is not known.
 
     Raises:
         UnsupportedError: the product cannot build for an architecture that was asked for.
+        EnvironmentMissingError: it needs a GPU, and there is none.
     """
     flavor = flavor_of(runtime)
     device = cuda_device()
@@ -218,6 +229,8 @@ def resolve_architectures(runtime: str, wanted: Sequence[int]) -> tuple[int, ...
             known = ", ".join(f"sm_{number}" for number in flavor.architectures)
             raise UnsupportedError(f"{flavor.title} builds for {known}, not for sm_{unknown[0]}.")
         return tuple(wanted) or flavor.default_architectures
+    if elsewhere:
+        return tuple(wanted)
     if device is None:
         raise EnvironmentMissingError(
             f"{flavor.title} builds for the GPU at hand, and there is none. Build where there is one (see "

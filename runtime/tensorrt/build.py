@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -26,6 +28,7 @@ from ...plugins.tensorrt import library
 from ..exported import Exported, open_exported
 from . import worker
 from .api import check_installed, cuda_device, flavor_of, library_folders, link_libraries, resolve_architectures
+from .cache import EngineCache, engine_key
 from .network import NetworkFile, read_network
 from .options import BuildOptions
 from .profiles import Profile, make_profiles
@@ -129,6 +132,7 @@ def build_engine(
     output: str | os.PathLike[str],
     options: BuildOptions | None = None,
     *,
+    cache: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
     **choices: Any,
 ) -> Engine:
@@ -139,6 +143,7 @@ def build_engine(
         output: the engine's file. Beside it come `OUTPUT.json`, the record, and `OUTPUT.log`, TensorRT's messages. An
             earlier engine of ours there is replaced, anything else is refused.
         options: how to build; or its fields as further arguments, such as `runtime="rtx"`.
+        cache: a folder of engines that were built before; an equal one is copied from there, a new one is put there.
         progress: called as the build goes on.
 
     Returns:
@@ -159,26 +164,37 @@ def build_engine(
     tell(Progress("reading the model"))
     with plan_build(source, options) as plan:
         _check_not_input(place, plan)
-        return _built(plan, place, tell)
+        return _built(plan, place, None if cache is None else EngineCache(cache), tell)
 
 
 @contextmanager
-def plan_build(source: str | os.PathLike[str], options: BuildOptions) -> Iterator[BuildPlan]:
+def plan_build(source: str | os.PathLike[str], options: BuildOptions, elsewhere: bool = False) -> Iterator[BuildPlan]:
     """Decide everything that can be decided without TensorRT. The plan's file may vanish at the end of the block.
+
+    Args:
+        source: an exported folder, or an .onnx file.
+        options: how to build.
+        elsewhere: plan a build on another machine: the GPU and the plugin need not be here.
 
     Raises:
         UsageError, UnsupportedError, EnvironmentMissingError: as `build_engine`.
     """
     exported = open_exported(Path(source))
-    architectures = resolve_architectures(options.runtime, options.architectures)
+    architectures = resolve_architectures(options.runtime, options.architectures, elsewhere)
     with contextlib.ExitStack() as stack:
         network = read_network(exported.model, options.float64_as_float32)
         if options.norm == "plugin" and not network.plugin_nodes:
+            if elsewhere:
+                raise UsageError(
+                    f"{exported.model}: no norm of it is the plugin's yet. Make a file whose norms are, and name that: "
+                    "rmsnorm rewrite --target plugin"
+                )
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rmsnorm-build-")))
             network = _with_plugins(exported, folder / "model", options)
         longest = _longest(exported)
         profiles = make_profiles(network.inputs, options.profiles, longest)
-        plugin = choose_plugin(options, network)
+        # A library that will be there is not asked for here.
+        plugin = choose_plugin(dataclasses.replace(options, plugin="auto") if elsewhere else options, network)
         yield BuildPlan(exported, network, options, architectures, profiles, plugin)
 
 
@@ -246,25 +262,47 @@ def _longest(exported: Exported) -> int | None:
 # Running --------------------------------------------------------------------------------------------------------
 
 
-def _built(plan: BuildPlan, place: Path, tell: Callable[[Progress], None]) -> Engine:
+def _built(plan: BuildPlan, place: Path, cache: EngineCache | None, tell: Callable[[Progress], None]) -> Engine:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
     except OSError as error:
         raise UsageError(f"cannot write to {place.parent}: {error.strerror or error}.") from error
     try:
-        log = folder / worker.LOG
-        try:
-            result = run_worker(request_of(plan), folder, plan.options, tell)
-            _check_norms(result["norms"], plan)
-        except RmsnormDeployError as error:
-            _keep_log(log, place)
-            raise type(error)(f"{error} (log: {_log_of(place)})") from error
-        record = _record(plan, place, folder / worker.ENGINE, result)
+        if cache is None:
+            record, cached = _made(plan, folder, place, tell), False
+        else:
+            record, cached = _cached(plan, folder, place, cache, tell)
+        record |= {"engine": place.name, "log": _log_of(place).name}
         _move(folder, place, record)
-        return Engine(place, record)
+        return Engine(place, record, cached)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _made(plan: BuildPlan, folder: Path, place: Path, tell: Callable[[Progress], None]) -> dict[str, Any]:
+    """Build the engine in `folder`; its record."""
+    try:
+        result = run_worker(request_of(plan), folder, plan.options, tell)
+        _check_norms(result["norms"], plan)
+    except RmsnormDeployError as error:
+        _keep_log(folder / worker.LOG, place)
+        raise type(error)(f"{error} (log: {_log_of(place)})") from error
+    return _record(plan, folder / worker.ENGINE, result)
+
+
+def _cached(
+    plan: BuildPlan, folder: Path, place: Path, cache: EngineCache, tell: Callable[[Progress], None]
+) -> tuple[dict[str, Any], bool]:
+    """Take the engine from the cache, or build it and put it there; its record, and whether it was there."""
+    tell(Progress("looking into the cache"))
+    with cache.entry(engine_key(plan)) as entry:
+        found = entry.read(folder)
+        if found is not None:
+            return found, True
+        record = _made(plan, folder, place, tell)
+        entry.write(folder, record)
+        return record, False
 
 
 def request_of(plan: BuildPlan) -> dict[str, Any]:
@@ -307,7 +345,7 @@ def run_worker(
     links.mkdir()
     link_libraries(options.runtime, links)
     reading, writing = os.pipe()
-    request = {**request, "events": writing}
+    request = {**request, "events": writing, "parent": os.getpid()}
     (folder / worker.REQUEST).write_text(json.dumps(request), encoding="utf-8")
     log = folder / worker.LOG
     log.write_text(f"{LOG_HEADER} {request['shown']}\n", encoding="utf-8")
@@ -433,12 +471,12 @@ def _log_of(place: Path) -> Path:
     return place.with_name(place.name + ".log")
 
 
-def _record(plan: BuildPlan, place: Path, engine: Path, result: dict[str, Any]) -> dict[str, Any]:
+def _record(plan: BuildPlan, engine: Path, result: dict[str, Any]) -> dict[str, Any]:
     network, device = plan.network, cuda_device()
     flavor = flavor_of(plan.options.runtime)
     return {
         "schema": SCHEMA,
-        "engine": place.name,
+        "engine": None,  # name of the file, and of the log below: where they end up
         "bytes": engine.stat().st_size,
         "sha256": sha256(engine),
         "runtime": {"name": plan.options.runtime, "title": flavor.title, "version": result["version"]},
@@ -457,7 +495,7 @@ def _record(plan: BuildPlan, place: Path, engine: Path, result: dict[str, Any]) 
         "warnings": result["warnings"],
         "seconds": {"parse": result["parse_seconds"], "build": result["build_seconds"]},
         "versions": versions(),
-        "log": _log_of(place).name,
+        "log": None,
         "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -467,11 +505,24 @@ def _move(folder: Path, place: Path, record: dict[str, Any]) -> None:
     written = folder / "record.json"
     written.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     try:
-        (folder / worker.LOG).replace(_log_of(place))
-        (folder / worker.ENGINE).replace(place)
-        written.replace(_record_of(place))
+        with _alone(place.parent):
+            (folder / worker.LOG).replace(_log_of(place))
+            (folder / worker.ENGINE).replace(place)
+            written.replace(_record_of(place))
     except OSError as error:
         raise UsageError(f"writing {place} failed: {error.strerror or error}.") from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let no other build put files into the folder meanwhile: three files of one build belong together."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # file systems without locks
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
 
 
 def _keep_log(log: Path, place: Path) -> None:

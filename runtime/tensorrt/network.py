@@ -8,7 +8,7 @@ in an error that names the cause.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,7 +139,8 @@ def _float64_values(model: ModelProto) -> Iterator[str]:
 # Attributes whose number is a data type.
 _DTYPE_ATTRIBUTES = {("Cast", "to"), ("EyeLike", "dtype"), ("RandomNormal", "dtype"), ("RandomUniform", "dtype"),
                      ("RandomNormalLike", "dtype"), ("RandomUniformLike", "dtype"), ("Multinomial", "dtype"),
-                     ("Bernoulli", "dtype"), ("BlackmanWindow", "output_datatype")}  # fmt: skip
+                     ("Bernoulli", "dtype"), ("BlackmanWindow", "output_datatype"),
+                     ("HannWindow", "output_datatype"), ("HammingWindow", "output_datatype")}  # fmt: skip
 
 
 def _plugin_nodes(model: ModelProto, where: str) -> list[str]:
@@ -165,8 +166,9 @@ def _plugin_nodes(model: ModelProto, where: str) -> list[str]:
                 f"{where}: the local function {name} of domain {domains[0] or 'ai.onnx'!r} has the name of the "
                 f"plugin's operator, and TensorRT tells functions by their names only. Rename it."
             )
+    dtypes = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     for node in top:
-        _check_plugin_node(node, where)
+        _check_plugin_node(node, dtypes, where)
     return [node.name for node in top]
 
 
@@ -174,7 +176,7 @@ def _ours(nodes: Any) -> Iterator[NodeProto]:
     return (node for node in nodes if node.domain in _OUR_DOMAINS and node.op_type in contract.INPUTS)
 
 
-def _check_plugin_node(node: NodeProto, where: str) -> None:
+def _check_plugin_node(node: NodeProto, dtypes: Mapping[str, int], where: str) -> None:
     attributes = {attribute.name: attribute for attribute in node.attribute}
     for name, expected in contract.PARSER_ATTRIBUTES.items():
         found = attributes[name].s.decode(errors="replace") if name in attributes else None
@@ -191,6 +193,15 @@ def _check_plugin_node(node: NodeProto, where: str) -> None:
         if name in attributes
     }
     problems = contract.attribute_problems(values)
+    for name, kind in contract.KERNEL_ATTRIBUTES.items():
+        if name in values and attributes[name].type != attributes[name].AttributeType.Value(kind):
+            got = attributes[name].AttributeType.Name(attributes[name].type)
+            problems.insert(0, f"{name}: expected an attribute of type {kind}, got {got}")
+    # The scale has x's dtype, and is nearly always an initializer.
+    names = {number: name for name, number in contract.ONNX_TYPES.items()}
+    x_dtype = names.get(dtypes.get(node.input[-1], 0)) if node.input else None
+    if not problems and x_dtype is not None:
+        problems += filter(None, [contract.scale_type_problem(int(values["scale_type"]), x_dtype)])
     wanted = len(contract.INPUTS[node.op_type])
     if len(node.input) != wanted or not all(node.input):
         problems.append(f"expected {wanted} inputs, got {sum(map(bool, node.input))}")
@@ -220,5 +231,6 @@ def _norms(file: ModelFile) -> list[FileNorm]:
 def _norm(path: str, main: Any, nodes: list[Any]) -> FileNorm:
     names = frozenset(node.name for node in nodes if node.name)
     is_plugin = main.domain in _OUR_DOMAINS and main.op_type in contract.INPUTS
-    form = main.metadata_props.get(FORM_KEY, "plain")
+    is_add = is_plugin and main.op_type == contract.ADD_RMS_NORM
+    form = "add" if is_add else main.metadata_props.get(FORM_KEY, "plain")
     return FileNorm(path or main.name or "", form, main.name or "", names, is_plugin)

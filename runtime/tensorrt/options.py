@@ -27,6 +27,7 @@ class BuildOptions:
         plugin_library: the library's file; None for the one that `rmsnorm plugin path` names.
         architectures: compute capabilities without their point; none for the GPU at hand, or with TensorRT-RTX for
             what it builds for by default.
+        timing_cache: a file of kernel timings that the full TensorRT reads and writes; None for none.
         workspace: most memory that one layer may use while it runs, in MiB; None for TensorRT's own limit.
         memory_limit: most memory that the builder may use, in MiB; it is ended beyond. None for no limit.
         float64_as_float32: build a file with float64 values, which TensorRT computes in float32.
@@ -44,6 +45,7 @@ class BuildOptions:
     plugin: PluginChoice = "auto"
     plugin_library: str | None = None
     architectures: tuple[int, ...] = ()
+    timing_cache: str | None = None
     workspace: int | None = None
     memory_limit: int | None = None
     float64_as_float32: bool = False
@@ -63,8 +65,8 @@ class BuildOptions:
                 raise UsageError(f"{name}: expected at least 1 MiB, got {value}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as JSON."""
-        return dataclasses.asdict(self)
+        """The options as JSON: with lists, as a record that was read has them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> BuildOptions:

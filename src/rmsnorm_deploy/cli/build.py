@@ -14,8 +14,10 @@ from rmsnorm_deploy.cli.screen import Screen, file_size
 
 if TYPE_CHECKING:
     from rmsnorm_deploy.runtime.tensorrt.build import Engine, Progress
+    from rmsnorm_deploy.runtime.tensorrt.options import BuildOptions
 
 SCHEMA = "rmsnorm_deploy.build/1"
+TRTEXEC_SCHEMA = "rmsnorm_deploy.trtexec/1"
 
 
 def build(
@@ -61,6 +63,14 @@ def build(
         list[str] | None,
         typer.Option("--arch", metavar="SM", help="What to build for, such as sm_86,sm_89; only with --runtime rtx."),
     ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", metavar="DIR", help="Engines that were built before; an equal one is not built again."),
+    ] = None,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option("--timing-cache", metavar="FILE", help="Kernel timings that the full TensorRT reads and writes."),
+    ] = None,
     workspace: Annotated[
         int | None, typer.Option("--workspace", metavar="MIB", min=1, help="Most memory of one layer while it runs.")
     ] = None,
@@ -74,6 +84,10 @@ def build(
     refit: Annotated[bool, typer.Option("--refit", help="An engine whose weights can be replaced.")] = False,
     float64_as_float32: Annotated[
         bool, typer.Option("--float64-as-float32", help="Build a file with float64 values, computed in float32.")
+    ] = False,
+    print_trtexec: Annotated[
+        bool,
+        typer.Option("--print-trtexec", help="Build nothing; print the equal command of TensorRT's own tool."),
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Keep all of TensorRT's messages in the log.")] = False,
     as_json: options.AsJson = False,
@@ -92,6 +106,7 @@ def build(
         plugin=plugin,  # type: ignore[arg-type]
         plugin_library=None if plugin_library is None else str(plugin_library),
         architectures=known_architectures(arch or ()),
+        timing_cache=None if timing_cache is None else str(timing_cache.expanduser().absolute()),
         workspace=workspace,
         memory_limit=memory_limit,
         float64_as_float32=float64_as_float32,
@@ -99,12 +114,25 @@ def build(
         refit=refit,
         verbose=verbose,
     )
+    if print_trtexec:
+        _print_trtexec(screen, source, output, chosen)
+        return
     if output is None or not str(output).strip():
         raise UsageError("-o: expected the engine's file, such as -o model.engine.")
     with _progress(screen, f"building {source}") as tell:
-        engine = build_engine(source, output, chosen, progress=tell)
+        engine = build_engine(source, output, chosen, cache=cache, progress=tell)
     payload = payload_of(engine)
     screen.result(payload, lambda: _print(screen, payload))
+
+
+def _print_trtexec(screen: Screen, source: Path, output: Path | None, chosen: BuildOptions) -> None:
+    from rmsnorm_deploy.runtime.tensorrt.build import plan_build
+    from rmsnorm_deploy.runtime.tensorrt.trtexec import shell_line, trtexec_command
+
+    with screen.working(f"reading {source}"), plan_build(source, chosen, elsewhere=True) as plan:
+        words = trtexec_command(plan, str(output or "model.engine"))
+    payload = {"schema": TRTEXEC_SCHEMA, "command": words}
+    screen.result(payload, lambda: screen.line(shell_line(words)))
 
 
 def payload_of(engine: Engine) -> dict[str, Any]:
@@ -115,6 +143,7 @@ def payload_of(engine: Engine) -> dict[str, Any]:
         "engine": str(engine.path),
         "record": str(engine.record_file),
         "log": str(engine.log),
+        "from_cache": engine.from_cache,
         **{key: record[key] for key in _SHOWN},
     }
 

@@ -1,0 +1,146 @@
+"""Engines that were built before, by everything that they depend on.
+
+A cache is a folder. Each entry is a folder in it, named by its key: the engine, its log, and its record with the
+engine's hash. An entry whose engine does not have that hash is built again. Whoever builds an entry holds its lock, so
+that two builds of one engine at once are one build.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from ...export.files import sha256
+from ...models.errors import UsageError
+from ...plugins import contract
+from ...plugins.kernel import HEADERS, SOURCE, SOURCE_FOLDER
+from . import worker
+from .api import cuda_device, flavor_of
+
+if TYPE_CHECKING:
+    from .build import BuildPlan
+
+RECORD: Final = "record.json"
+_FILES: Final = (worker.ENGINE, worker.LOG, RECORD)
+# Options that change how a build goes, and not what comes of it.
+_WITHOUT_EFFECT: Final = (
+    "memory_limit",
+    "verbose",
+    "plugin_library",
+    "plugin",
+    "timing_cache",
+    "profiles",
+    "architectures",
+)
+
+
+def engine_key(plan: BuildPlan) -> str:
+    """A hash of what an engine depends on: model and weights, runtime, GPU, architectures, profiles, plugin, options.
+
+    The weights are read for it.
+    """
+    flavor = flavor_of(plan.options.runtime)
+    options = {name: value for name, value in plan.options.to_dict().items() if name not in _WITHOUT_EFFECT}
+    content = {
+        "model": sha256(plan.network.path),
+        "weights": [sha256(file) for file in plan.network.external_files],
+        "runtime": {name: _version(name) for name in flavor.distributions},
+        "architectures": list(plan.architectures),
+        "gpu": None if flavor.architectures else cuda_device(),
+        "profiles": [profile.to_dict() for profile in plan.profiles],
+        "plugin": [plan.plugin.kind, None if plan.plugin.library is None else sha256(plan.plugin.library)],
+        "sources": _sources() if plan.plugin.kind == "python" else None,
+        "options": options,
+        "package": _version("rmsnorm-deploy"),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _sources() -> str:
+    """A hash of what the plugins in Python are made of."""
+    files = [SOURCE_FOLDER / name for name in (*HEADERS, SOURCE)]
+    text = b"".join(file.read_bytes() for file in files) + json.dumps(contract.INPUTS).encode()
+    return hashlib.sha256(text).hexdigest() + str(_version("nvidia-cuda-nvrtc"))
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+class CacheEntry:
+    """One engine's place in the cache, while its lock is held."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def read(self, into: Path) -> dict[str, Any] | None:
+        """Copy the engine and its log into a folder; its record, or None where there is no sound engine."""
+        try:
+            record: dict[str, Any] = json.loads((self._folder / RECORD).read_text(encoding="utf-8"))
+            shutil.copyfile(self._folder / worker.ENGINE, into / worker.ENGINE)
+            shutil.copyfile(self._folder / worker.LOG, into / worker.LOG)
+            sound = sha256(into / worker.ENGINE) == record["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            sound = False
+        if sound:
+            return record
+        for name in _FILES:
+            (into / name).unlink(missing_ok=True)
+        return None
+
+    def write(self, source: Path, record: dict[str, Any]) -> None:
+        """Take over the engine and log of a finished build; they stay where they are, too."""
+        parent = self._folder.parent
+        partial = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}.partial-", dir=parent))
+        try:
+            for name in (worker.ENGINE, worker.LOG):
+                shutil.copyfile(source / name, partial / name)
+            (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            self._folder.mkdir(exist_ok=True)
+            for name in _FILES:  # the record last: it tells whether the engine is whole
+                (partial / name).replace(self._folder / name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+class EngineCache:
+    """A folder of engines.
+
+    Args:
+        folder: made where it is not there.
+
+    Raises:
+        UsageError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._folder = Path(folder).expanduser().absolute()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--cache: cannot make {self._folder}: {error.strerror or error}.") from error
+
+    @contextmanager
+    def entry(self, key: str) -> Iterator[CacheEntry]:
+        """The entry of a key; others who want the same one wait until the block ends."""
+        try:
+            lock = (self._folder / f".{key}.lock").open("w")
+        except OSError as error:
+            raise UsageError(f"--cache: cannot write to {self._folder}: {error.strerror or error}.") from error
+        with lock:
+            with contextlib.suppress(OSError):  # file systems without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield CacheEntry(self._folder / key)
