@@ -84,38 +84,41 @@ _ORT_FACTOR_NOT_CAST = Deviation(
 _ROUNDED_EPS = Deviation("any", ("float64",), "any", None, "the operator holds epsilon as float32")
 _ALL = ("float32", "float16", "bfloat16", "float64")
 
+# The version whose engines the tests build. Its parser knows SimplifiedLayerNormalization too.
+_RTX = ("tensorrt-rtx", "1.7")
+
 # fmt: off
 TABLE: tuple[Cell, ...] = (
     Cell("primitives", "plain", "Cast, Pow, ReduceMean, Add, Sqrt, Div, Mul, Cast", 7, _ALL,
-         (("onnxruntime", "1.23"), ("tensorrt", "10.7")),
+         (("onnxruntime", "1.23"), ("tensorrt", "10.7"), _RTX),
          (_ORT_SCALES_FIRST, _ORT_FACTOR_NOT_CAST, _HALF_STATISTICS),
          "the spelling that ONNX Runtime fuses into one kernel at load"),
     Cell("primitives", "add", "Add, then as plain", 7, _ALL,
-         (("onnxruntime", "1.23"), ("tensorrt", "10.7")),
+         (("onnxruntime", "1.23"), ("tensorrt", "10.7"), _RTX),
          (_ORT_SCALES_FIRST, _ORT_FACTOR_NOT_CAST, _HALF_STATISTICS),
          "the Add stays: its sum is the second output"),
     Cell("standard", "plain", "RMSNormalization", 23, _ALL,
-         (("onnxruntime", "1.23"), ("tensorrt", "10.15")),
+         (("onnxruntime", "1.23"), ("tensorrt", "10.15"), _RTX),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
          "Cast to float32 and back around it where the module scales before it casts"),
     Cell("standard", "add", "Add, RMSNormalization", 23, _ALL,
-         (("onnxruntime", "1.23"), ("tensorrt", "10.15")),
+         (("onnxruntime", "1.23"), ("tensorrt", "10.15"), _RTX),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
          "the Add stays: its sum is the second output"),
     Cell("ort", "plain", "SimplifiedLayerNormalization", 7, _ALL,
-         (("onnxruntime", "1.23"),),
+         (("onnxruntime", "1.23"), _RTX),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
          "ONNX Runtime's own fused operator; nothing else runs it"),
     Cell("ort", "add", "Add, SimplifiedLayerNormalization", 7, _ALL,
-         (("onnxruntime", "1.23"),),
+         (("onnxruntime", "1.23"), _RTX),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
          "SkipSimplifiedLayerNormalization is several times less accurate on the CPU, so it is not written"),
     Cell("plugin", "plain", "rmsnorm_deploy::RMSNorm", 18, ("float32", "float16", "bfloat16"),
-         (("tensorrt", "10.7"), ("onnxruntime", "1.23")),
+         (("tensorrt", "10.7"), _RTX, ("onnxruntime", "1.23")),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS),
          "a local function of the same name holds the primitives, so the file runs without the plugin too"),
     Cell("plugin", "add", "rmsnorm_deploy::AddRMSNorm", 18, ("float32", "float16", "bfloat16"),
-         (("tensorrt", "10.7"), ("onnxruntime", "1.23")),
+         (("tensorrt", "10.7"), _RTX, ("onnxruntime", "1.23")),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS),
          "two outputs: normalised, sum"),
 )

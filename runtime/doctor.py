@@ -12,14 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..export.lowerings import TARGETS, Environment, LoweringRefusal, Target, resolve
+from ..models.errors import EnvironmentMissingError
 from ..models.spec import NormSpec
+from ..plugins.tensorrt.library import find_library, find_toolchain
+from .tensorrt.api import FLAVORS
 
 SCHEMA = "rmsnorm_deploy.doctor/1"
 
 # In the order in which they are shown; what is not installed is shown as missing.
 _DISTRIBUTIONS = (
     "rmsnorm-deploy", "numpy", "ml_dtypes", "torch", "onnx", "onnx-ir", "onnxscript", "safetensors", "transformers",
-    "onnxruntime", "onnxruntime-gpu",
+    "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13",
 )  # fmt: skip
 _TENSORRT_DISTRIBUTIONS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 _EXPORT_MODULES = ("numpy", "ml_dtypes", "torch", "onnx", "onnx_ir", "onnxscript")
@@ -30,7 +33,10 @@ GET_ONNXRUNTIME = 'pip install "rmsnorm-deploy[cpu]"'
 GET_ONNXRUNTIME_GPU = 'pip uninstall onnxruntime && pip install "rmsnorm-deploy[gpu]"'
 # onnxruntime-gpu's provider loads libnvinfer.so.10; PyPI gives 11 when it is not told otherwise.
 GET_TENSORRT_10 = 'pip install "tensorrt-cu13<11"'
-GET_TENSORRT = "pip install tensorrt-cu13"
+GET_TENSORRT = FLAVORS["tensorrt"].install
+GET_RTX = FLAVORS["rtx"].install
+GET_LIBRARY = "rmsnorm plugin build"
+BUILD_RTX = "tensorrt-rtx build"
 GET_PACKAGE = "pip install rmsnorm-deploy"
 GET_GPU = "use a machine with an NVIDIA GPU and its driver"
 
@@ -51,6 +57,10 @@ class Surroundings:
         torch_cuda: the CUDA version that torch was built for, None for a CPU build.
         tensorrt: version of TensorRT's Python package, None where it cannot be imported.
         tensorrt_problem: why it cannot.
+        rtx: version of TensorRT-RTX's Python package, None where it cannot be imported.
+        rtx_problem: why it cannot.
+        plugin_library: the TensorRT plugin's library that builds use, None without one.
+        toolchain_problem: why that library cannot be built here.
     """
 
     versions: dict[str, str | None]
@@ -62,6 +72,10 @@ class Surroundings:
     torch_cuda: str | None
     tensorrt: str | None
     tensorrt_problem: str
+    rtx: str | None = None
+    rtx_problem: str = ""
+    plugin_library: str | None = None
+    toolchain_problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +83,8 @@ class Way:
     """One thing to do with a target here.
 
     Attributes:
-        name: `export`, or where to run: `onnxruntime cpu`, `onnxruntime cuda`, `onnxruntime tensorrt`, `tensorrt`.
+        name: `export`, `tensorrt-rtx build`, or where to run: `onnxruntime cpu`, `onnxruntime cuda`,
+            `onnxruntime tensorrt`, `tensorrt`.
         missing: what stands in the way; empty when it can be done.
         get: the commands that bring what is missing, in order.
     """
@@ -98,7 +113,7 @@ class Diagnosis:
 
     def can_run(self, target: str) -> bool:
         """Whether there is any way to run the target here."""
-        return any(way.possible for way in self.targets[target] if way.name != "export")
+        return any(way.possible for way in self.targets[target] if way.name not in ("export", BUILD_RTX))
 
     def to_dict(self) -> dict[str, Any]:
         """The diagnosis as the JSON interface shows it."""
@@ -116,6 +131,8 @@ class Diagnosis:
                 "providers": {name: {"works": not why, "problem": why} for name, why in found.providers.items()},
             },
             "tensorrt": {"version": found.tensorrt, "problem": found.tensorrt_problem},
+            "tensorrt_rtx": {"version": found.rtx, "problem": found.rtx_problem},
+            "plugin": {"library": found.plugin_library, "toolchain_problem": found.toolchain_problem},
             "targets": {
                 name: {
                     "can_export": ways[0].possible,
@@ -153,7 +170,8 @@ def look(progress: Progress | None = None) -> Surroundings:
     providers = {name: _provider_problem(name, compiled) for name in _PROVIDERS}
     say("looking for GPUs and TensorRT")
     torch_cuda, torch_gpus = (None, []) if imports["torch"] else _torch_devices()
-    problem = _import_problem("tensorrt")
+    problem, rtx_problem = _import_problem("tensorrt"), _import_problem("tensorrt_rtx")
+    library = find_library()
     return Surroundings(
         versions={name: _version(name) for name in _DISTRIBUTIONS},
         imports=imports,
@@ -164,6 +182,10 @@ def look(progress: Progress | None = None) -> Surroundings:
         torch_cuda=torch_cuda,
         tensorrt=None if problem else _tensorrt_version(),
         tensorrt_problem=problem,
+        rtx=None if rtx_problem else importlib.import_module("tensorrt_rtx").__version__,
+        rtx_problem=rtx_problem,
+        plugin_library=None if library is None else str(library),
+        toolchain_problem=_toolchain_problem(),
     )
 
 
@@ -177,7 +199,7 @@ def _export_way(found: Surroundings) -> Way:
 
 def _run_ways(found: Surroundings, target: Target) -> list[Way]:
     ways = [_onnxruntime_way(found, target, provider) for provider in _PROVIDERS]
-    return [*ways, _tensorrt_way(found, target)]
+    return [*ways, _tensorrt_way(found, target), _rtx_way(found, target)]
 
 
 def _onnxruntime_way(found: Surroundings, target: Target, provider: str) -> Way:
@@ -218,6 +240,14 @@ def _tensorrt_way(found: Surroundings, target: Target) -> Way:
         missing += too_old
         get += [GET_TENSORRT] if too_old else []
     return Way("tensorrt", missing, get)
+
+
+def _rtx_way(found: Surroundings, target: Target) -> Way:
+    """Building needs no GPU."""
+    if found.rtx is None:
+        return Way(BUILD_RTX, [found.rtx_problem or "tensorrt_rtx is not installed"], [GET_RTX])
+    too_old = _obstacles(target, "tensorrt-rtx", found.rtx)
+    return Way(BUILD_RTX, too_old, [GET_RTX] if too_old else [])
 
 
 def _is_compiled(provider: str, compiled: list[str]) -> bool:
@@ -322,6 +352,14 @@ def _smi_devices() -> list[str]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     return answer.stdout.strip().splitlines() if answer.returncode == 0 else []
+
+
+def _toolchain_problem() -> str:
+    try:
+        find_toolchain()
+    except EnvironmentMissingError as error:
+        return str(error)
+    return ""
 
 
 def _tensorrt_version() -> str | None:

@@ -32,7 +32,7 @@ from rmsnorm_deploy.models.spec import NormSpec, Order
 from rmsnorm_deploy.plugins import contract
 
 OPSETS = (6, 7, 17, 18, 20, 22, 23, 24)
-RUNTIMES = ("onnxruntime", "tensorrt")
+RUNTIMES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 FACTOR = BARE.replace(order="cast_factor")
 
 
@@ -98,8 +98,9 @@ def test_opsets_and_dtypes_of_the_targets() -> None:
     assert "float64" not in cell("plugin", "plain").dtypes
 
 
-def test_only_ort_is_for_one_runtime() -> None:
-    assert {target for target in TARGETS if len(cell(target, "plain").runtimes) == 1} == {"ort"}
+def test_only_ort_is_not_for_tensorrt() -> None:
+    assert {target for target in TARGETS if "tensorrt" not in dict(cell(target, "plain").runtimes)} == {"ort"}
+    assert all({"onnxruntime", "tensorrt-rtx"} <= set(dict(cell(target, "plain").runtimes)) for target in TARGETS)
 
 
 # resolve --------------------------------------------------------------------------------------------------------------
@@ -169,6 +170,8 @@ def test_only_the_plugin_must_stand_at_the_top_level(target: str, form: Form) ->
         ("plugin", "tensorrt", "10.7", True),
         ("plugin", "tensorrt", "10", False),
         ("plugin", "onnxruntime", "2.0", True),
+        ("ort", "tensorrt-rtx", "1.7.1.116", True),
+        ("plugin", "tensorrt-rtx", "1.4", False),
         ("plugin", "openvino", "2026.1", False),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -304,6 +305,21 @@ def test_doctor_on_a_cpu_machine() -> None:
     assert "SimplifiedLayerNormalization" in _ways(diagnosis, "ort")["tensorrt"][1]
 
 
+def test_doctor_tells_building_from_running() -> None:
+    """TensorRT-RTX builds without a GPU; that is no way to run a model."""
+    problems = dict.fromkeys(HERE.providers, "onnxruntime is not installed")
+    alone = dataclasses.replace(HERE, onnxruntime=None, providers=problems, compiled=[], rtx="1.7.1.116")
+    diagnosis = diagnose(alone)
+    for target in TARGETS:
+        assert _ways(diagnosis, target)["tensorrt-rtx build"][0]
+        assert not diagnosis.can_run(target)
+    possible, missing, get = _ways(diagnose(HERE), "plugin")["tensorrt-rtx build"]
+    assert (possible, missing, get) == (False, "tensorrt_rtx is not installed", 'pip install "rmsnorm-deploy[rtx]"')
+    old = _ways(diagnose(dataclasses.replace(HERE, rtx="1.4.0")), "plugin")["tensorrt-rtx build"]
+    assert old[0] is False
+    assert "needs tensorrt-rtx 1.7, and this is 1.4.0" in old[1]
+
+
 def test_doctor_without_onnxruntime() -> None:
     problems = dict.fromkeys(HERE.providers, "onnxruntime is not installed")
     diagnosis = diagnose(dataclasses.replace(HERE, onnxruntime=None, providers=problems, compiled=[]))
@@ -321,6 +337,7 @@ def test_doctor_with_everything() -> None:
         torch_cuda="13.0",
         tensorrt="11.1.0",
         tensorrt_problem="",
+        rtx="1.7.1.116",
     )
     diagnosis = diagnose(everything)
     assert all(way.possible for target in ("primitives", "standard", "plugin") for way in diagnosis.targets[target])
@@ -399,6 +416,15 @@ def test_demo(rmsnorm: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (row["target"], row["parity"], row["accuracy"]) == ("ort", "pass", content["pytorch_accuracy"])
     manifest = json.loads((Path(row["folder"]) / "manifest.json").read_text())
     assert (manifest["task"], manifest["tokenizer"]) == ("addition", "rmsnorm_deploy.addition")
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        assert row["engine"] is None
+        assert "install: pip install" in content["engines"]["problem"]
+    else:
+        engine = row["engine"]
+        assert (engine["problem"], engine["plugin_layers"], len(engine["norms"])) == (None, 0, 5)
+        assert {norm["precision"] for norm in engine["norms"]} == {"float32"}
+        assert all(norm["layer"] for norm in engine["norms"])
+        assert (tmp_path / "demo" / "engines" / "ort.engine").stat().st_size > 0
     # A file that gets fewer sums right than PyTorch fails, whatever its numbers are.
     run = OrtRunner.run
     monkeypatch.setattr(OrtRunner, "run", lambda runner, feeds: _forgetful(run(runner, feeds)))

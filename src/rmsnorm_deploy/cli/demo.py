@@ -36,6 +36,7 @@ def demo(
     """Take a small trained model through every target.
 
     It is exported in each, run in ONNX Runtime and held against PyTorch, in its numbers and in the sums it gets right.
+    Where TensorRT-RTX is installed, or TensorRT and a GPU, an engine is built of each.
     """
     screen = Screen(as_json)
     with screen.working(f"loading {MODEL}") as say, _folder(output) as folder:
@@ -69,10 +70,16 @@ def _proved(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     say(f"asking PyTorch {_PROBLEMS} sums")
     own = accuracy(torch_step(loaded.model), asked)
     rows = [_target_row(result, loaded.model, asked, own, say) for result in results]
+    runtime, problem = _engine_runtime()
+    for row in rows:
+        row["engine"] = None if runtime is None else _engine_row(row, folder, runtime, say)
+        if row["engine"] is not None and row["engine"]["problem"] and row["engine"]["expected"]:
+            row["verdict"] = "fail"
     return {
         "schema": SCHEMA,
         "model": MODEL,
         "verdict": "pass" if all(row["verdict"] == "pass" for row in rows) else "fail",
+        "engines": {"runtime": runtime, "problem": problem},
         "problems": own.total,
         "pytorch_accuracy": own.fraction,
         "pytorch_correct": own.correct,
@@ -105,6 +112,59 @@ def _target_row(
     }
 
 
+def _engine_runtime() -> tuple[str | None, str | None]:
+    """What engines are built with here, or why none are."""
+    from rmsnorm_deploy.runtime.tensorrt.api import FLAVORS, cuda_device, is_installed
+
+    if is_installed("tensorrt") and cuda_device() is not None:
+        return "tensorrt", None
+    if is_installed("rtx"):
+        return "rtx", None
+    return None, f"no engine was built: TensorRT-RTX is not installed; install: {FLAVORS['rtx'].install}"
+
+
+def _engine_row(row: dict[str, Any], folder: Path, runtime: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Build the engine of one target, where the lowering table says that this TensorRT can run it."""
+    from rmsnorm_deploy.export.lowerings import cell
+    from rmsnorm_deploy.models.errors import RmsnormDeployError
+    from rmsnorm_deploy.runtime.tensorrt.build import build_engine
+
+    table_name = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx"}[runtime]
+    expected = table_name in dict(cell(row["target"], "plain").runtimes)
+    say(f"{row['target']}: building its engine")
+    try:
+        engine = build_engine(row["folder"], folder / "engines" / f"{row['target']}.engine", runtime=runtime)
+    except RmsnormDeployError as error:
+        return {"expected": expected, "problem": str(error)}
+    record = engine.record
+    kept = {
+        key: record[key] for key in ("runtime", "architectures", "plugin", "plugin_layers", "norms", "layer_source")
+    }
+    return {"expected": expected, "problem": None, **kept}
+
+
+def _print_engines(screen: Screen, payload: dict[str, Any]) -> None:
+    """What runs the norms of each engine."""
+    screen.line()
+    if payload["engines"]["problem"]:
+        screen.line(payload["engines"]["problem"])
+        return
+    built = [(row["target"], row["engine"]) for row in payload["targets"] if not row["engine"]["problem"]]
+    rows = []
+    for target, engine in built:
+        norms = engine["norms"]
+        precisions = sorted({f"{norm['precision']} (statistics {norm['statistics']})" for norm in norms})
+        found = sum(norm["layer"] is not None for norm in norms)
+        title = f"{engine['runtime']['title']} {engine['runtime']['version']}"
+        rows.append((title, target, len(norms), found, engine["plugin_layers"], "; ".join(precisions)))
+    screen.table(("built with", "form", "norms", "with a layer", "plugin layers", "precision"), rows)
+    for row in payload["targets"]:
+        if row["engine"]["problem"]:
+            screen.line(f"{row['target']}: not built: {row['engine']['problem']}")
+    if built:
+        screen.line(f"engines for {', '.join(built[0][1]['architectures'])}; built, not run: that needs a GPU")
+
+
 def _print(screen: Screen, payload: dict[str, Any]) -> None:
     """The parity table: the worst figures of each file over all its runs, and its task accuracy."""
     total = payload["problems"]
@@ -118,6 +178,7 @@ def _print(screen: Screen, payload: dict[str, Any]) -> None:
     screen.line("errors against PyTorch in float64")
     for row in payload["targets"]:
         print_deviations(screen, row["deviations"])
+    _print_engines(screen, payload)
     screen.line(f"verdict: {payload['verdict']}")
 
 

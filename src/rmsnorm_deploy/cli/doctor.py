@@ -43,6 +43,12 @@ def _print(screen: Screen, diagnosis: Diagnosis) -> None:
     screen.line()
     screen.line("GPU: " + ("; ".join(content["gpus"]) or "none seen"))
     screen.line("TensorRT for Python: " + (content["tensorrt"]["version"] or content["tensorrt"]["problem"]))
+    screen.line(
+        "TensorRT-RTX for Python: " + (content["tensorrt_rtx"]["version"] or content["tensorrt_rtx"]["problem"])
+    )
+    library, toolchain = content["plugin"]["library"], content["plugin"]["toolchain_problem"]
+    get = toolchain or "make it with: rmsnorm plugin build"
+    screen.line(f"TensorRT plugin's library: {library or f'not there; {get}'}")
     for name, provider in content["onnxruntime"]["providers"].items():
         screen.line(f"ONNX Runtime's provider {name}: {provider['problem'] or 'works'}")
     screen.line()
