@@ -178,7 +178,7 @@ def _print(screen: Screen, payload: dict[str, Any]) -> None:
     screen.line(f"{engine}  {file_size(engine)}, {runtime['title']} {runtime['version']}, for {where}")
     print_norms(screen, payload)
     for number, profile in enumerate(payload["profiles"]):
-        screen.line(f"profile {number}: " + "; ".join(_shapes(name, shapes) for name, shapes in profile.items()))
+        screen.line(f"profile {number}: {_shapes(profile)}")
     for text in payload["warnings"]:
         screen.line(f"TensorRT warns: {text}")
     screen.line(f"log: {payload['log']}")
@@ -210,5 +210,12 @@ def print_norms(screen: Screen, payload: dict[str, Any]) -> None:
     screen.line(f"why: {plugin['reason']}; layers read from the {payload['layer_source']}")
 
 
-def _shapes(name: str, shapes: list[list[int]]) -> str:
-    return f"{name} " + ", ".join("x".join(map(str, shape)) for shape in shapes)
+def _shapes(profile: dict[str, list[list[int]]]) -> str:
+    """Inputs of equal shapes together: a KV cache has two for each layer."""
+    names: dict[str, list[str]] = {}
+    for name, shapes in profile.items():
+        names.setdefault(", ".join("x".join(map(str, shape)) for shape in shapes), []).append(name)
+    return "; ".join(
+        f"{found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''} {shapes}"
+        for shapes, found in names.items()
+    )
