@@ -18,6 +18,7 @@ import numpy as np
 
 from ..export.model_file import ModelFile, read_model
 from ..models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
+from ..plugins import contract
 from .ort_graph import file_record, input_dtypes, op_counts
 from .runner import Array, TensorInfo, check_feeds, describe_feeds
 
@@ -47,6 +48,7 @@ _OPTIONS = (
 )
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _NO_PREPACKING = "session.disable_prepacking"
+_PLUGIN_OPS = {f"{domain}:{name}" for domain in (contract.DOMAIN, contract.ORT_DOMAIN) for name in contract.INPUTS}
 _SILENT = 4  # only fatal messages: every error is raised as well
 
 
@@ -373,10 +375,14 @@ def _load_error(error: Exception, ort: ModuleType, file: ModelFile, providers: l
         )
     unknown = re.search(r"(\S+?)\(-?\d+\) is not a registered function/op|No Op registered for (\S+)", cause)
     if unknown:
-        return UnsupportedError(
-            f"{file.where}: {version} does not know the op {unknown.group(1) or unknown.group(2)}: {cause}. "
-            "Install a newer onnxruntime, or export with a target whose ops it has."
-        )
+        name = unknown.group(1) or unknown.group(2)
+        advice = "Install a newer onnxruntime, or export with a target whose ops it has"
+        if name in _PLUGIN_OPS:
+            advice = (
+                "The file has plugin nodes without the local functions that ONNX Runtime would run: it was written "
+                "with --no-function or --ort-trt, for TensorRT. Write it without that option to run it here"
+            )
+        return UnsupportedError(f"{file.where}: {version} does not know the op {name}: {cause}. {advice}.")
     if re.search(r"is under development|Unsupported model IR version", cause):
         return UnsupportedError(
             f"{file.where}: too new for {version}: {cause}. Install a newer onnxruntime, or export at a lower opset."
