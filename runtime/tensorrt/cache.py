@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ...export.files import sha256
 from ...models.errors import UsageError
-from ...plugins import contract
 from ...plugins.kernel import HEADERS, SOURCE, SOURCE_FOLDER
+from ...plugins.tensorrt.header import contract_digest
 from . import worker
 from .api import cuda_device, flavor_of
 
 if TYPE_CHECKING:
-    from .build import BuildPlan
+    from .plan import BuildPlan
 
 RECORD: Final = "record.json"
 _FILES: Final = (worker.ENGINE, worker.LOG, RECORD)
@@ -69,7 +69,7 @@ def engine_key(plan: BuildPlan) -> str:
 def _sources() -> str:
     """A hash of what the plugins in Python are made of."""
     files = [SOURCE_FOLDER / name for name in (*HEADERS, SOURCE)]
-    text = b"".join(file.read_bytes() for file in files) + json.dumps(contract.INPUTS).encode()
+    text = b"".join(file.read_bytes() for file in files) + contract_digest().encode()
     return hashlib.sha256(text).hexdigest() + str(_version("nvidia-cuda-nvrtc"))
 
 

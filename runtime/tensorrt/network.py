@@ -189,22 +189,26 @@ def _check_plugin_node(node: NodeProto, dtypes: Mapping[str, int], where: str) -
             )
     values = {
         name: attributes[name].f if kind == "FLOAT" else attributes[name].i
-        for name, kind in contract.KERNEL_ATTRIBUTES.items()
+        for name, kind in contract.OPERATOR_ATTRIBUTES[node.op_type].items()
         if name in attributes
     }
-    problems = contract.attribute_problems(values)
-    for name, kind in contract.KERNEL_ATTRIBUTES.items():
+    problems = contract.attribute_problems(values, node.op_type)
+    for name, kind in contract.OPERATOR_ATTRIBUTES[node.op_type].items():
         if name in values and attributes[name].type != attributes[name].AttributeType.Value(kind):
             got = attributes[name].AttributeType.Name(attributes[name].type)
             problems.insert(0, f"{name}: expected an attribute of type {kind}, got {got}")
+    wanted = contract.INPUTS[node.op_type]
+    given = dict(zip(wanted, node.input, strict=False))
     # The scale has x's dtype, and is nearly always an initializer.
     names = {number: name for name, number in contract.ONNX_TYPES.items()}
-    x_dtype = names.get(dtypes.get(node.input[-1], 0)) if node.input else None
+    x_dtype = names.get(dtypes.get(given.get("scale", ""), 0))
     if not problems and x_dtype is not None:
         problems += filter(None, [contract.scale_type_problem(int(values["scale_type"]), x_dtype)])
-    wanted = len(contract.INPUTS[node.op_type])
-    if len(node.input) != wanted or not all(node.input):
-        problems.append(f"expected {wanted} inputs, got {sum(map(bool, node.input))}")
+    y_scale = dtypes.get(given.get("y_scale", ""), contract.ONNX_TYPES["float32"])
+    if y_scale != contract.ONNX_TYPES["float32"]:
+        problems.append(f"y_scale: expected float32, got ONNX data type {y_scale}")
+    if len(node.input) != len(wanted) or not all(node.input):
+        problems.append(f"expected {len(wanted)} inputs, got {sum(map(bool, node.input))}")
     if problems:
         raise UnsupportedError(f"{where}: {label(node)}: {'; '.join(problems)}. The plugin's kernel cannot do that.")
 
@@ -225,12 +229,19 @@ def _norms(file: ModelFile) -> list[FileNorm]:
     mains = [(path, node) for path, found in nodes.items() for node in found if SPEC_KEY in node.metadata_props]
     calls = Counter(path for path, _ in mains)
     # Nodes of a module that is called several times are not told apart: only the main nodes count then.
-    return [_norm(path, main, nodes[path] if calls[path] == 1 else [main]) for path, main in mains]
+    found = [_norm(path, main, nodes[path] if calls[path] == 1 else [main]) for path, main in mains]
+    # Nothing recognizes a norm whose output is quantized but its operator's name.
+    bare = [node for node in model.graph if _is_quantized(node) and SPEC_KEY not in node.metadata_props]
+    return [*found, *(_norm(node.name or "", node, [node]) for node in bare)]
+
+
+def _is_quantized(node: Any) -> bool:
+    return node.domain in _OUR_DOMAINS and node.op_type in contract.UNQUANTIZED
 
 
 def _norm(path: str, main: Any, nodes: list[Any]) -> FileNorm:
     names = frozenset(node.name for node in nodes if node.name)
     is_plugin = main.domain in _OUR_DOMAINS and main.op_type in contract.INPUTS
-    is_add = is_plugin and main.op_type == contract.ADD_RMS_NORM
+    is_add = is_plugin and "residual" in contract.INPUTS[main.op_type]
     form = "add" if is_add else main.metadata_props.get(FORM_KEY, "plain")
     return FileNorm(path or main.name or "", form, main.name or "", names, is_plugin)

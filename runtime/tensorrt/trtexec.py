@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 from .api import flavor_of
-from .build import BuildPlan
+from .plan import BuildPlan
 from .profiles import Profile
 
 _SHAPE_OPTIONS: Final = ("--minShapes", "--optShapes", "--maxShapes")

@@ -149,8 +149,9 @@ class _Build:
         if missing:
             brought = [_creator_key(creator) for creator in registry.all_creators]
             names = ", ".join(f"{n} version {v} of namespace {s!r}" for n, v, s in brought if (n, v, s) not in before)
+            *others, last = contract.INPUTS
             raise UsageError(
-                f"{library}: expected creators {' and '.join(contract.INPUTS)} of namespace {namespace!r}, version "
+                f"{library}: expected creators {', '.join(others)} and {last} of namespace {namespace!r}, version "
                 f"{version!r}; it brings {names or 'none'}. Build it again: rmsnorm plugin build."
             )
 
@@ -218,12 +219,14 @@ class _Build:
             for name, version, space in keys
             if name in contract.INPUTS
         ]
-        return ", ".join(ours) or f"no creator of {' or '.join(contract.INPUTS)}"
+        return ", ".join(ours) or f"no creator of {' or '.join(contract.QUANTIZED)}"
 
     def _layer_problems(self, layer: Any) -> list[str]:
         """What the plugin cannot do: checked here, as a refusal while building can end the process."""
         trt = self.trt
         inputs = [layer.get_input(index) for index in range(layer.num_inputs)]
+        # The dtype of its first output tells an operator with a y_scale.
+        y_scale = inputs.pop() if layer.get_output(0).dtype in (trt.int8, trt.fp8) else None
         x, scale = inputs[0], inputs[-1]
         allowed = {trt.float32: "float32", trt.float16: "float16", trt.bfloat16: "bfloat16"}
         problems = []
@@ -238,6 +241,10 @@ class _Build:
             )
         elif tuple(scale.shape) != (x.shape[-1],):
             problems.append(f"scale: expected shape ({x.shape[-1]},), got {tuple(scale.shape)}")
+        if y_scale is not None and y_scale.dtype != trt.float32:
+            problems.append(f"y_scale: expected float32, got {y_scale.dtype}")
+        if y_scale is not None and any(dim != 1 for dim in y_scale.shape):
+            problems.append(f"y_scale: expected one element, got shape {tuple(y_scale.shape)}")
         if len(inputs) == 3 and tuple(inputs[1].shape) != tuple(x.shape):
             problems.append(f"residual: expected x's shape {tuple(x.shape)}, got {tuple(inputs[1].shape)}")
         return problems
@@ -245,7 +252,13 @@ class _Build:
     def _dtypes(self, network: Any) -> dict[str, NormDtypes]:
         """What a strongly typed network says of each norm: the dtype of its result, and that of its statistics."""
         trt = self.trt
-        words = {trt.float32: "float32", trt.float16: "float16", trt.bfloat16: "bfloat16"}
+        words = {
+            trt.float32: "float32",
+            trt.float16: "float16",
+            trt.bfloat16: "bfloat16",
+            trt.int8: "int8",
+            trt.fp8: "float8_e4m3",
+        }
         by_node = {node: norm for norm in self.norms for node in norm.nodes}
         results: dict[str, str] = {}
         statistics: dict[str, str] = {}

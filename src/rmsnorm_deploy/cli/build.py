@@ -13,8 +13,9 @@ from rmsnorm_deploy.cli import options
 from rmsnorm_deploy.cli.screen import Screen, file_size
 
 if TYPE_CHECKING:
-    from rmsnorm_deploy.runtime.tensorrt.build import Engine, Progress
+    from rmsnorm_deploy.runtime.tensorrt.build import Engine
     from rmsnorm_deploy.runtime.tensorrt.options import BuildOptions
+    from rmsnorm_deploy.runtime.tensorrt.process import Progress
 
 SCHEMA = "rmsnorm_deploy.build/1"
 TRTEXEC_SCHEMA = "rmsnorm_deploy.trtexec/1"
@@ -126,7 +127,7 @@ def build(
 
 
 def _print_trtexec(screen: Screen, source: Path, output: Path | None, chosen: BuildOptions) -> None:
-    from rmsnorm_deploy.runtime.tensorrt.build import plan_build
+    from rmsnorm_deploy.runtime.tensorrt.plan import plan_build
     from rmsnorm_deploy.runtime.tensorrt.trtexec import shell_line, trtexec_command
 
     with screen.working(f"reading {source}"), plan_build(source, chosen, elsewhere=True) as plan:

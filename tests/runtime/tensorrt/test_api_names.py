@@ -60,7 +60,9 @@ OBJECTS: Final[dict[str, dict[str, str]]] = {
         "tensor": "ITensor",
         "x": "ITensor",
         "scale": "ITensor",
+        "y_scale": "ITensor",
         "runtime": "Runtime",
+        "cache": "ITimingCache",
         "engine": "ICudaEngine",
         "inspector": "EngineInspector",
     },
@@ -514,12 +516,13 @@ def test_the_creators_are_registered_once(answers: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", contract.INPUTS)
 def test_a_plugin_is_made_serialized_and_made_again(name: str, answers: dict[str, Any]) -> None:
     row = answers["operators"][name]
-    kinds = [[field, contract.FIELD_TYPES[kind]] for field, kind in contract.KERNEL_ATTRIBUTES.items()]
+    kinds = [[field, contract.FIELD_TYPES[kind]] for field, kind in contract.OPERATOR_ATTRIBUTES[name].items()]
     values, kernels = row["values"], list(range(256))
     assert row["field_names"] == kinds
     assert values["epsilon"] == pytest.approx(1e-5, rel=2**-23)
     assert math.isfinite(values["epsilon"])
     assert (values["scale_offset"], values["scale_type"]) == (1.0, contract.ONNX_TYPES["float16"])
+    assert values.get("quant_type") == (contract.QUANT_TYPES["float8_e4m3"] if name in contract.UNQUANTIZED else None)
     assert row["identity"] == [name, contract.PLUGIN_VERSION, contract.PLUGIN_NAMESPACE]
     assert row["is_its_own_capability"] == [True, True, True]
     plain = [[field, kind, [values[field]]] for field, kind in kinds]
@@ -534,7 +537,8 @@ def test_a_plugin_is_made_serialized_and_made_again(name: str, answers: dict[str
 def test_a_plugin_answers_for_dtypes_and_formats(name: str, answers: dict[str, Any]) -> None:
     row = answers["operators"][name]
     assert row["outputs"] == len(contract.OUTPUTS[name])
-    assert row["output_dtypes"] == ["BF16"] * len(contract.OUTPUTS[name])
+    first = "FP8" if name in contract.UNQUANTIZED else "BF16"
+    assert row["output_dtypes"] == [first, "BF16"][: len(contract.OUTPUTS[name])]
     # scale_type is FLOAT16: x of no other dtype, and every tensor has x's.
     dtypes = ("float32", "float16", "bfloat16", "int8")
     expected = {f"{place} {dtype}": dtype == "float16" for place in ("x", "other") for dtype in dtypes}

@@ -22,17 +22,11 @@ from rmsnorm_deploy.models.errors import (
 )
 from rmsnorm_deploy.plugins.tensorrt.images import MAGIC, unpack
 from rmsnorm_deploy.runtime.tensorrt import api
-from rmsnorm_deploy.runtime.tensorrt.build import (
-    LOG_HEADER,
-    SCHEMA,
-    Progress,
-    build_engine,
-    plan_build,
-    read_record,
-    request_of,
-    run_worker,
-)
+from rmsnorm_deploy.runtime.tensorrt.build import build_engine
+from rmsnorm_deploy.runtime.tensorrt.engine_files import SCHEMA, read_record
 from rmsnorm_deploy.runtime.tensorrt.options import BuildOptions
+from rmsnorm_deploy.runtime.tensorrt.plan import plan_build, request_of
+from rmsnorm_deploy.runtime.tensorrt.process import LOG_HEADER, Progress, run_worker
 
 pytest.importorskip("tensorrt_rtx", reason="needs the builder: pip install 'rmsnorm-deploy[rtx]'")
 

@@ -17,10 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.tensorrt_models import rms_norm_model
 from onnx import TensorProto, helper, numpy_helper
 
-from rmsnorm_deploy.models.errors import RmsnormDeployError
-from rmsnorm_deploy.runtime.tensorrt.build import LOG_HEADER, Progress, build_engine, read_record
+from rmsnorm_deploy.models.errors import RmsnormDeployError, UsageError
+from rmsnorm_deploy.runtime.tensorrt.build import build_engine
+from rmsnorm_deploy.runtime.tensorrt.engine_files import read_record
+from rmsnorm_deploy.runtime.tensorrt.process import LOG_HEADER, Progress
 
 pytest.importorskip("tensorrt_rtx", reason="needs the builder: pip install 'rmsnorm-deploy[rtx]'")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -215,3 +218,52 @@ def test_two_builds_of_one_engine(files: Any, tmp_path: Path) -> None:
     assert kept["model"]["path"] in Path(f"{place}.log").read_text().splitlines()[0]
     assert sorted(file.name for file in tmp_path.glob("*engine*")) == ["m.engine", "m.engine.json", "m.engine.log"]
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_what_a_killed_build_left_goes_with_the_next(tmp_path: Path) -> None:
+    """Only folders that hold a build's files and nothing else, of a process that is gone."""
+    source = rms_norm_model(tmp_path / "model.onnx")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    place = tmp_path / "out" / "m.engine"
+    folders = {name: place.parent / f".m.engine.partial-{name}" for name in ("left", "alive", "strange", "other")}
+    for name, folder in folders.items():
+        folder.mkdir(parents=True)
+        request = {"parent": os.getpid() if name == "alive" else ended.pid}
+        (folder / "request.json").write_text(json.dumps(request))
+        (folder / "build.log").write_text("begun")
+    (folders["strange"] / "notes.txt").write_text("mine")
+    (folders["other"] / "request.json").write_text("[]")
+    build_engine(source, place, architectures=(89,), plugin="python")
+    assert {name: folder.exists() for name, folder in folders.items()} == {
+        "left": False, "alive": True, "strange": True, "other": True,
+    }  # fmt: skip
+    assert sorted(file.name for file in place.parent.iterdir() if file.is_file()) == [
+        "m.engine", "m.engine.json", "m.engine.log",
+    ]  # fmt: skip
+
+
+def test_what_a_receiver_of_progress_raises_ends_the_build(tmp_path: Path) -> None:
+    source = rms_norm_model(tmp_path / "model.onnx")
+    seen: list[Progress] = []
+
+    def refuse(progress: Progress) -> None:
+        seen.append(progress)
+        if progress.phase == "parsing":
+            raise ValueError("enough")
+
+    with pytest.raises(ValueError, match="enough"):
+        build_engine(source, tmp_path / "m.engine", architectures=(89,), plugin="python", progress=refuse)
+    assert seen[-1].phase == "parsing"
+    assert not (tmp_path / "m.engine").exists()
+    assert not list(tmp_path.glob(".m.engine.partial-*"))
+
+
+def test_an_engine_that_was_replaced_by_something_else_is_kept(tmp_path: Path) -> None:
+    source = rms_norm_model(tmp_path / "model.onnx")
+    place = tmp_path / "m.engine"
+    build_engine(source, place, architectures=(89,), plugin="python")
+    place.write_bytes(b"somebody else's")
+    with pytest.raises(UsageError, match=r"m\.engine is not the engine that m\.engine\.json describes"):
+        build_engine(source, place, architectures=(89,), plugin="python")
+    assert place.read_bytes() == b"somebody else's"

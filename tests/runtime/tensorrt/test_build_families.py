@@ -1,13 +1,15 @@
 """Real engines of real families: four targets, three dtypes, with and without KV cache, built by TensorRT-RTX.
 
 Llama has the whole cross product. The other families have every dtype and the plugin in each of them, with the other
-targets and the KV cache spread over the cases. The decoders of transformers have one layer here. Every case is one
-capture, whose targets are built two at a time.
+targets and the KV cache spread over the cases; `RMSNORM_TESTS=all` builds the whole cross product of all. The decoders
+of transformers have one layer here. Every case is one capture, whose targets are built two at a time; a `plugin` file
+is built with the plugins in Python and with the C++ library.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,6 +21,7 @@ import pytest
 import torch
 import transformers
 from helpers.families import FAMILIES, VOCABULARY, build
+from helpers.plugin_library import BuiltLibrary
 from torch import nn
 
 from rmsnorm_deploy.export.exporter import export_model
@@ -80,25 +83,45 @@ CASES: list[tuple[str, str, bool, tuple[str, ...]]] = [
 ]
 
 
+if os.environ.get("RMSNORM_TESTS") == "all":
+    CASES = [
+        (name, dtype, past, TARGETS)
+        for name, dtype, past in itertools.product(MODELS, DTYPES, (False, True))
+        if not past or name not in ("t5", "addition")
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "past", "targets"), CASES, ids=[f"{n}-{d}-{'cache' if p else 'plain'}" for n, d, p, _ in CASES]
 )
-def test_engines(name: str, dtype: str, past: bool, targets: tuple[str, ...], tmp_path: Path) -> None:
+def test_engines(
+    name: str,
+    dtype: str,
+    past: bool,
+    targets: tuple[str, ...],
+    tmp_path: Path,
+    built_library: BuiltLibrary,
+) -> None:
     maker, norms = MODELS[name]
     model, inputs = maker()
     results = export_model(
         model.to(getattr(torch, dtype)), tmp_path / "out", inputs=inputs, target=targets, with_past=past
     )
 
-    def built(target: str) -> Engine:
+    def built(form: str) -> Engine:
+        target, _, plugin = form.partition(" ")
         folder = results[targets.index(target)].folder
-        return build_engine(folder, tmp_path / f"{target}.engine", architectures=(89,), plugin="python")
+        choices: dict[str, Any] = {"architectures": (89,), "plugin": plugin or "auto"}
+        return build_engine(folder, tmp_path / f"{form}.engine", plugin_library=str(built_library.path), **choices)
 
+    forms = [f for t in targets for f in ([f"{t} python", f"{t} library"] if t == "plugin" else [t])]
     with ThreadPoolExecutor(2) as pool:
-        records = {target: engine.record for target, engine in zip(targets, pool.map(built, targets), strict=True)}
-    for target, record in records.items():
+        records = {form: engine.record for form, engine in zip(forms, pool.map(built, forms), strict=True)}
+    for form, record in records.items():
+        target, _, plugin = form.partition(" ")
         check(record, target, dtype, norms)
-        assert len(record["profiles"]) == (2 if past else 1), target
+        assert record["plugin"]["kind"] == (plugin or "none"), form
+        assert len(record["profiles"]) == (2 if past else 1), form
     paths = {target: [row["path"] for row in record["norms"]] for target, record in records.items()}
     found = {site.path for site in results[0].recognition.sites}
     assert all(len(set(each)) == norms and set(each) == found for each in paths.values()), paths

@@ -19,7 +19,7 @@ DECODER = [
 
 def test_the_shape_of_one_input_gives_those_of_all() -> None:
     (profile,) = make_profiles(TOKENS, ["input_ids:1x1,4x512,16x4096"])
-    assert dict(profile.shapes) == {name: ((1, 1), (4, 512), (16, 4096)) for name in ("input_ids", "attention_mask")}
+    assert dict(profile.shapes) == dict.fromkeys(("input_ids", "attention_mask"), ((1, 1), (4, 512), (16, 4096)))
 
 
 def test_the_cache_follows_from_the_tokens() -> None:
@@ -90,7 +90,7 @@ def test_wrong_texts_are_refused(text: str, message: str) -> None:
 
 def test_a_whole_length_below_past_and_new_is_refused() -> None:
     text = "input_ids:1x1,1x1,1x16 past_sequence:0,10,100 total_sequence:1,11,100"
-    with pytest.raises(UsageError, match="total_sequence is 1,11,100, and past_sequence .* is 1,11,116"):
+    with pytest.raises(UsageError, match=r"total_sequence is 1,11,100, and past_sequence .* is 1,11,116"):
         make_profiles(DECODER, [text])
 
 
