@@ -17,9 +17,10 @@ FUSED = {
     ("", "RMSNormalization"),
     ("", "SimplifiedLayerNormalization"),
     ("com.microsoft", "SimplifiedLayerNormalization"),
-    *((domain, contract.RMS_NORM) for domain in PLUGIN_DOMAINS),
+    *((domain, op_type) for domain in PLUGIN_DOMAINS for op_type in (contract.RMS_NORM, *contract.UNQUANTIZED)),
 }
 OTHER_PLUGIN = f"its plugin is of another namespace than {contract.PLUGIN_NAMESPACE!r}"
+QUANTIZED_OUTPUT = "its output is quantized"
 # More trailing dims than this are none of a norm's.
 _MOST_DIMS = 8
 _FLOAT = ir.DataType.FLOAT
@@ -30,6 +31,8 @@ def fused_norm(node: ir.Node, root: Callable[[ir.Value], ir.Value]) -> Normed | 
     ours = is_plugin_node(node)
     if node.domain in PLUGIN_DOMAINS and not ours:
         return OTHER_PLUGIN
+    if node.op_type in contract.UNQUANTIZED:
+        return QUANTIZED_OUTPUT
     x, out = node.inputs[0], node.outputs[0]
     scale = node.inputs[1] if len(node.inputs) > 1 else None
     if x is None or not is_floating(x.dtype) or x.dtype is None:

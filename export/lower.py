@@ -11,6 +11,7 @@ from .graph_site import GraphSite
 from .lowerings import Form, opset_for
 from .opset import raise_opset
 from .plugin_functions import PluginStyle, check_style, style_plugin_nodes
+from .quantized_norms import fuse_quantized_outputs
 from .residual import residual_operands
 from .swap import CAPTURE_DOMAIN, CAPTURE_OP
 from .write_norm import LoweredSite, NormWriter
@@ -28,7 +29,8 @@ def lower(
         model: a captured graph; it is copied (weights are shared) and stays as it is.
         target: one of the lowering table's targets.
         opset: the opset import of the result, or None for the target's default.
-        style: how the file has the custom operators of target `plugin`.
+        style: how the file has the custom operators of target `plugin`. A QuantizeLinear behind a norm becomes part of
+            its operator, for which the opset import rises to 21 unless another was asked for.
 
     Returns:
         The lowered model and its norms in graph order.
@@ -43,6 +45,8 @@ def lower(
     raise_opset(lowered, wanted)
     writer = NormWriter(lowered.graph, target, wanted)
     sites = [writer.write(_site(node), _kept(node)).lowered for node in list(_captured(lowered.graph))]
+    if target == "plugin":
+        fuse_quantized_outputs(lowered, may_raise_opset=opset is None)
     _finish(lowered, style)
     return lowered, sites
 

@@ -40,22 +40,24 @@ FUNCTION_NODE_PREFIXES: Final = {op_type: f"{contract.DOMAIN}::{op_type}/" for o
 
 # Cast, Pow, ReduceMean with axes as input, CastLike: all there from opset 18.
 _FUNCTION_OPSET = 18
+# The first opset in which QuantizeLinear has output_dtype, as the function of a quantized norm needs it.
+QUANTIZED_OPSET = 21
 # The first IR version with model-local functions.
 _FUNCTIONS_SINCE = 8
 
 
-def plugin_function(op_type: str, opset: int = _FUNCTION_OPSET) -> ir.Function:
-    """The function of `RMSNorm` or `AddRMSNorm`, with every attribute of the contract.
+def plugin_function(op_type: str, opset: int | None = None) -> ir.Function:
+    """The function of one of the contract's operators, with every attribute that it has there.
 
     ONNX Runtime inlines it, folds what is constant and fuses what is left into one kernel. TensorRT uses it only when
     the plugin is not registered.
     """
-    inputs = [ir.Value(name=name) for name in contract.INPUTS[op_type]]
+    given = {name: ir.Value(name=name) for name in contract.INPUTS[op_type]}
+    quantized = op_type in contract.UNQUANTIZED
     nodes: list[ir.Node] = []
-    x = inputs[0]
-    if op_type == contract.ADD_RMS_NORM:
-        x = _add(nodes, "Add", [inputs[0], inputs[1]], "sum")
-    scale = inputs[-1]
+    x, scale = given["X"], given["scale"]
+    if "residual" in given:
+        x = _add(nodes, "Add", [x, given["residual"]], "sum")
     float32 = int(ir.DataType.FLOAT)
     wide = _add(nodes, "Cast", [x], "x32", to=float32)
     squares = _add(nodes, "Pow", [wide, _constant(nodes, np.array(2.0, np.float32), "two")], "squares")
@@ -67,12 +69,17 @@ def plugin_function(op_type: str, opset: int = _FUNCTION_OPSET) -> ir.Function:
     wide_scale = _add(nodes, "Cast", [scale], "scale32", to=float32)
     shifted = _add(nodes, "Add", [wide_scale, _attribute(nodes, "scale_offset")], "shifted")
     scaled = _add(nodes, "Mul", [_cast_to_scale_type(nodes, normalised), _cast_to_scale_type(nodes, shifted)], "scaled")
-    y = _add(nodes, "CastLike", [scaled, x], "Y")
-    outputs = [y, x] if op_type == contract.ADD_RMS_NORM else [y]
+    y = _add(nodes, "CastLike", [scaled, x], "normed" if quantized else "Y")
+    if quantized:
+        wide_y = _add(nodes, "Cast", [y], "normed32", to=float32)
+        y = _referring(nodes, "QuantizeLinear", [wide_y, given["y_scale"]], "Y", output_dtype="quant_type")
+    outputs = [y, x] if "residual" in given else [y]
     for node in nodes:
         node.name = f"{FUNCTION_NODE_PREFIXES[op_type]}{node.outputs[0].name}"
-    graph = ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": opset}, name=op_type)
-    attributes = [ir.Attr(name, _attribute_type(name), None) for name in contract.ATTRIBUTES]
+    wanted = opset or (QUANTIZED_OPSET if quantized else _FUNCTION_OPSET)
+    graph = ir.Graph(list(given.values()), outputs, nodes=nodes, opset_imports={"": wanted}, name=op_type)
+    kinds = {**contract.OPERATOR_ATTRIBUTES[op_type], **dict.fromkeys(contract.PARSER_ATTRIBUTES, "STRING")}
+    attributes = [ir.Attr(name, ir.AttributeType[kind], None) for name, kind in kinds.items()]
     return ir.Function(contract.DOMAIN, op_type, graph=graph, attributes=attributes)
 
 
@@ -156,7 +163,10 @@ def style_plugin_nodes(model: ir.Model, style: PluginStyle) -> None:
 
 def style_notes(model: ir.Model, style: PluginStyle) -> list[str]:
     """What a user of the file has to know; nothing where it has no custom operator."""
-    return _NOTES[style] if any(map(is_plugin_node, model.graph)) else []
+    nodes = [node for node in model.graph if is_plugin_node(node)]
+    quantized = sum(node.op_type in contract.UNQUANTIZED for node in nodes)
+    notes = [f"{quantized} of its norms give a quantized result: the QuantizeLinear behind them is part of the plugin"]
+    return [*_NOTES[style], *notes * bool(quantized)] if nodes else []
 
 
 def stands_in_for_plugin(function: ir.Function) -> bool:
@@ -194,11 +204,13 @@ def _attribute(nodes: list[ir.Node], name: str) -> ir.Value:
 
 
 def _cast_to_scale_type(nodes: list[ir.Node], value: ir.Value) -> ir.Value:
-    node = ir.Node("", "Cast", [value], [ir.RefAttr("to", "scale_type", ir.AttributeType.INT)], num_outputs=1)
-    node.outputs[0].name = f"{value.name}_in_scale_type"
+    return _referring(nodes, "Cast", [value], f"{value.name}_in_scale_type", to="scale_type")
+
+
+def _referring(nodes: list[ir.Node], op_type: str, inputs: list[ir.Value], name: str, **attributes: str) -> ir.Value:
+    """A node whose whole-number attributes are those of the function, by their names there."""
+    refs = [ir.RefAttr(own, of_function, ir.AttributeType.INT) for own, of_function in attributes.items()]
+    node = ir.Node("", op_type, inputs, refs, num_outputs=1)
+    node.outputs[0].name = name
     nodes.append(node)
     return node.outputs[0]
-
-
-def _attribute_type(name: str) -> ir.AttributeType:
-    return ir.AttributeType[contract.KERNEL_ATTRIBUTES.get(name, "STRING")]

@@ -15,7 +15,8 @@ from .graph_types import Filled, fill_types
 from .inline import inline_norm_functions
 from .lowerings import HIGHEST_OPSET, cell, deviations
 from .opset import raise_opset
-from .plugin_functions import is_plugin_node, move_to_contract_domain, style_plugin_nodes
+from .plugin_functions import QUANTIZED_OPSET, is_plugin_node, move_to_contract_domain, style_plugin_nodes
+from .quantized_norms import QuantizedOutput, fuse_quantized_outputs, is_quantized_norm, split_quantized_outputs
 from .write_norm import LoweredSite, NormWriter, Written, dtype_name
 
 # Before this IR version every initializer had to be an input too.
@@ -60,6 +61,8 @@ class Rewritten:
         sites: every norm, in graph order.
         refusals: what looks like a norm, or is one, and was left as it is.
         notes: what else was done.
+        quantized: norms whose result is quantized, once `fuse_quantized` was called; see there.
+        split: how many operators with a quantized output were taken apart.
     """
 
     model: ir.Model
@@ -67,17 +70,21 @@ class Rewritten:
     sites: list[RewrittenSite]
     refusals: list[GraphRefusal]
     notes: list[str] = field(default_factory=list)
+    quantized: list[QuantizedOutput] = field(default_factory=list)
+    split: int = 0
 
     @property
     def changed(self) -> bool:
-        """Whether any norm was written anew."""
-        return any(site.changed for site in self.sites)
+        """Whether any norm was written anew, or with its quantization."""
+        return bool(self.split) or any(site.changed for site in self.sites) or any(q.dtype for q in self.quantized)
 
 
 def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Container[int] = ()) -> Rewritten:
     """Put every norm of a graph into a target's form.
 
-    For target `plugin` the result has local functions, so ONNX Runtime runs it; see `style_plugin_nodes`.
+    For target `plugin` the result has local functions, so ONNX Runtime runs it; see `style_plugin_nodes`. Norms with a
+    quantized output are taken apart into a norm and a QuantizeLinear, in `original` too, so that each can be proven by
+    itself; `fuse_quantized` makes one operator of both again.
 
     Args:
         model: any model; it stays as it is, but for dtypes and shapes that are inferred, and the order of its nodes
@@ -95,11 +102,19 @@ def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Contai
     _sort(model)
     original, inlined = inline_norm_functions(model)
     notes = [f"inlined, because norms stand in them: {', '.join(inlined)}"] if inlined else []
+    split: list[str] = []
+    if any(map(is_quantized_norm, original.graph)):
+        original = original.clone() if original is model else original
+        if _opset_import(original) < QUANTIZED_OPSET:  # only a file without functions has them then
+            notes.append(f"opset import raised from {_opset_import(original)} to {QUANTIZED_OPSET}")
+            raise_opset(original, QUANTIZED_OPSET)
+        split = split_quantized_outputs(original)
+        style_plugin_nodes(original, "function")
     filled = fill_types(original)
     found = find_norms(original)
     rewritten = original.clone()
     copies = _copies(original.graph, rewritten.graph)
-    current = rewritten.graph.opset_imports.get("", rewritten.graph.opset_imports.get("ai.onnx", 1))
+    current = _opset_import(rewritten)
     wanted = _wanted_opset(target, opset, current, lowest if found.sites else current)
     # Plugin nodes of another style stand in the target's form too, once they have their functions.
     restyled = target == "plugin" and move_to_contract_domain(rewritten, _plugin_nodes(found.sites, copies))
@@ -117,7 +132,7 @@ def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Contai
         done.append((before, site, written))
     writer.finish()
     sites = [_rewritten(writer, *row) for row in done]
-    result = Rewritten(rewritten, original, sites, refusals, notes)
+    result = Rewritten(rewritten, original, sites, refusals, notes, split=len(split))
     if (
         sites
         and refusals
@@ -135,6 +150,35 @@ def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Contai
         style_plugin_nodes(rewritten, "function")
     _untype(result, [(copies[row.value], row) for row in filled])
     return result
+
+
+def fuse_quantized(result: Rewritten, target: str, opset: int | None = None) -> None:
+    """Make one operator of each norm and the QuantizeLinear behind it, where the target has such an operator.
+
+    The values of `result.sites` are those before: prove the norms first.
+
+    Args:
+        result: what `rewrite` gave.
+        target: as it was given there.
+        opset: as it was given there.
+    """
+    if target != "plugin":
+        return
+    before = _opset_import(result.model)
+    result.quantized = fuse_quantized_outputs(result.model, may_raise_opset=opset is None)
+    for row in result.quantized:
+        if row.dtype is None:
+            result.notes.append(f"the quantization of {row.path or row.node} stays a node of its own: {row.reason}")
+    if any(row.dtype for row in result.quantized):
+        style_plugin_nodes(result.model, "function")
+        after = _opset_import(result.model)
+        if after > before:
+            result.notes.append(f"opset import raised from {before} to {after}, for norms with a quantized output")
+
+
+def _opset_import(model: ir.Model) -> int:
+    imports = model.graph.opset_imports
+    return imports.get("", imports.get("ai.onnx", 1))
 
 
 def _refuse_other_epsilon(site: GraphSite, target: str) -> None:

@@ -1,15 +1,21 @@
 """The custom operators: names, attributes and inputs. Export, both kinds of plugin and the tests read them from here.
 
-Both operators compute, with S = float32 and T the dtype of X::
+The operators compute, with S = float32 and T the dtype of X::
 
     RMSNorm(X, scale) -> Y
     AddRMSNorm(X, residual, scale) -> (Y, sum)        sum = X + residual in T, normalised in place of X
+    RMSNormQuant(X, scale, y_scale) -> Y
+    AddRMSNormQuant(X, residual, scale, y_scale) -> (Y, sum)
 
     n = X / sqrt(mean(X^2 over the last dim) + epsilon)                       in S
     Y = cast(cast(n, scale_type) * cast(scale + scale_offset, scale_type), T)
 
 `scale_type` is the ONNX data type in which the scale is multiplied: FLOAT multiplies before the cast back to T, T
 itself multiplies after it. X, residual and scale have the same dtype; every attribute is always present.
+
+`RMSNormQuant` and `AddRMSNormQuant` give QuantizeLinear(cast(Y, S), y_scale) in place of Y: y_scale is one float32
+number for the whole tensor, there is no zero point, and what is out of range saturates. `quant_type` is the ONNX data
+type of the result: INT8 (rounded to nearest, ties to even) or FLOAT8E4M3FN.
 """
 
 from __future__ import annotations
@@ -22,6 +28,8 @@ DOMAIN: Final = "rmsnorm_deploy"
 DOMAIN_VERSION: Final = 1
 RMS_NORM: Final = "RMSNorm"
 ADD_RMS_NORM: Final = "AddRMSNorm"
+RMS_NORM_QUANT: Final = "RMSNormQuant"
+ADD_RMS_NORM_QUANT: Final = "AddRMSNormQuant"
 
 PLUGIN_NAMESPACE: Final = "rmsnorm_deploy"
 # Version of the TensorRT plugin creators; quick deployable plugins can only be "1".
@@ -29,11 +37,29 @@ PLUGIN_VERSION: Final = "1"
 # Where ONNX Runtime's TensorRT provider puts every plugin of TensorRT's registry.
 ORT_DOMAIN: Final = "trt.plugins"
 
-INPUTS: Final = {RMS_NORM: ("X", "scale"), ADD_RMS_NORM: ("X", "residual", "scale")}
-OUTPUTS: Final = {RMS_NORM: ("Y",), ADD_RMS_NORM: ("Y", "sum")}
+INPUTS: Final = {
+    RMS_NORM: ("X", "scale"),
+    ADD_RMS_NORM: ("X", "residual", "scale"),
+    RMS_NORM_QUANT: ("X", "scale", "y_scale"),
+    ADD_RMS_NORM_QUANT: ("X", "residual", "scale", "y_scale"),
+}
+OUTPUTS: Final = {
+    RMS_NORM: ("Y",),
+    ADD_RMS_NORM: ("Y", "sum"),
+    RMS_NORM_QUANT: ("Y",),
+    ADD_RMS_NORM_QUANT: ("Y", "sum"),
+}
+# The operator with a quantized output for each one without.
+QUANTIZED: Final = {RMS_NORM: RMS_NORM_QUANT, ADD_RMS_NORM: ADD_RMS_NORM_QUANT}
+UNQUANTIZED: Final = {quantized: op_type for op_type, quantized in QUANTIZED.items()}
 
-# What the kernel reads, and the ONNX type of each attribute.
+# What every kernel reads, and the ONNX type of each attribute.
 KERNEL_ATTRIBUTES: Final = {"epsilon": "FLOAT", "scale_offset": "FLOAT", "scale_type": "INT"}
+# The same for each operator, with what only some of them have.
+OPERATOR_ATTRIBUTES: Final = {
+    op_type: {**KERNEL_ATTRIBUTES, "quant_type": "INT"} if op_type in UNQUANTIZED else KERNEL_ATTRIBUTES
+    for op_type in INPUTS
+}
 # What TensorRT's parser reads to find the plugin.
 PARSER_ATTRIBUTES: Final = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
 ATTRIBUTES: Final = (*KERNEL_ATTRIBUTES, *PARSER_ATTRIBUTES)
@@ -44,20 +70,28 @@ FIELD_TYPES: Final = {"FLOAT": "FLOAT32", "INT": "INT32", "STRING": "CHAR"}
 # A field that only serialized plugins have: the compiled kernels, see `plugins/tensorrt/images.py`.
 KERNELS_FIELD: Final = "kernels"
 # The kernel's name in its source, for each operator.
-KERNEL_OPS: Final = {RMS_NORM: "rms_norm", ADD_RMS_NORM: "add_rms_norm"}
+KERNEL_OPS: Final = {
+    RMS_NORM: "rms_norm",
+    ADD_RMS_NORM: "add_rms_norm",
+    RMS_NORM_QUANT: "rms_norm",
+    ADD_RMS_NORM_QUANT: "add_rms_norm",
+}
 
 # Values of `scale_offset` that the kernel can do, and ONNX's number for each dtype (TensorProto.DataType).
 SCALE_OFFSETS: Final = (0.0, 1.0)
 ONNX_TYPES: Final = {"float32": 1, "float16": 10, "bfloat16": 16}
+# The same for the dtypes of a quantized output.
+QUANT_TYPES: Final = {"int8": 3, "float8_e4m3": 17}
 
 
-def attribute_problems(values: Mapping[str, float | int]) -> list[str]:
+def attribute_problems(values: Mapping[str, float | int], op_type: str = RMS_NORM) -> list[str]:
     """What is wrong with the kernel attributes of a node or the fields of a plugin; empty where nothing is.
 
     Args:
-        values: `KERNEL_ATTRIBUTES` by name; others are ignored.
+        values: the operator's `OPERATOR_ATTRIBUTES` by name; others are ignored.
+        op_type: the operator.
     """
-    problems = [f"attribute {name} is missing" for name in KERNEL_ATTRIBUTES if name not in values]
+    problems = [f"attribute {name} is missing" for name in OPERATOR_ATTRIBUTES[op_type] if name not in values]
     epsilon = values.get("epsilon", 0.0)
     if not (math.isfinite(epsilon) and epsilon >= 0):
         problems.append(f"epsilon: expected a finite number of at least 0, got {epsilon}")
@@ -68,6 +102,10 @@ def attribute_problems(values: Mapping[str, float | int]) -> list[str]:
     if kind not in ONNX_TYPES.values():
         allowed = ", ".join(f"{number} ({name})" for name, number in ONNX_TYPES.items())
         problems.append(f"scale_type: expected one of {allowed}, got {kind}")
+    quant_type = values.get("quant_type", QUANT_TYPES["int8"])
+    if op_type in UNQUANTIZED and quant_type not in QUANT_TYPES.values():
+        allowed = ", ".join(f"{number} ({name})" for name, number in QUANT_TYPES.items())
+        problems.append(f"quant_type: expected one of {allowed}, got {quant_type}")
     return problems
 
 

@@ -123,7 +123,8 @@ class Examination:
     def _match(self, access: NormAccess | None, report: ValidationReport) -> None:
         """Which norms are on both sides, in PyTorch's order; the report says which are not, and why."""
         present = set(access.keys) if access is not None else set()
-        if not present:
+        problems = access.problems if access is not None else {}
+        if not present and not problems:
             if self.called:
                 report.notes.append(
                     f"{self.target.name} does not say which of its nodes are norms, so only its outputs were compared"
@@ -131,7 +132,6 @@ class Examination:
             return
         self.keys = [key for key in self.called if key in present]
         refused = {row["path"]: row["reason"] for row in self.target.manifest.get("refusals", ())}
-        problems = access.problems if access is not None else {}
         for key in (key for key in self.called if key not in present):
             reason = problems.get(key[0]) or refused.get(key[0])
             if reason is None:

@@ -112,7 +112,8 @@ class Proof:
         if self.unproven:
             return self.unproven
         if not self.sites:
-            return "no norm was written anew"
+            whole = f"; the whole model, {len(self.model)} outputs" if self.model else ""
+            return f"no norm was written anew{whole}"
         norms = f"{len(self.sites)} norm{'s' * (len(self.sites) != 1)} alone on {len(KINDS)} kinds of rows"
         if self.alone:
             return f"{norms}; the whole model runs and is finite, where the file before does not load"

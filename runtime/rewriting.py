@@ -18,7 +18,7 @@ from ..export.manifest import rewritten_rows, tensor_rows, write_manifest
 from ..export.model_file import ModelFile, read_model, to_ir
 from ..export.model_writer import write_model
 from ..export.plugin_functions import PluginStyle, plugin_style, style_notes, style_plugin_nodes
-from ..export.rewrite import Rewritten, rewrite
+from ..export.rewrite import Rewritten, fuse_quantized, rewrite
 from ..export.write_norm import dtype_name
 from ..models.errors import MismatchError, UsageError
 from .feeds import is_past
@@ -124,6 +124,7 @@ def rewrite_model(
         proof = None
         if verify:
             rewritten, proof = _proven(rewritten, graph, target, opset, source.parent, seed, say)
+        fuse_quantized(rewritten, target, opset)  # each norm is proven by itself, and the whole model with the fused
         job = _Job(original, source, rewritten, proof, target, style, inputs, seed, say)
         if beside:
             with new_file(place) as partial:

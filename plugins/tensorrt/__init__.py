@@ -1,4 +1,4 @@
-"""RMSNorm and AddRMSNorm as TensorRT plugins.
+"""RMSNorm and AddRMSNorm as TensorRT plugins, each also with a quantized output.
 
 creators: the plugins in Python, for a machine without the library.
 images: the compiled kernels that a plugin takes with it into an engine.

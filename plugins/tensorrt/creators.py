@@ -21,7 +21,7 @@ from .launcher import Launcher, cuda_driver
 
 
 class Plugins:
-    """Both creators, registered in one plugin registry.
+    """The creators of all operators, registered in one plugin registry.
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
@@ -49,6 +49,7 @@ class Plugins:
         self.images: dict[tuple[Any, ...], KernelImages] = {}
         self.kept: list[Any] = []
         self.types = {trt.float32: "float32", trt.float16: "float16", trt.bfloat16: "bfloat16"}
+        self.quant_types = {contract.QUANT_TYPES["int8"]: trt.int8, contract.QUANT_TYPES["float8_e4m3"]: trt.fp8}
         self.plugin_class, self._creator_class = _classes(trt)
         self.creators = [self._creator_class(self, name) for name in contract.INPUTS]
 
@@ -70,17 +71,22 @@ class Plugins:
         """The kernels of a norm, compiled once for all that are equal."""
         key = (name, dtype, width, *sorted(values.items()))
         if key not in self.images:
-            kernel = kernel_of(name, dtype, width, values["epsilon"], values["scale_offset"], int(values["scale_type"]))
+            quant_type = int(values["quant_type"]) if name in contract.UNQUANTIZED else None
+            kernel = kernel_of(
+                name, dtype, width, values["epsilon"], values["scale_offset"], int(values["scale_type"]), quant_type
+            )
             self.images[key] = compile_images(kernel, self.architectures)
         return self.images[key]
 
     def report(self) -> list[dict[str, Any]]:
-        """The compiled kernels as JSON: operator, width, dtype, architectures, bytes."""
+        """The compiled kernels as JSON: operator, width, dtype, architectures, bytes; a quantized y's dtype."""
+        names = {number: name for name, number in contract.QUANT_TYPES.items()}
         return [
             {
                 "operator": name,
                 "width": width,
                 "dtype": dtype,
+                **({"quantized": names[images.quant_type]} if images.quant_type else {}),
                 "architectures": images.architectures,
                 "bytes": len(images.pack()),
             }
@@ -88,30 +94,34 @@ class Plugins:
         ]
 
 
-def read_fields(name: str, fields: Any, runtime: bool) -> tuple[dict[str, float | int], bytes | None]:
+def read_fields(
+    op_type: str, fields: Any, runtime: bool, where: str = ""
+) -> tuple[dict[str, float | int], bytes | None]:
     """The values of a plugin's fields, and the packed kernels where there are any.
 
     Args:
-        name: of the operator, for messages.
+        op_type: the operator.
         fields: a `PluginFieldCollection`.
         runtime: whether they come from an engine, where each must be there.
+        where: what messages call the node; the operator's name where it is left out.
 
     Raises:
         UsageError: a value is missing or not one of the contract's.
     """
+    kinds = contract.OPERATOR_ATTRIBUTES[op_type]
     values: dict[str, float | int] = {}
     kernels = None
     for field in fields:
         if field.name == contract.KERNELS_FIELD:
             kernels = np.asarray(field.data).tobytes()
-        elif field.name in contract.KERNEL_ATTRIBUTES:
+        elif field.name in kinds:
             (value,) = np.asarray(field.data).reshape(-1)[:1]
-            values[field.name] = float(value) if contract.KERNEL_ATTRIBUTES[field.name] == "FLOAT" else int(value)
-    problems = contract.attribute_problems(values)
+            values[field.name] = float(value) if kinds[field.name] == "FLOAT" else int(value)
+    problems = contract.attribute_problems(values, op_type)
     if runtime and kernels is None:
         problems.append(f"field {contract.KERNELS_FIELD} is missing, so the engine carries no kernel")
     if problems:
-        raise UsageError(f"{name}: {'; '.join(problems)}.")
+        raise UsageError(f"{where or op_type}: {'; '.join(problems)}.")
     return values, kernels
 
 
@@ -128,6 +138,7 @@ def _classes(trt: Any) -> tuple[Any, Any]:
             self.plugin_name, self.plugin_version = name, contract.PLUGIN_VERSION
             self.plugin_namespace = contract.PLUGIN_NAMESPACE
             self.num_outputs = len(contract.OUTPUTS[name])
+            self.is_quantized = name in contract.UNQUANTIZED
             self.timing_cache_id = "-".join(f"{value:g}" for _, value in sorted(values.items()))
             self._launcher: Launcher | None = None
             self._fields: list[Any] = []
@@ -142,14 +153,21 @@ def _classes(trt: Any) -> tuple[Any, Any]:
         # Build
 
         def get_output_data_types(self, input_types: list[Any]) -> list[Any]:
-            return [input_types[0]] * self.num_outputs
+            first = self.owner.quant_types[int(self.values["quant_type"])] if self.is_quantized else input_types[0]
+            return [first, *[input_types[0]] * (self.num_outputs - 1)]
 
         def get_output_shapes(self, inputs: list[Any], shape_inputs: list[Any], expressions: Any) -> list[Any]:
             return [trt.DimsExprs(inputs[0]) for _ in range(self.num_outputs)]
 
         def supports_format_combination(self, position: int, tensors: list[Any], inputs: int) -> bool:
             described, first = tensors[position].desc, tensors[0].desc
-            if described.format != trt.TensorFormat.LINEAR or described.type not in self.owner.types:
+            if described.format != trt.TensorFormat.LINEAR:
+                return False
+            if self.is_quantized and position == inputs - 1:  # y_scale
+                return bool(described.type == trt.float32)
+            if self.is_quantized and position == inputs:  # y
+                return bool(described.type == self.owner.quant_types[int(self.values["quant_type"])])
+            if described.type not in self.owner.types:
                 return False
             if position == 0:
                 allowed = contract.scale_type_problem(int(self.values["scale_type"]), self.owner.types[described.type])
@@ -192,11 +210,11 @@ def _classes(trt: Any) -> tuple[Any, Any]:
         def get_fields_to_serialize(self) -> Any:
             arrays = {
                 name: np.array([self.values[name]], np.float32 if kind == "FLOAT" else np.int32)
-                for name, kind in contract.KERNEL_ATTRIBUTES.items()
+                for name, kind in contract.OPERATOR_ATTRIBUTES[self.name].items()
             }
             kinds = {
                 name: getattr(trt.PluginFieldType, contract.FIELD_TYPES[kind])
-                for name, kind in contract.KERNEL_ATTRIBUTES.items()
+                for name, kind in contract.OPERATOR_ATTRIBUTES[self.name].items()
             }
             if self.kernels is not None:
                 arrays[contract.KERNELS_FIELD] = np.frombuffer(self.kernels, np.int8)
@@ -217,6 +235,8 @@ def _classes(trt: Any) -> tuple[Any, Any]:
                 if self.kernels is None:
                     raise RmsnormDeployError(f"{self.name}: the engine carries no kernel.")
                 images = unpack(self.kernels)
+                if images.quant_type != self.values.get("quant_type", 0):
+                    raise RmsnormDeployError(f"{self.name}: the engine's kernels are for another quantized data type.")
                 self._launcher = Launcher(images, contract.KERNEL_OPS[self.name], self.owner.driver())
             rows = math.prod(list(input_desc[0].dims)[:-1])
             self._launcher.launch([*inputs, *outputs], len(inputs), rows, stream)
@@ -235,8 +255,8 @@ def _classes(trt: Any) -> tuple[Any, Any]:
             self.plugin_version, self.plugin_namespace = contract.PLUGIN_VERSION, contract.PLUGIN_NAMESPACE
             # What the parser looks for on the node; the kernels are a field of serialized plugins only.
             self._fields = [
-                trt.PluginField(name, np.array([]), getattr(trt.PluginFieldType, contract.FIELD_TYPES[kind]))
-                for name, kind in contract.KERNEL_ATTRIBUTES.items()
+                trt.PluginField(field, np.array([]), getattr(trt.PluginFieldType, contract.FIELD_TYPES[kind]))
+                for field, kind in contract.OPERATOR_ATTRIBUTES[name].items()
             ]
             self.field_names = trt.PluginFieldCollection(self._fields)
 
@@ -244,7 +264,7 @@ def _classes(trt: Any) -> tuple[Any, Any]:
             """`node` is the ONNX node's name when a file is parsed, and the operator's when an engine is loaded."""
             where = self.name if node == self.name else f"{node} ({self.name})"
             try:
-                values, kernels = read_fields(where, fields, phase == trt.TensorRTPhase.RUNTIME)
+                values, kernels = read_fields(self.name, fields, phase == trt.TensorRTPhase.RUNTIME, where)
             except UsageError as error:
                 self.owner.problems.append(str(error))
                 raise

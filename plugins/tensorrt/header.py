@@ -20,7 +20,8 @@ def contract_digest() -> str:
     """Twelve characters that change with the contract: a library says which one it was built for."""
     content = [
         contract.PLUGIN_NAMESPACE, contract.PLUGIN_VERSION, contract.INPUTS, contract.OUTPUTS,
-        contract.KERNEL_ATTRIBUTES, contract.KERNELS_FIELD, contract.SCALE_OFFSETS, contract.ONNX_TYPES, WIDEST,
+        contract.OPERATOR_ATTRIBUTES, contract.KERNELS_FIELD, contract.SCALE_OFFSETS, contract.ONNX_TYPES,
+        contract.QUANT_TYPES, WIDEST,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -28,12 +29,12 @@ def contract_digest() -> str:
 def contract_header() -> str:
     """The header's text."""
     operators = "\n".join(
-        f'    {{"{name}", {len(inputs)}, {len(contract.OUTPUTS[name])}, {str("residual" in inputs).lower()}}},'
+        f'    {{"{name}", {len(inputs)}, {len(contract.OUTPUTS[name])}, {_bool("residual" in inputs)}, '
+        f"{_bool(name in contract.UNQUANTIZED)}}},"
         for name, inputs in contract.INPUTS.items()
     )
-    attributes = "\n".join(
-        f'constexpr char {name}[] = "{name}";' for name in (*contract.KERNEL_ATTRIBUTES, contract.KERNELS_FIELD)
-    )
+    names = dict.fromkeys(name for attributes in contract.OPERATOR_ATTRIBUTES.values() for name in attributes)
+    attributes = "\n".join(f'constexpr char {name}[] = "{name}";' for name in (*names, contract.KERNELS_FIELD))
     return f"""// Written by plugins/tensorrt/header.py from plugins/contract.py; change that, and write this again.
 #pragma once
 
@@ -52,7 +53,8 @@ constexpr int widest = {WIDEST};
 struct Operator {{
   const char* name;
   int inputs, outputs;
-  bool adds;  // x and residual are added first, and the sum is the second output
+  bool adds;       // x and residual are added first, and the sum is the second output
+  bool quantized;  // the first output is quantized by y_scale, the last input, to quant_type
 }};
 
 constexpr Operator operators[] = {{
@@ -61,6 +63,10 @@ constexpr Operator operators[] = {{
 
 }}  // namespace rmsnorm_deploy::contract
 """
+
+
+def _bool(value: bool) -> str:
+    return str(value).lower()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ and reads the same bytes (`cpp/images.h`). All numbers are little-endian and uns
     u32      width
     u32      ONNX data type of x
     u32      number of images
-    u32      0
+    u32      ONNX data type of a quantized y, 0 where y has x's
     for each image:
         u32  kind: 0 cubin, 1 PTX
         u32  architecture: compute capability without its point, such as 89
@@ -32,7 +32,7 @@ from typing import Final, get_args
 from ...models.errors import UsageError
 from .. import contract
 from ..compiler import Kind, compile_kernel
-from ..kernel import NormKernel
+from ..kernel import NormKernel, Quantised
 from ..launch_config import choose
 
 MAGIC: Final = b"RMSNORM1"
@@ -42,6 +42,9 @@ _HEADER: Final = struct.Struct("<8s4I")
 _ENTRY: Final = struct.Struct("<8I")
 _KINDS: Final[tuple[Kind, ...]] = ("cubin", "ptx")
 _FEW_ROWS: Final = 1
+_QUANTIZED: Final[dict[int, Quantised]] = {
+    number: name for name in get_args(Quantised) if (number := contract.QUANT_TYPES.get(name))
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +82,16 @@ class KernelImage:
 
 @dataclass(frozen=True, slots=True)
 class KernelImages:
-    """All images of one norm, with the width and dtype of x that they were compiled for."""
+    """All images of one norm, with the width and dtype of x that they were compiled for.
+
+    `quant_type` is the ONNX data type of a quantized y, or 0. What else the kernels were compiled for (the operator,
+    epsilon, and how the scale multiplies) stands in the plugin's name and its other fields.
+    """
 
     width: int
     dtype: str
     images: tuple[KernelImage, ...]
+    quant_type: int = 0
 
     @property
     def architectures(self) -> list[int]:
@@ -100,7 +108,8 @@ class KernelImages:
 
     def pack(self) -> bytes:
         """The bytes of the field."""
-        parts = [_HEADER.pack(MAGIC, self.width, contract.ONNX_TYPES[self.dtype], len(self.images), 0)]
+        dtype = contract.ONNX_TYPES[self.dtype]
+        parts = [_HEADER.pack(MAGIC, self.width, dtype, len(self.images), self.quant_type)]
         for image in self.images:
             kind, few, size = _KINDS.index(image.kind), int(image.few), len(image.image)
             parts += [
@@ -118,9 +127,11 @@ def unpack(content: bytes) -> KernelImages:
         UsageError: they were cut short, or nobody of this project wrote them.
     """
     try:
-        magic, width, dtype, count, _ = _HEADER.unpack_from(content)
+        magic, width, dtype, count, quant_type = _HEADER.unpack_from(content)
         if magic != MAGIC:
             raise UsageError(f"packed kernels: expected {MAGIC!r} at their beginning, got {magic!r}")
+        if quant_type not in (0, *contract.QUANT_TYPES.values()):
+            raise UsageError(f"packed kernels: unknown quantized data type {quant_type}")
         names = {number: name for name, number in contract.ONNX_TYPES.items()}
         position, images = _HEADER.size, []
         for _ in range(count):
@@ -131,23 +142,43 @@ def unpack(content: bytes) -> KernelImages:
                 raise UsageError(f"packed kernels: expected an image of {size} bytes, got {len(image)}")
             images.append(KernelImage(_KINDS[kind], architecture, bool(few), block, rows, cluster, image))
             position += size + -size % 8
-        return KernelImages(width, names[dtype], tuple(images))
+        return KernelImages(width, names[dtype], tuple(images), quant_type)
     except (struct.error, IndexError, KeyError) as error:
         raise UsageError(f"packed kernels: {len(content)} bytes that are cut short or damaged: {error}") from error
 
 
-def kernel_of(op_type: str, dtype: str, width: int, epsilon: float, scale_offset: float, scale_type: int) -> NormKernel:
+def kernel_of(
+    op_type: str,
+    dtype: str,
+    width: int,
+    epsilon: float,
+    scale_offset: float,
+    scale_type: int,
+    quant_type: int | None = None,
+) -> NormKernel:
     """The kernel of one node of the contract.
+
+    Args:
+        op_type: the operator.
+        dtype: of x.
+        width: of a row of x.
+        epsilon: the attribute, as the following ones.
+        scale_offset: 0 or 1.
+        scale_type: ONNX data type in which the scale is multiplied.
+        quant_type: ONNX data type of a quantized y; for the operators that have one.
 
     Raises:
         UsageError: a value that the kernel cannot do.
     """
     attributes = {"epsilon": epsilon, "scale_offset": scale_offset, "scale_type": scale_type}
-    problems = contract.attribute_problems(attributes)
+    if quant_type is not None:
+        attributes["quant_type"] = quant_type
+    problems = contract.attribute_problems(attributes, op_type)
     if not problems:
         problems = [problem for problem in [contract.scale_type_problem(scale_type, dtype)] if problem]
     if problems:
         raise UsageError(f"{op_type}: {'; '.join(problems)}.")
+    quantized = op_type in contract.UNQUANTIZED
     return NormKernel(
         width,
         epsilon,
@@ -155,6 +186,8 @@ def kernel_of(op_type: str, dtype: str, width: int, epsilon: float, scale_offset
         dtype,  # type: ignore[arg-type]
         scale="one_plus_weight" if scale_offset else "weight",
         cast_first=dtype != "float32" and scale_type == contract.ONNX_TYPES[dtype],
+        quantised=_QUANTIZED[quant_type] if quantized and quant_type is not None else "none",
+        quantisation="static" if quantized else "none",
     )
 
 
@@ -176,7 +209,7 @@ def compile_images(kernel: NormKernel, architectures: tuple[int, ...]) -> Kernel
         _compiled(kernel, architecture, few, "cubin") for architecture in sorted(architectures) for few in (True, False)
     ]
     images += [_compiled(kernel, max(architectures), few, "ptx") for few in (True, False)]
-    return KernelImages(kernel.width, kernel.dtype, tuple(images))
+    return KernelImages(kernel.width, kernel.dtype, tuple(images), contract.QUANT_TYPES.get(kernel.quantised, 0))
 
 
 def _compiled(kernel: NormKernel, architecture: int, few: bool, kind: Kind) -> KernelImage:

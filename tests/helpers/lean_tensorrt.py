@@ -182,20 +182,23 @@ def exercise_creators(trt: Any) -> dict[str, Any]:
         refusals.append(str(error))
 
     # The collection holds addresses only: fields and arrays have to outlive it.
-    values = {"epsilon": 1e-5, "scale_offset": 1.0, "scale_type": contract.ONNX_TYPES["float16"]}
+    values = {
+        "epsilon": 1e-5, "scale_offset": 1.0, "scale_type": contract.ONNX_TYPES["float16"],
+        "quant_type": contract.QUANT_TYPES["float8_e4m3"],
+    }  # fmt: skip
+    kinds = {name: kind for attributes in contract.OPERATOR_ATTRIBUTES.values() for name, kind in attributes.items()}
     arrays = {
-        name: np.array([values[name]], np.float32 if kind == "FLOAT" else np.int32)
-        for name, kind in contract.KERNEL_ATTRIBUTES.items()
+        name: np.array([values[name]], np.float32 if kind == "FLOAT" else np.int32) for name, kind in kinds.items()
     }
-    fields = [
-        trt.PluginField(
-            name, array, getattr(trt.PluginFieldType, contract.FIELD_TYPES[contract.KERNEL_ATTRIBUTES[name]])
-        )
+    fields = {
+        name: trt.PluginField(name, array, getattr(trt.PluginFieldType, contract.FIELD_TYPES[kinds[name]]))
         for name, array in arrays.items()
-    ]
-    collection = trt.PluginFieldCollection(fields)
+    }
     operators = {}
+    collections = []
     for name, inputs in contract.INPUTS.items():
+        collection = trt.PluginFieldCollection([fields[field] for field in contract.OPERATOR_ATTRIBUTES[name]])
+        collections.append(collection)
         creator = registry.get_creator(name, contract.PLUGIN_VERSION, contract.PLUGIN_NAMESPACE)
         built = creator.create_plugin("layers.0/norm", collection, trt.TensorRTPhase.BUILD)
         try:

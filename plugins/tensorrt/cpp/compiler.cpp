@@ -116,8 +116,10 @@ std::vector<int> supported(const Nvrtc& nvrtc) {
 
 std::string report(const Norm& norm, const Images& images, size_t bytes) {
   std::ostringstream text;
-  text << "{\"operator\": \"" << (norm.adds ? "AddRMSNorm" : "RMSNorm") << "\", \"width\": " << norm.width
-       << ", \"dtype\": \"" << name_of(norm.dtype) << "\", \"architectures\": [";
+  text << "{\"operator\": \"" << norm.op_type() << "\", \"width\": " << norm.width
+       << ", \"dtype\": \"" << name_of(norm.dtype) << "\", ";
+  if (norm.is_quantized()) text << "\"quantized\": \"" << name_of(norm.quant_type) << "\", ";
+  text << "\"architectures\": [";
   const char* comma = "";
   int last = 0;
   for (const Image& image : images.images)
@@ -129,12 +131,15 @@ std::string report(const Norm& norm, const Images& images, size_t bytes) {
 
 Images compile(const Norm& norm) {
   Images result;
-  result.width = norm.width, result.dtype = norm.dtype;
+  result.width = norm.width, result.dtype = norm.dtype, result.quant_type = norm.quant_type;
   const Nvrtc* nvrtc = Nvrtc::get();
   if (!nvrtc) {
-    report_warning("NVRTC is not found (libnvrtc.so.13, or the file that RMSNORM_DEPLOY_NVRTC names): " +
-                   std::string(norm.kernel()) + " of width " + std::to_string(norm.width) +
-                   " runs in the generic kernel, which is slower");
+    const std::string text = "NVRTC is not found (libnvrtc.so.13, or the file that RMSNORM_DEPLOY_NVRTC names): " +
+                             std::string(norm.kernel()) + " of width " + std::to_string(norm.width);
+    if (norm.is_quantized())
+      throw Refusal(text + " has a quantized output, which the generic kernel cannot give; install NVRTC, or write the "
+                           "norm without: rmsnorm rewrite --target primitives");
+    report_warning(text + " runs in the generic kernel, which is slower");
     return result;
   }
   bool asked_for = false;

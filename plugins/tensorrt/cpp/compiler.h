@@ -11,7 +11,7 @@ namespace rmsnorm_deploy {
 
 // Both layouts for each architecture, and PTX of the newest; compiled once for all norms that are equal. Without NVRTC
 // there are no images, and the generic kernel runs the norm. Throws Refusal where NVRTC refuses the source or an
-// architecture that was asked for.
+// architecture that was asked for, and without NVRTC where the output is quantized, which the generic kernel cannot.
 // The result is packed.
 std::shared_ptr<const std::string> packed_images(const Norm& norm);
 

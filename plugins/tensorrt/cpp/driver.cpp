@@ -115,6 +115,10 @@ struct LoadedKernels::Parts {
   CUfunction function(Context& in, int image) {
     CUfunction& found = in.functions[image];
     if (!found) {
+      if (image < 0 && norm.is_quantized())
+        throw Refusal("the engine carries no kernel for this GPU (sm_" + std::to_string(in.architecture) +
+                      "), and the generic one gives no quantized output; build the engine for sm_" +
+                      std::to_string(in.architecture));
       const char* bytes = image < 0 ? generic_fatbin() : images.images[image].bytes.data();
       const std::string name = image < 0 ? norm.generic_kernel() : norm.kernel();
       CUmodule module;
@@ -145,6 +149,8 @@ std::shared_ptr<LoadedKernels> LoadedKernels::get(const std::string& packed, con
 int LoadedKernels::width() const { return parts_->images.width; }
 
 Dtype LoadedKernels::dtype() const { return parts_->images.dtype; }
+
+QuantType LoadedKernels::quant_type() const { return parts_->images.quant_type; }
 
 void LoadedKernels::prepare(int rows) {
   std::lock_guard<std::mutex> lock(parts_->guard);

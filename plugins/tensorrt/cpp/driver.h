@@ -24,6 +24,7 @@ class LoadedKernels {
   // What the kernels were compiled for.
   int width() const;
   Dtype dtype() const;
+  QuantType quant_type() const;
 
   // Load what `rows` rows need into the current context, so that nothing is loaded while a stream is captured.
   void prepare(int rows);

@@ -45,7 +45,8 @@ int Images::choose(int architecture, int rows, int multiprocessors) const {
 
 std::string Images::pack() const {
   std::string to(magic, 8);
-  put(to, width), put(to, static_cast<int>(dtype)), put(to, static_cast<uint32_t>(images.size())), put(to, 0);
+  put(to, width), put(to, static_cast<int>(dtype)), put(to, static_cast<uint32_t>(images.size()));
+  put(to, static_cast<uint32_t>(quant_type));
   for (const Image& image : images) {
     for (uint32_t value : {static_cast<uint32_t>(image.ptx), static_cast<uint32_t>(image.architecture),
                            static_cast<uint32_t>(image.few), static_cast<uint32_t>(image.block),
@@ -67,7 +68,10 @@ Images Images::unpack(const char* bytes, size_t size) {
   if (!is_dtype(dtype)) throw Refusal("packed kernels: unknown data type " + std::to_string(dtype));
   found.dtype = static_cast<Dtype>(dtype);
   const uint32_t count = from.number();
-  from.number();
+  const int quant_type = static_cast<int>(from.number());
+  if (quant_type && !is_quant_type(quant_type))
+    throw Refusal("packed kernels: unknown quantized data type " + std::to_string(quant_type));
+  found.quant_type = static_cast<QuantType>(quant_type);
   for (uint32_t i = 0; i < count; ++i) {
     uint32_t values[8];
     for (uint32_t& value : values) value = from.number();

@@ -26,6 +26,7 @@ struct Image {
 struct Images {
   int width = 0;
   Dtype dtype = Dtype::float32;
+  QuantType quant_type = QuantType::none;
   std::vector<Image> images;
 
   // A cubin before PTX, the nearest architecture, the layout for this many rows; -1 where none runs.

@@ -79,10 +79,12 @@ __attribute__((visibility("default"))) const char* rmsnorm_deploy_kernels() { re
 
 // What NVRTC would be told for one norm, one option a line: the tests hold it to the Python side.
 __attribute__((visibility("default"))) const char* rmsnorm_deploy_options(
-    int adds, int dtype, int width, float epsilon, int one_plus, int cast_first, int few, int architecture) {
-  if (!is_dtype(dtype) || width < 1) return kept("");
+    int adds, int dtype, int quant_type, int width, float epsilon, int one_plus, int cast_first, int few,
+    int architecture) {
+  if (!is_dtype(dtype) || width < 1 || (quant_type && !is_quant_type(quant_type))) return kept("");
   Norm norm;
   norm.adds = adds, norm.dtype = static_cast<Dtype>(dtype), norm.width = width, norm.epsilon = epsilon;
+  norm.quant_type = static_cast<QuantType>(quant_type);
   norm.one_plus = one_plus, norm.cast_first = cast_first;
   std::string text;
   for (const std::string& option : compile_options(norm, choose_layout(norm, few, architecture), architecture))

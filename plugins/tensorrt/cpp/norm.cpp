@@ -1,5 +1,7 @@
 #include "norm.h"
 
+#include "contract.h"
+
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -42,11 +44,31 @@ bool is_dtype(int number) {
          number == static_cast<int>(Dtype::bfloat16);
 }
 
+const char* name_of(QuantType type) {
+  switch (type) {
+    case QuantType::none: return "none";
+    case QuantType::int8: return "int8";
+    case QuantType::float8_e4m3: return "float8_e4m3";
+  }
+  std::abort();
+}
+
+bool is_quant_type(int number) {
+  return number == static_cast<int>(QuantType::int8) || number == static_cast<int>(QuantType::float8_e4m3);
+}
+
+const char* Norm::op_type() const {
+  for (const contract::Operator& op : contract::operators)
+    if (op.adds == adds && op.quantized == is_quantized()) return op.name;
+  std::abort();
+}
+
 std::string Norm::generic_kernel() const { return std::string("generic_") + kernel() + "_" + name_of(dtype); }
 
 Layout choose_layout(const Norm& norm, bool few, int architecture) {
   const int bytes = bytes_of(norm.dtype);
-  int elements = widest_access / bytes;
+  // With half types 16 elements: one access of a quantized y, two of x.
+  int elements = widest_access / (norm.is_quantized() && bytes == 2 ? 1 : bytes);
   while (elements > 1 && norm.width % elements) elements /= 2;
   const int vectors = norm.width / elements;
   if (vectors <= 32 && norm.width * bytes <= warp_bytes) {
@@ -78,15 +100,21 @@ std::vector<std::string> compile_options(const Norm& norm, const Layout& layout,
   std::string format;
   for (const auto& row : formats)
     if (row.dtype == norm.dtype) format = row.format;
+  std::string out = format;
+  switch (norm.quant_type) {
+    case QuantType::none: break;
+    case QuantType::int8: out = "Int8"; break;
+    case QuantType::float8_e4m3: out = "Float8E4M3"; break;
+  }
   unsigned bits;
   std::memcpy(&bits, &norm.epsilon, 4);
   char epsilon[16];
   std::snprintf(epsilon, sizeof epsilon, "0x%08xu", bits);
   const std::pair<const char*, std::string> macros[] = {
       {"NAME", norm.kernel()}, {"X", format}, {"RESIDUAL", norm.adds ? format : "None"}, {"WEIGHT", format},
-      {"Y", format}, {"OUT", format}, {"WIDTH", std::to_string(norm.width)}, {"INNER", "1"}, {"WEIGHT_ROWS", "1"},
+      {"Y", format}, {"OUT", out}, {"WIDTH", std::to_string(norm.width)}, {"INNER", "1"}, {"WEIGHT_ROWS", "1"},
       {"ADDS", norm.adds ? "1" : "0"}, {"SCALE", norm.one_plus ? "2" : "1"}, {"GATE", "0"}, {"ACTIVATION", "0"},
-      {"QUANTISATION", "0"}, {"CAST_FIRST", norm.cast_first ? "1" : "0"}, {"EXACT_SUM", "0"}, {"STRIDED", "0"},
+      {"QUANTISATION", norm.is_quantized() ? "1" : "0"}, {"CAST_FIRST", norm.cast_first ? "1" : "0"}, {"EXACT_SUM", "0"}, {"STRIDED", "0"},
       {"EPSILON", epsilon}, {"THREADS", std::to_string(layout.threads)}, {"VECTORS", std::to_string(layout.vectors)},
       {"ELEMENTS", std::to_string(layout.elements)}, {"ROWS", std::to_string(layout.rows)},
       {"CLUSTER", std::to_string(layout.cluster)}, {"PREFETCH", layout.prefetch ? "1" : "0"}};

@@ -49,13 +49,16 @@ bool equal(const nvinfer1::Dims& a, const nvinfer1::Dims& b) {
   return true;
 }
 
+// How many of the inputs, the first ones, have x's dtype: all but y_scale.
+int inputs_of_x(const contract::Operator& op) { return op.quantized ? op.inputs - 1 : op.inputs; }
+
 // The width, once dims and types of all inputs are what the kernel reads.
 template <class Describe>
 int checked_width(int input_count, const contract::Operator& op, Describe describe) {
   if (input_count != op.inputs)
     throw Refusal("expected " + std::to_string(op.inputs) + " inputs, got " + std::to_string(input_count));
-  const nvinfer1::PluginTensorDesc &x = describe(0), &scale = describe(input_count - 1);
-  for (int i = 1; i < input_count; ++i)
+  const nvinfer1::PluginTensorDesc &x = describe(0), &scale = describe(inputs_of_x(op) - 1);
+  for (int i = 1; i < inputs_of_x(op); ++i)
     if (describe(i).type != x.type) throw Refusal("expected inputs of one dtype");
   if (x.dims.nbDims < 1 || x.dims.d[x.dims.nbDims - 1] < 1)
     throw Refusal("x: expected a last dim that is known when the engine is built, got " + text_of(x.dims));
@@ -64,8 +67,15 @@ int checked_width(int input_count, const contract::Operator& op, Describe descri
     throw Refusal("x: expected a width of at most " + std::to_string(contract::widest) + ", got " + std::to_string(width));
   if (scale.dims.nbDims != 1 || scale.dims.d[0] != width)
     throw Refusal("scale: expected shape (" + std::to_string(width) + "), got " + text_of(scale.dims));
-  if (input_count == 3 && !equal(describe(1).dims, x.dims))
+  if (op.adds && !equal(describe(1).dims, x.dims))
     throw Refusal("residual: expected x's shape " + text_of(x.dims) + ", got " + text_of(describe(1).dims));
+  if (op.quantized) {
+    const nvinfer1::PluginTensorDesc& y_scale = describe(input_count - 1);
+    if (y_scale.type != DataType::kFLOAT)
+      throw Refusal("y_scale: expected float32, got TensorRT's data type " + std::to_string(static_cast<int>(y_scale.type)));
+    for (int i = 0; i < y_scale.dims.nbDims; ++i)
+      if (y_scale.dims.d[i] != 1) throw Refusal("y_scale: expected one element, got shape " + text_of(y_scale.dims));
+  }
   return width;
 }
 
@@ -87,7 +97,7 @@ T value_of(const PluginField& field, PluginFieldType type) {
   return value;
 }
 
-void check(const Attributes& attributes) {
+void check(const Attributes& attributes, const contract::Operator& op) {
   char text[64];
   if (!(std::isfinite(attributes.epsilon) && attributes.epsilon >= 0.0f)) {
     std::snprintf(text, sizeof text, "%g", attributes.epsilon);
@@ -100,6 +110,9 @@ void check(const Attributes& attributes) {
   if (!is_dtype(attributes.scale_type))
     throw Refusal("scale_type: expected one of 1 (float32), 10 (float16), 16 (bfloat16), got " +
                   std::to_string(attributes.scale_type));
+  if (op.quantized && !is_quant_type(attributes.quant_type))
+    throw Refusal("quant_type: expected one of 3 (int8), 17 (float8_e4m3), got " +
+                  std::to_string(attributes.quant_type));
 }
 
 }  // namespace
@@ -112,6 +125,7 @@ NormPlugin::NormPlugin(
   char text[96];
   std::snprintf(text, sizeof text, "%a-%g-%d", attributes.epsilon, attributes.scale_offset, attributes.scale_type);
   timing_id_ = text;
+  if (op.quantized) timing_id_ += "-" + std::to_string(attributes.quant_type);
 }
 
 template <class Work, class Result>
@@ -150,9 +164,12 @@ int32_t NormPlugin::getOutputDataTypes(
       throw Refusal("expected " + std::to_string(op_.inputs) + " inputs and " + std::to_string(op_.outputs) +
                     " outputs, got " + std::to_string(input_count) + " and " + std::to_string(output_count));
     check_scale_type(attributes_.scale_type, dtype_of(inputs[0]));
-    for (int i = 1; i < input_count; ++i)
+    for (int i = 1; i < inputs_of_x(op_); ++i)
       if (inputs[i] != inputs[0]) throw Refusal("expected inputs of one dtype");
-    for (int i = 0; i < output_count; ++i) outputs[i] = inputs[0];
+    if (op_.quantized && inputs[input_count - 1] != DataType::kFLOAT)
+      throw Refusal("y_scale: expected float32, got TensorRT's data type " +
+                    std::to_string(static_cast<int>(inputs[input_count - 1])));
+    for (int i = 0; i < output_count; ++i) outputs[i] = i ? inputs[0] : output_type(inputs[0]);
     return 0;
   });
 }
@@ -162,10 +179,12 @@ int32_t NormPlugin::getOutputShapes(
     nvinfer1::DimsExprs* outputs, int32_t output_count, nvinfer1::IExprBuilder&) noexcept {
   return guarded("getOutputShapes", -1, [&] {
     if (input_count != op_.inputs || output_count != op_.outputs) throw Refusal("another number of inputs or outputs");
-    const nvinfer1::DimsExprs &x = inputs[0], &scale = inputs[input_count - 1];
+    const nvinfer1::DimsExprs &x = inputs[0], &scale = inputs[inputs_of_x(op_) - 1];
     if (x.nbDims < 1) throw Refusal("x: expected at least one dim, got none");
     if (scale.nbDims != 1) throw Refusal("scale: expected one dim, got " + std::to_string(scale.nbDims));
-    if (input_count == 3 && inputs[1].nbDims != x.nbDims)
+    if (op_.quantized && inputs[input_count - 1].nbDims > 1)
+      throw Refusal("y_scale: expected one element, got " + std::to_string(inputs[input_count - 1].nbDims) + " dims");
+    if (op_.adds && inputs[1].nbDims != x.nbDims)
       throw Refusal("residual: expected x's " + std::to_string(x.nbDims) + " dims, got " +
                     std::to_string(inputs[1].nbDims));
     for (int i = 0; i < output_count; ++i) outputs[i] = x;
@@ -174,16 +193,25 @@ int32_t NormPlugin::getOutputShapes(
 }
 
 bool NormPlugin::supportsFormatCombination(
-    int32_t position, nvinfer1::DynamicPluginTensorDesc const* tensors, int32_t, int32_t) noexcept {
+    int32_t position, nvinfer1::DynamicPluginTensorDesc const* tensors, int32_t input_count, int32_t) noexcept {
   const nvinfer1::PluginTensorDesc &tensor = tensors[position].desc, &x = tensors[0].desc;
-  if (tensor.format != nvinfer1::TensorFormat::kLINEAR || !is_supported(tensor.type)) return false;
+  if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
+  if (op_.quantized && position == input_count - 1) return tensor.type == DataType::kFLOAT;  // y_scale
+  if (op_.quantized && position == input_count) return tensor.type == output_type(x.type);   // y
+  if (!is_supported(tensor.type)) return false;
   if (position > 0) return tensor.type == x.type;
   const int dtype = static_cast<int>(dtype_of(x.type));
   return attributes_.scale_type == static_cast<int>(Dtype::float32) || attributes_.scale_type == dtype;
 }
 
+DataType NormPlugin::output_type(DataType x) const {
+  if (!op_.quantized) return x;
+  return attributes_.quant_type == static_cast<int>(QuantType::int8) ? DataType::kINT8 : DataType::kFP8;
+}
+
 Norm NormPlugin::norm_of(DataType type, int width) const {
   Norm norm;
+  if (op_.quantized) norm.quant_type = static_cast<QuantType>(attributes_.quant_type);
   norm.adds = op_.adds, norm.dtype = dtype_of(type), norm.width = width, norm.epsilon = attributes_.epsilon;
   norm.one_plus = attributes_.scale_offset != 0.0f;
   norm.cast_first = norm.dtype != Dtype::float32 && attributes_.scale_type == static_cast<int>(norm.dtype);
@@ -217,6 +245,9 @@ int32_t NormPlugin::onShapeChange(
       throw Refusal("the engine carries kernels for width " + std::to_string(kernels_->width()) + " of " +
                     name_of(kernels_->dtype()) + ", and x has width " + std::to_string(width) + " of " +
                     name_of(norm.dtype));
+    if (kernels_->quant_type() != norm.quant_type)
+      throw Refusal(std::string("the engine carries kernels for a quantized type of ") +
+                    name_of(kernels_->quant_type()) + ", and the plugin's is " + name_of(norm.quant_type));
     kernels_->prepare(static_cast<int>(rows_of(inputs[0])));
     return 0;
   });
@@ -239,6 +270,7 @@ nvinfer1::PluginFieldCollection const* NormPlugin::getFieldsToSerialize() noexce
     fields_ = {{contract::epsilon, &attributes_.epsilon, PluginFieldType::kFLOAT32, 1},
                {contract::scale_offset, &attributes_.scale_offset, PluginFieldType::kFLOAT32, 1},
                {contract::scale_type, &attributes_.scale_type, PluginFieldType::kINT32, 1}};
+    if (op_.quantized) fields_.push_back({contract::quant_type, &attributes_.quant_type, PluginFieldType::kINT32, 1});
     if (packed_)
       fields_.push_back(
           {contract::kernels, packed_->data(), PluginFieldType::kINT8, static_cast<int32_t>(packed_->size())});
@@ -253,6 +285,7 @@ NormCreator::NormCreator(const contract::Operator& op) : op_(op) {
   fields_ = {{contract::epsilon, nullptr, PluginFieldType::kFLOAT32, 1},
              {contract::scale_offset, nullptr, PluginFieldType::kFLOAT32, 1},
              {contract::scale_type, nullptr, PluginFieldType::kINT32, 1}};
+  if (op.quantized) fields_.push_back({contract::quant_type, nullptr, PluginFieldType::kINT32, 1});
   collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
 }
 
@@ -262,7 +295,7 @@ nvinfer1::IPluginV3* NormCreator::createPlugin(
   try {
     if (!fields) throw Refusal("expected fields, got none");
     Attributes found;
-    bool epsilon = false, scale_offset = false, scale_type = false;
+    bool epsilon = false, scale_offset = false, scale_type = false, quant_type = !op_.quantized;
     std::shared_ptr<const std::string> packed;
     for (int i = 0; i < fields->nbFields; ++i) {
       const PluginField& field = fields->fields[i];
@@ -273,14 +306,17 @@ nvinfer1::IPluginV3* NormCreator::createPlugin(
         found.scale_offset = value_of<float>(field, PluginFieldType::kFLOAT32), scale_offset = true;
       else if (field_name == contract::scale_type)
         found.scale_type = value_of<int32_t>(field, PluginFieldType::kINT32), scale_type = true;
+      else if (field_name == contract::quant_type && op_.quantized)
+        found.quant_type = value_of<int32_t>(field, PluginFieldType::kINT32), quant_type = true;
       else if (field_name == contract::kernels && field.data)
         packed = std::make_shared<const std::string>(static_cast<const char*>(field.data), field.length);
     }
     const std::pair<bool, const char*> wanted[] = {
-        {epsilon, contract::epsilon}, {scale_offset, contract::scale_offset}, {scale_type, contract::scale_type}};
+        {epsilon, contract::epsilon}, {scale_offset, contract::scale_offset}, {scale_type, contract::scale_type},
+        {quant_type, contract::quant_type}};
     for (const auto& [is_there, attribute] : wanted)
       if (!is_there) throw Refusal(std::string("attribute ") + attribute + " is missing");
-    check(found);
+    check(found, op_);
     if (phase == nvinfer1::TensorRTPhase::kRUNTIME) {
       if (!packed) throw Refusal(std::string("field ") + contract::kernels + " is missing, so the engine carries no kernel");
       Images::unpack(packed->data(), packed->size());  // damaged bytes are refused when the engine is loaded

@@ -1,4 +1,4 @@
-// RMSNorm and AddRMSNorm as TensorRT plugins (IPluginV3), and their creators. Names, fields and order of inputs are
+// RMSNorm and AddRMSNorm, with and without a quantized output, as TensorRT plugins (IPluginV3), and their creators. Names, fields and order of inputs are
 // those of plugins/contract.py, by way of contract.h.
 #pragma once
 
@@ -17,7 +17,7 @@ namespace rmsnorm_deploy {
 // What a node's attributes or an engine's fields say; not every value of a field is one.
 struct Attributes {
   float epsilon = 0.0f, scale_offset = 0.0f;
-  int scale_type = 0;
+  int scale_type = 0, quant_type = 0;
 };
 
 class NormPlugin : public nvinfer1::IPluginV3,
@@ -57,6 +57,8 @@ class NormPlugin : public nvinfer1::IPluginV3,
 
  private:
   Norm norm_of(nvinfer1::DataType type, int width) const;
+  // TensorRT's data type of y where x has this one.
+  nvinfer1::DataType output_type(nvinfer1::DataType x) const;
   // Runs `work`; what it throws is told and becomes `failed`.
   template <class Work, class Result>
   Result guarded(const char* where, Result failed, Work work) const noexcept;
@@ -87,7 +89,7 @@ class NormCreator : public nvinfer1::IPluginCreatorV3One {
   nvinfer1::PluginFieldCollection collection_{};
 };
 
-// Both creators; they live until the process ends.
+// The creators of all operators; they live until the process ends.
 std::vector<nvinfer1::IPluginCreatorInterface*>& creators();
 
 }  // namespace rmsnorm_deploy

@@ -148,8 +148,11 @@ def _from_file(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     from rmsnorm_deploy.export.inline import inline_norm_functions
     from rmsnorm_deploy.export.manifest import graph_row
     from rmsnorm_deploy.export.model_file import read_model, to_ir
+    from rmsnorm_deploy.export.quantized_norms import split_quantized_outputs
 
     file = read_model(path)
     check_graph(file.model, file.where)
-    found = recognise_graph(inline_norm_functions(to_ir(file))[0])
+    model = inline_norm_functions(to_ir(file))[0]
+    split_quantized_outputs(model)  # an operator with a quantized output holds a norm too
+    found = recognise_graph(model)
     return [graph_row(site) for site in found.sites], [refusal.to_dict() for refusal in found.refusals]

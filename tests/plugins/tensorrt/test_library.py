@@ -23,6 +23,12 @@ from rmsnorm_deploy.plugins.tensorrt.images import kernel_of
 
 needs_library = pytest.mark.skipif(plugin_library.missing() is not None, reason=str(plugin_library.missing()))
 FIELDS = "epsilon=1e-5 scale_offset=0 scale_type=1"
+# Each operator, with each type of a quantized output.
+OPERATORS = [
+    (op_type, quant_type)
+    for op_type in contract.INPUTS
+    for quant_type in (contract.QUANT_TYPES.values() if op_type in contract.UNQUANTIZED else (None,))
+]
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +80,16 @@ def test_layouts_and_macros_are_those_of_python(built_library: BuiltLibrary) -> 
     """The library chooses layouts by itself, where there is no Python: every choice must be the same."""
     options = ctypes.CDLL(str(built_library.path)).rmsnorm_deploy_options
     options.restype = ctypes.c_char_p
-    options.argtypes = [ctypes.c_int] * 3 + [ctypes.c_float] + [ctypes.c_int] * 4
+    options.argtypes = [ctypes.c_int] * 4 + [ctypes.c_float] + [ctypes.c_int] * 4
     rng = random.Random(1)
     widths = [1, 2, 3, 8, 32, 64, 80, 128, 255, 256, 1000, 1024, 2048, 3072, 4096, 5120, 7168, 8192, 12288, 16384,
               28672, 32768, 65535, 65536] + [rng.randint(1, 65536) for _ in range(100)]  # fmt: skip
     count = 0
     for width in widths:
-        for op_type in contract.INPUTS:
+        for op_type, quant_type in OPERATORS:
             for dtype, number in contract.ONNX_TYPES.items():
                 for offset, scale_type in ((0.0, 1), (1.0, number)):
-                    kernel = kernel_of(op_type, dtype, width, 1e-6, offset, scale_type)
+                    kernel = kernel_of(op_type, dtype, width, 1e-6, offset, scale_type, quant_type)
                     for few in (False, True):
                         for architecture in (75, 89, 90, 120):
                             config = choose(kernel, 1 if few else None, architecture)
@@ -91,15 +97,16 @@ def test_layouts_and_macros_are_those_of_python(built_library: BuiltLibrary) -> 
                             expected = {f"-D{name}={value}" for name, value in macros.items()}
                             expected |= {f"--gpu-architecture=sm_{architecture}", "--std=c++17"}
                             text = options(
-                                kernel.adds, number, width, 1e-6, offset != 0, kernel.cast_first, few, architecture
-                            )
+                                kernel.adds, number, quant_type or 0, width, 1e-6, offset != 0, kernel.cast_first, few,
+                                architecture,
+                            )  # fmt: skip
                             assert set(text.decode().split()) == expected
                             count += 1
-    assert count == len(widths) * 2 * 3 * 2 * 2 * 4
+    assert count == len(widths) * 6 * 3 * 2 * 2 * 4
 
 
 @needs_library
-@pytest.mark.parametrize("op_type", contract.INPUTS)
+@pytest.mark.parametrize("op_type", contract.QUANTIZED)
 def test_every_function_answers_as_tensorrt_expects(driver: HostDriver, op_type: str) -> None:
     inputs, outputs = len(contract.INPUTS[op_type]), len(contract.OUTPUTS[op_type])
     tensors = " ".join(["1 -1,-1,64"] * (inputs - 1) + ["1 64"])
@@ -123,7 +130,10 @@ def test_every_function_answers_as_tensorrt_expects(driver: HostDriver, op_type:
         "describe",
     ])  # fmt: skip
     fields = "epsilon/1 scale_offset/1 scale_type/5"
-    names = "".join(f"{name} 1 rmsnorm_deploy: {fields};" for name in contract.INPUTS)
+    names = "".join(
+        f"{name} 1 rmsnorm_deploy: {fields}{' quant_type/5' if name in contract.UNQUANTIZED else ''};"
+        for name in contract.INPUTS
+    )
     described = f"{op_type} 1 rmsnorm_deploy {outputs} 0 100 0 0 0x1.4f8b58p-17-1-10"
     assert answers[:5] == [names, "made", described, "0:" + " 1" * outputs, "0:" + " 2,3,64" * outputs]
     # All float16 and linear; x in another format; bfloat16, which the scale's type does not fit; one dtype only.

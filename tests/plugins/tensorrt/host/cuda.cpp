@@ -14,6 +14,7 @@ namespace {
 struct Module {
   void* library;
   int cluster;
+  bool quantized;
 };
 
 struct Function {
@@ -21,6 +22,7 @@ struct Function {
   int (*launch)(void (*)(), int, int, int, const uint64_t*, unsigned);
   int cluster;
   std::string name;
+  bool quantized;
 };
 
 int setting(const char* name, int otherwise) {
@@ -28,10 +30,11 @@ int setting(const char* name, int otherwise) {
   return value ? std::atoi(value) : otherwise;
 }
 
-// Bytes of a kernel's parameters, by its name: the order of kernel.cu and generic.cu.
-std::string sizes_of(const std::string& name) {
+// Bytes of a kernel's parameters, by its name and whether it is given y's scale: the order of kernel.cu and generic.cu.
+std::string sizes_of(const std::string& name, bool quantized) {
   const bool adds = name.find("add_rms_norm") != std::string::npos;
-  return std::string(adds ? "88848" "8" : "8848") + (name.rfind("generic", 0) == 0 ? "4444" : "");
+  return std::string(adds ? "888" : "88") + (quantized ? "8" : "") + (adds ? "488" : "48") +
+         (name.rfind("generic", 0) == 0 ? "4444" : "");
 }
 
 }  // namespace
@@ -61,25 +64,26 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute what, CUdevice) {
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {
   if (setting("RMSNORM_TEST_FAIL_LOAD", 0)) return CUDA_ERROR_NO_BINARY_FOR_GPU;
   char library[4096], name[256], architecture[64];
-  int cluster = 1;
+  int cluster = 1, quantized = 0;
   const char* text = static_cast<const char*>(image);
   if (!std::memcmp(text, "\x50\xed\x55\xba", 4)) {  // a fatbin: the generic kernel
     std::snprintf(library, sizeof library, "%s", std::getenv("RMSNORM_TEST_GENERIC"));
     std::snprintf(architecture, sizeof architecture, "generic");
-  } else if (std::sscanf(text, "HOST %4095s %d %255s %63s", library, &cluster, name, architecture) != 4) {
+  } else if (std::sscanf(text, "HOST %4095s %d %255s %63s %d", library, &cluster, name, architecture, &quantized) != 5) {
     return CUDA_ERROR_INVALID_IMAGE;
   }
   void* opened = dlopen(library, RTLD_NOW | RTLD_LOCAL);
   if (!opened) return CUDA_ERROR_INVALID_IMAGE;
   std::printf("load %s\n", architecture);
   std::fflush(stdout);
-  *module = reinterpret_cast<CUmodule>(new Module{opened, cluster});
+  *module = reinterpret_cast<CUmodule>(new Module{opened, cluster, quantized != 0});
   return CUDA_SUCCESS;
 }
 
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule opaque, const char* name) {
   auto* module = reinterpret_cast<Module*>(opaque);
-  auto* found = new Function{reinterpret_cast<void (*)()>(dlsym(module->library, name)), nullptr, module->cluster, name};
+  auto* found = new Function{reinterpret_cast<void (*)()>(dlsym(module->library, name)), nullptr, module->cluster, name,
+                             module->quantized};
   found->launch = reinterpret_cast<decltype(found->launch)>(dlsym(module->library, "launch"));
   if (!found->entry || !found->launch) return CUDA_ERROR_NOT_FOUND;
   *function = reinterpret_cast<CUfunction>(found);
@@ -91,7 +95,7 @@ CUresult cuLaunchKernel(CUfunction opaque, unsigned gx, unsigned gy, unsigned gz
   auto* function = reinterpret_cast<Function*>(opaque);
   if (!gx || gy != 1 || gz != 1 || !bx || by != 1 || bz != 1 || shared || extra) return CUDA_ERROR_INVALID_VALUE;
   uint64_t values[16] = {};
-  const std::string sizes = sizes_of(function->name);
+  const std::string sizes = sizes_of(function->name, function->quantized);
   for (size_t i = 0; i < sizes.size(); ++i) std::memcpy(&values[i], parameters[i], sizes[i] - '0');
   std::printf("launch %s grid %u block %u cluster %d stream %p\n", function->name.c_str(), gx, bx, function->cluster,
               static_cast<void*>(stream));

@@ -1,7 +1,7 @@
 // Calls every function of the plugin's interface in the order in which TensorRT does. `driver LIBRARY` reads commands
 // from standard input, one a line, and answers each with a line:
 //
-//   create OP PHASE name=value ...   fields: epsilon and scale_offset float, scale_type int, kernels=saved
+//   create OP PHASE name=value ...   fields: epsilon and scale_offset float, scale_type and quant_type int, kernels=saved
 //   describe                         capabilities, names, number of outputs, tactics, workspace, timing id
 //   types T T ..                     output data types for these input types
 //   dims D,D D,D ..                  output dims for these inputs
@@ -40,6 +40,7 @@ IPluginV3OneCore* core = nullptr;
 IPluginV3OneBuild* build = nullptr;
 IPluginV3OneRuntime* runtime = nullptr;
 std::string saved_kernels;
+bool quantized = false;
 
 void take(IPluginV3* it) {
   plugin = it;
@@ -64,7 +65,7 @@ PluginTensorDesc desc_of(const std::string& type, const std::string& dims) {
 }
 
 size_t bytes_of(const PluginTensorDesc& desc) {
-  size_t count = desc.type == DataType::kFLOAT ? 4 : 2;
+  size_t count = desc.type == DataType::kFLOAT ? 4 : desc.type == DataType::kINT8 || desc.type == DataType::kFP8 ? 1 : 2;
   for (int i = 0; i < desc.dims.nbDims; ++i) count *= static_cast<size_t>(desc.dims.d[i]);
   return count;
 }
@@ -81,8 +82,15 @@ std::vector<DynamicPluginTensorDesc> dynamic(const std::vector<PluginTensorDesc>
   return found;
 }
 
+// Quantized outputs are of the plugin's own type; what it refuses has outputs like x.
 std::vector<PluginTensorDesc> outputs_of(const std::vector<PluginTensorDesc>& inputs) {
-  return std::vector<PluginTensorDesc>(static_cast<size_t>(build->getNbOutputs()), inputs[0]);
+  std::vector<PluginTensorDesc> found(static_cast<size_t>(build->getNbOutputs()), inputs[0]);
+  std::vector<DataType> given, made(found.size());
+  for (const auto& desc : inputs) given.push_back(desc.type);
+  if (quantized && !build->getOutputDataTypes(made.data(), static_cast<int32_t>(made.size()), given.data(),
+                                              static_cast<int32_t>(given.size())))
+    for (size_t i = 0; i < found.size(); ++i) found[i].type = made[i];
+  return found;
 }
 
 std::string create(IPluginCreatorV3One& creator, const std::vector<std::string>& words) {
@@ -100,7 +108,7 @@ std::string create(IPluginCreatorV3One& creator, const std::vector<std::string>&
     if (key == "kernels") {
       bytes = value == "saved" ? saved_kernels : value;
       type = PluginFieldType::kINT8, length = static_cast<int32_t>(bytes.size());
-    } else if (key == "scale_type") {
+    } else if (key == "scale_type" || key == "quant_type") {
       const int32_t number = std::stoi(value);
       bytes.assign(reinterpret_cast<const char*>(&number), 4), type = PluginFieldType::kINT32;
     } else {
@@ -114,6 +122,7 @@ std::string create(IPluginCreatorV3One& creator, const std::vector<std::string>&
   }
   const PluginFieldCollection collection{static_cast<int32_t>(fields.size()), fields.data()};
   take(creator.createPlugin("a_node", &collection, phase));
+  quantized = std::string(creator.getPluginName()).find("Quant") != std::string::npos;
   for (auto& block : memory) std::memset(block.get(), 0x7f, 1);
   return plugin ? "made" : "refused";
 }

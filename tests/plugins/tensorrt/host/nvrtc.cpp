@@ -42,10 +42,11 @@ int nvrtcCreateProgram(void** out, const char* source, const char*, int count, c
 
 int nvrtcCompileProgram(void* opaque, int count, const char* const* options) {
   auto& program = *static_cast<Program*>(opaque);
-  std::string macros, cluster = "1", name, architecture;
+  std::string macros, cluster = "1", name, architecture, quantized = "0";
   for (int i = 0; i < count; ++i) {
     const std::string option = options[i];
     if (!option.rfind("-DRMSNORM_CLUSTER=", 0)) cluster = option.substr(18);
+    if (!option.rfind("-DRMSNORM_QUANTISATION=", 0)) quantized = option.substr(23);
     if (!option.rfind("-DRMSNORM_NAME=", 0)) name = option.substr(15);
     if (!option.rfind("--gpu-architecture=", 0)) architecture = option.substr(19);
     if (!option.rfind("-D", 0)) macros += " '" + option + "'";
@@ -54,7 +55,7 @@ int nvrtcCompileProgram(void* opaque, int count, const char* const* options) {
   // The host's kernel is the same for all architectures: equal macros are compiled once.
   const std::string folder = setting("RMSNORM_TEST_SCRATCH") + "/" + std::to_string(std::hash<std::string>()(macros));
   const std::string library = folder + "/kernel.so";
-  program.image = "HOST " + library + " " + cluster + " " + name + " " + architecture + "\n";
+  program.image = "HOST " + library + " " + cluster + " " + name + " " + architecture + " " + quantized + "\n";
   if (std::ifstream(library).good()) return 0;
   std::system(("mkdir -p " + folder).c_str());
   for (const auto& [header, text] : program.headers) write(folder + "/" + header, text);
