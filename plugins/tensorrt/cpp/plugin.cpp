@@ -232,22 +232,27 @@ int32_t NormPlugin::configurePlugin(
   });
 }
 
+void NormPlugin::load_kernels(nvinfer1::PluginTensorDesc const* inputs, int32_t input_count) {
+  const int width =
+      checked_width(input_count, op_, [&](int i) -> const nvinfer1::PluginTensorDesc& { return inputs[i]; });
+  const Norm norm = norm_of(inputs[0].type, width);
+  if (!packed_) throw Refusal("the engine carries no kernels");
+  std::shared_ptr<LoadedKernels> found = kernels_ ? kernels_ : LoadedKernels::get(*packed_, norm);
+  if (found->width() != width || found->dtype() != norm.dtype)
+    throw Refusal("the engine carries kernels for width " + std::to_string(found->width()) + " of " +
+                  name_of(found->dtype()) + ", and x has width " + std::to_string(width) + " of " +
+                  name_of(norm.dtype));
+  if (found->quant_type() != norm.quant_type)
+    throw Refusal(std::string("the engine carries kernels for a quantized type of ") + name_of(found->quant_type()) +
+                  ", and the plugin's is " + name_of(norm.quant_type));
+  kernels_ = found;
+}
+
 int32_t NormPlugin::onShapeChange(
     nvinfer1::PluginTensorDesc const* inputs, int32_t input_count, nvinfer1::PluginTensorDesc const*,
     int32_t) noexcept {
   return guarded("onShapeChange", -1, [&] {
-    const int width =
-        checked_width(input_count, op_, [&](int i) -> const nvinfer1::PluginTensorDesc& { return inputs[i]; });
-    const Norm norm = norm_of(inputs[0].type, width);
-    if (!packed_) throw Refusal("the engine carries no kernels");
-    if (!kernels_) kernels_ = LoadedKernels::get(*packed_, norm);
-    if (kernels_->width() != width || kernels_->dtype() != norm.dtype)
-      throw Refusal("the engine carries kernels for width " + std::to_string(kernels_->width()) + " of " +
-                    name_of(kernels_->dtype()) + ", and x has width " + std::to_string(width) + " of " +
-                    name_of(norm.dtype));
-    if (kernels_->quant_type() != norm.quant_type)
-      throw Refusal(std::string("the engine carries kernels for a quantized type of ") +
-                    name_of(kernels_->quant_type()) + ", and the plugin's is " + name_of(norm.quant_type));
+    load_kernels(inputs, input_count);
     kernels_->prepare(static_cast<int>(rows_of(inputs[0])));
     return 0;
   });
@@ -257,7 +262,7 @@ int32_t NormPlugin::enqueue(
     nvinfer1::PluginTensorDesc const* input_descs, nvinfer1::PluginTensorDesc const*, void const* const* inputs,
     void* const* outputs, void*, cudaStream_t stream) noexcept {
   return guarded("enqueue", -1, [&] {
-    if (!kernels_) throw Refusal("enqueue came before onShapeChange");
+    if (!kernels_) load_kernels(input_descs, op_.inputs);
     kernels_->launch(inputs, op_.inputs, outputs, op_.outputs, static_cast<int>(rows_of(input_descs[0])), stream);
     return 0;
   });

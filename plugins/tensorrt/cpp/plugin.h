@@ -59,6 +59,8 @@ class NormPlugin : public nvinfer1::IPluginV3,
   Norm norm_of(nvinfer1::DataType type, int width) const;
   // TensorRT's data type of y where x has this one.
   nvinfer1::DataType output_type(nvinfer1::DataType x) const;
+  // Finds the kernels for these inputs; throws Refusal where the engine has none for them.
+  void load_kernels(nvinfer1::PluginTensorDesc const* inputs, int32_t input_count);
   // Runs `work`; what it throws is told and becomes `failed`.
   template <class Work, class Result>
   Result guarded(const char* where, Result failed, Work work) const noexcept;

@@ -316,7 +316,7 @@ def test_wrong_attributes_are_refused(driver: HostDriver, fields: str, message: 
         ("RMSNorm", "configure 1 2,65537 1 65537", "-1", "x: expected a width of at most 65536, got 65537"),
         ("AddRMSNorm", "configure 1 2,64 1 3,64 1 64", "-1", "residual: expected x's shape (2, 64), got (3, 64)"),
         ("RMSNorm", "shape 1 2,64 1 64", "-1", "the engine carries no kernels"),
-        ("RMSNorm", "enqueue 1 2,64 1 64 /dev/null /dev/null", "-1", "enqueue came before onShapeChange"),
+        ("RMSNorm", "enqueue 1 2,64 1 64 /dev/null /dev/null", "-1", "the engine carries no kernels"),
     ],
 )
 def test_what_the_kernel_cannot_do_is_refused(
