@@ -52,8 +52,9 @@ class _Quantization:
 def fuse_quantized_outputs(model: ir.Model, *, may_raise_opset: bool = True) -> list[QuantizedOutput]:
     """Make one operator of each norm of the plugin and the QuantizeLinear behind it.
 
-    The QuantizeLinear must be all that reads the norm's result, at most with a Cast to float32 between them. It must
-    quantize to int8 or float8e4m3fn with one constant scale and no zero point (or one of 0). What reads it stays.
+    The QuantizeLinear must be all that reads the norm's result, at most with a Cast to float32 between them; several
+    that are equal (one for each of query, key and value) become one. It must quantize to int8 or float8e4m3fn with one
+    constant scale and no zero point (or one of 0). What reads it stays.
 
     The nodes get no functions here; see `style_plugin_nodes`. The opset import is raised to 21 where a norm is fused.
 
@@ -69,6 +70,7 @@ def fuse_quantized_outputs(model: ir.Model, *, may_raise_opset: bool = True) -> 
     for node in model.graph:
         if node.op_type not in contract.QUANTIZED or not is_plugin_node(node):
             continue
+        _merge_equal_readers(node.outputs[0], model.graph)
         quantization = _quantization(node, model.graph)
         if isinstance(quantization, _Quantization):
             found.append(quantization)
@@ -147,6 +149,43 @@ def _quantization(norm: ir.Node, root: ir.Graph) -> _Quantization | str | None:
             return _checked(norm, tuple(way), uses[0].idx)
         value = reader.outputs[0]
     return "its result is cast more than once before it is quantized"
+
+
+def _merge_equal_readers(value: ir.Value, root: ir.Graph) -> None:
+    """Make one node of all readers of a norm's result, where all quantize it alike, or all cast it to float32."""
+    nodes = [use.node for use in value.uses()]
+    if value.is_graph_output() or any(node.graph is not root or node.outputs[0].is_graph_output() for node in nodes):
+        return
+    if nodes and all(map(_is_widening, nodes)):
+        cast = _merged(nodes, root)
+        _merge_equal_readers(cast.outputs[0], root)
+        return
+    keys = {_quantizer_key(node, value) for node in nodes}
+    if len(keys) == 1 and None not in keys:
+        _merged(nodes, root)
+
+
+def _merged(nodes: list[ir.Node], root: ir.Graph) -> ir.Node:
+    """The first of equal nodes, which takes the readers of the others over; the others go."""
+    others = set(nodes)
+    first = nodes[0] if len(others) == 1 else next(node for node in root if node in others)
+    for node in others - {first}:
+        node.outputs[0].replace_all_uses_with(first.outputs[0])
+        root.remove(node, safe=True)
+    return first
+
+
+def _quantizer_key(node: ir.Node, value: ir.Value) -> tuple[object, ...] | None:
+    """What two QuantizeLinear of one value must have in common to be one; None where that cannot be told."""
+    if not _is_quantizer(node) or not node.inputs or node.inputs[0] is not value:
+        return None
+    parts: list[object] = [(name, node.attributes[name].value) for name in sorted(node.attributes)]
+    for given in node.inputs[1:]:
+        array = constant(given)
+        if given is not None and array is None:
+            return None
+        parts.append(None if array is None else (given.dtype, array.shape, array.tobytes()) if given else None)
+    return tuple(parts)
 
 
 def _readers_behind_casts(value: ir.Value) -> Iterator[ir.Node]:

@@ -243,6 +243,47 @@ def test_a_plain_norm_is_fused_too() -> None:
     assert [node.op_type for node in model.graph] == ["RMSNorm", "QuantizeLinear"]
 
 
+def projections(scales: Sequence[float], cast: bool, quantized: str = "int8") -> onnx.ModelProto:
+    """A norm whose result is quantized once for each of query, key and value, as quantizing tools write it."""
+    fragment = Fragment(quantized, opset=21)
+    n = fragment.norm(0, "x", "residual")
+    outputs = []
+    for name, scale in zip("qkv", scales, strict=True):
+        value = fragment.op("Cast", [n], f"{name}32", to=1) if cast else n
+        kind = np.float32 if cast else np.float16
+        given = [fragment.constant(f"{name}_scale", np.array(scale, kind)),
+                 fragment.constant(f"{name}_zero", np.array(0, NUMPY[quantized]))]  # fmt: skip
+        back = fragment.constant(f"{name}_back", np.array(scale, np.float16))
+        whole = fragment.op("QuantizeLinear", [value, *given], f"{name}_quantized")
+        value = fragment.op("DequantizeLinear", [whole, back], f"{name}_dequantized")
+        weight = np.random.default_rng(len(outputs)).standard_normal((WIDTH, WIDTH)).astype(np.float16) / 8
+        outputs.append(fragment.op("MatMul", [value, fragment.constant(f"{name}_weight", weight)], f"{name}_out"))
+    return fragment.model([("sum0", 10), *((name, 10) for name in outputs)])
+
+
+@pytest.mark.parametrize("quantized", TYPES)
+def test_equal_quantizations_of_one_result_are_one(quantized: str) -> None:
+    before, model = fused(projections((0.04, 0.04, 0.04), cast=True, quantized=quantized))
+    assert [node.op_type for node in before.graph.node].count("QuantizeLinear") == 3
+    operators = [node.op_type for node in model.graph]
+    assert operators.count(contract.ADD_RMS_NORM_QUANT) == 1
+    assert (operators.count("QuantizeLinear"), operators.count("DequantizeLinear")) == (0, 3)
+    for one, other in zip(ran(before), ran(ir.to_proto(model)), strict=True):
+        assert np.array_equal(one, other)
+    without_casts = fused(projections((0.04, 0.04, 0.04), cast=False, quantized=quantized))[1]
+    assert [node.op_type for node in without_casts.graph] == operators
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_different_quantizations_of_one_result_stay(cast: bool) -> None:
+    result = rewrite(ir.from_proto(projections((0.04, 0.04, 0.05), cast)), "plugin")
+    fuse_quantized(result, "plugin")
+    (row,) = result.quantized
+    assert (row.dtype, row.reason) == (None, "its result has 3 readers")
+    operators = [node.op_type for node in result.model.graph]
+    assert (operators.count(contract.ADD_RMS_NORM), operators.count("QuantizeLinear")) == (1, 3)
+
+
 def _two_readers(f: Fragment) -> None:
     f.quantize(0, f.norm(0, "x", "residual"))
     f.op("Mul", ["n0", "n0"], "y1")
