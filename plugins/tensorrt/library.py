@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UsageError
+from ..kernel import HEADERS, SOURCE
+from ..kernel import SOURCE_FOLDER as SOURCE_CUDA
 from .header import contract_digest
 
 LIBRARY_NAME: Final = "librmsnorm_deploy.so"
@@ -105,6 +109,16 @@ def find_nvrtc() -> Path | None:
             if found:
                 return found[-1]
     return None
+
+
+def python_digest() -> str:
+    """A hash of what the plugins in Python are made of: the kernel's sources, the contract, NVRTC's version."""
+    text = b"".join((SOURCE_CUDA / name).read_bytes() for name in (*HEADERS, SOURCE)) + contract_digest().encode()
+    try:
+        text += importlib.metadata.version("nvidia-cuda-nvrtc").encode()
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    return hashlib.sha256(text).hexdigest()
 
 
 def kernels_report(library: Path) -> list[dict[str, Any]]:
