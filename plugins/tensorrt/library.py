@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
@@ -114,10 +115,8 @@ def find_nvrtc() -> Path | None:
 def python_digest() -> str:
     """A hash of what the plugins in Python are made of: the kernel's sources, the contract, NVRTC's version."""
     text = b"".join((SOURCE_CUDA / name).read_bytes() for name in (*HEADERS, SOURCE)) + contract_digest().encode()
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         text += importlib.metadata.version("nvidia-cuda-nvrtc").encode()
-    except importlib.metadata.PackageNotFoundError:
-        pass
     return hashlib.sha256(text).hexdigest()
 
 

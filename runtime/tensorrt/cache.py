@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -22,10 +23,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ...export.files import sha256
 from ...models.errors import UsageError
-from ...plugins.kernel import HEADERS, SOURCE, SOURCE_FOLDER
-from ...plugins.tensorrt.header import contract_digest
 from . import worker
-from .api import cuda_device, flavor_of
+from .api import Flavor, cuda_device, flavor_of
 
 if TYPE_CHECKING:
     from .plan import BuildPlan
@@ -54,23 +53,21 @@ def engine_key(plan: BuildPlan) -> str:
     content = {
         "model": sha256(plan.network.path),
         "weights": [sha256(file) for file in plan.network.external_files],
-        "runtime": {name: _version(name) for name in flavor.distributions},
+        "runtime": _runtime_versions(flavor),
         "architectures": list(plan.architectures),
         "gpu": None if flavor.architectures else cuda_device(),
         "profiles": [profile.to_dict() for profile in plan.profiles],
-        "plugin": [plan.plugin.kind, None if plan.plugin.library is None else sha256(plan.plugin.library)],
-        "sources": _sources() if plan.plugin.kind == "python" else None,
+        "plugin": [plan.plugin.kind, plan.plugin.digest()],
         "options": options,
         "package": _version("rmsnorm-deploy"),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _sources() -> str:
-    """A hash of what the plugins in Python are made of."""
-    files = [SOURCE_FOLDER / name for name in (*HEADERS, SOURCE)]
-    text = b"".join(file.read_bytes() for file in files) + contract_digest().encode()
-    return hashlib.sha256(text).hexdigest() + str(_version("nvidia-cuda-nvrtc"))
+def _runtime_versions(flavor: Flavor) -> dict[str, str]:
+    """Versions of TensorRT's packages; of its module, where none of them is known to pip."""
+    found = {name: version for name in flavor.distributions if (version := _version(name)) is not None}
+    return found or {flavor.module: str(importlib.import_module(flavor.module).__version__)}
 
 
 def _version(distribution: str) -> str | None:

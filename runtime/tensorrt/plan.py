@@ -40,15 +40,16 @@ class PluginUse:
     library: Path | None
     reason: str
 
+    def digest(self) -> str | None:
+        """SHA-256 of the library, or of what the plugins in Python are made of; None without plugins."""
+        if self.library is not None:
+            return sha256(self.library)
+        return library.python_digest() if self.kind == "python" else None
+
     def to_dict(self) -> dict[str, Any]:
-        """The choice as JSON, with the library's hash."""
-        place = self.library
-        return {
-            "kind": self.kind,
-            "library": None if place is None else str(place),
-            "sha256": None if place is None else sha256(place),
-            "reason": self.reason,
-        }
+        """The choice as JSON, with the plugin's hash."""
+        place = None if self.library is None else str(self.library)
+        return {"kind": self.kind, "library": place, "sha256": self.digest(), "reason": self.reason}
 
 
 @dataclass(frozen=True, slots=True)
