@@ -88,7 +88,7 @@ def check_installed(runtime: str) -> None:
     if is_installed(runtime):
         return
     others = [name for name in RUNTIMES if name != runtime and is_installed(name)]
-    hint = f" Installed here: {FLAVORS[others[0]].title} (--runtime {others[0]})." if others else ""
+    hint = f" (installed here: {FLAVORS[others[0]].title}, --runtime {others[0]})" if others else ""
     raise EnvironmentMissingError(f"{flavor.title} for Python is not installed; install: {flavor.install}{hint}")
 
 
