@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.command_line import CommandLine
 
 from rmsnorm_deploy.cli.application import run
 from rmsnorm_deploy.models.errors import (
@@ -23,8 +24,6 @@ from rmsnorm_deploy.models.errors import (
     UnsupportedError,
     UsageError,
 )
-
-from .conftest import CommandLine
 
 
 def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:

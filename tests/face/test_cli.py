@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.command_line import CommandLine
 
 from rmsnorm_deploy.cli.arrays import write_npz
 from rmsnorm_deploy.cli.commands import COMMANDS
@@ -20,8 +21,6 @@ from rmsnorm_deploy.export.lowerings import TABLE, TARGETS
 from rmsnorm_deploy.runtime.arrays import read_arrays
 from rmsnorm_deploy.runtime.doctor import Diagnosis, Surroundings, diagnose, look
 from rmsnorm_deploy.runtime.ort_runner import OrtRunner
-
-from .conftest import CommandLine
 
 SITE_KEYS = {"path", "class", "spec", "width", "dtype", "parameters"}
 

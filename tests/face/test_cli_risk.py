@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from helpers.command_line import CommandLine
 from helpers.families import build
 from onnx import numpy_helper
 
 from rmsnorm_deploy.export.lowerings import TARGETS
-
-from .conftest import CommandLine
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -119,6 +120,23 @@ class HostDriver:
                 found.append("\n".join(lines))
                 lines = []
         return found
+
+    def run_engine_cycle(self, op_type: str, fields: str, shapes: str, folder: Path, **settings: Any) -> list[str]:
+        """The answers to one norm's way: made, configured, serialized, made again of that, attached, launched.
+
+        The launch reads `in` and writes `out` in `folder`; the last answer is the library's last error.
+        """
+        return self.run([
+            f"create {op_type} build {fields}",
+            f"configure {shapes}",
+            "serialize",
+            "kernels",
+            f"create {op_type} runtime {fields} kernels=saved",
+            "attach",
+            f"shape {shapes}",
+            f"enqueue {shapes} {folder / 'in'} {folder / 'out'}",
+            "error",
+        ], **settings)  # fmt: skip
 
     def _without_nvrtc(self) -> Path:
         place = self._folder / "without-nvrtc"

@@ -48,19 +48,8 @@ def export(
     with_past: Annotated[
         bool, typer.Option("--with-past", help="Let the KV cache go in and out (decoders of transformers).")
     ] = False,
-    no_function: Annotated[
-        bool,
-        typer.Option(
-            "--no-function",
-            help="For --target plugin: plugin nodes without local functions, as TensorRT 10.6 and before need them.",
-        ),
-    ] = False,
-    ort_trt: Annotated[
-        bool,
-        typer.Option(
-            "--ort-trt", help="For --target plugin: plugin nodes as ONNX Runtime's TensorRT provider looks for them."
-        ),
-    ] = False,
+    no_function: options.NoFunction = False,
+    ort_trt: options.OrtTrt = False,
     static: Annotated[bool, typer.Option("--static", help="Fix every dim at the size of the example inputs.")] = False,
     inputs: Annotated[
         Path | None,

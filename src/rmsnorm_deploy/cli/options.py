@@ -30,4 +30,17 @@ TrustRemoteCode = Annotated[
 Provider = Annotated[
     str, typer.Option("--provider", metavar="NAME", help="ONNX Runtime's execution provider: cpu, cuda or tensorrt.")
 ]
+NoFunction = Annotated[
+    bool,
+    typer.Option(
+        "--no-function",
+        help="For --target plugin: plugin nodes without local functions, as TensorRT 10.6 and before need them.",
+    ),
+]
+OrtTrt = Annotated[
+    bool,
+    typer.Option(
+        "--ort-trt", help="For --target plugin: plugin nodes as ONNX Runtime's TensorRT provider looks for them."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]

@@ -50,19 +50,8 @@ def rewrite(
             "--opset", metavar="N", help="Opset import of the result; raised only as far as needed when left out."
         ),
     ] = None,
-    no_function: Annotated[
-        bool,
-        typer.Option(
-            "--no-function",
-            help="For --target plugin: plugin nodes without local functions, as TensorRT 10.6 and before need them.",
-        ),
-    ] = False,
-    ort_trt: Annotated[
-        bool,
-        typer.Option(
-            "--ort-trt", help="For --target plugin: plugin nodes as ONNX Runtime's TensorRT provider looks for them."
-        ),
-    ] = False,
+    no_function: options.NoFunction = False,
+    ort_trt: options.OrtTrt = False,
     weights: Annotated[
         Weights,
         typer.Option(

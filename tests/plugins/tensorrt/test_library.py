@@ -173,17 +173,7 @@ def run_norm(
     number = TENSORRT_TYPES[dtype]
     shapes = " ".join([f"{number} {rows},{width}"] * (1 + adds) + [f"{number} {width}"])
     fields = f"epsilon=1e-5 scale_offset={offset} scale_type={contract.ONNX_TYPES[dtype] if cast_first else 1}"
-    answers = driver.run([
-        f"create {op_type} build {fields}",
-        f"configure {shapes}",
-        "serialize",
-        "kernels",
-        f"create {op_type} runtime {fields} kernels=saved",
-        "attach",
-        f"shape {shapes}",
-        f"enqueue {shapes} {folder / 'in'} {folder / 'out'}",
-        "error",
-    ], **{"RMSNORM_TEST_GPU": str(gpu), **settings})  # fmt: skip
+    answers = driver.run_engine_cycle(op_type, fields, shapes, folder, **{"RMSNORM_TEST_GPU": str(gpu), **settings})
     content = (folder / "out").read_bytes()
     size = rows * width * np.dtype(kind).itemsize
     y = np.frombuffer(content[:size], kind).reshape(rows, width)

@@ -86,17 +86,7 @@ def run_norm(
     shapes = " ".join([f"{number} {rows},{width}"] * (1 + adds) + [f"{number} {width}", "0 scalar"])
     scale_type = contract.ONNX_TYPES[dtype] if cast_first else 1
     fields = f"epsilon=1e-5 scale_offset={offset} scale_type={scale_type} quant_type={contract.QUANT_TYPES[quant]}"
-    answers = driver.run([
-        f"create {op_type} build {fields}",
-        f"configure {shapes}",
-        "serialize",
-        "kernels",
-        f"create {op_type} runtime {fields} kernels=saved",
-        "attach",
-        f"shape {shapes}",
-        f"enqueue {shapes} {folder / 'in'} {folder / 'out'}",
-        "error",
-    ], **settings)  # fmt: skip
+    answers = driver.run_engine_cycle(op_type, fields, shapes, folder, **settings)
     content = (folder / "out").read_bytes() if (folder / "out").exists() else b""
     size = rows * width
     q = np.frombuffer(content[:size], QUANT_NUMPY[quant]).reshape(-1, width)

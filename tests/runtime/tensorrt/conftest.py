@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from helpers.command_line import CommandLine
 from onnx import TensorProto, helper, numpy_helper
 
-from rmsnorm_deploy.cli.application import run
 from rmsnorm_deploy.export.plugin_functions import plugin_function
 from rmsnorm_deploy.plugins import contract
 
@@ -124,30 +122,6 @@ def shared_files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return Files(tmp_path_factory.mktemp("shared"))
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one command did."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        content = json.loads(self.out)
-        assert isinstance(content, dict)
-        return content
-
-
 @pytest.fixture
-def rmsnorm(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """The command line, run in this process."""
-
-    def call(*arguments: str | Path) -> Outcome:
-        capsys.readouterr()
-        code = run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.out + captured.err
-        return Outcome(code, captured.out, captured.err)
-
-    return call
+def rmsnorm(capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(capsys)
