@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...export.graph_check import check_graph
 from ...export.model_file import ModelFile, all_nodes, graphs, label, read_model, to_ir
+from ...export.plugin_functions import PLUGIN_DOMAINS, is_plugin_node
+from ...export.quantized_norms import is_quantized_norm
 from ...export.write_norm import FORM_KEY, PATH_KEY, SPEC_KEY
 from ...models.errors import UnsupportedError, UsageError
 from ...plugins import contract
@@ -22,7 +24,7 @@ from ...plugins import contract
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-_OUR_DOMAINS = (contract.DOMAIN, contract.ORT_DOMAIN)
+_NAMESPACE = "plugin_namespace"
 _DOUBLE = 11
 _SHOWN = 5
 
@@ -104,7 +106,7 @@ def read_network(path: Path, allow_float64: bool = False) -> NetworkFile:
         for value in file.model.graph.input
         if value.name not in initializers
     ]
-    functions = [f.name for f in file.model.functions if f.name in contract.INPUTS and f.domain in _OUR_DOMAINS]
+    functions = [f.name for f in file.model.functions if f.name in contract.INPUTS and f.domain in PLUGIN_DOMAINS]
     return NetworkFile(path, inputs, _norms(file), plugin_nodes, functions, file.external_files)
 
 
@@ -161,7 +163,7 @@ def _plugin_nodes(model: ModelProto, where: str) -> list[str]:
         )
     for name in contract.INPUTS:
         domains = sorted({function.domain for function in model.functions if function.name == name})
-        if top and domains and (len(domains) > 1 or domains[0] not in _OUR_DOMAINS):
+        if top and domains and (len(domains) > 1 or domains[0] not in PLUGIN_DOMAINS):
             raise UnsupportedError(
                 f"{where}: the local function {name} of domain {domains[0] or 'ai.onnx'!r} has the name of the "
                 f"plugin's operator, and TensorRT tells functions by their names only. Rename it."
@@ -173,7 +175,13 @@ def _plugin_nodes(model: ModelProto, where: str) -> list[str]:
 
 
 def _ours(nodes: Any) -> Iterator[NodeProto]:
-    return (node for node in nodes if node.domain in _OUR_DOMAINS and node.op_type in contract.INPUTS)
+    """Nodes of the contract. ONNX Runtime's domain holds the plugins of others too: their namespace tells."""
+    for node in nodes:
+        if node.op_type not in contract.INPUTS or node.domain not in PLUGIN_DOMAINS:
+            continue
+        spaces = [attribute.s.decode(errors="replace") for attribute in node.attribute if attribute.name == _NAMESPACE]
+        if node.domain == contract.DOMAIN or spaces == [contract.PLUGIN_NAMESPACE]:
+            yield node
 
 
 def _check_plugin_node(node: NodeProto, dtypes: Mapping[str, int], where: str) -> None:
@@ -231,17 +239,13 @@ def _norms(file: ModelFile) -> list[FileNorm]:
     # Nodes of a module that is called several times are not told apart: only the main nodes count then.
     found = [_norm(path, main, nodes[path] if calls[path] == 1 else [main]) for path, main in mains]
     # Nothing recognizes a norm whose output is quantized but its operator's name.
-    bare = [node for node in model.graph if _is_quantized(node) and SPEC_KEY not in node.metadata_props]
+    bare = [node for node in model.graph if is_quantized_norm(node) and SPEC_KEY not in node.metadata_props]
     return [*found, *(_norm(node.name or "", node, [node]) for node in bare)]
-
-
-def _is_quantized(node: Any) -> bool:
-    return node.domain in _OUR_DOMAINS and node.op_type in contract.UNQUANTIZED
 
 
 def _norm(path: str, main: Any, nodes: list[Any]) -> FileNorm:
     names = frozenset(node.name for node in nodes if node.name)
-    is_plugin = main.domain in _OUR_DOMAINS and main.op_type in contract.INPUTS
+    is_plugin = is_plugin_node(main)
     is_add = is_plugin and "residual" in contract.INPUTS[main.op_type]
     form = "add" if is_add else main.metadata_props.get(FORM_KEY, "plain")
     return FileNorm(path or main.name or "", form, main.name or "", names, is_plugin)

@@ -65,6 +65,12 @@ def test_a_residual_add_is_a_form(files: Any) -> None:
     assert found.functions == ["AddRMSNorm"]
 
 
+def test_a_plugin_of_others_in_onnx_runtimes_domain_is_not_ours(files: Any) -> None:
+    path = files.plugin(domain="trt.plugins", functions=[], plugin_namespace="somebody")
+    network = read_network(path)
+    assert (network.plugin_nodes, network.norms) == ([], [])
+
+
 def test_onnx_runtimes_domain_counts_too(files: Any) -> None:
     found = read_network(files.plugin(domain="trt.plugins", functions=[]))
     assert (found.plugin_nodes, found.functions) == (["norm"], [])
