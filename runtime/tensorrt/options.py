@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ...models.errors import UsageError
+from ...plugins.tensorrt.images import known_architectures
 from .api import RuntimeName, flavor_of
 
 NormChoice = Literal["auto", "plugin", "native"]
@@ -21,11 +22,12 @@ class BuildOptions:
 
     Attributes:
         runtime: `tensorrt` or `rtx`.
-        profiles: one text for each optimization profile; none for sensible ranges. See `runtime/tensorrt/profiles.py`.
+        profiles: one text for each optimization profile, or a text for one; none for sensible ranges. See
+            `runtime/tensorrt/profiles.py`.
         norm: `plugin` runs every norm in the plugin, `native` none, `auto` those that the file gives to the plugin.
         plugin: the C++ library, the plugins in Python, or the library where there is one.
         plugin_library: the library's file; None for the one that `rmsnorm plugin path` names.
-        architectures: compute capabilities without their point; none for the GPU at hand, or with TensorRT-RTX for
+        architectures: compute capabilities, as 89, `sm_89` or `8.9`; none for the GPU at hand, or with TensorRT-RTX for
             what it builds for by default.
         timing_cache: a file of kernel timings that the full TensorRT reads and writes; None for none.
         workspace: most memory that one layer may use while it runs, in MiB; None for TensorRT's own limit.
@@ -55,6 +57,10 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         flavor_of(self.runtime)
+        profiles = (self.profiles,) if isinstance(self.profiles, str) else tuple(self.profiles)
+        object.__setattr__(self, "profiles", profiles)
+        wanted = (self.architectures,) if isinstance(self.architectures, str | int) else self.architectures
+        object.__setattr__(self, "architectures", known_architectures([str(number) for number in wanted]))
         for name, allowed in (("norm", NORM_CHOICES), ("plugin", PLUGIN_CHOICES)):
             value = getattr(self, name)
             if value not in allowed:

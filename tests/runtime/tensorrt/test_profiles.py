@@ -6,6 +6,7 @@ import pytest
 
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.tensorrt.network import InputDims
+from rmsnorm_deploy.runtime.tensorrt.options import BuildOptions
 from rmsnorm_deploy.runtime.tensorrt.profiles import DEFAULT_BATCH, DEFAULT_LONGEST, make_profiles
 
 TOKENS = [InputDims("input_ids", ("batch", "sequence")), InputDims("attention_mask", ("batch", "sequence"))]
@@ -107,3 +108,12 @@ def test_positions_end_where_the_model_says() -> None:
 def test_a_dim_without_a_name_is_refused() -> None:
     with pytest.raises(UsageError, match="input x: dim 0 has neither a size nor a name"):
         make_profiles([InputDims("x", (None, 4))])
+
+
+def test_options_take_one_or_several_and_architectures_in_any_spelling() -> None:
+    options = BuildOptions(profiles="x:1,2,3", architectures=["sm_86", 89, "8.0"])  # type: ignore[arg-type]
+    assert (options.profiles, options.architectures) == (("x:1,2,3",), (86, 89, 80))
+    assert BuildOptions(architectures=89).architectures == (89,)  # type: ignore[arg-type]
+    assert BuildOptions(profiles=["a", "b"]).profiles == ("a", "b")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="architecture: expected something like sm_86, got 'hopper'"):
+        BuildOptions(architectures=("hopper",))  # type: ignore[arg-type]
