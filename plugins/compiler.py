@@ -64,7 +64,7 @@ def compile_kernel(kernel: NormKernel, config: LaunchConfig, architecture: int, 
     if architecture < OLDEST:
         raise UsageError(f"sm_{architecture}: the kernel needs sm_{OLDEST} or later.")
     config.check(kernel, architecture)
-    nvrtc = _nvrtc()
+    nvrtc = import_nvrtc()
     known = _call(nvrtc, nvrtc.nvrtcGetSupportedArchs())
     if architecture not in known:
         raise UsageError(f"sm_{architecture}: this NVRTC compiles for {', '.join(f'sm_{a}' for a in sorted(known))}.")
@@ -94,7 +94,12 @@ def compile_kernel(kernel: NormKernel, config: LaunchConfig, architecture: int, 
     return CompiledKernel(name, kind, image, architecture, **resources)
 
 
-def _nvrtc() -> Any:
+def import_nvrtc() -> Any:
+    """`cuda.bindings.nvrtc`.
+
+    Raises:
+        EnvironmentMissingError: it is not installed.
+    """
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:

@@ -89,11 +89,11 @@ def plan_build(source: str | os.PathLike[str], options: BuildOptions, elsewhere:
     architectures = resolve_architectures(options.runtime, options.architectures, elsewhere)
     with contextlib.ExitStack() as stack:
         network = read_network(exported.model, options.float64_as_float32)
-        if options.norm == "plugin" and not network.plugin_nodes:
+        if options.norm == "plugin" and not (network.plugin_nodes and _all_in_plugin(network)):
             if elsewhere:
                 raise UsageError(
-                    f"{exported.model}: no norm of it is the plugin's yet. Make a file whose norms are, and name that: "
-                    "rmsnorm rewrite --target plugin"
+                    f"{exported.model}: not all of its norms are the plugin's yet. Make a file whose norms are, and "
+                    "name that: rmsnorm rewrite --target plugin"
                 )
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rmsnorm-build-")))
             network = _with_plugins(exported, folder / "model", options)
@@ -146,7 +146,18 @@ def _with_plugins(exported: Exported, folder: Path, options: BuildOptions) -> Ne
     network = read_network(rewritten.model, options.float64_as_float32)
     if not network.plugin_nodes:
         raise UnsupportedError(f"{exported.model}: no norm was found that the plugin could run.")
+    if not _all_in_plugin(network):
+        left = [norm.path for norm in network.norms if not norm.is_plugin]
+        reasons = {refusal.path: refusal.reason for refusal in rewritten.rewritten.refusals}
+        raise UnsupportedError(
+            f"{exported.model}: {len(left)} norms cannot be the plugin's; the first is {left[0]}: "
+            f"{reasons.get(left[0], 'the plugin does not compute its formula')}. Build it with --norm auto."
+        )
     return network
+
+
+def _all_in_plugin(network: NetworkFile) -> bool:
+    return all(norm.is_plugin for norm in network.norms)
 
 
 def _longest(exported: Exported) -> int | None:

@@ -130,8 +130,10 @@ class _Build:
     def _register_plugins(self) -> None:
         plugin = self.request["plugin"]
         if plugin["kind"] == "python":
+            from ...plugins.compiler import import_nvrtc
             from ...plugins.tensorrt.creators import Plugins
 
+            import_nvrtc()  # where it is missing, the error is of another kind than one of the build
             self.plugins = Plugins(self.trt, tuple(self.request["architectures"]))
             self.plugins.register()
         elif plugin["kind"] == "library":
@@ -153,6 +155,13 @@ class _Build:
             raise UsageError(
                 f"{library}: expected creators {', '.join(others)} and {last} of namespace {namespace!r}, version "
                 f"{version!r}; it brings {names or 'none'}. Build it again: rmsnorm plugin build."
+            )
+        from ...plugins.tensorrt.library import read_library
+
+        if not read_library(Path(library)).is_current:
+            raise UsageError(
+                f"{library}: it was built by another version of rmsnorm-deploy, whose operators differ. Build it "
+                "again: rmsnorm plugin build."
             )
 
     def _kernels(self) -> list[dict[str, Any]]:

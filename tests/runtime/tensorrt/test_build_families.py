@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
 
+import onnx_ir as ir
 import pytest
 import torch
 import transformers
@@ -171,6 +172,33 @@ def test_every_norm_of_a_standard_file_can_go_to_the_plugin(llama: Path, tmp_pat
     assert (record["plugin_layers"], record["warnings"]) == (5, [])
     assert [(row["plugin"], row["precision"]) for row in record["norms"]] == [(True, "float16")] * 5
     assert {row["path"] for row in record["norms"]} == {site.path for site in recognise(build("llama")).sites}
+
+
+def test_a_file_with_some_norms_in_the_plugin_gets_the_others_there_too(llama: Path, tmp_path: Path) -> None:
+    """The last norm of the plugin's file is put back into the standard form."""
+    model = ir.external_data.load_to_model(ir.load(llama / "plugin" / "model.onnx"))
+    node = next(node for node in model.graph if node.name == "model.norm/AddRMSNorm")
+    spelled = ir.load(llama / "standard" / "model.onnx")
+    norm = next(node for node in spelled.graph if node.name == "model.norm/RMSNormalization")
+    add = ir.node("Add", node.inputs[:2], name="an_add")
+    own = ir.node("RMSNormalization", [add.outputs[0], node.inputs[2]], {"epsilon": 1e-6}, name="by_hand")
+    assert norm.attributes["epsilon"].as_float() == pytest.approx(1e-6)
+    own.metadata_props.update(norm.metadata_props)
+    for old, new in zip(node.outputs, (own.outputs[0], add.outputs[0]), strict=True):
+        new.type, new.shape = old.type, old.shape
+        old.replace_all_uses_with(new)
+    model.graph.insert_after(node, [add, own])
+    model.graph.remove(node, safe=True)
+    model.graph.opset_imports[""] = 23
+    mixed = tmp_path / "mixed" / "model.onnx"
+    mixed.parent.mkdir()
+    ir.save(model, mixed)
+    choices: dict[str, Any] = {"plugin": "python", "architectures": (89,)}
+    record = build_engine(mixed, tmp_path / "auto.engine", **choices).record
+    assert record["plugin_layers"] == 4
+    record = build_engine(mixed, tmp_path / "all.engine", norm="plugin", **choices).record
+    assert (record["plugin_layers"], len(record["norms"])) == (5, 5)
+    assert all(row["plugin"] for row in record["norms"])
 
 
 def test_a_t5_whose_wo_stays_float32(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from helpers.tensorrt_models import WIDTH, rms_norm_model
 
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
 from rmsnorm_deploy.plugins.tensorrt import library
+from rmsnorm_deploy.plugins.tensorrt.header import contract_digest
 from rmsnorm_deploy.plugins.tensorrt.images import compile_images, kernel_of, unpack
 from rmsnorm_deploy.runtime.tensorrt.build import build_engine
 from rmsnorm_deploy.runtime.tensorrt.options import BuildOptions
@@ -126,6 +127,25 @@ def test_a_library_for_something_else_is_named(
     assert "of namespace 'rmsnorm_deploy', version '1'; it brings " in str(error.value)
     assert brought in str(error.value)
     assert not (tmp_path / "e.engine").exists()
+
+
+def test_a_library_of_another_contract_is_named(built_library: BuiltLibrary, tmp_path: Path) -> None:
+    old = variant(built_library, tmp_path / "variant", f'digest[] = "{contract_digest()}"', 'digest[] = "older"')
+    with pytest.raises(UsageError, match="it was built by another version of rmsnorm-deploy, whose operators differ"):
+        build_engine(rms_norm_model(tmp_path / "model.onnx"), tmp_path / "e.engine", with_library(old))
+    assert not (tmp_path / "e.engine").exists()
+
+
+def test_without_nvrtc_the_plugins_in_python_are_missing_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "packages" / "cuda"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('not here')")
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    model, options = rms_norm_model(tmp_path / "model.onnx"), dataclasses.replace(OPTIONS, plugin="python")
+    with pytest.raises(EnvironmentMissingError, match="compiling the kernel needs cuda-bindings and NVRTC; install"):
+        build_engine(model, tmp_path / "e.engine", options)
 
 
 def test_files_that_are_no_library(tmp_path: Path) -> None:
