@@ -289,7 +289,7 @@ def test_a_product_that_is_not_installed(
     found = rmsnorm("build", files.matmul(), "-o", tmp_path / "m.engine", "--runtime", "tensorrt")
     assert found.code == EnvironmentMissingError.exit_code == 4
     assert 'install: pip install "rmsnorm-deploy[tensorrt]"' in found.err
-    assert "Installed here: TensorRT-RTX (--runtime rtx)." in found.err
+    assert "(installed here: TensorRT-RTX, --runtime rtx)" in found.err
     assert not list(tmp_path.glob("m.engine*"))
 
 
