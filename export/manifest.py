@@ -24,13 +24,16 @@ _VERSIONS = ("rmsnorm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "transf
 
 def versions() -> dict[str, str]:
     """Versions of Python and of every package that shapes the result, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for name in _VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    installed = {name: installed_version(name) for name in _VERSIONS}
+    return {"python": platform.python_version(), **{name: text for name, text in installed.items() if text is not None}}
+
+
+def installed_version(distribution: str) -> str | None:
+    """Version of a package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def site_rows(recognition: Recognition, lowered: list[LoweredSite]) -> list[dict[str, Any]]:

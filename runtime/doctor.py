@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import platform
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..export.lowerings import TARGETS, Environment, LoweringRefusal, Target, resolve
+from ..export.manifest import installed_version
 from ..models.errors import EnvironmentMissingError
 from ..models.spec import NormSpec
 from ..plugins.tensorrt.library import find_library, find_toolchain
@@ -173,7 +173,7 @@ def look(progress: Progress | None = None) -> Surroundings:
     problem, rtx_problem = _import_problem("tensorrt"), _import_problem("tensorrt_rtx")
     library = find_library()
     return Surroundings(
-        versions={name: _version(name) for name in _DISTRIBUTIONS},
+        versions={name: installed_version(name) for name in _DISTRIBUTIONS},
         imports=imports,
         onnxruntime=onnxruntime,
         providers=providers,
@@ -278,13 +278,6 @@ def _warnings(found: Surroundings) -> list[str]:
 # Looking ----------------------------------------------------------------------------------------------------------
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _import_problem(module: str) -> str:
     try:
         importlib.import_module(module)
@@ -365,7 +358,9 @@ def _toolchain_problem() -> str:
 def _tensorrt_version() -> str | None:
     import tensorrt
 
-    return getattr(tensorrt, "__version__", None) or next(filter(None, map(_version, _TENSORRT_DISTRIBUTIONS)), None)
+    return getattr(tensorrt, "__version__", None) or next(
+        filter(None, map(installed_version, _TENSORRT_DISTRIBUTIONS)), None
+    )
 
 
 def _first_line(error: BaseException) -> str:

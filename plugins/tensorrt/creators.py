@@ -31,7 +31,8 @@ class Plugins:
 
     Attributes:
         problems: what went wrong in a method that may not raise.
-        images: the kernels that were compiled, by operator, width, dtype and attributes.
+        images: the kernels that were compiled, by operator, dtype, width and attributes.
+        packed: the same as bytes. A network configures each plugin thousands of times, and all plugins share these.
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class Plugins:
         self.without_kernels = without_kernels
         self.problems: list[str] = []
         self.images: dict[tuple[Any, ...], KernelImages] = {}
+        self.packed: dict[tuple[Any, ...], bytes] = {}
         self.kept: list[Any] = []
         self.types = {trt.float32: "float32", trt.float16: "float16", trt.bfloat16: "bfloat16"}
         self.quant_types = {contract.QUANT_TYPES["int8"]: trt.int8, contract.QUANT_TYPES["float8_e4m3"]: trt.fp8}
-        self.plugin_class, self._creator_class = _classes(trt)
-        self.creators = [self._creator_class(self, name) for name in contract.INPUTS]
+        creator_class = _creator_class(trt)
+        self.creators = [creator_class(self, name) for name in contract.INPUTS]
 
     def register(self) -> None:
         """Put the creators into the registry.
@@ -67,8 +69,8 @@ class Plugins:
                     f"{contract.PLUGIN_NAMESPACE}, version {contract.PLUGIN_VERSION} is registered already."
                 )
 
-    def compiled(self, name: str, dtype: str, width: int, values: Mapping[str, float | int]) -> KernelImages:
-        """The kernels of a norm, compiled once for all that are equal."""
+    def compiled(self, name: str, dtype: str, width: int, values: Mapping[str, float | int]) -> bytes:
+        """The kernels of a norm, packed; compiled once for all that are equal."""
         key = (name, dtype, width, *sorted(values.items()))
         if key not in self.images:
             quant_type = int(values["quant_type"]) if name in contract.UNQUANTIZED else None
@@ -76,7 +78,8 @@ class Plugins:
                 name, dtype, width, values["epsilon"], values["scale_offset"], int(values["scale_type"]), quant_type
             )
             self.images[key] = compile_images(kernel, self.architectures)
-        return self.images[key]
+            self.packed[key] = self.images[key].pack()
+        return self.packed[key]
 
     def report(self) -> list[dict[str, Any]]:
         """The compiled kernels as JSON: operator, width, dtype, architectures, bytes; a quantized y's dtype."""
@@ -88,9 +91,10 @@ class Plugins:
                 "dtype": dtype,
                 **({"quantized": names[images.quant_type]} if images.quant_type else {}),
                 "architectures": images.architectures,
-                "bytes": len(images.pack()),
+                "bytes": len(self.packed[key]),
             }
-            for (name, dtype, width, *_), images in self.images.items()
+            for key, images in self.images.items()
+            for name, dtype, width, *_ in [key]
         ]
 
 
@@ -125,8 +129,8 @@ def read_fields(
     return values, kernels
 
 
-def _classes(trt: Any) -> tuple[Any, Any]:
-    """The plugin and its creator, derived from the classes of this TensorRT."""
+def _creator_class(trt: Any) -> Any:
+    """The creators' class, which makes plugins; both are derived from the classes of this TensorRT."""
 
     class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
         """One norm; copies share everything but what depends on the shapes at hand."""
@@ -184,11 +188,9 @@ def _classes(trt: Any) -> tuple[Any, Any]:
             if self.owner.without_kernels:
                 return
             try:
-                images = self.owner.compiled(self.name, self.owner.types[described.type], width, self.values)
+                self.kernels = self.owner.compiled(self.name, self.owner.types[described.type], width, self.values)
             except RmsnormDeployError as error:
                 self._failed(str(error))
-                return
-            self.kernels = images.pack()
 
         def get_workspace_size(self, inputs: list[Any], outputs: list[Any]) -> int:
             return 0
@@ -270,4 +272,4 @@ def _classes(trt: Any) -> tuple[Any, Any]:
                 raise
             return Plugin(self.owner, self.name, values, kernels)
 
-    return Plugin, Creator
+    return Creator

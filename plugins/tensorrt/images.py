@@ -36,8 +36,6 @@ from ..kernel import NormKernel, Quantised
 from ..launch_config import choose
 
 MAGIC: Final = b"RMSNORM1"
-# What an engine can be built for without a GPU, and what the full TensorRT adds.
-ARCHITECTURES: Final = (75, 80, 86, 89, 90, 100, 120)
 _HEADER: Final = struct.Struct("<8s4I")
 _ENTRY: Final = struct.Struct("<8I")
 _KINDS: Final[tuple[Kind, ...]] = ("cubin", "ptx")

@@ -177,6 +177,15 @@ class Api:
             raise UnsupportedError(f"{self.flavor.title} {self.version} has no builder flag {name}.")
         config.set_flag(flag)
 
+    def dtype_name(self, dtype: Any) -> str:
+        """The name of one of TensorRT's data types, as `float16`; TensorRT's own for those that no norm has."""
+        trt = self.trt
+        names = {
+            trt.float32: "float32", trt.float16: "float16", trt.bfloat16: "bfloat16", trt.int8: "int8",
+            trt.fp8: "float8_e4m3",
+        }  # fmt: skip
+        return names.get(dtype, str(dtype))
+
     @property
     def has_timing_cache(self) -> bool:
         """RTX takes a timing cache and does nothing with it."""

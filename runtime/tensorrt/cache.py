@@ -7,11 +7,8 @@ that two builds of one engine at once are one build.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import importlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -22,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ...export.files import sha256
+from ...export.manifest import installed_version
 from ...models.errors import UsageError
 from . import worker
 from .api import Flavor, cuda_device, flavor_of
+from .engine_files import lock
 
 if TYPE_CHECKING:
     from .plan import BuildPlan
@@ -59,22 +58,15 @@ def engine_key(plan: BuildPlan) -> str:
         "profiles": [profile.to_dict() for profile in plan.profiles],
         "plugin": [plan.plugin.kind, plan.plugin.digest()],
         "options": options,
-        "package": _version("rmsnorm-deploy"),
+        "package": installed_version("rmsnorm-deploy"),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _runtime_versions(flavor: Flavor) -> dict[str, str]:
     """Versions of TensorRT's packages; of its module, where none of them is known to pip."""
-    found = {name: version for name in flavor.distributions if (version := _version(name)) is not None}
+    found = {name: version for name in flavor.distributions if (version := installed_version(name)) is not None}
     return found or {flavor.module: str(importlib.import_module(flavor.module).__version__)}
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 class CacheEntry:
@@ -134,10 +126,9 @@ class EngineCache:
     def entry(self, key: str) -> Iterator[CacheEntry]:
         """The entry of a key; others who want the same one wait until the block ends."""
         try:
-            lock = (self._folder / f".{key}.lock").open("w")
+            file = (self._folder / f".{key}.lock").open("w")
         except OSError as error:
             raise UsageError(f"--cache: cannot write to {self._folder}: {error.strerror or error}.") from error
-        with lock:
-            with contextlib.suppress(OSError):  # file systems without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with file:
+            lock(file.fileno())
             yield CacheEntry(self._folder / key)

@@ -54,11 +54,16 @@ def _alone(folder: Path) -> Iterator[None]:
     """Let no other build put files into the folder meanwhile: three files of one build belong together."""
     opened = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # file systems without locks
-            fcntl.flock(opened, fcntl.LOCK_EX)
+        lock(opened)
         yield
     finally:
         os.close(opened)
+
+
+def lock(descriptor: int) -> None:
+    """Wait for the lock of an open file or folder; who closes it lets it go. Some file systems have no locks."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def keep_log(log: Path, place: Path) -> None:

@@ -73,8 +73,3 @@ class BuildOptions:
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON: with lists, as a record that was read has them."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> BuildOptions:
-        """The options from JSON."""
-        return cls(**{**content, **{k: tuple(content[k]) for k in ("profiles", "architectures")}})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from typing import Final
 
 from .api import flavor_of
@@ -53,10 +52,10 @@ def trtexec_command(plan: BuildPlan, engine: str) -> list[str]:
 LIBRARY_PLACE: Final = "$(rmsnorm plugin path)"
 
 
-def shell_line(words: list[str], quote: Callable[[str], str] = shlex.quote) -> str:
+def shell_line(words: list[str]) -> str:
     """The words as one line for a shell; the library's place is left for it to find."""
     return " ".join(
-        quote(word) if LIBRARY_PLACE not in word else word.replace(LIBRARY_PLACE, f'"{LIBRARY_PLACE}"')
+        shlex.quote(word) if LIBRARY_PLACE not in word else word.replace(LIBRARY_PLACE, f'"{LIBRARY_PLACE}"')
         for word in words
     )
 

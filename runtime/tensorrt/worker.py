@@ -22,6 +22,7 @@ from typing import Any, Final
 from ...export.plugin_functions import FUNCTION_NODE_PREFIXES
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
 from ...plugins import contract
+from ...plugins.tensorrt import library as plugin_library
 from .api import Api
 from .layers import LOG_BEGINS, Layer, NormDtypes, Source, layers_of_inspector, layers_of_log, nodes_of, norm_layers
 from .network import FileNorm
@@ -156,9 +157,7 @@ class _Build:
                 f"{library}: expected creators {', '.join(others)} and {last} of namespace {namespace!r}, version "
                 f"{version!r}; it brings {names or 'none'}. Build it again: rmsnorm plugin build."
             )
-        from ...plugins.tensorrt.library import read_library
-
-        if not read_library(Path(library)).is_current:
+        if not plugin_library.read_library(Path(library)).is_current:
             raise UsageError(
                 f"{library}: it was built by another version of rmsnorm-deploy, whose operators differ. Build it "
                 "again: rmsnorm plugin build."
@@ -168,18 +167,14 @@ class _Build:
         if self.plugins is not None:
             return self.plugins.report()
         if self.request["plugin"]["kind"] == "library":
-            from ...plugins.tensorrt.library import kernels_report
-
-            return kernels_report(Path(self.request["plugin"]["library"]))
+            return plugin_library.kernels_report(Path(self.request["plugin"]["library"]))
         return []
 
     def _problems(self) -> list[str]:
         if self.plugins is not None:
             return list(self.plugins.problems)
         if self.request["plugin"]["kind"] == "library":
-            from ...plugins.tensorrt.library import last_error
-
-            found = last_error(Path(self.request["plugin"]["library"]))
+            found = plugin_library.last_error(Path(self.request["plugin"]["library"]))
             return [found] if found else []
         return []
 
@@ -237,10 +232,9 @@ class _Build:
         # The dtype of its first output tells an operator with a y_scale.
         y_scale = inputs.pop() if layer.get_output(0).dtype in (trt.int8, trt.fp8) else None
         x, scale = inputs[0], inputs[-1]
-        allowed = {trt.float32: "float32", trt.float16: "float16", trt.bfloat16: "bfloat16"}
         problems = []
-        if x.dtype not in allowed:
-            problems.append(f"x: expected {', '.join(allowed.values())}, got {x.dtype}")
+        if self.api.dtype_name(x.dtype) not in contract.DTYPES:
+            problems.append(f"x: expected {', '.join(contract.DTYPES)}, got {x.dtype}")
         others = [tensor.name for tensor in inputs if tensor.dtype != x.dtype]
         if others:
             problems.append(f"expected inputs of one dtype, got another for {', '.join(others)}")
@@ -261,13 +255,6 @@ class _Build:
     def _dtypes(self, network: Any) -> dict[str, NormDtypes]:
         """What a strongly typed network says of each norm: the dtype of its result, and that of its statistics."""
         trt = self.trt
-        words = {
-            trt.float32: "float32",
-            trt.float16: "float16",
-            trt.bfloat16: "bfloat16",
-            trt.int8: "int8",
-            trt.fp8: "float8_e4m3",
-        }
         by_node = {node: norm for norm in self.norms for node in norm.nodes}
         results: dict[str, str] = {}
         statistics: dict[str, str] = {}
@@ -276,7 +263,7 @@ class _Build:
             norms = [by_node[node] for node in nodes_of(layer.metadata) if node in by_node]
             if not norms or layer.num_outputs == 0:
                 continue
-            word = words.get(layer.get_output(0).dtype, str(layer.get_output(0).dtype))
+            word = self.api.dtype_name(layer.get_output(0).dtype)
             for norm in norms:
                 results[norm.path] = word  # the last one wins: layers stand in the graph's order
                 if layer.type in (trt.LayerType.REDUCE, trt.LayerType.NORMALIZATION):

@@ -95,7 +95,6 @@ def build(
 ) -> None:
     """Build a TensorRT engine and show which layer runs each norm."""
     from rmsnorm_deploy.models.errors import UsageError
-    from rmsnorm_deploy.plugins.tensorrt.images import known_architectures
     from rmsnorm_deploy.runtime.tensorrt.build import build_engine
     from rmsnorm_deploy.runtime.tensorrt.options import BuildOptions
 
@@ -106,7 +105,7 @@ def build(
         norm=norm,  # type: ignore[arg-type]
         plugin=plugin,  # type: ignore[arg-type]
         plugin_library=None if plugin_library is None else str(plugin_library),
-        architectures=known_architectures(arch or ()),
+        architectures=tuple(arch or ()),  # type: ignore[arg-type]
         timing_cache=None if timing_cache is None else str(timing_cache.expanduser().absolute()),
         workspace=workspace,
         memory_limit=memory_limit,
