@@ -33,11 +33,11 @@ import onnx
 import onnxruntime as ort
 from onnx import AttributeProto, ModelProto, TensorProto, helper, numpy_helper, parser
 
-from rmsnorm_deploy.export.graph_check import check_graph
-from rmsnorm_deploy.export.lowerings import TARGETS
-from rmsnorm_deploy.export.model_file import read_model, to_ir
-from rmsnorm_deploy.export.model_writer import write_model
-from rmsnorm_deploy.export.rewrite import rewrite
+from rmsnorm_deploy.export.from_onnx.rewrite import rewrite
+from rmsnorm_deploy.export.lowering.table import TARGETS
+from rmsnorm_deploy.export.onnx_io.check_graph import check_graph
+from rmsnorm_deploy.export.onnx_io.read_model import read_model, to_ir
+from rmsnorm_deploy.export.onnx_io.write_model import write_model
 from rmsnorm_deploy.models.errors import RmsnormDeployError
 
 SLOW = 10.0  # seconds

@@ -32,7 +32,7 @@ VOCABULARY = 8192
 
 def build() -> Any:
     """The model that everyone exports."""
-    from rmsnorm_deploy.models.decoder import DecoderConfig, random_decoder
+    from rmsnorm_deploy.models.builtin.decoder import DecoderConfig, random_decoder
 
     return random_decoder(
         DecoderConfig(
@@ -56,7 +56,7 @@ def export_once(way: str, folder: Path) -> dict[str, float]:
             model, (ids,), folder / "model.onnx", dynamo=True, dynamic_shapes=dims, external_data=True, verbose=False
         )
     else:
-        from rmsnorm_deploy.export.exporter import export_model
+        from rmsnorm_deploy.export.from_torch.export_model import export_model
 
         export_model(model, folder, inputs={"input_ids": ids}, target=way)
     seconds = time.perf_counter() - start

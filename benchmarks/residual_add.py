@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 
 from rmsnorm_deploy.models.reference import reference
 from rmsnorm_deploy.models.spec import NormSpec
-from rmsnorm_deploy.runtime.metrics import figures
+from rmsnorm_deploy.runtime.accuracy.compare_output import figures
 
 EPS = 1e-6
 WAYS = ("Add, SimplifiedLayerNormalization", "Add, RMSNormalization", "SkipSimplifiedLayerNormalization")

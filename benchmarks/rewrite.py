@@ -112,7 +112,7 @@ def large(folder: Path, parameters: float = 1.1e9, width: int = 4096) -> Path:
 MEASURED = """
 import json, resource, sys, time
 start = time.perf_counter()
-from rmsnorm_deploy.runtime.rewriting import rewrite_model
+from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
 imported, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 result = rewrite_model(sys.argv[1], sys.argv[2], target="ort", verify=False, weights="link")
 end, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -176,16 +176,16 @@ def plain_exports(folder: Path) -> Iterator[tuple[str, str, Path, int]]:
 
 def fused_norms(path: Path) -> int:
     """Operators that are a whole norm, in the file itself."""
-    from rmsnorm_deploy.export.model_file import all_nodes
+    from rmsnorm_deploy.export.onnx_io.read_model import all_nodes
 
     return sum(node.op_type in NORM_OPS for node in all_nodes(onnx.load(path, load_external_data=False)))
 
 
 def outputs(path: Path, feeds: dict[str, Any] | None = None, rows: bool = False) -> tuple[list[Any], dict[str, Any]]:
     """What a file gives: on made-up tokens, or on normal rows."""
-    from rmsnorm_deploy.runtime.feeds import make_feeds
-    from rmsnorm_deploy.runtime.ort_runner import OrtRunner
-    from rmsnorm_deploy.runtime.runner import numpy_dtype
+    from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds
+    from rmsnorm_deploy.runtime.runners.base import numpy_dtype
+    from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 
     with OrtRunner(path) as runner:
         if feeds is None and rows:
@@ -215,7 +215,7 @@ def agrees(path: Path, wanted: list[Any], feeds: dict[str, Any]) -> str:
 
 
 def ours(path: Path, folder: Path, verify: bool = True) -> Path:
-    from rmsnorm_deploy.runtime.rewriting import rewrite_model
+    from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
 
     return rewrite_model(path, folder, target="ort", verify=verify).model
 

@@ -51,7 +51,7 @@ def export(folder: Path) -> dict[str, Any]:
 def validate(folder: Path) -> dict[str, Any]:
     """Validate the export; every step's text goes to stderr with its time."""
     from rmsnorm_deploy import load_model
-    from rmsnorm_deploy.runtime.validate import validate as validate_model
+    from rmsnorm_deploy.runtime.validation.api import validate as validate_model
 
     start = time.perf_counter()
     model = load_model(str(folder / "checkpoint")).model
@@ -72,8 +72,8 @@ def validate(folder: Path) -> dict[str, Any]:
 def forward(folder: Path) -> dict[str, Any]:
     """Time the plain forward passes."""
     from rmsnorm_deploy import OrtRunner, TorchRunner, load_model
-    from rmsnorm_deploy.runtime.runs import made_up_cases
-    from rmsnorm_deploy.runtime.truth import in_float64
+    from rmsnorm_deploy.runtime.norms.float64_model import in_float64
+    from rmsnorm_deploy.runtime.validation.run_cases import made_up_cases
 
     seconds: dict[str, list[float]] = {}
 

@@ -93,8 +93,8 @@ def _dispatch(source: str, dtype: str | None, trust_remote_code: bool) -> Loaded
 
 
 def _builtin(source: str, name: str) -> LoadedModel:
-    from .checkpoint import addition
-    from .decoder import small_decoder
+    from .builtin.checkpoint import addition
+    from .builtin.decoder import small_decoder
 
     if name == "addition":
         return LoadedModel(addition(), source, "decoder", task="addition")
@@ -116,7 +116,7 @@ def _folder(source: str, path: Path, dtype: str | None, trust_remote_code: bool)
         raise UsageError(f"{config} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{config} holds a {type(values).__name__} and not the fields of a model's config.")
-    from .checkpoint import FORMAT, load_decoder
+    from .builtin.checkpoint import FORMAT, load_decoder
 
     if values.get("format") == FORMAT:
         return LoadedModel(load_decoder(path), source, "decoder", path, task=values.get("task"))

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UsageError
-from .recognise import recognise
-from .site import Site
+from .recognition.find_norms import recognise
+from .recognition.site import Site
 
 # The manifest's key under which an export records what was injected.
 RECORD = "outliers"

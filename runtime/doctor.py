@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..export.lowerings import TARGETS, Environment, LoweringRefusal, Target, resolve
-from ..export.manifest import installed_version
+from ..export.lowering.table import TARGETS, Environment, LoweringRefusal, Target, resolve
+from ..export.onnx_io.manifest import installed_version
 from ..models.errors import EnvironmentMissingError
 from ..models.spec import NormSpec
 from ..plugins.tensorrt.library import find_library, find_toolchain
@@ -306,7 +306,7 @@ def _provider_problem(provider: str, compiled: list[str]) -> str:
     try:
         import numpy as np
 
-        from .ort_runner import OrtRunner
+        from .runners.onnxruntime import OrtRunner
 
         with OrtRunner(_identity_model(), providers=[provider]) as runner:
             runner.run({"x": np.ones(1, np.float32)})

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from ..models.errors import UnsupportedError, UsageError
-from .exported import Exported, open_exported
-from .feeds import is_past, make_feeds, present_to_past
-from .ort_runner import OrtRunner
-from .runner import Array
-from .tokenizer import ADDITION_TOKENIZER, Tokenizer, has_tokenizer, load_tokenizer, token_ids
+from .inputs.exported import Exported, open_exported
+from .inputs.synthetic import is_past, make_feeds, present_to_past
+from .inputs.tokenizer import ADDITION_TOKENIZER, Tokenizer, has_tokenizer, load_tokenizer, token_ids
+from .runners.base import Array
+from .runners.onnxruntime import OrtRunner
 
 __all__ = ["ADDITION_TOKENIZER", "Generation", "generate"]
 

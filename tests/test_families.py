@@ -12,12 +12,12 @@ import transformers
 from helpers.families import CACHED, FAMILIES, build
 from torch import nn
 
-from rmsnorm_deploy.export.exporter import PreparedModel, prepare, save
-from rmsnorm_deploy.export.lowerings import TARGETS
+from rmsnorm_deploy.export.from_torch.export_model import PreparedModel, prepare, save
+from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.models.errors import UnsupportedError
-from rmsnorm_deploy.models.recognise import recognise
-from rmsnorm_deploy.runtime.ort_runner import optimized_op_counts
-from rmsnorm_deploy.runtime.validate import validate
+from rmsnorm_deploy.models.recognition.find_norms import recognise
+from rmsnorm_deploy.runtime.runners.onnxruntime import optimized_op_counts
+from rmsnorm_deploy.runtime.validation.api import validate
 
 DTYPES = ("float32", "float16")
 # From one dynamic file.

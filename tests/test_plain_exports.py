@@ -14,9 +14,9 @@ from helpers.plain_export import plain_export
 
 from rmsnorm_deploy.models.errors import RmsnormDeployError
 from rmsnorm_deploy.models.spec import NormSpec
-from rmsnorm_deploy.runtime.metrics import judge
-from rmsnorm_deploy.runtime.ort_runner import OrtRunner, optimized_op_counts
-from rmsnorm_deploy.runtime.rewriting import rewrite_model
+from rmsnorm_deploy.runtime.accuracy.compare_output import judge
+from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
+from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner, optimized_op_counts
 
 NAMES = ("llama", "qwen3", "gemma3", "olmo2", "t5", "mamba2", "gpt_oss")
 FUSED = ("SimplifiedLayerNormalization", "RMSNormalization")

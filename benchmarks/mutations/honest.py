@@ -10,7 +10,7 @@ from typing import Any
 from subjects import TARGETS, Exports, Subject
 from surgery import Edit, respell
 
-from rmsnorm_deploy.runtime.validate import validate
+from rmsnorm_deploy.runtime.validation.api import validate
 
 DTYPES = ("float32", "float16")
 # Each model in both dtypes, then what is special about some of them.

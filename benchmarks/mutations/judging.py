@@ -16,14 +16,14 @@ from subjects import Exports, Outputs, run_cases
 from surgery import Edit
 
 from rmsnorm_deploy.models.errors import RmsnormDeployError
-from rmsnorm_deploy.runtime.cases import Case
-from rmsnorm_deploy.runtime.graph_norms import GraphNorms, Key
-from rmsnorm_deploy.runtime.norm_access import CalledNorm
-from rmsnorm_deploy.runtime.norm_inputs import adversarial, turns
-from rmsnorm_deploy.runtime.onnx_norms import OnnxNorms
-from rmsnorm_deploy.runtime.ort_runner import OrtRunner
-from rmsnorm_deploy.runtime.runs import made_up_cases
-from rmsnorm_deploy.runtime.validate import bisect, validate
+from rmsnorm_deploy.runtime.inputs.cases import Case
+from rmsnorm_deploy.runtime.norms.access import CalledNorm
+from rmsnorm_deploy.runtime.norms.adversarial_rows import adversarial, turns
+from rmsnorm_deploy.runtime.norms.graph_norms import GraphNorms, Key
+from rmsnorm_deploy.runtime.norms.onnx_norms import OnnxNorms
+from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+from rmsnorm_deploy.runtime.validation.api import bisect, validate
+from rmsnorm_deploy.runtime.validation.run_cases import made_up_cases
 
 INNOCENTS_ALLOWED = 3
 _OPEN_DIM = 5  # size of a symbolic dim where a norm runs alone

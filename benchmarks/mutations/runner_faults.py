@@ -16,8 +16,8 @@ import numpy as np
 from subjects import Subject
 from surgery import Array
 
-from rmsnorm_deploy.runtime.ort_runner import OrtRunner
-from rmsnorm_deploy.runtime.runner import TensorInfo
+from rmsnorm_deploy.runtime.runners.base import TensorInfo
+from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 
 Outputs = dict[str, Array]
 # Gets the feeds, the outputs of this run and those of the run before (None at the first).

@@ -19,11 +19,11 @@ if str(ROOT / "tests") not in sys.path:
 from helpers.families import build  # noqa: E402
 from helpers.norm_zoo import Biased, Weighted, hub_class, randomised  # noqa: E402
 
-from rmsnorm_deploy.export.exporter import prepare, save  # noqa: E402
-from rmsnorm_deploy.models.checkpoint import addition  # noqa: E402
+from rmsnorm_deploy.export.from_torch.export_model import prepare, save  # noqa: E402
+from rmsnorm_deploy.models.builtin.checkpoint import addition  # noqa: E402
 from rmsnorm_deploy.models.outliers import inject_outliers  # noqa: E402
-from rmsnorm_deploy.runtime.ort_runner import OrtRunner  # noqa: E402
-from rmsnorm_deploy.runtime.runs import made_up_cases  # noqa: E402
+from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner  # noqa: E402
+from rmsnorm_deploy.runtime.validation.run_cases import made_up_cases  # noqa: E402
 
 TARGETS = ("primitives", "standard", "ort", "plugin")
 WIDTH, GROUP = 32, 16

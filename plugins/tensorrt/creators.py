@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...models.errors import RmsnormDeployError, UsageError
-from .. import contract
+from ...plugins import contract
 from .images import KernelImages, compile_images, kernel_of, unpack
 from .launcher import Launcher, cuda_driver
 

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Final
 
-from .. import contract
-from ..kernel import WIDEST
+from ...plugins import contract
+from ..kernel.norm_kernel import WIDEST
 
 PLACE: Final = Path(__file__).parent / "cpp" / "contract.h"
 

@@ -30,10 +30,10 @@ from dataclasses import dataclass
 from typing import Final, get_args
 
 from ...models.errors import UsageError
-from .. import contract
-from ..compiler import Kind, compile_kernel
-from ..kernel import NormKernel, Quantised
-from ..launch_config import choose
+from ...plugins import contract
+from ..kernel.compiler import Kind, compile_kernel
+from ..kernel.launch_config import choose
+from ..kernel.norm_kernel import NormKernel, Quantised
 
 MAGIC: Final = b"RMSNORM1"
 _HEADER: Final = struct.Struct("<8s4I")

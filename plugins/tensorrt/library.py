@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UsageError
-from ..kernel import HEADERS, SOURCE
-from ..kernel import SOURCE_FOLDER as SOURCE_CUDA
+from ..kernel.norm_kernel import HEADERS, SOURCE
+from ..kernel.norm_kernel import SOURCE_FOLDER as SOURCE_CUDA
 from .header import contract_digest
 
 LIBRARY_NAME: Final = "librmsnorm_deploy.so"

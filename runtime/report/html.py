@@ -83,7 +83,7 @@ def _environment() -> Environment:
 
 def _plots() -> ModuleType:
     try:
-        from . import plots
+        from ..report import plots
     except ImportError as error:
         raise _missing("matplotlib", error) from error
     return plots

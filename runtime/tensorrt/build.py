@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...export.files import sha256
-from ...export.manifest import versions
+from ...export.onnx_io.atomic_files import sha256
+from ...export.onnx_io.manifest import versions
 from ...models.errors import MismatchError, RmsnormDeployError
-from . import worker
+from ..tensorrt import worker
 from .api import check_installed, cuda_device, flavor_of
 from .cache import EngineCache, engine_key
 from .engine_files import (

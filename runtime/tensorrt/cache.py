@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ...export.files import sha256
-from ...export.manifest import installed_version
+from ...export.onnx_io.atomic_files import sha256
+from ...export.onnx_io.manifest import installed_version
 from ...models.errors import UsageError
-from . import worker
+from ..tensorrt import worker
 from .api import Flavor, cuda_device, flavor_of
 from .engine_files import lock
 

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from ...export.files import sha256
+from ...export.onnx_io.atomic_files import sha256
 from ...models.errors import UsageError
-from . import worker
+from ..tensorrt import worker
 from .process import LINKS, LOG_HEADER
 
 SCHEMA: Final = "rmsnorm_deploy.engine/1"

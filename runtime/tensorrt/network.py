@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...export.graph_check import check_graph
-from ...export.model_file import ModelFile, all_nodes, graphs, label, read_model, to_ir
-from ...export.plugin_functions import PLUGIN_DOMAINS, is_plugin_node
-from ...export.quantized_norms import is_quantized_norm
-from ...export.write_norm import FORM_KEY, PATH_KEY, SPEC_KEY
+from ...export.lowering.norm_writer import FORM_KEY, PATH_KEY, SPEC_KEY
+from ...export.lowering.plugin_functions import PLUGIN_DOMAINS, is_plugin_node
+from ...export.lowering.quantized_norms import is_quantized_norm
+from ...export.onnx_io.check_graph import check_graph
+from ...export.onnx_io.read_model import ModelFile, all_nodes, graphs, label, read_model, to_ir
 from ...models.errors import UnsupportedError, UsageError
 from ...plugins import contract
 
@@ -223,7 +223,7 @@ def _check_plugin_node(node: NodeProto, dtypes: Mapping[str, int], where: str) -
 
 def _norms(file: ModelFile) -> list[FileNorm]:
     """The norms of the main graph: by the metadata of export and rewrite, else recognized from what nodes compute."""
-    from ...export.annotate import annotate
+    from ...export.from_onnx.annotate import annotate
 
     model = to_ir(file)
     for node in model.graph:

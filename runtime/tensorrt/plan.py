@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ...export.files import sha256
+from ...export.onnx_io.atomic_files import sha256
 from ...models.errors import EnvironmentMissingError, UnsupportedError, UsageError
 from ...plugins.tensorrt import library
-from ..exported import Exported, open_exported
+from ..inputs.exported import Exported, open_exported
 from .api import resolve_architectures
 from .network import NetworkFile, read_network
 from .options import BuildOptions
@@ -140,7 +140,7 @@ def choose_plugin(options: BuildOptions, network: NetworkFile) -> PluginUse:
 
 def _with_plugins(exported: Exported, folder: Path, options: BuildOptions) -> NetworkFile:
     """The file with its norms given to the plugin, as `rmsnorm rewrite --target plugin` would write it."""
-    from ..rewriting import rewrite_model
+    from ..rewriting.rewrite_file import rewrite_model
 
     rewritten = rewrite_model(exported.model, folder, target="plugin", verify=False)
     network = read_network(rewritten.model, options.float64_as_float32)

@@ -17,7 +17,7 @@ from typing import Any, Final
 from ...models import errors
 from ...models.errors import RmsnormDeployError
 from ...plugins.tensorrt import library
-from . import worker
+from ..tensorrt import worker
 from .api import flavor_of, library_folders, link_libraries
 from .options import BuildOptions
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from ...export.plugin_functions import FUNCTION_NODE_PREFIXES
+from ...export.lowering.plugin_functions import FUNCTION_NODE_PREFIXES
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
 from ...plugins import contract
 from ...plugins.tensorrt import library as plugin_library
@@ -131,7 +131,7 @@ class _Build:
     def _register_plugins(self) -> None:
         plugin = self.request["plugin"]
         if plugin["kind"] == "python":
-            from ...plugins.compiler import import_nvrtc
+            from ...plugins.kernel.compiler import import_nvrtc
             from ...plugins.tensorrt.creators import Plugins
 
             import_nvrtc()  # where it is missing, the error is of another kind than one of the build

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rmsnorm_deploy.export.exporter import export_model
+    from rmsnorm_deploy.export.from_torch.export_model import export_model
     from rmsnorm_deploy.models.errors import (
         EnvironmentMissingError,
         MismatchError,
@@ -19,30 +19,30 @@ if TYPE_CHECKING:
         UsageError,
     )
     from rmsnorm_deploy.models.loading import load_model
-    from rmsnorm_deploy.models.recognise import recognise
+    from rmsnorm_deploy.models.recognition.find_norms import recognise
     from rmsnorm_deploy.models.reference import reference
     from rmsnorm_deploy.models.spec import NormSpec
     from rmsnorm_deploy.runtime.generate import generate
-    from rmsnorm_deploy.runtime.ort_runner import OrtRunner
-    from rmsnorm_deploy.runtime.rewriting import rewrite_model
+    from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
+    from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+    from rmsnorm_deploy.runtime.runners.torch import TorchRunner
     from rmsnorm_deploy.runtime.tensorrt.build import build_engine
-    from rmsnorm_deploy.runtime.torch_runner import TorchRunner
-    from rmsnorm_deploy.runtime.validate import bisect, validate
+    from rmsnorm_deploy.runtime.validation.api import bisect, validate
 
 __version__ = "0.1.0"
 
 _HOME = {
     "NormSpec": "models.spec",
     "reference": "models.reference",
-    "recognise": "models.recognise",
+    "recognise": "models.recognition.find_norms",
     "load_model": "models.loading",
-    "export_model": "export.exporter",
-    "rewrite_model": "runtime.rewriting",
+    "export_model": "export.from_torch.export_model",
+    "rewrite_model": "runtime.rewriting.rewrite_file",
     "build_engine": "runtime.tensorrt.build",
-    "OrtRunner": "runtime.ort_runner",
-    "TorchRunner": "runtime.torch_runner",
-    "validate": "runtime.validate",
-    "bisect": "runtime.validate",
+    "OrtRunner": "runtime.runners.onnxruntime",
+    "TorchRunner": "runtime.runners.torch",
+    "validate": "runtime.validation.api",
+    "bisect": "runtime.validation.api",
     "generate": "runtime.generate",
     "RmsnormDeployError": "models.errors",
     "UsageError": "models.errors",

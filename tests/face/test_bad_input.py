@@ -146,7 +146,7 @@ def test_export_to_a_read_only_folder(
     def refused(*_: Any, **__: Any) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("rmsnorm_deploy.export.files.tempfile.mkdtemp", refused)
+    monkeypatch.setattr("rmsnorm_deploy.export.onnx_io.atomic_files.tempfile.mkdtemp", refused)
     outcome = rmsnorm("export", f"{models}:net", "-o", tmp_path / "out")
     assert outcome.code == 2
     assert "Permission denied" in outcome.err
@@ -195,7 +195,7 @@ def test_export_that_stops_while_it_writes(
         Path(path).write_bytes(b"half")
         happens()
 
-    monkeypatch.setattr("rmsnorm_deploy.export.exporter.ir.save", half_written)
+    monkeypatch.setattr("rmsnorm_deploy.export.from_torch.export_model.ir.save", half_written)
     before = signal.getsignal(signal.SIGTERM)
     outcome = rmsnorm("export", f"{models}:net", "-o", tmp_path / "out")
     assert outcome.code == code

@@ -16,11 +16,11 @@ from helpers.command_line import CommandLine
 
 from rmsnorm_deploy.cli.arrays import write_npz
 from rmsnorm_deploy.cli.commands import COMMANDS
-from rmsnorm_deploy.export.exporter import ExportResult, export_model
-from rmsnorm_deploy.export.lowerings import TABLE, TARGETS
-from rmsnorm_deploy.runtime.arrays import read_arrays
+from rmsnorm_deploy.export.from_torch.export_model import ExportResult, export_model
+from rmsnorm_deploy.export.lowering.table import TABLE, TARGETS
 from rmsnorm_deploy.runtime.doctor import Diagnosis, Surroundings, diagnose, look
-from rmsnorm_deploy.runtime.ort_runner import OrtRunner
+from rmsnorm_deploy.runtime.inputs.arrays import read_arrays
+from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 
 SITE_KEYS = {"path", "class", "spec", "width", "dtype", "parameters"}
 
@@ -399,14 +399,14 @@ def test_doctor_target_that_cannot_run(rmsnorm: CommandLine, monkeypatch: pytest
 
 
 def test_demo(rmsnorm: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rmsnorm_deploy.export.lowerings.TARGETS", ("ort",))
+    monkeypatch.setattr("rmsnorm_deploy.export.lowering.table.TARGETS", ("ort",))
     monkeypatch.setattr("rmsnorm_deploy.cli.demo._PROBLEMS", 20)
     results: list[ExportResult] = []
 
     def exported_once(*arguments: Any, **options: Any) -> list[ExportResult]:
         return results or results.extend(export_model(*arguments, **options)) or results
 
-    monkeypatch.setattr("rmsnorm_deploy.export.exporter.export_model", exported_once)
+    monkeypatch.setattr("rmsnorm_deploy.export.from_torch.export_model.export_model", exported_once)
     outcome = rmsnorm("demo", "-o", tmp_path / "demo", "--json")
     assert outcome.code == 0
     content = outcome.json

@@ -12,7 +12,7 @@ from helpers.command_line import CommandLine
 from helpers.families import build
 from onnx import numpy_helper
 
-from rmsnorm_deploy.export.lowerings import TARGETS
+from rmsnorm_deploy.export.lowering.table import TARGETS
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from helpers.norm_zoo import ZooNorm
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rmsnorm_deploy.export.swap import CAPTURE_DOMAIN, CAPTURE_OP
+from rmsnorm_deploy.export.from_torch.swap import CAPTURE_DOMAIN, CAPTURE_OP
 from rmsnorm_deploy.models.spec import NormSpec
 
 PATH = "layers.0.norm"

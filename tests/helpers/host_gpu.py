@@ -13,11 +13,11 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from rmsnorm_deploy.plugins.kernel import SOURCE_FOLDER, NormKernel
-from rmsnorm_deploy.plugins.launch_config import LaunchConfig
+from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig
+from rmsnorm_deploy.plugins.kernel.norm_kernel import SOURCE_FOLDER, NormKernel
 
 Array = NDArray[Any]
-SHIM = Path(__file__).parent.parent / "plugins" / "host" / "gpu.h"
+SHIM = Path(__file__).parent.parent / "plugins" / "kernel" / "host" / "gpu.h"
 NUMPY: dict[str, Any] = {
     "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8,
     "float8_e4m3": ml_dtypes.float8_e4m3fn,

@@ -17,9 +17,9 @@ from helpers.norm_zoo import (
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rmsnorm_deploy.export.lower import lower
-from rmsnorm_deploy.export.lowerings import TARGETS
-from rmsnorm_deploy.export.write_norm import LoweredSite
+from rmsnorm_deploy.export.from_torch.lower import lower
+from rmsnorm_deploy.export.lowering.norm_writer import LoweredSite
+from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.models.eager import eager
 from rmsnorm_deploy.models.reference import reference
 from rmsnorm_deploy.models.spec import NormSpec

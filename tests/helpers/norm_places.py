@@ -306,7 +306,7 @@ def skip(dtype: str, total: bool, bias: bool = False) -> onnx.ModelProto:
 def plugin(dtype: str, added: bool, scale_type: str, offset: float) -> onnx.ModelProto:
     import onnx_ir as ir
 
-    from rmsnorm_deploy.export.plugin_functions import plugin_function
+    from rmsnorm_deploy.export.lowering.plugin_functions import plugin_function
 
     g = Graph()
     names = [g.input(name, DIMS, dtype) for name in (("a", "b") if added else ("x",))]

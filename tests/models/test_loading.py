@@ -14,7 +14,7 @@ from torch import nn
 
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.loading import BUILTINS, DTYPES, LoadedModel, load_model
-from rmsnorm_deploy.models.recognise import recognise
+from rmsnorm_deploy.models.recognition.find_norms import recognise
 
 CODE = """
 from __future__ import annotations
@@ -297,8 +297,8 @@ def test_code_that_comes_with_a_checkpoint_is_not_run_unless_asked(tmp_path: Pat
 
 
 def test_a_decoder_folder_loads(tmp_path: Path) -> None:
-    from rmsnorm_deploy.models.checkpoint import save_decoder
-    from rmsnorm_deploy.models.decoder import small_decoder
+    from rmsnorm_deploy.models.builtin.checkpoint import save_decoder
+    from rmsnorm_deploy.models.builtin.decoder import small_decoder
 
     model = small_decoder()
     save_decoder(model, tmp_path / "model")

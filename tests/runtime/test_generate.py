@@ -9,9 +9,9 @@ import torch
 from helpers.families import build
 from helpers.small_models import Residual, residual_inputs
 
-from rmsnorm_deploy.export.exporter import export_model
-from rmsnorm_deploy.models import addition
-from rmsnorm_deploy.models.checkpoint import addition as addition_model
+from rmsnorm_deploy.export.from_torch.export_model import export_model
+from rmsnorm_deploy.models.builtin import addition_task as addition
+from rmsnorm_deploy.models.builtin.checkpoint import addition as addition_model
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.runtime.generate import ADDITION_TOKENIZER, generate
 

@@ -1,4 +1,4 @@
-// One norm as the kernel sees it, and the layout of its threads. The layout is the choice of plugins/launch_config.py;
+// One norm as the kernel sees it, and the layout of its threads. The layout is the choice of plugins/kernel/launch_config.py;
 // the library makes it again because it compiles kernels where there is no Python, and the tests hold one to the other.
 #pragma once
 

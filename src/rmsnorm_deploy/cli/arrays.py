@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rmsnorm_deploy.models.errors import UsageError
 
 if TYPE_CHECKING:
-    from rmsnorm_deploy.runtime.runner import Array
+    from rmsnorm_deploy.runtime.runners.base import Array
 
 
 def check_writable(path: Path) -> None:

@@ -32,7 +32,7 @@ def bisect(
     validation.check_files(html, junit, output)
     sides = validation.sides(candidate, against, "bisect")
     shapes = validation.shapes_of(shape)
-    from rmsnorm_deploy.runtime.requests import ValidationRequest
+    from rmsnorm_deploy.runtime.validation.replay import ValidationRequest
 
     request = ValidationRequest(
         *sides, dtype=dtype, provider=provider, seed=seed, shapes=shapes, inputs=inputs, prompts=prompt or [],

@@ -44,8 +44,8 @@ def compare(
     Exits with 1 if an array differs, or if a row that passed fails or is missing.
     """
     screen = Screen(as_json)
-    from rmsnorm_deploy.runtime.compare import compare as compare_files
-    from rmsnorm_deploy.runtime.tolerances import parse_limits
+    from rmsnorm_deploy.runtime.accuracy.tolerances import parse_limits
+    from rmsnorm_deploy.runtime.report.compare import compare as compare_files
 
     limits = parse_limits(atol or (), rtol or (), ulp or ())
     with screen.working(f"comparing {reference} and {candidate}"):

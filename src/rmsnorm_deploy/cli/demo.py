@@ -18,8 +18,8 @@ from rmsnorm_deploy.cli.screen import Screen
 if TYPE_CHECKING:
     from torch import nn
 
-    from rmsnorm_deploy.export.exporter import ExportResult
-    from rmsnorm_deploy.models.addition import Problem, TaskAccuracy
+    from rmsnorm_deploy.export.from_torch.export_model import ExportResult
+    from rmsnorm_deploy.models.builtin.addition_task import Problem, TaskAccuracy
 
 SCHEMA = "rmsnorm_deploy.demo/1"
 MODEL = "builtin:addition"
@@ -59,9 +59,9 @@ def _folder(output: Path | None) -> Iterator[Path]:
 
 def _proved(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Export, run and judge everything."""
-    from rmsnorm_deploy.export.exporter import export_model
-    from rmsnorm_deploy.export.lowerings import TARGETS
-    from rmsnorm_deploy.models.addition import accuracy, problems, torch_step
+    from rmsnorm_deploy.export.from_torch.export_model import export_model
+    from rmsnorm_deploy.export.lowering.table import TARGETS
+    from rmsnorm_deploy.models.builtin.addition_task import accuracy, problems, torch_step
     from rmsnorm_deploy.models.loading import load_model
 
     loaded = load_model(MODEL)
@@ -90,10 +90,10 @@ def _proved(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
 def _target_row(
     result: ExportResult, model: nn.Module, asked: list[Problem], own: TaskAccuracy, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    from rmsnorm_deploy.models.addition import accuracy
-    from rmsnorm_deploy.runtime.exported import open_exported
-    from rmsnorm_deploy.runtime.ort_runner import OrtRunner
-    from rmsnorm_deploy.runtime.validate import validate
+    from rmsnorm_deploy.models.builtin.addition_task import accuracy
+    from rmsnorm_deploy.runtime.inputs.exported import open_exported
+    from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+    from rmsnorm_deploy.runtime.validation.api import validate
 
     report = validate(result.folder, model, progress=lambda text: say(f"{result.target}: {text}"))
     say(f"{result.target}: asking it {len(asked)} sums")
@@ -125,7 +125,7 @@ def _engine_runtime() -> tuple[str | None, str | None]:
 
 def _engine_row(row: dict[str, Any], folder: Path, runtime: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Build the engine of one target, where the lowering table says that this TensorRT can run it."""
-    from rmsnorm_deploy.export.lowerings import cell
+    from rmsnorm_deploy.export.lowering.table import cell
     from rmsnorm_deploy.models.errors import RmsnormDeployError
     from rmsnorm_deploy.runtime.tensorrt.build import build_engine
 

@@ -22,7 +22,7 @@ def doctor(
     as_json: options.AsJson = False,
 ) -> int:
     """Show what this machine can run and what is missing."""
-    from rmsnorm_deploy.export.lowerings import cell
+    from rmsnorm_deploy.export.lowering.table import cell
 
     screen = Screen(as_json)
     if target is not None:

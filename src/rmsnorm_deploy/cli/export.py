@@ -11,10 +11,10 @@ import typer
 from rmsnorm_deploy.cli import options
 from rmsnorm_deploy.cli.norms import found_line, print_deviations, print_found
 from rmsnorm_deploy.cli.screen import Screen, file_size
-from rmsnorm_deploy.runtime.arrays import read_arrays
+from rmsnorm_deploy.runtime.inputs.arrays import read_arrays
 
 if TYPE_CHECKING:
-    from rmsnorm_deploy.export.exporter import ExportResult
+    from rmsnorm_deploy.export.from_torch.export_model import ExportResult
     from rmsnorm_deploy.models.loading import LoadedModel
     from rmsnorm_deploy.models.outliers import OutlierReport
 
@@ -70,8 +70,8 @@ def export(
     as_json: options.AsJson = False,
 ) -> None:
     """Write a model as ONNX with its norms as the target wants them."""
-    from rmsnorm_deploy.export.lowerings import opset_for
-    from rmsnorm_deploy.export.plugin_functions import plugin_style
+    from rmsnorm_deploy.export.lowering.plugin_functions import plugin_style
+    from rmsnorm_deploy.export.lowering.table import opset_for
 
     screen = Screen(as_json)
     targets = list(dict.fromkeys(target or ["primitives"]))
@@ -81,7 +81,7 @@ def export(
     arrays = read_arrays(inputs) if inputs is not None else None
     injection = _injection(outliers)
     with screen.working(f"loading {model}") as say:
-        from rmsnorm_deploy.export.exporter import export_model
+        from rmsnorm_deploy.export.from_torch.export_model import export_model
         from rmsnorm_deploy.models.loading import load_model
 
         loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -123,7 +123,7 @@ def details_of(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def _tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    from rmsnorm_deploy.runtime.torch_runner import to_torch
+    from rmsnorm_deploy.runtime.runners.torch import to_torch
 
     return {name: to_torch(array) for name, array in arrays.items()}
 
@@ -154,7 +154,7 @@ def _payload(results: list[ExportResult], injected: OutlierReport | None) -> dic
 
 
 def _export_row(result: ExportResult) -> dict[str, Any]:
-    from rmsnorm_deploy.export.manifest import deviation_rows
+    from rmsnorm_deploy.export.onnx_io.manifest import deviation_rows
 
     return {
         "target": result.target,

@@ -17,7 +17,7 @@ from rmsnorm_deploy.models.errors import UsageError
 
 if TYPE_CHECKING:
     from rmsnorm_deploy.models.loading import LoadedModel
-    from rmsnorm_deploy.runtime.risk import RiskReport
+    from rmsnorm_deploy.runtime.risk.report import RiskReport
 
 SCHEMA = "rmsnorm_deploy.inspect/1"
 
@@ -63,7 +63,7 @@ def inspect(
     else:
         with screen.working(f"loading {model}") as say:
             from rmsnorm_deploy.models.loading import load_model
-            from rmsnorm_deploy.models.recognise import recognise
+            from rmsnorm_deploy.models.recognition.find_norms import recognise
 
             loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
             if wanted.any:
@@ -106,8 +106,8 @@ def _print(screen: Screen, payload: dict[str, Any]) -> None:
 
 
 def _risk(loaded: LoadedModel, wanted: _Wanted, trust_remote_code: bool, say: Callable[[str], None]) -> RiskReport:
-    from rmsnorm_deploy.runtime.cases import inputs_of, load_cases, made_up_for, prompt_cases
-    from rmsnorm_deploy.runtime.risk import risk
+    from rmsnorm_deploy.runtime.inputs.cases import inputs_of, load_cases, made_up_for, prompt_cases
+    from rmsnorm_deploy.runtime.risk.report import risk
 
     cases = made_up_for(loaded) if wanted.made_up else []
     infos = inputs_of(loaded) if wanted.source is not None or wanted.prompts else []
@@ -123,7 +123,7 @@ def _risk(loaded: LoadedModel, wanted: _Wanted, trust_remote_code: bool, say: Ca
 
 def _is_exported_folder(place: Path) -> bool:
     """Whether the folder is one of ours; a model's own folder may hold a manifest.json of another kind."""
-    from rmsnorm_deploy.export.manifest import SCHEMA as MANIFEST_SCHEMA
+    from rmsnorm_deploy.export.onnx_io.manifest import SCHEMA as MANIFEST_SCHEMA
 
     try:
         content = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
@@ -134,7 +134,7 @@ def _is_exported_folder(place: Path) -> bool:
 
 
 def _from_folder(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    from rmsnorm_deploy.export.manifest import read_manifest
+    from rmsnorm_deploy.export.onnx_io.manifest import read_manifest
 
     manifest = read_manifest(folder)
     sites = [{key: value for key, value in site.items() if key != "calls"} for site in manifest["sites"]]
@@ -143,12 +143,12 @@ def _from_folder(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
 
 def _from_file(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The norms that stand in the graph, whoever exported it."""
-    from rmsnorm_deploy.export.graph_check import check_graph
-    from rmsnorm_deploy.export.graph_recognise import recognise_graph
-    from rmsnorm_deploy.export.inline import inline_norm_functions
-    from rmsnorm_deploy.export.manifest import graph_row
-    from rmsnorm_deploy.export.model_file import read_model, to_ir
-    from rmsnorm_deploy.export.quantized_norms import split_quantized_outputs
+    from rmsnorm_deploy.export.from_onnx.inline_functions import inline_norm_functions
+    from rmsnorm_deploy.export.lowering.quantized_norms import split_quantized_outputs
+    from rmsnorm_deploy.export.onnx_io.check_graph import check_graph
+    from rmsnorm_deploy.export.onnx_io.manifest import graph_row
+    from rmsnorm_deploy.export.onnx_io.read_model import read_model, to_ir
+    from rmsnorm_deploy.export.recognition.find_norms import recognise_graph
 
     file = read_model(path)
     check_graph(file.model, file.where)

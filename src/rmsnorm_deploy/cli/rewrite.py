@@ -11,10 +11,10 @@ import typer
 from rmsnorm_deploy.cli import options
 from rmsnorm_deploy.cli.norms import found_line, print_deviations, print_sites
 from rmsnorm_deploy.cli.screen import Screen, file_size
-from rmsnorm_deploy.runtime.arrays import read_arrays
+from rmsnorm_deploy.runtime.inputs.arrays import read_arrays
 
 if TYPE_CHECKING:
-    from rmsnorm_deploy.runtime.rewriting import RewriteResult
+    from rmsnorm_deploy.runtime.rewriting.rewrite_file import RewriteResult
 
 SCHEMA = "rmsnorm_deploy.rewrite/1"
 _REFUSALS_SHOWN = 20
@@ -70,15 +70,15 @@ def rewrite(
     as_json: options.AsJson = False,
 ) -> None:
     """Rewrite the norms of any .onnx file for a target, with proof."""
-    from rmsnorm_deploy.export.lowerings import cell
-    from rmsnorm_deploy.export.plugin_functions import plugin_style
+    from rmsnorm_deploy.export.lowering.plugin_functions import plugin_style
+    from rmsnorm_deploy.export.lowering.table import cell
 
     screen = Screen(as_json)
     cell(target, "plain")  # refuses a wrong target before anything slow is done
     plugin_style(not no_function, ort_trt, [target])
     feeds = read_arrays(inputs) if inputs is not None else None
     with screen.working(f"reading {path}") as say:
-        from rmsnorm_deploy.runtime.rewriting import rewrite_model
+        from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
 
         result = rewrite_model(
             path, output, target=target, opset=opset, function=not no_function, ort_trt=ort_trt, weights=weights.value,
@@ -89,7 +89,7 @@ def rewrite(
 
 
 def _payload(result: RewriteResult) -> dict[str, Any]:
-    from rmsnorm_deploy.export.manifest import deviation_rows
+    from rmsnorm_deploy.export.onnx_io.manifest import deviation_rows
 
     manifest, sites = result.manifest, result.rewritten.sites
     return {

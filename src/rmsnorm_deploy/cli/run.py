@@ -10,10 +10,10 @@ import typer
 from rmsnorm_deploy.cli import options
 from rmsnorm_deploy.cli.arrays import check_writable, write_npz
 from rmsnorm_deploy.cli.screen import Screen
-from rmsnorm_deploy.runtime.arrays import read_arrays
+from rmsnorm_deploy.runtime.inputs.arrays import read_arrays
 
 if TYPE_CHECKING:
-    from rmsnorm_deploy.runtime.runner import Array
+    from rmsnorm_deploy.runtime.runners.base import Array
 
 SCHEMA = "rmsnorm_deploy.run/1"
 
@@ -32,9 +32,9 @@ def run(
     check_writable(output)
     feeds = read_arrays(inputs)
     with screen.working(f"loading {path}") as say:
-        from rmsnorm_deploy.runtime.exported import open_exported
-        from rmsnorm_deploy.runtime.feeds import cast_feeds
-        from rmsnorm_deploy.runtime.ort_runner import OrtRunner
+        from rmsnorm_deploy.runtime.inputs.exported import open_exported
+        from rmsnorm_deploy.runtime.inputs.synthetic import cast_feeds
+        from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 
         with OrtRunner(open_exported(path).model, providers=[provider]) as runner:
             say("running")

@@ -10,7 +10,7 @@ from rmsnorm_deploy.cli import options
 from rmsnorm_deploy.cli.screen import Screen
 
 if TYPE_CHECKING:
-    from rmsnorm_deploy.export.lowerings import Cell, Deviation
+    from rmsnorm_deploy.export.lowering.table import Cell, Deviation
 
 SCHEMA = "rmsnorm_deploy.targets/1"
 COLUMNS = ("target", "form", "writes", "opset", "dtypes", "runs in", "not exact")
@@ -21,7 +21,7 @@ def targets(
     as_json: options.AsJson = False,
 ) -> None:
     """Show what each target writes, needs and keeps exact."""
-    from rmsnorm_deploy.export.lowerings import TABLE
+    from rmsnorm_deploy.export.lowering.table import TABLE
 
     screen = Screen(as_json)
     payload = {"schema": SCHEMA, "targets": [_json_row(cell) for cell in TABLE]}
@@ -30,7 +30,7 @@ def targets(
 
 def markdown_table() -> str:
     """The lowering table in GitHub's Markdown, and under it where the targets are not exact."""
-    from rmsnorm_deploy.export.lowerings import TABLE
+    from rmsnorm_deploy.export.lowering.table import TABLE
 
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join(_row(cell, code="`")) + " |" for cell in TABLE]
@@ -39,7 +39,7 @@ def markdown_table() -> str:
 
 
 def _print(screen: Screen) -> None:
-    from rmsnorm_deploy.export.lowerings import TABLE
+    from rmsnorm_deploy.export.lowering.table import TABLE
 
     screen.table(COLUMNS, [_row(cell) for cell in TABLE])
     screen.line()
@@ -63,7 +63,7 @@ def _row(cell: Cell, code: str = "") -> tuple[str, ...]:
 
 def _deviations() -> dict[int, Deviation]:
     """Every deviation of the table once, numbered from 1."""
-    from rmsnorm_deploy.export.lowerings import TABLE
+    from rmsnorm_deploy.export.lowering.table import TABLE
 
     return dict(enumerate(dict.fromkeys(d for cell in TABLE for d in cell.deviations), start=1))
 

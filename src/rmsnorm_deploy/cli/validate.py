@@ -52,7 +52,7 @@ def validate(
         (candidate, against, dtype, seed, shape, inputs, prompt, tokenizer, atol, rtol, ulp, outputs_only, window)
     ):
         raise UsageError("--replay takes what to run from the report; leave the other options and the candidate out.")
-    from rmsnorm_deploy.runtime.requests import ValidationRequest
+    from rmsnorm_deploy.runtime.validation.replay import ValidationRequest
 
     before = None
     if replay is not None:

@@ -16,7 +16,7 @@ from rmsnorm_deploy.cli.screen import Screen
 from rmsnorm_deploy.models.errors import UsageError
 
 if TYPE_CHECKING:
-    from rmsnorm_deploy.runtime.requests import ValidationRequest
+    from rmsnorm_deploy.runtime.validation.replay import ValidationRequest
 
 _SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 
@@ -255,7 +255,7 @@ def _cosine(row: Mapping[str, Any]) -> str:
 
 
 def _again(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    from rmsnorm_deploy.runtime.validation_report import differences
+    from rmsnorm_deploy.runtime.validation.result import differences
 
     found = differences(before, json.loads(json.dumps(now)))
     return f"run again: differs in {', '.join(found)}" if found else "run again: the same report, apart from the time"

@@ -9,8 +9,8 @@ import pytest
 
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.plugins import contract
-from rmsnorm_deploy.plugins.kernel import NormKernel
-from rmsnorm_deploy.plugins.launch_config import choose
+from rmsnorm_deploy.plugins.kernel.launch_config import choose
+from rmsnorm_deploy.plugins.kernel.norm_kernel import NormKernel
 from rmsnorm_deploy.plugins.tensorrt.images import (
     MAGIC,
     KernelImage,

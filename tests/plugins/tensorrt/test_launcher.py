@@ -16,7 +16,7 @@ import pytest
 from helpers.host_gpu import NUMPY, HostKernels, compiler
 
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, RmsnormDeployError
-from rmsnorm_deploy.plugins.launch_config import LaunchConfig, choose
+from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig, choose
 from rmsnorm_deploy.plugins.tensorrt.images import KernelImage, KernelImages, kernel_of
 from rmsnorm_deploy.plugins.tensorrt.launcher import Launcher, cuda_driver
 

@@ -17,7 +17,7 @@ from helpers.plugin_library import NUMPY, TENSORRT_TYPES, BuiltLibrary, HostDriv
 
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, UsageError
 from rmsnorm_deploy.plugins import contract
-from rmsnorm_deploy.plugins.launch_config import choose
+from rmsnorm_deploy.plugins.kernel.launch_config import choose
 from rmsnorm_deploy.plugins.tensorrt import header, library
 from rmsnorm_deploy.plugins.tensorrt.images import kernel_of
 

@@ -17,10 +17,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rmsnorm_deploy.models.errors import RmsnormDeployError, UnsupportedError, UsageError
 from rmsnorm_deploy.plugins import contract
-from rmsnorm_deploy.plugins.compiler import compile_kernel
-from rmsnorm_deploy.plugins.launch_config import choose
+from rmsnorm_deploy.plugins.kernel.compiler import compile_kernel
+from rmsnorm_deploy.plugins.kernel.launch_config import choose
 from rmsnorm_deploy.plugins.tensorrt.images import KernelImages, compile_images, kernel_of, unpack
-from rmsnorm_deploy.runtime.rewriting import rewrite_model
+from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
 from rmsnorm_deploy.runtime.tensorrt.build import build_engine
 
 needs_library = pytest.mark.skipif(plugin_library.missing() is not None, reason=str(plugin_library.missing()))

@@ -13,7 +13,7 @@ import pytest
 from helpers.command_line import CommandLine
 from onnx import TensorProto, helper, numpy_helper
 
-from rmsnorm_deploy.export.plugin_functions import plugin_function
+from rmsnorm_deploy.export.lowering.plugin_functions import plugin_function
 from rmsnorm_deploy.plugins import contract
 
 WIDTH = 32

@@ -25,10 +25,10 @@ from helpers.families import FAMILIES, VOCABULARY, build
 from helpers.plugin_library import BuiltLibrary
 from torch import nn
 
-from rmsnorm_deploy.export.exporter import export_model
+from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.models.loading import load_model
-from rmsnorm_deploy.models.recognise import recognise
+from rmsnorm_deploy.models.recognition.find_norms import recognise
 from rmsnorm_deploy.runtime.tensorrt.build import Engine, build_engine
 
 pytest.importorskip("tensorrt_rtx", reason="needs the builder: pip install 'rmsnorm-deploy[rtx]'")

@@ -111,7 +111,7 @@ def test_an_export_says_its_norms_by_itself(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from helpers.small_models import Residual, residual_inputs
 
-    from rmsnorm_deploy.export.exporter import export_model
+    from rmsnorm_deploy.export.from_torch.export_model import export_model
 
     torch.manual_seed(0)
     results = export_model(Residual(), tmp_path / "out", inputs=residual_inputs(), target=("plugin", "standard"))

@@ -1,0 +1,1 @@
+"""ONNX to ONNX: the norms of a file in a target's form."""

@@ -1,0 +1,61 @@
+"""Model-local functions that hold norms, or parts of one, are taken apart: a norm can only be seen in one graph."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from ..lowering.plugin_functions import stands_in_for_plugin
+from ..recognition.find_norms import recognise_graph
+
+_TAG = "rmsnorm_deploy.function"
+
+
+def inline_norm_functions(model: ir.Model) -> tuple[ir.Model, list[str]]:
+    """The model with every function inlined that takes part in a norm.
+
+    Which ones do is found out on a copy in which all are inlined; functions without norms, and the stand-ins for our
+    own plugin, stay as they are.
+
+    Returns:
+        The model itself where there is nothing to inline, or a copy; and the names of the functions that went.
+    """
+    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
+    # What has another opset than the model cannot be inlined as it is; ONNX Runtime reads it with the model's.
+    own = [
+        function for function in model.functions.values()
+        if not stands_in_for_plugin(function) and function.opset_imports.get("", opset) == opset
+    ]  # fmt: skip
+    keys = {_key(function) for function in own}
+    if not own:
+        return model, []
+    trial = model.clone()
+    for function in trial.functions.values():
+        for node in function.all_nodes():
+            node.metadata_props[_TAG] = _key(function)
+    InlinePass(lambda function: _key(function) in keys)(trial)
+    sites = recognise_graph(trial).sites
+    wanted = {node.metadata_props[_TAG] for site in sites for node in site.nodes if _TAG in node.metadata_props}
+    if not wanted:
+        return model, []
+    wanted = _with_callers(own, wanted)
+    if not wanted <= keys:
+        return model, []
+    inlined = model.clone()
+    InlinePass(lambda function: _key(function) in wanted)(inlined)
+    return inlined, sorted(f"{f.domain}::{f.name}" for f in own if _key(f) in wanted)
+
+
+def _key(function: ir.Function) -> str:
+    return "::".join(function.identifier())
+
+
+def _with_callers(functions: list[ir.Function], wanted: set[str]) -> set[str]:
+    """These functions and all that call them, directly or not."""
+    calls = {_key(f): {"::".join(node.op_identifier()) for node in f.all_nodes()} for f in functions}
+    found, grown = set(wanted), True
+    while grown:
+        callers = {key for key, called in calls.items() if called & found}
+        grown = not callers <= found
+        found |= callers
+    return found

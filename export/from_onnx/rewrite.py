@@ -1,0 +1,288 @@
+"""From any ONNX graph to one whose norms are in a target's form; everything else stays as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from ...models.errors import UnsupportedError, UsageError
+from ..graph.infer_types import Filled, fill_types
+from ..graph.site import GraphRefusal, GraphSite
+from ..lowering.norm_writer import LoweredSite, NormWriter, Written, dtype_name
+from ..lowering.plugin_functions import QUANTIZED_OPSET, is_plugin_node, move_to_contract_domain, style_plugin_nodes
+from ..lowering.quantized_norms import (
+    QuantizedOutput,
+    fuse_quantized_outputs,
+    is_quantized_norm,
+    split_quantized_outputs,
+)
+from ..lowering.table import HIGHEST_OPSET, cell, deviations
+from ..onnx_io.raise_opset import raise_opset
+from ..recognition.find_norms import find_norms
+from .inline_functions import inline_norm_functions
+
+# Before this IR version every initializer had to be an input too.
+_CONSTANTS_SINCE = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RewrittenSite:
+    """One norm, before and after.
+
+    Attributes:
+        before: in the original model.
+        lowered: what it became; None where it was left as it is.
+        changed: False where it stood in the target's form already.
+        x: in the rewritten model: what is normalised; None where one operator adds, normalises and keeps the sum.
+        y: in the rewritten model: the result.
+        gate: in the rewritten model.
+        sum_of: in the rewritten model: the two values that x is the sum of, where it is a residual add's.
+    """
+
+    before: GraphSite
+    lowered: LoweredSite | None
+    changed: bool
+    x: ir.Value | None
+    y: ir.Value
+    gate: ir.Value | None
+    sum_of: tuple[ir.Value, ir.Value] | None
+
+    @property
+    def stood(self) -> bool:
+        """Whether it was in the target's form before."""
+        return not self.changed and (self.lowered is not None or self.before.target is not None)
+
+
+@dataclass(slots=True)
+class Rewritten:
+    """A rewritten model.
+
+    Attributes:
+        model: the new one.
+        original: the given one; with functions that held norms inlined, where there were any.
+        sites: every norm, in graph order.
+        refusals: what looks like a norm, or is one, and was left as it is.
+        notes: what else was done.
+        quantized: norms whose result is quantized, once `fuse_quantized` was called; see there.
+        split: how many operators with a quantized output were taken apart.
+    """
+
+    model: ir.Model
+    original: ir.Model
+    sites: list[RewrittenSite]
+    refusals: list[GraphRefusal]
+    notes: list[str] = field(default_factory=list)
+    quantized: list[QuantizedOutput] = field(default_factory=list)
+    split: int = 0
+
+    @property
+    def changed(self) -> bool:
+        """Whether any norm was written anew, or with its quantization."""
+        return bool(self.split) or any(site.changed for site in self.sites) or any(q.dtype for q in self.quantized)
+
+
+def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Container[int] = ()) -> Rewritten:
+    """Put every norm of a graph into a target's form.
+
+    For target `plugin` the result has local functions, so ONNX Runtime runs it; see `style_plugin_nodes`. Norms with a
+    quantized output are taken apart into a norm and a QuantizeLinear, in `original` too, so that each can be proven by
+    itself; `fuse_quantized` makes one operator of both again.
+
+    Args:
+        model: any model; it stays as it is, but for dtypes and shapes that are inferred, and the order of its nodes
+            where that was not topological. Weights are not read, except those of norms.
+        target: one of the lowering table's targets.
+        opset: opset import of the result; None raises it only as far as the target needs.
+        skip: numbers of norms, in graph order, to leave as they are.
+
+    Raises:
+        UsageError: unknown target.
+        UnsupportedError: the opset cannot be raised without changing what another operator means, or the target can
+            do none of the norms.
+    """
+    lowest = cell(target, "plain").opset
+    _sort(model)
+    original, inlined = inline_norm_functions(model)
+    notes = [f"inlined, because norms stand in them: {', '.join(inlined)}"] if inlined else []
+    split: list[str] = []
+    if any(map(is_quantized_norm, original.graph)):
+        original = original.clone() if original is model else original
+        if _opset_import(original) < QUANTIZED_OPSET:  # only a file without functions has them then
+            notes.append(f"opset import raised from {_opset_import(original)} to {QUANTIZED_OPSET}")
+            raise_opset(original, QUANTIZED_OPSET)
+        split = split_quantized_outputs(original)
+        style_plugin_nodes(original, "function")
+    filled = fill_types(original)
+    found = find_norms(original)
+    rewritten = original.clone()
+    copies = _copies(original.graph, rewritten.graph)
+    current = _opset_import(rewritten)
+    wanted = _wanted_opset(target, opset, current, lowest if found.sites else current)
+    # Plugin nodes of another style stand in the target's form too, once they have their functions.
+    restyled = target == "plugin" and move_to_contract_domain(rewritten, _plugin_nodes(found.sites, copies))
+    writer = NormWriter(rewritten.graph, target, wanted)
+    refusals = list(found.refusals)
+    done: list[tuple[GraphSite, GraphSite, Written | None]] = []
+    for number, before in enumerate(found.sites):
+        site, written = _copied(before, copies), None
+        if number not in skip and not (site.target == target == "ort"):
+            try:
+                _refuse_other_epsilon(site, target)
+                written = writer.write(site)
+            except UnsupportedError as error:
+                refusals.append(GraphRefusal(site.node, site.path, str(error)))
+        done.append((before, site, written))
+    writer.finish()
+    sites = [_rewritten(writer, *row) for row in done]
+    result = Rewritten(rewritten, original, sites, refusals, notes, split=len(split))
+    if (
+        sites
+        and refusals
+        and not skip
+        and not any(s.lowered for s in sites)
+        and any(not s.before.target for s in sites)
+    ):
+        raise UnsupportedError(f"none of the {len(sites)} norms can be written: {refusals[-1].reason}")
+    if result.changed or restyled or (opset is not None and opset > current):
+        raise_opset(rewritten, wanted)
+        if wanted > current:
+            notes.append(f"opset import raised from {current} to {wanted}")
+    if result.changed or restyled:
+        rewritten.ir_version = max(rewritten.ir_version, _CONSTANTS_SINCE)
+        style_plugin_nodes(rewritten, "function")
+    _untype(result, [(copies[row.value], row) for row in filled])
+    return result
+
+
+def fuse_quantized(result: Rewritten, target: str, opset: int | None = None) -> None:
+    """Make one operator of each norm and the QuantizeLinear behind it, where the target has such an operator.
+
+    The values of `result.sites` are those before: prove the norms first.
+
+    Args:
+        result: what `rewrite` gave.
+        target: as it was given there.
+        opset: as it was given there.
+    """
+    if target != "plugin":
+        return
+    before = _opset_import(result.model)
+    result.quantized = fuse_quantized_outputs(result.model, may_raise_opset=opset is None)
+    for row in result.quantized:
+        if row.dtype is None:
+            result.notes.append(f"the quantization of {row.path or row.node} stays a node of its own: {row.reason}")
+    if any(row.dtype for row in result.quantized):
+        style_plugin_nodes(result.model, "function")
+        after = _opset_import(result.model)
+        if after > before:
+            result.notes.append(f"opset import raised from {before} to {after}, for norms with a quantized output")
+
+
+def _opset_import(model: ir.Model) -> int:
+    imports = model.graph.opset_imports
+    return imports.get("", imports.get("ai.onnx", 1))
+
+
+def _refuse_other_epsilon(site: GraphSite, target: str) -> None:
+    """A file has to compute what it computed: an epsilon in float64 must not become the nearest float32."""
+    inexact = [d for d in deviations(cell(target, site.form), site.spec, dtype_name(site.dtype)) if d.order == "any"]
+    if inexact:
+        raise UnsupportedError(
+            f"{inexact[0].reason}, and this one, {site.spec.eps!r}, is none. Use --target primitives."
+        )
+
+
+def _copies(graph: ir.Graph, clone: ir.Graph) -> dict[ir.Value, ir.Value]:
+    """Each value of a graph, and of the bodies in it, with its copy."""
+    copies: dict[ir.Value, ir.Value] = {}
+    pending = [(graph, clone)]
+    while pending:
+        one, other = pending.pop()
+        copies.update(zip(one.inputs, other.inputs, strict=True))
+        copies.update((value, other.initializers[name]) for name, value in one.initializers.items())
+        for node, copy in zip(one, other, strict=True):
+            copies.update(zip(node.outputs, copy.outputs, strict=True))
+            pending.extend(zip(_bodies(node), _bodies(copy), strict=True))
+    return copies
+
+
+def _plugin_nodes(sites: list[GraphSite], copies: Mapping[ir.Value, ir.Value]) -> Iterator[ir.Node]:
+    """The custom operators of the copied model that are norms."""
+    for site in sites:
+        for node in site.nodes:
+            copy = copies[node.outputs[0]].producer() if is_plugin_node(node) else None
+            if copy is not None:
+                yield copy
+
+
+def _copied(site: GraphSite, copies: Mapping[ir.Value, ir.Value]) -> GraphSite:
+    """The site in the copied model. A constant that stands in no graph serves both."""
+
+    def copy(value: ir.Value | None) -> ir.Value | None:
+        return None if value is None else copies.get(value, value)
+
+    operands = None if site.sum_of is None else (copies[site.sum_of[0]], copies[site.sum_of[1]])
+    return dataclasses.replace(
+        site, x=copy(site.x), weight=copy(site.weight), bias=copy(site.bias), gate=copy(site.gate),
+        y=copies[site.y], sum_of=operands, nodes=(),
+    )  # fmt: skip
+
+
+def _rewritten(writer: NormWriter, before: GraphSite, site: GraphSite, written: Written | None) -> RewrittenSite:
+    """The site with its values as they are when every norm is written."""
+    x, y = (site.x, site.y) if written is None else (written.x, written.y)
+    lowered, changed = (None, False) if written is None else (written.lowered, written.changed)
+    operands = [value for value in map(writer.current, site.sum_of or ()) if value is not None]
+    sum_of = (operands[0], operands[1]) if len(operands) == 2 else None
+    gate = writer.current(site.gate)
+    return RewrittenSite(before, lowered, changed, writer.current(x), writer.current(y) or y, gate, sum_of)
+
+
+def _wanted_opset(target: str, opset: int | None, current: int, lowest: int) -> int:
+    if opset is None:
+        return max(current, lowest)
+    if opset > max(HIGHEST_OPSET, current):
+        raise UnsupportedError(f"opset {opset} is not written; the highest is {HIGHEST_OPSET}.")
+    if opset < current:
+        raise UsageError(f"the file has opset {current}; opsets are raised, never lowered. Leave --opset out.")
+    if opset < lowest:
+        raise UnsupportedError(f"target {target!r} needs opset {lowest}, but opset {opset} was asked for.")
+    return opset
+
+
+def _sort(model: ir.Model) -> None:
+    """Put nodes in topological order where they are not; a cycle has been refused before."""
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        made: set[ir.Value] = set()
+        pending: list[Iterator[ir.Node]] = [iter(graph)]
+        sorted_already = True
+        while pending and sorted_already:
+            node = next(pending[-1], None)
+            if node is None:
+                pending.pop()
+                continue
+            made.update(node.outputs)
+            read = (v for v in node.inputs if v is not None and v.producer() is not None)
+            sorted_already = all(v in made for v in read)
+            pending.extend(iter(inner) for inner in _bodies(node))
+        if not sorted_already:
+            graph.sort()
+
+
+def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
+            yield from attribute.as_graphs()
+
+
+def _untype(result: Rewritten, filled: list[tuple[ir.Value, Filled]]) -> None:
+    """Take back the dtypes and shapes that the file did not have, except where norms begin and end."""
+    kept = {value for site in result.sites for value in (site.x, site.y, site.gate, *(site.sum_of or ()))}
+    for value, before in filled:
+        if value not in kept:
+            value.type, value.shape = before.type, before.shape

@@ -1,0 +1,58 @@
+"""Example inputs: what a model is called with while it is captured, when the user gave nothing."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...models.errors import UsageError
+
+# At least 2 in every dim that is to be dynamic, all different, and no multiple of a usual chunk.
+_BATCH, _SEQUENCE, _DECODER_SEQUENCE = 2, 9, 5
+
+
+def example_inputs(model: nn.Module) -> dict[str, Any]:
+    """Token inputs for a model that reads tokens, on the model's device.
+
+    Returns:
+        `input_ids` and, where the forward takes it, `attention_mask` (int64, `[2, 9]`); `decoder_input_ids` (`[2, 5]`)
+        for an encoder-decoder.
+
+    Raises:
+        UsageError: the model reads something else; the message says how to give inputs.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" not in parameters:
+        raise UsageError(
+            f"{type(model).__name__} does not read input_ids (it takes {', '.join(parameters) or 'nothing'}), so its "
+            "example inputs must be given: --inputs FILE.npz, or a factory that returns (model, inputs)."
+        )
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    size = vocabulary_size(model)
+    if size is None:
+        raise UsageError(f"{type(model).__name__} has no vocabulary to draw tokens from; give --inputs FILE.npz.")
+
+    def tokens(length: int) -> torch.Tensor:
+        return torch.randint(min(3, size - 1), size, (_BATCH, length), generator=generator).to(device)
+
+    inputs = {"input_ids": tokens(_SEQUENCE)}
+    if "attention_mask" in parameters:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = tokens(_DECODER_SEQUENCE)
+    return inputs
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """How many token ids the model knows: its config's word, else its first embedding's size, else None."""
+    config = getattr(model, "config", None)
+    for owner in (config, getattr(config, "text_config", None)):
+        size = getattr(owner, "vocab_size", None)
+        if isinstance(size, int) and size > 0:
+            return size
+    embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    return embedding.num_embeddings if embedding is not None else None

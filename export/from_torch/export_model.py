@@ -1,0 +1,286 @@
+"""From a PyTorch model to a folder with an ONNX file: recognise, swap, check, capture, lower, save."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from ...models.errors import MismatchError, UsageError
+from ...models.loading import DTYPES
+from ...models.recognition.find_norms import recognise
+from ...models.recognition.site import Recognition
+from ..lowering.plugin_functions import PluginStyle, plugin_style, style_notes
+from ..lowering.table import TARGETS, Environment, LoweringRefusal, opset_for, resolve
+from ..onnx_io.atomic_files import MANIFEST, check_destination, copy_companions, new_folder
+from ..onnx_io.manifest import site_rows, tensor_rows, write_manifest
+from .capture import Capture, capture, detached
+from .example_inputs import example_inputs
+from .lower import lower
+from .swap import swapped
+
+MODEL_FILE = "model.onnx"
+# Weights above this many bytes go to model.onnx.data, so no file meets protobuf's limit of 2 GB.
+_EXTERNAL_BYTES = 1024
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """One exported folder.
+
+    Attributes:
+        folder: where it is.
+        target: what it was lowered for.
+        manifest: the manifest's content; the file is `folder / "manifest.json"`.
+        recognition: the norms that were found and those that were refused.
+    """
+
+    folder: Path
+    target: str
+    manifest: dict[str, Any]
+    recognition: Recognition
+
+    @property
+    def files(self) -> list[str]:
+        """Names of all files, the manifest among them."""
+        return [*self.manifest["files"], MANIFEST]
+
+
+@dataclass(slots=True)
+class PreparedModel:
+    """A model whose norms are known and which was captured once; it can be lowered for any number of targets."""
+
+    capture: Capture
+    recognition: Recognition
+    dtype: str
+    details: dict[str, Any] = field(default_factory=dict)
+    companions: Path | None = None
+
+
+def export_model(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    target: str | Sequence[str] = "primitives",
+    dtype: str | None = None,
+    opset: int | None = None,
+    dynamic: bool | Mapping[str, Any] = True,
+    with_past: bool = False,
+    function: bool = True,
+    ort_trt: bool = False,
+    details: Mapping[str, Any] | None = None,
+    companions: Path | None = None,
+    progress: Progress | None = None,
+) -> list[ExportResult]:
+    """Export `model` with every RMSNorm in the form that `target` wants.
+
+    Args:
+        model: any module; it is put back exactly as it was, also after an error.
+        path: the folder to make. With several targets each gets a subfolder of its name. An earlier export there is
+            replaced, anything else is refused.
+        inputs: keyword arguments of the forward; token inputs are made up where it reads `input_ids`. A dim of size 1
+            becomes static, so give at least 2 wherever it is to be dynamic.
+        target: one or several of `primitives`, `standard`, `ort`, `plugin`.
+        dtype: `float32`, `float16`, `bfloat16` or `float64`; another dtype than the model's exports a converted copy.
+        opset: opset import of the file, 18 to 23; None for the target's default (20; 23 for `standard`).
+        dynamic: True lets every dim be dynamic that the model does not fix, False fixes all, a mapping is
+            `torch.export`'s `dynamic_shapes`.
+        with_past: export a decoder of transformers with its KV cache: one file for prefill and decode.
+        function: give the file of target `plugin` local functions that stand in for the plugin. TensorRT 10.6 and
+            before use them in place of the plugin; without them ONNX Runtime cannot run the file.
+        ort_trt: write the file of target `plugin` for ONNX Runtime's TensorRT provider: plugin nodes in domain
+            `trt.plugins`, without local functions.
+        details: more fields for the manifest, such as the model's name.
+        companions: a folder to copy config and tokenizer files from.
+        progress: called with a line of text at each step.
+
+    Returns:
+        One result for each target, in the order given.
+
+    Raises:
+        UsageError: an argument is wrong or the folder cannot be written; nothing is left behind.
+        UnsupportedError: the target, opset or dtype cannot do it, or the exporter cannot capture the model.
+        MismatchError: the swapped model does not give the original's bits.
+    """
+    targets = [target] if isinstance(target, str) else list(target)
+    for name in targets:
+        if name not in TARGETS:
+            raise UsageError(f"unknown target {name!r}; the targets are {', '.join(TARGETS)}.")
+        opset_for(name, opset)
+    style = plugin_style(function, ort_trt, targets)
+    folder = Path(path)
+    places = [folder] if len(targets) == 1 else [folder / name for name in targets]
+    for place in places:
+        check_destination(place)
+    prepared = prepare(
+        model, inputs=inputs, targets=targets, dtype=dtype, opset=opset, dynamic=dynamic, with_past=with_past,
+        progress=progress,
+    )  # fmt: skip
+    prepared.details.update(details or {})
+    prepared.companions = companions
+    return [
+        save(prepared, place, name, opset=opset, style=style if name == "plugin" else "function", progress=progress)
+        for name, place in zip(targets, places, strict=True)
+    ]
+
+
+def prepare(
+    model: nn.Module,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    targets: Sequence[str] = (),
+    dtype: str | None = None,
+    opset: int | None = None,
+    dynamic: bool | Mapping[str, Any] = True,
+    with_past: bool = False,
+    progress: Progress | None = None,
+) -> PreparedModel:
+    """Recognise, check and capture: all that does not depend on the target.
+
+    Arguments as in `export_model`; what one of `targets` cannot do is refused before the slow part.
+    """
+    say = progress or _silent
+    converted = dtype is not None and dtype != _dtype_of(model)
+    model = _in_dtype(model, dtype)
+    feeds = dict(inputs) if inputs is not None else example_inputs(model)
+    if converted:
+        feeds = {name: _cast(value, getattr(torch, str(dtype))) for name, value in feeds.items()}
+    say("finding the norms")
+    recognition = recognise(model)
+    for target in targets:
+        _refuse_early(recognition, target, opset, _dtype_of(model))
+    training = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    try:
+        say(f"checking {len(recognition.sites)} norms in the running model")
+        recognition = _checked(model, recognition, feeds)
+        say("capturing the graph")
+        with swapped(model, recognition.sites):
+            captured = capture(model, detached(feeds), opset=opset, dynamic=dynamic, with_past=with_past)
+    finally:
+        for name, module in model.named_modules():
+            module.training = training[name]
+    return PreparedModel(captured, recognition, _dtype_of(model))
+
+
+def save(
+    prepared: PreparedModel,
+    path: str | os.PathLike[str],
+    target: str,
+    *,
+    opset: int | None = None,
+    style: PluginStyle = "function",
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Lower a prepared model for one target and write its folder, whole or not at all.
+
+    Arguments as in `export_model`; `style` is how the file has the custom operators of target `plugin`.
+    """
+    say = progress or _silent
+    say(f"lowering for {target}")
+    lowered, sites = lower(prepared.capture.model, target, opset, style)
+    graph = lowered.graph
+    content = {
+        **prepared.details,
+        "target": target,
+        "opset": graph.opset_imports[""],
+        "dtype": prepared.dtype,
+        "with_past": prepared.capture.with_past,
+        "model": MODEL_FILE,
+        "inputs": tensor_rows(list(graph.inputs)),
+        "outputs": tensor_rows(list(graph.outputs)),
+        "sites": site_rows(prepared.recognition, sites),
+        "refusals": [refusal.to_dict() for refusal in prepared.recognition.refusals],
+        "notes": [*prepared.capture.notes, *style_notes(lowered, style)],
+    }
+    with new_folder(path) as folder:
+        say("writing the model")
+        _write_model(lowered, folder)
+        if prepared.companions is not None:
+            copy_companions(prepared.companions, folder)
+        say("hashing the files")
+        manifest = write_manifest(folder, content)
+    return ExportResult(Path(path), target, manifest, prepared.recognition)
+
+
+def _write_model(model: ir.Model, folder: Path) -> None:
+    model.producer_name = "rmsnorm-deploy"
+    data = folder / f"{MODEL_FILE}.data"
+    ir.save(model, folder / MODEL_FILE, external_data=data.name, size_threshold_bytes=_EXTERNAL_BYTES)
+    if data.is_file() and data.stat().st_size == 0:
+        data.unlink()
+
+
+def _checked(model: nn.Module, recognition: Recognition, feeds: Mapping[str, Any]) -> Recognition:
+    """Run the model with its norms swapped, drop every norm that differs here, and compare the outputs bit by bit."""
+    if not recognition.sites:
+        return recognition
+    with torch.no_grad():
+        wanted = _tensors(_run(model, feeds))
+        with swapped(model, recognition.sites, check=True) as report:
+            got = _tensors(_run(model, feeds))
+    refused = report.refusals(recognition)
+    if refused:
+        paths = {refusal.path for refusal in refused}
+        kept = [site for site in recognition.sites if site.path not in paths]
+        # Once more without them: what is kept has to give the whole model's outputs.
+        return _checked(model, Recognition(kept, [*recognition.refusals, *refused]), feeds)
+    for index, (a, b) in enumerate(zip(wanted, got, strict=True)):
+        if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(a.nan_to_num(), b.nan_to_num()):
+            raise MismatchError(
+                f"output {index} of {type(model).__name__} is not bit for bit the same with its norms swapped, though "
+                "each norm is. Is the model deterministic in eval mode?"
+            )
+    return recognition
+
+
+def _refuse_early(recognition: Recognition, target: str, opset: int | None, dtype: str) -> None:
+    environment = Environment(opset=opset_for(target, opset), dtype=dtype)
+    for site in recognition.sites:
+        found = resolve(site.spec, "plain", target, environment)
+        if isinstance(found, LoweringRefusal):
+            raise found.to_error()
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _run(model: nn.Module, feeds: Mapping[str, Any]) -> Any:
+    try:
+        return model(**detached(feeds))
+    except Exception as error:
+        shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in feeds.items()}
+        first = " ".join(str(error).split())[:300]
+        raise UsageError(f"{type(model).__name__} fails on the example inputs {shapes}: {first}") from error
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:
+    if dtype is None or dtype == _dtype_of(model):
+        return model
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    return copy.deepcopy(model).to(getattr(torch, dtype))
+
+
+def _dtype_of(model: nn.Module) -> str:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    return str(dtype).removeprefix("torch.")
+
+
+def _silent(_: str) -> None:
+    return None

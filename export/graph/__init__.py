@@ -1,0 +1,1 @@
+"""What the other rooms ask of an ONNX graph: its norms, constants, dtypes and shapes."""

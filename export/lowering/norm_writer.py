@@ -1,0 +1,266 @@
+"""Write one norm of a graph in a target's form: the one way down, for captured graphs and for files of others."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import onnx_ir as ir
+
+from ...models.errors import UnsupportedError
+from ...models.spec import NormSpec
+from ..graph.constants import constant
+from ..graph.residual import residual_operands
+from ..graph.site import GraphSite
+from .already_lowered import counterparts
+from .builder import Builder
+from .steps import Emitted, NormInputs, emit
+from .table import Deviation, Environment, Form, LoweringRefusal, deviations, resolve
+
+METADATA_PREFIX = "rmsnorm_deploy."
+PATH_KEY = METADATA_PREFIX + "path"
+SPEC_KEY = METADATA_PREFIX + "spec"
+TARGET_KEY = METADATA_PREFIX + "target"
+FORM_KEY = METADATA_PREFIX + "form"
+# On the main node: names of the values that go in and come out of the whole norm, as JSON.
+VALUES_KEY = METADATA_PREFIX + "values"
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredSite:
+    """One norm of the finished graph.
+
+    Attributes:
+        path: the module it came from.
+        spec: what it computes, as called here (a gated norm called without a gate has none).
+        form: `plain`, or `add` when a residual add stands in front.
+        node: name of its main node.
+        dtype: dtype of its input.
+        deviations: where the target is not exact for it.
+    """
+
+    path: str
+    spec: NormSpec
+    form: Form
+    node: str
+    dtype: str
+    deviations: list[Deviation] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Written:
+    """A norm that was written.
+
+    Attributes:
+        lowered: what it became.
+        changed: False where it stood in the target's form already; then only notes were added.
+        x: what is normalised; None where one operator adds and normalises and keeps the sum to itself.
+        y: the result.
+    """
+
+    lowered: LoweredSite
+    changed: bool
+    x: ir.Value | None
+    y: ir.Value
+
+
+class NormWriter:
+    """Writes the norms of one model.
+
+    Args:
+        root: the main graph, which gets the constants.
+        target: one of the lowering table's targets.
+        opset: opset import of the finished file.
+    """
+
+    def __init__(self, root: ir.Graph, target: str, opset: int) -> None:
+        self._root, self._target, self._opset = root, target, opset
+        self._constants: dict[Any, ir.Value] = {}
+        self._names = {node.name for node in root.all_nodes() if node.name}
+        self._successors: dict[ir.Value, ir.Value] = {}
+        self._left: set[ir.Value] = set()
+        self._numbers: Counter[str] = Counter()
+
+    def current(self, value: ir.Value | None) -> ir.Value | None:
+        """The value that stands for this one now: norms that were written have new results."""
+        while value is not None and value in self._successors:
+            value = self._successors[value]
+        return value
+
+    def write(self, site: GraphSite, notes: Mapping[str, str] | None = None) -> Written:
+        """Put the norm into the target's form, unless it has it already.
+
+        Args:
+            site: the norm; its nodes go, as far as nothing else reads them.
+            notes: more metadata for each new node.
+
+        Raises:
+            UnsupportedError: the target cannot do this norm; the graph is as it was.
+        """
+        site = self._now(site)
+        spec, target, last = site.spec, self._target, site.y.producer()
+        if last is None or not isinstance(last.graph, ir.Graph):
+            raise ValueError(f"norm {site.path!r} stands outside of any graph")
+        graph, dtype = last.graph, dtype_name(site.dtype)
+        environment = Environment(opset=self._opset, dtype=dtype, top_level=graph is self._root)
+        cell = resolve(spec, site.form, target, environment)
+        if isinstance(cell, LoweringRefusal):
+            raise cell.to_error()
+        metadata = {**(notes or {}), PATH_KEY: site.path, TARGET_KEY: target, FORM_KEY: site.form}
+        builder = Builder(graph, self._root, metadata, self._constants, self._opset)
+        composite = last if site.target is not None else None
+        inputs, x = self._inputs(builder, site, composite)
+        emitted = emit(builder, spec, inputs, target, site.path)
+        self._check(site, emitted)
+        form = site.form
+        if inputs.sum_of is not None and emitted.total is None:  # a gate or a bias stands between the add and the norm
+            form = "plain"
+            for node in builder.nodes:
+                node.metadata_props[FORM_KEY] = form
+        found = counterparts(builder.nodes, emitted.output, site.y)
+        if found is not None:
+            for node in builder.nodes:
+                found[node].metadata_props.update(node.metadata_props)
+            core, total = found[emitted.core], site.x
+            output = site.y
+            builder.withdraw()
+        else:
+            self._name(builder, site.path)
+            total = self._replace(builder, site, emitted, composite, x)
+            core, output = emitted.core, emitted.output
+        if found is None or SPEC_KEY not in core.metadata_props:
+            core.metadata_props[SPEC_KEY] = spec.to_json()
+        values = {"x": total, "y": output, "gate": site.gate}
+        names = {role: value.name for role, value in values.items() if value is not None}
+        core.metadata_props[VALUES_KEY] = json.dumps(names, sort_keys=True)
+        lowered = LoweredSite(site.path, spec, form, core.name or "", dtype, deviations(cell, spec, dtype))
+        return Written(lowered, found is None, total, output)
+
+    def _now(self, site: GraphSite) -> GraphSite:
+        x = self.current(site.x)
+        sum_of = tuple(value for value in map(self.current, site.sum_of or ()) if value is not None)
+        form = site.form
+        if site.target is None and x is not None and residual_operands(x, site.y) is None:
+            form, sum_of = "plain", ()  # another norm of the same sum has taken the Add in
+        return replace(
+            site,
+            form=form,
+            x=x,
+            weight=self.current(site.weight),
+            bias=self.current(site.bias),
+            gate=self.current(site.gate),
+            sum_of=(sum_of[0], sum_of[1]) if len(sum_of) == 2 else None,
+        )
+
+    def _inputs(self, builder: Builder, site: GraphSite, composite: ir.Node | None) -> tuple[NormInputs, ir.Value]:
+        """What the emitter reads. Where one operator added and normalised, the sum is made anew or stood in for."""
+        weight, bias = (self._registered(builder, value) for value in (site.weight, site.bias))
+        # A fused node stands where the Add stood, and a weight that is computed may come after that.
+        early = weight is None or weight.producer() is None
+        operands = site.sum_of if self._target == "plugin" and early and site.form == "add" else None
+        if composite is None:
+            if site.x is None:
+                raise ValueError(f"norm {site.path!r} has no input")
+            return NormInputs(site.x, weight, bias, site.gate, operands), site.x
+        a, b = site.sum_of or (None, None)
+        if a is None or b is None:
+            raise ValueError(f"norm {site.path!r} adds nothing")
+        if operands is not None:
+            x = ir.Value(name=None, shape=a.shape, type=ir.TensorType(site.dtype))
+        else:
+            x = builder.op("Add", [a, b], dtype=site.dtype, shape=a.shape)
+        return NormInputs(x, weight, bias, site.gate, operands), x
+
+    def _registered(self, builder: Builder, value: ir.Value | None) -> ir.Value | None:
+        """A constant as an initializer of the main graph; any other value as it is."""
+        array = constant(value)
+        if value is None or array is None or value.is_initializer() or value.dtype is None:
+            return value
+        return builder.constant(array, value.dtype, str(value.name))
+
+    def _check(self, site: GraphSite, emitted: Emitted) -> None:
+        if site.y.dtype is not None and emitted.output.dtype != site.y.dtype:
+            raise UnsupportedError(
+                f"norm {site.path!r} gives {site.y.dtype.name.lower()}, and written for {self._target} it would give "
+                f"{emitted.output.dtype.name.lower() if emitted.output.dtype else 'an unknown dtype'}."
+            )
+
+    def _replace(
+        self, builder: Builder, site: GraphSite, emitted: Emitted, composite: ir.Node | None, x: ir.Value
+    ) -> ir.Value | None:
+        """Put the new nodes in, hand the uses of the old values over, and take out what nothing reads any more."""
+        old_sum, last = site.x, site.y.producer()
+        assert last is not None
+        total = emitted.total if emitted.total is not None else x
+        add = old_sum.producer() if old_sum is not None and composite is None else None
+        if emitted.total is not None and add is not None and old_sum is not None:
+            # The sum is needed from the Add on, so the fused node stands where the Add stood.
+            builder.insert_before(add)
+            self._take_over(old_sum, emitted.total)
+            self._take_over(site.y, emitted.output)
+            self._remove_unread([last, add])
+            return emitted.total
+        builder.insert_before(last)
+        if composite is not None and old_sum is not None:
+            self._take_over(old_sum, total)
+        self._take_over(site.y, emitted.output)
+        self._remove_unread([last])
+        return total
+
+    def _take_over(self, old: ir.Value, new: ir.Value) -> None:
+        name, shape = old.name, old.shape
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        old.name, new.name = None, name
+        if new.shape is None:
+            new.shape = shape
+        self._successors[old] = new
+
+    def _remove_unread(self, nodes: list[ir.Node]) -> None:
+        """Remove these nodes where nothing reads them, and then what only they read."""
+        pending = list(nodes)
+        while pending:
+            node = pending.pop()
+            graph = node.graph
+            if graph is None or any(output.uses() or output.is_graph_output() for output in node.outputs):
+                continue
+            read = [value for value in node.inputs if value is not None]
+            graph.remove(node, safe=True)
+            for value in read:
+                producer = value.producer()
+                if producer is not None:
+                    pending.append(producer)
+                elif value.is_initializer():
+                    self._left.add(value)
+
+    def finish(self) -> None:
+        """Drop the initializers that only removed nodes read."""
+        for value in self._left:
+            owner = value.graph
+            if not value.uses() and not value.is_graph_input() and not value.is_graph_output() and owner is not None:
+                owner.initializers.pop(str(value.name), None)
+        for value in self._constants.values():  # made for a norm that was refused after all
+            if not value.uses():
+                self._root.initializers.pop(str(value.name), None)
+        self._left.clear()
+
+    def _name(self, builder: Builder, path: str) -> None:
+        """Nodes are called after the module they came from, so that a profile or an engine can be read.
+
+        A norm called several times has nodes of several numbers: node names are unique.
+        """
+        for node in builder.nodes:
+            base = name = f"{path or 'norm'}/{node.op_type}"
+            while name in self._names:
+                self._numbers[base] += 1
+                name = f"{base}_{self._numbers[base]}"
+            self._names.add(name)
+            node.name = name
+
+
+def dtype_name(dtype: ir.DataType) -> str:
+    """numpy's name of a floating dtype."""
+    names = {ir.DataType.FLOAT: "float32", ir.DataType.DOUBLE: "float64"}
+    return names.get(dtype, dtype.name.lower())

@@ -1,0 +1,282 @@
+"""The lowering table: what each target emits for each form of a norm, what that needs, and how exact it is.
+
+This is the one place that says so: export, `rmsnorm targets`, the README's table and the tests are generated from it.
+"Exact" speaks of the order of roundings: an exact cell rounds where the module rounds. Sums taken in another order
+still differ in the last bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ...models.errors import UnsupportedError, UsageError
+from ...models.spec import NormSpec
+
+Target = Literal["primitives", "standard", "ort", "plugin"]
+Form = Literal["plain", "add"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+FORMS: tuple[Form, ...] = get_args(Form)
+
+LOWEST_OPSET = 18
+HIGHEST_OPSET = 23
+DEFAULT_OPSET = 20
+HALF = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """A case in which a cell does not round where the module rounds.
+
+    Attributes:
+        order: the order of casts it applies to, or `any`.
+        dtypes: the dtypes it applies to.
+        runtime: where it shows: a runtime's name, or `any`.
+        ulp: largest difference from the module's own result, in ULP of the output dtype; None if it has no bound
+            because the module itself is inaccurate.
+        reason: why.
+    """
+
+    order: str
+    dtypes: tuple[str, ...]
+    runtime: str
+    ulp: float | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One target's way to write one form.
+
+    Attributes:
+        target: whom the file is for.
+        form: `plain`, or `add` for a residual add in front of the norm whose sum is used elsewhere too.
+        emits: the operators, in order.
+        opset: lowest opset import of the finished file.
+        dtypes: dtypes of x that it can do.
+        runtimes: lowest versions that run it.
+        deviations: where it is not exact.
+        note: what else a reader should know.
+    """
+
+    target: Target
+    form: Form
+    emits: str
+    opset: int
+    dtypes: tuple[str, ...]
+    runtimes: tuple[tuple[str, str], ...]
+    deviations: tuple[Deviation, ...]
+    note: str
+
+
+_HALF_STATISTICS = Deviation(
+    "no_upcast", HALF, "any", None, "statistics are float32 where the module's are half: nearer the truth than it"
+)
+_ORT_SCALES_FIRST = Deviation(
+    "cast_then_scale", HALF, "onnxruntime", 1.5, "ONNX Runtime multiplies by the weight in float32 and casts once"
+)
+_FACTOR_NOT_CAST = Deviation("cast_factor", HALF, "any", 1.5, "the factor is not rounded before it multiplies x")
+_ORT_FACTOR_NOT_CAST = Deviation(
+    "cast_factor", HALF, "onnxruntime", 1.5, "ONNX Runtime may fuse the norm, and then does not round the factor"
+)
+_ROUNDED_EPS = Deviation("any", ("float64",), "any", None, "the operator holds epsilon as float32")
+_ALL = ("float32", "float16", "bfloat16", "float64")
+
+# The version whose engines the tests build. Its parser knows SimplifiedLayerNormalization too.
+_RTX = ("tensorrt-rtx", "1.7")
+
+# fmt: off
+TABLE: tuple[Cell, ...] = (
+    Cell("primitives", "plain", "Cast, Pow, ReduceMean, Add, Sqrt, Div, Mul, Cast", 7, _ALL,
+         (("onnxruntime", "1.23"), ("tensorrt", "10.7"), _RTX),
+         (_ORT_SCALES_FIRST, _ORT_FACTOR_NOT_CAST, _HALF_STATISTICS),
+         "the spelling that ONNX Runtime fuses into one kernel at load"),
+    Cell("primitives", "add", "Add, then as plain", 7, _ALL,
+         (("onnxruntime", "1.23"), ("tensorrt", "10.7"), _RTX),
+         (_ORT_SCALES_FIRST, _ORT_FACTOR_NOT_CAST, _HALF_STATISTICS),
+         "the Add stays: its sum is the second output"),
+    Cell("standard", "plain", "RMSNormalization", 23, _ALL,
+         (("onnxruntime", "1.23"), ("tensorrt", "10.15"), _RTX),
+         (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
+         "Cast to float32 and back around it where the module scales before it casts"),
+    Cell("standard", "add", "Add, RMSNormalization", 23, _ALL,
+         (("onnxruntime", "1.23"), ("tensorrt", "10.15"), _RTX),
+         (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
+         "the Add stays: its sum is the second output"),
+    Cell("ort", "plain", "SimplifiedLayerNormalization", 7, _ALL,
+         (("onnxruntime", "1.23"), _RTX),
+         (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
+         "ONNX Runtime's own fused operator; nothing else runs it"),
+    Cell("ort", "add", "Add, SimplifiedLayerNormalization", 7, _ALL,
+         (("onnxruntime", "1.23"), _RTX),
+         (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
+         "SkipSimplifiedLayerNormalization is several times less accurate on the CPU, so it is not written"),
+    Cell("plugin", "plain", "rmsnorm_deploy::RMSNorm", 18, ("float32", "float16", "bfloat16"),
+         (("tensorrt", "10.7"), _RTX, ("onnxruntime", "1.23")),
+         (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS),
+         "a local function of the same name holds the primitives, so the file runs without the plugin too"),
+    Cell("plugin", "add", "rmsnorm_deploy::AddRMSNorm", 18, ("float32", "float16", "bfloat16"),
+         (("tensorrt", "10.7"), _RTX, ("onnxruntime", "1.23")),
+         (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS),
+         "two outputs: normalised, sum"),
+)
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What the file is written for.
+
+    Attributes:
+        opset: the opset import wanted, or None for the lowest that the target can use.
+        dtype: dtype of x, such as `float16`.
+        runtime: `onnxruntime`, `tensorrt`, or None when unknown.
+        runtime_version: its version, such as `1.24.1`, or None when unknown.
+        top_level: whether the norm stands in the main graph, not in a control-flow body.
+    """
+
+    opset: int | None = None
+    dtype: str = "float32"
+    runtime: str | None = None
+    runtime_version: str | None = None
+    top_level: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LoweringRefusal:
+    """Why a cell cannot be used, and what can.
+
+    Attributes:
+        reasons: never empty.
+        nearest: the target that is nearest to the one asked for and legal, or None.
+    """
+
+    target: str
+    reasons: tuple[str, ...]
+    nearest: str | None
+
+    def to_error(self) -> UnsupportedError:
+        """The refusal as an error, exit code 3."""
+        advice = f" Use --target {self.nearest} instead." if self.nearest else ""
+        return UnsupportedError(f"target {self.target!r} cannot be used: {'; '.join(self.reasons)}.{advice}")
+
+
+def cell(target: str, form: Form) -> Cell:
+    """The table's cell.
+
+    Raises:
+        UsageError: no such target.
+    """
+    for row in TABLE:
+        if row.target == target and row.form == form:
+            return row
+    raise UsageError(f"unknown target {target!r}; the targets are {', '.join(TARGETS)}.")
+
+
+def resolve(spec: NormSpec, form: Form, target: str, environment: Environment) -> Cell | LoweringRefusal:
+    """The cell to use, or why there is none.
+
+    Args:
+        spec: the norm.
+        form: whether a residual add stands in front of it.
+        target: one of `TARGETS`.
+        environment: what the file is written for.
+
+    Raises:
+        UsageError: no such target.
+    """
+    chosen = cell(target, form)
+    reasons = _obstacles(chosen, spec, environment)
+    if not reasons:
+        return chosen
+    others = [row for row in TABLE if row.form == form and row.target != target]
+    nearest = next((row.target for row in others if not _obstacles(row, spec, environment)), None)
+    return LoweringRefusal(target, tuple(reasons), nearest)
+
+
+def deviations(chosen: Cell, spec: NormSpec, dtype: str, runtime: str | None = None) -> list[Deviation]:
+    """Where `chosen` is not exact for this norm; with a runtime, only what shows there."""
+    return [
+        dataclasses.replace(d, ulp=_bound(d.ulp, spec))
+        for d in chosen.deviations
+        if dtype in d.dtypes and _concerns(d, spec) and (runtime is None or d.runtime in ("any", runtime))
+    ]
+
+
+def _concerns(deviation: Deviation, spec: NormSpec) -> bool:
+    if deviation.order == "any":  # an epsilon that float32 cannot hold, where the statistics are wider
+        return spec.statistics != "float32" and not _is_float32(spec.eps)
+    return deviation.order == spec.order and (spec.has_weight or deviation.order != "cast_then_scale")
+
+
+def _is_float32(value: float) -> bool:
+    try:
+        return bool(struct.unpack("f", struct.pack("f", value))[0] == value)
+    except OverflowError:
+        return False
+
+
+def _bound(ulp: float | None, spec: NormSpec) -> float | None:
+    """The table's bound is for one rounding that is left out, with at most one behind it.
+
+    A bias may cancel what the rounding is measured against; each further rounding (a gate's, a weight's behind a
+    rounded factor) hands on the error of the one before, which a change of binade can double.
+    """
+    if ulp is None or spec.bias:
+        return None
+    further = spec.gate == "after" or (spec.order == "cast_factor" and spec.has_weight)
+    return 2 * ulp if further else ulp
+
+
+def opset_for(target: str, opset: int | None) -> int:
+    """The opset import of a finished file.
+
+    Raises:
+        UsageError: no such target.
+        UnsupportedError: the opset asked for is outside what is written, or too low for the target.
+    """
+    lowest = cell(target, "plain").opset
+    if opset is None:
+        return max(lowest, DEFAULT_OPSET)
+    if not LOWEST_OPSET <= opset <= HIGHEST_OPSET:
+        raise UnsupportedError(f"opset {opset} is not written; choose one from {LOWEST_OPSET} to {HIGHEST_OPSET}.")
+    if opset < lowest:
+        raise UnsupportedError(
+            f"target {target!r} needs opset {lowest}, but opset {opset} was asked for. Leave --opset out, or use "
+            f"--target primitives, which needs opset {LOWEST_OPSET}."
+        )
+    return opset
+
+
+def _obstacles(row: Cell, spec: NormSpec, environment: Environment) -> list[str]:
+    reasons = []
+    if environment.dtype not in row.dtypes:
+        reasons.append(f"{row.emits} does not exist for {environment.dtype} (it has {', '.join(row.dtypes)})")
+    if environment.opset is not None and environment.opset < row.opset:
+        reasons.append(f"{row.emits} needs opset {row.opset}, and the file has opset {environment.opset}")
+    if row.target == "plugin" and not environment.top_level:
+        reasons.append("TensorRT finds plugins in the main graph only, and this norm stands in a control-flow body")
+    if row.target == "plugin" and spec.statistics == "promoted" and environment.dtype == "float64":
+        reasons.append("the plugin's statistics are float32")
+    lowest = dict(row.runtimes)
+    if environment.runtime is not None and environment.runtime not in lowest:
+        reasons.append(f"{environment.runtime} does not know {row.emits}")
+    elif environment.runtime is not None and environment.runtime_version is not None:
+        needed = lowest[environment.runtime]
+        older = _version(environment.runtime_version) < _version(needed)
+        reasons += [
+            f"{row.emits} needs {environment.runtime} {needed}, and this is {environment.runtime_version}"
+        ] * older
+    return reasons
+
+
+def _version(text: str) -> tuple[int, ...]:
+    numbers = []
+    for part in text.split(".")[:3]:
+        digits = "".join(c for c in part if c.isdigit())
+        if not digits:
+            break
+        numbers.append(int(digits))
+    return tuple(numbers)

@@ -1,0 +1,154 @@
+"""The manifest beside an exported model: what was done, to which norms, with which versions, and every file's hash."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ...models.errors import UsageError
+from ...models.recognition.site import Recognition
+from ..from_onnx.rewrite import Rewritten
+from ..graph.site import GraphSite
+from ..lowering.norm_writer import LoweredSite, dtype_name
+from .atomic_files import MANIFEST, sha256
+
+SCHEMA = "rmsnorm_deploy.manifest/1"
+_VERSIONS = ("rmsnorm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "transformers", "onnxruntime", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every package that shapes the result, as far as they are installed."""
+    installed = {name: installed_version(name) for name in _VERSIONS}
+    return {"python": platform.python_version(), **{name: text for name, text in installed.items() if text is not None}}
+
+
+def installed_version(distribution: str) -> str | None:
+    """Version of a package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def site_rows(recognition: Recognition, lowered: list[LoweredSite]) -> list[dict[str, Any]]:
+    """Each recognised norm with the nodes it became; `calls` is empty for one that the captured run never reached."""
+    rows = []
+    for site in recognition.sites:
+        calls = [_call_row(call) for call in lowered if call.path == site.path]
+        rows.append({**site.to_dict(), "calls": calls})
+    return rows
+
+
+def graph_row(site: GraphSite) -> dict[str, Any]:
+    """A norm of a graph as the JSON interface shows it, like `Site.to_dict`; a graph knows no classes."""
+    tail = (site.shape or ())[-site.spec.trailing_dims :]
+    return {
+        "path": site.path,
+        "class": None,
+        "spec": site.spec.to_dict(),
+        "width": tail[0] if len(tail) == 1 else list(tail) or None,
+        "dtype": dtype_name(site.dtype),
+        "parameters": [str(value.name) for value in (site.weight, site.bias) if value is not None],
+    }
+
+
+def rewritten_rows(rewritten: Rewritten) -> list[dict[str, Any]]:
+    """Each norm of a rewritten file, like `site_rows`: norms of one path together, with the nodes they became."""
+    rows: dict[str, dict[str, Any]] = {}
+    for site in rewritten.sites:
+        row = rows.setdefault(site.before.path, {**graph_row(site.before), "calls": []})
+        if site.lowered is not None:
+            row["calls"].append({**_call_row(site.lowered), "changed": site.changed})
+    return list(rows.values())
+
+
+def _call_row(call: LoweredSite) -> dict[str, Any]:
+    return {
+        "node": call.node,
+        "form": call.form,
+        "spec": call.spec.to_dict(),
+        "deviations": [{"runtime": d.runtime, "at_most_ulp": d.ulp, "reason": d.reason} for d in call.deviations],
+    }
+
+
+def deviation_rows(manifest: dict[str, Any], runtime: str | None = None) -> list[dict[str, Any]]:
+    """Where an exported model does not round as its modules do: each case once, with the paths of its norms.
+
+    Args:
+        manifest: of the exported folder.
+        runtime: only what shows there; None for every runtime.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for site in manifest.get("sites", ()):
+        for deviation in (d for call in site["calls"] for d in call["deviations"]):
+            if runtime is not None and deviation["runtime"] not in ("any", runtime):
+                continue
+            row = found.setdefault((deviation["runtime"], deviation["reason"]), {**deviation, "sites": []})
+            if site["path"] not in row["sites"]:
+                row["sites"].append(site["path"])
+    return list(found.values())
+
+
+def tensor_rows(values: list[ir.Value]) -> list[dict[str, Any]]:
+    """Graph inputs or outputs as JSON: name, dtype, shape (numbers, or names of dynamic dims)."""
+    rows = []
+    for value in values:
+        shape = [dim if isinstance(dim, int) else dim.value for dim in value.shape or ()]
+        dtype = value.dtype.numpy().name if value.dtype is not None else None
+        rows.append({"name": value.name, "dtype": dtype, "shape": shape})
+    return rows
+
+
+def write_manifest(folder: Path, content: dict[str, Any], unchanged: Collection[Path] = ()) -> dict[str, Any]:
+    """Add schema, versions and the hash of every file in `folder`, and write the manifest there.
+
+    Args:
+        folder: the new folder.
+        content: the rest of the manifest.
+        unchanged: files that are another file's bytes: large weights, which are not read to be hashed.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": None if path in unchanged else sha256(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    manifest = {"schema": SCHEMA, "versions": versions(), **content, "files": files}
+    (folder / MANIFEST).write_text(_json_lines(manifest), encoding="utf-8")
+    return manifest
+
+
+def _json_lines(content: dict[str, Any]) -> str:
+    """JSON with a line for each entry and for each item of a list: there may be thousands of norms."""
+    entries = []
+    for key, value in content.items():
+        items = ",\n    ".join(json.dumps(item) for item in value) if isinstance(value, list) and value else None
+        entries.append(f"  {json.dumps(key)}: " + (json.dumps(value) if items is None else f"[\n    {items}\n  ]"))
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an exported folder.
+
+    Raises:
+        UsageError: there is none, or it is not ours.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UsageError(f"{folder} holds no {MANIFEST}, so it is no exported folder. Make one with: rmsnorm export")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
+        raise UsageError(f"{path} has schema {found!r}; this version reads {SCHEMA}. Export again.")
+    return manifest

@@ -1,0 +1,1 @@
+"""Finding the norms of an ONNX graph by what its nodes compute."""

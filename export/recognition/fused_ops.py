@@ -1,0 +1,77 @@
+"""Operators that are a whole norm: ONNX's own, ONNX Runtime's and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from ...plugins import contract
+from ..graph.constants import dims, is_floating, is_half, widens
+from ..graph.shape_checks import is_ones, may_fit
+from ..lowering.plugin_functions import PLUGIN_DOMAINS, is_plugin_node
+from .terms import Normed, Step
+
+# x is the first input, the scale the second.
+FUSED = {
+    ("", "RMSNormalization"),
+    ("", "SimplifiedLayerNormalization"),
+    ("com.microsoft", "SimplifiedLayerNormalization"),
+    *((domain, op_type) for domain in PLUGIN_DOMAINS for op_type in (contract.RMS_NORM, *contract.UNQUANTIZED)),
+}
+OTHER_PLUGIN = f"its plugin is of another namespace than {contract.PLUGIN_NAMESPACE!r}"
+QUANTIZED_OUTPUT = "its output is quantized"
+# More trailing dims than this are none of a norm's.
+_MOST_DIMS = 8
+_FLOAT = ir.DataType.FLOAT
+
+
+def fused_norm(node: ir.Node, root: Callable[[ir.Value], ir.Value]) -> Normed | str | None:
+    """The norm that an operator is; or why it is none, or None where its input is of no dtype that norms have."""
+    ours = is_plugin_node(node)
+    if node.domain in PLUGIN_DOMAINS and not ours:
+        return OTHER_PLUGIN
+    if node.op_type in contract.UNQUANTIZED:
+        return QUANTIZED_OUTPUT
+    x, out = node.inputs[0], node.outputs[0]
+    scale = node.inputs[1] if len(node.inputs) > 1 else None
+    if x is None or not is_floating(x.dtype) or x.dtype is None:
+        return None
+    attributes, shape = node.attributes, dims(x)
+    axis = attributes["axis"].as_int() if "axis" in attributes else -1
+    if axis >= 0:
+        if shape is None:
+            return "the rank of its input is unknown, so its axis cannot be told"
+        axis -= len(shape)
+    if not -_MOST_DIMS <= axis < 0 or (shape is not None and -axis > len(shape)):
+        return "its axis is none of its input's dims"
+    epsilon = attributes["epsilon"].as_float() if "epsilon" in attributes else 1e-5
+    if scale is not None and not may_fit(scale, x, -axis):
+        return "its scale has another shape than the dims that it normalises"
+    offset = attributes["scale_offset"].as_float() if "scale_offset" in attributes else 0.0
+    stash, scale_type = (
+        ir.DataType(attributes[name].as_int()) if name in attributes else _FLOAT
+        for name in ("stash_type", "scale_type")
+    )  # fmt: skip
+    dtype: ir.DataType = x.dtype
+    if offset not in (0.0, 1.0):
+        return f"it adds {offset:g} to its scale"
+    if is_half(stash) or (len(node.outputs) > 1 and any(extra.uses() for extra in node.outputs[1:])):
+        return "its statistics are in a half type, or are used elsewhere"
+    if out.dtype is None:
+        out.type = scale.type if scale is not None and node.op_type == "RMSNormalization" else x.type
+    wide = stash if widens(dtype, stash) else dtype
+    rounds_first = is_half(dtype) and (
+        node.op_type == "RMSNormalization" and (scale is None or scale.dtype == dtype)
+        if not ours
+        else is_half(scale_type)
+    )
+    steps: list[Step] = [Step("cast", dtype)] if rounds_first else []
+    if scale is not None and not (offset == 0.0 and is_ones(scale)):
+        steps.append(Step("scale", dtype if rounds_first else wide, scale))
+    if is_half(dtype) and out.dtype == dtype and not rounds_first:
+        steps.append(Step("cast", dtype))
+    return Normed(
+        out, root(x), x, wide, epsilon, 1.0, -axis, True, False, False, node, tuple(steps),
+        (node,), offset=offset,
+    )  # fmt: skip

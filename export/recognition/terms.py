@@ -1,0 +1,163 @@
+"""What the values around a norm are, as formulas: squares, a statistic, an activation, a normalised value.
+
+A graph is read once, node by node. Each value gets the formula that follows from those of the node's inputs, so every
+spelling with one meaning ends in one formula: `Pow(ReduceMean(Mul(x, x)) + eps, -0.5)` and
+`Reciprocal(Sqrt(ReduceSum(Pow(x, 2)) / n + eps))` are both `(mean(x^2) + eps)^(-1/2)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import onnx_ir as ir
+
+from ...models.spec import Activation
+
+StepKind = Literal["cast", "scale", "bias", "gate", "reshape"]
+# A formula that took more nodes than this is none of a norm's.
+MOST_NODES = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Squares:
+    """x^2, element by element.
+
+    Attributes:
+        root: x before any cast that widens it.
+        taken: x as it was squared.
+        half: whether the squares are rounded to a half type.
+        nodes: what computes it.
+    """
+
+    root: ir.Value
+    taken: ir.Value
+    half: bool
+    nodes: tuple[ir.Node, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Statistic:
+    """`c * (a * mean(x^2) + b)^p`, one number for each row.
+
+    Attributes:
+        root: x before any cast that widens it.
+        taken: x as it was squared.
+        axes: how many trailing dims a row has.
+        reduced: shape of the row's dims: kept with size 1 (True) or gone (False).
+        half: whether it was rounded to a half type before the root was taken.
+        factor_half: whether the finished factor was rounded to a half type, and nothing before.
+        scale: a weight that was multiplied in already.
+        reduce: the node that sums the squares.
+        nodes: what computes it.
+    """
+
+    root: ir.Value
+    taken: ir.Value
+    axes: int
+    reduced: bool
+    half: bool
+    a: float
+    b: float
+    c: float
+    p: float
+    reduce: ir.Node
+    nodes: tuple[ir.Node, ...]
+    factor_half: bool = False
+    scale: ir.Value | None = None
+
+    def with_node(self, node: ir.Node, **changes: object) -> Statistic:
+        """The statistic after one more node."""
+        return replace(self, nodes=(*self.nodes, node), **changes)  # type: ignore[arg-type]
+
+    def times(self, number: float) -> Statistic:
+        """The statistic multiplied by a constant."""
+        if self.p == 1.0:
+            return replace(self, a=self.a * number, b=self.b * number)
+        return replace(self, c=self.c * number)
+
+    def power(self, exponent: float) -> Statistic | None:
+        """The statistic raised to a constant; None where that is no longer real or a half's rounding hides inside."""
+        if self.c <= 0 or self.scale is not None:
+            return None
+        return replace(self, c=self.c**exponent, p=self.p * exponent)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Activated:
+    """sigmoid(z) or silu(z).
+
+    Attributes:
+        root: z before any cast that widens it.
+        taken: z as the activation reads it.
+        kind: which activation.
+        nodes: what computes it.
+    """
+
+    root: ir.Value
+    taken: ir.Value
+    kind: Activation
+    nodes: tuple[ir.Node, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """What happens to a normalised value: a cast to `dtype`, or a product, sum or gate with `operand`."""
+
+    kind: StepKind
+    dtype: ir.DataType
+    operand: ir.Value | None = None
+    activation: Activation = "none"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Normed:
+    """A normalised value and what has been done to it since.
+
+    Attributes:
+        value: where it stands in the graph.
+        root: x before any cast that widens it.
+        operand: x as it was multiplied or divided.
+        inner: dtype of the product, before any step.
+        eps: added to the mean of squares.
+        coefficient: a constant that it is still multiplied by.
+        axes: how many trailing dims a row has.
+        divided: whether x was divided by the root.
+        half: whether the statistics were rounded to a half type.
+        factor_half: whether the factor was, and nothing before it.
+        offset: what an operator that is the whole norm adds to its scale.
+        reduce: the node that the norm is known by.
+        steps: what has been done since.
+        nodes: what computes it.
+        previous: the same before the last step.
+    """
+
+    value: ir.Value
+    root: ir.Value
+    operand: ir.Value
+    inner: ir.DataType
+    eps: float
+    coefficient: float
+    axes: int
+    divided: bool
+    half: bool
+    factor_half: bool
+    reduce: ir.Node
+    steps: tuple[Step, ...]
+    nodes: tuple[ir.Node, ...]
+    offset: float = 0.0
+    previous: Normed | None = None
+
+    def then(self, node: ir.Node, step: Step | None, coefficient: float = 1.0) -> Normed:
+        """The value after one more node."""
+        return replace(
+            self,
+            value=node.outputs[0],
+            coefficient=self.coefficient * coefficient,
+            steps=self.steps if step is None else (*self.steps, step),
+            nodes=(*self.nodes, node),
+            previous=self,
+        )
+
+
+Term = Squares | Statistic | Activated | Normed

@@ -1,0 +1,133 @@
+"""Decoders on disk: a config and safetensors weights, written whole, and the checkpoint that is shipped."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..errors import UsageError
+from .decoder import Decoder, DecoderConfig
+
+FORMAT = "rmsnorm_deploy.decoder"
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+
+def addition() -> Decoder:
+    """The shipped float32 checkpoint that adds two three-digit numbers, see `addition.py`.
+
+    Raises:
+        UsageError: the checkpoint is missing from the installation or damaged.
+    """
+    return load_decoder(CHECKPOINTS / "addition")
+
+
+def save_decoder(model: Decoder, folder: str | os.PathLike[str]) -> None:
+    """Write `config.json` and `model.safetensors` into a folder, which is made if need be.
+
+    Both files are complete under a temporary name before either gets its own; the config comes last. On an error the
+    files of an earlier save are still there, and no temporary file is left.
+
+    Args:
+        model: a decoder on any device, with parameters of one dtype.
+        folder: where to.
+
+    Raises:
+        UsageError: the folder cannot be made or written.
+    """
+    config = json.dumps({"format": FORMAT, **model.config.to_dict()}, indent=2) + "\n"
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    contents = {WEIGHTS_NAME: safetensors.torch.save(tensors, {"format": "pt"}), CONFIG_NAME: config.encode()}
+    target = Path(folder)
+    temporary = {name: target / f".{name}.{os.getpid()}.tmp" for name in contents}
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            temporary[name].write_bytes(content)
+        for name, path in temporary.items():
+            os.replace(path, target / name)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write the decoder to {target}: {error.strerror or error}; choose a folder that can be written."
+        ) from error
+    finally:
+        if target.is_dir():
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
+
+
+def load_decoder(folder: str | os.PathLike[str]) -> Decoder:
+    """The decoder written by `save_decoder`, on the CPU, in the dtype it was saved in and in evaluation mode.
+
+    Args:
+        folder: with `config.json` and `model.safetensors`.
+
+    Raises:
+        UsageError: the folder or a file is missing, is no decoder's, or does not fit the config.
+    """
+    source = Path(folder)
+    if not source.is_dir():
+        raise UsageError(f"{source} is no folder; give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}.")
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (source / name).is_file():
+            raise UsageError(f"{source} has no file {name}; save the decoder again.")
+    config = _read_config(source / CONFIG_NAME)
+    with torch.device("meta"):  # the parameters are replaced by those of the file, never initialised
+        model = Decoder(config)
+    tensors = _read_weights(source / WEIGHTS_NAME)
+    _check_weights(source / WEIGHTS_NAME, tensors, model.state_dict())
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def _read_config(path: Path) -> DecoderConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as JSON ({error}); save the decoder again.") from error
+    found = values.pop("format", None) if isinstance(values, dict) else None
+    if found != FORMAT:
+        raise UsageError(f'{path} has "format" {found!r}, not {FORMAT!r}; give a folder written by save_decoder.')
+    try:
+        return DecoderConfig.from_dict(values)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} cannot be read as safetensors ({error}); save the decoder again.") from error
+
+
+def _check_weights(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Refuse tensors that are not exactly the ones wanted; reports at most three of a kind."""
+    problems = []
+    for what, names in (("missing", wanted.keys() - found.keys()), ("unexpected", found.keys() - wanted.keys())):
+        if names:
+            problems.append(f"{what} tensors: {_some(sorted(names))}")
+    misshaped = [
+        f"{name} {list(found[name].shape)} instead of {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if misshaped:
+        problems.append(f"misshaped tensors: {_some(misshaped)}")
+    dtypes = {tensor.dtype for tensor in found.values()}
+    if len(dtypes) > 1 or any(not dtype.is_floating_point for dtype in dtypes):
+        problems.append(f"one floating dtype is needed, not {', '.join(sorted(map(str, dtypes)))}")
+    if problems:
+        raise UsageError(f"{path} does not fit its {CONFIG_NAME}: {'; '.join(problems)}. Save the decoder again.")
+
+
+def _some(items: list[str]) -> str:
+    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return ", ".join(items[:3]) + more

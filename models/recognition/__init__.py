@@ -1,0 +1,1 @@
+"""Finding the norms of a PyTorch model by what they compute."""

@@ -1,0 +1,501 @@
+"""Probing one module: measure what it does, then prove that a NormSpec reproduces it bit for bit.
+
+Nothing here looks at names. A module is called on copies of itself, in several dtypes, with random weights as well as
+its own; its parameters, buffers, hooks, training mode and the random state are never touched.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..eager import eager
+from ..spec import Activation, Gate, NormSpec, Order, Reduction, Root, Scale, Statistics
+from .isolate import one_thread, stand_in, untouched_random_state
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+_PROBE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_WIDTHS_WITHOUT_WEIGHT = (64, 96)
+
+
+class NotANormError(Exception):
+    """The module does not normalise its input: nothing to report."""
+
+
+class RefusedError(Exception):
+    """The module normalises, but no NormSpec describes it; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """A proven spec, and where the module keeps its tensors."""
+
+    spec: NormSpec
+    width: tuple[int, ...] | None
+    weight: str | None
+    bias: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Roles:
+    """Which tensors of the module play which part."""
+
+    weight: str | None
+    bias: str | None
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The module's own floating parameters and buffers, by attribute name."""
+    tensors = {**module._parameters, **module._buffers}
+    return {name: t for name, t in tensors.items() if t is not None and t.is_floating_point()}
+
+
+def probe(module: nn.Module, default_dtype: torch.dtype = torch.float32) -> Probed:
+    """Find the spec that reproduces the module.
+
+    Args:
+        module: a module without children that hold parameters; not on the meta device.
+        default_dtype: the dtype that the module works in where it has no tensor of its own to tell.
+
+    Raises:
+        NotANormError: it does not normalise.
+        RefusedError: it does, in a way that no spec covers.
+    """
+    device = next((t.device for t in own_tensors(module).values()), torch.device("cpu"))
+    devices = [device] if device.type == "cuda" else []
+    with (
+        untouched_random_state(devices),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        one_thread(),
+    ):
+        return _Prober(module, device, default_dtype).run()
+
+
+class _Prober:
+    def __init__(self, module: nn.Module, device: torch.device, default_dtype: torch.dtype) -> None:
+        self.module = module
+        self.device = device
+        self.tensors = own_tensors(module)
+        # Plain attributes are no parameters: nobody says when they change, so no norm may depend on them.
+        self.loose = {
+            name: t for name, t in vars(module).items() if isinstance(t, Tensor) and t.is_floating_point()
+        }  # fmt: skip
+        self.own_dtype = next((t.dtype for t in self.tensors.values()), default_dtype)
+        self.generator = torch.Generator().manual_seed(20_240_229)
+        self.accepts_gate, self.needs_gate = _second_input(module)
+
+    def run(self) -> Probed:
+        weights = [self._random_tensors(torch.float32), dict(self.tensors)]
+        width, gated = self._callable_width(self._copy(torch.float32, weights[0]))
+        copy32 = self._copy(torch.float32, weights[0])
+        trailing, group = self._extent(copy32, width, gated)
+        eps = self._eps(copy32, width, trailing, group, gated)
+        base = NormSpec(eps=0.0, trailing_dims=trailing, group_size=group)
+        survivors = self._match_float32(base, eps, weights[0], width, gated)
+        spec, roles = self._match_casts(survivors, weights[0], width, gated)
+        if gated and self._works_without_gate(width):
+            self._prove(spec.replace(gate="none", activation="none"), roles, weights[0], width, self._dtypes())
+        for tensors in weights[1:]:
+            self._prove(spec, roles, tensors, width, (self.own_dtype,))
+        self._prove_independent(spec, roles, width)
+        if roles.weight is None:
+            self._prove_other_widths(spec, roles, width)
+            return Probed(spec, self._declared_width(width), None, None)
+        return Probed(spec, width[len(width) - trailing :], roles.weight, roles.bias)
+
+    # Calling ------------------------------------------------------------------------------------------------------
+
+    def _copy(self, dtype: torch.dtype, tensors: dict[str, Tensor]) -> nn.Module:
+        """A stand-in of the module with other tensors and no hooks; the original is not touched."""
+        clone = stand_in(self.module)
+        for name, tensor in tensors.items():
+            if name in clone._parameters:
+                clone._parameters[name] = nn.Parameter(tensor.to(dtype, copy=True), requires_grad=False)
+            else:
+                clone._buffers[name] = tensor.to(dtype, copy=True)
+        return clone
+
+    def _random_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Values that show how a weight enters: no ones, no zeros, both signs, exact in every dtype's range."""
+        return {name: (self._randn(*t.shape) * 0.7 + 0.2).to(dtype) for name, t in self.tensors.items()}
+
+    def _call(self, module: nn.Module, x: Tensor, gate: Tensor | None) -> Tensor:
+        result = module.forward(x.clone()) if gate is None else module.forward(x.clone(), gate.clone())
+        if not isinstance(result, Tensor) or result.shape != x.shape or not result.is_floating_point():
+            raise NotANormError
+        return result
+
+    def _randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu").to(self.device)
+
+    def _gate_like(self, x: Tensor) -> Tensor:
+        return (self._randn(*x.shape) * 2).to(x.dtype)
+
+    def _callable_width(self, module: nn.Module) -> tuple[tuple[int, ...], bool]:
+        """The trailing shape that the module accepts, and whether it takes a gate.
+
+        Raises NotANormError where no call works or where the output does not look normalised.
+        """
+        last = NotANormError()
+        for gated in [True] * self.accepts_gate + [False] * (not self.needs_gate):
+            for width in self._widths():
+                try:
+                    self._check_unit_dims(module, width, gated)
+                    self._check_normalises(module, width, gated)
+                except RefusedError:
+                    raise
+                except NotANormError as error:
+                    last = error
+                except Exception as error:  # any error at all only means that this call is not how it is used
+                    last = NotANormError(str(error))
+                else:
+                    return width, gated
+        raise last
+
+    def _works_without_gate(self, width: tuple[int, ...]) -> bool:
+        try:
+            self._call(self._copy(torch.float32, self.tensors), self._randn(2, 3, *width), None)
+        except Exception:  # the second input has a default, but the module cannot do without it
+            return False
+        return True
+
+    def _widths(self) -> Iterator[tuple[int, ...]]:
+        shapes = sorted({tuple(t.shape) for t in self.tensors.values()}, key=lambda s: -math.prod(s))
+        if shapes:
+            if len(self.tensors) > 2 or any(s and max(s) != math.prod(s) != math.prod(shapes[0]) for s in shapes):
+                raise NotANormError
+            shape = shapes[0]
+            while len(shape) > 1 and shape[0] == 1:
+                shape = shape[1:]
+            yield shape or (1,)
+            if len(shape) > 1:
+                yield (math.prod(shape),)
+            return
+        declared = self._declared_width(None)
+        if declared is not None:
+            yield declared
+        for size in _WIDTHS_WITHOUT_WEIGHT:
+            yield (size,)
+        for tensor in self.loose.values():
+            if tensor.ndim == 1:
+                yield tuple(tensor.shape)
+
+    def _declared_width(self, fallback: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """The width a norm without a weight states, where it accepts no other."""
+        shape = getattr(self.module, "normalized_shape", None)
+        if isinstance(shape, int):
+            return (shape,)
+        if isinstance(shape, tuple | list | torch.Size) and shape and all(isinstance(n, int) for n in shape):
+            return tuple(shape)
+        return None
+
+    def _check_normalises(self, module: nn.Module, width: tuple[int, ...], gated: bool) -> None:
+        """Scale invariance is what makes a norm; shift invariance is what makes it a LayerNorm."""
+        x = self._randn(2, 3, *width)
+        gate = self._gate_like(x) if gated else None
+        y = self._call(module, x, gate)
+        big = x * 64
+        reference, scaled = self._call(module, big, gate).double(), self._call(module, big * 64, gate).double()
+        peak = reference.abs().max()
+        if not torch.isfinite(reference).all() or peak == 0 or y.double().std() == 0:
+            raise NotANormError
+        if (reference - scaled).abs().max() > 1e-2 * peak:
+            raise NotANormError
+        flat = self._call(module, torch.sign(big), gate).double()
+        if math.prod(width) > 1 and (flat != 0).all() and torch.equal(flat, reference):
+            raise NotANormError  # sign-like, no statistics at all
+        shifted = self._call(module, big + 4096, gate).double()
+        if (reference - shifted).abs().max() <= 2e-2 * peak and x.shape[-1] > 2:
+            raise RefusedError("it subtracts the mean (LayerNorm): not an RMS norm")
+
+    def _check_unit_dims(self, module: nn.Module, width: tuple[int, ...], gated: bool) -> None:
+        """A weight's dims of size 1 may be spread over any width; then nothing tells what is normalised."""
+        if not self.tensors or 1 not in width:
+            return
+        try:
+            self._check_normalises(module, tuple(8 if size == 1 else size for size in width), gated)
+        except RefusedError:
+            raise
+        except Exception:  # these dims are fixed at 1, as wanted, or it is no norm
+            return
+        raise RefusedError(
+            "its weight is spread over a width that the module does not fix (a scalar, or a norm over channels)"
+        )
+
+    # Measuring ----------------------------------------------------------------------------------------------------
+
+    def _extent(self, module: nn.Module, width: tuple[int, ...], gated: bool) -> tuple[int, int | None]:
+        """How many trailing dims are normalised together, and the group size, from which outputs one input moves."""
+        if math.prod(width) == 1:
+            return len(width), None
+        x = self._randn(2, 3, *width)
+        gate = self._gate_like(x) if gated else None
+        moved = x.clone()
+        moved[(0, 0, *([0] * len(width)))] += 8.0
+        changed = self._call(module, x, gate) != self._call(module, moved, gate)
+        if changed[1:].any() or changed[0, 1:].any():
+            raise RefusedError("it normalises over a dim that is not trailing (rows influence each other)")
+        changed = changed[0, 0]
+        for trailing in range(1, len(width) + 1):
+            inside = changed[(0,) * (len(width) - trailing)]
+            if inside.all() and int(changed.sum()) == inside.numel():
+                return trailing, None
+        if len(width) == 1:
+            count = int(changed.sum())
+            if count > 1 and width[0] % count == 0 and changed[:count].all():
+                return 1, count
+        if int(changed.sum()) <= 1 and math.prod(width) > 1:
+            raise NotANormError
+        raise RefusedError("the elements that it normalises together are neither trailing dims nor equal groups")
+
+    def _eps(
+        self, module: nn.Module, width: tuple[int, ...], trailing: int, group: int | None, gated: bool
+    ) -> list[float]:
+        """Candidates for eps, best first: measured from how small inputs shrink, then snapped to a stated number.
+
+        With y(t) the output for t * u: (y(t) / y(large))^2 = t^2 q / (t^2 q + eps), q the mean (or sum) of u^2.
+        """
+        u = torch.sign(self._randn(2, 3, *width))
+        gate = self._gate_like(u) if gated else None
+        count = group or math.prod(width[len(width) - trailing :])
+        offset = self._call(module, torch.zeros_like(u), gate).double().nan_to_num(0.0)  # the bias, if there is one
+        large = self._call(module, u * 2.0**20, gate).double() - offset
+        for exponent in range(56):
+            t = 2.0**-exponent
+            ratio = ((self._call(module, u * t, gate).double() - offset) / large).nanmedian().item()
+            if ratio < 0.8:
+                break
+        else:
+            return [0.0]
+        if not ratio > 1e-3:
+            raise RefusedError("small inputs vanish: eps is not added to the mean of squares inside the root")
+        squares = t * t
+        if gated and self._gate_is_before(module, width):
+            return self._stated_eps(None)
+        over_mean = squares * (1 / ratio**2 - 1)
+        return [*self._stated_eps(over_mean), *self._stated_eps(over_mean * count)]
+
+    def _gate_is_before(self, module: nn.Module, width: tuple[int, ...]) -> bool:
+        x = self._randn(2, 3, *width) * 2.0**10
+        gate = self._gate_like(x)
+        doubled = self._call(module, x, gate * 8) / self._call(module, x, gate)
+        return bool(doubled.abs().median() < 4)
+
+    def _stated_eps(self, measured: float | None) -> list[float]:
+        """Numbers that eps may be: the module's own floats, the machine epsilons, the measured value rounded."""
+        stated = [float(v) for v in vars(self.module).values() if isinstance(v, float) and 0 <= v < 1]
+        stated += [float(b) for b in self.module._buffers.values() if b is not None and b.numel() == 1]
+        stated += [torch.finfo(d).eps for d in (torch.float32, torch.float64, torch.float16, torch.bfloat16)]
+        if measured is None:
+            return list(dict.fromkeys([*stated, *(10.0**-n for n in range(3, 13)), 0.0]))
+        stated += [float(f"{measured:.{digits}g}") for digits in (1, 2, 3, 4)]
+        return list(dict.fromkeys(v for v in stated if math.isclose(v, measured, rel_tol=2e-3)))
+
+    # Proving ------------------------------------------------------------------------------------------------------
+
+    def _dtypes(self) -> tuple[torch.dtype, ...]:
+        return tuple(dict.fromkeys((*_PROBE_DTYPES, self.own_dtype)))
+
+    def _roles(self) -> list[_Roles]:
+        names = sorted(self.tensors, key=lambda name: "bias" in name)
+        roles = [_Roles(None, None), *(_Roles(name, None) for name in names)]
+        if len(names) == 2:
+            roles += [_Roles(names[0], names[1]), _Roles(names[1], names[0])]
+        return roles[::-1]
+
+    def _match_float32(
+        self, base: NormSpec, eps: list[float], tensors: dict[str, Tensor], width: tuple[int, ...], gated: bool
+    ) -> list[tuple[NormSpec, _Roles]]:
+        """Every spec that gives the module's bits in float32, where the order of casts cannot show."""
+        x, gate = self._inputs(torch.float32, width, gated)
+        wanted = self._call(self._copy(torch.float32, tensors), x, gate)
+        gates: list[tuple[Gate, Activation]] = [("none", "none")]
+        if gated:
+            gates += [(place, act) for place in ("after", "before") for act in ("silu", "sigmoid")]
+        found = []
+        for roles, value, (place, activation) in itertools.product(self._roles(), eps, gates):
+            scales: tuple[Scale, ...] = ("weight", "one_plus_weight") if roles.weight else ("none",)
+            reductions: tuple[Reduction, ...] = ("mean", "sum")
+            roots: tuple[Root, ...] = ("rsqrt", "sqrt", "reciprocal")
+            for scale, reduction, root in itertools.product(scales, reductions, roots):
+                spec = base.replace(
+                    eps=value, scale=scale, reduction=reduction, root=root, gate=place, activation=activation,
+                    bias=roles.bias is not None,
+                )  # fmt: skip
+                if _same_bits(wanted, self._expected(spec, roles, tensors, x, gate)):
+                    found.append((spec, roles))
+        if not found:
+            raise RefusedError("no NormSpec reproduces it bit for bit in float32")
+        return found
+
+    def _match_casts(
+        self, found: list[tuple[NormSpec, _Roles]], tensors: dict[str, Tensor], width: tuple[int, ...], gated: bool
+    ) -> tuple[NormSpec, _Roles]:
+        """Among the float32 matches, the spec whose casts give the module's bits in every other dtype too."""
+        orders: tuple[tuple[Order, Statistics], ...] = (
+            ("scale_then_cast", "float32"),
+            ("cast_then_scale", "float32"),
+            ("cast_factor", "float32"),
+            ("no_upcast", "input"),
+        )
+        probes = [(dtype, *self._inputs(dtype, width, gated)) for dtype in HALF_DTYPES]
+        outputs = [self._call(self._copy(dtype, tensors), x, gate) for dtype, x, gate in probes]
+        for (spec, roles), (order, statistics) in itertools.product(found, orders):
+            if order == "cast_factor" and (spec.root == "sqrt" or spec.gate == "before"):
+                continue
+            for offset in (True, False) if spec.scale == "one_plus_weight" else (True,):
+                candidate = spec.replace(order=order, statistics=statistics, offset_in_float32=offset)
+                expected = [
+                    self._expected(candidate, roles, {k: v.to(d) for k, v in tensors.items()}, x, gate)
+                    for d, x, gate in probes
+                ]
+                if all(map(_same_bits, outputs, expected)):
+                    return self._settle_float64(candidate, roles, tensors, width, gated), roles
+        raise RefusedError("it is an RMS norm in float32, but no order of casts reproduces it in float16 and bfloat16")
+
+    def _settle_float64(
+        self, spec: NormSpec, roles: _Roles, tensors: dict[str, Tensor], width: tuple[int, ...], gated: bool
+    ) -> NormSpec:
+        """Tell statistics that stay float32 from those that follow a float64 input.
+
+        An eps of None follows the dtype, so a module in float64 may have another one there.
+        """
+        if spec.order == "no_upcast":
+            return spec
+        x, gate = self._inputs(torch.float64, width, gated)
+        widened = {name: t.to(torch.float64) for name, t in tensors.items()}
+        wanted = self._call(self._copy(torch.float64, tensors), x, gate)
+        for statistics in ("float32", "promoted"):
+            for eps in dict.fromkeys((spec.eps, torch.finfo(torch.float64).eps)):
+                candidate = spec.replace(statistics=statistics, eps=eps)
+                if _same_bits(wanted, self._expected(candidate, roles, widened, x, gate)):
+                    return candidate if self.own_dtype == torch.float64 else candidate.replace(eps=spec.eps)
+        if self.own_dtype == torch.float64:
+            raise RefusedError("it is an RMS norm in float32, but no NormSpec reproduces it in its own float64")
+        return spec
+
+    def _prove(
+        self,
+        spec: NormSpec,
+        roles: _Roles,
+        tensors: dict[str, Tensor],
+        width: tuple[int, ...],
+        dtypes: tuple[torch.dtype, ...],
+    ) -> None:
+        for dtype in dtypes:
+            if dtype != self.own_dtype and self.own_dtype == torch.float64:
+                continue  # eps may follow the dtype; the module's own is what counts
+            cast = {name: t.to(dtype) for name, t in tensors.items()}
+            module = self._copy(dtype, tensors)
+            for leading in ((), (1,), (2, 2)):
+                x, gate = self._inputs(dtype, width, spec.gate != "none", leading)
+                try:
+                    wanted = self._call(module, x, gate)
+                except Exception:  # a rank that the module does not accept is never used
+                    if leading:
+                        continue
+                    raise
+                if not _same_bits(wanted, self._expected(spec, roles, cast, x, gate)):
+                    raise RefusedError(f"its behaviour with its own weights or other shapes differs in {dtype}")
+
+    def _prove_other_widths(self, spec: NormSpec, roles: _Roles, width: tuple[int, ...]) -> None:
+        if self._declared_width(None) is not None:
+            return
+        for size in _WIDTHS_WITHOUT_WEIGHT:
+            try:
+                self._prove(spec, roles, {}, (*width[:-1], size), self._dtypes())
+            except (NotANormError, RuntimeError, ValueError) as error:
+                raise RefusedError(f"it has no weight, works at width {width[-1]} and fails at {size}") from error
+
+    def _prove_independent(self, spec: NormSpec, roles: _Roles, width: tuple[int, ...]) -> None:
+        """Whether plain tensor attributes leave the result alone, whatever they hold."""
+        if not self.loose:
+            return
+        module = self._copy(self.own_dtype, self.tensors)
+        vars(module).update({name: self._randn(*t.shape).to(t.dtype) for name, t in self.loose.items()})
+        x, gate = self._inputs(self.own_dtype, width, spec.gate != "none")
+        cast = {name: t.to(self.own_dtype) for name, t in self.tensors.items()}
+        if not _same_bits(self._call(module, x, gate), self._expected(spec, roles, cast, x, gate)):
+            names = ", ".join(self.loose)
+            raise RefusedError(f"it reads a tensor that is neither parameter nor buffer ({names}); register it as one")
+
+    def _expected(
+        self, spec: NormSpec, roles: _Roles, tensors: dict[str, Tensor], x: Tensor, gate: Tensor | None
+    ) -> Tensor:
+        weight = tensors[roles.weight].to(x.dtype) if roles.weight else None
+        bias = tensors[roles.bias].to(x.dtype) if roles.bias else None
+        return eager(spec, x, weight, bias, gate if spec.gate != "none" else None)
+
+    def _inputs(
+        self, dtype: torch.dtype, width: tuple[int, ...], gated: bool, leading: tuple[int, ...] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows that make every rounding and every eps show: `[rows, *width]`, or with leading dims before it.
+
+        A weight with leading dims of size 1 gets an x of at least its rank.
+        """
+        rank = max((t.ndim for t in self.tensors.values()), default=0)
+        leading = (1,) * (rank - len(width) - len(leading) - 1) + leading
+        rows = adversarial_rows(dtype, width, self.generator).to(self.device)
+        rows = rows[: len(rows) // math.prod(leading) * math.prod(leading)]
+        x = rows.reshape(*leading, -1, *width)
+        return x, self._gate_like(x) if gated else None
+
+
+def adversarial_rows(dtype: torch.dtype, width: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Inputs chosen to tell specs apart, `[rows, *width]` of `dtype` on the CPU.
+
+    Normal, outlier channels, large (squares overflow float16), tiny (eps decides), zeros, constants, subnormals,
+    the largest finite value, NaN and infinities; at least 2,048 elements of them normal.
+    """
+    count = math.prod(width)
+    finfo = torch.finfo(dtype)
+    normal_rows = max(4, 2048 // count)
+    normal = torch.randn(normal_rows, count, generator=generator, dtype=torch.float64, device="cpu")
+    u = torch.randn(12, count, generator=generator, dtype=torch.float64, device="cpu")
+    outlier = u[0].clone()
+    outlier[0] *= 1e3
+    special = torch.stack([
+        outlier, u[1] * min(2e4, finfo.max / 8), u[2] * 300, u[3] * 1e-2, u[4] * 1e-3, u[5] * 1e-4, u[6] * 1e-6,
+        u[7] * finfo.tiny, u[8] * 0, u[8] * 0 + 0.1, torch.sign(u[8]) * finfo.max, u[9] * finfo.tiny / 64,
+    ])  # fmt: skip
+    rows = torch.cat([normal, special]).clamp(-finfo.max, finfo.max).to(dtype)
+    broken = torch.randn(3, count, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+    broken[0, 0], broken[1, -1], broken[2, count // 2] = float("nan"), float("inf"), -float("inf")
+    return torch.cat([rows, broken]).reshape(-1, *width)
+
+
+def _second_input(module: nn.Module) -> tuple[bool, bool]:
+    """Whether `forward` may take, and whether it must take, a second positional input.
+
+    Raises:
+        NotANormError: it needs more than two inputs, or none.
+    """
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise NotANormError from error
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in positional if p.default is p.empty]
+    if (
+        not positional
+        or len(required) > 2
+        or any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters)
+    ):
+        raise NotANormError
+    return len(positional) >= 2, len(required) == 2
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal dtype, shape and bits; any NaN equals any NaN."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    different = a.contiguous().view(integer) != b.contiguous().view(integer)
+    return not bool((different & ~(a.isnan() & b.isnan())).any())

@@ -1,0 +1,77 @@
+"""What recognition returns: the norms it found, and those it left alone with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..spec import NormSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One norm of a model.
+
+    Attributes:
+        path: the module's dotted path in the model, `""` for the model itself.
+        class_name: the module's class, with its Python module.
+        spec: what it computes.
+        width: the normalised trailing dims, or None where any width is accepted (a norm without a weight).
+        dtype: dtype of the weight, or the module's default dtype where it has none, such as `float16`.
+        weight: attribute that holds the weight, or None.
+        bias: attribute that holds the bias, or None.
+    """
+
+    path: str
+    class_name: str
+    spec: NormSpec
+    width: tuple[int, ...] | None
+    dtype: str
+    weight: str | None = None
+    bias: str | None = None
+
+    @property
+    def parameters(self) -> list[str]:
+        """Full names of the tensors that the norm reads."""
+        prefix = f"{self.path}." if self.path else ""
+        return [prefix + name for name in (self.weight, self.bias) if name is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The site as the JSON interface shows it."""
+        width = self.width[0] if self.width is not None and len(self.width) == 1 else self.width
+        return {
+            "path": self.path,
+            "class": self.class_name,
+            "spec": self.spec.to_dict(),
+            "width": list(width) if isinstance(width, tuple) else width,
+            "dtype": self.dtype,
+            "parameters": self.parameters,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A module that normalises, or says that it does, and was left as it is."""
+
+    path: str
+    class_name: str
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The refusal as the JSON interface shows it."""
+        return {"path": self.path, "class": self.class_name, "reason": self.reason}
+
+
+@dataclass(frozen=True, slots=True)
+class Recognition:
+    """Every norm of a model: those with a spec, and those refused."""
+
+    sites: list[Site] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def site(self, path: str) -> Site:
+        """The site at a module path. Raises KeyError where there is none."""
+        for site in self.sites:
+            if site.path == path:
+                return site
+        raise KeyError(path)

@@ -1,0 +1,1 @@
+"""The CUDA kernel: its source, its layout over threads, and its compiler."""

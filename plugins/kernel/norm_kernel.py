@@ -1,0 +1,166 @@
+"""What one CUDA kernel computes, and how its source is told: as macros of `cuda/kernel.cu`."""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal, get_args
+
+from ...models.errors import UsageError
+
+if TYPE_CHECKING:
+    from .launch_config import LaunchConfig
+
+Op = Literal["rms_norm", "add_rms_norm"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+Scale = Literal["none", "weight", "one_plus_weight"]
+Gate = Literal["none", "before", "after"]
+Activation = Literal["silu", "sigmoid"]
+Quantised = Literal["none", "int8", "float8_e4m3"]
+Quantisation = Literal["none", "static", "per_row"]
+
+SOURCE_FOLDER: Final = Path(__file__).parent / "cuda"
+HEADERS: Final = ("numbers.cuh", "rms_norm.cuh")
+SOURCE: Final = "kernel.cu"
+
+WIDEST: Final = 65536
+BYTES: Final[dict[str, int]] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3": 1}
+_FORMATS = {
+    "float32": "Float32", "float16": "Float16", "bfloat16": "BFloat16", "int8": "Int8", "float8_e4m3": "Float8E4M3",
+}  # fmt: skip
+_CHOICES = {
+    "op": get_args(Op), "dtype": get_args(Dtype), "residual_dtype": get_args(Dtype), "weight_dtype": get_args(Dtype),
+    "y_dtype": get_args(Dtype), "scale": get_args(Scale), "gate": get_args(Gate), "activation": get_args(Activation),
+    "quantised": get_args(Quantised), "quantisation": get_args(Quantisation),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class NormKernel:
+    """One kernel's meaning; statistics are always float32. See `cuda/rms_norm.cuh` for the formula.
+
+    Attributes:
+        op: `rms_norm`, or `add_rms_norm`, which normalises x + residual and writes that sum too.
+        width: values normalised together, 1 to 65,536.
+        epsilon: added to the mean of squares.
+        dtype: of x and the gate.
+        residual_dtype: of the residual and the sum; x's where it is None.
+        weight_dtype: of the weight; x's where it is None.
+        y_dtype: of the result before it is quantised; x's where it is None.
+        scale: no scale, the weight, or 1 + weight (added in float32).
+        cast_first: the normalised value is rounded to y's dtype before it is scaled, and so is the scale.
+        exact_sum: the statistics are those of x + residual as it is in float32, not rounded to the sum's dtype.
+        gate: a second input of x's shape multiplies before the norm, after it, or not at all.
+        activation: of the gate.
+        quantised: dtype of the output where it is quantised. int8 goes from -128 to 127, e4m3 to ±448; both saturate.
+        quantisation: by one float32 scale that is given, or by one for each row that is written, largest / 127 or 448.
+        inner: how many rows share an outer stride: heads of a token, or groups of a row.
+        weight_rows: rows of the weight, that rows of x go through in turn: `inner` for groups, else 1.
+        strided: x, residual and gate have strides, in elements, of outer and inner rows; otherwise all is contiguous.
+
+    Raises:
+        UsageError: a value that no kernel may have.
+    """
+
+    width: int
+    epsilon: float
+    op: Op = "rms_norm"
+    dtype: Dtype = "float16"
+    residual_dtype: Dtype | None = None
+    weight_dtype: Dtype | None = None
+    y_dtype: Dtype | None = None
+    scale: Scale = "weight"
+    cast_first: bool = False
+    exact_sum: bool = False
+    gate: Gate = "none"
+    activation: Activation = "silu"
+    quantised: Quantised = "none"
+    quantisation: Quantisation = "none"
+    inner: int = 1
+    weight_rows: int = 1
+    strided: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("residual_dtype", "weight_dtype", "y_dtype"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.dtype)
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(
+                    f"a kernel's {name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}."
+                )
+        if not 1 <= self.width <= WIDEST:
+            raise UsageError(f"a kernel's width is {self.width}; it must be from 1 to {WIDEST}.")
+        if not 0 <= self.epsilon < float("inf"):
+            raise UsageError(f"a kernel's epsilon is {self.epsilon}; it must be a finite number of at least 0.")
+        if (self.quantised == "none") != (self.quantisation == "none"):
+            raise UsageError("a kernel's quantised and quantisation must both be given, or neither.")
+        if self.inner < 1 or self.weight_rows not in (1, self.inner):
+            raise UsageError(
+                f"a kernel has {self.inner} inner rows and {self.weight_rows} of the weight; give 1 or all."
+            )
+        if self.op == "rms_norm" and (self.exact_sum or self.residual_dtype != self.dtype):
+            raise UsageError("exact_sum and residual_dtype are for add_rms_norm.")
+
+    @property
+    def adds(self) -> bool:
+        """Whether there are a residual and a sum."""
+        return self.op == "add_rms_norm"
+
+    @property
+    def out_dtype(self) -> str:
+        """Of the output as it is stored."""
+        return self.y_dtype_ if self.quantised == "none" else self.quantised
+
+    @property
+    def y_dtype_(self) -> str:
+        """`y_dtype`, resolved."""
+        return self.y_dtype or self.dtype
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Of everything that has x's shape, as it is stored: x, residual and sum, gate, output."""
+        residual = (self.residual_dtype or self.dtype,) if self.adds else ()
+        return (self.dtype, *residual, self.out_dtype)
+
+    def row_bytes(self) -> int:
+        """Bytes read and written for each row; the weight, which stays in the cache, is left out."""
+        read = BYTES[self.dtype] * (1 if self.gate == "none" else 2)
+        streamed = 2 * BYTES[self.residual_dtype or self.dtype] if self.adds else 0
+        return self.width * (read + streamed + BYTES[self.out_dtype]) + (4 if self.quantisation == "per_row" else 0)
+
+    def macros(self, config: LaunchConfig) -> dict[str, str]:
+        """The macros that `cuda/kernel.cu` reads, but for the name."""
+        bits = struct.unpack("<I", struct.pack("<f", self.epsilon))[0]
+        values: dict[str, object] = {
+            "X": _FORMATS[self.dtype],
+            "RESIDUAL": _FORMATS[self.residual_dtype or self.dtype] if self.adds else "None",
+            "WEIGHT": _FORMATS[self.weight_dtype or self.dtype],
+            "Y": _FORMATS[self.y_dtype_],
+            "OUT": _FORMATS[self.out_dtype],
+            "WIDTH": self.width,
+            "INNER": self.inner,
+            "WEIGHT_ROWS": self.weight_rows,
+            "ADDS": int(self.adds),
+            "SCALE": get_args(Scale).index(self.scale),
+            "GATE": get_args(Gate).index(self.gate),
+            "ACTIVATION": get_args(Activation).index(self.activation),
+            "QUANTISATION": get_args(Quantisation).index(self.quantisation),
+            "CAST_FIRST": int(self.cast_first),
+            "EXACT_SUM": int(self.exact_sum),
+            "STRIDED": int(self.strided),
+            "EPSILON": f"{bits:#010x}u",
+            "THREADS": config.threads,
+            "VECTORS": config.vectors,
+            "ELEMENTS": config.elements,
+            "ROWS": config.rows,
+            "CLUSTER": config.cluster,
+            "PREFETCH": int(config.prefetch and self.scale != "none"),
+        }
+        return {f"RMSNORM_{name}": str(value) for name, value in values.items()}
+
+    def replace(self, **changes: object) -> NormKernel:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,314 @@
+"""How far an array is from the truth, in numbers that are gathered part by part."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import Errors, Float64, is_exact, kind_of, rms, row_width, ulps_of
+
+# Upper edges of the histogram's bins, in ULPs.
+HISTOGRAM_EDGES: tuple[float, ...] = (0.0, 0.25, 0.5, *(2.0**power for power in range(25)), math.inf)
+_WORST = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Worst:
+    """One of the elements with the largest errors: where it is, what it is and should be, and the error in ULPs."""
+
+    index: tuple[int, ...]
+    value: float
+    truth: float
+    yardstick: float | None
+    ulp: float
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """How far an array is from the truth. Elements where the truth is NaN or infinite are compared in place only.
+
+    Attributes:
+        max_ulp: largest error, in ULPs of the array's dtype at the truth (in whole numbers for integers).
+        mean_ulp: mean error in ULPs.
+        p999_ulp: the error in ULPs that 99.9% of the elements do not exceed.
+        max_abs: largest absolute error.
+        max_rel_row: largest absolute error divided by the RMS of the truth's row, a row being the last dim.
+        cosine: cosine of the angle between the two arrays, flattened, over the elements finite in both.
+        differing: elements whose bits differ from the yardstick's (a NaN is a NaN); None without a yardstick of the
+            same dtype.
+        nonfinite_agree: NaN and infinities stand in the same places, with the same signs, as in the truth. An
+            infinity also agrees where the truth rounds to it, and where the yardstick has it too.
+        count: elements in the array.
+        top1_agreement: share of rows whose largest element, the first of equals, stands where the truth's does; for
+            logits only, else None. Rows in which the truth has NaN or positive infinity are left out.
+        kl: mean of KL(softmax(truth) || softmax(array)) over the same rows, in nats; None as for top1_agreement.
+        histogram: how many errors fall in each bin of `HISTOGRAM_EDGES`; None when nothing was measured.
+        worst: the elements with the largest errors in ULPs, at most 5, largest first, those of equal error in order.
+
+    An element that is not finite where it should be makes max_ulp, mean_ulp, max_abs and max_rel_row infinite.
+    """
+
+    max_ulp: float
+    mean_ulp: float
+    p999_ulp: float
+    max_abs: float
+    max_rel_row: float
+    cosine: float
+    differing: int | None
+    nonfinite_agree: bool
+    count: int
+    top1_agreement: float | None = None
+    kl: float | None = None
+    histogram: tuple[int, ...] | None = None
+    worst: tuple[Worst, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every figure as a JSON value; the histogram with its edges."""
+        values = dataclasses.asdict(self)
+        if self.histogram is not None:
+            values["histogram"] = {"ulp_at_most": HISTOGRAM_EDGES, "count": self.histogram}
+        return {name: json_value(value) for name, value in values.items()}
+
+
+def json_value(value: Any) -> Any:
+    """A value as JSON can hold it: numbers that are not finite become `inf`, `-inf` and `nan`, tuples lists."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {name: json_value(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(part) for part in value]
+    return value
+
+
+def is_logits(name: str, array: NDArray[Any]) -> bool:
+    """Whether an output holds scores of classes: its name, without what follows an `@`, ends with `logits`."""
+    has_classes = array.ndim > 0 and array.shape[-1] >= 2 and kind_of(array.dtype) == "floating-point"
+    return has_classes and name.partition("@")[0].endswith("logits")
+
+
+class FiguresOf:
+    """Gathers the figures of an array.
+
+    Args:
+        array: what is measured.
+        truth: of the same shape.
+        yardstick: of the same shape; for `differing` and to be shown beside the worst elements.
+        logits: whether the last dim holds scores of classes.
+    """
+
+    def __init__(
+        self, array: NDArray[Any], truth: NDArray[Any], yardstick: NDArray[Any] | None, *, logits: bool
+    ) -> None:
+        self._shape = array.shape
+        self._flat = array.reshape(-1)
+        self._truth = truth.reshape(-1)
+        self._yardstick = None if yardstick is None else yardstick.reshape(-1)
+        self._row = row_width(array.shape, 1)
+        # Two dtypes have no bits in common to compare.
+        self._differing = 0 if yardstick is not None and yardstick.dtype == array.dtype else None
+        self._agree = True
+        self._measured = 0
+        self._sum_ulp = self._max_abs = self._max_relative = 0.0
+        self._histogram = np.zeros(len(HISTOGRAM_EDGES), np.int64)
+        # As many as lie above the 99.9th percentile: it is exact without keeping all errors.
+        self._largest = _Largest(max(_WORST, array.size // 1000 + 2))
+        self._cosine = _Cosine()
+        self._logits = _Logits(array.shape[-1]) if logits else None
+
+    def add(self, part: slice, errors: Errors) -> None:
+        """Count a part of whole rows, given as a slice of the flattened array, with its errors."""
+        array, truth = self._flat[part], self._truth[part]
+        values, exact = array.astype(np.float64), truth.astype(np.float64, copy=False)
+        self._agree &= bool(errors.agrees.all())
+        if self._differing is not None and self._yardstick is not None:
+            self._differing += _differing(array, self._yardstick[part])
+        self._cosine.add(values, exact)
+        if self._logits is not None:
+            self._logits.add(values, exact)
+        measured = ~np.isnan(errors.size)
+        self._measured += int(np.count_nonzero(measured))
+        if not measured.any():
+            return
+        places = part.start + np.flatnonzero(measured)
+        ulps = ulps_of(errors, array.dtype)[measured]
+        self._sum_ulp += float(ulps.sum())
+        self._histogram += np.bincount(np.searchsorted(HISTOGRAM_EDGES, ulps), minlength=len(HISTOGRAM_EDGES))
+        self._largest.add(ulps, places)
+        self._max_abs = max(self._max_abs, float(errors.size[measured].max()))
+        self._max_relative = max(self._max_relative, self._relative(errors))
+
+    def result(self) -> Figures:
+        """The figures of all parts; all zero, with cosine 1, when there were none."""
+        top1, kl = (None, None) if self._logits is None else self._logits.result()
+        ulps, places = self._largest.result()
+        nothing = not self._measured
+        return Figures(
+            max_ulp=0.0 if nothing else float(ulps[0]),
+            mean_ulp=0.0 if nothing else self._sum_ulp / self._measured,
+            p999_ulp=0.0 if nothing else float(ulps[self._measured - 1 - math.ceil((self._measured - 1) * 0.999)]),
+            max_abs=self._max_abs,
+            max_rel_row=self._max_relative,
+            cosine=1.0 if nothing else self._cosine.result(),
+            differing=self._differing,
+            nonfinite_agree=self._agree,
+            count=self._flat.size,
+            top1_agreement=top1,
+            kl=kl,
+            histogram=None if nothing else tuple(int(count) for count in self._histogram),
+            worst=tuple(
+                self._worst(int(place), float(ulp)) for place, ulp in zip(places[:_WORST], ulps, strict=False) if ulp
+            ),
+        )
+
+    def _relative(self, errors: Errors) -> float:
+        """The largest error over the RMS of its row."""
+        largest = np.fmax.reduce(errors.size.reshape(-1, self._row), axis=-1)
+        scale = rms(errors.scale.reshape(-1, self._row))[:, 0]
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            # Without an error there is none to divide, and a row in which nothing is measured has NaN.
+            return float(np.max(np.where(largest > 0.0, largest / scale, 0.0)))
+
+    def _worst(self, place: int, ulp: float) -> Worst:
+        index = tuple(int(i) for i in np.unravel_index(place, self._shape)) if self._shape else ()
+        yardstick = None if self._yardstick is None else _number(self._yardstick[place])
+        return Worst(index, _number(self._flat[place]), _number(self._truth[place]), yardstick, ulp)
+
+
+def _number(value: Any) -> float:
+    """An element as Python's number; integers stay whole."""
+    return int(value) if is_exact(value.dtype) else float(value)
+
+
+def _differing(a: NDArray[Any], b: NDArray[Any]) -> int:
+    """Elements whose bits differ, of one dtype. Two NaNs are the same whatever their payload."""
+    bits = np.dtype(f"u{a.dtype.itemsize}")
+    different = np.ascontiguousarray(a).view(bits) != np.ascontiguousarray(b).view(bits)
+    if not is_exact(a.dtype):
+        different &= ~(np.isnan(a) & np.isnan(b))
+    return int(np.count_nonzero(different))
+
+
+class _Largest:
+    """The largest values and their places; of equal values those that come first."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._values = np.zeros(0)
+        self._places = np.zeros(0, np.int64)
+
+    def add(self, values: Float64, places: NDArray[np.int64]) -> None:
+        """Take in values that come after all earlier ones."""
+        if len(self._values) == self._count:
+            more = values > self._values.min()
+            values, places = values[more], places[more]
+        values, places = np.concatenate([self._values, values]), np.concatenate([self._places, places])
+        if len(values) > self._count:
+            least = np.partition(values, -self._count)[-self._count]
+            kept = values > least
+            equal = np.flatnonzero(values == least)
+            kept[equal[: self._count - np.count_nonzero(kept)]] = True
+            values, places = values[kept], places[kept]
+        self._values, self._places = values, places
+
+    def result(self) -> tuple[Float64, NDArray[np.int64]]:
+        """Values from the largest down, and their places."""
+        order = np.argsort(-self._values, kind="stable")
+        return self._values[order], self._places[order]
+
+
+class _Cosine:
+    """The cosine of two arrays over the elements finite in both.
+
+    Both are divided by the largest magnitude so far, so that no square overflows or vanishes.
+    """
+
+    def __init__(self) -> None:
+        self._peaks = (0.0, 0.0)
+        # a.b, a.a and b.b
+        self._products = (0.0, 0.0, 0.0)
+
+    def add(self, a: Float64, b: Float64) -> None:
+        """Take in the elements of a part."""
+        both = np.isfinite(a) & np.isfinite(b)
+        if not both.all():
+            a, b = a[both], b[both]
+        if not a.size:
+            return
+        before = self._peaks
+        top_a, top_b = (max(p, float(np.abs(x).max())) for p, x in zip(before, (a, b), strict=True))
+        self._peaks = (top_a, top_b)
+        # 0 has no products to bring to the new scale.
+        by_a, by_b = before[0] / (top_a or 1.0), before[1] / (top_b or 1.0)
+        a, b = a / (top_a or 1.0), b / (top_b or 1.0)
+        ab, aa, bb = self._products
+        self._products = (
+            ab * by_a * by_b + float(np.dot(a, b)),
+            aa * by_a * by_a + float(np.dot(a, a)),
+            bb * by_b * by_b + float(np.dot(b, b)),
+        )
+
+    def result(self) -> float:
+        """The cosine; 1 when both are zero, 0 when one is."""
+        if not all(self._peaks):
+            return float(not any(self._peaks))
+        ab, aa, bb = self._products
+        return ab / math.sqrt(aa * bb)
+
+
+class _Logits:
+    """Agreement of the likeliest class, and the divergence of the two distributions."""
+
+    def __init__(self, classes: int) -> None:
+        self._classes = classes
+        self._rows = self._same = 0
+        self._divergence = 0.0
+
+    def add(self, values: Float64, truth: Float64) -> None:
+        """Take in whole rows."""
+        rows, true = values.reshape(-1, self._classes), truth.reshape(-1, self._classes)
+        known = _has_softmax(true)
+        if not known.all():
+            rows, true = rows[known], true[known]
+        sound = _has_softmax(rows)
+        self._rows += len(rows)
+        if not sound.all():
+            # No distribution at all: as far away as can be.
+            self._divergence = math.inf
+            rows, true = rows[sound], true[sound]
+        self._same += int(np.count_nonzero(rows.argmax(axis=-1) == true.argmax(axis=-1)))
+        self._divergence += _divergence(true, rows)
+
+    def result(self) -> tuple[float | None, float | None]:
+        """Share of rows of one mind, and the mean divergence in nats; None without rows."""
+        if not self._rows:
+            return None, None
+        return self._same / self._rows, self._divergence / self._rows
+
+
+def _has_softmax(rows: Float64) -> NDArray[np.bool_]:
+    """Which rows have no NaN, no positive infinity, and something besides negative infinity."""
+    return np.isfinite(rows.max(axis=-1))
+
+
+def _divergence(true: Float64, rows: Float64) -> float:
+    """Sum over rows of KL(softmax(true) || softmax(rows)), in nats."""
+    log_p, log_q = _log_softmax(true), _log_softmax(rows)
+    p = np.exp(log_p)
+    with np.errstate(invalid="ignore"):
+        terms = p * (log_p - log_q)
+    # What is impossible in the truth adds nothing, whatever the other makes of it.
+    terms[p == 0.0] = 0.0
+    # Rounding may leave a sum of about -1e-17 where both are equal.
+    return float(np.maximum(terms.sum(axis=-1), 0.0).sum())
+
+
+def _log_softmax(rows: Float64) -> Float64:
+    shifted = rows - rows.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

@@ -1,0 +1,141 @@
+"""Errors of an array against the truth, computed a few whole rows at a time so that large outputs fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .float_formats import FORMATS, Format, format_of, ulp_size
+
+Float64 = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+# A row shorter than this has an RMS that depends on chance; the verdict joins it with its neighbours.
+LEAST_ROW = 32
+# Elements that are widened to float64 at once: a dozen such arrays stay within a CPU's cache.
+_IN_FLIGHT = 2**18
+
+
+class Errors(NamedTuple):
+    """Absolute errors of an array; all three have its shape.
+
+    `size` is NaN where nothing is measured and infinite where a finite value was due; `scale` is the truth brought
+    into the range of the dtype, NaN where it is not finite; `agrees` tells whether non-finite values are in place.
+    """
+
+    size: Float64
+    scale: Float64
+    agrees: Mask
+
+
+@cache
+def kind_of(dtype: np.dtype[Any]) -> str:
+    """`boolean`, `integer`, `floating-point`, or `unsupported` for a dtype that errors are not measured in."""
+    if dtype == np.bool_:
+        return "boolean"
+    if np.issubdtype(dtype, np.integer):
+        return "integer"
+    return "floating-point" if dtype.name in FORMATS else "unsupported"
+
+
+def is_exact(dtype: np.dtype[Any]) -> bool:
+    """Whether values of this dtype are compared exactly: integers and booleans."""
+    return kind_of(dtype) in ("boolean", "integer")
+
+
+def row_width(shape: tuple[int, ...], least: int) -> int:
+    """Elements in a row: the last dim, and as many dims before it as it takes to reach `least` elements."""
+    width = 1
+    for position, size in enumerate(reversed(shape)):
+        if position and width >= least:
+            break
+        width *= size
+    return width
+
+
+def pieces(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Parts of a flattened array, each of whole rows; none for an empty array.
+
+    A row that is longer than what is held at once is a part of its own.
+    """
+    total = int(np.prod(shape))
+    if total == 0:
+        return
+    width = row_width(shape, LEAST_ROW)
+    step = max(1, _IN_FLIGHT // width) * width
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
+
+
+def errors_of(array: NDArray[Any], truth: NDArray[Any], yardstick: NDArray[Any] | None) -> Errors:
+    """Errors of an array against the truth; all of one shape.
+
+    Where the yardstick itself is not in place (it overflowed, the truth did not), the array agrees when it does as
+    the truth or as the yardstick; the yardstick's own infinity is not measured.
+
+    Raises:
+        UsageError: the dtype is one that errors are not measured in.
+    """
+    form = format_of(np.float64 if is_exact(array.dtype) else array.dtype)
+    values, exact = array.astype(np.float64), truth.astype(np.float64, copy=False)
+    agrees = _in_place(values, exact, form)
+    contested = np.zeros(agrees.shape, dtype=bool)
+    if yardstick is not None:
+        reference = yardstick.astype(np.float64)
+        contested = ~_in_place(reference, exact, form)
+        # A finite value where only the yardstick overflowed is of the truth's class already.
+        agrees |= contested & _same_class(values, reference)
+    finite, due = np.isfinite(values), np.isfinite(exact)
+    # A truth beyond the range cannot be met any better than by the largest value.
+    scale = np.where(due, np.clip(exact, -form.largest, form.largest), np.nan)
+    with np.errstate(invalid="ignore", over="ignore"):
+        size = np.where(finite, np.abs(values - scale), 0.0)
+    size[~due | (contested & ~finite)] = np.nan
+    size[due & ~agrees] = np.inf
+    return Errors(size, scale, agrees)
+
+
+def ulps_of(errors: Errors, dtype: np.dtype[Any]) -> Float64:
+    """Errors in ULPs of `dtype` at the truth, in whole numbers for integers and booleans; NaN where not measured."""
+    if is_exact(dtype):
+        return errors.size
+    with np.errstate(over="ignore", invalid="ignore"):
+        return errors.size / ulp_size(errors.scale, dtype)
+
+
+def rms(rows: Float64) -> Float64:
+    """Root of the mean square of each row without its NaNs, float64[n, width] -> float64[n, 1]; 0 for none left."""
+    peak, total, count = square_sums(rows)
+    return (peak * np.sqrt(total / np.maximum(count, 1)))[:, None]
+
+
+def square_sums(rows: Float64) -> tuple[Float64, Float64, NDArray[np.int64]]:
+    """What the root mean square of rows is made of, so that rows can be joined later.
+
+    Args:
+        rows: float64[n, width].
+
+    Returns:
+        For each row, without its NaNs: the largest magnitude, the sum of squares divided by the square of that, and
+        the number of elements. Divided first, so that no square overflows or vanishes.
+    """
+    present = ~np.isnan(rows)
+    values = np.where(present, np.abs(rows), 0.0)
+    peak = np.max(values, axis=-1)
+    values /= np.where(peak == 0.0, 1.0, peak)[:, None]
+    return peak, np.einsum("ij,ij->i", values, values), np.sum(present, axis=-1)
+
+
+def _same_class(a: Float64, b: Float64) -> Mask:
+    """Where both are finite, both NaN, or both the same infinity."""
+    return (np.isfinite(a) & np.isfinite(b)) | (np.isnan(a) & np.isnan(b)) | (np.isinf(a) & (a == b))
+
+
+def _in_place(values: Float64, truth: Float64, form: Format) -> Mask:
+    """Where a value is of the truth's class, or the infinity to which the truth rounds in this format."""
+    overflowed = (np.abs(truth) >= form.overflow) & np.isinf(values) & (np.sign(values) == np.sign(truth))
+    return _same_class(values, truth) | overflowed

@@ -1,0 +1,246 @@
+"""The rules by which an output passes or fails; each gathers what it needs part by part.
+
+The default rule is not taken on ULPs of single elements: an output that is nearly zero because large terms cancelled
+has an error of thousands of its own ULPs in every correct implementation. It is taken on errors in units of
+`eps(dtype) * max(|truth|, RMS of the truth's row)`: the rounding that the terms behind the output had to suffer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import LEAST_ROW, Errors, Float64, Mask, rms, row_width, square_sums, ulps_of
+from .float_formats import Format, format_of
+from .tolerances import TOLERANCES, Limits, Tolerance, small_sample
+
+# A row in which PyTorch is off by more than this share of the scale, or by this many times the typical row, says
+# nothing about the other rows: it is held to its own error, which may have as few as this many causes.
+_LOST_SHARE = 0.25
+_ODD_RATIO = 16.0
+_ODD_CAUSES = 4
+# Errors in one row go together (a norm's factor errs for all of it), so it counts for this many of them at most.
+_ROW_CAUSES = 16
+
+
+class Arrays(NamedTuple):
+    """What is judged: three arrays of one shape, and what the yardstick is called in reasons."""
+
+    candidate: NDArray[Any]
+    truth: NDArray[Any]
+    yardstick: NDArray[Any]
+    yardstick_name: str
+
+
+class Rule(Protocol):
+    """A condition on an output."""
+
+    def add(self, part: slice, candidate: Errors, yardstick: Errors) -> None:
+        """Take in a part of whole rows, a slice of the flattened arrays, with the errors of both."""
+        ...
+
+    def result(self) -> tuple[bool, str]:
+        """Whether the output passes, and why."""
+        ...
+
+
+class _Places:
+    """Counts the elements at which something is wrong, and remembers the first."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.count = 0
+        self._shape = shape
+        self._first: int | None = None
+
+    def add(self, start: int, wrong: Mask) -> None:
+        found = int(np.count_nonzero(wrong))
+        if found and self._first is None:
+            self._first = start + int(np.argmax(wrong))
+        self.count += found
+
+    @property
+    def first(self) -> tuple[int, ...]:
+        """The index of the first; only when there is one."""
+        if self._first is None or not self._shape:
+            return ()
+        return tuple(int(i) for i in np.unravel_index(self._first, self._shape))
+
+
+class Equal:
+    """Integers and booleans must be the yardstick's."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self._arrays = arrays
+        self._flat = arrays.candidate.reshape(-1), arrays.yardstick.reshape(-1)
+        self._different = _Places(arrays.candidate.shape)
+
+    def add(self, part: slice, candidate: Errors, yardstick: Errors) -> None:
+        mine, theirs = self._flat
+        self._different.add(part.start, mine[part] != theirs[part])
+
+    def result(self) -> tuple[bool, str]:
+        candidate, count, at = self._arrays.candidate, self._different.count, self._different.first
+        if not count:
+            return True, f"all {candidate.size} elements are equal"
+        return False, (
+            f"{count} of {candidate.size} elements differ, the first at {at}: "
+            f"{candidate[at]} for {self._arrays.yardstick[at]}"
+        )
+
+
+class InPlace:
+    """NaN and infinities must stand where the truth has them."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self._arrays = arrays
+        self._wrong = _Places(arrays.candidate.shape)
+        self._excused = 0
+
+    def add(self, part: slice, candidate: Errors, yardstick: Errors) -> None:
+        self._wrong.add(part.start, ~candidate.agrees)
+        self._excused += int(np.count_nonzero(np.isinf(yardstick.size)))
+
+    @property
+    def excuse(self) -> str:
+        """What is to be said of elements in which the yardstick itself is not in place; empty when there are none."""
+        if not self._excused:
+            return ""
+        yardstick, name = self._arrays.yardstick, self._arrays.yardstick_name
+        return (
+            f"; in {self._excused} of {yardstick.size} elements {name} in {yardstick.dtype.name} is not finite "
+            "though the truth is: there the candidate may be finite or do the same"
+        )
+
+    def result(self) -> tuple[bool, str]:
+        candidate, count, at = self._arrays.candidate, self._wrong.count, self._wrong.first
+        if not count:
+            return True, "NaN and infinities are in place"
+        return False, (
+            f"NaN or infinity out of place in {count} of {candidate.size} elements, the first at {at}: "
+            f"{candidate[at]} where the truth is {self._arrays.truth[at]:.6g}"
+        )
+
+
+class Within:
+    """Every error must be within explicit limits."""
+
+    def __init__(self, arrays: Arrays, limits: Limits) -> None:
+        self._limits = limits
+        self._dtype = arrays.candidate.dtype
+        self._size = arrays.candidate.size
+        self._beyond = _Places(arrays.candidate.shape)
+        self._first = ""
+
+    def add(self, part: slice, candidate: Errors, yardstick: Errors) -> None:
+        limits = self._limits
+        beyond = np.zeros(candidate.size.shape, dtype=bool)
+        if limits.is_absolute:
+            with np.errstate(invalid="ignore"):  # infinity times a truth of zero
+                beyond |= candidate.size > (limits.atol or 0.0) + (limits.rtol or 0.0) * np.abs(candidate.scale)
+        ulps = None
+        if limits.ulp is not None:
+            ulps = ulps_of(candidate, self._dtype)
+            beyond |= ulps > limits.ulp
+        if beyond.any() and not self._beyond.count:
+            at = int(np.argmax(beyond))
+            self._first = f"{candidate.size[at]:.3g}" + ("" if ulps is None else f", {ulps[at]:.3g} ULP")
+        self._beyond.add(part.start, beyond)
+
+    def result(self) -> tuple[bool, str]:
+        rule, count = self._limits.describe(), self._beyond.count
+        if not count:
+            return True, f"every element meets {rule}"
+        return False, (
+            f"{count} of {self._size} elements miss {rule}, the first at {self._beyond.first}: "
+            f"an error of {self._first}"
+        )
+
+
+class AsGood:
+    """The rule of `Tolerance`: as close to the truth as the yardstick, by the row of its dtype."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self._dtype = arrays.yardstick.dtype
+        self._name = arrays.yardstick_name
+        self._form = format_of(self._dtype)
+        self._width = row_width(arrays.yardstick.shape, LEAST_ROW)
+        self._any_finite = False
+        self._parts: list[_Rows] = []
+
+    def add(self, part: slice, candidate: Errors, yardstick: Errors) -> None:
+        mine_finite = np.isfinite(candidate.size)
+        judged = (mine_finite & np.isfinite(yardstick.size)).reshape(-1, self._width)
+        self._any_finite |= bool(mine_finite.any())
+        mine, theirs = (np.where(judged, self._units(errors), np.nan) for errors in (candidate, yardstick))
+        self._parts.append(_Rows(*square_sums(mine), *square_sums(theirs)[:2]))
+
+    def result(self) -> tuple[bool, str]:
+        rows = _Rows(*(np.concatenate(columns) for columns in zip(*self._parts, strict=True))) if self._parts else None
+        if rows is None or not rows.counts.any():
+            if self._any_finite:
+                return False, (
+                    f"nothing to judge by: {self._name} is finite nowhere that the truth is; give atol or rtol"
+                )
+            return True, "there is no finite element to measure"
+        return self._verdict(rows, TOLERANCES[self._dtype.name])
+
+    def _units(self, errors: Errors) -> Float64:
+        """Errors in units of eps x max(|truth|, row RMS), float64[rows, width]; NaN where nothing is measured."""
+        scale = errors.scale.reshape(-1, self._width)
+        unit = np.maximum(self._form.eps * np.fmax(np.abs(scale), rms(scale)), self._form.smallest)
+        with np.errstate(over="ignore"):
+            return np.minimum(errors.size.reshape(-1, self._width) / unit, np.finfo(np.float64).max)
+
+    def _verdict(self, rows: _Rows, tolerance: Tolerance) -> tuple[bool, str]:
+        few = small_sample(int(np.sum(np.minimum(rows.counts, _ROW_CAUSES))))
+        allowed, sound = _allowed_max(rows.own_worst, few, self._form, tolerance)
+        row = int(np.argmax(rows.worst / allowed))
+        mean, own_mean = rows.mean_squares(sound)
+        allowed_mean = few * tolerance.factor_rms * own_mean + tolerance.floor_rms
+        reason = (
+            f"error max {rows.worst[row]:.3g} of {allowed[row]:.3g} allowed (row {row} of {len(allowed)}), "
+            f"rms {mean:.3g} of {allowed_mean:.3g} allowed, in {self._dtype.name} eps x row scale; "
+            f"{self._name}'s own max {rows.own_worst.max():.3g}, rms {own_mean:.3g}"
+        )
+        if not sound.all():
+            reason += (
+                f"; {np.count_nonzero(~sound)} rows in which {self._name} itself is far off are held to its error there"
+            )
+        return bool(rows.worst[row] <= allowed[row] and mean <= allowed_mean), reason
+
+
+class _Rows(NamedTuple):
+    """What the default rule needs of each row: see `square_sums`."""
+
+    worst: Float64
+    squares: Float64
+    counts: NDArray[np.int64]
+    own_worst: Float64
+    own_squares: Float64
+
+    def mean_squares(self, chosen: Mask) -> tuple[float, float]:
+        """Roots of the mean squares over the chosen rows, of the candidate and of the yardstick; 0 without any."""
+        count = max(int(self.counts[chosen].sum()), 1)
+        sides = ((self.worst[chosen], self.squares[chosen]), (self.own_worst[chosen], self.own_squares[chosen]))
+        mine, theirs = (_joined(peaks, squares, count) for peaks, squares in sides)
+        return mine, theirs
+
+
+def _joined(peaks: Float64, squares: Float64, count: int) -> float:
+    """The root mean square of joined rows, from their largest values and their sums of squares divided by those."""
+    peak = float(peaks.max(initial=0.0))
+    if peak == 0.0:
+        return 0.0
+    return peak * float(np.sqrt(np.sum(squares * np.square(peaks / peak)) / count))
+
+
+def _allowed_max(theirs: Float64, few: float, form: Format, tolerance: Tolerance) -> tuple[Float64, Mask]:
+    """The largest error that each row may have, and which rows are sound, from the yardstick's largest in each."""
+    lost = theirs > _LOST_SHARE / form.eps
+    typical = float(np.median(theirs[~lost])) if not lost.all() else 0.0
+    sound = ~lost & (theirs <= _ODD_RATIO * typical + tolerance.floor_max)
+    level = few * theirs[sound].max(initial=0.0)
+    own = max(few, small_sample(_ODD_CAUSES)) * theirs
+    return tolerance.factor_max * np.where(sound, level, np.maximum(own, level)) + tolerance.floor_max, sound

@@ -1,0 +1,193 @@
+"""The inputs that a user gives: arrays in files, Python code, or prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...export.from_torch.example_inputs import example_inputs, vocabulary_size
+from ...models.errors import UsageError
+from ...models.loading import LoadedModel, python_attribute
+from ..runners.base import ANY_DTYPE, Array, TensorInfo, check_feeds, numpy_dtype
+from ..runners.torch import TorchRunner, to_numpy
+from .arrays import ARRAY_SUFFIXES, read_arrays
+from .synthetic import DEFAULT_SHAPES, cast_feeds, make_feeds, with_empty_cache
+from .tokenizer import load_tokenizer
+
+# Inputs that run along the tokens of a prompt, for models that say nothing of their shapes.
+_PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+_PROMPT_SHOWN = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One run: what it is called, and what goes in."""
+
+    name: str
+    feeds: dict[str, Array]
+
+
+def load_cases(source: str, infos: Sequence[TensorInfo]) -> list[Case]:
+    """The cases that a user names.
+
+    Arrays are brought to the dtypes of the inputs where that is safe, see `cast_feeds`; a KV cache that is not given
+    starts empty.
+
+    Args:
+        source: an .npz or .safetensors file, one case; a folder of them, one case each in the order of their names;
+            or Python code, `file.py:function` or `package.module:function`. The function takes no arguments and
+            returns or yields dicts of input name to numpy array or torch tensor, or pairs of a case's name and such a
+            dict.
+        infos: the model's inputs. Those of a PyTorch module, whose dtype is `any`, are not checked: the module is
+            what refuses them.
+
+    Raises:
+        UsageError: there is no such source, it gives no case, or a case does not fit the inputs; the message names it.
+    """
+    cases = [Case(name, with_empty_cache(cast_feeds(feeds, infos), infos)) for name, feeds in _named_arrays(source)]
+    for case in cases:
+        _check(case, infos)
+    return cases
+
+
+def prompt_cases(
+    prompts: Sequence[str], tokenizer: str, infos: Sequence[TensorInfo], trust_remote_code: bool = False
+) -> list[Case]:
+    """One case of batch 1 for each prompt.
+
+    The mask, the positions and an empty KV cache come with the tokens, as in made-up inputs.
+
+    Args:
+        prompts: texts, at least one.
+        tokenizer: see `load_tokenizer`.
+        infos: the model's inputs, among them `input_ids`.
+        trust_remote_code: run Python code that comes with the tokenizer.
+
+    Raises:
+        UsageError: the model has no `input_ids`, there is no tokenizer, a prompt gives no token, or the tokens do not
+            fit the inputs (a model of fixed shape).
+        EnvironmentMissingError: transformers is not installed.
+    """
+    if not prompts:
+        raise UsageError("there is no prompt; give at least one.")
+    inputs = [_per_token(info) for info in infos]
+    ids_info = next((info for info in inputs if info.name == "input_ids"), None)
+    if ids_info is None:
+        names = ", ".join(info.name for info in infos) or "nothing"
+        raise UsageError(f"a prompt needs a model that reads input_ids; this one reads {names}. Give arrays instead.")
+    reader = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+    cases = []
+    for number, prompt in enumerate(prompts, start=1):
+        ids = reader.encode(prompt)
+        feeds = make_feeds(inputs, 1, len(ids), 0, vocabulary=1)
+        feeds["input_ids"] = np.array([ids], numpy_dtype(ids_info.dtype))
+        shown = prompt if len(prompt) <= _PROMPT_SHOWN else f"{prompt[: _PROMPT_SHOWN - 1]}…"
+        cases.append(Case(f"prompt {number} {shown!r}", feeds))
+        _check(cases[-1], infos)
+    return cases
+
+
+def inputs_of(loaded: LoadedModel) -> list[TensorInfo]:
+    """The inputs of a PyTorch model: those that its factory returned, else tokens, else its forward's.
+
+    A forward alone tells neither dtypes nor which of its optional parameters are fed; the model itself refuses what
+    does not fit.
+    """
+    if loaded.example_inputs is not None:
+        arrays = _given_arrays(loaded)
+        return [TensorInfo(name, array.dtype.name, None) for name, array in arrays.items()]
+    if "input_ids" in inspect.signature(loaded.model.forward).parameters:
+        return [TensorInfo(name, ANY_DTYPE, None) for name in example_inputs(loaded.model)]
+    with TorchRunner(loaded.model) as runner:
+        return runner.inputs()
+
+
+def made_up_for(loaded: LoadedModel, shapes: Sequence[tuple[int, int]] | None = None, seed: int = 0) -> list[Case]:
+    """Cases for a PyTorch model: the inputs that its factory returned, else tokens in several shapes.
+
+    Raises:
+        UsageError: the model reads no tokens, and there are no inputs of its own.
+    """
+    if loaded.example_inputs is not None:
+        return [Case("the factory's own inputs", _given_arrays(loaded))]
+    infos = [TensorInfo(name, "int64", ("batch", "sequence")) for name in example_inputs(loaded.model)]
+    vocabulary = vocabulary_size(loaded.model)
+    return [Case(f"{b}x{n}", make_feeds(infos, b, n, seed, vocabulary)) for b, n in shapes or DEFAULT_SHAPES]
+
+
+def _given_arrays(loaded: LoadedModel) -> dict[str, Array]:
+    given = (loaded.example_inputs or {}).items()
+    return {name: to_numpy(value) if isinstance(value, torch.Tensor) else np.asarray(value) for name, value in given}
+
+
+def _check(case: Case, infos: Sequence[TensorInfo]) -> None:
+    if any(info.dtype != ANY_DTYPE for info in infos):
+        check_feeds(infos, case.feeds, f"case {case.name}")
+
+
+def _named_arrays(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    path = Path(source).expanduser()
+    name, colon, function = source.rpartition(":")
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in ARRAY_SUFFIXES and file.is_file())
+        if not files:
+            raise UsageError(f"{source} holds no {' and no '.join(ARRAY_SUFFIXES)} file; put one for each case there.")
+        yield from ((file.name, read_arrays(file)) for file in files)
+    elif path.suffix == ".py" and path.is_file():
+        raise UsageError(f"{source}: name the function in it that makes the inputs, as {source}:function.")
+    elif path.is_file() or not colon:
+        yield path.name, read_arrays(path)
+    else:
+        yield from _made(source, python_attribute(source, name, function))
+
+
+def _made(source: str, function: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What a user's function returns or yields, each with a name."""
+    try:
+        made = function()
+        # A generator's own errors come while it is read.
+        items = [made] if isinstance(made, Mapping) or not isinstance(made, Iterable) else list(made)
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{source}: calling it failed: {type(error).__name__}: {error}") from error
+    if not items:
+        raise UsageError(f"{source} gave no case; return or yield at least one dict of arrays.")
+    for number, item in enumerate(items, start=1):
+        named = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+        name, feeds = item if named else (f"case {number}", item)
+        if not isinstance(feeds, Mapping):
+            raise UsageError(
+                f"{source}: case {number} is a {type(feeds).__name__}. Return or yield dicts of input name to array, "
+                "or pairs of a name and such a dict."
+            )
+        yield name, {str(key): _array(source, str(key), value) for key, value in feeds.items()}
+
+
+def _array(source: str, name: str, value: Any) -> Array:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        try:
+            return to_numpy(value)
+        except TypeError as error:
+            raise UsageError(f"{source}: {name} is {value.dtype}, which numpy has no dtype for.") from error
+    if not isinstance(value, np.ndarray):
+        raise UsageError(f"{source}: {name} is a {type(value).__name__}; give a numpy array or a torch tensor.")
+    return value
+
+
+def _per_token(info: TensorInfo) -> TensorInfo:
+    """An input with the shape and dtype that a prompt gives it, where the model says neither."""
+    if info.name not in _PER_TOKEN:
+        return info
+    return dataclasses.replace(
+        info,
+        dtype="int64" if info.dtype == ANY_DTYPE else info.dtype,
+        shape=("batch", "sequence") if info.shape is None else info.shape,
+    )

@@ -1,0 +1,48 @@
+"""Opening what was exported: a folder with a manifest, or a single .onnx file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...export.onnx_io.manifest import read_manifest
+from ...models.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An exported model on disk.
+
+    Attributes:
+        model: the .onnx file.
+        folder: the exported folder, or None for a single file.
+        manifest: its manifest, empty for a single file.
+    """
+
+    model: Path
+    folder: Path | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> str | None:
+        """Dtype of the model that was exported, if the manifest tells."""
+        return self.manifest.get("dtype")
+
+
+def open_exported(path: str | Path) -> Exported:
+    """Open an exported folder or an .onnx file.
+
+    Raises:
+        UsageError: there is nothing there, or it is neither.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        manifest = read_manifest(place)
+        model = place / str(manifest.get("model", "model.onnx"))
+        if not model.is_file():
+            raise UsageError(f"{place} has a manifest but not its model {model.name}; export again.")
+        return Exported(model, place, manifest)
+    if not place.is_file():
+        raise UsageError(f"there is no {place}; name an exported folder or an .onnx file.")
+    return Exported(place)

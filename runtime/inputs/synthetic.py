@@ -1,0 +1,152 @@
+"""Inputs for an exported model: seeded ones made from what its inputs say of themselves, and given ones cast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...export.from_torch.cache_names import PAST, PRESENT
+from ...models.errors import UsageError
+from ..runners.base import ANY_DTYPE, Array, TensorInfo, numpy_dtype
+
+# Batch and length of the runs that a validation makes when it is not told others.
+DEFAULT_SHAPES: tuple[tuple[int, int], ...] = ((1, 1), (1, 7), (3, 33))
+_TOKENS = ("input_ids", "decoder_input_ids")
+_OUTLIER_CHANNELS, _OUTLIER_FACTOR = 2, 30.0
+# Of these most squares overflow float16, and of those eps outweighs the mean square.
+_LARGE, _TINY = 1000.0, 1e-4
+# Padding in made-up masks, and the length from which there is any.
+_PADDING, _PADDED_FROM = 2, 8
+_HALVES, _INTEGERS = ("float16", "bfloat16"), ("int32", "int64")
+
+
+def make_feeds(
+    infos: Sequence[TensorInfo], batch: int, length: int, seed: int, vocabulary: int | None
+) -> dict[str, Array]:
+    """Inputs of one shape.
+
+    Token ids are uniform over the vocabulary, masks are ones (in a batch, the last one ends in padding), positions
+    count from 0 and a KV cache starts empty.
+    Floats are normal, with one of three characters, so that the default shapes have all of them:
+
+    - two outlier channels 30 times as large, which is what the inputs of deep layers look like;
+    - 1000 times as large, so that a square overflows float16;
+    - 1e-4 times as large, so that a norm's eps decides.
+
+    With seed 0 a shape of several batches gets the first, a single batch of up to two the third, and a longer one the
+    second; each seed above that moves every shape on by one.
+
+    Args:
+        infos: the model's inputs.
+        batch: size of open dims that are called a batch, or come first and are not called a length.
+        length: size of every other open dim; one that is called past is 0.
+        seed: of the random numbers; equal seeds give equal inputs.
+        vocabulary: number of token ids, needed where there are tokens.
+
+    Raises:
+        UsageError: an input whose values cannot be guessed; it has to be given.
+    """
+    rng = np.random.default_rng([seed, batch, length])
+    return {info.name: _values(info, batch, length, seed, rng, vocabulary) for info in infos}
+
+
+def with_empty_cache(feeds: Mapping[str, Array], infos: Sequence[TensorInfo]) -> dict[str, Array]:
+    """The feeds, with an empty KV cache where the model reads one and none is given."""
+    missing = [info for info in infos if is_past(info.name) and info.name not in feeds]
+    ids = feeds.get("input_ids")
+    if not missing or ids is None or ids.ndim != 2:
+        return dict(feeds)
+    return {**feeds, **make_feeds(missing, ids.shape[0], ids.shape[1], 0, None)}
+
+
+def cast_feeds(feeds: Mapping[str, Array], infos: Iterable[TensorInfo]) -> dict[str, Array]:
+    """Given arrays in the dtypes of the inputs, where that is safe; the others as they are.
+
+    float32 is rounded where float16 or bfloat16 is wanted (an .npz file cannot hold bfloat16), and int32 and int64 are
+    exchanged where no value changes.
+    """
+    wanted = {info.name: info.dtype for info in infos}
+    return {name: _cast(array, wanted.get(name, ANY_DTYPE)) for name, array in feeds.items()}
+
+
+def is_past(name: str) -> bool:
+    """Whether an input is part of the KV cache."""
+    return name.startswith(PAST)
+
+
+def present_to_past(outputs: Mapping[str, Array]) -> dict[str, Array]:
+    """The cache that came out, named as it goes in again."""
+    return {PAST + name.removeprefix(PRESENT): value for name, value in outputs.items() if name.startswith(PRESENT)}
+
+
+def _values(
+    info: TensorInfo, batch: int, length: int, seed: int, rng: np.random.Generator, vocabulary: int | None
+) -> Array:
+    if info.shape is None:
+        raise UsageError(f"input {info.name!r} has no known rank, so no values can be made for it; give --inputs.")
+    shape = _sizes(info, batch, length)
+    dtype = numpy_dtype(info.dtype)
+    if is_past(info.name):
+        return np.zeros(shape, dtype)
+    if info.name == "position_ids":
+        return np.broadcast_to(np.arange(shape[-1], dtype=dtype), shape).copy()
+    if info.name.endswith("attention_mask") or dtype == np.bool_:
+        return _mask(shape, dtype)
+    if info.name in _TOKENS or (np.issubdtype(dtype, np.integer) and vocabulary is not None):
+        if vocabulary is None:
+            raise UsageError(f"the vocabulary behind input {info.name!r} is unknown; give --inputs.")
+        return rng.integers(0, vocabulary, shape, dtype=dtype)
+    if np.issubdtype(dtype, np.integer):
+        raise UsageError(f"input {info.name!r} is {info.dtype}, whose meaning cannot be guessed; give --inputs.")
+    return _floats(shape, _character(batch, length, seed), rng).astype(dtype)
+
+
+def _mask(shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
+    """Ones; in a batch, the last one is padded at its end, so that a mask that nobody reads shows."""
+    mask = np.ones(shape, dtype)
+    if len(shape) == 2 and shape[0] > 1 and shape[1] >= _PADDED_FROM:
+        mask[-1, -_PADDING:] = 0
+    return mask
+
+
+def _cast(array: Array, dtype: str) -> Array:
+    if array.dtype.name == "float32" and dtype in _HALVES:
+        with np.errstate(over="ignore"):  # a value beyond float16 becomes infinite, as it does in PyTorch
+            return array.astype(numpy_dtype(dtype))
+    if array.dtype.name in _INTEGERS and dtype in _INTEGERS:
+        cast = array.astype(dtype)
+        return cast if np.array_equal(cast, array) else array
+    return array
+
+
+def _character(batch: int, length: int, seed: int) -> int:
+    """The index of the character of floats that `make_feeds` lists."""
+    own = 0 if batch > 1 else 1 if length > 2 else 2
+    return (own + seed) % 3
+
+
+def _floats(shape: Sequence[int], character: int, rng: np.random.Generator) -> Array:
+    values = rng.standard_normal(shape)
+    if character > 0:
+        return values * (_LARGE if character == 1 else _TINY)
+    if values.ndim and shape[-1] >= 8:
+        values[..., rng.choice(shape[-1], _OUTLIER_CHANNELS, replace=False)] *= _OUTLIER_FACTOR
+    return values
+
+
+def _sizes(info: TensorInfo, batch: int, length: int) -> list[int]:
+    return [
+        dim if isinstance(dim, int) else _size(dim, index, batch, length) for index, dim in enumerate(info.shape or ())
+    ]
+
+
+def _size(dim: str | None, index: int, batch: int, length: int) -> int:
+    """The size of an open dim by its name, such as `past_sequence_length + 1`: nothing is past yet."""
+    parts = [part.strip() for part in (dim or "").split("+")]
+    if any("past" in part for part in parts):
+        left = [part for part in parts if "past" not in part]
+        return sum(int(part) if part.isdigit() else _size(part, index, batch, length) for part in left)
+    is_length = any(word in parts[0] for word in ("seq", "length"))
+    return batch if "batch" in parts[0] or (index == 0 and not is_length) else length

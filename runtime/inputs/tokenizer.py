@@ -1,0 +1,112 @@
+"""Tokenizers: of an exported folder, of a model's folder, of the hub, and of the addition task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ...models.builtin import addition_task as addition
+from ...models.errors import EnvironmentMissingError, UsageError
+
+# How a manifest names the tokenizer of the addition task.
+ADDITION_TOKENIZER = "rmsnorm_deploy.addition"
+_ADDITION_MODEL = "builtin:addition"
+_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text; at least one.
+
+        Raises:
+            UsageError: the text gives no token, or holds what the tokenizer cannot read.
+        """
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids."""
+        ...
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer, or an export whose manifest names the one of the addition task."""
+    return _is_addition(folder) or any((folder / name).is_file() for name in _FILES)
+
+
+def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
+    """Load a tokenizer.
+
+    Args:
+        source: a folder that holds one, a hub name, or `builtin:addition`.
+        trust_remote_code: run Python code that comes with the tokenizer.
+
+    Raises:
+        UsageError: there is no tokenizer, or transformers cannot read it.
+        EnvironmentMissingError: transformers is not installed.
+    """
+    folder = Path(source).expanduser()
+    if str(source) == _ADDITION_MODEL or _is_addition(folder):
+        return _AdditionTokenizer()
+    if folder.exists() and not has_tokenizer(folder):
+        raise UsageError(f"{source} holds no tokenizer (no {' and no '.join(_FILES)}); name a folder that does.")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise EnvironmentMissingError(
+            'reading a tokenizer needs transformers. Install it with: pip install "rmsnorm-deploy[hf]"'
+        ) from error
+    name = str(folder) if folder.exists() else str(source)
+    try:
+        return _HubTokenizer(AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
+    except Exception as error:  # transformers raises many kinds; all mean that this name gives no tokenizer
+        first = " ".join(str(error).split())[:300]
+        raise UsageError(f"the tokenizer of {source} could not be loaded by transformers: {first}") from error
+
+
+def token_ids(prompt: Iterable[Any]) -> list[int]:
+    """The ids of a prompt as Python's integers.
+
+    Raises:
+        UsageError: there are none.
+    """
+    ids = [int(token) for token in prompt]
+    if not ids:
+        raise UsageError("the prompt is empty; give at least one token.")
+    return ids
+
+
+def _is_addition(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("tokenizer") == ADDITION_TOKENIZER
+
+
+class _AdditionTokenizer:
+    """Characters of the addition task."""
+
+    def encode(self, text: str) -> list[int]:
+        return token_ids(addition.encode([text])[0])
+
+    def decode(self, ids: list[int]) -> str:
+        return addition.decode(np.array([ids], np.int64))[0]
+
+
+class _HubTokenizer:
+    """A tokenizer of transformers."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return token_ids(self._tokenizer(text)["input_ids"])
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))

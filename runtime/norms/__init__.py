@@ -1,0 +1,1 @@
+"""The norms of a model: each alone, and the segments between them."""

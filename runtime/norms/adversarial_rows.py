@@ -1,0 +1,134 @@
+"""Inputs that bring out what a norm does wrong: rows of several kinds, each of which some fault cannot pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...models.spec import NormSpec
+from ..accuracy.float_formats import Format, format_of
+from ..runners.base import Array, numpy_dtype
+from .access import CalledNorm, NormFeed
+
+Rows = NDArray[np.float64]
+_Maker = Callable[[np.random.Generator, int, int, NormSpec, Format], Rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of row.
+
+    Attributes:
+        name: as reports show it.
+        shows: what a wrong norm does on it.
+        make: gives `[rows, width]` in float64.
+    """
+
+    name: str
+    shows: str
+    make: _Maker
+
+
+def _normal(rng: np.random.Generator, rows: int, width: int, spec: NormSpec, form: Format) -> Rows:
+    return rng.standard_normal((rows, width))
+
+
+def _outliers(rng: np.random.Generator, rows: int, width: int, spec: NormSpec, form: Format) -> Rows:
+    values = rng.standard_normal((rows, width))
+    values[:, rng.choice(width, min(2, width), replace=False)] *= 300.0
+    return values
+
+
+def _large(rng: np.random.Generator, rows: int, width: int, spec: NormSpec, form: Format) -> Rows:
+    # 6e4 in float16; elsewhere as large as squares in float32 allow with room for their sum.
+    return rng.uniform(-1.0, 1.0, (rows, width)) * (6e4 if form.exponent_max == 15 else 1e15)
+
+
+def _tiny(rng: np.random.Generator, rows: int, width: int, spec: NormSpec, form: Format) -> Rows:
+    return rng.standard_normal((rows, width)) * np.sqrt(max(spec.eps, 1e-12)) * rng.choice([0.1, 0.5, 1.5], (rows, 1))
+
+
+def _zeros(rng: np.random.Generator, rows: int, width: int, spec: NormSpec, form: Format) -> Rows:
+    return np.zeros((rows, width))
+
+
+def _constant(rng: np.random.Generator, rows: int, width: int, spec: NormSpec, form: Format) -> Rows:
+    return np.broadcast_to(rng.uniform(0.5, 8.0, (rows, 1)), (rows, width)).copy()
+
+
+def _single(rng: np.random.Generator, rows: int, width: int, spec: NormSpec, form: Format) -> Rows:
+    values = np.zeros((rows, width))
+    values[np.arange(rows), rng.integers(0, width, rows)] = rng.uniform(1.0, 100.0, rows)
+    return values
+
+
+def _subnormal(rng: np.random.Generator, rows: int, width: int, spec: NormSpec, form: Format) -> Rows:
+    return rng.uniform(-1.0, 1.0, (rows, width)) * 2.0**form.exponent_min
+
+
+def _largest(rng: np.random.Generator, rows: int, width: int, spec: NormSpec, form: Format) -> Rows:
+    return rng.choice([-1.0, 1.0], (rows, width)) * form.largest
+
+
+def _not_a_number(rng: np.random.Generator, rows: int, width: int, spec: NormSpec, form: Format) -> Rows:
+    values = rng.standard_normal((rows, width))
+    values[np.arange(rows), rng.integers(0, width, rows)] = np.where(np.arange(rows) % 2 == 0, np.nan, np.inf)
+    return values
+
+
+KINDS: tuple[Kind, ...] = (
+    Kind("normal", "a wrong scale, order of casts or axis", _normal),
+    Kind("outlier channels", "statistics summed in too few bits", _outliers),
+    Kind("large", "squares that overflow", _large),
+    Kind("tiny", "a wrong epsilon, or one in the wrong place", _tiny),
+    Kind("zeros", "an epsilon that is missing", _zeros),
+    Kind("constant", "a mean that is subtracted", _constant),
+    Kind("single channel", "a wrong axis or group", _single),
+    Kind("subnormal", "values flushed to zero before epsilon is added", _subnormal),
+    Kind("largest", "overflow at the edge of the dtype", _largest),
+    Kind("NaN and Inf", "rows that leak into each other", _not_a_number),
+)
+
+
+def adversarial(norm: CalledNorm, turn: int, seed: int) -> tuple[NormFeed, Array]:
+    """An input in which row r is of kind `(r + turn * rows) % len(KINDS)`.
+
+    Args:
+        norm: what the input is for; a row is its normalised dims.
+        turn: as many turns as `turns(norm)` says show every kind at least once.
+        seed: of the random numbers.
+
+    Returns:
+        The input, and the kind of each row, int64[rows].
+    """
+    spec, shape, dtype = norm.spec, norm.shape, numpy_dtype(norm.x_dtype)
+    rows, width = _rows(norm)
+    rng = np.random.default_rng([seed, turn, rows, width])
+    kinds = (np.arange(rows) + turn * rows) % len(KINDS)
+    values = np.zeros((rows, width))
+    form = format_of(dtype)
+    for number, kind in enumerate(KINDS):
+        where = kinds == number
+        if where.any():
+            values[where] = kind.make(rng, int(where.sum()), width, spec, form)
+    x = values.reshape(shape).astype(dtype)
+    gate = None
+    if norm.gate_dtype is not None:
+        gate = (2.0 * rng.standard_normal(shape)).astype(numpy_dtype(norm.gate_dtype))
+    return NormFeed(x, gate), kinds
+
+
+def turns(norm: CalledNorm) -> int:
+    """How many inputs of the norm's shape it takes to show every kind."""
+    rows, _ = _rows(norm)
+    return -(-len(KINDS) // rows) if rows else 0
+
+
+def _rows(norm: CalledNorm) -> tuple[int, int]:
+    """Rows and their width; groups of one row are of one kind."""
+    width = math.prod(norm.shape[len(norm.shape) - norm.spec.trailing_dims :])
+    return (math.prod(norm.shape) // width if width else 0), width

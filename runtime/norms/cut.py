@@ -1,0 +1,160 @@
+"""Norms cut out of a graph, wherever in it they stand: a flat model of their nodes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import onnx
+import onnx_ir as ir
+
+from ...models.errors import UnsupportedError
+
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cut:
+    """What of a graph is cut out.
+
+    Attributes:
+        name: stands in the names of inputs and outputs; unique.
+        inputs: the values at which the cut begins, by role.
+        outputs: the values that are computed, by role.
+    """
+
+    name: str
+    inputs: dict[str, ir.Value]
+    outputs: dict[str, ir.Value]
+
+
+@dataclass(slots=True)
+class CutModel:
+    """The cuts as one model.
+
+    Attributes:
+        model: inputs and outputs are called `<cut>.<role>`; external data stay where they are.
+        given: the other inputs: values that come from outside of the cuts, such as weights that are graph inputs.
+    """
+
+    model: onnx.ModelProto
+    given: dict[str, ir.Value] = field(default_factory=dict)
+
+
+def cut_out(model: ir.Model, cuts: Sequence[Cut]) -> CutModel:
+    """A model of the nodes on the way back from the outputs of each cut to its inputs, each with its own copies.
+
+    Args:
+        model: the cuts may stand in its main graph or in bodies of control flow.
+        cuts: any number.
+
+    Raises:
+        UnsupportedError: control flow lies between the inputs and the outputs of a cut.
+    """
+    graph = ir.Graph([], [], nodes=[], opset_imports=dict(model.opset_imports), name="cuts")
+    work = _Copy(graph)
+    for cut in cuts:
+        copies: dict[ir.Value, ir.Value] = {}
+        for role, value in cut.inputs.items():
+            copies[value] = work.input(value, f"{cut.name}.{role}")
+        for role, value in cut.outputs.items():
+            work.copy(value, copies, cut.name)
+            work.output(copies[value], f"{cut.name}.{role}")
+    functions = list(_called(model, graph))
+    result = ir.Model(graph, ir_version=max(model.ir_version, 8), functions=functions)
+    return CutModel(ir.to_proto(result), work.given)
+
+
+class _Copy:
+    def __init__(self, graph: ir.Graph) -> None:
+        self.given: dict[str, ir.Value] = {}
+        self._graph = graph
+        self._shared: dict[ir.Value, ir.Value] = {}
+        self._count = 0
+
+    def input(self, value: ir.Value, name: str) -> ir.Value:
+        """An input that stands for the value. Its dims are open: a cut may be run on fewer rows than the model is."""
+        shape = None if value.shape is None else ir.Shape([None] * len(value.shape))
+        made = ir.Value(name=name, type=value.type or ir.TensorType(ir.DataType.FLOAT), shape=shape)
+        self._graph.inputs.append(made)
+        return made
+
+    def output(self, value: ir.Value, name: str) -> None:
+        """An output of its own: a copied value may be wanted twice, or be an input."""
+        node = ir.node("Identity", [value], name=self._name("out"))
+        node.outputs[0].name = name
+        node.outputs[0].type = value.type
+        self._graph.append(node)
+        self._graph.outputs.append(node.outputs[0])
+
+    def copy(self, value: ir.Value, copies: dict[ir.Value, ir.Value], cut: str) -> None:
+        """Copy what computes the value, back to values that are copied already."""
+        pending = [value]
+        while pending:
+            current = pending[-1]
+            node = current.producer()
+            if current in copies:
+                pending.pop()
+            elif node is None:
+                copies[current] = self._outside(current)
+                pending.pop()
+            else:
+                missing = [v for v in node.inputs if v is not None and v not in copies]
+                if missing:
+                    pending.extend(missing)
+                    continue
+                self._node(node, copies, cut)
+                pending.pop()
+
+    def _node(self, node: ir.Node, copies: dict[ir.Value, ir.Value], cut: str) -> None:
+        if any(attribute.type in _GRAPHS for attribute in node.attributes.values()):
+            raise UnsupportedError(f"{node.op_type} node {node.name!r} stands inside of norm {cut!r}.")
+        made = ir.Node(
+            node.domain, node.op_type, [None if v is None else copies[v] for v in node.inputs],
+            list(node.attributes.values()), overload=node.overload, num_outputs=len(node.outputs), name=self._name("n"),
+        )  # fmt: skip
+        for old, new in zip(node.outputs, made.outputs, strict=True):
+            new.name = self._name("v") if old.name else ""
+            new.type = old.type
+            copies[old] = new
+        self._graph.append(made)
+
+    def _outside(self, value: ir.Value) -> ir.Value:
+        """A constant by reference, or an input for what comes from elsewhere."""
+        if value not in self._shared:
+            name = self._name("given")
+            if value.const_value is not None and not value.is_graph_input():
+                tensor = _renamed(value.const_value, name)
+                made = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=value.shape, const_value=tensor)
+                self._graph.register_initializer(made)
+            else:
+                made = self.input(value, name)
+                self.given[name] = value
+            self._shared[value] = made
+        return self._shared[value]
+
+    def _name(self, kind: str) -> str:
+        self._count += 1
+        return f"{kind}{self._count}"
+
+
+def _renamed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    """The tensor under another name: a tensor that stands in a graph must keep its own. External data stay external."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return ir.ExternalTensor(
+            tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name,
+            base_dir=tensor.base_dir,
+        )  # fmt: skip
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
+
+
+def _called(model: ir.Model, graph: ir.Graph) -> list[ir.Function]:
+    """Copies of the functions that the graph calls, directly or not."""
+    found: dict[ir.OperatorIdentifier, ir.Function] = {}
+    pending = list(graph)
+    while pending:
+        identifier = pending.pop().op_identifier()
+        if identifier in model.functions and identifier not in found:
+            found[identifier] = model.functions[identifier].clone()
+            pending.extend(model.functions[identifier])
+    return list(found.values())

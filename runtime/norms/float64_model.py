@@ -1,0 +1,135 @@
+"""The float64 truth of a model: the model itself, computing in float64 from end to end while a context is open."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from ...models.experts import experts
+from ...models.recognition.intercept import NormCall
+from ...models.reference import reference
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..runners.base import Array
+
+_WIDE: dict[torch.dtype, torch.dtype] = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+}
+
+# Tensors of fewer elements are widened into memory of their own.
+_SMALL = 1 << 16
+
+
+class _InFloat64(TorchDispatchMode):
+    """Every operator computes in float64, whatever its operands and whatever dtype is asked for.
+
+    Weights stay as they are and are widened one operator at a time, into memory that is used again: a second model in
+    float64 would need twice the memory of the first, and more time to be made than a pass through it takes. Models
+    also cast to float32 wherever they fear for half types (softmax, rotary embedding, routers, logits); in a model
+    that was merely widened these casts would throw away what the truth is for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._spare: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = {k: _WIDE.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
+        if any(value.alias_info is not None for value in func._schema.returns):
+            return func(*args, **named)  # a view, or a write in place: nothing is computed, or in the target's dtype
+        if func is torch.ops.aten.embedding.default:
+            return _wide_tensor(func(*args, **named))  # the rows that are read, not the whole table
+        used = 0
+
+        def widened(value: Any) -> Any:
+            nonlocal used
+            if isinstance(value, torch.dtype):
+                return _WIDE.get(value, value)
+            if not isinstance(value, torch.Tensor) or value.dtype not in _WIDE:
+                return value
+            if value.dtype.is_complex or value.numel() < _SMALL or value.device.type != "cpu":
+                return _wide_tensor(value)
+            used += 1
+            return self._borrowed(used - 1, value)
+
+        # What takes no operand and names no dtype makes tensors of the default one.
+        result = tree_map(_wide_tensor, func(*tree_map(widened, args), **tree_map(widened, named)))
+        return tree_map(self._own, result) if used else result
+
+    def _own(self, value: Any) -> Any:
+        """The value, copied out of borrowed memory: some operators return a view and do not say so."""
+        borrowed = {tensor.untyped_storage().data_ptr() for tensor in self._spare}
+        is_view = isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in borrowed
+        return value.clone() if is_view else value
+
+    def _borrowed(self, slot: int, value: Tensor) -> Tensor:
+        """The values in float64, in memory that is free again after the operator."""
+        if slot == len(self._spare):
+            self._spare.append(torch.empty(0, dtype=torch.float64))
+        if self._spare[slot].numel() < value.numel():
+            self._spare[slot] = torch.empty(value.numel(), dtype=torch.float64)
+        dense = torch.ops.aten.is_non_overlapping_and_dense(value)
+        flat = self._spare[slot][: value.numel()]
+        return (flat.as_strided(value.shape, value.stride()) if dense else flat.view(value.shape)).copy_(value)
+
+
+class _Retried(TorchFunctionMode):
+    """Functions that refuse operands of different dtypes before any operator runs (convolutions do) get wide ones."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        try:
+            return func(*args, **named)
+        except RuntimeError:
+            if getattr(func, "__name__", "_").endswith("_"):
+                raise  # a write in place must not go to a copy
+            return func(*tree_map(_wide_tensor, args), **tree_map(_wide_tensor, named))
+
+
+def _wide_tensor(value: Any) -> Any:
+    is_narrow = isinstance(value, torch.Tensor) and value.dtype in _WIDE
+    return value.to(_WIDE[value.dtype]) if is_narrow else value
+
+
+@contextmanager
+def in_float64(model: nn.Module) -> Iterator[None]:
+    """Let `model` compute in float64 while the context is open. Its tensors are not touched.
+
+    Norms still run their own code: see `exactly`.
+
+    Args:
+        model: in the deployment dtype, in eval mode.
+    """
+    with warnings.catch_warnings(), experts(model, "eager"), _Retried(), _InFloat64():
+        # (Experts: grouped products exist in float32 only.) Weights keep their dtype, and are meant to.
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        yield
+
+
+def exact(call: NormCall) -> Array:
+    """The float64 reference of one call: float64 of x's shape, from the values that the call holds."""
+    gate, weight, bias = (None if t is None else wide_array(t) for t in (call.gate, call.weight, call.bias))
+    return reference(call.spec, wide_array(call.x), weight, bias, gate)
+
+
+def exactly(path: str, number: int, call: NormCall, original: Callable[[], Tensor]) -> Tensor:
+    """A visit in which every norm computes the float64 reference, which shares no code with any lowering."""
+    del path, number, original
+    return torch.from_numpy(exact(call)).to(call.x.device)
+
+
+def wide_array(tensor: Tensor) -> Array:
+    """A tensor's values in float64, in host memory."""
+    return tensor.detach().to("cpu", torch.float64).numpy()

@@ -1,0 +1,306 @@
+"""The norms inside an ONNX file: where each begins and ends, and the file cut apart there.
+
+An exported file says on each norm's nodes which module they came from and what the norm's values are called. Two cuts
+follow from that, and neither touches the file: every norm alone, and everything between the norms. In both, a value
+that crosses a cut goes in as an input of its own and comes out as an output, so each part can be fed what PyTorch has
+there. Weights stay where they are; a part holds references to those that it reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
+
+from ...export.from_onnx.annotate import annotate
+from ...export.lowering.norm_writer import FORM_KEY, PATH_KEY, SPEC_KEY, VALUES_KEY
+from ...export.lowering.quantized_norms import is_quantized_norm
+from ...export.recognition.fused_ops import QUANTIZED_OUTPUT
+
+# A norm of the model: the path of its module, and the how-manieth call of it.
+Key = tuple[str, int]
+FED = "@fed"
+
+
+@dataclass(frozen=True, slots=True)
+class GraphNorm:
+    """One norm in the graph.
+
+    Attributes:
+        key: module path and number of the call.
+        form: `plain`, or `add` where a residual add belongs to it.
+        x: name of the value that is normalised.
+        y: name of the result.
+        gate: name of the gate, or None.
+        operands: names of what goes into its nodes as x: x itself, or the two values that a fused add sums to x.
+        nodes: names of its nodes.
+        used: whether anything reads the result.
+    """
+
+    key: Key
+    form: str
+    x: str
+    y: str
+    gate: str | None
+    operands: tuple[str, ...]
+    nodes: frozenset[str]
+    used: bool
+
+
+@dataclass(slots=True)
+class Ancestry:
+    """What a value is computed from.
+
+    Attributes:
+        values: names of cut values.
+        paths: modules that nodes on the way name as theirs.
+        reads_inputs: whether the model's inputs go in too.
+    """
+
+    values: set[str]
+    paths: set[str]
+    reads_inputs: bool
+
+
+class GraphNorms:
+    """The norms of one .onnx file.
+
+    Args:
+        path: the file; its weights are not read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.problems: dict[str, str] = {}
+        self._model = ir.load(path)
+        annotate(self._model)
+        self._values = {v.name: v for v in _values(self._model.graph)}
+        self.norms: dict[Key, GraphNorm] = {norm.key: norm for norm in self._located()}
+
+    @property
+    def output_names(self) -> list[str]:
+        """The file's outputs."""
+        return [str(value.name) for value in self._model.graph.outputs]
+
+    def dtype(self, name: str) -> str:
+        """numpy's name of a value's dtype; float32 where the file does not say."""
+        dtype = self._values[name].dtype
+        return "float32" if dtype is None else dtype.numpy().name
+
+    def alone(self, keys: Iterable[Key]) -> onnx.ModelProto:
+        """A model of these norms and nothing else.
+
+        Its inputs are `operand_name(key, i)` and `gate_name(key)`; its outputs are each norm's y, and x where the
+        norm makes it by adding.
+        """
+        model = self._model.clone()
+        values = {v.name: v for v in _values(model.graph)}
+        inputs, outputs = [], {}
+        for norm in (self.norms[key] for key in keys):
+            fed = {name: operand_name(norm.key, index) for index, name in enumerate(norm.operands)}
+            if norm.gate is not None:
+                fed[norm.gate] = gate_name(norm.key)
+            nodes = [node for node in model.graph if node.name in norm.nodes]
+            for name, new_name in fed.items():
+                new = _like(values[name], new_name)
+                inputs.append(new)
+                for node in nodes:
+                    for index, value in enumerate(node.inputs):
+                        if value is values[name]:
+                            node.replace_input_with(index, new)
+            outputs[norm.y] = values[norm.y]
+            if len(norm.operands) > 1:
+                outputs[norm.x] = values[norm.x]
+        return _part(model, inputs, list(outputs.values()))
+
+    def between(self, keys: Iterable[Key], *, wanted: Iterable[Key], with_outputs: bool) -> onnx.ModelProto:
+        """What lies between the norms `keys`: their values go in as `fed_name`, and are computed anew.
+
+        Args:
+            keys: norms whose x and y are cut.
+            wanted: of these norms, x and gate are computed.
+            with_outputs: compute the file's own outputs too.
+        """
+        model = self._model.clone()
+        values = {v.name: v for v in _values(model.graph)}
+        own = list(model.graph.outputs) if with_outputs else []
+        model.graph.outputs.clear()  # a cut value may be an output too; what comes out is what is computed
+        fed: dict[str, ir.Value] = {}
+        for norm in (self.norms[key] for key in keys):
+            for name in (norm.x, norm.y):
+                if name not in fed:
+                    fed[name] = _like(values[name], name + FED)
+                    values[name].replace_all_uses_with(fed[name])
+        outputs = {str(value.name): value for value in own}
+        for norm in (self.norms[key] for key in wanted):
+            outputs.update({name: values[name] for name in (norm.x, norm.gate) if name is not None})
+        return _part(model, [*model.graph.inputs, *fed.values()], list(outputs.values()))
+
+    def exposed(self, names: Sequence[str]) -> onnx.ModelProto:
+        """The whole model with more of its values as outputs."""
+        model = self._model.clone()
+        values = {v.name: v for v in _values(model.graph)}
+        present = set(self.output_names)
+        model.graph.outputs.extend(values[name] for name in names if name not in present)
+        return ir.to_proto(model)
+
+    def ancestry(self, keys: Iterable[Key], name: str) -> Ancestry:
+        """What the value `name` is computed from, when the norms `keys` are cut."""
+        cut = {v for key in keys for v in (self.norms[key].x, self.norms[key].y)}
+        found = Ancestry(set(), set(), False)
+        pending, seen = [self._values[name]], set()
+        while pending:
+            value = pending.pop()
+            found.reads_inputs |= value.is_graph_input() and not value.is_initializer()
+            node = value.producer()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if PATH_KEY in node.metadata_props:
+                found.paths.add(node.metadata_props[PATH_KEY])
+            for before in _read(node):
+                if before.name in cut:
+                    found.values.add(str(before.name))
+                else:
+                    pending.append(before)
+        return found
+
+    def _located(self) -> list[GraphNorm]:
+        by_path: dict[str, list[ir.Node]] = {}
+        for node in self._model.graph:
+            if PATH_KEY in node.metadata_props:
+                by_path.setdefault(node.metadata_props[PATH_KEY], []).append(node)
+        found = []
+        for path, nodes in by_path.items():
+            for number, group in enumerate(_connected(nodes)):
+                norm = self._norm(path, number, group)
+                if isinstance(norm, GraphNorm):
+                    found.append(norm)
+                else:
+                    self.problems[path] = norm
+        return found
+
+    def _norm(self, path: str, number: int, nodes: list[ir.Node]) -> GraphNorm | str:
+        cores = [node for node in nodes if VALUES_KEY in node.metadata_props and SPEC_KEY in node.metadata_props]
+        if len(cores) != 1:
+            return f"its nodes in the file hold {len(cores)} main nodes where there should be one"
+        if is_quantized_norm(cores[0]):
+            return f"{QUANTIZED_OUTPUT}, so there is no result of its own to compare"
+        try:
+            names = json.loads(cores[0].metadata_props[VALUES_KEY])
+            x, y, gate = names["x"], names["y"], names.get("gate")
+        except (ValueError, KeyError, TypeError):
+            return "the names of its values in the file cannot be read"
+        lost = [name for name in (x, y, gate) if name is not None and name not in self._values]
+        if lost:
+            return f"the file has no value {lost[0]!r} any more, which it names as the norm's"
+        group = set(nodes)
+        made_here = self._values[x].producer() in group
+        operands = tuple(str(v.name) for v in cores[0].inputs[:2] if v is not None) if made_here else (x,)
+        outside = {
+            v for node in nodes for v in _read(node)
+            if v.producer() not in group and v.name not in (*operands, gate) and self._varies(v)
+        }  # fmt: skip
+        if outside:
+            return f"it also reads {', '.join(sorted(str(v.name) for v in outside))}, which the inputs decide"
+        if self._values[y].producer() not in group:
+            return "the value that it names as its result is made elsewhere"
+        used = bool(self._values[y].uses()) or self._values[y].is_graph_output()
+        form = cores[0].metadata_props.get(FORM_KEY, "plain")
+        return GraphNorm((path, number), form, x, y, gate, operands, frozenset(str(n.name) for n in nodes), used)
+
+    def _varies(self, value: ir.Value) -> bool:
+        """Whether a value depends on the model's inputs."""
+        pending, seen = [value], set()
+        while pending:
+            current = pending.pop()
+            if current.is_graph_input() and not current.is_initializer():
+                return True
+            node = current.producer()
+            if node is not None and node not in seen:
+                seen.add(node)
+                pending.extend(_read(node))
+        return False
+
+
+def operand_name(key: Key, index: int) -> str:
+    """The input of `GraphNorms.alone` that stands for the norm's x, or for one of the two that sum to it."""
+    return f"{key[0]}#{key[1]}.operand{index}"
+
+
+def gate_name(key: Key) -> str:
+    """The input of `GraphNorms.alone` that stands for the norm's gate."""
+    return f"{key[0]}#{key[1]}.gate"
+
+
+def fed_name(name: str) -> str:
+    """The input of `GraphNorms.between` that stands for the value `name`."""
+    return name + FED
+
+
+def _values(graph: ir.Graph) -> Iterable[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
+
+
+def _read(node: ir.Node) -> Iterable[ir.Value]:
+    """What a node reads, its subgraphs included."""
+    yield from (value for value in node.inputs if value is not None)
+    for attribute in node.attributes.values():
+        if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+            graphs = [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else attribute.as_graphs()
+            for graph in graphs:
+                for inner in ir.traversal.RecursiveGraphIterator(graph):
+                    yield from (value for value in inner.inputs if value is not None)
+
+
+def _connected(nodes: list[ir.Node]) -> list[list[ir.Node]]:
+    """Nodes in groups that hang together through their values, in graph order."""
+    parent = {node: node for node in nodes}
+
+    def root(node: ir.Node) -> ir.Node:
+        while parent[node] is not node:
+            node = parent[node]
+        return node
+
+    for node in nodes:
+        for value in _read(node):
+            producer = value.producer()
+            if producer in parent:
+                parent[root(node)] = root(producer)
+    groups: dict[ir.Node, list[ir.Node]] = {}
+    for node in nodes:
+        groups.setdefault(root(node), []).append(node)
+    return list(groups.values())
+
+
+def _like(value: ir.Value, name: str) -> ir.Value:
+    return ir.Value(name=name, type=value.type or ir.TensorType(ir.DataType.FLOAT), shape=_open(value.shape))
+
+
+def _open(shape: ir.Shape | None) -> ir.Shape | None:
+    """The shape with every dim left open that is no number: cut values come from one run, whose names are gone."""
+    return None if shape is None else ir.Shape([dim if isinstance(dim, int) else None for dim in shape])
+
+
+def _part(model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> onnx.ModelProto:
+    """The model reduced to what `outputs` need; inputs that nothing reads go too."""
+    graph = model.graph
+    graph.outputs.clear()
+    graph.outputs.extend(outputs)
+    graph.inputs[:] = list(inputs)
+    RemoveUnusedNodesPass()(model)
+    RemoveUnusedFunctionsPass()(model)
+    passed = set(graph.outputs)
+    graph.inputs[:] = [value for value in graph.inputs if value.uses() or value in passed]
+    for value in graph.outputs:
+        if value.shape is not None:
+            value.shape = _open(value.shape)
+    return ir.to_proto(model)

@@ -1,0 +1,252 @@
+"""From an .onnx file to a folder in which its norms are in a target's form, with the proof."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ...export.from_onnx.rewrite import Rewritten, fuse_quantized, rewrite
+from ...export.graph.site import GraphRefusal
+from ...export.lowering.norm_writer import dtype_name
+from ...export.lowering.plugin_functions import PluginStyle, plugin_style, style_notes, style_plugin_nodes
+from ...export.onnx_io.atomic_files import MANIFEST, check_destination, copy_companions, new_file, new_folder
+from ...export.onnx_io.check_graph import check_graph
+from ...export.onnx_io.manifest import rewritten_rows, tensor_rows, write_manifest
+from ...export.onnx_io.read_model import ModelFile, read_model, to_ir
+from ...export.onnx_io.write_model import write_model
+from ...models.errors import MismatchError, UsageError
+from ..inputs.synthetic import is_past
+
+if TYPE_CHECKING:
+    from ..runners.base import Array
+    from .verify_norms import Proof
+
+Weights = Literal["copy", "link"]
+WEIGHTS: tuple[Weights, ...] = ("copy", "link")
+_LINKED = (
+    "the weights are hard links to the original's: ONNX Runtime reads them, but onnx and onnx_ir refuse files of "
+    "several names, the original too, until one of the two is gone"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RewriteResult:
+    """A rewritten model on disk.
+
+    Attributes:
+        model: the new .onnx file.
+        files: every file that was written.
+        manifest: what was done; in a new folder also a file, `manifest.json`.
+        rewritten: the graphs before and after.
+        proof: None where none was asked for.
+    """
+
+    model: Path
+    files: list[Path]
+    manifest: dict[str, Any]
+    rewritten: Rewritten = field(repr=False)
+    proof: Proof | None
+
+    @property
+    def folder(self) -> Path:
+        """Where the new file lies."""
+        return self.model.parent
+
+
+def rewrite_model(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    target: str = "ort",
+    opset: int | None = None,
+    function: bool = True,
+    ort_trt: bool = False,
+    weights: Weights = "copy",
+    verify: bool = True,
+    inputs: Mapping[str, Array] | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> RewriteResult:
+    """Put every RMSNorm of an .onnx file into a target's form, and prove that it computes the same.
+
+    Args:
+        path: the file, whoever exported it; it is never written to. Large weights are not read.
+        output: a folder to make, in which the file keeps its name: an earlier result there is replaced, anything else
+            is refused. Or a new .onnx file in the original's folder, which refers to the same external data.
+        target: `primitives`, `standard`, `ort` or `plugin`.
+        opset: opset import of the result; None raises it only as far as the target needs.
+        function: give the file of target `plugin` local functions that stand in for the plugin, as in `export_model`.
+            The proof is made with them in any case: ONNX Runtime does not run the file without.
+        ort_trt: write the file of target `plugin` for ONNX Runtime's TensorRT provider.
+        weights: whether external data are copied to a new folder or get a second name there (a hard link), which takes
+            no time and no space, but which onnx and onnx_ir refuse to read.
+        verify: run every rewritten norm and the whole model, before and after, in ONNX Runtime. A norm whose proof
+            fails is left as it was.
+        inputs: inputs of the whole model for the proof; made up where left out.
+        seed: of the proof's random numbers.
+        progress: called with a line of text at each step.
+
+    Raises:
+        UsageError: the file is no sound ONNX model, or an argument is wrong; nothing is left behind.
+        UnsupportedError: the target or the opset cannot do it.
+        MismatchError: the whole model computes something else.
+        EnvironmentMissingError: onnxruntime is not installed; without `verify` it is not needed.
+    """
+    say = progress or (lambda text: None)
+    if weights not in WEIGHTS:
+        raise UsageError(f"unknown choice {weights!r} for the weights; choose one of {', '.join(WEIGHTS)}.")
+    style = plugin_style(function, ort_trt, [target])
+    source, place = Path(path), Path(output).expanduser()
+    beside = place.suffix == ".onnx"
+    _check_place(source, place, beside)
+    with _without_collection():
+        say("reading the graph")
+        original = read_model(source)
+        if (
+            beside
+            and original.external_files
+            and place.absolute().parent.resolve() != source.absolute().parent.resolve()
+        ):
+            raise UsageError(
+                f"{place}: a single file can refer to the external data of {source} from the same folder only. Name a "
+                "file there, or a folder to make."
+            )
+        check_graph(original.model, original.where)
+        graph = to_ir(original)
+        say("finding the norms")
+        rewritten = rewrite(graph, target, opset)
+        proof = None
+        if verify:
+            rewritten, proof = _proven(rewritten, graph, target, opset, source.parent, seed, say)
+        fuse_quantized(rewritten, target, opset)  # each norm is proven by itself, and the whole model with the fused
+        job = _Job(original, source, rewritten, proof, target, style, inputs, seed, say)
+        if beside:
+            with new_file(place) as partial:
+                content = _write(job, partial.parent, partial.name, "reference")
+            return RewriteResult(place, [place], content, rewritten, job.proof)
+        with new_folder(place) as folder:
+            content = _write(job, folder, source.name, weights)
+            copy_companions(source.parent, folder)
+            say("hashing the files")
+            unchanged = [folder / file.relative_to(source.parent) for file in original.external_files]
+            manifest = write_manifest(folder, content, unchanged)
+    files = [place / name for name in (*manifest["files"], MANIFEST)]
+    return RewriteResult(place / source.name, files, manifest, rewritten, job.proof)
+
+
+@dataclass(slots=True)
+class _Job:
+    """What writing and the last proof need."""
+
+    original: ModelFile
+    source: Path
+    rewritten: Rewritten
+    proof: Proof | None
+    target: str
+    style: PluginStyle
+    inputs: Mapping[str, Array] | None
+    seed: int
+    say: Callable[[str], None]
+
+
+def _write(job: _Job, folder: Path, name: str, weights: Literal["copy", "link", "reference"]) -> dict[str, Any]:
+    """Write the model, run it as a whole, and say what was done."""
+    proves = job.proof is not None and job.rewritten.changed
+    if not proves:
+        _restyle(job)
+    job.say("writing the model")
+    notes = write_model(job.rewritten.model, job.original, folder, name, weights)
+    if not job.rewritten.sites and not job.rewritten.notes:
+        shutil.copyfile(job.source, folder / name)  # nothing was done: the very file
+    if weights == "link" and job.original.external_files and not notes:
+        notes.append(_LINKED)
+    if job.proof is not None and proves:
+        from .verify_model import prove_model
+
+        job.proof = prove_model(
+            job.rewritten, job.source, folder / name, job.proof, feeds=job.inputs, seed=job.seed, say=job.say
+        )
+        if job.proof.verdict == "mismatch":
+            reason = f"written for {job.target}, it computes something else: {job.proof.reason}"
+            raise MismatchError(f"{job.source}: {reason}")
+        if job.style != "function":
+            _restyle(job)  # only now: ONNX Runtime, which proves it, runs no file of another style
+            write_model(job.rewritten.model, job.original, folder, name, "reference")  # the weights are there
+    job.original.check_unchanged()
+    return _content(job, [*notes, *style_notes(job.rewritten.model, job.style)])
+
+
+def _restyle(job: _Job) -> None:
+    """Put the custom operators into the style that was asked for; `rewrite` gives them functions."""
+    if job.target == "plugin" and job.style != "function":
+        style_plugin_nodes(job.rewritten.model, job.style)
+
+
+def _proven(
+    rewritten: Rewritten, graph: Any, target: str, opset: int | None, folder: Path, seed: int, say: Any
+) -> tuple[Rewritten, Proof]:
+    """The rewriting without the norms whose proof fails."""
+    from .verify_norms import prove_norms
+
+    proof = prove_norms(rewritten, folder, seed=seed, say=say)
+    failed = {row.number: row.reason for row in proof.sites if row.verdict == "mismatch"}
+    if failed:
+        sites = rewritten.sites
+        refused = [
+            GraphRefusal(sites[number].before.node, sites[number].before.path, f"its proof fails: {reason}")
+            for number, reason in failed.items()
+        ]
+        rewritten = rewrite(graph, target, opset, skip=failed)
+        rewritten.refusals.extend(refused)
+        proof = prove_norms(rewritten, folder, seed=seed, say=say)
+    return rewritten, proof
+
+
+def _content(job: _Job, notes: list[str]) -> dict[str, Any]:
+    graph, rewritten = job.rewritten.model.graph, job.rewritten
+    dtypes = [site.before.dtype for site in rewritten.sites]
+    dtypes += [value.dtype for value in graph.outputs if value.dtype is not None and value.dtype.is_floating_point()]
+    common = max(dict.fromkeys(dtypes), key=dtypes.count) if dtypes else None
+    return {
+        "source": str(job.source),
+        "target": job.target,
+        "opset": graph.opset_imports.get("", graph.opset_imports.get("ai.onnx")),
+        "dtype": None if common is None else dtype_name(common),
+        "with_past": any(is_past(str(value.name)) for value in graph.inputs),
+        "model": job.source.name,
+        "inputs": tensor_rows(list(graph.inputs)),
+        "outputs": tensor_rows(list(graph.outputs)),
+        "sites": rewritten_rows(rewritten),
+        "refusals": [refusal.to_dict() for refusal in rewritten.refusals],
+        "notes": [*rewritten.notes, *notes],
+        "proof": None if job.proof is None else job.proof.to_dict(),
+    }
+
+
+def _check_place(source: Path, place: Path, beside: bool) -> None:
+    """Refuse a place that cannot be written to before slow work is done for it."""
+    if beside:
+        if place.exists() or place.is_symlink():
+            raise UsageError(f"{place} exists; name a new file.")
+        return
+    if place.absolute() == source.absolute().parent:
+        raise UsageError(f"{place} is the folder of the model itself, which is never written to; name another.")
+    check_destination(place)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Graphs are millions of small objects that live as long as the work does: looking for garbage takes half of it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,268 @@
+"""The proof that a rewritten file computes what the file before did, as a whole.
+
+The whole model has no float64 truth. It is held to the file before, and to what one rounding at each norm makes of
+that file's outputs: the yardstick is the file before with each norm's result multiplied by 1 +- eps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ...export.from_onnx.rewrite import Rewritten
+from ...export.lowering.norm_writer import dtype_name
+from ...models.errors import EnvironmentMissingError, MismatchError, RmsnormDeployError
+from ..accuracy.compare_output import OutputVerdict, judge
+from ..accuracy.errors import errors_of, is_exact, kind_of
+from ..accuracy.float_formats import format_of
+from ..inputs.synthetic import cast_feeds, make_feeds
+from ..runners.base import Array, TensorInfo, numpy_dtype
+from ..runners.onnxruntime import OrtRunner
+from .verify_norms import Proof, Say
+
+# Batch and length of made-up inputs, and how often the yardstick is rounded anew before a difference is a mismatch:
+# where a model chooses (top k, experts), each rounding shows a few of the choices that are near a tie.
+_SHAPES, _ROUNDINGS = ((1, 3), (2, 9)), 6
+# Two draws from the same near ties: the new file may differ in this many times the whole numbers that roundings change.
+_CHOICES_FACTOR = 2
+# Weights beyond this many bytes are not repacked for the kernels, which would take longer than the run.
+_LARGE_FILE = 1 << 30
+_BEFORE, _ROUNDED = "the file before", "the file before with a rounding at each norm"
+
+Outputs = dict[str, Array]
+
+
+def prove_model(
+    rewritten: Rewritten,
+    before: Path,
+    after: Path,
+    proof: Proof,
+    *,
+    feeds: Mapping[str, Array] | None,
+    seed: int,
+    say: Say,
+) -> Proof:
+    """Run both files as a whole and add the verdicts to the proof.
+
+    Args:
+        rewritten: both graphs.
+        before: the file that was rewritten.
+        after: the new one.
+        proof: of the norms alone.
+        feeds: inputs of the model; made up in two shapes where left out.
+        seed: of made-up inputs and of the yardstick's roundings.
+        say: progress.
+
+    Raises:
+        MismatchError: the new file does not run where the file before does.
+        UsageError: the file before does not run on the given inputs.
+        EnvironmentMissingError: onnxruntime is not installed.
+    """
+    say("running the whole model")
+    large = sum(path.stat().st_size for path in after.parent.rglob("*") if path.is_file()) > _LARGE_FILE
+    options = {"repack_weights": not large}
+    loaded = False
+    try:
+        with OrtRunner(before, session_options=options) as runner:
+            loaded = True
+            cases = _cases(rewritten.model, runner.inputs(), feeds, seed)
+            truths = [runner.run(case) for case in cases]
+    except EnvironmentMissingError:
+        raise
+    except RmsnormDeployError as error:
+        if not loaded:
+            return _prove_alone(rewritten, after, proof, feeds, seed, options, _short(error))
+        if feeds is not None:
+            raise
+        proof.unproven = f"the whole model was not compared: {_short(error)}"
+        return proof
+    try:
+        with OrtRunner(after, session_options=options) as runner:
+            results = [runner.run(case) for case in cases]
+    except RmsnormDeployError as error:
+        raise MismatchError(f"{_BEFORE} runs in ONNX Runtime, and the new one does not: {error}") from error
+    empty = [name for name in truths[0] if not any(_says_something(case[name]) for case in truths)]
+    if empty and len(empty) == len(truths[0]):
+        proof.unproven = (
+            f"the whole model was not compared: on these inputs {_BEFORE} gives nothing that is finite; give --inputs"
+        )
+        return proof
+    if empty:
+        proof.notes.append(f"nothing finite to compare in {', '.join(empty)}: {_BEFORE} gives none on these inputs")
+    try:
+        proof.model = _compared(rewritten, before, cases, truths, results, seed, options, say)
+    except RmsnormDeployError as error:
+        proof.unproven = f"the whole model was not compared: {_ROUNDED} does not run: {_short(error)}"
+    return proof
+
+
+def _compared(
+    rewritten: Rewritten,
+    before: Path,
+    cases: Sequence[Mapping[str, Array]],
+    truths: Sequence[Outputs],
+    results: Sequence[Outputs],
+    seed: int,
+    options: Mapping[str, Any],
+    say: Say,
+) -> list[OutputVerdict]:
+    """A verdict for each output of each case, by as many roundings as it takes to pass; mostly none are needed."""
+    keys = [(index, name) for index, truth in enumerate(truths) for name in truth]
+    yardsticks = {(index, name): truths[index][name] for index, name in keys}
+    verdicts = {
+        (index, name): _judged(name, results[index][name], truths[index][name], truths[index][name])
+        for index, name in keys
+    }
+    for number in range(_ROUNDINGS):
+        if all(verdict.passed for verdict in verdicts.values()):
+            break
+        say(f"running the whole model with a rounding at each norm: {number + 1}")
+        data = _rounded(rewritten, seed + number)
+        with OrtRunner(data, weights_folder=before.parent, session_options=options) as runner:
+            rounded = [runner.run(case) for case in cases]
+        for index, name in keys:
+            truth = truths[index][name]
+            yardstick = _worse(yardsticks[index, name], rounded[index][name], truth)
+            yardsticks[index, name] = yardstick
+            if not verdicts[index, name].passed:
+                verdicts[index, name] = _judged(name, results[index][name], truth, yardstick)
+    return list(verdicts.values())
+
+
+def _worse(one: Array, other: Array, truth: Array) -> Array:
+    """Of two yardsticks, at each element the one that is further from the truth."""
+    if other.shape != truth.shape or kind_of(truth.dtype) == "unsupported":
+        return one  # how much comes out depends on the values: a rounding that changes it tells nothing of the rest
+    wide = truth.astype(np.float64)
+    sizes = [np.nan_to_num(errors_of(side, wide, None).size, nan=0.0, posinf=np.inf) for side in (one, other)]
+    return np.where(sizes[1] > sizes[0], other, one)
+
+
+def _judged(name: str, candidate: Array, truth: Array, yardstick: Array) -> OutputVerdict:
+    """The verdict on one output; whole numbers may differ where roundings make them differ too."""
+    if not is_exact(truth.dtype):
+        wide = truth.astype(np.float64) if kind_of(truth.dtype) == "floating-point" else truth
+        return judge(name, candidate, wide, yardstick, yardstick_name=_ROUNDED)
+    verdict = judge(name, candidate, truth, truth, yardstick_name=_BEFORE)
+    changed = int(np.count_nonzero(yardstick != truth))
+    if verdict.passed or not changed or candidate.shape != truth.shape or not is_exact(candidate.dtype):
+        return verdict
+    count = int(np.count_nonzero(candidate != truth))
+    reason = f"{count} of {truth.size} elements differ; a rounding at each norm changes {changed} of them"
+    return OutputVerdict(name, count <= _CHOICES_FACTOR * changed, reason, None, None)
+
+
+def _says_something(array: Array) -> bool:
+    """Whether there is anything to compare."""
+    if kind_of(array.dtype) != "floating-point":
+        return array.size > 0
+    return bool(np.isfinite(array.astype(np.float64)).any())
+
+
+def _prove_alone(
+    rewritten: Rewritten,
+    after: Path,
+    proof: Proof,
+    feeds: Mapping[str, Array] | None,
+    seed: int,
+    options: Mapping[str, Any],
+    rejected: str,
+) -> Proof:
+    """The new file by itself, where the one before does not load: it must run, and give what is finite."""
+    verdicts = []
+    try:
+        with OrtRunner(after, session_options=options) as runner:
+            for case in _cases(rewritten.model, runner.inputs(), feeds, seed):
+                for name, array in runner.run(case).items():
+                    finite = kind_of(array.dtype) != "floating-point" or np.isfinite(array.astype(np.float64)).all()
+                    reason = f"{'finite' if finite else 'not finite'}, where {_BEFORE} does not load"
+                    verdicts.append(OutputVerdict(name, bool(finite), reason, None, None))
+    except RmsnormDeployError as error:
+        cause = _short(error)
+        proof.unproven = f"{_BEFORE} does not load in ONNX Runtime ({rejected}), and the new one does not run: {cause}"
+        return proof
+    proof.notes.append(f"{_BEFORE} does not load: {rejected}")
+    proof.model, proof.alone = verdicts, True
+    return proof
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _cases(
+    model: ir.Model, infos: Sequence[TensorInfo], feeds: Mapping[str, Array] | None, seed: int
+) -> list[dict[str, Array]]:
+    if feeds is not None:
+        return [cast_feeds(feeds, infos)]
+    vocabulary = _vocabulary(model)
+    return [make_feeds(infos, batch, length, seed, vocabulary) for batch, length in _SHAPES]
+
+
+def _vocabulary(model: ir.Model) -> int | None:
+    """The number of token ids: rows of the smallest table that whole-number inputs look up."""
+    sizes = []
+    for value in model.graph.inputs:
+        reached = {value}
+        for _ in range(3):
+            for use in [use for v in reached for use in v.uses()]:
+                if use.node.op_type == "Gather" and use.idx == 1 and use.node.inputs[0] is not None:
+                    table = use.node.inputs[0].shape
+                    if table is not None and len(table) == 2 and isinstance(table[0], int):
+                        sizes.append(table[0])
+                elif use.node.op_type in ("Cast", "Identity", "Reshape", "Unsqueeze"):
+                    reached.add(use.node.outputs[0])
+    return min(sizes, default=None)
+
+
+def _rounded(rewritten: Rewritten, seed: int) -> bytes:
+    """The model before, with each norm's result multiplied by 1 +- eps of its dtype."""
+    original = rewritten.original
+    model = original.clone()
+    twins = dict(zip(original.graph.all_nodes(), model.graph.all_nodes(), strict=True))
+    prefix = _free_name(model)
+    for number, site in enumerate(rewritten.sites):
+        node, index = site.before.y.producer(), site.before.y.index()
+        if node is not None and index is not None:
+            _round(model.graph, twins[node].outputs[index], f"{prefix}.{number}", [seed, number])
+    return ir.to_proto(model).SerializeToString()
+
+
+def _free_name(model: ir.Model) -> str:
+    """The beginning of names that stand nowhere in the model."""
+    graphs = (model.graph, *model.graph.subgraphs())
+    taken = {value.name or "" for graph in graphs for value in (*graph.inputs, *graph.initializers.values())}
+    taken.update(value.name or "" for node in model.graph.all_nodes() for value in node.outputs)
+    prefix = "rounding"
+    while any(name.startswith(prefix) for name in taken):
+        prefix += "_"
+    return prefix
+
+
+def _round(root: ir.Graph, value: ir.Value, name: str, seed: Sequence[int]) -> None:
+    """Put a rounding behind a value, for all that reads it and where it is an output."""
+    node, dtype = value.producer(), value.dtype
+    if node is None or not isinstance(node.graph, ir.Graph) or dtype is None:
+        return
+    last = value.shape[-1] if value.shape is not None and len(value.shape) else 1
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], last if isinstance(last, int) else 1)
+    eps = format_of(numpy_dtype(dtype_name(dtype))).eps
+    tensor = ir.Tensor((1 + eps * signs).astype(dtype.numpy()), dtype=dtype, name=name)
+    factor = ir.Value(name=name, type=ir.TensorType(dtype), shape=tensor.shape, const_value=tensor)
+    root.register_initializer(factor)
+    uses = list(value.uses())
+    made = ir.node("Mul", [value, factor], name=name)
+    rounded = made.outputs[0]
+    rounded.name, rounded.type, rounded.shape = f"{name}.y", value.type, value.shape
+    node.graph.insert_after(node, made)
+    for use in uses:
+        use.node.replace_input_with(use.idx, rounded)
+    for position, output in enumerate(node.graph.outputs):
+        if output is value:
+            node.graph.outputs[position] = rounded
+    if rounded.is_graph_output():
+        value.name, rounded.name = rounded.name, value.name

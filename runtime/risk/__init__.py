@@ -1,0 +1,1 @@
+"""Which norms are at risk in which dtype."""

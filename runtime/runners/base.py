@@ -1,0 +1,137 @@
+"""What every runner offers: named arrays in, named arrays out, and where they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, Self, runtime_checkable
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from ...models.errors import UsageError
+
+Array = NDArray[Any]
+
+ANY_DTYPE = "any"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """An input or output of a model.
+
+    Attributes:
+        name: as fed and as returned.
+        dtype: numpy's name, such as `float16`, `bfloat16` or `int64`; `any` where the model does not say.
+        shape: a number for a fixed dim, a text for a symbolic one, None for one that may be anything; None instead of
+            the tuple when the rank is open too.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...] | None
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """Runs one model. The context manager holds the session or engine, and lets go of it at the end."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def inputs(self) -> list[TensorInfo]:
+        """The inputs that must be fed, in the model's order."""
+        ...
+
+    def outputs(self) -> list[TensorInfo]:
+        """The outputs, in the model's order."""
+        ...
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """One inference.
+
+        Args:
+            feeds: an array for every input; bfloat16 is the dtype of ml_dtypes.
+
+        Returns:
+            Every output by name, owned by the caller.
+
+        Raises:
+            UsageError: the feeds do not fit the inputs, or the model fails on them.
+        """
+        ...
+
+    def provenance(self) -> dict[str, Any]:
+        """Versions, devices, options and file hashes behind the results, as JSON values."""
+        ...
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype called `name`; bfloat16 is the one of ml_dtypes."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def describe_feeds(feeds: Mapping[str, Array]) -> str:
+    """Names, dtypes and shapes on one line, for messages."""
+    return ", ".join(f"{name} {array.dtype.name}{list(array.shape)}" for name, array in feeds.items())
+
+
+def check_feeds(infos: Iterable[TensorInfo], feeds: Mapping[str, Array], where: str) -> None:
+    """Refuse feeds that do not fit the inputs.
+
+    Args:
+        infos: the inputs that must be fed.
+        feeds: what is fed.
+        where: what they are fed to, for the message (a file name, a class name).
+
+    Raises:
+        UsageError: an input is missing, unknown, no array, or of the wrong dtype, rank or size, or two dims of one
+            symbolic name differ. The message names the input, what was given and what is wanted.
+    """
+    wanted = {info.name: info for info in infos}
+    missing, unexpected = [n for n in wanted if n not in feeds], [n for n in feeds if n not in wanted]
+    if missing or unexpected:
+        problems = [f"missing: {', '.join(missing)}"] if missing else []
+        problems += [f"unexpected: {', '.join(unexpected)}"] if unexpected else []
+        raise UsageError(f"{where}: inputs {'; '.join(problems)}. The inputs are: {', '.join(wanted) or 'none'}.")
+    symbols: dict[str, tuple[int, str]] = {}
+    for info in wanted.values():
+        _check_array(info, feeds[info.name], where)
+        _check_shape(info, feeds[info.name].shape, where, symbols)
+
+
+def _check_array(info: TensorInfo, array: Array, where: str) -> None:
+    if not isinstance(array, np.ndarray):
+        raise UsageError(f"{where}: input {info.name} is a {type(array).__name__}; give a numpy array.")
+    if info.dtype != ANY_DTYPE and array.dtype != numpy_dtype(info.dtype):
+        # A byte order that is not the machine's does not show in the name.
+        given = array.dtype.name if array.dtype.isnative else array.dtype.str
+        raise UsageError(f"{where}: input {info.name} has dtype {given}; {info.dtype} is wanted.")
+
+
+def _check_shape(info: TensorInfo, shape: tuple[int, ...], where: str, symbols: dict[str, tuple[int, str]]) -> None:
+    if info.shape is None:
+        return
+    wanted = "[" + ", ".join("?" if dim is None else str(dim) for dim in info.shape) + "]"
+    if len(shape) != len(info.shape):
+        raise UsageError(
+            f"{where}: input {info.name} has shape {list(shape)}, of rank {len(shape)}; "
+            f"{wanted}, of rank {len(info.shape)}, is wanted."
+        )
+    for axis, (size, dim) in enumerate(zip(shape, info.shape, strict=True)):
+        if isinstance(dim, int) and size != dim:
+            raise UsageError(
+                f"{where}: input {info.name} has shape {list(shape)}; {wanted} is wanted (dim {axis} must be {dim})."
+            )
+        if isinstance(dim, str):
+            known, owner = symbols.setdefault(dim, (size, info.name))
+            if known != size:
+                raise UsageError(
+                    f"{where}: input {info.name} has shape {list(shape)}; {wanted} is wanted, and {dim} is already "
+                    f"{known} in {owner}."
+                )

@@ -1,0 +1,392 @@
+"""Running a model in ONNX Runtime, on the providers that were asked for and no others."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+
+from ...export.onnx_io.read_model import ModelFile, read_model
+from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
+from ...plugins import contract
+from .base import Array, TensorInfo, check_feeds, describe_feeds
+from .ort_graph import file_record, input_dtypes, op_counts
+
+CPU = "CPUExecutionProvider"
+
+# onnxruntime's names of the element types that this runner carries, and numpy's.
+_DTYPES = {
+    "float": "float32",
+    "double": "float64",
+    **{name: name for name in ("float16", "bfloat16", "bool")},
+    **{f"{sign}int{bits}": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
+_BFLOAT16 = 16  # TensorProto.BFLOAT16, a number that the ONNX format fixes
+
+_LEVELS = {
+    "disabled": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
+_OPTIONS = (
+    "graph_optimization_level",
+    "intra_op_num_threads",
+    "inter_op_num_threads",
+    "optimized_model_path",
+    "repack_weights",
+)
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+_NO_PREPACKING = "session.disable_prepacking"
+_PLUGIN_OPS = {f"{domain}:{name}" for domain in (contract.DOMAIN, contract.ORT_DOMAIN) for name in contract.INPUTS}
+_SILENT = 4  # only fatal messages: every error is raised as well
+
+
+def import_onnxruntime() -> ModuleType:
+    """The onnxruntime module.
+
+    Raises:
+        EnvironmentMissingError: it is not installed, or does not load.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EnvironmentMissingError(
+            f'onnxruntime cannot be imported ({error}). Install it with: pip install "rmsnorm-deploy[cpu]", '
+            "or [gpu] for CUDA and TensorRT."
+        ) from error
+    return onnxruntime
+
+
+class OrtRunner:
+    """Runs an ONNX model in ONNX Runtime.
+
+    Args:
+        source: path of an ONNX file, or the bytes of one.
+        providers: execution providers in order of preference, such as `cpu`, `cuda`, `tensorrt` or their full names;
+            None is the CPU provider. Nodes that none of them takes run on the CPU provider.
+        provider_options: options of a provider by its name.
+        session_options: `graph_optimization_level` (disabled, basic, extended, all), `intra_op_num_threads`,
+            `inter_op_num_threads`, `optimized_model_path` where the optimised graph is written, and `repack_weights`
+            (True unless said otherwise: kernels get a copy of the weights in the order that suits them; without, a
+            large file opens at once and needs no memory for it, and runs slower).
+        io_binding: run through the session's IO binding, which places the inputs on the device before the run; the
+            results are the same.
+        weights_folder: where the external data of a model given as bytes lie; None when it has none.
+
+    Raises:
+        UsageError: the model or its external data cannot be read, onnxruntime finds it invalid, or an option or
+            provider name is unknown.
+        UnsupportedError: an op has no kernel for its dtype, or an input or output is no tensor of numbers.
+        EnvironmentMissingError: onnxruntime is not installed, or a provider is not there or not really used.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | bytes,
+        *,
+        providers: Sequence[str] | None = None,
+        provider_options: Mapping[str, Mapping[str, Any]] | None = None,
+        session_options: Mapping[str, Any] | None = None,
+        io_binding: bool = False,
+        weights_folder: Path | None = None,
+    ) -> None:
+        ort = import_onnxruntime()
+        self._providers = _full_names(ort, providers)
+        self._provider_options = _options_by_provider(ort, self._providers, provider_options)
+        self._session_options = dict(session_options or {})
+        self._io_binding = io_binding
+        self._weights_folder = weights_folder
+        file = read_model(source, weights_folder)
+        self._where, self._path, self._external_files = file.where, file.path, file.external_files
+        self._session: Any = self._open(ort, file, source)
+        open_rank = {v.name for v in file.model.graph.input if not v.type.tensor_type.HasField("shape")}
+        self._inputs = _infos(self._session.get_inputs(), self._where, open_rank)
+        self._outputs = _infos(self._session.get_outputs(), self._where, set())
+        self._files: dict[str, Any] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the session and its memory."""
+        self._session = None
+
+    def inputs(self) -> list[TensorInfo]:
+        """The model's inputs, initializers left out."""
+        return list(self._inputs)
+
+    def outputs(self) -> list[TensorInfo]:
+        """The model's outputs; an output of open rank shows as one of rank 0."""
+        return list(self._outputs)
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """One inference; see `Runner.run`.
+
+        Args:
+            feeds: an array for every input.
+            outputs: names of the outputs that are wanted; None is all of them.
+
+        Raises:
+            UsageError: the feeds do not fit the inputs, or onnxruntime fails on them.
+            UnsupportedError: a kernel cannot do what the feeds ask for.
+        """
+        session = self._opened()
+        check_feeds(self._inputs, feeds, self._where)
+        values = {info.name: _to_value(feeds[info.name]) for info in self._inputs}
+        names = [info.name for info in self._outputs] if outputs is None else list(outputs)
+        try:
+            results = (
+                _run_bound(session, values, names) if self._io_binding else session.run_with_ort_values(names, values)
+            )
+        except Exception as error:
+            kind = UnsupportedError if type(error).__name__ == "NotImplemented" else UsageError
+            raise kind(f"{self._where}: onnxruntime failed on {describe_feeds(feeds)}: {_cause(error)}") from error
+        return {name: _to_array(value) for name, value in zip(names, results, strict=True)}
+
+    def provenance(self) -> dict[str, Any]:
+        """Versions, providers asked for and used, options, and the hash of every file.
+
+        Raises:
+            UsageError: the runner is closed.
+        """
+        import onnx
+
+        session = self._opened()
+        if self._files is None:
+            self._files = {
+                "model": None if self._path is None else file_record(self._path),
+                "external_data": [file_record(file) for file in self._external_files],
+            }
+        return {
+            "runner": "onnxruntime",
+            "onnxruntime": import_onnxruntime().__version__,
+            "onnx": onnx.__version__,
+            "providers_asked": list(self._providers),
+            "providers_used": list(session.get_providers()),
+            "provider_options": session.get_provider_options(),
+            "session_options": {k: v if isinstance(v, int) else str(v) for k, v in self._session_options.items()},
+            "io_binding": self._io_binding,
+            **self._files,
+        }
+
+    def _opened(self) -> Any:
+        if self._session is None:
+            raise UsageError(f"{self._where}: the runner is closed.")
+        return self._session
+
+    def _open(self, ort: ModuleType, file: ModelFile, source: str | os.PathLike[str] | bytes) -> Any:
+        with _session_options(ort, self._session_options, file) as options:
+            if self._weights_folder is not None:
+                options.add_session_config_entry(_WEIGHTS_FOLDER, str(self._weights_folder))
+            try:
+                session = ort.InferenceSession(
+                    source if isinstance(source, bytes) else os.fspath(source),
+                    options,
+                    providers=list(self._providers),
+                    provider_options=[self._provider_options.get(name, {}) for name in self._providers],
+                    enable_fallback=0,
+                )
+            except Exception as error:
+                raise _load_error(error, ort, file, self._providers) from error
+        used = session.get_providers()
+        unused = [name for name in self._providers if name not in used]
+        if unused:
+            raise EnvironmentMissingError(
+                f"{file.where}: onnxruntime fell back from {', '.join(unused)} to {', '.join(used)}. The libraries "
+                f"behind it (CUDA, cuDNN, TensorRT) did not load in the versions that onnxruntime {ort.__version__} "
+                "was built for; install those, or ask for another provider."
+            )
+        return session
+
+
+def optimized_op_counts(
+    path: str | os.PathLike[str], providers: Sequence[str] | None = None, level: str = "all"
+) -> Counter[str]:
+    """Count the ops in the graph as onnxruntime optimised it, to see which norms it fused.
+
+    External data stays where it is: the optimised graph, in a temporary folder, refers to it.
+
+    Args:
+        path: an ONNX file.
+        providers: see `OrtRunner`.
+        level: graph optimisation level, see `OrtRunner`.
+
+    Returns:
+        Counts by `Op` in the default domain and `domain::Op` elsewhere.
+
+    Raises:
+        RmsnormDeployError: as `OrtRunner`.
+    """
+    import onnx
+
+    with tempfile.TemporaryDirectory(prefix="rmsnorm-") as folder:
+        target = Path(folder) / "optimized.onnx"
+        options = {"graph_optimization_level": level, "optimized_model_path": target}
+        OrtRunner(path, providers=providers, session_options=options).close()
+        return op_counts(onnx.load(target, load_external_data=False))
+
+
+def _full_names(ort: ModuleType, names: Sequence[str] | None) -> list[str]:
+    """Full provider names for short or full ones in any case."""
+    known = {name.lower().removesuffix("executionprovider"): name for name in ort.get_all_providers()}
+    available = ort.get_available_providers()
+    if isinstance(names, str) or (names is not None and not names):
+        raise UsageError(f"providers is {names!r}; give a list of one provider or more.")
+    found = []
+    for name in names or [CPU]:
+        full = known.get(name.lower().removesuffix("executionprovider"))
+        if full is None:
+            raise UsageError(f"there is no execution provider {name!r}; the names are {', '.join(sorted(known))}.")
+        if full not in available:
+            raise EnvironmentMissingError(
+                f"{full} is not in this build of onnxruntime {ort.__version__}, which has {', '.join(available)}. "
+                'For CUDA and TensorRT: pip install "rmsnorm-deploy[gpu]" in place of onnxruntime.'
+            )
+        found.append(full)
+    return list(dict.fromkeys(found))
+
+
+def _options_by_provider(
+    ort: ModuleType, providers: list[str], options: Mapping[str, Mapping[str, Any]] | None
+) -> dict[str, dict[str, str]]:
+    named = {name: _full_names(ort, [name])[0] for name in options or {}}
+    unused = [name for name, full in named.items() if full not in providers]
+    if unused:
+        raise UsageError(f"provider_options for {', '.join(unused)}, which is not among {', '.join(providers)}.")
+    return {full: {k: str(v) for k, v in (options or {})[name].items()} for name, full in named.items()}
+
+
+@contextmanager
+def _session_options(ort: ModuleType, wanted: Mapping[str, Any], file: ModelFile) -> Iterator[Any]:
+    """Session options; the optimised model gets its name only when the session has been created."""
+    unknown = [name for name in wanted if name not in _OPTIONS]
+    if unknown:
+        raise UsageError(f"unknown session_options {', '.join(unknown)}; there are {', '.join(_OPTIONS)}.")
+    options = ort.SessionOptions()
+    options.log_severity_level = _SILENT
+    level = wanted.get("graph_optimization_level", "all")
+    if level not in _LEVELS:
+        raise UsageError(f"graph_optimization_level is {level!r}; it must be one of {', '.join(_LEVELS)}.")
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[level])
+    for name in ("intra_op_num_threads", "inter_op_num_threads"):
+        threads = wanted.get(name, 0)
+        if not isinstance(threads, int) or threads < 0:
+            raise UsageError(f"{name} is {threads!r}; it must be a whole number, 0 for as many as there are cores.")
+        setattr(options, name, threads)
+    if not wanted.get("repack_weights", True):
+        options.add_session_config_entry(_NO_PREPACKING, "1")
+    if "optimized_model_path" not in wanted:
+        yield options
+        return
+    target = Path(wanted["optimized_model_path"])
+    if not target.parent.is_dir():
+        raise UsageError(f"optimized_model_path {target}: there is no folder {target.parent}.")
+    if file.path is not None and target.resolve() == file.path.resolve():
+        raise UsageError(f"optimized_model_path {target} is the model itself; give another name.")
+    partial = target.with_name(f".{target.name}.partial")
+    options.optimized_model_filepath = str(partial)
+    try:
+        yield options
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _infos(arguments: Sequence[Any], where: str, open_rank: set[str]) -> list[TensorInfo]:
+    infos = []
+    for argument in arguments:
+        match = re.fullmatch(r"tensor\((\w+)\)", argument.type)
+        dtype = _DTYPES.get(match.group(1)) if match else None
+        if dtype is None:
+            raise UnsupportedError(
+                f"{where}: {argument.name} is a {argument.type}; only tensors of {', '.join(_DTYPES.values())} can be "
+                "fed and returned."
+            )
+        shape = None if argument.name in open_rank else tuple(argument.shape)
+        infos.append(TensorInfo(argument.name, dtype, shape))
+    return infos
+
+
+def _to_value(array: Array) -> Any:
+    """An OrtValue over the array's memory; bfloat16, which onnxruntime's numpy side lacks, goes in as its bits."""
+    import onnxruntime
+
+    array = np.asarray(array, order="C")
+    if array.dtype == ml_dtypes.bfloat16:
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _BFLOAT16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def _to_array(value: Any) -> Array:
+    """A copy of an OrtValue in host memory, where runs put every output."""
+    if value.element_type() != _BFLOAT16:
+        return np.array(value.numpy())
+    shape = tuple(value.shape())
+    if 0 in shape:
+        return np.empty(shape, ml_dtypes.bfloat16)
+    # Neither numpy() nor DLPack hands out bfloat16, so its bits are read where they lie.
+    memory = (ctypes.c_uint16 * (value.tensor_size_in_bytes() // 2)).from_address(value.data_ptr())
+    return np.array(memory, dtype=np.uint16).view(ml_dtypes.bfloat16).reshape(shape)
+
+
+def _run_bound(session: Any, values: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+    binding = session.io_binding()
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    for name in names:
+        binding.bind_output(name, "cpu")
+    session.run_with_iobinding(binding)
+    return binding.get_outputs()
+
+
+def _cause(error: BaseException) -> str:
+    """onnxruntime's message without its code, source lines and padding."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
+    return re.sub(r"/onnxruntime_src/\S+ ", "", text)
+
+
+def _load_error(error: Exception, ort: ModuleType, file: ModelFile, providers: list[str]) -> RmsnormDeployError:
+    """What a session that could not be created means for the user."""
+    cause, version = _cause(error), f"onnxruntime {ort.__version__}"
+    missing = re.search(r"implementation for (\S+)\(\d+\) node with name '(.*?)'", cause)
+    if missing:
+        op, node = missing.groups()
+        dtypes = " and ".join(input_dtypes(file.model, op, node))
+        advice = "Export the model in float16 or float32" if "bfloat16" in dtypes else "Export with another target"
+        return UnsupportedError(
+            f"{file.where}: {version} has no kernel for {op} (node {node or 'without name'})"
+            f"{f' on {dtypes}' if dtypes else ''} in {', '.join(providers)}. {advice}, or run it on another provider."
+        )
+    unknown = re.search(r"(\S+?)\(-?\d+\) is not a registered function/op|No Op registered for (\S+)", cause)
+    if unknown:
+        name = unknown.group(1) or unknown.group(2)
+        advice = "Install a newer onnxruntime, or export with a target whose ops it has"
+        if name in _PLUGIN_OPS:
+            advice = (
+                "The file has plugin nodes without the local functions that ONNX Runtime would run: it was written "
+                "with --no-function or --ort-trt, for TensorRT. Write it without that option to run it here"
+            )
+        return UnsupportedError(f"{file.where}: {version} does not know the op {name}: {cause}. {advice}.")
+    if re.search(r"is under development|Unsupported model IR version", cause):
+        return UnsupportedError(
+            f"{file.where}: too new for {version}: {cause}. Install a newer onnxruntime, or export at a lower opset."
+        )
+    if isinstance(error, (RuntimeError, ValueError)) and providers != [CPU]:
+        return EnvironmentMissingError(f"{file.where}: {version} could not set up {', '.join(providers)}: {cause}")
+    return UsageError(f"{file.where}: {version} cannot load this model: {cause}")

@@ -1,0 +1,308 @@
+"""Running a PyTorch module: the yardstick in the deployment dtype, and the truth in float64."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import ml_dtypes
+import numpy as np
+
+from ...models.errors import EnvironmentMissingError, UnsupportedError, UsageError
+from .base import ANY_DTYPE, Array, TensorInfo, check_feeds, describe_feeds
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_CACHE_KEYS = ("past_key_values", "cache_params")
+
+
+def to_torch(array: Array) -> torch.Tensor:
+    """A tensor with a copy of the array's values; bfloat16 goes over bit for bit."""
+    import torch
+
+    # A copy of our own: the array may be read-only, strided backwards or in use elsewhere.
+    own = np.array(array, dtype=array.dtype.newbyteorder("="), order="C", copy=True)
+    if own.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(own.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(own)
+
+
+def to_numpy(tensor: torch.Tensor) -> Array:
+    """An array with a copy of the tensor's values, from any device; bfloat16 goes over bit for bit.
+
+    Raises:
+        TypeError: numpy has no such dtype or layout (float8, quantised, sparse).
+    """
+    import torch
+
+    tensor = tensor.detach().to("cpu", copy=True).contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+class TorchRunner:
+    """Runs an `nn.Module` in eval mode and without gradients.
+
+    The module's parameters are never changed, and every submodule's training flag is restored by `close`. With `dtype`
+    or `device` a deep copy runs and the module is not touched at all.
+
+    A float64 copy holds the module's own parameters, widened: for the truth behind a half-precision deployment, give
+    the half-precision module. Modules that cast to float32 themselves still do.
+
+    Args:
+        model: the module.
+        input_names: names of the feeds. When all are parameters of `forward` they go in by keyword, otherwise in the
+            order of its parameters. None: feeds are named as the parameters of `forward`.
+        output_names: names of the outputs in order, after None and caches are dropped. None: the keys of a mapping,
+            `output` for a tensor, `output_0`, `output_1` and so on for a tuple (`output_0_1` where nested).
+        dtype: a floating-point dtype that a deep copy is cast to; floating-point feeds are cast to it too.
+        device: where a deep copy runs, such as `cuda`.
+        include_cache: also return the tensors of key-value caches.
+
+    Raises:
+        UsageError: the model is no module, cannot be copied, or names and `forward` do not fit.
+        EnvironmentMissingError: the device is not there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        input_names: Sequence[str] | None = None,
+        output_names: Sequence[str] | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        include_cache: bool = False,
+    ) -> None:
+        from torch import nn
+
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"TorchRunner runs an nn.Module, not a {type(model).__name__}.")
+        self._where = type(model).__name__
+        self._dtype = _floating_dtype(dtype)
+        self._parameters = _Parameters(model, input_names)
+        self._output_names = None if output_names is None else list(output_names)
+        self._include_cache = include_cache
+        self._last_outputs: list[TensorInfo] = []
+        self._model: nn.Module | None = model
+        if dtype is not None or device is not None:
+            self._model = _moved_copy(model, self._dtype, device)
+        self._training = [(module, module.training) for module in self._model.modules()]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Restore the training flags and let go of the module."""
+        for module, flag in self._training:
+            module.training = flag
+        self._training, self._model = [], None
+
+    def inputs(self) -> list[TensorInfo]:
+        """The `input_names`, or the parameters of `forward` without a default; a module tells no dtypes or shapes."""
+        return [TensorInfo(name, ANY_DTYPE, None) for name in self._parameters.required]
+
+    def outputs(self) -> list[TensorInfo]:
+        """What the last run returned; before the first one, the `output_names` if they were given."""
+        if self._last_outputs:
+            return list(self._last_outputs)
+        return [TensorInfo(name, ANY_DTYPE, None) for name in self._output_names or ()]
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """One forward pass; see `Runner.run`.
+
+        Raises:
+            UsageError: the feeds do not fit `forward`, the module fails on them, or `output_names` is not as long as
+                the outputs are many.
+            UnsupportedError: the module returns something other than tensors.
+        """
+        import torch
+
+        if self._model is None:
+            raise UsageError(f"{self._where}: the runner is closed.")
+        keywords = self._parameters.keywords(feeds, self._where)
+        device = _device_of(self._model)
+        tensors = {name: self._placed(to_torch(array), device) for name, array in keywords.items()}
+        # At every run: another holder of the module may have changed it in between.
+        self._model.eval()
+        try:
+            with torch.no_grad():
+                result = self._model(**tensors)
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError) as error:
+            raise UsageError(f"{self._where} failed on {describe_feeds(feeds)}: {error}") from error
+        outputs = self._named(dict(_flatten(result, "", self._include_cache, self._where)))
+        self._last_outputs = [TensorInfo(n, a.dtype.name, tuple(a.shape)) for n, a in outputs.items()]
+        return outputs
+
+    def provenance(self) -> dict[str, Any]:
+        """Version, device, dtypes and numeric settings, and how many parameters the module has.
+
+        Raises:
+            UsageError: the runner is closed.
+        """
+        import torch
+
+        if self._model is None:
+            raise UsageError(f"{self._where}: the runner is closed.")
+        device = _device_of(self._model)
+        return {
+            "runner": "torch",
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "device": str(device),
+            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "model": self._where,
+            "parameters": sum(p.numel() for p in self._model.parameters()),
+            "parameter_dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in self._model.parameters()}),
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "threads": torch.get_num_threads(),
+        }
+
+    def _placed(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        if self._dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(self._dtype)
+        return tensor.to(device)
+
+    def _named(self, outputs: dict[str, Array]) -> dict[str, Array]:
+        if self._output_names is None:
+            return outputs
+        if len(outputs) != len(self._output_names):
+            raise UsageError(
+                f"{self._where} returned {len(outputs)} outputs ({', '.join(outputs)}), but output_names has "
+                f"{len(self._output_names)}: {', '.join(self._output_names)}."
+            )
+        return dict(zip(self._output_names, outputs.values(), strict=True))
+
+
+class _Parameters:
+    """How feeds become keyword arguments of `forward`.
+
+    Attributes:
+        required: names that must be fed, in order.
+    """
+
+    def __init__(self, model: nn.Module, input_names: Sequence[str] | None) -> None:
+        parameters = inspect.signature(model.forward).parameters.values()
+        plain = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        names = [p.name for p in plain]
+        self._takes_any = input_names is None and any(p.kind is p.VAR_KEYWORD for p in parameters)
+        if input_names is None:
+            self._keyword_of = {name: name for name in names}
+            self.required = [p.name for p in plain if p.default is p.empty]
+            return
+        self.required = list(input_names)
+        if set(input_names) <= set(names):
+            self._keyword_of = {name: name for name in input_names}
+            return
+        self._keyword_of = dict(zip(input_names, names, strict=False))
+        where = f"{type(model).__name__}.forward({', '.join(names)})"
+        if len(input_names) > len(names):
+            raise UsageError(f"{where} does not take {len(input_names)} inputs: {', '.join(input_names)}.")
+        crossed = [name for name, keyword in self._keyword_of.items() if name != keyword and name in names]
+        if crossed:
+            raise UsageError(
+                f"{where}: input_names {', '.join(input_names)} go by position, yet {', '.join(crossed)} names "
+                "another parameter; give the parameters' own names, or names that are none of them."
+            )
+
+    def keywords(self, feeds: Mapping[str, Array], where: str) -> dict[str, Array]:
+        """The arguments of `forward`, for feeds that must fit."""
+        known = [n for n in feeds if n in self._keyword_of or self._takes_any]
+        infos = [TensorInfo(n, ANY_DTYPE, None) for n in dict.fromkeys([*self.required, *known])]
+        check_feeds(infos, feeds, where)
+        return {self._keyword_of.get(name, name): array for name, array in feeds.items()}
+
+
+def _floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    import torch
+
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return dtype
+    raise UsageError(f"TorchRunner: dtype {dtype!r} is no floating-point dtype of PyTorch, such as float64.")
+
+
+def _moved_copy(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Module:
+    import torch
+
+    try:
+        target = None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"TorchRunner: {device!r} is no device: {error}") from error
+    if target is not None and target.type == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentMissingError(
+            f"TorchRunner: device {device} was asked for, but PyTorch {torch.__version__} finds no CUDA device. "
+            "Install the CUDA build of PyTorch on a machine with an NVIDIA GPU, or leave the device out."
+        )
+    try:
+        duplicate = copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"{type(model).__name__} cannot be copied to another dtype or device: {error}") from error
+    return duplicate.to(device=target, dtype=dtype)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    import torch
+
+    for tensors in (model.parameters(), model.buffers()):
+        for tensor in tensors:
+            return tensor.device
+    return torch.device("cpu")
+
+
+def _flatten(value: Any, name: str, include_cache: bool, where: str) -> Iterator[tuple[str, Array]]:
+    """Every tensor in a module's result with its name; the outermost result has the empty name."""
+    import torch
+
+    if value is None:
+        return
+    if isinstance(value, torch.Tensor):
+        try:
+            yield name or "output", to_numpy(value)
+        except (TypeError, RuntimeError) as error:
+            raise UnsupportedError(
+                f"{where}: output {name or 'output'} is a {value.dtype} tensor that numpy cannot hold: {error}"
+            ) from error
+        return
+    if name in _CACHE_KEYS or type(value).__name__.endswith("Cache"):
+        if include_cache:
+            yield from _flatten_cache(value, name or "cache", where)
+        return
+    yield from _flatten_container(value, name, include_cache, where)
+
+
+def _flatten_container(value: Any, name: str, include_cache: bool, where: str) -> Iterator[tuple[str, Array]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flatten(item, f"{name}_{key}" if name else str(key), include_cache, where)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _flatten(item, f"{name or 'output'}_{index}", include_cache, where)
+    else:
+        raise UnsupportedError(
+            f"{where}: output {name or 'output'} is a {type(value).__name__}; outputs must be tensors, or tuples, "
+            "lists and mappings of them. Wrap the module in one that returns tensors only."
+        )
+
+
+def _flatten_cache(cache: Any, name: str, where: str) -> Iterator[tuple[str, Array]]:
+    """Keys and values of each layer, named by their path as transformers' own exporters name them."""
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        yield from _flatten_container(cache, name, True, where)
+        return
+    for index, layer in enumerate(layers):
+        for part in ("keys", "values"):
+            yield from _flatten(getattr(layer, part, None), f"{name}.layers.{index}.{part}", True, where)

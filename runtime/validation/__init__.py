@@ -1,0 +1,1 @@
+"""An exported model held against PyTorch."""

@@ -1,0 +1,165 @@
+"""The report of a validation: its verdict, what decided it, and how to run it again."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..accuracy.compare_output import OutputVerdict
+from ..norms.graph_norms import Key
+from ..report.report_file import VALIDATE_SCHEMA
+from .norm_checks import NormCheck, StretchCheck, norm_name
+
+CREATED = "created"
+
+
+@dataclass(frozen=True, slots=True)
+class DepthPoint:
+    """The error at one place along the depth, relative to the RMS of the truth's row (its largest).
+
+    Attributes:
+        key: the norm.
+        side: `input` or `output` of it.
+        error: of the candidate, as the whole model runs.
+        yardstick_error: of PyTorch.
+        introduced: what the part that ends here adds by itself, None where it could not be measured.
+        yardstick_introduced: the same of PyTorch.
+    """
+
+    key: Key
+    side: Literal["input", "output"]
+    error: float
+    yardstick_error: float
+    introduced: float | None = None
+    yardstick_introduced: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The point as the JSON interface shows it."""
+        values = (self.error, self.yardstick_error, self.introduced, self.yardstick_introduced)
+        names = ("error", "yardstick_error", "introduced", "yardstick_introduced")
+        numbers = dict(zip(names, map(_number, values), strict=True))
+        return {"path": self.key[0], "call": self.key[1], "side": self.side, **numbers}
+
+
+@dataclass(frozen=True, slots=True)
+class Culprit:
+    """Where error is introduced: a norm, a stretch between norms, or the whole run."""
+
+    kind: Literal["norm", "stretch", "output"]
+    name: str
+    reason: str
+
+    def to_dict(self) -> dict[str, str]:
+        """The culprit as the JSON interface shows it."""
+        return {"kind": self.kind, "name": self.name, "reason": self.reason}
+
+
+@dataclass(slots=True)
+class ValidationReport:
+    """The verdict and what it rests on.
+
+    Attributes:
+        model: what was held against PyTorch.
+        rows: one verdict for each case and output.
+        norms: every norm alone.
+        stretches: everything between the norms.
+        depth: errors along the depth, where asked for.
+        notes: what could not be checked, and why.
+        refusals: norms that the exporter left as they were, from the manifest.
+        deviations: where the target says it is not exact, from the manifest.
+        settings: what was asked for, enough to run it again.
+        provenance: versions, files and options of both sides.
+        schema: `rmsnorm_deploy.validate/2` or `rmsnorm_deploy.bisect/1`.
+    """
+
+    model: str
+    rows: list[tuple[str, OutputVerdict]] = field(default_factory=list)
+    norms: list[NormCheck] = field(default_factory=list)
+    stretches: list[StretchCheck] = field(default_factory=list)
+    depth: list[DepthPoint] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    refusals: list[dict[str, Any]] = field(default_factory=list)
+    deviations: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    schema: str = VALIDATE_SCHEMA
+
+    @property
+    def verdict(self) -> Literal["pass", "fail"]:
+        """`pass` when every output, norm and stretch passed, else `fail`."""
+        sound = all(row.passed for _, row in self.rows) and all(norm.passed for norm in self.norms)
+        return "pass" if self.rows and sound and all(s.verdict.passed for s in self.stretches) else "fail"
+
+    @property
+    def culprits(self) -> list[Culprit]:
+        """Where error is introduced: norms first, then stretches; the outputs only where neither explains them."""
+        found = [Culprit("norm", norm_name(n.norm.key), n.reason) for n in self.norms if not n.passed]
+        for stretch in (stretch for stretch in self.stretches if not stretch.verdict.passed):
+            reason = stretch.verdict.reason
+            if stretch.contains:
+                found += [Culprit("norm", name, f"inside {stretch.name}: {reason}") for name in stretch.contains]
+            else:
+                found.append(Culprit("stretch", stretch.name, reason))
+        if found:
+            return list({(c.kind, c.name): c for c in reversed(found)}.values())[::-1]
+        failed = [(case, row) for case, row in self.rows if not row.passed]
+        return [Culprit("output", f"{row.name} of {case}", row.reason) for case, row in failed]
+
+    @property
+    def summary(self) -> str:
+        """One sentence that says what decided."""
+        counts = (
+            _share("output", [row.passed for _, row in self.rows]),
+            _share("norm", [norm.passed for norm in self.norms]),
+            _share("stretch", [stretch.verdict.passed for stretch in self.stretches]),
+        )
+        text = ", ".join(count for count in counts if count)
+        if self.verdict == "pass":
+            return f"{text} as accurate as PyTorch."
+        culprits = self.culprits
+        if not culprits:
+            return "Nothing was compared."
+        more = f" and {len(culprits) - 1} more" if len(culprits) > 1 else ""
+        if culprits[0].kind == "output":
+            return f"{text} as accurate as PyTorch; nothing at a norm explains it: {culprits[0].name}{more}."
+        return f"{text} as accurate as PyTorch; error is introduced in {culprits[0].name}{more}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as the JSON interface shows it; all but `created` is the same when it is run again."""
+        return {
+            "schema": self.schema,
+            CREATED: datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat(),
+            "model": self.model,
+            "verdict": self.verdict,
+            "summary": self.summary,
+            "culprits": [culprit.to_dict() for culprit in self.culprits],
+            "settings": self.settings,
+            "outputs": [{"case": case, **row.to_dict()} for case, row in self.rows],
+            "norms": [norm.to_dict() for norm in self.norms],
+            "stretches": [stretch.to_dict(index) for index, stretch in enumerate(self.stretches)],
+            "depth": [point.to_dict() for point in self.depth],
+            "notes": self.notes,
+            "refusals": self.refusals,
+            "deviations": self.deviations,
+            "provenance": self.provenance,
+        }
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The top-level parts in which two reports differ, timestamps apart."""
+    names = dict.fromkeys([*old, *new])
+    return [name for name in names if name != CREATED and old.get(name) != new.get(name)]
+
+
+def _share(noun: str, passed: list[bool]) -> str:
+    if not passed:
+        return ""
+    plural = noun + ("es" if noun.endswith("ch") else "s")
+    return f"{sum(passed)} of {len(passed)} {plural if len(passed) > 1 else noun}"
+
+
+def _number(value: float | None) -> float | str | None:
+    return value if value is None or math.isfinite(value) else str(value)

@@ -1,0 +1,168 @@
+"""A case as both sides run it: made up or given, run with the cache or without, and judged output by output."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...export.from_torch.cache_names import PRESENT
+from ...export.from_torch.example_inputs import vocabulary_size
+from ...models.errors import RmsnormDeployError, UsageError
+from ..accuracy.compare_output import OutputVerdict, judge
+from ..accuracy.tolerances import Limits, limits_of
+from ..inputs.cases import Case
+from ..inputs.synthetic import DEFAULT_SHAPES, is_past, make_feeds, present_to_past
+from ..runners.base import Array, Runner, TensorInfo
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# What a decode step returns is called as the output, with this behind it.
+DECODE_SUFFIX = "@decode"
+
+Outputs = dict[str, Array]
+
+
+@dataclass(slots=True)
+class Run:
+    """A case, and what both sides made of it."""
+
+    case: Case
+    got: Outputs = field(default_factory=dict)
+    wanted: Outputs = field(default_factory=dict)
+
+    @property
+    def torch_feeds(self) -> dict[str, Array]:
+        """PyTorch runs without a cache."""
+        return {name: value for name, value in self.case.feeds.items() if not is_past(name)}
+
+    @property
+    def size(self) -> int:
+        """Elements that go in."""
+        return sum(value.size for value in self.torch_feeds.values())
+
+
+def made_up_cases(
+    infos: Sequence[TensorInfo], model: nn.Module, shapes: Sequence[tuple[int, int]] | None, seed: int
+) -> list[Case]:
+    """Seeded inputs in several shapes, one more token for a decoder with a cache.
+
+    Raises:
+        UsageError: a shape is not positive, or an input's values cannot be made up.
+    """
+    vocabulary = vocabulary_size(model)
+    extra = 1 if any(is_past(info.name) for info in infos) else 0
+    cases: list[Case] = []
+    for batch, length in shapes or DEFAULT_SHAPES:
+        if batch < 1 or length < 1:
+            raise UsageError(f"shape {batch}x{length} is no batch and length; both must be at least 1.")
+        feeds = make_feeds(infos, batch, length + extra, seed, vocabulary)
+        if not any(_same_shapes(feeds, other.feeds) for other in cases):
+            name = f"{batch}x{length}" + (" then 1 more" if extra else "")
+            cases.append(Case(name if _is_dynamic(infos) else "the file's own shape", feeds))
+    return cases
+
+
+def by_position(model: nn.Module, infos: Sequence[TensorInfo]) -> list[str] | None:
+    """The candidate's input names, where they are not those of PyTorch's parameters and go in by their order."""
+    names = [info.name for info in infos if not is_past(info.name)]
+    return None if set(names) <= set(inspect.signature(model.forward).parameters) else names
+
+
+def run_guarded(runner: Runner, case: Case, name: str) -> Outputs:
+    """The candidate's outputs.
+
+    Raises:
+        UsageError: it fails, or returns other outputs than it says.
+    """
+    try:
+        outputs = _run_candidate(runner, case)
+    except RmsnormDeployError:
+        raise
+    except Exception as error:  # a runner of the user's own may raise anything
+        raise UsageError(f"{name} failed on case {case.name}: {type(error).__name__}: {error}") from error
+    returned = {output.removesuffix(DECODE_SUFFIX) for output in outputs}
+    missing = [
+        info.name for info in runner.outputs() if info.name not in returned and not info.name.startswith(PRESENT)
+    ]
+    if missing or not outputs:
+        raise UsageError(
+            f"{name} did not return {', '.join(missing) or 'anything'} on case {case.name}; "
+            f"it returned {', '.join(outputs) or 'nothing'}."
+        )
+    return outputs
+
+
+def _run_candidate(runner: Runner, case: Case) -> Outputs:
+    cached = any(is_past(name) for name in case.feeds)
+    if not cached or case.feeds["input_ids"].shape[1] == 1:
+        return {n: v for n, v in runner.run(case.feeds).items() if not (cached and n.startswith(PRESENT))}
+    return _run_with_cache(runner, case.feeds)
+
+
+def _run_with_cache(runner: Runner, feeds: Mapping[str, Array]) -> Outputs:
+    """All tokens but the last with an empty cache, then the last one with the cache that came out."""
+    length = feeds["input_ids"].shape[1]
+    tokens = ("input_ids", "position_ids", "token_type_ids")
+    first = {k: v[:, : length - 1] if k in (*tokens, "attention_mask") else v for k, v in feeds.items()}
+    prefill = runner.run(first)
+    step = {k: v[:, length - 1 :] if k in tokens else v for k, v in feeds.items()}
+    step.update({k: v for k, v in present_to_past(prefill).items() if k in feeds})
+    decode = runner.run(step)
+    outputs = {name: value for name, value in prefill.items() if not name.startswith(PRESENT)}
+    outputs.update({f"{k}{DECODE_SUFFIX}": v for k, v in decode.items() if not k.startswith(PRESENT)})
+    return outputs
+
+
+def judge_output(
+    name: str,
+    candidate: Array,
+    truth: Mapping[str, Array],
+    yardstick: Mapping[str, Array],
+    limits: Mapping[str, Limits],
+) -> OutputVerdict:
+    key = name.removesuffix(DECODE_SUFFIX)
+    true, wanted = truth[key], yardstick[key]
+    if name.endswith(DECODE_SUFFIX):
+        true, wanted = true[:, -1:], wanted[:, -1:]
+    elif candidate.ndim == wanted.ndim and candidate.ndim > 1 and candidate.shape[1] == wanted.shape[1] - 1:
+        true, wanted = true[:, :-1], wanted[:, :-1]  # the prompt's part of a case that goes on with one more token
+    found = limits_of(limits, key)
+    verdict = judge(name, candidate, true, wanted, limits=found)
+    if candidate.dtype != wanted.dtype and verdict.passed and found is None:
+        reason = f"it is {candidate.dtype.name} where PyTorch gives {wanted.dtype.name}; explicit limits let that pass"
+        return OutputVerdict(name, False, reason, verdict.figures, verdict.yardstick_figures)
+    return verdict
+
+
+def named(returned: Outputs, names: Sequence[str]) -> Outputs:
+    """PyTorch's outputs under the candidate's names: the same name where it has one, else in order."""
+    wanted = [name for name in names if not name.startswith(PRESENT)]
+    if set(wanted) <= set(returned):
+        return {name: returned[name] for name in wanted}
+    if len(wanted) != len(returned):
+        raise UsageError(
+            f"the candidate returns {len(wanted)} outputs ({', '.join(wanted)}), the PyTorch model {len(returned)} "
+            f"({', '.join(returned)}). Is it the model that was exported?"
+        )
+    return dict(zip(wanted, returned.values(), strict=True))
+
+
+def wide(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: value.astype(np.float64) if _is_float(value) else value for name, value in feeds.items()}
+
+
+def _is_dynamic(infos: Sequence[TensorInfo]) -> bool:
+    return any(not isinstance(dim, int) for info in infos for dim in info.shape or ())
+
+
+def _same_shapes(a: Mapping[str, Array], b: Mapping[str, Array]) -> bool:
+    return all(a[name].shape == b[name].shape for name in a)
+
+
+def _is_float(array: Array) -> bool:
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"

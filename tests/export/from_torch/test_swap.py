@@ -1,0 +1,386 @@
+"""Swapped norms: the same bits, everything put back, and every site that does not follow its spec found out."""
+
+from __future__ import annotations
+
+import inspect
+
+import onnx_ir as ir
+import pytest
+import torch
+from helpers.norm_zoo import BARE, CAST_FIRST, DTYPES, ZOO, TakesMore, Weighted, hub_class, normalised, randomised
+from torch import Tensor, nn
+
+from rmsnorm_deploy.export.from_torch.capture import capture
+from rmsnorm_deploy.export.from_torch.swap import CAPTURE_DOMAIN, CAPTURE_OP, swapped
+from rmsnorm_deploy.models.recognition.find_norms import recognise
+from rmsnorm_deploy.models.recognition.site import Recognition, Site
+from rmsnorm_deploy.models.spec import NormSpec
+
+
+class Model(nn.Module):
+    """Calls its norms several times, one of them through a list, one with a gate by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.RMSNorm(64, eps=1e-6)
+        self.layers = nn.ModuleList([Weighted(64), ZOO["gemma2"].make()])
+        self.gated = ZOO["mamba2"].make()
+        self.bare = ZOO["nanochat"].make()
+        self.linear = nn.Linear(64, 64)
+        self.other = nn.LayerNorm(64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.linear(self.first(x))
+        for layer in self.layers:
+            x = x + layer(x)
+        x = self.gated(x, gate=self.other(x)) + self.gated(hidden_states=x)
+        return self.bare(self.first(x)) + self.layers[0](x)
+
+
+def build(dtype: torch.dtype = torch.float32) -> Model:
+    return randomised(Model()).to(dtype).eval()  # type: ignore[return-value]
+
+
+def sites_of(model: nn.Module) -> list[Site]:
+    return recognise(model).sites
+
+
+def x_of(dtype: torch.dtype = torch.float32, *shape: int) -> Tensor:
+    return torch.randn(shape or (2, 5, 64), generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def assert_not_swapped(model: nn.Module) -> None:
+    for module in model.modules():
+        assert "forward" not in vars(module)
+        assert module.forward.__func__ is type(module).forward  # type: ignore[attr-defined]
+
+
+# The same bits --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_swapped_model_is_bit_equal_and_put_back(dtype: torch.dtype, check: bool) -> None:
+    model = build(dtype)
+    sites = sites_of(model)
+    assert [site.path for site in sites] == ["first", "layers.0", "layers.1", "gated", "bare"]
+    with torch.no_grad():
+        wanted = model(x_of(dtype))
+        with swapped(model, sites, check=check) as report:
+            assert all("forward" in vars(model.get_submodule(site.path)) for site in sites)
+            got = model(x_of(dtype))
+        again = model(x_of(dtype))
+    assert got.dtype == wanted.dtype == dtype
+    assert torch.equal(got, wanted)
+    assert torch.equal(again, wanted)
+    assert report.differing == {}
+    assert_not_swapped(model)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_norm_of_the_zoo_swapped_is_bit_equal(name: str) -> None:
+    norm = ZOO[name]
+    module = norm.build(torch.float16)
+    site = Site("", "", norm.spec, norm.site_width, "float16", norm.weight or None, norm.bias or None)
+    x, gate = x_of(torch.float16, 3, 5, *norm.tail), x_of(torch.float16, 3, 5, *norm.tail)
+    arguments = (x, gate) if norm.gated else (x,)
+    with torch.no_grad():
+        wanted = module(*arguments)
+        with swapped(module, [site], check=True) as report:
+            assert torch.equal(module(*arguments), wanted)
+    assert report.differing == {}
+
+
+def test_while_swapped_the_spec_computes_and_the_module_does_not() -> None:
+    class Once(Weighted):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Once.calls += 1
+            return normalised(x) * self.weight
+
+    model = Once(64)
+    sites = sites_of(model)
+    for check, expected in ((False, 0), (True, 1)):
+        Once.calls = 0
+        with swapped(model, sites, check=check):
+            model(x_of())
+        assert Once.calls == expected
+
+
+def test_an_empty_list_of_sites_changes_nothing() -> None:
+    model = build()
+    with swapped(model, []) as report:
+        assert_not_swapped(model)
+    assert report.differing == {}
+
+
+def test_a_changed_weight_is_read_at_each_call() -> None:
+    model = Weighted(64)
+    with swapped(model, sites_of(model)):
+        before = model(x_of())
+        model.weight.data.mul_(2)
+        assert torch.equal(model(x_of()), before * 2)
+
+
+def test_gradients_flow_through_a_swapped_norm() -> None:
+    model = build()
+    model(x_of()).sum().backward()
+    wanted = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    with swapped(model, sites_of(model)):
+        model(x_of()).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, wanted[name])
+
+
+# Put back -------------------------------------------------------------------------------------------------------------
+
+
+def test_everything_is_put_back_after_an_error() -> None:
+    model = build()
+    with pytest.raises(ValueError, match="stopped"), swapped(model, sites_of(model)):
+        raise ValueError("stopped")
+    assert_not_swapped(model)
+
+
+def test_everything_is_put_back_after_an_interruption() -> None:
+    model = build()
+    with pytest.raises(KeyboardInterrupt), swapped(model, sites_of(model)):
+        raise KeyboardInterrupt
+    assert_not_swapped(model)
+
+
+def test_everything_is_put_back_when_a_site_is_not_in_the_model() -> None:
+    model = build()
+    sites = sites_of(model)
+    stray = Site("layers.7", "", CAST_FIRST, (64,), "float32", "weight")
+    with pytest.raises(AttributeError), swapped(model, [*sites, stray]):
+        pass
+    assert_not_swapped(model)
+
+
+def test_an_error_inside_the_model_comes_through_and_everything_is_put_back() -> None:
+    model = build()
+    with pytest.raises(RuntimeError), swapped(model, sites_of(model)):
+        model(x_of(torch.float32, 2, 5, 63))
+    assert_not_swapped(model)
+
+
+def test_state_dict_and_flags_are_the_same_while_swapped() -> None:
+    model = build()
+    names, training = list(model.state_dict()), [module.training for module in model.modules()]
+    with swapped(model, sites_of(model)):
+        assert list(model.state_dict()) == names
+        assert [module.training for module in model.modules()] == training
+        assert [name for name, _ in model.named_modules()] == [name for name, _ in build().named_modules()]
+
+
+# How a norm is called -------------------------------------------------------------------------------------------------
+
+
+def test_calls_by_name_and_by_position_are_the_same() -> None:
+    norm = ZOO["mamba2"]
+    model = norm.build()
+    x, gate = x_of(), x_of(torch.float32, 2, 5, 64) * 2
+    with swapped(model, sites_of(model), check=True) as report, torch.no_grad():
+        results = [
+            model(x, gate), model(x, gate=gate), model(hidden_states=x, gate=gate), model(gate=gate, hidden_states=x),
+        ]  # fmt: skip
+        without = [model(x), model(x, None), model(hidden_states=x, gate=None)]
+    assert report.differing == {}
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert all(torch.equal(result, without[0]) for result in without)
+    assert not torch.equal(results[0], without[0])
+
+
+def test_the_signature_stays() -> None:
+    model = ZOO["mamba2"].build()
+    before = inspect.signature(model.forward)
+    with swapped(model, sites_of(model)):
+        assert inspect.signature(model.forward) == before
+        with pytest.raises(TypeError):
+            model(x_of(), gaet=x_of())
+        with pytest.raises(TypeError):
+            model()
+
+
+def test_hooks_fire_once_for_each_call() -> None:
+    model = build()
+    calls: list[str] = []
+    model.first.register_forward_pre_hook(lambda module, args: calls.append("pre"))
+    model.first.register_forward_hook(lambda module, args, output: calls.append("post"))
+    with swapped(model, sites_of(model), check=True):
+        model(x_of())
+    assert calls == ["pre", "post"] * 2
+
+
+def test_a_hook_that_changes_the_input_counts() -> None:
+    model = build()
+    model.first.register_forward_pre_hook(lambda module, args: (args[0].flip(-1),))
+    wanted = model(x_of())
+    with swapped(model, sites_of(model)):
+        assert torch.equal(model(x_of()), wanted)
+
+
+class WithResidual(Weighted):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return normalised(x if residual is None else x + residual) * self.weight
+
+
+def test_a_second_input_that_is_no_gate_takes_the_original_forward_and_says_so() -> None:
+    model = randomised(WithResidual(64))
+    found = recognise(model)
+    x, residual = x_of(), x_of() * 3
+    with torch.no_grad():
+        wanted = model(x, residual)
+        with swapped(model, found.sites) as report:
+            assert torch.equal(model(x), normalised(x) * model.weight)
+            assert torch.equal(model(x, None), normalised(x) * model.weight)
+            assert report.differing == {}
+            assert torch.equal(model(x, residual), wanted)
+            assert torch.equal(model(x, residual=residual), wanted)
+    assert report.differing == {"": "it is called with residual, which no spec covers"}
+    (refusal,) = report.refusals(found)
+    assert (refusal.path, refusal.class_name) == ("", found.sites[0].class_name)
+    assert refusal.reason == "it is called with residual, which no spec covers"
+
+
+def test_an_unused_flag_takes_the_original_forward_too() -> None:
+    model = randomised(TakesMore(64))
+    with swapped(model, sites_of(model)) as report:
+        model(x_of(), mask=x_of())
+    assert list(report.differing.values()) == ["it is called with mask, which no spec covers"]
+
+
+# Sites that do not follow their spec in this model --------------------------------------------------------------------
+
+
+class Widening(nn.Module):
+    """A float32 model that calls a norm without a weight in float64, where its eps is another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.bare = nn.RMSNorm(64, elementwise_affine=False)
+        self.right = nn.RMSNorm(64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.right(self.bare(self.linear(x).double() * 1e-6).float())
+
+
+class Narrowing(nn.Module):
+    """A T5 norm kept in float32 in a float16 model: it does not cast back, a cast-then-scale norm would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = hub_class("t5", "T5LayerNorm")(64)
+        self.right = Weighted(64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.right(self.norm(x.half()).half())
+
+
+@pytest.mark.parametrize(
+    ("model_class", "path", "detail"),
+    [
+        (Widening, "bare", "x (2, 5, 64) torch.float64"),
+        (Narrowing, "norm", "x (2, 5, 64) torch.float16, weight torch.float32"),
+    ],
+)
+def test_check_finds_a_site_that_this_model_uses_differently(
+    model_class: type[nn.Module], path: str, detail: str
+) -> None:
+    model = randomised(model_class())
+    found = recognise(model)
+    assert [site.path for site in found.sites] == [path, "right"]
+    with swapped(model, found.sites) as unchecked:
+        model(x_of())
+    assert unchecked.differing == {}
+    with swapped(model, found.sites, check=True) as report:
+        model(x_of())
+    assert report.differing == {path: f"as this model calls it ({detail}), its result is not the spec's"}
+    assert [refusal.path for refusal in report.refusals(found)] == [path]
+
+
+def test_check_finds_a_single_differing_bit() -> None:
+    model = randomised(Weighted(64))
+    (site,) = sites_of(model)
+    wrong = Site("", site.class_name, site.spec.replace(order="scale_then_cast"), site.width, site.dtype, "weight")
+    for dtype, differs in ((torch.float32, False), (torch.bfloat16, True)):
+        model.to(dtype)
+        with swapped(model, [wrong], check=True) as report:
+            model(x_of(dtype))
+        assert bool(report.differing) is differs
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0.0, 3e38])
+def test_check_takes_special_values_as_equal(value: float) -> None:
+    model = randomised(Weighted(64))
+    x = x_of()
+    x[0, 0, 0] = value
+    x[0, 1] = value
+    with swapped(model, sites_of(model), check=True) as report:
+        model(x)
+    assert report.differing == {}
+
+
+def test_check_tells_nan_from_zero() -> None:
+    model = nn.RMSNorm(64, eps=0.0, elementwise_affine=False)
+    (site,) = sites_of(model)
+    wrong = Site("", site.class_name, site.spec.replace(eps=1e-30), site.width, site.dtype)
+    with swapped(model, [wrong], check=True) as report:
+        model(torch.zeros(1, 64))
+    assert list(report.differing) == [""]
+
+
+def test_the_report_names_only_sites_that_differ() -> None:
+    with swapped(build(), []) as report:
+        pass
+    report.differing["b"] = "why"
+    found = Recognition([Site("a", "A", BARE, None, "float32"), Site("b", "B", BARE, None, "float32")])
+    assert [(r.path, r.class_name, r.reason) for r in report.refusals(found)] == [("b", "B", "why")]
+
+
+# Captured -------------------------------------------------------------------------------------------------------------
+
+
+def captured_nodes(model: nn.Module, x: Tensor) -> list[ir.Node]:
+    with swapped(model.eval(), sites_of(model)):
+        program = capture(model, {next(iter(inspect.signature(model.forward).parameters)): x}, dynamic=False).model
+    assert_not_swapped(model)
+    return [node for node in program.graph if node.domain == CAPTURE_DOMAIN]
+
+
+def test_each_call_becomes_one_node_that_carries_its_spec() -> None:
+    model = build(torch.float16)
+    sites = {site.path: site for site in sites_of(model)}
+    calls = []
+    for node in captured_nodes(model, x_of(torch.float16)):
+        spec = NormSpec.from_json(node.attributes["spec"].as_string())
+        path = node.attributes["path"].as_string()
+        gated = spec.gate != "none"
+        calls.append((path, gated))
+        expected = sites[path].spec
+        assert spec == (expected if gated else expected.replace(gate="none", activation="none"))
+        weight = f"{path}.weight" if spec.has_weight else None
+        assert node.op_type == CAPTURE_OP
+        inputs = [*node.inputs, None, None, None][:4]  # those at the end that are not there are left out
+        assert [value is not None for value in inputs] == [True, spec.has_weight, False, gated]
+        assert (inputs[1].name if inputs[1] is not None else None) == weight
+        assert node.outputs[0].dtype == ir.DataType.FLOAT16
+        assert node.outputs[0].shape == ir.Shape((2, 5, 64))
+    assert calls == [
+        ("first", False), ("layers.0", False), ("layers.1", False), ("gated", True), ("gated", False),
+        ("first", False), ("bare", False), ("layers.0", False),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("llama", torch.float32), ("olmo2", torch.float16), ("gemma2", torch.float16)]
+)
+def test_a_wider_weight_gives_the_node_the_dtype_that_the_module_gives(name: str, expected: torch.dtype) -> None:
+    model = ZOO[name].build()
+    assert model(x_of(torch.float16)).dtype == expected
+    (node,) = captured_nodes(model, x_of(torch.float16))
+    assert node.outputs[0].dtype == (ir.DataType.FLOAT if expected == torch.float32 else ir.DataType.FLOAT16)

@@ -1,0 +1,252 @@
+"""The kernel's own source on the host, thread by thread, against the float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.host_gpu import NUMPY, Array, HostKernels, compiler
+
+from rmsnorm_deploy.models.reference import reference
+from rmsnorm_deploy.models.spec import NormSpec
+from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig, choose
+from rmsnorm_deploy.plugins.kernel.norm_kernel import NormKernel
+from rmsnorm_deploy.runtime.accuracy.float_formats import ulp_size
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler (g++)")
+
+WIDTHS = (1, 7, 64, 80, 128, 1000, 3072, 4096, 5120, 7168, 16384, 50000)
+ROWS = 3
+EPSILON = 1e-6
+# In ULPs of the float64 result; half types are rounded once from float32.
+LIMITS = {"float32": 4.0, "float16": 0.51, "bfloat16": 0.51}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no scale": {"scale": "none"},
+    "one plus": {"scale": "one_plus_weight"},
+    "cast first": {"cast_first": True},
+    "cast first, one plus": {"cast_first": True, "scale": "one_plus_weight"},
+    "float32 weight": {"weight_dtype": "float32"},
+    "silu before": {"gate": "before"},
+    "sigmoid before": {"gate": "before", "activation": "sigmoid"},
+    "silu after": {"gate": "after"},
+    "sigmoid after": {"gate": "after", "activation": "sigmoid"},
+    "groups": {"inner": 3, "weight_rows": 3},
+    "strided": {"inner": 2, "strided": True},
+}
+ADD_OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: OPTIONS[name] for name in ("plain", "no scale", "one plus", "cast first", "silu after", "strided")},
+    "exact sum": {"exact_sum": True},
+    "float32 stream": {"residual_dtype": "float32"},
+    "float32 stream, exact": {"residual_dtype": "float32", "exact_sum": True},
+}
+QUANTISED: dict[str, dict[str, Any]] = {
+    f"{dtype} {how}": {"quantised": dtype, "quantisation": how}
+    for dtype in ("int8", "float8_e4m3")
+    for how in ("static", "per_row")
+}
+
+
+def kernels(width: int) -> Iterator[tuple[str, NormKernel]]:
+    for dtype in LIMITS:
+        for op, options in (("rms_norm", OPTIONS), ("add_rms_norm", ADD_OPTIONS)):
+            for name, changes in options.items():
+                yield f"{op} {dtype} {name}", NormKernel(width, EPSILON, op, dtype, **changes)  # type: ignore[arg-type]
+
+
+class Case:
+    """Random inputs of one kernel: every row of another size, with an outlier."""
+
+    def __init__(self, kernel: NormKernel, seed: int = 0) -> None:
+        rng = np.random.default_rng([seed, kernel.width])
+        self.kernel = kernel
+        sizes = np.array([0.02, 3.0, 40.0])[:, None]
+        outer = -(-ROWS // kernel.inner)
+        self.strides: list[int] = []
+
+        def rows(dtype: str, size: Any) -> tuple[Array, Array]:
+            """The rows, and what they lie in."""
+            values = (rng.standard_normal((ROWS, kernel.width)) * size).astype(NUMPY[dtype])
+            values[:, kernel.width // 2] *= 8
+            if not kernel.strided:
+                return values, values
+            inner = kernel.width + 16
+            held = np.full((outer, kernel.inner + 1, inner), np.nan, NUMPY[dtype])
+            for row in range(ROWS):
+                held[row // kernel.inner, row % kernel.inner, : kernel.width] = values[row]
+            self.strides += [(kernel.inner + 1) * inner, inner]
+            return values, held
+
+        self.x, x_held = rows(kernel.dtype, sizes)
+        self.given: dict[str, Any] = {}
+        self.residual = self.gate = self.weight = None
+        if kernel.adds:
+            self.residual, self.given["residual"] = rows(kernel.residual_dtype or kernel.dtype, sizes)
+        if kernel.gate != "none":
+            self.gate, self.given["gate"] = rows(kernel.dtype, 2.0)
+        if kernel.scale != "none":
+            weight = 0.3 * rng.standard_normal((kernel.weight_rows, kernel.width)) + (kernel.scale == "weight")
+            self.weight = self.given["weight"] = weight.astype(NUMPY[kernel.weight_dtype or kernel.dtype])
+        self.given |= {"x": x_held, "rows": ROWS, "strides": self.strides}
+
+    @property
+    def sum(self) -> Array:
+        """What is normalised, as it is stored."""
+        if self.residual is None:
+            return self.x
+        return (self.x.astype(np.float32) + self.residual.astype(np.float32)).astype(self.residual.dtype)
+
+    def h(self) -> Array:
+        if self.residual is not None and self.kernel.exact_sum:
+            return (self.x.astype(np.float32) + self.residual.astype(np.float32)).astype(np.float64)
+        return self.sum.astype(np.float64)
+
+    def truth(self) -> Array:
+        kernel = self.kernel
+        spec = NormSpec(
+            float(np.float32(EPSILON)), scale=kernel.scale, gate=kernel.gate,
+            activation="none" if kernel.gate == "none" else kernel.activation,
+        )  # fmt: skip
+        weight = None
+        if self.weight is not None:
+            weight = self.weight.astype(np.float64)[np.arange(ROWS) % kernel.weight_rows]
+        gate = None if self.gate is None else self.gate.astype(np.float64)
+        if not kernel.cast_first or kernel.y_dtype_ == "float32":  # float32 is what it is computed in
+            return reference(spec, self.h(), weight, gate=gate)
+        dtype = NUMPY[kernel.y_dtype_]
+        scale = np.ones(()) if weight is None else weight + (kernel.scale == "one_plus_weight")
+        return reference(spec.replace(scale="none"), self.h()).astype(dtype).astype(np.float64) * scale.astype(
+            dtype
+        ).astype(np.float64)
+
+
+@pytest.fixture(scope="module", params=WIDTHS)
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], HostKernels]:
+    """All kernels of one width, laid out for few and for many rows."""
+    named = [
+        (name, kernel, choose(kernel, rows, 90)) for rows in (ROWS, None) for name, kernel in kernels(request.param)
+    ]
+    folder = tmp_path_factory.mktemp("kernels")
+    return named, HostKernels(folder, [(kernel, config) for _, kernel, config in named])
+
+
+def test_every_form_is_the_reference_rounded_once(built: tuple[list[Any], HostKernels]) -> None:
+    named, library = built
+    for number, (name, kernel, config) in enumerate(named):
+        case = Case(kernel)
+        outputs = library.run(number, **case.given)
+        if kernel.adds:
+            np.testing.assert_array_equal(outputs["sum"], case.sum, err_msg=name)
+        truth = case.truth()
+        off = np.abs(outputs["y"].astype(np.float64) - truth) / ulp_size(truth, outputs["y"].dtype)
+        # Rounded twice, a value next to a tie may fall to the other side: one ULP of the first rounding, scaled.
+        limit = 2.51 if kernel.cast_first and kernel.dtype != "float32" else LIMITS[kernel.y_dtype_]
+        assert off.max() <= limit, f"{name}, {config}: {off.max():.3f} ULP"
+        if kernel.cast_first and kernel.width >= 1000:
+            assert np.mean(off > 0.5001) < 0.01 or kernel.dtype == "float32", name
+
+
+def test_the_order_in_which_threads_run_changes_nothing(built: tuple[list[Any], HostKernels]) -> None:
+    named, library = built
+    for number, (name, kernel, _) in list(enumerate(named))[::5]:
+        case = Case(kernel, seed=1)
+        first, second = (library.run(number, **case.given, seed=seed) for seed in (1, 2))
+        for role, values in first.items():
+            np.testing.assert_array_equal(values, second[role], err_msg=f"{name}, {role}")
+
+
+# ---------------------------------------------------------------------------------------------------- quantised
+
+
+@pytest.mark.parametrize("width", [1, 7, 128, 1000, 4096, 50000])
+def test_quantised_output_is_that_of_the_norm_quantised(width: int, tmp_path: Any) -> None:
+    cases = []
+    for dtype in LIMITS:
+        for op in ("rms_norm", "add_rms_norm"):
+            for changes in QUANTISED.values():
+                kernel = NormKernel(width, EPSILON, op, dtype, **changes)  # type: ignore[arg-type]
+                config = choose(kernel, None, 90)
+                cases += [(kernel, config), (kernel.replace(quantised="none", quantisation="none"), config)]
+    library = HostKernels(tmp_path, cases)
+    for number in range(0, len(cases), 2):
+        kernel = cases[number][0]
+        case = Case(kernel)
+        y = library.run(number + 1, **case.given)["y"].astype(np.float32)
+        largest = np.float32(127.0 if kernel.quantised == "int8" else 448.0)
+        if kernel.quantisation == "static":
+            scale = np.full(1, 0.01, np.float32)  # some values saturate
+            got = library.run(number, **case.given, scale=scale)
+        else:
+            got = library.run(number, **case.given)
+            scale = np.abs(y).max(axis=1, keepdims=True) / largest
+            np.testing.assert_array_equal(got["row_scale"], scale[:, 0])
+        scaled = y / scale
+        if kernel.quantised == "int8":
+            wanted = np.clip(np.rint(scaled), -128, 127).astype(np.int8)
+        else:
+            wanted = np.clip(scaled, -largest, largest).astype(NUMPY["float8_e4m3"])
+        np.testing.assert_array_equal(got["y"].view(np.uint8), wanted.view(np.uint8), err_msg=str(kernel))
+
+
+# ------------------------------------------------------------------------------------------------------- others
+
+TILED = [
+    LaunchConfig(64, 1, 8), LaunchConfig(32, 2, 4, rows=2), LaunchConfig(64, 1, 8, cluster=2),
+    LaunchConfig(32, 1, 8, rows=4), LaunchConfig(96, 3, 2, prefetch=True), LaunchConfig(64, 1, 1, cluster=4),
+    LaunchConfig(32, 4, 16, rows=1, cluster=8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, {"op": "add_rms_norm"}, {"op": "add_rms_norm", "exact_sum": True}, {
+    "quantised": "int8", "quantisation": "per_row"}, {"gate": "before"}, {"gate": "after"}])  # fmt: skip
+def test_rows_that_are_read_in_tiles_or_by_clusters(changes: dict[str, Any], tmp_path: Any) -> None:
+    kernel = NormKernel(2000, EPSILON, dtype="bfloat16", **changes)
+    whole = LaunchConfig(256, 1, 8)
+    library = HostKernels(tmp_path, [(kernel, config) for config in (whole, *TILED)])
+    case = Case(kernel)
+    expected = library.run(0, **case.given)
+    for number, config in enumerate(TILED, 1):
+        got = library.run(number, **case.given, seed=number)
+        for role, values in got.items():
+            close = np.isclose(values.astype(np.float32), expected[role].astype(np.float32), rtol=2**-7, atol=1)
+            assert close.all(), f"{config}, {role}"
+            assert np.mean(values != expected[role]) < 0.01, f"{config}, {role}"
+
+
+def test_results_may_be_written_over_the_inputs(tmp_path: Any) -> None:
+    kernel = NormKernel(5120, EPSILON, "add_rms_norm", "bfloat16")
+    configs = [choose(kernel, None, 90), LaunchConfig(64, 2, 8)]
+    library = HostKernels(tmp_path, [(kernel, config) for config in configs])
+    for number in range(len(configs)):
+        case = Case(kernel)
+        expected = library.run(number, **case.given)
+        got = library.run(number, **case.given, in_place=True)
+        for role in ("y", "sum"):
+            np.testing.assert_array_equal(got[role], expected[role])
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS))
+def test_nan_and_infinity_go_through_as_in_pytorch(dtype: str, tmp_path: Any) -> None:
+    import torch
+
+    kernel = NormKernel(256, EPSILON, dtype=dtype, scale="none")  # type: ignore[arg-type]
+    library = HostKernels(tmp_path, [(kernel, choose(kernel, None, 90))])
+    x = np.random.default_rng(0).standard_normal((5, 256)).astype(NUMPY[dtype])
+    x[0, 3], x[1, 4], x[2, 5], x[3] = np.nan, np.inf, -np.inf, 0
+    y = library.run(0, x)["y"].astype(np.float32)
+    h = torch.from_numpy(x.astype(np.float32))
+    wanted = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPSILON)).numpy()
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(wanted))
+    np.testing.assert_allclose(y[3:], wanted[3:], rtol=2**-7)
+    assert (y[3] == 0).all()
+
+
+def test_no_rows_are_no_work(tmp_path: Any) -> None:
+    kernel = NormKernel(64, EPSILON)
+    config = choose(kernel, 0, 90)
+    assert config.grid(0) == 0
+    library = HostKernels(tmp_path, [(kernel, config)])
+    assert library.run(0, np.zeros((0, 64), np.float16), weight=np.ones(64, np.float16))["y"].shape == (0, 64)

@@ -1,0 +1,113 @@
+"""Explicit limits: how they are written, whom they are for, and what they do to a verdict."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from rmsnorm_deploy.models.errors import UsageError
+from rmsnorm_deploy.runtime.accuracy.compare_output import judge
+from rmsnorm_deploy.runtime.accuracy.tolerances import Limits, check_limits, limits_of, parse_limits
+
+TRUTH = np.array([[1.0, -1.0], [0.5, 4.0]])
+EXACT = TRUTH.astype(np.float32)
+
+
+def off_by(ulps: float) -> np.ndarray:
+    """The truth with an error of so many ULPs of float32 in its last element, 4."""
+    candidate = EXACT.copy()
+    candidate[1, 1] += ulps * 2.0**-21
+    return candidate
+
+
+@pytest.mark.parametrize(
+    ("limits", "ulps", "passed"),
+    [
+        (Limits(ulp=3.0), 3, True),
+        (Limits(ulp=3.0), 4, False),
+        (Limits(atol=5 * 2.0**-21), 5, True),
+        (Limits(atol=5 * 2.0**-21), 6, False),
+        (Limits(rtol=5 * 2.0**-23), 5, True),
+        (Limits(rtol=5 * 2.0**-23), 6, False),
+        (Limits(atol=1.0, ulp=3.0), 4, False),
+        (Limits(atol=2.0**-21, ulp=30.0), 4, False),
+        (Limits(atol=1.0, rtol=1.0, ulp=30.0), 4, True),
+        (Limits(atol=0.0), 0, True),
+        (Limits(ulp=0.0), 1, False),
+    ],
+)
+def test_limits_replace_the_rule(limits: Limits, ulps: float, passed: bool) -> None:
+    verdict = judge("y", off_by(ulps), TRUTH, EXACT, limits=limits)
+    assert verdict.passed is passed
+    assert ("(1, 1)" in verdict.reason) is not passed
+    assert limits.describe() in verdict.reason
+
+
+def test_limits_with_nothing_set_leave_the_rule() -> None:
+    assert "PyTorch's own max" in judge("y", EXACT, TRUTH, EXACT, limits=Limits()).reason
+    assert (
+        "the rounded reference's own max"
+        in judge("y", EXACT, TRUTH, EXACT, yardstick_name="the rounded reference").reason
+    )
+
+
+def test_the_reason_names_the_limits_and_the_first_element_beyond() -> None:
+    verdict = judge("y", off_by(8), TRUTH, EXACT, limits=Limits(atol=1e-7, ulp=2.0))
+    assert verdict.reason == (
+        "1 of 4 elements miss |error| <= 1e-07 + 0 x |truth| and ULP error <= 2, the first at (1, 1): "
+        "an error of 3.81e-06, 8 ULP"
+    )
+
+
+def test_limits_want_integers_equal_and_nan_in_place() -> None:
+    loose = Limits(atol=1e9, rtol=1e9, ulp=1e9)
+    ids = np.array([1, 2])
+    assert not judge("ids", ids + 1, ids, ids, limits=loose).passed
+    broken = EXACT.copy()
+    broken[0, 1] = np.nan
+    assert "(0, 1): nan" in judge("y", broken, TRUTH, EXACT, limits=loose).reason
+
+
+@pytest.mark.parametrize("label", ["atol", "rtol", "ulp"])
+@pytest.mark.parametrize("value", [-1.0, math.nan])
+def test_a_limit_is_no_negative_number(label: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"{label} is"):
+        Limits(**{label: value})
+
+
+def test_limits_from_texts() -> None:
+    limits = parse_limits(["1e-3", "logits:1e-2", "model.layers:0.hidden:5"], ["logits:0.1"], ["4"])
+    assert limits == {
+        "*": Limits(1e-3, None, 4.0),
+        "logits": Limits(1e-2, 0.1, 4.0),
+        "model.layers:0.hidden": Limits(5.0, None, 4.0),
+    }
+    assert limits_of(limits, "logits") == Limits(1e-2, 0.1, 4.0)
+    assert limits_of(limits, "other") == Limits(1e-3, None, 4.0)
+    assert parse_limits([], [], []) == {}
+    only = parse_limits(["logits:1"], [], [])
+    assert limits_of(only, "other") is None
+
+
+@pytest.mark.parametrize("text", ["", "abc", "logits:", "logits:abc", ":1e-3", "-1", "logits:-1", "nan", "1e-3:logits"])
+def test_texts_that_are_no_limit(text: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_limits([], [text], [])
+    assert f"--rtol {text}:" in str(error.value)
+
+
+def test_two_limits_of_a_kind() -> None:
+    with pytest.raises(UsageError, match=r"--ulp logits:2: logits has a limit"):
+        parse_limits([], [], ["logits:1", "logits:2"])
+    with pytest.raises(UsageError, match=r"--atol 2: every output has a limit"):
+        parse_limits(["1", "2"], [], [])
+
+
+def test_limits_on_an_output_that_does_not_exist() -> None:
+    limits = parse_limits(["1", "logit:1"], [], [])
+    with pytest.raises(UsageError, match=r"given for logit, but there is no such output. The outputs are: logits, y"):
+        check_limits(limits, ["logits", "y"])
+    check_limits(limits, ["logit"])
+    check_limits(parse_limits(["1"], [], []), [])

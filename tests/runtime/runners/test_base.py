@@ -1,0 +1,81 @@
+"""Feeds that fit and feeds that do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from rmsnorm_deploy.models.errors import UsageError
+from rmsnorm_deploy.runtime.runners.base import ANY_DTYPE, TensorInfo, check_feeds, describe_feeds, numpy_dtype
+
+INFOS = [
+    TensorInfo("ids", "int64", ("batch", "tokens")),
+    TensorInfo("mask", "bool", ("batch", "tokens")),
+    TensorInfo("bias", "bfloat16", (1, None, 4)),
+]
+
+
+def feeds(**changes: Any) -> dict[str, Any]:
+    given = {
+        "ids": np.zeros((2, 3), np.int64),
+        "mask": np.ones((2, 3), bool),
+        "bias": np.zeros((1, 9, 4), ml_dtypes.bfloat16),
+    }
+    return {**given, **changes}
+
+
+def test_feeds_that_fit() -> None:
+    check_feeds(INFOS, feeds(), "m.onnx")
+    check_feeds(INFOS, feeds(ids=np.zeros((0, 3), np.int64), mask=np.ones((0, 3), bool)), "m.onnx")
+    check_feeds([TensorInfo("x", ANY_DTYPE, None)], {"x": np.zeros((1, 2, 3), np.float16)}, "m.onnx")
+    check_feeds([], {}, "m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"extra": np.zeros(1)}, "m.onnx: inputs unexpected: extra. The inputs are: ids, mask, bias."),
+        ({"ids": np.zeros((2, 3), np.int32)}, "m.onnx: input ids has dtype int32; int64 is wanted."),
+        ({"ids": np.zeros((2, 3), ">i8")}, "m.onnx: input ids has dtype >i8; int64 is wanted."),
+        ({"bias": np.zeros((1, 9, 4), np.uint16)}, "m.onnx: input bias has dtype uint16; bfloat16 is wanted."),
+        ({"ids": [[1, 2]]}, "m.onnx: input ids is a list; give a numpy array."),
+        (
+            {"ids": np.zeros(3, np.int64)},
+            "m.onnx: input ids has shape [3], of rank 1; [batch, tokens], of rank 2, is wanted.",
+        ),
+        (
+            {"bias": np.zeros((1, 9, 5), ml_dtypes.bfloat16)},
+            "m.onnx: input bias has shape [1, 9, 5]; [1, ?, 4] is wanted (dim 2 must be 4).",
+        ),
+        (
+            {"mask": np.ones((2, 4), bool)},
+            "m.onnx: input mask has shape [2, 4]; [batch, tokens] is wanted, and tokens is already 3 in ids.",
+        ),
+    ],
+)
+def test_feeds_that_do_not_fit(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_feeds(INFOS, feeds(**changes), "m.onnx")
+    assert str(caught.value) == text
+    assert caught.value.exit_code == 2
+
+
+def test_a_missing_input_is_named() -> None:
+    given = feeds()
+    del given["mask"]
+    with pytest.raises(UsageError, match="inputs missing: mask"):
+        check_feeds(INFOS, given, "m.onnx")
+
+
+def test_symbols_must_agree_inside_one_input_too() -> None:
+    with pytest.raises(UsageError, match="n is already 2 in x"):
+        check_feeds([TensorInfo("x", "float32", ("n", "n"))], {"x": np.zeros((2, 3), np.float32)}, "m.onnx")
+
+
+def test_names_of_dtypes_and_feeds() -> None:
+    assert numpy_dtype("bfloat16") == ml_dtypes.bfloat16
+    assert numpy_dtype("float16") == np.float16
+    assert describe_feeds(feeds()) == "ids int64[2, 3], mask bool[2, 3], bias bfloat16[1, 9, 4]"

@@ -1,0 +1,120 @@
+"""The mutation suite on small models: `validate` catches every planted fault and lets every honest export pass.
+
+`python benchmarks/mutations/run.py` does the same on more models and dtypes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[3] / "benchmarks" / "mutations"
+
+
+def _load(name: str) -> ModuleType:
+    """A script of the folder, under the name by which the others import it."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# In the order in which they import each other.
+subjects, _, faults, plants, _, norm_faults, stretch_faults, runner_faults, judging, honest, run = (
+    _load(name)
+    for name in ("subjects", "surgery", "faults", "plants", "steps", "norm_faults", "stretch_faults", "runner_faults",
+                 "judging", "honest", "run")
+)  # fmt: skip
+
+EVERY = [*faults.all_faults(), *runner_faults.RUNNER_FAULTS]
+FAST = [fault for fault in EVERY if fault.model in ("addition", "assorted") and fault.dtype == "float32"]
+HONEST = [
+    *(honest.HonestRun(subjects.Subject(model), target, 0) for model in ("addition", "assorted")
+      for target in subjects.TARGETS),
+    *(honest.HonestRun(subjects.Subject(model), target, 1, respelled=True) for model in ("addition", "assorted")
+      for target in ("primitives", "plugin")),
+]  # fmt: skip
+
+
+def _id(item: Any) -> str:
+    what = item.name if hasattr(item, "name") else "respelled" if item.respelled else "honest"
+    return f"{what}-{item.subject.model}-{item.target}-{item.subject.dtype}"
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small models are slower on more
+    yield subjects.Exports(tmp_path_factory.mktemp("mutations"))
+    torch.set_num_threads(threads)
+
+
+def test_the_suite_has_faults_of_every_target_and_dtype() -> None:
+    assert len(EVERY) >= 45
+    assert len({_id(fault) for fault in EVERY}) == len(EVERY)
+    for kind in (norm_faults.NORM_FAULTS, stretch_faults.STRETCH_FAULTS, runner_faults.RUNNER_FAULTS):
+        assert {fault.target for fault in kind} == set(subjects.TARGETS)
+        assert {fault.dtype for fault in kind} == {"float32", "float16"}
+    assert all(bool(fault.norms) != bool(fault.before) for fault in faults.all_faults())
+
+
+@pytest.mark.parametrize("fault", FAST, ids=_id)
+def test_a_fault_is_alive_caught_and_found(fault: Any, exports: Any) -> None:
+    result = judging.judge_fault(fault, exports)
+    assert result.alive != "dead"
+    assert result.verdict in ("fail", "error"), result.summary
+    assert result.named, f"wanted {result.wanted}, named {result.culprits}"
+    assert len(result.innocents) <= judging.INNOCENTS_ALLOWED, result.innocents
+
+
+@pytest.mark.parametrize("honest_run", HONEST, ids=_id)
+def test_an_honest_export_passes(honest_run: Any, exports: Any) -> None:
+    result = honest.run_honest(honest_run, exports)
+    assert result.passed, (result.summary, *result.reasons)
+
+
+def test_an_edit_that_changes_nothing_is_dead(exports: Any) -> None:
+    nothing = faults.Fault("nothing", "addition", "ort", lambda edit: None, norms=("norm",))
+    result = judging.judge_fault(nothing, exports)
+    assert (result.alive, result.verdict, result.caught, result.good) == ("dead", "pass", False, False)
+
+
+def test_a_fault_of_tiny_rows_only_is_alive_in_its_norm(exports: Any, tmp_path: Path) -> None:
+    """The addition model's last norm gets no row that an epsilon of 1.0001e-6 changes by a bit of float32."""
+    fault = faults.Fault(
+        "eps a little larger", "addition", "ort", plants.eps("norm", lambda e: 1.0001 * e), norms=("norm",)
+    )
+    folder = fault.write(exports.folder(fault.subject, "ort"), tmp_path / "faulty")
+    assert judging.aliveness(fault, exports, folder) == "norm"
+
+
+def test_honest_runs_are_as_many_as_asked_for_and_differ() -> None:
+    runs = honest.honest_runs(200)
+    assert len(set(runs)) == 200
+    assert {r.subject.variant for r in runs} == {"plain", "past", "outliers", "redrawn"}
+    assert {(r.subject.dtype, r.target) for r in runs} == {(d, t) for d in honest.DTYPES for t in subjects.TARGETS}
+
+
+def test_the_last_lines_count_what_was_missed() -> None:
+    common = {"model": "m", "target": "ort", "dtype": "float32", "summary": "s", "culprits": (), "seconds": 0.0}
+    caught = judging.FaultResult("a", alive="outputs", verdict="fail", wanted=("n",), in_norm=True, named=True,
+                                 innocents=(), **common)  # fmt: skip
+    missed = judging.FaultResult("b", alive="norm", verdict="pass", wanted=("n",), in_norm=True, named=False,
+                                 innocents=(), **common)  # fmt: skip
+    alarm = honest.HonestResult("m", "float32", "ort", 0, False, "s")
+    passed = honest.HonestResult("m", "float32", "ort", 1, True, "s")
+    assert run.totals([caught, missed], [alarm, passed, passed]) == [
+        "caught 1 of 2 faults; bisect named the norm in 1 of 2",
+        "false alarms: 1 of 3 honest runs",
+    ]
+    assert [caught.good, missed.good] == [True, False]

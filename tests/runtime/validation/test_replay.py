@@ -1,0 +1,219 @@
+"""A validation as a request: what it loads, what its report keeps, and reports that cannot be run again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.small_models import Residual, residual_inputs
+from torch import nn
+
+from rmsnorm_deploy.export.from_torch.export_model import prepare, save
+from rmsnorm_deploy.models.errors import UsageError
+from rmsnorm_deploy.models.loading import LoadedModel
+from rmsnorm_deploy.runtime.inputs.exported import Exported, open_exported
+from rmsnorm_deploy.runtime.report.report_file import BISECT_SCHEMA, VALIDATE_SCHEMA
+from rmsnorm_deploy.runtime.validation import replay as requests
+from rmsnorm_deploy.runtime.validation.replay import ValidationRequest, is_model_source, load_against
+from rmsnorm_deploy.runtime.validation.result import differences
+
+SOURCE = """
+import torch
+from helpers.small_models import Residual, residual_inputs
+
+def residual():
+    return Residual(), residual_inputs()
+
+def mixed():
+    model = Residual().half()
+    model.norms.float()
+    return model
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("models") / "requested.py"
+    path.write_text(SOURCE)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "out"
+    return save(prepare(Residual().eval(), inputs=residual_inputs()), path, "primitives").folder
+
+
+def said(text: str) -> None:
+    """Progress that nobody reads."""
+
+
+# ----------------------------------------------------------------------------------------------------- run and kept
+
+
+def test_the_report_keeps_all_that_was_asked_for(folder: Path, source: str, tmp_path: Path) -> None:
+    request = ValidationRequest(
+        str(folder), f"{source}:residual", seed=3, shapes=[[2, 5]], atol=["1"], window=1, depth=True
+    )
+    report = request.run(say=said).to_dict()
+    assert (report["schema"], report["verdict"]) == (VALIDATE_SCHEMA, "pass")
+    assert report["settings"] == request.to_dict()
+    assert [row["case"] for row in report["outputs"]] == ["2x5"]
+    assert len(report["depth"]) == 4
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report))
+    again, before = ValidationRequest.from_report(path)
+    assert again == request
+    assert differences(before, json.loads(json.dumps(again.run(say=said).to_dict()))) == []
+    other = ValidationRequest(str(folder), f"{source}:residual", seed=4, shapes=[[2, 5]], window=1, depth=True)
+    assert {"settings", "outputs", "norms"} <= set(differences(before, other.run(say=said).to_dict()))
+
+
+def test_a_bisection_is_kept_as_one(folder: Path, source: str, tmp_path: Path) -> None:
+    request = ValidationRequest(str(folder), f"{source}:residual", shapes=[[1, 2]], bisect=True)
+    report = request.run(say=said)
+    assert (report.schema, len(report.depth)) == (BISECT_SCHEMA, 4)
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report.to_dict()))
+    assert ValidationRequest.from_report(path)[0].bisect
+
+
+def test_a_pytorch_candidate_is_loaded_and_run_on_its_own_example_inputs(source: str) -> None:
+    name = f"{source}:residual"
+    report = ValidationRequest(name, name, shapes=[[2, 4]]).run(say=said)
+    assert (report.verdict, len(report.norms)) == ("pass", 2)
+    assert [row.figures.differing for _, row in report.rows if row.figures] == [0]
+
+
+def test_progress_is_told_step_by_step(folder: Path, source: str) -> None:
+    lines: list[str] = []
+    ValidationRequest(str(folder), f"{source}:residual", shapes=[[1, 2]]).run(say=lines.append)
+    assert lines[0] == f"loading {source}:residual"
+    assert f"{folder / 'model.onnx'}: 1x2 (1 of 1)" in lines
+    assert "PyTorch in float64: 1x2 (1 of 1)" in lines
+
+
+def test_inputs_and_prompts_exclude_each_other(folder: Path, source: str) -> None:
+    request = ValidationRequest(str(folder), f"{source}:residual", inputs="x.npz", prompts=["hi"])
+    with pytest.raises(UsageError, match="give either --inputs or --prompt, not both"):
+        request.run(say=said)
+
+
+def test_remote_code_is_trusted_by_who_runs_it_and_never_by_a_report(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusted: list[bool] = []
+
+    def load(source: str, *, dtype: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
+        trusted.append(trust_remote_code)
+        return LoadedModel(Residual().eval(), source, "python")
+
+    monkeypatch.setattr(requests, "load_model", load)
+    request = ValidationRequest(str(folder), "owner/model", shapes=[[1, 2]], outputs_only=True)
+    report = request.run(trust_remote_code=True, say=said).to_dict()
+    assert "trust_remote_code" not in json.dumps(report)
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report))
+    ValidationRequest.from_report(path)[0].run(say=said)
+    assert trusted == [True, False]
+    report["settings"]["trust_remote_code"] = True
+    path.write_text(json.dumps(report))
+    with pytest.raises(UsageError, match=r"its settings are not those of a command.*trust_remote_code"):
+        ValidationRequest.from_report(path)
+
+
+# --------------------------------------------------------------------------------------------------- broken reports
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a JSON report"),
+        ("\udcff", "not a JSON report"),
+        ("[]", "its schema is None; this version reads rmsnorm_deploy.validate/2 and rmsnorm_deploy.bisect/1"),
+        ("{}", "its schema is None"),
+        ('{"schema": "rmsnorm_deploy.validate/1"}', "its schema is 'rmsnorm_deploy.validate/1'; this version reads"),
+        ('{"schema": "rmsnorm_deploy.validate/3"}', "its schema is 'rmsnorm_deploy.validate/3'; this version reads"),
+        (json.dumps({"schema": VALIDATE_SCHEMA}), "its settings are not those of a command"),
+        (json.dumps({"schema": VALIDATE_SCHEMA, "settings": {"seed": 0}}), "its settings are not those of a command"),
+    ],
+)
+def test_what_is_no_report_of_this_version_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "report.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UsageError, match=message) as caught:
+        ValidationRequest.from_report(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("candidate", 3), ("against", None), ("seed", "x"), ("shapes", "abc"), ("shapes", [[1]]), ("window", "x"),
+     ("prompts", "hi"), ("atol", 1.0), ("outputs_only", "no")],
+)  # fmt: skip
+def test_settings_of_the_wrong_type_are_refused(tmp_path: Path, name: str, value: Any) -> None:
+    settings = {**ValidationRequest("out", "builtin:small").to_dict(), name: value}
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"schema": VALIDATE_SCHEMA, "settings": settings}))
+    with pytest.raises(UsageError, match=rf"its settings are not those of a command.*{name}"):
+        ValidationRequest.from_report(path)
+
+
+def test_a_report_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nosuch\.json: cannot be read: No such file"):
+        ValidationRequest.from_report(tmp_path / "nosuch.json")
+    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
+        ValidationRequest.from_report(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------ both sides
+
+
+def test_what_names_a_pytorch_model(folder: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    (tmp_path / "a:b.onnx").touch()
+    names = {
+        "builtin:small": True, "models.py:make": True, "package.module:make": True, str(checkpoint): True,
+        str(folder): False, str(folder / "model.onnx"): False, "nosuch.onnx": False, str(tmp_path / "a:b.onnx"): False,
+    }  # fmt: skip
+    assert {name: is_model_source(name) for name in names} == names
+    (folder / "config.json").write_text("{}")  # copied beside an export by the exporter
+    assert not is_model_source(str(folder))
+
+
+def dtypes(model: nn.Module) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in model.parameters()}
+
+
+def test_the_model_is_loaded_in_the_exported_dtype_unless_told(folder: Path, source: str) -> None:
+    exported = open_exported(folder)
+    half = Exported(exported.model, exported.folder, {**exported.manifest, "dtype": "float16"})
+    name = f"{source}:residual"
+    assert dtypes(load_against(name, None, exported, False)) == {torch.float32}
+    assert dtypes(load_against(name, None, half, False)) == {torch.float16}
+    assert dtypes(load_against(name, "bfloat16", half, False)) == {torch.bfloat16}
+    assert dtypes(load_against(name, None, None, False)) == {torch.float32}
+    # A model that mixes dtypes stays mixed where its first one is the exported one.
+    assert dtypes(load_against(f"{source}:mixed", None, half, False)) == {torch.float16, torch.float32}
+
+
+def test_outliers_of_the_export_are_applied(folder: Path) -> None:
+    record = {"channels": 2, "factor": 50.0, "seed": 0}
+    exported = Exported(folder / "model.onnx", folder, {"outliers": record})
+    plain, changed = (load_against("builtin:small", None, e, False) for e in (None, exported))
+    found = {
+        name: set(np.flatnonzero((new != old).reshape(-1, old.shape[-1]).any(dim=0)).tolist())
+        for (name, new), old in zip(changed.named_parameters(), plain.parameters(), strict=True)
+    }
+    channels = {name: indices for name, indices in found.items() if indices}
+    (indices,) = {frozenset(value) for value in channels.values()}
+    assert len(indices) == 2
+    embedding = next(name for name in channels if "embed" in name)
+    ratio = changed.get_parameter(embedding)[:, list(indices)] / plain.get_parameter(embedding)[:, list(indices)]
+    np.testing.assert_allclose(ratio.detach().numpy(), 50.0, rtol=1e-6)
