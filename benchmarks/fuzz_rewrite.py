@@ -327,7 +327,7 @@ DAMAGES: tuple[Callable[[random.Random, ModelProto], None], ...] = (
 )
 
 
-# ---- judgement -----------------------------------------------------------------------------------------------------
+# ---- judgment -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -428,17 +428,17 @@ def _compared(old: Path, new: Path, seed: int) -> str:
     return lines[-1]
 
 
-def _run_both(old: Path, new: Path, seed: int, say: Callable[[str], None]) -> None:
+def _run_both(old: Path, new: Path, seed: int, progress: Callable[[str], None]) -> None:
     session = _session(old)
     feeds = dict(_feeds(session, seed))
     before = session.run(None, feeds)
-    say("runs")
+    progress("runs")
     try:
         after = _session(new).run(None, feeds)
     except Exception as error:
-        say(f"the rewritten file does not run: {str(error).splitlines()[0][:200]}")
+        progress(f"the rewritten file does not run: {str(error).splitlines()[0][:200]}")
         return
-    say(next(filter(None, map(_difference, before, after)), "same numbers"))
+    progress(next(filter(None, map(_difference, before, after)), "same numbers"))
 
 
 def _session(path: Path) -> Any:

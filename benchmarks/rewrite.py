@@ -1,4 +1,4 @@
-"""What rewriting costs, and how many norms it fuses beside two other optimisers.
+"""What rewriting costs, and how many norms it fuses beside two other optimizers.
 
     python benchmarks/rewrite.py              all parts
     python benchmarks/rewrite.py --only nodes | large | fused | corpus
@@ -156,7 +156,7 @@ def large_table(folder: Path) -> None:
     print(f"{row['s']:.2f} s, peak {row['peak_mb']:.0f} MB, of which {row['import_mb']:.0f} MB are imports")
 
 
-# Beside other optimisers ------------------------------------------------------------------------------------------
+# Beside other optimizers ------------------------------------------------------------------------------------------
 
 
 def plain_exports(folder: Path) -> Iterator[tuple[str, str, Path, int]]:
@@ -241,10 +241,10 @@ def onnxruntimes(path: Path, folder: Path) -> Path:
     return folder / path.name
 
 
-def quietly(optimise: Callable[[Path, Path], Path], path: Path, folder: Path) -> Path:
-    """The optimised file; what tools print goes nowhere."""
+def quietly(optimize: Callable[[Path, Path], Path], path: Path, folder: Path) -> Path:
+    """The optimized file; what tools print goes nowhere."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return optimise(path, folder)
+        return optimize(path, folder)
 
 
 def corpus_table(folder: Path) -> None:
@@ -259,9 +259,9 @@ def corpus_table(folder: Path) -> None:
         path = folder / f"{number}.onnx"
         path.write_bytes(spelling.build().SerializeToString())
         wanted, feeds = outputs(path, rows=True)
-        for way, optimise in ways.items():
+        for way, optimize in ways.items():
             try:
-                result = quietly(optimise, path, folder / f"{number}-{way.replace(' ', '-')}")
+                result = quietly(optimize, path, folder / f"{number}-{way.replace(' ', '-')}")
                 fused = fused_norms(result) >= len(spelling.expected)
             except Exception:
                 counts[way]["fails"] += 1
@@ -298,10 +298,10 @@ def fused_table(folder: Path) -> None:
     for name, dtype, path, count in plain_exports(folder):
         wanted, feeds = outputs(path)
         cells = []
-        for way, optimise in WAYS.items():
+        for way, optimize in WAYS.items():
             place = folder / f"{name}-{dtype}-{way.replace(' ', '-')}"
             try:
-                result = quietly(optimise, path, place)
+                result = quietly(optimize, path, place)
                 cells.append(f"{fused_norms(result)} of {count} ({agrees(result, wanted, feeds)})")
             except Exception as error:
                 cells.append(f"fails: {' '.join(str(root_of(error)).split())[:60]}")

@@ -1,4 +1,4 @@
-"""The norm in PyTorch, operation by operation: bit for bit what the recognised module computes."""
+"""The norm in PyTorch, operation by operation: bit for bit what the recognized module computes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def eager(
 
     Args:
         spec: what to compute.
-        x: `[..., *normalised dims]`, any floating dtype.
+        x: `[..., *normalized dims]`, any floating dtype.
         weight: broadcastable to x's trailing dims; needed exactly when `spec.has_weight`.
         bias: like weight; needed exactly when `spec.bias`.
         gate: x's shape; needed exactly when `spec.gate` is not `none`.
@@ -49,7 +49,7 @@ def eager(
     shape = h.shape
     if spec.group_size is not None:
         h = h.reshape(*shape[:-1], shape[-1] // spec.group_size, spec.group_size)  # -1 would not do for no rows
-    h = _normalise(spec, h, x.dtype).reshape(shape)
+    h = _normalize(spec, h, x.dtype).reshape(shape)
     if spec.order == "cast_then_scale":
         h = h.to(x.dtype)
     if weight is not None:
@@ -61,7 +61,7 @@ def eager(
     return h.to(x.dtype) if spec.order == "scale_then_cast" else h
 
 
-def _normalise(spec: NormSpec, h: Tensor, dtype: torch.dtype) -> Tensor:
+def _normalize(spec: NormSpec, h: Tensor, dtype: torch.dtype) -> Tensor:
     dims = tuple(range(-spec.trailing_dims, 0))
     squares = h.pow(2)
     reduced = squares.mean(dims, keepdim=True) if spec.reduction == "mean" else squares.sum(dims, keepdim=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UsageError
-from .recognition.find_norms import recognise
+from .recognition.find_norms import find_norms
 from .recognition.site import Site
 
 # The manifest's key under which an export records what was injected.
@@ -78,7 +78,7 @@ def parse_outliers(text: str) -> tuple[int, float]:
 def inject_outliers(model: nn.Module, channels: int, factor: float, seed: int) -> OutlierReport:
     """Give the residual stream of `model` outlier channels, in place.
 
-    The hidden size is the most common width among the recognised norms with a weight. In the chosen channels every
+    The hidden size is the most common width among the recognized norms with a weight. In the chosen channels every
     embedding of that width is multiplied by `factor`, and the effective scale of every norm of that width (the weight,
     or 1 + weight) is divided by sqrt(factor), as trained norms hold such channels down. Tensors that several modules
     share are changed once, and every dtype stays.
@@ -98,7 +98,7 @@ def inject_outliers(model: nn.Module, channels: int, factor: float, seed: int) -
     """
     if not (math.isfinite(factor) and factor > 1):
         raise UsageError(f"outliers of factor {factor:g}: the factor must be a finite number above 1, such as 50.")
-    sites = [site for site in recognise(model).sites if site.weight is not None and site.spec.trailing_dims == 1]
+    sites = [site for site in find_norms(model).sites if site.weight is not None and site.spec.trailing_dims == 1]
     width = _hidden_size(model, sites)
     if not 1 <= channels <= width:
         raise UsageError(f"{channels} outlier channels: the model has {width}; choose from 1 to {width}.")
@@ -160,8 +160,8 @@ def _hidden_size(model: nn.Module, sites: list[Site]) -> int:
     widths = Counter(site.width[0] for site in sites if site.width is not None)
     if not widths:
         raise UsageError(
-            f"{type(model).__name__} has no recognised norm with a weight, so its hidden size is unknown and outlier "
-            "channels cannot be injected. See what was recognised with: rmsnorm inspect"
+            f"{type(model).__name__} has no recognized norm with a weight, so its hidden size is unknown and outlier "
+            "channels cannot be injected. See what was recognized with: rmsnorm inspect"
         )
     # Of two that are equally common the wider one: the other is a head's.
     return max(widths, key=lambda width: (widths[width], width))

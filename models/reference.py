@@ -22,7 +22,7 @@ def reference(
 
     Args:
         spec: what to compute; its casts, statistics dtype and spelling of the root do not matter here.
-        x: `[..., *normalised dims]`, any real dtype.
+        x: `[..., *normalized dims]`, any real dtype.
         weight: broadcastable to x's trailing dims, read when the spec has a weight.
         bias: like weight, read when the spec has a bias.
         gate: x's shape, read when the spec has a gate.

@@ -53,7 +53,7 @@ class NormSpec:
 
     Attributes:
         eps: added to the mean (or sum) of squares, inside the root. Always resolved, never None.
-        trailing_dims: how many trailing dims of x are normalised together.
+        trailing_dims: how many trailing dims of x are normalized together.
         scale: no scale, the weight, or 1 + weight.
         order: where the cast back to x's dtype happens, see above.
         statistics: dtype of the sum of squares: `float32` always, `promoted` (float32, or float64 for a float64 x),
@@ -61,7 +61,7 @@ class NormSpec:
         root: `rsqrt` multiplies by rsqrt(.), `sqrt` divides by sqrt(.), `reciprocal` multiplies by 1 / sqrt(.). They
             differ in the last bit only.
         reduction: `mean` of the squares (RMS norm) or their `sum` (L2 norm with eps inside the root).
-        group_size: the last dim is cut into groups of this many elements, each normalised alone.
+        group_size: the last dim is cut into groups of this many elements, each normalized alone.
         gate: a second input multiplies before the norm, after it, or not at all.
         activation: what is applied to the gate in S.
         bias: whether a bias is added after the scale.

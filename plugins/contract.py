@@ -3,7 +3,7 @@
 The operators compute, with S = float32 and T the dtype of X::
 
     RMSNorm(X, scale) -> Y
-    AddRMSNorm(X, residual, scale) -> (Y, sum)        sum = X + residual in T, normalised in place of X
+    AddRMSNorm(X, residual, scale) -> (Y, sum)        sum = X + residual in T, normalized in place of X
     RMSNormQuant(X, scale, y_scale) -> Y
     AddRMSNormQuant(X, residual, scale, y_scale) -> (Y, sum)
 

@@ -162,13 +162,13 @@ def diagnose(found: Surroundings) -> Diagnosis:
 
 def look(progress: Progress | None = None) -> Surroundings:
     """Find out what is here, by trying it. `progress` is called with a line of text at each step."""
-    say = progress or (lambda _: None)
-    say("importing the packages")
+    progress = progress or (lambda _: None)
+    progress("importing the packages")
     imports = {name: _import_problem(name) for name in _EXPORT_MODULES}
-    say("trying ONNX Runtime's providers")
+    progress("trying ONNX Runtime's providers")
     onnxruntime, compiled = _onnxruntime()
     providers = {name: _provider_problem(name, compiled) for name in _PROVIDERS}
-    say("looking for GPUs and TensorRT")
+    progress("looking for GPUs and TensorRT")
     torch_cuda, torch_gpus = (None, []) if imports["torch"] else _torch_devices()
     problem, rtx_problem = _import_problem("tensorrt"), _import_problem("tensorrt_rtx")
     library = find_library()

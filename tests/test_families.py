@@ -1,4 +1,4 @@
-"""Every family, every target, fp32 and fp16, with and without KV cache: recognised, exported, run, compared."""
+"""Every family, every target, fp32 and fp16, with and without KV cache: recognized, exported, run, compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from rmsnorm_deploy.export.from_torch.export_model import PreparedModel, prepare, save
 from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.models.errors import UnsupportedError
-from rmsnorm_deploy.models.recognition.find_norms import recognise
+from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.runtime.runners.onnxruntime import optimized_op_counts
 from rmsnorm_deploy.runtime.validation.api import validate
 
@@ -26,9 +26,9 @@ FUSED = ("SimplifiedLayerNormalization", "RMSNormalization")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_norm_is_recognised_and_nothing_else(name: str) -> None:
+def test_every_norm_is_recognized_and_nothing_else(name: str) -> None:
     model = build(name)
-    found = recognise(model)
+    found = find_norms(model)
     assert Counter(site.spec for site in found.sites) == FAMILIES[name].norms
     assert found.refusals == []
     named = {path for path, module in model.named_modules() if "norm" in type(module).__name__.lower()}
@@ -60,7 +60,7 @@ def test_an_overflowed_mask_is_refused_in_float64() -> None:
 def test_what_the_exporter_cannot_do_names_model_cause_and_way_out() -> None:
     options = {**FAMILIES["llama"].options, "intermediate_size_mlp": 48, "head_dim": 8, "num_local_experts": 2}
     model = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**options)).eval()
-    assert len(recognise(model).sites) == 7
+    assert len(find_norms(model).sites) == 7
     with pytest.raises(UnsupportedError, match=r"Llama4ForCausalLM could not be captured.*complex.*Try"):
         prepare(model)
 
@@ -81,7 +81,7 @@ def _check_target(prepared: PreparedModel, model: nn.Module, name: str, dtype: s
     assert len(report.rows) >= len(SHAPES)
     # Every norm alone, what is before each of them (and before a gate), and what is after the last.
     assert {check.norm.key for check in report.norms} == {(site["path"], 0) for site in result.manifest["sites"]}
-    assert len(report.stretches) > count
+    assert len(report.segments) > count
     assert report.verdict == "pass"
     if dtype == "float32":
         counts = optimized_op_counts(result.folder / "model.onnx")

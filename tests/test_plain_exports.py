@@ -63,5 +63,5 @@ def test_norms_of_mixed_dtypes_are_repaired(name: str, tmp_path: Path) -> None:
     tensors = {key: torch.from_numpy(value) for key, value in feeds.items()}
     with torch.no_grad():
         own = model(**tensors, use_cache=False).logits.numpy()
-        truth = model.float()(**tensors, use_cache=False).logits.double().numpy()
-    assert judge("logits", got, truth, own).passed
+        reference = model.float()(**tensors, use_cache=False).logits.double().numpy()
+    assert judge("logits", got, reference, own).passed

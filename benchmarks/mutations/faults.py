@@ -22,7 +22,7 @@ class Fault:
         target: in which of its four files.
         plant: makes the fault in the open file.
         norms: module paths that `bisect` must name; empty for a fault between norms.
-        before: the norm or output before which the stretch lies that `bisect` must name; empty for a fault in norms.
+        before: the norm or output before which the segment lies that `bisect` must name; empty for a fault in norms.
         dtype: of the model.
         padded: whether it shows only where the attention mask hides something.
     """
@@ -51,6 +51,6 @@ class Fault:
 def all_faults() -> list[Fault]:
     """Every fault that is planted in a file."""
     from norm_faults import NORM_FAULTS
-    from stretch_faults import STRETCH_FAULTS
+    from segment_faults import SEGMENT_FAULTS
 
-    return [*NORM_FAULTS, *STRETCH_FAULTS]
+    return [*NORM_FAULTS, *SEGMENT_FAULTS]

@@ -95,7 +95,7 @@ def judge_fault(fault: Fault | RunnerFault, exports: Exports) -> FaultResult:
         verdict, summary, _ = _ask(validate, folder, exports.model(fault.subject))
         _, _, found = _ask(bisect, folder, exports.model(fault.subject))
         wanted, in_norm = fault.norms or (fault.before,), bool(fault.norms)
-    kind = "norm" if in_norm else "stretch"
+    kind = "norm" if in_norm else "segment"
     names = {row["name"] for row in found if row["kind"] == kind}
     named = all(any(_is_place(name, place, in_norm) for name in names) for place in wanted)
     innocents = tuple(

@@ -108,7 +108,7 @@ def twice(path: str) -> Plant:
     return plant
 
 
-def unlabelled(path: str, change: Callable[[float], float]) -> Plant:
+def unlabeled(path: str, change: Callable[[float], float]) -> Plant:
     """Another epsilon in a norm whose metadata a tool has dropped."""
 
     def plant(edit: Edit) -> None:

@@ -60,7 +60,7 @@ def judge_all(exports: Exports) -> list[FaultResult]:
     for fault in (*all_faults(), *RUNNER_FAULTS):
         result = judge_fault(fault, exports)
         results.append(result)
-        named = ("yes" if result.named else "NO") + ("" if result.in_norm else " (stretch)") if result.wanted else "-"
+        named = ("yes" if result.named else "NO") + ("" if result.in_norm else " (segment)") if result.wanted else "-"
         cells = (result.fault, result.model, result.target, result.dtype, result.alive, result.verdict, named)
         print(f"| {' | '.join(cells)} | {len(result.innocents)} |", flush=True)
     return results

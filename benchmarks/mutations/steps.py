@@ -51,11 +51,11 @@ def mean_in(dtype: int) -> Callable[[Spelling, ir.Value], ir.Value]:
 
 
 def variance(s: Spelling, h: ir.Value) -> ir.Value:
-    centred = s.op("Sub", h, s.mean(h))
-    return s.mean(s.op("Mul", centred, centred))
+    centered = s.op("Sub", h, s.mean(h))
+    return s.mean(s.op("Mul", centered, centered))
 
 
-def centred(s: Spelling, x: ir.Value) -> ir.Value:
+def centered(s: Spelling, x: ir.Value) -> ir.Value:
     h = s.op("Cast", x, to=FLOAT)
     return s.op("Sub", h, s.mean(h))
 
@@ -78,7 +78,7 @@ def all_axes(s: Spelling, h: ir.Value) -> ir.Value:
 
 
 def clamped(s: Spelling, h: ir.Value, mean: ir.Value) -> ir.Value:
-    return s.op("Clip", s.normalise(h, mean), s.number(-4.0), s.number(4.0))
+    return s.op("Clip", s.normalize(h, mean), s.number(-4.0), s.number(4.0))
 
 
 def slightly_larger(s: Spelling, h: ir.Value) -> ir.Value:
@@ -109,7 +109,7 @@ def rounded_x(s: Spelling, x: ir.Value) -> ir.Value:
 
 
 def weighed_first(s: Spelling, x: ir.Value) -> ir.Value:
-    """The weight on x in place of the normalised value, so that the statistics see it."""
+    """The weight on x in place of the normalized value, so that the statistics see it."""
     return s.op("Mul", s.op("Cast", x, to=FLOAT), s.parameter(scale_of(s.norm), FLOAT))
 
 

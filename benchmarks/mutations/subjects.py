@@ -17,7 +17,7 @@ if str(ROOT / "tests") not in sys.path:
     sys.path.append(str(ROOT / "tests"))
 
 from helpers.families import build  # noqa: E402
-from helpers.norm_zoo import Biased, Weighted, hub_class, randomised  # noqa: E402
+from helpers.norm_zoo import Biased, Weighted, hub_class, randomized  # noqa: E402
 
 from rmsnorm_deploy.export.from_torch.export_model import prepare, save  # noqa: E402
 from rmsnorm_deploy.models.builtin.checkpoint import addition  # noqa: E402
@@ -59,7 +59,7 @@ class Assorted(nn.Module):
 
 def assorted() -> nn.Module:
     """`Assorted` with random weights that leave the size of its values about as it is."""
-    model = randomised(Assorted(), seed=5)
+    model = randomized(Assorted(), seed=5)
     with torch.no_grad():
         for parameter in model.get_submodule("linears").parameters():
             parameter.mul_(0.3)

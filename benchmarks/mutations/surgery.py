@@ -229,7 +229,7 @@ class Spelling:
         if self.spec.gate == "before":
             h = self.op("Mul", h, self._step("gate"))
         h = self._grouped(h)
-        h = self._step("normalise", h, self._step("statistic", h))
+        h = self._step("normalize", h, self._step("statistic", h))
         if self.spec.group_size is not None:
             h = self._reshape(h, [0, 0, self.width])
         return self._step("leave", h)
@@ -242,7 +242,7 @@ class Spelling:
         """The mean of the squares."""
         return self.mean(self.op("Mul", h, h))
 
-    def normalise(self, h: ir.Value, mean: ir.Value) -> ir.Value:
+    def normalize(self, h: ir.Value, mean: ir.Value) -> ir.Value:
         """h divided by the root of the mean and eps."""
         return self.op("Div", h, self.op("Sqrt", self.op("Add", mean, self.number(self.spec.eps))))
 
@@ -293,7 +293,7 @@ def respell(
         edit: the open file.
         path: the norm's module path.
         spec: fields of the NormSpec to change.
-        add: for a fused residual add, makes (what is normalised, what is handed on) from the spelling and the two
+        add: for a fused residual add, makes (what is normalized, what is handed on) from the spelling and the two
             operands; None adds them.
         options: see `Spelling`.
     """

@@ -8,13 +8,13 @@ import onnx_ir as ir
 
 from ..graph.site import GraphSite
 from ..lowering.norm_writer import FORM_KEY, PATH_KEY, SPEC_KEY, VALUES_KEY
-from ..recognition.find_norms import recognise_graph
+from ..recognition.find_norms import find_graph_norms
 
 _CASTS = ("Cast", "CastLike", "Identity")
 
 
 def annotate(model: ir.Model) -> None:
-    """Recognise the norms of the main graph and note on their nodes what `write_norm` would.
+    """Recognize the norms of the main graph and note on their nodes what `write_norm` would.
 
     A model whose nodes have such notes already is left as it is. Nodes without a name get one: they are told by it.
     """
@@ -22,7 +22,7 @@ def annotate(model: ir.Model) -> None:
         return
     taken = {node.name for node in model.graph if node.name}
     seen: set[ir.Node] = set()
-    for site in recognise_graph(model).sites:
+    for site in find_graph_norms(model).sites:
         nodes = _with_casts(site)
         if site.x is None or seen.intersection(nodes) or any(node.graph is not model.graph for node in nodes):
             continue

@@ -6,7 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from ..lowering.plugin_functions import stands_in_for_plugin
-from ..recognition.find_norms import recognise_graph
+from ..recognition.find_norms import find_graph_norms
 
 _TAG = "rmsnorm_deploy.function"
 
@@ -34,7 +34,7 @@ def inline_norm_functions(model: ir.Model) -> tuple[ir.Model, list[str]]:
         for node in function.all_nodes():
             node.metadata_props[_TAG] = _key(function)
     InlinePass(lambda function: _key(function) in keys)(trial)
-    sites = recognise_graph(trial).sites
+    sites = find_graph_norms(trial).sites
     wanted = {node.metadata_props[_TAG] for site in sites for node in site.nodes if _TAG in node.metadata_props}
     if not wanted:
         return model, []

@@ -36,7 +36,7 @@ class RewrittenSite:
         before: in the original model.
         lowered: what it became; None where it was left as it is.
         changed: False where it stood in the target's form already.
-        x: in the rewritten model: what is normalised; None where one operator adds, normalises and keeps the sum.
+        x: in the rewritten model: what is normalized; None where one operator adds, normalizes and keeps the sum.
         y: in the rewritten model: the result.
         gate: in the rewritten model.
         sum_of: in the rewritten model: the two values that x is the sum of, where it is a residual add's.

@@ -149,7 +149,7 @@ def _decode_step(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any
         )
     mask = inputs.get("attention_mask")
     if mask is not None and bool(mask.all()):
-        # A mask of ones alone is optimised away while capturing; one padded position keeps it an input.
+        # A mask of ones alone is optimized away while capturing; one padded position keeps it an input.
         mask = mask.clone()
         mask[0, 0] = 0
     sample = {"input_ids": inputs["input_ids"], "attention_mask": mask}

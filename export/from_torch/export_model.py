@@ -1,4 +1,4 @@
-"""From a PyTorch model to a folder with an ONNX file: recognise, swap, check, capture, lower, save."""
+"""From a PyTorch model to a folder with an ONNX file: recognize, swap, check, capture, lower, save."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...models.errors import MismatchError, UsageError
 from ...models.loading import DTYPES
-from ...models.recognition.find_norms import recognise
+from ...models.recognition.find_norms import find_norms
 from ...models.recognition.site import Recognition
 from ..lowering.plugin_functions import PluginStyle, plugin_style, style_notes
 from ..lowering.table import TARGETS, Environment, LoweringRefusal, opset_for, resolve
@@ -144,26 +144,26 @@ def prepare(
     with_past: bool = False,
     progress: Progress | None = None,
 ) -> PreparedModel:
-    """Recognise, check and capture: all that does not depend on the target.
+    """Recognize, check and capture: all that does not depend on the target.
 
     Arguments as in `export_model`; what one of `targets` cannot do is refused before the slow part.
     """
-    say = progress or _silent
+    progress = progress or _silent
     converted = dtype is not None and dtype != _dtype_of(model)
     model = _in_dtype(model, dtype)
     feeds = dict(inputs) if inputs is not None else example_inputs(model)
     if converted:
         feeds = {name: _cast(value, getattr(torch, str(dtype))) for name, value in feeds.items()}
-    say("finding the norms")
-    recognition = recognise(model)
+    progress("finding the norms")
+    recognition = find_norms(model)
     for target in targets:
         _refuse_early(recognition, target, opset, _dtype_of(model))
     training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
-        say(f"checking {len(recognition.sites)} norms in the running model")
+        progress(f"checking {len(recognition.sites)} norms in the running model")
         recognition = _checked(model, recognition, feeds)
-        say("capturing the graph")
+        progress("capturing the graph")
         with swapped(model, recognition.sites):
             captured = capture(model, detached(feeds), opset=opset, dynamic=dynamic, with_past=with_past)
     finally:
@@ -185,8 +185,8 @@ def save(
 
     Arguments as in `export_model`; `style` is how the file has the custom operators of target `plugin`.
     """
-    say = progress or _silent
-    say(f"lowering for {target}")
+    progress = progress or _silent
+    progress(f"lowering for {target}")
     lowered, sites = lower(prepared.capture.model, target, opset, style)
     graph = lowered.graph
     content = {
@@ -203,11 +203,11 @@ def save(
         "notes": [*prepared.capture.notes, *style_notes(lowered, style)],
     }
     with new_folder(path) as folder:
-        say("writing the model")
+        progress("writing the model")
         _write_model(lowered, folder)
         if prepared.companions is not None:
             copy_companions(prepared.companions, folder)
-        say("hashing the files")
+        progress("hashing the files")
         manifest = write_manifest(folder, content)
     return ExportResult(Path(path), target, manifest, prepared.recognition)
 

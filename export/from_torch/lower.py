@@ -68,7 +68,7 @@ def _site(node: ir.Node) -> GraphSite:
     operands = residual_operands(x, node.outputs[0])
     if weight is not None and weight.producer() is not None:
         operands = None
-    form: Form = "add" if operands is not None else "plain"
+    form: Form = "residual_add" if operands is not None else "plain"
     node.outputs[0].type = None  # what the capture says is a guess; the lowered nodes tell
     return GraphSite(
         path, spec, form, x, weight, bias, gate, node.outputs[0], operands, (node,), node.name or "", None, x.dtype
@@ -76,7 +76,7 @@ def _site(node: ir.Node) -> GraphSite:
 
 
 def _fix_width(x: ir.Value, node: ir.Node) -> None:
-    """The normalised dims are those that the module was recognised with, also where the graph lost track of them."""
+    """The normalized dims are those that the module was recognized with, also where the graph lost track of them."""
     width = node.attributes["width"].as_string() if "width" in node.attributes else ""
     sizes = [int(size) for size in width.split("x") if size]
     if sizes and x.shape is not None and len(x.shape) >= len(sizes):

@@ -45,7 +45,7 @@ def swapped(model: nn.Module, sites: list[Site], *, check: bool = False) -> Iter
     `rmsnorm_deploy.capture`. Parameters, hooks and submodules stay where they are.
 
     Args:
-        model: the model that `sites` were recognised in.
+        model: the model that `sites` were recognized in.
         sites: the norms to swap.
         check: run the original forward beside each swapped one and record every site whose bits differ.
     """

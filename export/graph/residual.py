@@ -11,7 +11,7 @@ def residual_operands(x: ir.Value, y: ir.Value) -> tuple[ir.Value, ir.Value] | N
     """The two values that x is the sum of, where both have x's own shape: a broadcast is no residual.
 
     Args:
-        x: what a norm normalises.
+        x: what a norm normalizes.
         y: the norm's result, which must stand in the graph of the Add.
     """
     add, last = x.producer(), y.producer()

@@ -17,14 +17,14 @@ class GraphSite:
     Attributes:
         path: the module path where the file tells it, else a name for people; several calls share one.
         spec: what it computes, as far as a graph can show it.
-        form: `plain`, or `add` when a residual add stands in front.
-        x: what is normalised, before any cast that widens it. None where one operator adds, normalises and keeps
+        form: `plain`, or `residual_add` when a residual add stands in front.
+        x: what is normalized, before any cast that widens it. None where one operator adds, normalizes and keeps
             the sum to itself.
         weight: a constant or a value of the graph; None without one.
         bias: like weight.
         gate: x's shape, or None.
         y: the result.
-        sum_of: the two operands of the residual add, where `form` is `add`.
+        sum_of: the two operands of the residual add, where `form` is `residual_add`.
         nodes: those that compute y from x, in graph order, without constants and without the residual add.
         node: name of the main node.
         shape: of x; None for a dim, or altogether, where the file does not tell.

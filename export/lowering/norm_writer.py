@@ -36,7 +36,7 @@ class LoweredSite:
     Attributes:
         path: the module it came from.
         spec: what it computes, as called here (a gated norm called without a gate has none).
-        form: `plain`, or `add` when a residual add stands in front.
+        form: `plain`, or `residual_add` when a residual add stands in front.
         node: name of its main node.
         dtype: dtype of its input.
         deviations: where the target is not exact for it.
@@ -57,7 +57,7 @@ class Written:
     Attributes:
         lowered: what it became.
         changed: False where it stood in the target's form already; then only notes were added.
-        x: what is normalised; None where one operator adds and normalises and keeps the sum to itself.
+        x: what is normalized; None where one operator adds and normalizes and keeps the sum to itself.
         y: the result.
     """
 
@@ -156,11 +156,11 @@ class NormWriter:
         )
 
     def _inputs(self, builder: Builder, site: GraphSite, composite: ir.Node | None) -> tuple[NormInputs, ir.Value]:
-        """What the emitter reads. Where one operator added and normalised, the sum is made anew or stood in for."""
+        """What the emitter reads. Where one operator added and normalized, the sum is made anew or stood in for."""
         weight, bias = (self._registered(builder, value) for value in (site.weight, site.bias))
         # A fused node stands where the Add stood, and a weight that is computed may come after that.
         early = weight is None or weight.producer() is None
-        operands = site.sum_of if self._target == "plugin" and early and site.form == "add" else None
+        operands = site.sum_of if self._target == "plugin" and early and site.form == "residual_add" else None
         if composite is None:
             if site.x is None:
                 raise ValueError(f"norm {site.path!r} has no input")

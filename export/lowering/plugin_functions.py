@@ -65,10 +65,10 @@ def plugin_function(op_type: str, opset: int | None = None) -> ir.Function:
     mean = _add(nodes, "ReduceMean", [squares, axes], "mean", keepdims=1)
     under_root = _add(nodes, "Add", [mean, _attribute(nodes, "epsilon")], "under_root")
     root = _add(nodes, "Sqrt", [under_root], "root")
-    normalised = _add(nodes, "Div", [wide, root], "normalised")
+    normalized = _add(nodes, "Div", [wide, root], "normalized")
     wide_scale = _add(nodes, "Cast", [scale], "scale32", to=float32)
     shifted = _add(nodes, "Add", [wide_scale, _attribute(nodes, "scale_offset")], "shifted")
-    scaled = _add(nodes, "Mul", [_cast_to_scale_type(nodes, normalised), _cast_to_scale_type(nodes, shifted)], "scaled")
+    scaled = _add(nodes, "Mul", [_cast_to_scale_type(nodes, normalized), _cast_to_scale_type(nodes, shifted)], "scaled")
     y = _add(nodes, "CastLike", [scaled, x], "normed" if quantized else "Y")
     if quantized:
         wide_y = _add(nodes, "Cast", [y], "normed32", to=float32)

@@ -38,7 +38,7 @@ class NormInputs:
 
 @dataclass(frozen=True, slots=True)
 class Emitted:
-    """The values that take over: the normalised output, and the sum where the residual add was fused."""
+    """The values that take over: the normalized output, and the sum where the residual add was fused."""
 
     output: ir.Value
     total: ir.Value | None
@@ -50,8 +50,8 @@ class Core:
     """A norm without gate, groups or bias over the last `dims` dims, X and scale of one dtype.
 
     Attributes:
-        x: what is normalised.
-        scale: weight of the normalised dims' shape, or None.
+        x: what is normalized.
+        scale: weight of the normalized dims' shape, or None.
         offset: added to the scale in float32 before it multiplies; only the plugin sees a value other than 0.
         eps: added to the mean of squares.
         dims: how many trailing dims.
@@ -334,14 +334,14 @@ def _ones(builder: Builder, core: Core, dtype: ir.DataType) -> ir.Value | None:
 def _needed(scale: ir.Value | None) -> ir.Value:
     if scale is None:
         raise UnsupportedError(
-            "the dims that a norm normalises are not fixed, and this target's operator needs a scale of their shape. "
+            "the dims that a norm normalizes are not fixed, and this target's operator needs a scale of their shape. "
             "Make them static in the example inputs or in the file, or use --target primitives."
         )
     return scale
 
 
 def _spans(weight: ir.Value, x: ir.Value, dims: int) -> bool:
-    """Whether the weight has exactly the shape of x's normalised dims."""
+    """Whether the weight has exactly the shape of x's normalized dims."""
     if weight.shape is None or x.shape is None or len(weight.shape) != dims or len(x.shape) < dims:
         return False
     return list(weight.shape) == list(x.shape[len(x.shape) - dims :])

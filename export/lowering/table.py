@@ -16,7 +16,7 @@ from ...models.errors import UnsupportedError, UsageError
 from ...models.spec import NormSpec
 
 Target = Literal["primitives", "standard", "ort", "plugin"]
-Form = Literal["plain", "add"]
+Form = Literal["plain", "residual_add"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 FORMS: tuple[Form, ...] = get_args(Form)
 
@@ -52,7 +52,7 @@ class Cell:
 
     Attributes:
         target: whom the file is for.
-        form: `plain`, or `add` for a residual add in front of the norm whose sum is used elsewhere too.
+        form: `plain`, or `residual_add` for a residual add in front of the norm whose sum is used elsewhere too.
         emits: the operators, in order.
         opset: lowest opset import of the finished file.
         dtypes: dtypes of x that it can do.
@@ -93,7 +93,7 @@ TABLE: tuple[Cell, ...] = (
          (("onnxruntime", "1.23"), ("tensorrt", "10.7"), _RTX),
          (_ORT_SCALES_FIRST, _ORT_FACTOR_NOT_CAST, _HALF_STATISTICS),
          "the spelling that ONNX Runtime fuses into one kernel at load"),
-    Cell("primitives", "add", "Add, then as plain", 7, _ALL,
+    Cell("primitives", "residual_add", "Add, then as plain", 7, _ALL,
          (("onnxruntime", "1.23"), ("tensorrt", "10.7"), _RTX),
          (_ORT_SCALES_FIRST, _ORT_FACTOR_NOT_CAST, _HALF_STATISTICS),
          "the Add stays: its sum is the second output"),
@@ -101,7 +101,7 @@ TABLE: tuple[Cell, ...] = (
          (("onnxruntime", "1.23"), ("tensorrt", "10.15"), _RTX),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
          "Cast to float32 and back around it where the module scales before it casts"),
-    Cell("standard", "add", "Add, RMSNormalization", 23, _ALL,
+    Cell("standard", "residual_add", "Add, RMSNormalization", 23, _ALL,
          (("onnxruntime", "1.23"), ("tensorrt", "10.15"), _RTX),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
          "the Add stays: its sum is the second output"),
@@ -109,7 +109,7 @@ TABLE: tuple[Cell, ...] = (
          (("onnxruntime", "1.23"), _RTX),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
          "ONNX Runtime's own fused operator; nothing else runs it"),
-    Cell("ort", "add", "Add, SimplifiedLayerNormalization", 7, _ALL,
+    Cell("ort", "residual_add", "Add, SimplifiedLayerNormalization", 7, _ALL,
          (("onnxruntime", "1.23"), _RTX),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
          "SkipSimplifiedLayerNormalization is several times less accurate on the CPU, so it is not written"),
@@ -117,10 +117,10 @@ TABLE: tuple[Cell, ...] = (
          (("tensorrt", "10.7"), _RTX, ("onnxruntime", "1.23")),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS),
          "a local function of the same name holds the primitives, so the file runs without the plugin too"),
-    Cell("plugin", "add", "rmsnorm_deploy::AddRMSNorm", 18, ("float32", "float16", "bfloat16"),
+    Cell("plugin", "residual_add", "rmsnorm_deploy::AddRMSNorm", 18, ("float32", "float16", "bfloat16"),
          (("tensorrt", "10.7"), _RTX, ("onnxruntime", "1.23")),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS),
-         "two outputs: normalised, sum"),
+         "two outputs: normalized, sum"),
 )
 # fmt: on
 

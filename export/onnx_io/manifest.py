@@ -18,7 +18,7 @@ from ..graph.site import GraphSite
 from ..lowering.norm_writer import LoweredSite, dtype_name
 from .atomic_files import MANIFEST, sha256
 
-SCHEMA = "rmsnorm_deploy.manifest/1"
+SCHEMA = "rmsnorm_deploy.manifest/2"
 _VERSIONS = ("rmsnorm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "transformers", "onnxruntime", "numpy")
 
 
@@ -37,7 +37,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def site_rows(recognition: Recognition, lowered: list[LoweredSite]) -> list[dict[str, Any]]:
-    """Each recognised norm with the nodes it became; `calls` is empty for one that the captured run never reached."""
+    """Each recognized norm with the nodes it became; `calls` is empty for one that the captured run never reached."""
     rows = []
     for site in recognition.sites:
         calls = [_call_row(call) for call in lowered if call.path == site.path]

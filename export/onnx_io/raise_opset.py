@@ -34,7 +34,7 @@ def _always(node: ir.Node) -> bool:
 
 
 def _not_last_axis(node: ir.Node) -> bool:
-    """Dims from the axis on were normalised together; now it is the axis alone."""
+    """Dims from the axis on were normalized together; now it is the axis alone."""
     axis = node.attributes.get_int("axis", 1)
     shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
     return axis != -1 and (shape is None or axis != len(shape) - 1)

@@ -40,7 +40,7 @@ from .terms import MOST_NODES, Activated, Normed, Squares, Statistic, Step, Term
 _LAYER_NORM = "the mean is subtracted first, so it is a LayerNorm"
 _OUTSIDE = "epsilon is added outside of the root, which no RMSNorm does"
 _DIVIDED = "it is divided by what the file does not fix"
-_BOUND = "a bound is put on the statistic (as L2 normalisation does), where RMSNorm adds epsilon to the mean of squares"
+_BOUND = "a bound is put on the statistic (as L2 normalization does), where RMSNorm adds epsilon to the mean of squares"
 _POWER = "x is multiplied by another power of the statistic than -1/2"
 _GONE = "the reduced dims are gone when x is scaled, so rows and factors do not meet"
 _OTHER = "what is squared is not what is scaled"
@@ -53,7 +53,7 @@ class GraphReader:
     Attributes:
         terms: the formula of each value that has one.
         refusals: why the nodes around a Reduce node are no norm, by that node.
-        continued: normalised values that a later one goes on from.
+        continued: normalized values that a later one goes on from.
     """
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class GraphReader:
         return None if value is None else self.terms.get(value)
 
     def _open(self, value: ir.Value | None) -> Normed | None:
-        """The normalised value, where nothing but one node reads it: only then may that node be part of the norm."""
+        """The normalized value, where nothing but one node reads it: only then may that node be part of the norm."""
         term = self._term(value)
         if value is None or not isinstance(term, Normed) or value.is_graph_output() or len(value.uses()) != 1:
             return None
@@ -303,17 +303,17 @@ class GraphReader:
         if number is not None:
             return self._rooted(term.times(number).with_node(node), node)
         if self.root(other) is term.root:
-            return self._normalised(term, node, other, divided)
+            return self._normalized(term, node, other, divided)
         weighted = self._weighted(term, other)
         if weighted is not None:
-            return self._normalised(term, node, weighted[0], divided, weighted[1])
+            return self._normalized(term, node, weighted[0], divided, weighted[1])
         if term.p == -0.5 and term.scale is None and term.reduced and fits(other, term.taken, term.axes):
             return term.with_node(node, scale=other, half=term.half or is_half(node.outputs[0].dtype))
         if abs(term.p) == 0.5:
             self._refuse(term.reduce, _OTHER)
         return None
 
-    def _normalised(
+    def _normalized(
         self, term: Statistic, node: ir.Node, operand: ir.Value, divided: bool, before: ir.Node | None = None
     ) -> Term | None:
         if term.p != -0.5 or not term.reduced:

@@ -33,7 +33,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 _Shared = dict[ir.Value, bool]
 
 
-def recognise_graph(model: ir.Model) -> GraphRecognition:
+def find_graph_norms(model: ir.Model) -> GraphRecognition:
     """Every norm in the model's main graph and in the bodies of its control flow.
 
     Norms inside of model-local functions are found after inlining (see `inline_norm_functions`). Nothing in the model
@@ -50,7 +50,7 @@ def recognise_graph(model: ir.Model) -> GraphRecognition:
 
 
 def find_norms(model: ir.Model) -> GraphRecognition:
-    """`recognise_graph` for a model whose types are filled in."""
+    """`find_graph_norms` for a model whose types are filled in."""
     reader = GraphReader()
     reader.read(model.graph)
     found: dict[ir.Node, GraphSite] = {}
@@ -96,7 +96,7 @@ def _last(read: Reading) -> ir.Node:
 def _site(read: Reading, shared: _Shared) -> GraphSite:
     nodes = tuple(dict.fromkeys(read.inside))
     operands = residual_operands(read.x, read.y)
-    form: Form = "add" if operands is not None else "plain"
+    form: Form = "residual_add" if operands is not None else "plain"
     spec, weight = _refined(read.spec, nodes, read.weight)
     assert read.x.dtype is not None
     return GraphSite(
@@ -112,7 +112,7 @@ def _composites(model: ir.Model) -> Iterator[ir.Node]:
 
 
 def _composite(node: ir.Node, shared: _Shared) -> GraphSite | str:
-    """The norm in an operator that adds and normalises."""
+    """The norm in an operator that adds and normalizes."""
     kind = (node.domain, node.op_type)
     if kind in ADD_NORMS and not is_plugin_node(node):
         return OTHER_PLUGIN
@@ -128,7 +128,7 @@ def _composite(node: ir.Node, shared: _Shared) -> GraphSite | str:
     if bias is not None:
         return "it adds a bias to the sum, which no operator here does"
     if len(dims(scale) or ()) != 1 or not _same_width(scale, a):
-        return "its scale has another shape than the dim that it normalises"
+        return "its scale has another shape than the dim that it normalizes"
     if scale.dtype != a.dtype:
         return "its scale is of another dtype than its input"
     number = _SUM_OUTPUT[kind]
@@ -153,13 +153,13 @@ def _composite(node: ir.Node, shared: _Shared) -> GraphSite | str:
     )
     spec, weight = _refined(spec, (node,), weight)
     return GraphSite(
-        _path((node,), scale, shared), spec, "add", total, weight, None, None, node.outputs[0], (a, b),
+        _path((node,), scale, shared), spec, "residual_add", total, weight, None, None, node.outputs[0], (a, b),
         (node,), node.name or "", _shape(a), a.dtype, "plugin" if ours else "ort",
     )  # fmt: skip
 
 
 def _same_width(scale: ir.Value, like: ir.Value) -> bool:
-    """Whether a scale may have the size of the last dim: an operator does not stretch a scale of one element."""
+    """Whether a scale may have the size of the last dim: an operator does not segment a scale of one element."""
     shape, whole = dims(scale), dims(like)
     if not shape or not whole:
         return True

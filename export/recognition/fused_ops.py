@@ -47,7 +47,7 @@ def fused_norm(node: ir.Node, root: Callable[[ir.Value], ir.Value]) -> Normed | 
         return "its axis is none of its input's dims"
     epsilon = attributes["epsilon"].as_float() if "epsilon" in attributes else 1e-5
     if scale is not None and not may_fit(scale, x, -axis):
-        return "its scale has another shape than the dims that it normalises"
+        return "its scale has another shape than the dims that it normalizes"
     offset = attributes["scale_offset"].as_float() if "scale_offset" in attributes else 0.0
     stash, scale_type = (
         ir.DataType(attributes[name].as_int()) if name in attributes else _FLOAT

@@ -1,4 +1,4 @@
-"""What the values around a norm are, as formulas: squares, a statistic, an activation, a normalised value.
+"""What the values around a norm are, as formulas: squares, a statistic, an activation, a normalized value.
 
 A graph is read once, node by node. Each value gets the formula that follows from those of the node's inputs, so every
 spelling with one meaning ends in one formula: `Pow(ReduceMean(Mul(x, x)) + eps, -0.5)` and
@@ -102,7 +102,7 @@ class Activated:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """What happens to a normalised value: a cast to `dtype`, or a product, sum or gate with `operand`."""
+    """What happens to a normalized value: a cast to `dtype`, or a product, sum or gate with `operand`."""
 
     kind: StepKind
     dtype: ir.DataType
@@ -112,7 +112,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Normed:
-    """A normalised value and what has been done to it since.
+    """A normalized value and what has been done to it since.
 
     Attributes:
         value: where it stands in the graph.

@@ -1,4 +1,4 @@
-"""From a normalised value and its steps to the NormSpec that says the same, or to none."""
+"""From a normalized value and its steps to the NormSpec that says the same, or to none."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _inputs(normed: Normed, reader: GraphReader) -> list[_Input]:
 def _gated(
     root: ir.Value, reader: GraphReader, norm_nodes: set[ir.Node]
 ) -> tuple[ir.Value, ir.Value, Activated, ir.Node] | None:
-    """x, gate, activation and product where x * act(gate) is what is normalised, and nothing else reads the product."""
+    """x, gate, activation and product where x * act(gate) is what is normalized, and nothing else reads the product."""
     node = root.producer()
     if node is None or node.op_type != "Mul" or node.domain not in DEFAULT_DOMAINS or root.is_graph_output():
         return None

@@ -79,7 +79,7 @@ def load_decoder(folder: str | os.PathLike[str]) -> Decoder:
         if not (source / name).is_file():
             raise UsageError(f"{source} has no file {name}; save the decoder again.")
     config = _read_config(source / CONFIG_NAME)
-    with torch.device("meta"):  # the parameters are replaced by those of the file, never initialised
+    with torch.device("meta"):  # the parameters are replaced by those of the file, never initialized
         model = Decoder(config)
     tensors = _read_weights(source / WEIGHTS_NAME)
     _check_weights(source / WEIGHTS_NAME, tensors, model.state_dict())

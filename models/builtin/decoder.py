@@ -37,7 +37,7 @@ class DecoderConfig:
         rope_theta: base of the rotary frequencies.
         eps: epsilon of every norm, inside the root.
         norm: which norm is used everywhere, see `NORMS`.
-        qk_norm: normalise every head of the queries and the keys, before the rotary embedding.
+        qk_norm: normalize every head of the queries and the keys, before the rotary embedding.
         tie_embeddings: the output projection is the embedding table.
         task: what the weights were trained for (`addition`), or None.
     """
@@ -111,14 +111,14 @@ class DecoderConfig:
 # ------------------------------------------------------------------------------------------------------------ norms
 
 
-def _normalise(x: Tensor, eps: float) -> Tensor:
+def _normalize(x: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x²) + eps)` over the last dim, always computed and returned in float32."""
     h = x.to(torch.float32)
     return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
 
 
 class LlamaNorm(nn.Module):
-    """RMSNorm of Llama: normalised in float32, cast back, and only then scaled by the weight."""
+    """RMSNorm of Llama: normalized in float32, cast back, and only then scaled by the weight."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class LlamaNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Floating [..., size] to the same shape, in the wider of the dtypes of x and the weight."""
-        return self.weight * _normalise(x, self.eps).to(x.dtype)
+        return self.weight * _normalize(x, self.eps).to(x.dtype)
 
 
 class OlmoNorm(nn.Module):
@@ -140,7 +140,7 @@ class OlmoNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Floating [..., size] to the same shape and dtype."""
-        return (self.weight * _normalise(x, self.eps)).to(x.dtype)
+        return (self.weight * _normalize(x, self.eps)).to(x.dtype)
 
 
 class GemmaNorm(nn.Module):
@@ -153,11 +153,11 @@ class GemmaNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Floating [..., size] to the same shape and dtype."""
-        return (_normalise(x, self.eps) * (1.0 + self.weight.to(torch.float32))).to(x.dtype)
+        return (_normalize(x, self.eps) * (1.0 + self.weight.to(torch.float32))).to(x.dtype)
 
 
 class UnweightedNorm(nn.Module):
-    """RMSNorm without a weight: normalised in float32, then cast back."""
+    """RMSNorm without a weight: normalized in float32, then cast back."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class UnweightedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Floating [..., size] to the same shape and dtype."""
-        return _normalise(x, self.eps).to(x.dtype)
+        return _normalize(x, self.eps).to(x.dtype)
 
 
 NORMS: dict[NormKind, Callable[[int, float], nn.Module]] = {
@@ -350,7 +350,7 @@ def random_decoder(config: DecoderConfig, seed: int, norm_spread: float = 0.2) -
         norm_spread: standard deviation of the norm scales around 1. An untrained norm is all ones, and then a lost or
             swapped norm weight would not show in the result.
     """
-    with torch.device("meta"):  # no default initialisation, which would draw from the global generator
+    with torch.device("meta"):  # no default initialization, which would draw from the global generator
         model = Decoder(config)
     model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)

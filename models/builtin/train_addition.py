@@ -78,7 +78,7 @@ def train(steps: int = STEPS, seed: int = 0, report: Report = lambda line: None)
     """Train a fresh decoder in float32 with AdamW.
 
     Args:
-        steps: optimiser steps, at least 1.
+        steps: optimizer steps, at least 1.
         seed: of the weights and of the problems.
         report: is given a progress line every `REPORT_EVERY` steps.
 
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m rmsnorm_deploy.models.builtin.train_addition", description=main.__doc__
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for config.json and model.safetensors")
-    parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and problems (default %(default)s)")
     options = parser.parse_args(arguments)
     try:

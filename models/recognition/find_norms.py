@@ -12,8 +12,8 @@ from .site import Recognition, Refusal, Site
 _KNOWN_OTHER_NORMS: dict[type[nn.Module], str] = {
     nn.LayerNorm: "it subtracts the mean (LayerNorm): not an RMS norm",
     nn.GroupNorm: "it subtracts the mean of each group (GroupNorm): not an RMS norm",
-    nn.LocalResponseNorm: "it normalises over a window of channels (LocalResponseNorm): not an RMS norm",
-    nn.CrossMapLRN2d: "it normalises over a window of channels (LocalResponseNorm): not an RMS norm",
+    nn.LocalResponseNorm: "it normalizes over a window of channels (LocalResponseNorm): not an RMS norm",
+    nn.CrossMapLRN2d: "it normalizes over a window of channels (LocalResponseNorm): not an RMS norm",
 }
 _KNOWN_BASES: dict[type[nn.Module], str] = {
     nn.modules.batchnorm._BatchNorm: "it uses statistics of the batch (BatchNorm): not an RMS norm",
@@ -23,13 +23,13 @@ _KNOWN_BASES: dict[type[nn.Module], str] = {
 _LARGEST_WEIGHT = 1 << 20
 
 
-def recognise(model: nn.Module) -> Recognition:
+def find_norms(model: nn.Module) -> Recognition:
     """Find the norms of `model` by what they do, not by what they are called.
 
     Every module that could be a norm is called on copies of itself with inputs chosen to show its formula, its eps,
     its statistics dtype and its order of casts. It becomes a site when one NormSpec reproduces its output bit for bit
     in float32, float16 and bfloat16 (and in its own dtype); otherwise it is refused with the reason, or, where it does
-    not normalise at all, passed over.
+    not normalize at all, passed over.
 
     Args:
         model: any module, in any dtype, on one device or several. It is not changed in any way.
@@ -77,7 +77,7 @@ def _decide(path: str, module: nn.Module, model_dtype: torch.dtype) -> Site | Re
         if not named_norm or isinstance(module, nn.Identity):
             return None
         detail = f" ({str(error).splitlines()[0]})" if str(error) else ""
-        return Refusal(path, name, f"it is called a norm, but does not normalise a single input{detail}")
+        return Refusal(path, name, f"it is called a norm, but does not normalize a single input{detail}")
     except Exception as error:  # the module's own code failed on a probe: it is not one of ours, and says why
         return Refusal(path, name, f"it failed when probed: {type(error).__name__}: {error}") if named_norm else None
     weight = getattr(module, probed.weight) if probed.weight else None

@@ -1,4 +1,4 @@
-"""How a recognised norm is called: reading the arguments of its forward, and putting another forward in its place."""
+"""How a recognized norm is called: reading the arguments of its forward, and putting another forward in its place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class NormCall:
 
     Attributes:
         spec: what this call computes: the site's spec, without a gate where none was given.
-        x: what is normalised.
+        x: what is normalized.
         weight: the module's weight, or None.
         bias: the module's bias, or None.
         gate: the gate, or None.
@@ -81,7 +81,7 @@ def at_norms(
     """Let `visit` answer for every norm while the context is open.
 
     Args:
-        model: where the sites were recognised.
+        model: where the sites were recognized.
         sites: the norms.
         visit: returns the norm's result. A call that no spec covers goes to the module and is not visited.
         unknown: told the module's path and the names of arguments that no spec covers.

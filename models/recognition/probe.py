@@ -25,11 +25,11 @@ _WIDTHS_WITHOUT_WEIGHT = (64, 96)
 
 
 class NotANormError(Exception):
-    """The module does not normalise its input: nothing to report."""
+    """The module does not normalize its input: nothing to report."""
 
 
 class RefusedError(Exception):
-    """The module normalises, but no NormSpec describes it; the message is the reason."""
+    """The module normalizes, but no NormSpec describes it; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def probe(module: nn.Module, default_dtype: torch.dtype = torch.float32) -> Prob
         default_dtype: the dtype that the module works in where it has no tensor of its own to tell.
 
     Raises:
-        NotANormError: it does not normalise.
+        NotANormError: it does not normalize.
         RefusedError: it does, in a way that no spec covers.
     """
     device = next((t.device for t in own_tensors(module).values()), torch.device("cpu"))
@@ -141,14 +141,14 @@ class _Prober:
     def _callable_width(self, module: nn.Module) -> tuple[tuple[int, ...], bool]:
         """The trailing shape that the module accepts, and whether it takes a gate.
 
-        Raises NotANormError where no call works or where the output does not look normalised.
+        Raises NotANormError where no call works or where the output does not look normalized.
         """
         last = NotANormError()
         for gated in [True] * self.accepts_gate + [False] * (not self.needs_gate):
             for width in self._widths():
                 try:
                     self._check_unit_dims(module, width, gated)
-                    self._check_normalises(module, width, gated)
+                    self._check_normalizes(module, width, gated)
                 except RefusedError:
                     raise
                 except NotANormError as error:
@@ -196,7 +196,7 @@ class _Prober:
             return tuple(shape)
         return None
 
-    def _check_normalises(self, module: nn.Module, width: tuple[int, ...], gated: bool) -> None:
+    def _check_normalizes(self, module: nn.Module, width: tuple[int, ...], gated: bool) -> None:
         """Scale invariance is what makes a norm; shift invariance is what makes it a LayerNorm."""
         x = self._randn(2, 3, *width)
         gate = self._gate_like(x) if gated else None
@@ -216,11 +216,11 @@ class _Prober:
             raise RefusedError("it subtracts the mean (LayerNorm): not an RMS norm")
 
     def _check_unit_dims(self, module: nn.Module, width: tuple[int, ...], gated: bool) -> None:
-        """A weight's dims of size 1 may be spread over any width; then nothing tells what is normalised."""
+        """A weight's dims of size 1 may be spread over any width; then nothing tells what is normalized."""
         if not self.tensors or 1 not in width:
             return
         try:
-            self._check_normalises(module, tuple(8 if size == 1 else size for size in width), gated)
+            self._check_normalizes(module, tuple(8 if size == 1 else size for size in width), gated)
         except RefusedError:
             raise
         except Exception:  # these dims are fixed at 1, as wanted, or it is no norm
@@ -232,7 +232,7 @@ class _Prober:
     # Measuring ----------------------------------------------------------------------------------------------------
 
     def _extent(self, module: nn.Module, width: tuple[int, ...], gated: bool) -> tuple[int, int | None]:
-        """How many trailing dims are normalised together, and the group size, from which outputs one input moves."""
+        """How many trailing dims are normalized together, and the group size, from which outputs one input moves."""
         if math.prod(width) == 1:
             return len(width), None
         x = self._randn(2, 3, *width)
@@ -241,7 +241,7 @@ class _Prober:
         moved[(0, 0, *([0] * len(width)))] += 8.0
         changed = self._call(module, x, gate) != self._call(module, moved, gate)
         if changed[1:].any() or changed[0, 1:].any():
-            raise RefusedError("it normalises over a dim that is not trailing (rows influence each other)")
+            raise RefusedError("it normalizes over a dim that is not trailing (rows influence each other)")
         changed = changed[0, 0]
         for trailing in range(1, len(width) + 1):
             inside = changed[(0,) * (len(width) - trailing)]
@@ -253,7 +253,7 @@ class _Prober:
                 return 1, count
         if int(changed.sum()) <= 1 and math.prod(width) > 1:
             raise NotANormError
-        raise RefusedError("the elements that it normalises together are neither trailing dims nor equal groups")
+        raise RefusedError("the elements that it normalizes together are neither trailing dims nor equal groups")
 
     def _eps(
         self, module: nn.Module, width: tuple[int, ...], trailing: int, group: int | None, gated: bool
@@ -403,7 +403,7 @@ class _Prober:
                         continue
                     raise
                 if not _same_bits(wanted, self._expected(spec, roles, cast, x, gate)):
-                    raise RefusedError(f"its behaviour with its own weights or other shapes differs in {dtype}")
+                    raise RefusedError(f"its behavior with its own weights or other shapes differs in {dtype}")
 
     def _prove_other_widths(self, spec: NormSpec, roles: _Roles, width: tuple[int, ...]) -> None:
         if self._declared_width(None) is not None:

@@ -16,7 +16,7 @@ class Site:
         path: the module's dotted path in the model, `""` for the model itself.
         class_name: the module's class, with its Python module.
         spec: what it computes.
-        width: the normalised trailing dims, or None where any width is accepted (a norm without a weight).
+        width: the normalized trailing dims, or None where any width is accepted (a norm without a weight).
         dtype: dtype of the weight, or the module's default dtype where it has none, such as `float16`.
         weight: attribute that holds the weight, or None.
         bias: attribute that holds the bias, or None.
@@ -51,7 +51,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A module that normalises, or says that it does, and was left as it is."""
+    """A module that normalizes, or says that it does, and was left as it is."""
 
     path: str
     class_name: str

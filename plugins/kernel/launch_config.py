@@ -115,7 +115,7 @@ def _elements(kernel: NormKernel, alignment: int) -> int:
     if alignment < widest or alignment & (alignment - 1):
         raise UsageError(f"an alignment of {alignment} bytes; it must be a power of two and at least {widest}.")
     narrowest = min(BYTES[dtype] for dtype in (kernel.dtype, kernel.residual_dtype or kernel.dtype))
-    elements = WIDEST_ACCESS // (1 if narrowest == 2 and kernel.quantised != "none" else narrowest)
+    elements = WIDEST_ACCESS // (1 if narrowest == 2 and kernel.quantized != "none" else narrowest)
     while elements > 1 and (kernel.width % elements or not _aligned(kernel, elements, alignment)):
         elements //= 2
     return elements

@@ -18,8 +18,8 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 Scale = Literal["none", "weight", "one_plus_weight"]
 Gate = Literal["none", "before", "after"]
 Activation = Literal["silu", "sigmoid"]
-Quantised = Literal["none", "int8", "float8_e4m3"]
-Quantisation = Literal["none", "static", "per_row"]
+Quantized = Literal["none", "int8", "float8_e4m3"]
+Quantization = Literal["none", "static", "per_row"]
 
 SOURCE_FOLDER: Final = Path(__file__).parent / "cuda"
 HEADERS: Final = ("numbers.cuh", "rms_norm.cuh")
@@ -33,7 +33,7 @@ _FORMATS = {
 _CHOICES = {
     "op": get_args(Op), "dtype": get_args(Dtype), "residual_dtype": get_args(Dtype), "weight_dtype": get_args(Dtype),
     "y_dtype": get_args(Dtype), "scale": get_args(Scale), "gate": get_args(Gate), "activation": get_args(Activation),
-    "quantised": get_args(Quantised), "quantisation": get_args(Quantisation),
+    "quantized": get_args(Quantized), "quantization": get_args(Quantization),
 }  # fmt: skip
 
 
@@ -42,20 +42,20 @@ class NormKernel:
     """One kernel's meaning; statistics are always float32. See `cuda/rms_norm.cuh` for the formula.
 
     Attributes:
-        op: `rms_norm`, or `add_rms_norm`, which normalises x + residual and writes that sum too.
-        width: values normalised together, 1 to 65,536.
+        op: `rms_norm`, or `add_rms_norm`, which normalizes x + residual and writes that sum too.
+        width: values normalized together, 1 to 65,536.
         epsilon: added to the mean of squares.
         dtype: of x and the gate.
         residual_dtype: of the residual and the sum; x's where it is None.
         weight_dtype: of the weight; x's where it is None.
-        y_dtype: of the result before it is quantised; x's where it is None.
+        y_dtype: of the result before it is quantized; x's where it is None.
         scale: no scale, the weight, or 1 + weight (added in float32).
-        cast_first: the normalised value is rounded to y's dtype before it is scaled, and so is the scale.
+        cast_first: the normalized value is rounded to y's dtype before it is scaled, and so is the scale.
         exact_sum: the statistics are those of x + residual as it is in float32, not rounded to the sum's dtype.
         gate: a second input of x's shape multiplies before the norm, after it, or not at all.
         activation: of the gate.
-        quantised: dtype of the output where it is quantised. int8 goes from -128 to 127, e4m3 to ±448; both saturate.
-        quantisation: by one float32 scale that is given, or by one for each row that is written, largest / 127 or 448.
+        quantized: dtype of the output where it is quantized. int8 goes from -128 to 127, e4m3 to ±448; both saturate.
+        quantization: by one float32 scale that is given, or by one for each row that is written, largest / 127 or 448.
         inner: how many rows share an outer stride: heads of a token, or groups of a row.
         weight_rows: rows of the weight, that rows of x go through in turn: `inner` for groups, else 1.
         strided: x, residual and gate have strides, in elements, of outer and inner rows; otherwise all is contiguous.
@@ -76,8 +76,8 @@ class NormKernel:
     exact_sum: bool = False
     gate: Gate = "none"
     activation: Activation = "silu"
-    quantised: Quantised = "none"
-    quantisation: Quantisation = "none"
+    quantized: Quantized = "none"
+    quantization: Quantization = "none"
     inner: int = 1
     weight_rows: int = 1
     strided: bool = False
@@ -95,8 +95,8 @@ class NormKernel:
             raise UsageError(f"a kernel's width is {self.width}; it must be from 1 to {WIDEST}.")
         if not 0 <= self.epsilon < float("inf"):
             raise UsageError(f"a kernel's epsilon is {self.epsilon}; it must be a finite number of at least 0.")
-        if (self.quantised == "none") != (self.quantisation == "none"):
-            raise UsageError("a kernel's quantised and quantisation must both be given, or neither.")
+        if (self.quantized == "none") != (self.quantization == "none"):
+            raise UsageError("a kernel's quantized and quantization must both be given, or neither.")
         if self.inner < 1 or self.weight_rows not in (1, self.inner):
             raise UsageError(
                 f"a kernel has {self.inner} inner rows and {self.weight_rows} of the weight; give 1 or all."
@@ -112,7 +112,7 @@ class NormKernel:
     @property
     def out_dtype(self) -> str:
         """Of the output as it is stored."""
-        return self.y_dtype_ if self.quantised == "none" else self.quantised
+        return self.y_dtype_ if self.quantized == "none" else self.quantized
 
     @property
     def y_dtype_(self) -> str:
@@ -129,7 +129,7 @@ class NormKernel:
         """Bytes read and written for each row; the weight, which stays in the cache, is left out."""
         read = BYTES[self.dtype] * (1 if self.gate == "none" else 2)
         streamed = 2 * BYTES[self.residual_dtype or self.dtype] if self.adds else 0
-        return self.width * (read + streamed + BYTES[self.out_dtype]) + (4 if self.quantisation == "per_row" else 0)
+        return self.width * (read + streamed + BYTES[self.out_dtype]) + (4 if self.quantization == "per_row" else 0)
 
     def macros(self, config: LaunchConfig) -> dict[str, str]:
         """The macros that `cuda/kernel.cu` reads, but for the name."""
@@ -147,7 +147,7 @@ class NormKernel:
             "SCALE": get_args(Scale).index(self.scale),
             "GATE": get_args(Gate).index(self.gate),
             "ACTIVATION": get_args(Activation).index(self.activation),
-            "QUANTISATION": get_args(Quantisation).index(self.quantisation),
+            "QUANTIZATION": get_args(Quantization).index(self.quantization),
             "CAST_FIRST": int(self.cast_first),
             "EXACT_SUM": int(self.exact_sum),
             "STRIDED": int(self.strided),

@@ -33,15 +33,15 @@ from ...models.errors import UsageError
 from ...plugins import contract
 from ..kernel.compiler import Kind, compile_kernel
 from ..kernel.launch_config import choose
-from ..kernel.norm_kernel import NormKernel, Quantised
+from ..kernel.norm_kernel import NormKernel, Quantized
 
 MAGIC: Final = b"RMSNORM1"
 _HEADER: Final = struct.Struct("<8s4I")
 _ENTRY: Final = struct.Struct("<8I")
 _KINDS: Final[tuple[Kind, ...]] = ("cubin", "ptx")
 _FEW_ROWS: Final = 1
-_QUANTIZED: Final[dict[int, Quantised]] = {
-    number: name for name in get_args(Quantised) if (number := contract.QUANT_TYPES.get(name))
+_QUANTIZED: Final[dict[int, Quantized]] = {
+    number: name for name in get_args(Quantized) if (number := contract.QUANT_TYPES.get(name))
 }
 
 
@@ -184,8 +184,8 @@ def kernel_of(
         dtype,  # type: ignore[arg-type]
         scale="one_plus_weight" if scale_offset else "weight",
         cast_first=dtype != "float32" and scale_type == contract.ONNX_TYPES[dtype],
-        quantised=_QUANTIZED[quant_type] if quantized and quant_type is not None else "none",
-        quantisation="static" if quantized else "none",
+        quantized=_QUANTIZED[quant_type] if quantized and quant_type is not None else "none",
+        quantization="static" if quantized else "none",
     )
 
 
@@ -207,7 +207,7 @@ def compile_images(kernel: NormKernel, architectures: tuple[int, ...]) -> Kernel
         _compiled(kernel, architecture, few, "cubin") for architecture in sorted(architectures) for few in (True, False)
     ]
     images += [_compiled(kernel, max(architectures), few, "ptx") for few in (True, False)]
-    return KernelImages(kernel.width, kernel.dtype, tuple(images), contract.QUANT_TYPES.get(kernel.quantised, 0))
+    return KernelImages(kernel.width, kernel.dtype, tuple(images), contract.QUANT_TYPES.get(kernel.quantized, 0))
 
 
 def _compiled(kernel: NormKernel, architecture: int, few: bool, kind: Kind) -> KernelImage:

@@ -206,7 +206,7 @@ def build_library(
         EnvironmentMissingError: a compiler or the headers are missing.
         RmsnormDeployError: the build failed; the message holds the end of what the compiler said.
     """
-    say = progress or (lambda _: None)
+    progress = progress or (lambda _: None)
     tools = find_toolchain(tensorrt_include, nvcc)
     place = (folder or default_folder()).expanduser().absolute()
     try:
@@ -215,14 +215,14 @@ def build_library(
     except OSError as error:
         raise UsageError(f"cannot write to {place}: {error.strerror or error}.") from error
     with work as scratch:
-        say("configuring")
+        progress("configuring")
         _run(
             [
                 str(tools.cmake), "-S", str(SOURCE_FOLDER), "-B", scratch, f"-DCMAKE_CXX_COMPILER={tools.compiler}",
                 f"-DTENSORRT_INCLUDE_DIR={tools.tensorrt_include.absolute()}", f"-DNVCC={tools.nvcc.absolute()}",
             ]
         )  # fmt: skip
-        say("compiling")
+        progress("compiling")
         _run([str(tools.cmake), "--build", scratch, "--parallel", str(os.cpu_count() or 1)])
         files = []
         for name in (LIBRARY_NAME, REGISTERING_NAME):

@@ -1,6 +1,6 @@
 """How far an output is from the truth, and whether that is as close as PyTorch gets.
 
-Three arrays meet here: the truth (float64), the yardstick (PyTorch in the deployment dtype) and the candidate (a
+Three arrays meet here: the truth (float64), the baseline (PyTorch in the deployment dtype) and the candidate (a
 runtime's output). `figures` says how far one array is from the truth; `judge` gives the verdict on the candidate.
 Both go through the arrays a few rows at a time, so that outputs of many million elements need little memory besides
 their own.
@@ -23,14 +23,14 @@ __all__ = ["Figures", "OutputVerdict", "figures", "judge"]
 
 
 def figures(
-    candidate: NDArray[Any], truth: NDArray[Any], yardstick: NDArray[Any] | None = None, *, logits: bool = False
+    candidate: NDArray[Any], reference: NDArray[Any], baseline: NDArray[Any] | None = None, *, logits: bool = False
 ) -> Figures:
-    """How far `candidate` is from `truth`.
+    """How far `candidate` is from `reference`.
 
     Args:
         candidate: float16, bfloat16, float32, float64, integers or booleans, any shape.
-        truth: the same shape, float64 (integers and booleans where the candidate has them).
-        yardstick: the same shape: what PyTorch gives in the deployment dtype; for `differing`, and to excuse
+        reference: the same shape, float64 (integers and booleans where the candidate has them).
+        baseline: the same shape: what PyTorch gives in the deployment dtype; for `differing`, and to excuse
             non-finite values that PyTorch has as well.
         logits: the last dim holds scores of classes, at least one: the figures of logits are wanted too.
 
@@ -40,12 +40,12 @@ def figures(
     Raises:
         UsageError: the shapes differ, or the dtype is one that errors are not measured in.
     """
-    for other, array in (("truth", truth), ("yardstick", yardstick)):
+    for other, array in (("reference", reference), ("baseline", baseline)):
         if array is not None and array.shape != candidate.shape:
             raise UsageError(f"the candidate has shape {candidate.shape}, the {other} {array.shape}.")
-    result = FiguresOf(candidate, truth, yardstick, logits=logits)
-    flat, true = candidate.reshape(-1), truth.reshape(-1)
-    own = None if yardstick is None else yardstick.reshape(-1)
+    result = FiguresOf(candidate, reference, baseline, logits=logits)
+    flat, true = candidate.reshape(-1), reference.reshape(-1)
+    own = None if baseline is None else baseline.reshape(-1)
     for part in pieces(candidate.shape):
         result.add(part, errors_of(flat[part], true[part], None if own is None else own[part]))
     return result.result()
@@ -59,7 +59,7 @@ class OutputVerdict:
     passed: bool
     reason: str
     figures: Figures | None
-    yardstick_figures: Figures | None
+    baseline_figures: Figures | None
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON values."""
@@ -68,53 +68,53 @@ class OutputVerdict:
             "passed": self.passed,
             "reason": self.reason,
             "figures": self.figures and self.figures.to_dict(),
-            "yardstick_figures": self.yardstick_figures and self.yardstick_figures.to_dict(),
+            "baseline_figures": self.baseline_figures and self.baseline_figures.to_dict(),
         }
 
 
 def judge(
     name: str,
     candidate: NDArray[Any],
-    truth: NDArray[Any],
-    yardstick: NDArray[Any],
+    reference: NDArray[Any],
+    baseline: NDArray[Any],
     *,
     limits: Limits | None = None,
-    yardstick_name: str = "PyTorch",
+    baseline_name: str = "PyTorch",
 ) -> OutputVerdict:
     """The verdict on one output.
 
-    Floating-point outputs are held to the row of `TOLERANCES` for the yardstick's dtype. Integers and booleans must
-    equal the yardstick's. An output whose name ends with `logits` gets the figures of logits too.
+    Floating-point outputs are held to the row of `TOLERANCES` for the baseline's dtype. Integers and booleans must
+    equal the baseline's. An output whose name ends with `logits` gets the figures of logits too.
 
     Args:
         name: the output's name.
         candidate: the runtime's output.
-        truth: what PyTorch gives in float64.
-        yardstick: what PyTorch gives in the deployment dtype.
+        reference: what PyTorch gives in float64.
+        baseline: what PyTorch gives in the deployment dtype.
         limits: with any of them set, they replace the table. Integers and booleans are compared exactly all the same,
             and NaN and infinities must be in place.
-        yardstick_name: what the yardstick is called in the reason.
+        baseline_name: what the baseline is called in the reason.
 
     Returns:
         The verdict; shapes or kinds of dtype that do not match are a failing one, not an exception.
     """
     limits = limits or Limits()
-    problem = _incomparable(candidate, truth, yardstick)
+    problem = _incomparable(candidate, reference, baseline)
     if problem:
         return OutputVerdict(name, False, problem, None, None)
-    arrays = Arrays(candidate, truth, yardstick, yardstick_name)
+    arrays = Arrays(candidate, reference, baseline, baseline_name)
     in_place = InPlace(arrays)
     rule: Rule
-    if is_exact(yardstick.dtype):
+    if is_exact(baseline.dtype):
         rule = Equal(arrays)
     elif limits.is_set:
         rule = Within(arrays, limits)
     else:
         rule = AsGood(arrays)
-    logits = is_logits(name, yardstick)
-    mine = FiguresOf(candidate, truth, yardstick, logits=logits)
-    own = FiguresOf(yardstick, truth, None, logits=logits)
-    flat = [array.reshape(-1) for array in (candidate, truth, yardstick)]
+    logits = is_logits(name, baseline)
+    mine = FiguresOf(candidate, reference, baseline, logits=logits)
+    own = FiguresOf(baseline, reference, None, logits=logits)
+    flat = [array.reshape(-1) for array in (candidate, reference, baseline)]
     for part in pieces(candidate.shape):
         values, true, wanted = (array[part] for array in flat)
         errors, own_errors = errors_of(values, true, wanted), errors_of(wanted, true, None)
@@ -127,17 +127,17 @@ def judge(
     if passed:
         passed, reason = rule.result()
     reason += in_place.excuse
-    if candidate.dtype != yardstick.dtype:
-        reason += f"; the candidate is {candidate.dtype.name}, the yardstick {yardstick.dtype.name}"
+    if candidate.dtype != baseline.dtype:
+        reason += f"; the candidate is {candidate.dtype.name}, the baseline {baseline.dtype.name}"
     return OutputVerdict(name, passed, reason, mine.result(), own.result())
 
 
-def _incomparable(candidate: NDArray[Any], truth: NDArray[Any], yardstick: NDArray[Any]) -> str | None:
-    for label, array in (("candidate", candidate), ("truth", truth)):
-        if array.shape != yardstick.shape:
-            return f"shape mismatch: the {label} has {array.shape}, the yardstick {yardstick.shape}"
-        if kind_of(array.dtype) != kind_of(yardstick.dtype):
-            return f"dtype mismatch: the {label} is {array.dtype.name}, the yardstick {yardstick.dtype.name}"
-    if kind_of(yardstick.dtype) == "unsupported":
-        return f"outputs of dtype {yardstick.dtype.name} cannot be compared; drop the output or cast it in the model"
+def _incomparable(candidate: NDArray[Any], reference: NDArray[Any], baseline: NDArray[Any]) -> str | None:
+    for label, array in (("candidate", candidate), ("reference", reference)):
+        if array.shape != baseline.shape:
+            return f"shape mismatch: the {label} has {array.shape}, the baseline {baseline.shape}"
+        if kind_of(array.dtype) != kind_of(baseline.dtype):
+            return f"dtype mismatch: the {label} is {array.dtype.name}, the baseline {baseline.dtype.name}"
+    if kind_of(baseline.dtype) == "unsupported":
+        return f"outputs of dtype {baseline.dtype.name} cannot be compared; drop the output or cast it in the model"
     return None

@@ -24,8 +24,8 @@ class Worst:
 
     index: tuple[int, ...]
     value: float
-    truth: float
-    yardstick: float | None
+    reference: float
+    baseline: float | None
     ulp: float
 
 
@@ -40,10 +40,10 @@ class Figures:
         max_abs: largest absolute error.
         max_rel_row: largest absolute error divided by the RMS of the truth's row, a row being the last dim.
         cosine: cosine of the angle between the two arrays, flattened, over the elements finite in both.
-        differing: elements whose bits differ from the yardstick's (a NaN is a NaN); None without a yardstick of the
+        differing: elements whose bits differ from the baseline's (a NaN is a NaN); None without a baseline of the
             same dtype.
         nonfinite_agree: NaN and infinities stand in the same places, with the same signs, as in the truth. An
-            infinity also agrees where the truth rounds to it, and where the yardstick has it too.
+            infinity also agrees where the truth rounds to it, and where the baseline has it too.
         count: elements in the array.
         top1_agreement: share of rows whose largest element, the first of equals, stands where the truth's does; for
             logits only, else None. Rows in which the truth has NaN or positive infinity are left out.
@@ -98,21 +98,21 @@ class FiguresOf:
 
     Args:
         array: what is measured.
-        truth: of the same shape.
-        yardstick: of the same shape; for `differing` and to be shown beside the worst elements.
+        reference: of the same shape.
+        baseline: of the same shape; for `differing` and to be shown beside the worst elements.
         logits: whether the last dim holds scores of classes.
     """
 
     def __init__(
-        self, array: NDArray[Any], truth: NDArray[Any], yardstick: NDArray[Any] | None, *, logits: bool
+        self, array: NDArray[Any], reference: NDArray[Any], baseline: NDArray[Any] | None, *, logits: bool
     ) -> None:
         self._shape = array.shape
         self._flat = array.reshape(-1)
-        self._truth = truth.reshape(-1)
-        self._yardstick = None if yardstick is None else yardstick.reshape(-1)
+        self._reference = reference.reshape(-1)
+        self._baseline = None if baseline is None else baseline.reshape(-1)
         self._row = row_width(array.shape, 1)
         # Two dtypes have no bits in common to compare.
-        self._differing = 0 if yardstick is not None and yardstick.dtype == array.dtype else None
+        self._differing = 0 if baseline is not None and baseline.dtype == array.dtype else None
         self._agree = True
         self._measured = 0
         self._sum_ulp = self._max_abs = self._max_relative = 0.0
@@ -124,11 +124,11 @@ class FiguresOf:
 
     def add(self, part: slice, errors: Errors) -> None:
         """Count a part of whole rows, given as a slice of the flattened array, with its errors."""
-        array, truth = self._flat[part], self._truth[part]
-        values, exact = array.astype(np.float64), truth.astype(np.float64, copy=False)
+        array, reference = self._flat[part], self._reference[part]
+        values, exact = array.astype(np.float64), reference.astype(np.float64, copy=False)
         self._agree &= bool(errors.agrees.all())
-        if self._differing is not None and self._yardstick is not None:
-            self._differing += _differing(array, self._yardstick[part])
+        if self._differing is not None and self._baseline is not None:
+            self._differing += _differing(array, self._baseline[part])
         self._cosine.add(values, exact)
         if self._logits is not None:
             self._logits.add(values, exact)
@@ -177,8 +177,8 @@ class FiguresOf:
 
     def _worst(self, place: int, ulp: float) -> Worst:
         index = tuple(int(i) for i in np.unravel_index(place, self._shape)) if self._shape else ()
-        yardstick = None if self._yardstick is None else _number(self._yardstick[place])
-        return Worst(index, _number(self._flat[place]), _number(self._truth[place]), yardstick, ulp)
+        baseline = None if self._baseline is None else _number(self._baseline[place])
+        return Worst(index, _number(self._flat[place]), _number(self._reference[place]), baseline, ulp)
 
 
 def _number(value: Any) -> float:
@@ -270,9 +270,9 @@ class _Logits:
         self._rows = self._same = 0
         self._divergence = 0.0
 
-    def add(self, values: Float64, truth: Float64) -> None:
+    def add(self, values: Float64, reference: Float64) -> None:
         """Take in whole rows."""
-        rows, true = values.reshape(-1, self._classes), truth.reshape(-1, self._classes)
+        rows, true = values.reshape(-1, self._classes), reference.reshape(-1, self._classes)
         known = _has_softmax(true)
         if not known.all():
             rows, true = rows[known], true[known]

@@ -14,7 +14,7 @@ from .float_formats import FORMATS, Format, format_of, ulp_size
 Float64 = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-# A row shorter than this has an RMS that depends on chance; the verdict joins it with its neighbours.
+# A row shorter than this has an RMS that depends on chance; the verdict joins it with its neighbors.
 LEAST_ROW = 32
 # Elements that are widened to float64 at once: a dozen such arrays stay within a CPU's cache.
 _IN_FLIGHT = 2**18
@@ -71,23 +71,23 @@ def pieces(shape: tuple[int, ...]) -> Iterator[slice]:
         yield slice(start, min(start + step, total))
 
 
-def errors_of(array: NDArray[Any], truth: NDArray[Any], yardstick: NDArray[Any] | None) -> Errors:
+def errors_of(array: NDArray[Any], reference: NDArray[Any], baseline: NDArray[Any] | None) -> Errors:
     """Errors of an array against the truth; all of one shape.
 
-    Where the yardstick itself is not in place (it overflowed, the truth did not), the array agrees when it does as
-    the truth or as the yardstick; the yardstick's own infinity is not measured.
+    Where the baseline itself is not in place (it overflowed, the truth did not), the array agrees when it does as
+    the truth or as the baseline; the baseline's own infinity is not measured.
 
     Raises:
         UsageError: the dtype is one that errors are not measured in.
     """
     form = format_of(np.float64 if is_exact(array.dtype) else array.dtype)
-    values, exact = array.astype(np.float64), truth.astype(np.float64, copy=False)
+    values, exact = array.astype(np.float64), reference.astype(np.float64, copy=False)
     agrees = _in_place(values, exact, form)
     contested = np.zeros(agrees.shape, dtype=bool)
-    if yardstick is not None:
-        reference = yardstick.astype(np.float64)
+    if baseline is not None:
+        reference = baseline.astype(np.float64)
         contested = ~_in_place(reference, exact, form)
-        # A finite value where only the yardstick overflowed is of the truth's class already.
+        # A finite value where only the baseline overflowed is of the truth's class already.
         agrees |= contested & _same_class(values, reference)
     finite, due = np.isfinite(values), np.isfinite(exact)
     # A truth beyond the range cannot be met any better than by the largest value.
@@ -135,7 +135,7 @@ def _same_class(a: Float64, b: Float64) -> Mask:
     return (np.isfinite(a) & np.isfinite(b)) | (np.isnan(a) & np.isnan(b)) | (np.isinf(a) & (a == b))
 
 
-def _in_place(values: Float64, truth: Float64, form: Format) -> Mask:
+def _in_place(values: Float64, reference: Float64, form: Format) -> Mask:
     """Where a value is of the truth's class, or the infinity to which the truth rounds in this format."""
-    overflowed = (np.abs(truth) >= form.overflow) & np.isinf(values) & (np.sign(values) == np.sign(truth))
-    return _same_class(values, truth) | overflowed
+    overflowed = (np.abs(reference) >= form.overflow) & np.isinf(values) & (np.sign(values) == np.sign(reference))
+    return _same_class(values, reference) | overflowed

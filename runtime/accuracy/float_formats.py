@@ -60,11 +60,11 @@ def format_of(dtype: DTypeLike) -> Format:
     return FORMATS[name]
 
 
-def ulp_size(truth: NDArray[np.float64], dtype: DTypeLike) -> NDArray[np.float64]:
+def ulp_size(reference: NDArray[np.float64], dtype: DTypeLike) -> NDArray[np.float64]:
     """The spacing of `dtype` at |truth|: one unit in the last place.
 
     Args:
-        truth: float64, any shape.
+        reference: float64, any shape.
         dtype: float16, bfloat16, float32 or float64; its subnormals count, so no ULP is below its smallest one.
 
     Returns:
@@ -74,7 +74,7 @@ def ulp_size(truth: NDArray[np.float64], dtype: DTypeLike) -> NDArray[np.float64
         UsageError: the dtype is none of the four.
     """
     form = format_of(dtype)
-    magnitude = np.minimum(np.abs(np.asarray(truth, dtype=np.float64)), form.largest)
+    magnitude = np.minimum(np.abs(np.asarray(reference, dtype=np.float64)), form.largest)
     exponent = np.frexp(magnitude)[1] - 1
     # frexp gives zero the exponent of 1; the floor is what it needs.
     exponent = np.where(magnitude == 0.0, form.exponent_min, exponent)

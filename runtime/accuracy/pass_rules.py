@@ -1,6 +1,6 @@
 """The rules by which an output passes or fails; each gathers what it needs part by part.
 
-The default rule is not taken on ULPs of single elements: an output that is nearly zero because large terms cancelled
+The default rule is not taken on ULPs of single elements: an output that is nearly zero because large terms canceled
 has an error of thousands of its own ULPs in every correct implementation. It is taken on errors in units of
 `eps(dtype) * max(|truth|, RMS of the truth's row)`: the rounding that the terms behind the output had to suffer.
 """
@@ -26,18 +26,18 @@ _ROW_CAUSES = 16
 
 
 class Arrays(NamedTuple):
-    """What is judged: three arrays of one shape, and what the yardstick is called in reasons."""
+    """What is judged: three arrays of one shape, and what the baseline is called in reasons."""
 
     candidate: NDArray[Any]
-    truth: NDArray[Any]
-    yardstick: NDArray[Any]
-    yardstick_name: str
+    reference: NDArray[Any]
+    baseline: NDArray[Any]
+    baseline_name: str
 
 
 class Rule(Protocol):
     """A condition on an output."""
 
-    def add(self, part: slice, candidate: Errors, yardstick: Errors) -> None:
+    def add(self, part: slice, candidate: Errors, baseline: Errors) -> None:
         """Take in a part of whole rows, a slice of the flattened arrays, with the errors of both."""
         ...
 
@@ -69,14 +69,14 @@ class _Places:
 
 
 class Equal:
-    """Integers and booleans must be the yardstick's."""
+    """Integers and booleans must be the baseline's."""
 
     def __init__(self, arrays: Arrays) -> None:
         self._arrays = arrays
-        self._flat = arrays.candidate.reshape(-1), arrays.yardstick.reshape(-1)
+        self._flat = arrays.candidate.reshape(-1), arrays.baseline.reshape(-1)
         self._different = _Places(arrays.candidate.shape)
 
-    def add(self, part: slice, candidate: Errors, yardstick: Errors) -> None:
+    def add(self, part: slice, candidate: Errors, baseline: Errors) -> None:
         mine, theirs = self._flat
         self._different.add(part.start, mine[part] != theirs[part])
 
@@ -86,7 +86,7 @@ class Equal:
             return True, f"all {candidate.size} elements are equal"
         return False, (
             f"{count} of {candidate.size} elements differ, the first at {at}: "
-            f"{candidate[at]} for {self._arrays.yardstick[at]}"
+            f"{candidate[at]} for {self._arrays.baseline[at]}"
         )
 
 
@@ -98,18 +98,18 @@ class InPlace:
         self._wrong = _Places(arrays.candidate.shape)
         self._excused = 0
 
-    def add(self, part: slice, candidate: Errors, yardstick: Errors) -> None:
+    def add(self, part: slice, candidate: Errors, baseline: Errors) -> None:
         self._wrong.add(part.start, ~candidate.agrees)
-        self._excused += int(np.count_nonzero(np.isinf(yardstick.size)))
+        self._excused += int(np.count_nonzero(np.isinf(baseline.size)))
 
     @property
     def excuse(self) -> str:
-        """What is to be said of elements in which the yardstick itself is not in place; empty when there are none."""
+        """What is to be said of elements in which the baseline itself is not in place; empty when there are none."""
         if not self._excused:
             return ""
-        yardstick, name = self._arrays.yardstick, self._arrays.yardstick_name
+        baseline, name = self._arrays.baseline, self._arrays.baseline_name
         return (
-            f"; in {self._excused} of {yardstick.size} elements {name} in {yardstick.dtype.name} is not finite "
+            f"; in {self._excused} of {baseline.size} elements {name} in {baseline.dtype.name} is not finite "
             "though the truth is: there the candidate may be finite or do the same"
         )
 
@@ -119,7 +119,7 @@ class InPlace:
             return True, "NaN and infinities are in place"
         return False, (
             f"NaN or infinity out of place in {count} of {candidate.size} elements, the first at {at}: "
-            f"{candidate[at]} where the truth is {self._arrays.truth[at]:.6g}"
+            f"{candidate[at]} where the truth is {self._arrays.reference[at]:.6g}"
         )
 
 
@@ -133,7 +133,7 @@ class Within:
         self._beyond = _Places(arrays.candidate.shape)
         self._first = ""
 
-    def add(self, part: slice, candidate: Errors, yardstick: Errors) -> None:
+    def add(self, part: slice, candidate: Errors, baseline: Errors) -> None:
         limits = self._limits
         beyond = np.zeros(candidate.size.shape, dtype=bool)
         if limits.is_absolute:
@@ -159,21 +159,21 @@ class Within:
 
 
 class AsGood:
-    """The rule of `Tolerance`: as close to the truth as the yardstick, by the row of its dtype."""
+    """The rule of `Tolerance`: as close to the truth as the baseline, by the row of its dtype."""
 
     def __init__(self, arrays: Arrays) -> None:
-        self._dtype = arrays.yardstick.dtype
-        self._name = arrays.yardstick_name
+        self._dtype = arrays.baseline.dtype
+        self._name = arrays.baseline_name
         self._form = format_of(self._dtype)
-        self._width = row_width(arrays.yardstick.shape, LEAST_ROW)
+        self._width = row_width(arrays.baseline.shape, LEAST_ROW)
         self._any_finite = False
         self._parts: list[_Rows] = []
 
-    def add(self, part: slice, candidate: Errors, yardstick: Errors) -> None:
+    def add(self, part: slice, candidate: Errors, baseline: Errors) -> None:
         mine_finite = np.isfinite(candidate.size)
-        judged = (mine_finite & np.isfinite(yardstick.size)).reshape(-1, self._width)
+        judged = (mine_finite & np.isfinite(baseline.size)).reshape(-1, self._width)
         self._any_finite |= bool(mine_finite.any())
-        mine, theirs = (np.where(judged, self._units(errors), np.nan) for errors in (candidate, yardstick))
+        mine, theirs = (np.where(judged, self._units(errors), np.nan) for errors in (candidate, baseline))
         self._parts.append(_Rows(*square_sums(mine), *square_sums(theirs)[:2]))
 
     def result(self) -> tuple[bool, str]:
@@ -221,7 +221,7 @@ class _Rows(NamedTuple):
     own_squares: Float64
 
     def mean_squares(self, chosen: Mask) -> tuple[float, float]:
-        """Roots of the mean squares over the chosen rows, of the candidate and of the yardstick; 0 without any."""
+        """Roots of the mean squares over the chosen rows, of the candidate and of the baseline; 0 without any."""
         count = max(int(self.counts[chosen].sum()), 1)
         sides = ((self.worst[chosen], self.squares[chosen]), (self.own_worst[chosen], self.own_squares[chosen]))
         mine, theirs = (_joined(peaks, squares, count) for peaks, squares in sides)
@@ -237,7 +237,7 @@ def _joined(peaks: Float64, squares: Float64, count: int) -> float:
 
 
 def _allowed_max(theirs: Float64, few: float, form: Format, tolerance: Tolerance) -> tuple[Float64, Mask]:
-    """The largest error that each row may have, and which rows are sound, from the yardstick's largest in each."""
+    """The largest error that each row may have, and which rows are sound, from the baseline's largest in each."""
     lost = theirs > _LOST_SHARE / form.eps
     typical = float(np.median(theirs[~lost])) if not lost.all() else 0.0
     sound = ~lost & (theirs <= _ODD_RATIO * typical + tolerance.floor_max)

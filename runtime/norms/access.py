@@ -9,13 +9,13 @@ from typing import Protocol
 
 from ...models.spec import NormSpec
 from ..runners.base import Array
-from .activation_store import Tape
+from .activation_store import ActivationStore
 from .graph_norms import Key
 
 
 @dataclass(frozen=True, slots=True)
 class NormFeed:
-    """What goes into one norm: x `[..., *normalised dims]`, and a gate of x's shape or None."""
+    """What goes into one norm: x `[..., *normalized dims]`, and a gate of x's shape or None."""
 
     x: Array
     gate: Array | None = None
@@ -56,11 +56,11 @@ class CalledNorm:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What goes into a stretch.
+    """What goes into a segment.
 
     Attributes:
         keys: the norms whose values go in.
-        paths: modules of norms whose nodes lie inside the stretch.
+        paths: modules of norms whose nodes lie inside the segment.
         reads_inputs: whether the model's inputs go in too, or may do so.
     """
 
@@ -101,14 +101,14 @@ class NormAccess(Protocol):
         ...
 
     def between(
-        self, feeds: Mapping[str, Array], keys: list[Key], tape: Tape, sink: Sink, window: int | None
+        self, feeds: Mapping[str, Array], keys: list[Key], store: ActivationStore, sink: Sink, window: int | None
     ) -> dict[str, Array]:
-        """Run what lies between the norms `keys`, each fed with the tape's `fed_x` and `fed_y`.
+        """Run what lies between the norms `keys`, each fed with the store's `fed_x` and `fed_y`.
 
         Args:
             feeds: the model's inputs.
             keys: norms to cut at, in order of execution.
-            tape: what goes in at the cuts.
+            store: what goes in at the cuts.
             sink: gets what arrives at each norm: `x`, and `gate` where it has one.
             window: how many norms at a time; None is all of them.
 

@@ -14,11 +14,11 @@ from ..runners.base import Array
 from .graph_norms import Key
 
 
-class Tape:
+class ActivationStore:
     """Arrays by norm and role, in a temporary folder that goes when the context closes."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="rmsnorm-tape-")
+        self._folder = tempfile.TemporaryDirectory(prefix="rmsnorm-activations-")
         self._files: dict[tuple[Key, str], tuple[Path, bool]] = {}
 
     def __enter__(self) -> Self:

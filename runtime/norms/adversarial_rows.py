@@ -98,7 +98,7 @@ def adversarial(norm: CalledNorm, turn: int, seed: int) -> tuple[NormFeed, Array
     """An input in which row r is of kind `(r + turn * rows) % len(KINDS)`.
 
     Args:
-        norm: what the input is for; a row is its normalised dims.
+        norm: what the input is for; a row is its normalized dims.
         turn: as many turns as `turns(norm)` says show every kind at least once.
         seed: of the random numbers.
 

@@ -26,7 +26,7 @@ class NormRows:
 
     Attributes:
         spec: what it computes.
-        x: `[rows, *normalised dims]`, any floating dtype.
+        x: `[rows, *normalized dims]`, any floating dtype.
         weight: broadcastable to x's trailing dims, or None.
         bias: like weight.
         gate: x's shape, or None.
@@ -81,7 +81,7 @@ def norm_model(
 
     Args:
         spec: what the norm computes.
-        width: the normalised trailing dims.
+        width: the normalized trailing dims.
         dtype: of x, gate and y: `float32`, `float16`, `bfloat16` or `float64`.
         target: one of the lowering table's targets.
         weight: of `dtype`, broadcastable to `width`; needed exactly when the spec has a weight.
@@ -122,7 +122,7 @@ def norm_model(
     return ir.to_proto(lowered).SerializeToString()
 
 
-def truth_of(rows: NormRows) -> NDArray[np.float64]:
+def reference_of(rows: NormRows) -> NDArray[np.float64]:
     """The norm in float64 on the rows as they are, x's shape."""
     from ...models.reference import reference
 
@@ -130,17 +130,17 @@ def truth_of(rows: NormRows) -> NDArray[np.float64]:
     return reference(rows.spec, *(a if a is None else a.astype(np.float64) for a in arrays))  # type: ignore[arg-type]
 
 
-def error_in_torch(rows: NormRows, dtype: str, truth: NDArray[np.float64]) -> NormError:
+def error_in_torch(rows: NormRows, dtype: str, expected: NDArray[np.float64]) -> NormError:
     """How far PyTorch in `dtype` is off, with x and the weights rounded to it first."""
     from ...models.eager import eager
     from ..runners.torch import to_numpy, to_torch
 
     cast = rows.cast(dtype)
     tensors = (None if a is None else to_torch(a) for a in (cast.weight, cast.bias, cast.gate))
-    return _error(to_numpy(eager(cast.spec, to_torch(cast.x), *tensors)), truth, dtype)
+    return _error(to_numpy(eager(cast.spec, to_torch(cast.x), *tensors)), expected, dtype)
 
 
-def error_in_onnxruntime(rows: NormRows, dtype: str, target: str, truth: NDArray[np.float64]) -> NormError:
+def error_in_onnxruntime(rows: NormRows, dtype: str, target: str, expected: NDArray[np.float64]) -> NormError:
     """How far ONNX Runtime on the CPU is off in `dtype` with what `target` writes.
 
     Raises:
@@ -151,16 +151,16 @@ def error_in_onnxruntime(rows: NormRows, dtype: str, target: str, truth: NDArray
     data = norm_model(cast.spec, cast.x.shape[1:], dtype, target, cast.weight, cast.bias)
     feeds = {_X: cast.x, **({_GATE: cast.gate} if cast.gate is not None else {})}
     with OrtRunner(data, session_options={"intra_op_num_threads": 1}) as runner:
-        return _error(runner.run(feeds)[_Y], truth, dtype)
+        return _error(runner.run(feeds)[_Y], expected, dtype)
 
 
-def _error(result: Array, truth: NDArray[np.float64], dtype: str) -> NormError:
+def _error(result: Array, expected: NDArray[np.float64], dtype: str) -> NormError:
     """The result may be wider than `dtype`, where a wider scale promoted it; it is measured in `dtype` all the same."""
-    due = np.isfinite(truth)
+    due = np.isfinite(expected)
     if not due.any():
         return NormError(0.0, 0.0, 0.0, 0.0, 0)
     values = result.astype(np.float64)
-    exact = np.where(due, truth, 0.0)
+    exact = np.where(due, expected, 0.0)
     axes = tuple(range(1, exact.ndim))
     rms = np.broadcast_to(np.sqrt(np.mean(np.square(exact), axis=axes, keepdims=True)), exact.shape)[due]
     exact, values = exact[due], values[due]

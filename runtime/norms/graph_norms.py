@@ -33,8 +33,8 @@ class GraphNorm:
 
     Attributes:
         key: module path and number of the call.
-        form: `plain`, or `add` where a residual add belongs to it.
-        x: name of the value that is normalised.
+        form: `plain`, or `residual_add` where a residual add belongs to it.
+        x: name of the value that is normalized.
         y: name of the result.
         gate: name of the gate, or None.
         operands: names of what goes into its nodes as x: x itself, or the two values that a fused add sums to x.

@@ -13,7 +13,7 @@ from ...export.onnx_io.read_model import read_model
 from ..runners.base import Array, numpy_dtype
 from ..runners.onnxruntime import OrtRunner
 from .access import NormFeed, NormResult, RunNorms, Sink, Sources
-from .activation_store import Tape
+from .activation_store import ActivationStore
 from .graph_norms import GraphNorm, GraphNorms, Key, fed_name, gate_name, operand_name
 
 # Weights beyond this many bytes are not repacked a second time: that would take longer than the run.
@@ -48,7 +48,7 @@ class OnnxNorms:
         return [key for key, norm in self._graph.norms.items() if not norm.used]
 
     def sources(self, keys: list[Key], end: Key | str) -> Sources:
-        """What goes into the stretch before a norm, or before an output."""
+        """What goes into the segment before a norm, or before an output."""
         found = self._graph.ancestry(keys, end if isinstance(end, str) else self._graph.norms[end].x)
         norms = self._graph.norms
         feeding = [key for key in keys if found.values & {norms[key].x, norms[key].y}]
@@ -70,7 +70,7 @@ class OnnxNorms:
             yield run
 
     def between(
-        self, feeds: Mapping[str, Array], keys: list[Key], tape: Tape, sink: Sink, window: int | None
+        self, feeds: Mapping[str, Array], keys: list[Key], store: ActivationStore, sink: Sink, window: int | None
     ) -> dict[str, Array]:
         """See `NormAccess.between`. Each window is a session that loads the weights of its part of the model only."""
         outputs: dict[str, Array] = {}
@@ -78,7 +78,7 @@ class OnnxNorms:
             wanted = keys[first : first + (window or len(keys))]
             last = wanted[-1] == keys[-1]
             with self._opened(self._graph.between(keys, wanted=wanted, with_outputs=last)) as runner:
-                results = runner.run(self._fed(runner, feeds, keys, tape))
+                results = runner.run(self._fed(runner, feeds, keys, store))
             for norm in (self._graph.norms[key] for key in wanted):
                 sink(norm.key, "x", results[norm.x])
                 if norm.gate is not None:
@@ -129,12 +129,14 @@ class OnnxNorms:
             arrays[gate_name(norm.key)] = feed.gate.astype(numpy_dtype(self._graph.dtype(norm.gate)), copy=False)
         return arrays
 
-    def _fed(self, runner: OrtRunner, feeds: Mapping[str, Array], keys: list[Key], tape: Tape) -> dict[str, Array]:
+    def _fed(
+        self, runner: OrtRunner, feeds: Mapping[str, Array], keys: list[Key], store: ActivationStore
+    ) -> dict[str, Array]:
         wanted = {info.name: info.dtype for info in runner.inputs()}
         arrays = {name: value for name, value in feeds.items() if name in wanted}
         for norm in (self._graph.norms[key] for key in keys):
             for name, role in ((norm.x, "fed_x"), (norm.y, "fed_y")):
                 if fed_name(name) in wanted:
-                    value = np.asarray(tape.get(norm.key, role))
+                    value = np.asarray(store.get(norm.key, role))
                     arrays[fed_name(name)] = value.astype(numpy_dtype(wanted[fed_name(name)]), copy=False)
         return arrays

@@ -17,7 +17,7 @@ from ..accuracy.float_formats import format_of
 from ..runners.base import Array, numpy_dtype
 from ..runners.torch import TorchRunner, to_numpy, to_torch
 from .access import CalledNorm, NormFeed, NormResult, RunNorms, Sink
-from .activation_store import Tape
+from .activation_store import ActivationStore
 from .float64_model import exact, wide_array
 from .graph_norms import Key
 
@@ -49,7 +49,7 @@ class TorchNorms:
 
     @property
     def problems(self) -> dict[str, str]:
-        """None: every recognised norm can be opened."""
+        """None: every recognized norm can be opened."""
         return {}
 
     @property
@@ -79,7 +79,7 @@ class TorchNorms:
         self._called = called
         return called, outputs
 
-    def trace_truth(self, feeds: Mapping[str, Array], keys: list[Key], sink: Sink) -> dict[str, Array]:
+    def trace_reference(self, feeds: Mapping[str, Array], keys: list[Key], sink: Sink) -> dict[str, Array]:
         """As `trace`, with the float64 reference in the place of every norm; to be called inside `in_float64`."""
 
         def visit(path: str, number: int, call: NormCall, original: Callable[[], Tensor]) -> Tensor:
@@ -91,12 +91,14 @@ class TorchNorms:
 
         return self._visited(feeds, visit)
 
-    def write_truth(self, feeds: Mapping[str, Array], tape: Tape) -> tuple[dict[str, Array], dict[Key, float]]:
+    def write_reference(
+        self, feeds: Mapping[str, Array], store: ActivationStore
+    ) -> tuple[dict[str, Array], dict[Key, float]]:
         """Run in float64, rounding at every norm to what the deployed model can hold there.
 
-        To be called inside `in_float64`, after `survey`. The tape gets, for each norm, what arrives (`x`, `gate`) and
+        To be called inside `in_float64`, after `survey`. The store gets, for each norm, what arrives (`x`, `gate`) and
         what it computes (`y`) in float64, and all three as rounded (`fed_x`, ...). The model goes on with the rounded
-        x and y: every stretch starts from values that the deployment dtype holds exactly, so its truth is exact.
+        x and y: every segment starts from values that the deployment dtype holds exactly, so its truth is exact.
 
         Returns:
             The outputs, computed from the last norms' rounded values; and how far each norm's own code in float64 is
@@ -109,14 +111,14 @@ class TorchNorms:
             info = self._called[key]
             for role, tensor, dtype in (("x", call.x, info.x_dtype), ("gate", call.gate, info.gate_dtype)):
                 if tensor is not None and dtype is not None:
-                    tape.put(key, role, wide_array(tensor))
-                    tape.put(key, f"fed_{role}", _rounded(wide_array(tensor), dtype))
-            _force(call, info, tape)
+                    store.put(key, role, wide_array(tensor))
+                    store.put(key, f"fed_{role}", _rounded(wide_array(tensor), dtype))
+            _force(call, info, store)
             y = exact(call)
             disagreements[key] = _disagreement(call, wide_array(original()), y)
-            tape.put(key, "y", y)
-            tape.put(key, "fed_y", _rounded(y, info.y_dtype))
-            return to_torch(tape.get(key, "fed_y")).to(call.x.device, torch.float64)
+            store.put(key, "y", y)
+            store.put(key, "fed_y", _rounded(y, info.y_dtype))
+            return to_torch(store.get(key, "fed_y")).to(call.x.device, torch.float64)
 
         return self._visited(feeds, visit), disagreements
 
@@ -146,7 +148,7 @@ class TorchNorms:
         yield run
 
     def between(
-        self, feeds: Mapping[str, Array], keys: list[Key], tape: Tape, sink: Sink, window: int | None
+        self, feeds: Mapping[str, Array], keys: list[Key], store: ActivationStore, sink: Sink, window: int | None
     ) -> dict[str, Array]:
         """See `NormAccess.between`; one run does for any number of norms, so the window is not needed."""
         del window
@@ -158,8 +160,8 @@ class TorchNorms:
             sink(key, "x", to_numpy(call.x))
             if call.gate is not None:
                 sink(key, "gate", to_numpy(call.gate))
-            _force(call, self._called[key], tape)
-            return to_torch(tape.get(key, "fed_y")).to(call.x.device)
+            _force(call, self._called[key], store)
+            return to_torch(store.get(key, "fed_y")).to(call.x.device)
 
         return self._visited(feeds, visit)
 
@@ -183,10 +185,10 @@ class TorchNorms:
             return self._runner.run(feeds)
 
 
-def _force(call: NormCall, info: CalledNorm, tape: Tape) -> None:
-    """Let the model go on with the tape's x: in place, so that a residual stream goes on with it too."""
+def _force(call: NormCall, info: CalledNorm, store: ActivationStore) -> None:
+    """Let the model go on with the store's x: in place, so that a residual stream goes on with it too."""
     if info.forced:
-        call.x.copy_(to_torch(tape.get(info.key, "fed_x")))
+        call.x.copy_(to_torch(store.get(info.key, "fed_x")))
 
 
 def _dtype_name(tensor: Tensor) -> str:

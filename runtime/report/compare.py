@@ -66,7 +66,7 @@ class ArrayComparison:
             **_head("arrays", self.reference, self.candidate, self.passed),
             "summary": f"arrays that agree: {len(self.rows) - failed} of {len(self.rows)}",
             "outputs": [
-                {name: value for name, value in row.to_dict().items() if name != "yardstick_figures"}
+                {name: value for name, value in row.to_dict().items() if name != "baseline_figures"}
                 for row in self.rows
             ],
         }
@@ -77,7 +77,7 @@ class Change:
     """One row, figure or setting that differs.
 
     Attributes:
-        kind: `output`, `norm`, `norm input`, `stretch` or `report`; for settings the part of the report.
+        kind: `output`, `norm`, `norm input`, `segment` or `report`; for settings the part of the report.
         name: of the row, or the dotted key.
         before: in the first report.
         after: in the second.
@@ -151,7 +151,7 @@ def compare(
 
     Arrays (.npz or .safetensors) are compared by name. Without limits, floating-point arrays of one dtype may differ
     by the floors of `TOLERANCES`, a few roundings relative to the row; where the dtypes differ, the reference rounded
-    to the coarser of the two is the yardstick, as PyTorch is in a validation. Integers and booleans must be equal.
+    to the coarser of the two is the baseline, as PyTorch is in a validation. Integers and booleans must be equal.
     bfloat16 that was widened to float32 to be stored counts as float32; give limits for it.
 
     Reports (.json) are compared row by row: what passed must still pass, and no row may be missing.
@@ -216,12 +216,12 @@ def _compare_array(name: str, wanted: Array, found: Array, limits: Limits | None
         if there != here:
             reason = f"{what} mismatch: the candidate has {here}, the reference {there}"
             return OutputVerdict(name, False, reason, None, None)
-    yardstick = wanted
+    baseline = wanted
     if kind_of(wanted.dtype) == "floating-point":
         coarser = max(wanted.dtype, found.dtype, key=lambda dtype: FORMATS[dtype.name].eps)
         with np.errstate(over="ignore"):
-            yardstick = wanted.astype(coarser)
-    return judge(name, found, wanted, yardstick, limits=limits, yardstick_name="the rounded reference")
+            baseline = wanted.astype(coarser)
+    return judge(name, found, wanted, baseline, limits=limits, baseline_name="the rounded reference")
 
 
 def _kind(array: Array) -> str:
@@ -288,8 +288,8 @@ def _all_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str
         yield "norm", name, row
         for part in row.get("inputs", ()):
             yield "norm input", f"{name}, {part['kind']}", part
-    for row in report.get("stretches", ()):
-        yield "stretch", row["name"], row
+    for row in report.get("segments", ()):
+        yield "segment", row["name"], row
 
 
 def _row(row: Mapping[str, Any]) -> _Row:

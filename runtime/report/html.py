@@ -33,7 +33,7 @@ def render(report: Mapping[str, Any]) -> str:
     """The report as an HTML page; the same report gives the same text.
 
     Args:
-        report: a report of schema `rmsnorm_deploy.validate/2` or `rmsnorm_deploy.bisect/1`. `schema`, `verdict` and
+        report: a report of schema `rmsnorm_deploy.validate/3` or `rmsnorm_deploy.bisect/2`. `schema`, `verdict` and
             `outputs` must be there; sections that are missing or empty are left out.
 
     Raises:
@@ -105,7 +105,7 @@ def _breakable(text: str) -> str:
 
 def _view(report: Mapping[str, Any], plots: ModuleType) -> dict[str, Any]:
     """What the template shows, with every list there."""
-    lists = ("norms", "stretches", "depth", "culprits", "notes", "refusals", "deviations")
+    lists = ("norms", "segments", "depth", "culprits", "notes", "refusals", "deviations")
     view: dict[str, Any] = {name: report.get(name) or [] for name in ("outputs", *lists)}
     norms = [_norm(row) for row in view["norms"]]
     anchors = {row["path"]: f"norm-{place}" for place, row in reversed(list(enumerate(norms, 1))) if not row["passed"]}
@@ -123,7 +123,7 @@ def _view(report: Mapping[str, Any], plots: ModuleType) -> dict[str, Any]:
         "outputs": outputs,
         "logits": any(row["figures"]["top1_agreement"] is not None for row in outputs),
         "norms": norms,
-        "stretches": [_figured(row) for row in view["stretches"]],
+        "segments": [_figured(row) for row in view["segments"]],
         "culprits": culprits,
         "guilty": guilty,
         "depth": [{**row, "label": label(row)} for row in view["depth"]],
@@ -138,7 +138,7 @@ def _view(report: Mapping[str, Any], plots: ModuleType) -> dict[str, Any]:
 def _figured(row: Row) -> dict[str, Any]:
     """A judged row whose figures have every key that the page shows, None where nothing was measured."""
     filled = {}
-    for name in ("figures", "yardstick_figures"):
+    for name in ("figures", "baseline_figures"):
         figures = row.get(name) or {}
         filled[name] = {key: figures.get(key) for key in _SHOWN}
         # Three digits of a cosine near 1 say nothing; rounding may push it a little beyond.
@@ -155,7 +155,7 @@ def _norm(row: Row) -> dict[str, Any]:
 
 def _telling(row: Row) -> tuple[bool, float]:
     """By which the kind of input to show is chosen: one on which PyTorch itself is lost tells nothing."""
-    own = (row.get("yardstick_figures") or {}).get("max_rel_row")
+    own = (row.get("baseline_figures") or {}).get("max_rel_row")
     return own is None or float(own) < _LOST, _max_ulp(row)
 
 
@@ -174,7 +174,7 @@ def _histograms(outputs: Sequence[Row], plots: ModuleType) -> list[dict[str, Any
         {
             "row": row,
             "plot": plots.histogram(
-                row["figures"]["histogram"], (row.get("yardstick_figures") or {}).get("histogram"), f"histogram-{place}"
+                row["figures"]["histogram"], (row.get("baseline_figures") or {}).get("histogram"), f"histogram-{place}"
             ),
         }
         for place, row in enumerate(rows, 1)
@@ -185,7 +185,7 @@ def _worst(view: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
     """The elements furthest off: first those of what failed, then by ULP."""
     judged = [(f"{row['case']}, {row['name']}", row) for row in view["outputs"]]
     judged += [(f"{label(row)}, {kind['kind']}", kind) for row in view["norms"] for kind in row.get("inputs") or []]
-    judged += [(row["name"], row) for row in view["stretches"]]
+    judged += [(row["name"], row) for row in view["segments"]]
     found = [
         {**element, "where": where, "passed": row["passed"]}
         for where, row in judged

@@ -1,4 +1,4 @@
-"""A validation report as JUnit XML, for CI systems: one test case for each output, norm and stretch.
+"""A validation report as JUnit XML, for CI systems: one test case for each output, norm and segment.
 
 The file meets both schemas in use, the strict one of Ant's JUnitReport task (github.com/windyroad/JUnit-Schema) and
 junit-10 of Jenkins' xUnit plugin. The first is why `testsuites` has no attributes, why every suite has `package`,
@@ -31,17 +31,17 @@ def render(report: Mapping[str, Any]) -> str:
     """The report as JUnit XML.
 
     Args:
-        report: a report of schema `rmsnorm_deploy.validate/2` or `rmsnorm_deploy.bisect/1`.
+        report: a report of schema `rmsnorm_deploy.validate/3` or `rmsnorm_deploy.bisect/2`.
 
     Returns:
-        The XML with its declaration. Suites `outputs`, `norms` and `stretches`, each left out when it has no case. A
+        The XML with its declaration. Suites `outputs`, `norms` and `segments`, each left out when it has no case. A
         failing report none of whose parts failed gets a failing case `verdict`, so that no CI system takes it for a
         pass.
     """
     suites = {
         "outputs": [_output(row) for row in report["outputs"]],
         "norms": [_norm(row) for row in report.get("norms") or []],
-        "stretches": [_stretch(row) for row in report.get("stretches") or []],
+        "segments": [_segment(row) for row in report.get("segments") or []],
     }
     if report["verdict"] != "pass" and not any(case.failure for cases in suites.values() for case in cases):
         suites["outputs"].append(_Case("verdict", (report.get("summary") or "the verdict is fail", "")))
@@ -114,7 +114,7 @@ def _output(row: Mapping[str, Any]) -> _Case:
     return _case(f"{row['case']}: {row['name']}", row, _figures(row))
 
 
-def _stretch(row: Mapping[str, Any]) -> _Case:
+def _segment(row: Mapping[str, Any]) -> _Case:
     return _case(f"{row['index']}: {row['name']}", row, _figures(row))
 
 
@@ -132,7 +132,7 @@ def _case(name: str, row: Mapping[str, Any], details: str) -> _Case:
 def _figures(row: Mapping[str, Any]) -> str:
     """The main figures, a line for the candidate and one for PyTorch; nothing where nothing was measured."""
     lines = []
-    for who, key in (("candidate", "figures"), ("PyTorch", "yardstick_figures")):
+    for who, key in (("candidate", "figures"), ("PyTorch", "baseline_figures")):
         figures = row.get(key)
         if figures:
             lines.append(f"{who}: " + ", ".join(_figure(k, figures[k]) for k in _FIGURES if figures.get(k) is not None))

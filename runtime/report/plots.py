@@ -1,4 +1,4 @@
-"""Plots of a report as inline SVG: drawn by matplotlib, coloured by the page's CSS variables.
+"""Plots of a report as inline SVG: drawn by matplotlib, colored by the page's CSS variables.
 
 No text of a report goes through matplotlib (which would read `$` and `_` as mathematics); names of norms become
 `<title>` elements, the tooltips of browsers, afterwards.
@@ -21,11 +21,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .text import clean, label, short
 
-# Colours that stand for a CSS variable of the page; matplotlib knows only literal ones.
-_CANDIDATE, _YARDSTICK, _INK, _LINE, _FAIL = "#010101", "#010102", "#010103", "#010104", "#010105"
+# Colors that stand for a CSS variable of the page; matplotlib knows only literal ones.
+_CANDIDATE, _BASELINE, _INK, _LINE, _FAIL = "#010101", "#010102", "#010103", "#010104", "#010105"
 _VARIABLES = {
     _CANDIDATE: "var(--candidate)",
-    _YARDSTICK: "var(--pytorch)",
+    _BASELINE: "var(--pytorch)",
     _INK: "var(--muted)",
     _LINE: "var(--line)",
     _FAIL: "var(--fail)",
@@ -72,16 +72,16 @@ def depth(rows: Sequence[Mapping[str, Any]], culprits: Iterable[str], prefix: st
         axes = figure.subplots()
         columns = {
             key: [math.nan if row.get(key) is None else float(row[key]) for row in rows]
-            for key in ("error", "yardstick_error", "introduced", "yardstick_introduced")
+            for key in ("error", "baseline_error", "introduced", "baseline_introduced")
         }
         low, high = _decades([value for values in columns.values() for value in values])
         places = list(range(1, len(rows) + 1))
         for place in _marked(rows, culprits):
             axes.axvline(place, color=_FAIL, linewidth=1.5, linestyle=(0, (2, 2)))
         drawn = {key: [_exponent(value, low, high) for value in values] for key, values in columns.items()}
-        axes.plot(places, drawn["yardstick_error"], color=_YARDSTICK, linewidth=1.6, linestyle=(0, (5, 2)))
+        axes.plot(places, drawn["baseline_error"], color=_BASELINE, linewidth=1.6, linestyle=(0, (5, 2)))
         axes.plot(places, drawn["error"], color=_CANDIDATE, linewidth=1.8)
-        _points(axes, places, drawn["yardstick_introduced"], marker="D", color=_YARDSTICK, markerfacecolor="none")
+        _points(axes, places, drawn["baseline_introduced"], marker="D", color=_BASELINE, markerfacecolor="none")
         _points(axes, places, drawn["introduced"], marker="o", color=_CANDIDATE)
         titles = {}
         for place, row in zip(places, rows, strict=True):
@@ -94,18 +94,18 @@ def depth(rows: Sequence[Mapping[str, Any]], culprits: Iterable[str], prefix: st
         return _inline(figure, prefix, "Error of the candidate and of PyTorch at every norm", titles)
 
 
-def histogram(candidate: Mapping[str, Any], yardstick: Mapping[str, Any] | None, prefix: str) -> str:
+def histogram(candidate: Mapping[str, Any], baseline: Mapping[str, Any] | None, prefix: str) -> str:
     """Shares of the elements by ULP error, candidate beside PyTorch, on a log scale.
 
     Args:
         candidate: the `histogram` of the candidate's figures.
-        yardstick: the same of PyTorch's figures, or None.
+        baseline: the same of PyTorch's figures, or None.
         prefix: put before every id, so that several figures can share a page.
 
     Returns:
         An `<svg>` element; the tooltip of a bar gives its count.
     """
-    sides = [("candidate", _CANDIDATE, _counts(candidate)), ("PyTorch", _YARDSTICK, _counts(yardstick))]
+    sides = [("candidate", _CANDIDATE, _counts(candidate)), ("PyTorch", _BASELINE, _counts(baseline))]
     edges = sorted({edge for _, _, counts in sides for edge in counts})
     last = max((n for n, edge in enumerate(edges) if any(counts.get(edge) for _, _, counts in sides)), default=0)
     edges = edges[: last + 1]
@@ -114,7 +114,7 @@ def histogram(candidate: Mapping[str, Any], yardstick: Mapping[str, Any] | None,
         axes = figure.subplots()
         titles = {}
         low, _ = _decades(count / sum(counts.values()) for _, _, counts in sides for count in counts.values() if count)
-        for side, (name, colour, counts) in enumerate(sides):
+        for side, (name, color, counts) in enumerate(sides):
             total = sum(counts.values())
             for place, edge in enumerate(edges):
                 count = counts.get(edge, 0)
@@ -122,7 +122,7 @@ def histogram(candidate: Mapping[str, Any], yardstick: Mapping[str, Any] | None,
                     gid = f"tip-{side}-{place}"
                     titles[gid] = f"{name}: {count:,} of {total:,} elements, {_bucket(edges, place)}"
                     height = math.log10(count / total) - low
-                    axes.bar(place + 0.4 * side - 0.2, height, width=0.36, bottom=low, color=colour, gid=gid)
+                    axes.bar(place + 0.4 * side - 0.2, height, width=0.36, bottom=low, color=color, gid=gid)
         axes.set(xlim=(-0.6, len(edges) - 0.4), ylim=(low, 0))
         axes.set(xlabel="error of at most … ULP", ylabel="share of elements")
         step = 1 if len(edges) <= 12 else 2
@@ -168,9 +168,9 @@ def _ticks_of_ten(axes: Axes) -> None:
 
 
 def _depth_title(row: Mapping[str, Any]) -> str:
-    title = f"{label(row)}, {row['side']}: error {short(row['error'])}, PyTorch {short(row.get('yardstick_error'))}"
+    title = f"{label(row)}, {row['side']}: error {short(row['error'])}, PyTorch {short(row.get('baseline_error'))}"
     if row.get("introduced") is not None:
-        title += f"; introduced {short(row['introduced'])}, PyTorch {short(row.get('yardstick_introduced'))}"
+        title += f"; introduced {short(row['introduced'])}, PyTorch {short(row.get('baseline_introduced'))}"
     return title
 
 
@@ -191,7 +191,7 @@ def _bucket(edges: Sequence[float], place: int) -> str:
 
 
 def _inline(figure: Figure, prefix: str, name: str, titles: Mapping[str, str]) -> str:
-    """The figure as an element of an HTML page: no size of its own, ids prefixed, colours and font the page's."""
+    """The figure as an element of an HTML page: no size of its own, ids prefixed, colors and font the page's."""
     buffer = io.BytesIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     root = ET.fromstring(buffer.getvalue())
@@ -233,8 +233,8 @@ def _adopt(element: ET.Element, prefix: str, used: set[str], titles: Mapping[str
         new = _REFERENCE.sub(rf"url(#{prefix}-\1)", value)
         if key == "style":
             new = re.sub(r"font-family: [^;]*;? ?", "", new)
-            for colour, variable in _VARIABLES.items():
-                new = new.replace(colour, variable)
+            for color, variable in _VARIABLES.items():
+                new = new.replace(color, variable)
         elif key == "d":
             new = " ".join(new.split())
         attributes[key] = new

@@ -8,8 +8,8 @@ from typing import Any
 
 from ...models.errors import UsageError
 
-VALIDATE_SCHEMA = "rmsnorm_deploy.validate/2"
-BISECT_SCHEMA = "rmsnorm_deploy.bisect/1"
+VALIDATE_SCHEMA = "rmsnorm_deploy.validate/3"
+BISECT_SCHEMA = "rmsnorm_deploy.bisect/2"
 
 
 def read_report(path: Path) -> dict[str, Any]:

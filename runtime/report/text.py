@@ -18,7 +18,7 @@ ABSENT = "–"
 
 
 def command(report: Mapping[str, Any]) -> str:
-    """The command that made a report, from its schema: `rmsnorm_deploy.validate/2` -> `rmsnorm validate`."""
+    """The command that made a report, from its schema: `rmsnorm_deploy.validate/3` -> `rmsnorm validate`."""
     return "rmsnorm " + str(report["schema"]).partition(".")[2].partition("/")[0]
 
 

@@ -98,7 +98,7 @@ def rewrite_model(
         MismatchError: the whole model computes something else.
         EnvironmentMissingError: onnxruntime is not installed; without `verify` it is not needed.
     """
-    say = progress or (lambda text: None)
+    progress = progress or (lambda text: None)
     if weights not in WEIGHTS:
         raise UsageError(f"unknown choice {weights!r} for the weights; choose one of {', '.join(WEIGHTS)}.")
     style = plugin_style(function, ort_trt, [target])
@@ -106,7 +106,7 @@ def rewrite_model(
     beside = place.suffix == ".onnx"
     _check_place(source, place, beside)
     with _without_collection():
-        say("reading the graph")
+        progress("reading the graph")
         original = read_model(source)
         if (
             beside
@@ -119,13 +119,13 @@ def rewrite_model(
             )
         check_graph(original.model, original.where)
         graph = to_ir(original)
-        say("finding the norms")
+        progress("finding the norms")
         rewritten = rewrite(graph, target, opset)
         proof = None
         if verify:
-            rewritten, proof = _proven(rewritten, graph, target, opset, source.parent, seed, say)
+            rewritten, proof = _proven(rewritten, graph, target, opset, source.parent, seed, progress)
         fuse_quantized(rewritten, target, opset)  # each norm is proven by itself, and the whole model with the fused
-        job = _Job(original, source, rewritten, proof, target, style, inputs, seed, say)
+        job = _Job(original, source, rewritten, proof, target, style, inputs, seed, progress)
         if beside:
             with new_file(place) as partial:
                 content = _write(job, partial.parent, partial.name, "reference")
@@ -133,7 +133,7 @@ def rewrite_model(
         with new_folder(place) as folder:
             content = _write(job, folder, source.name, weights)
             copy_companions(source.parent, folder)
-            say("hashing the files")
+            progress("hashing the files")
             unchanged = [folder / file.relative_to(source.parent) for file in original.external_files]
             manifest = write_manifest(folder, content, unchanged)
     files = [place / name for name in (*manifest["files"], MANIFEST)]
@@ -152,7 +152,7 @@ class _Job:
     style: PluginStyle
     inputs: Mapping[str, Array] | None
     seed: int
-    say: Callable[[str], None]
+    progress: Callable[[str], None]
 
 
 def _write(job: _Job, folder: Path, name: str, weights: Literal["copy", "link", "reference"]) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _write(job: _Job, folder: Path, name: str, weights: Literal["copy", "link", 
     proves = job.proof is not None and job.rewritten.changed
     if not proves:
         _restyle(job)
-    job.say("writing the model")
+    job.progress("writing the model")
     notes = write_model(job.rewritten.model, job.original, folder, name, weights)
     if not job.rewritten.sites and not job.rewritten.notes:
         shutil.copyfile(job.source, folder / name)  # nothing was done: the very file
@@ -170,7 +170,7 @@ def _write(job: _Job, folder: Path, name: str, weights: Literal["copy", "link", 
         from .verify_model import prove_model
 
         job.proof = prove_model(
-            job.rewritten, job.source, folder / name, job.proof, feeds=job.inputs, seed=job.seed, say=job.say
+            job.rewritten, job.source, folder / name, job.proof, feeds=job.inputs, seed=job.seed, progress=job.progress
         )
         if job.proof.verdict == "mismatch":
             reason = f"written for {job.target}, it computes something else: {job.proof.reason}"
@@ -189,12 +189,12 @@ def _restyle(job: _Job) -> None:
 
 
 def _proven(
-    rewritten: Rewritten, graph: Any, target: str, opset: int | None, folder: Path, seed: int, say: Any
+    rewritten: Rewritten, graph: Any, target: str, opset: int | None, folder: Path, seed: int, progress: Any
 ) -> tuple[Rewritten, Proof]:
     """The rewriting without the norms whose proof fails."""
     from .verify_norms import prove_norms
 
-    proof = prove_norms(rewritten, folder, seed=seed, say=say)
+    proof = prove_norms(rewritten, folder, seed=seed, progress=progress)
     failed = {row.number: row.reason for row in proof.sites if row.verdict == "mismatch"}
     if failed:
         sites = rewritten.sites
@@ -204,7 +204,7 @@ def _proven(
         ]
         rewritten = rewrite(graph, target, opset, skip=failed)
         rewritten.refusals.extend(refused)
-        proof = prove_norms(rewritten, folder, seed=seed, say=say)
+        proof = prove_norms(rewritten, folder, seed=seed, progress=progress)
     return rewritten, proof
 
 

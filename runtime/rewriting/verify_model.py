@@ -1,7 +1,7 @@
 """The proof that a rewritten file computes what the file before did, as a whole.
 
 The whole model has no float64 truth. It is held to the file before, and to what one rounding at each norm makes of
-that file's outputs: the yardstick is the file before with each norm's result multiplied by 1 +- eps.
+that file's outputs: the baseline is the file before with each norm's result multiplied by 1 +- eps.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ..accuracy.float_formats import format_of
 from ..inputs.synthetic import cast_feeds, make_feeds
 from ..runners.base import Array, TensorInfo, numpy_dtype
 from ..runners.onnxruntime import OrtRunner
-from .verify_norms import Proof, Say
+from .verify_norms import Progress, Proof
 
-# Batch and length of made-up inputs, and how often the yardstick is rounded anew before a difference is a mismatch:
+# Batch and length of made-up inputs, and how often the baseline is rounded anew before a difference is a mismatch:
 # where a model chooses (top k, experts), each rounding shows a few of the choices that are near a tie.
 _SHAPES, _ROUNDINGS = ((1, 3), (2, 9)), 6
 # Two draws from the same near ties: the new file may differ in this many times the whole numbers that roundings change.
@@ -44,7 +44,7 @@ def prove_model(
     *,
     feeds: Mapping[str, Array] | None,
     seed: int,
-    say: Say,
+    progress: Progress,
 ) -> Proof:
     """Run both files as a whole and add the verdicts to the proof.
 
@@ -54,15 +54,15 @@ def prove_model(
         after: the new one.
         proof: of the norms alone.
         feeds: inputs of the model; made up in two shapes where left out.
-        seed: of made-up inputs and of the yardstick's roundings.
-        say: progress.
+        seed: of made-up inputs and of the baseline's roundings.
+        progress: progress.
 
     Raises:
         MismatchError: the new file does not run where the file before does.
         UsageError: the file before does not run on the given inputs.
         EnvironmentMissingError: onnxruntime is not installed.
     """
-    say("running the whole model")
+    progress("running the whole model")
     large = sum(path.stat().st_size for path in after.parent.rglob("*") if path.is_file()) > _LARGE_FILE
     options = {"repack_weights": not large}
     loaded = False
@@ -70,7 +70,7 @@ def prove_model(
         with OrtRunner(before, session_options=options) as runner:
             loaded = True
             cases = _cases(rewritten.model, runner.inputs(), feeds, seed)
-            truths = [runner.run(case) for case in cases]
+            references = [runner.run(case) for case in cases]
     except EnvironmentMissingError:
         raise
     except RmsnormDeployError as error:
@@ -85,8 +85,8 @@ def prove_model(
             results = [runner.run(case) for case in cases]
     except RmsnormDeployError as error:
         raise MismatchError(f"{_BEFORE} runs in ONNX Runtime, and the new one does not: {error}") from error
-    empty = [name for name in truths[0] if not any(_says_something(case[name]) for case in truths)]
-    if empty and len(empty) == len(truths[0]):
+    empty = [name for name in references[0] if not any(_says_something(case[name]) for case in references)]
+    if empty and len(empty) == len(references[0]):
         proof.unproven = (
             f"the whole model was not compared: on these inputs {_BEFORE} gives nothing that is finite; give --inputs"
         )
@@ -94,7 +94,7 @@ def prove_model(
     if empty:
         proof.notes.append(f"nothing finite to compare in {', '.join(empty)}: {_BEFORE} gives none on these inputs")
     try:
-        proof.model = _compared(rewritten, before, cases, truths, results, seed, options, say)
+        proof.model = _compared(rewritten, before, cases, references, results, seed, options, progress)
     except RmsnormDeployError as error:
         proof.unproven = f"the whole model was not compared: {_ROUNDED} does not run: {_short(error)}"
     return proof
@@ -104,55 +104,55 @@ def _compared(
     rewritten: Rewritten,
     before: Path,
     cases: Sequence[Mapping[str, Array]],
-    truths: Sequence[Outputs],
+    references: Sequence[Outputs],
     results: Sequence[Outputs],
     seed: int,
     options: Mapping[str, Any],
-    say: Say,
+    progress: Progress,
 ) -> list[OutputVerdict]:
     """A verdict for each output of each case, by as many roundings as it takes to pass; mostly none are needed."""
-    keys = [(index, name) for index, truth in enumerate(truths) for name in truth]
-    yardsticks = {(index, name): truths[index][name] for index, name in keys}
+    keys = [(index, name) for index, reference in enumerate(references) for name in reference]
+    baselines = {(index, name): references[index][name] for index, name in keys}
     verdicts = {
-        (index, name): _judged(name, results[index][name], truths[index][name], truths[index][name])
+        (index, name): _judged(name, results[index][name], references[index][name], references[index][name])
         for index, name in keys
     }
     for number in range(_ROUNDINGS):
         if all(verdict.passed for verdict in verdicts.values()):
             break
-        say(f"running the whole model with a rounding at each norm: {number + 1}")
+        progress(f"running the whole model with a rounding at each norm: {number + 1}")
         data = _rounded(rewritten, seed + number)
         with OrtRunner(data, weights_folder=before.parent, session_options=options) as runner:
             rounded = [runner.run(case) for case in cases]
         for index, name in keys:
-            truth = truths[index][name]
-            yardstick = _worse(yardsticks[index, name], rounded[index][name], truth)
-            yardsticks[index, name] = yardstick
+            reference = references[index][name]
+            baseline = _worse(baselines[index, name], rounded[index][name], reference)
+            baselines[index, name] = baseline
             if not verdicts[index, name].passed:
-                verdicts[index, name] = _judged(name, results[index][name], truth, yardstick)
+                verdicts[index, name] = _judged(name, results[index][name], reference, baseline)
     return list(verdicts.values())
 
 
-def _worse(one: Array, other: Array, truth: Array) -> Array:
-    """Of two yardsticks, at each element the one that is further from the truth."""
-    if other.shape != truth.shape or kind_of(truth.dtype) == "unsupported":
+def _worse(one: Array, other: Array, reference: Array) -> Array:
+    """Of two baselines, at each element the one that is further from the truth."""
+    if other.shape != reference.shape or kind_of(reference.dtype) == "unsupported":
         return one  # how much comes out depends on the values: a rounding that changes it tells nothing of the rest
-    wide = truth.astype(np.float64)
+    wide = reference.astype(np.float64)
     sizes = [np.nan_to_num(errors_of(side, wide, None).size, nan=0.0, posinf=np.inf) for side in (one, other)]
     return np.where(sizes[1] > sizes[0], other, one)
 
 
-def _judged(name: str, candidate: Array, truth: Array, yardstick: Array) -> OutputVerdict:
+def _judged(name: str, candidate: Array, reference: Array, baseline: Array) -> OutputVerdict:
     """The verdict on one output; whole numbers may differ where roundings make them differ too."""
-    if not is_exact(truth.dtype):
-        wide = truth.astype(np.float64) if kind_of(truth.dtype) == "floating-point" else truth
-        return judge(name, candidate, wide, yardstick, yardstick_name=_ROUNDED)
-    verdict = judge(name, candidate, truth, truth, yardstick_name=_BEFORE)
-    changed = int(np.count_nonzero(yardstick != truth))
-    if verdict.passed or not changed or candidate.shape != truth.shape or not is_exact(candidate.dtype):
+    if not is_exact(reference.dtype):
+        wide = reference.astype(np.float64) if kind_of(reference.dtype) == "floating-point" else reference
+        return judge(name, candidate, wide, baseline, baseline_name=_ROUNDED)
+    verdict = judge(name, candidate, reference, reference, baseline_name=_BEFORE)
+    changed = int(np.count_nonzero(baseline != reference))
+    if verdict.passed or not changed or candidate.shape != reference.shape or not is_exact(candidate.dtype):
         return verdict
-    count = int(np.count_nonzero(candidate != truth))
-    reason = f"{count} of {truth.size} elements differ; a rounding at each norm changes {changed} of them"
+    count = int(np.count_nonzero(candidate != reference))
+    reason = f"{count} of {reference.size} elements differ; a rounding at each norm changes {changed} of them"
     return OutputVerdict(name, count <= _CHOICES_FACTOR * changed, reason, None, None)
 
 

@@ -1,8 +1,8 @@
 """The proof that rewritten norms compute what the norms before did: each alone, on rows of every kind.
 
 Every rewritten norm is cut out of both graphs and run on rows of every kind in `norm_inputs.KINDS`. The truth is the
-float64 reference of the formula that the norm was recognised by, the yardstick is the norm as it was: a norm that was
-recognised wrongly is far from its truth, and one that was written wrongly is worse than it was.
+float64 reference of the formula that the norm was recognized by, the baseline is the norm as it was: a norm that was
+recognized wrongly is far from its truth, and one that was written wrongly is worse than it was.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..runners.onnxruntime import OrtRunner
 from ..validation.norm_checks import TAME, judge_norm, rows_by_kind
 
 Verdict = Literal["pass", "mismatch", "unproven"]
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 
 # Norms that are run in one session, elements of all their inputs, and elements from which a norm's input is made small.
 _WINDOW, _WINDOW_ELEMENTS, _MOST_ELEMENTS = 64, 1 << 24, 1 << 16
@@ -134,21 +134,21 @@ class Proof:
 # Norms alone ------------------------------------------------------------------------------------------------------
 
 
-def prove_norms(rewritten: Rewritten, folder: Path, *, seed: int, say: Say) -> Proof:
+def prove_norms(rewritten: Rewritten, folder: Path, *, seed: int, progress: Progress) -> Proof:
     """Run every norm that was written anew, before and after, on rows of every kind.
 
     Args:
         rewritten: both graphs.
         folder: where the external data of the original lie.
         seed: of the rows.
-        say: progress.
+        progress: progress.
     """
     proof = Proof()
     wanted = [(number, site) for number, site in enumerate(rewritten.sites) if site.changed]
     rejected: dict[str, list[str]] = {}
     for window in _windows(wanted):
         first = len(proof.sites)
-        say(f"running norms alone: {first + 1} to {first + len(window)} of {len(wanted)}")
+        progress(f"running norms alone: {first + 1} to {first + len(window)} of {len(wanted)}")
         proof.sites += _prove_window(rewritten, window, folder, seed, rejected)
     for cause, names in rejected.items():
         which = f"{names[0]} and {len(names) - 1} more norms" if len(names) > 1 else names[0]
@@ -251,7 +251,7 @@ class _Test:
         operands = before.sum_of if added and before.sum_of is not None else (before.x,)
         after = site.sum_of if added and site.sum_of is not None else (site.x,)
         self._parts = len(set(operands)) if added else 0
-        # A norm may be gated by what it normalises, or by one of the two that this is the sum of.
+        # A norm may be gated by what it normalizes, or by one of the two that this is the sum of.
         own = {**({"x": before.x} if added else {}), **{f"x{i}": value for i, value in enumerate(operands)}}
         self._gate_is = next((role for role, value in own.items() if value is not None and value is before.gate), None)
         self._sum = added and before.x is not None and site.x is not None
@@ -352,12 +352,12 @@ class _Test:
         spec, as_rounded = _as_rounded(self.called.spec, tensors)
         for kind, rows in rows_by_kind(kinds, math.prod(tail)).items():
             part = NormFeed(x[rows], None if gate is None else gate[rows])
-            truth = reference(spec, part.x, gate=part.gate, **as_rounded)
-            verdict = judge_norm(kind, self.called, mine[rows], truth, theirs[rows], "the file before")
+            expected = reference(spec, part.x, gate=part.gate, **as_rounded)
+            verdict = judge_norm(kind, self.called, mine[rows], expected, theirs[rows], "the file before")
             if not verdict.passed and kind not in TAME:
                 # Where squares overflow, ONNX Runtime's result goes by what it fused; PyTorch's own is as good.
                 own = _in_torch(self.called, part, tensors)
-                verdict = judge_norm(kind, self.called, mine[rows], truth, own)
+                verdict = judge_norm(kind, self.called, mine[rows], expected, own)
             verdicts.append(verdict)
         return verdicts
 

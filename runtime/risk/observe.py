@@ -41,7 +41,7 @@ class Margins:
 
     Attributes:
         x: the norm's input.
-        square: the square of what is normalised.
+        square: the square of what is normalized.
         sum: the sum of those squares over a row (or a group).
         result: what the norm returned.
     """
@@ -73,7 +73,7 @@ class NormSeen:
     Attributes:
         path: the module.
         spec: what it computed.
-        width: the normalised trailing dims.
+        width: the normalized trailing dims.
         calls: how often it was called.
         rows: how many rows that made.
         nonfinite_rows: rows with a NaN or an infinity in them; the other figures leave them out.
@@ -205,7 +205,7 @@ class NormWatch:
         self._any.add(self._rng.random(len(serials)), serials, planes)
 
     def _take_statistics(self, entering: Float64) -> Float64:
-        """The figures of what is normalised, float64[rows, width]; returns the mean squares, `[rows, groups]`."""
+        """The figures of what is normalized, float64[rows, width]; returns the mean squares, `[rows, groups]`."""
         squares = np.square(entering)
         size = self._spec.group_size or self._count
         sums = squares.reshape(len(squares), -1, size).sum(axis=-1)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...export.lowering.table import TARGETS, opset_for
 from ...models.errors import RmsnormDeployError, UsageError
-from ...models.recognition.find_norms import recognise
+from ...models.recognition.find_norms import find_norms
 from ...models.recognition.intercept import NormCall, at_norms
 from ...models.recognition.site import Recognition
-from ..norms.alone import NormError, NormRows, error_in_onnxruntime, error_in_torch, truth_of
+from ..norms.alone import NormError, NormRows, error_in_onnxruntime, error_in_torch, reference_of
 from ..runners.base import Array
 from ..runners.torch import TorchRunner
 from .observe import DTYPES, Margins, NormSeen, NormWatch
@@ -159,22 +159,22 @@ def risk(
         opset_for(target, None)
     if not cases:
         raise UsageError("there are no inputs to run the model on; give at least one case.")
-    say = progress or (lambda _: None)
-    say("finding the norms")
-    recognition = recognise(model)
+    progress = progress or (lambda _: None)
+    progress("finding the norms")
+    recognition = find_norms(model)
     notes: list[str] = []
     if recognition.refusals:
-        notes.append(f"modules that are no recognised RMSNorm were not looked at: {len(recognition.refusals)}")
+        notes.append(f"modules that are no recognized RMSNorm were not looked at: {len(recognition.refusals)}")
     if not recognition.sites:
         return RiskReport(len(cases), [], notes, recognition)
     watches = _Watches(notes)
     with at_norms(model, recognition.sites, watches.visit, watches.unknown), TorchRunner(model) as runner:
         for number, feeds in enumerate(cases, 1):
-            say(f"running case {number} of {len(cases)}")
+            progress(f"running case {number} of {len(cases)}")
             runner.run(feeds)
     unreached = [site.path for site in recognition.sites if site.path not in watches.reached]
     notes += [f"{path or 'the model itself'} was not called by any case" for path in unreached]
-    norms = [_measured(watch, targets, say) for watch in watches.all.values()]
+    norms = [_measured(watch, targets, progress) for watch in watches.all.values()]
     return RiskReport(len(cases), norms, notes, recognition)
 
 
@@ -203,12 +203,12 @@ class _Watches:
             self._notes.append(note)
 
 
-def _measured(watch: NormWatch, targets: Sequence[str], say: Progress) -> NormRisk:
+def _measured(watch: NormWatch, targets: Sequence[str], progress: Progress) -> NormRisk:
     seen, rows = watch.seen(), watch.sample()
-    say(f"measuring {seen.path or 'the norm'}")
-    truth = truth_of(rows)
-    errors = {dtype: error_in_torch(rows, dtype, truth) for dtype in DTYPES}
-    in_targets = {target: {dtype: _in_target(rows, dtype, target, truth) for dtype in DTYPES} for target in targets}
+    progress(f"measuring {seen.path or 'the norm'}")
+    reference = reference_of(rows)
+    errors = {dtype: error_in_torch(rows, dtype, reference) for dtype in DTYPES}
+    in_targets = {target: {dtype: _in_target(rows, dtype, target, reference) for dtype in DTYPES} for target in targets}
     known = {dtype: {target: row[dtype].error for target, row in in_targets.items()} for dtype in DTYPES}
     verdicts = {
         dtype: judge_norm(
@@ -219,11 +219,11 @@ def _measured(watch: NormWatch, targets: Sequence[str], say: Progress) -> NormRi
     return NormRisk(seen, errors, in_targets, verdicts)
 
 
-def _in_target(rows: NormRows, dtype: str, target: str, truth: Any) -> TargetError:
+def _in_target(rows: NormRows, dtype: str, target: str, reference: Any) -> TargetError:
     if dtype in _NOT_ON_CPU:
         return TargetError(None, _NOT_ON_CPU[dtype])
     try:
-        return TargetError(error_in_onnxruntime(rows, dtype, target, truth))
+        return TargetError(error_in_onnxruntime(rows, dtype, target, reference))
     except RmsnormDeployError as error:
         return TargetError(None, str(error))
 

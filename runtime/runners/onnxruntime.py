@@ -77,7 +77,7 @@ class OrtRunner:
             None is the CPU provider. Nodes that none of them takes run on the CPU provider.
         provider_options: options of a provider by its name.
         session_options: `graph_optimization_level` (disabled, basic, extended, all), `intra_op_num_threads`,
-            `inter_op_num_threads`, `optimized_model_path` where the optimised graph is written, and `repack_weights`
+            `inter_op_num_threads`, `optimized_model_path` where the optimized graph is written, and `repack_weights`
             (True unless said otherwise: kernels get a copy of the weights in the order that suits them; without, a
             large file opens at once and needs no memory for it, and runs slower).
         io_binding: run through the session's IO binding, which places the inputs on the device before the run; the
@@ -218,14 +218,14 @@ class OrtRunner:
 def optimized_op_counts(
     path: str | os.PathLike[str], providers: Sequence[str] | None = None, level: str = "all"
 ) -> Counter[str]:
-    """Count the ops in the graph as onnxruntime optimised it, to see which norms it fused.
+    """Count the ops in the graph as onnxruntime optimized it, to see which norms it fused.
 
-    External data stays where it is: the optimised graph, in a temporary folder, refers to it.
+    External data stays where it is: the optimized graph, in a temporary folder, refers to it.
 
     Args:
         path: an ONNX file.
         providers: see `OrtRunner`.
-        level: graph optimisation level, see `OrtRunner`.
+        level: graph optimization level, see `OrtRunner`.
 
     Returns:
         Counts by `Op` in the default domain and `domain::Op` elsewhere.
@@ -274,7 +274,7 @@ def _options_by_provider(
 
 @contextmanager
 def _session_options(ort: ModuleType, wanted: Mapping[str, Any], file: ModelFile) -> Iterator[Any]:
-    """Session options; the optimised model gets its name only when the session has been created."""
+    """Session options; the optimized model gets its name only when the session has been created."""
     unknown = [name for name in wanted if name not in _OPTIONS]
     if unknown:
         raise UsageError(f"unknown session_options {', '.join(unknown)}; there are {', '.join(_OPTIONS)}.")

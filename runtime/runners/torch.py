@@ -1,4 +1,4 @@
-"""Running a PyTorch module: the yardstick in the deployment dtype, and the truth in float64."""
+"""Running a PyTorch module: the baseline in the deployment dtype, and the truth in float64."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def to_numpy(tensor: torch.Tensor) -> Array:
     """An array with a copy of the tensor's values, from any device; bfloat16 goes over bit for bit.
 
     Raises:
-        TypeError: numpy has no such dtype or layout (float8, quantised, sparse).
+        TypeError: numpy has no such dtype or layout (float8, quantized, sparse).
     """
     import torch
 

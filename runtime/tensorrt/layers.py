@@ -67,7 +67,7 @@ class NormLayer:
 
     Attributes:
         path: the module it came from.
-        form: `plain`, or `add`.
+        form: `plain`, or `residual_add`.
         layer: the layer that computes its statistics; None where no layer names it.
         kind: that layer's type.
         plugin: whether it is our plugin.

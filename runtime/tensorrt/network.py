@@ -43,7 +43,7 @@ class FileNorm:
 
     Attributes:
         path: the module it came from, or its node's name.
-        form: `plain`, or `add` with a residual add in front.
+        form: `plain`, or `residual_add` with a residual add in front.
         node: name of its main node.
         nodes: names of all its nodes.
         is_plugin: whether its main node is one of the contract's operators.
@@ -247,5 +247,5 @@ def _norm(path: str, main: Any, nodes: list[Any]) -> FileNorm:
     names = frozenset(node.name for node in nodes if node.name)
     is_plugin = is_plugin_node(main)
     is_add = is_plugin and "residual" in contract.INPUTS[main.op_type]
-    form = "add" if is_add else main.metadata_props.get(FORM_KEY, "plain")
+    form = "residual_add" if is_add else main.metadata_props.get(FORM_KEY, "plain")
     return FileNorm(path or main.name or "", form, main.name or "", names, is_plugin)

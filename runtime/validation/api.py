@@ -1,4 +1,4 @@
-"""Hold a deployed model against PyTorch: error against a float64 truth, with PyTorch's own error as the yardstick."""
+"""Hold a deployed model against PyTorch: error against a float64 truth, with PyTorch's own error as the baseline."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...models.errors import UsageError
 from ..accuracy.tolerances import Limits, check_limits
 from ..inputs.cases import Case
 from ..inputs.synthetic import DEFAULT_SHAPES
-from ..norms.activation_store import Tape
+from ..norms.activation_store import ActivationStore
 from ..report.report_file import BISECT_SCHEMA
 from ..runners.base import Runner, TensorInfo
 from ..runners.torch import TorchRunner
@@ -44,7 +44,7 @@ def validate(
     """Run a deployed model and PyTorch on the same inputs; judge every output, every norm, and all that lies between.
 
     A decoder exported with its KV cache runs twice for each case: over the prompt with an empty cache, and over one
-    more token with the cache that came out; both are held against PyTorch without a cache. Norms and stretches are
+    more token with the cache that came out; both are held against PyTorch without a cache. Norms and segments are
     checked on the largest case.
 
     Args:
@@ -56,8 +56,8 @@ def validate(
         cases: inputs in place of the made-up ones, or a function that makes them from the candidate's inputs (and
             may return None).
         limits: explicit limits by output name, `*` for all others, in place of the rule that PyTorch's own error is
-            the yardstick. They are for outputs; norms and stretches are held to the table.
-        outputs_only: leave norms and stretches out.
+            the baseline. They are for outputs; norms and segments are held to the table.
+        outputs_only: leave norms and segments out.
         depth: measure how error grows along the depth.
         window: norms that are looked at together: fewer need less memory. None looks at all together.
         settings: what the report says was asked for.
@@ -71,31 +71,31 @@ def validate(
     _check_dtype(target, model)
     if window is not None and window < 1:
         raise UsageError(f"a window of {window} norms holds none; give at least 1, or none for all together.")
-    say = progress or (lambda _: None)
+    progress = progress or (lambda _: None)
     report = ValidationReport(target.name)
     report.settings = dict(settings or {"seed": seed, "shapes": [list(s) for s in shapes or DEFAULT_SHAPES]})
-    say(f"opening {target.name}")
+    progress(f"opening {target.name}")
     with target.opened() as runner:
         infos = runner.inputs()
         given = cases(infos) if callable(cases) else cases
         runs = [Run(case) for case in given or made_up_cases(infos, model, shapes, seed)]
         for number, run in enumerate(runs, start=1):
-            say(f"{target.name}: {run.case.name} ({number} of {len(runs)})")
+            progress(f"{target.name}: {run.case.name} ({number} of {len(runs)})")
             run.got = run_guarded(runner, run.case, target.name)
         own_names = list(dict.fromkeys(name.removesuffix(DECODE_SUFFIX) for run in runs for name in run.got))
         report.provenance = {"candidate": runner.provenance()}
     check_limits(limits or {}, own_names)
-    with TorchRunner(model, input_names=by_position(model, infos)) as yardstick, Tape() as tape:
-        work = Examination(target, model, yardstick, runs, own_names, tape, seed, window, say)
+    with TorchRunner(model, input_names=by_position(model, infos)) as baseline, ActivationStore() as store:
+        work = Examination(target, model, baseline, runs, own_names, store, seed, window, progress)
         work.fill(report, limits or {}, with_norms=not outputs_only, depth=depth)
-        report.provenance |= {"yardstick": yardstick.provenance(), "versions": versions()}
+        report.provenance |= {"baseline": baseline.provenance(), "versions": versions()}
     report.deviations = deviation_rows(dict(target.manifest), "onnxruntime")
     report.refusals = list(target.manifest.get("refusals", ()))
     return report
 
 
 def bisect(candidate: str | Path | nn.Module | Runner, model: nn.Module, **options: Any) -> ValidationReport:
-    """Say which norm, or which stretch between two norms, first introduces error, and how it grows from there.
+    """Say which norm, or which segment between two norms, first introduces error, and how it grows from there.
 
     Arguments and errors as `validate`'s; `depth` is always on. The report's `culprits` are the answer.
     """
@@ -110,5 +110,5 @@ def _check_dtype(target: Candidate, model: nn.Module) -> None:
     if exported is not None and dtype is not None and name != exported:
         raise UsageError(
             f"{target.name} was exported in {exported}, but the PyTorch model is in {name}. Load it in "
-            f"{exported} (--dtype {exported}): the yardstick must have the dtype that is deployed."
+            f"{exported} (--dtype {exported}): the baseline must have the dtype that is deployed."
         )

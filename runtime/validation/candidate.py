@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...models.errors import UsageError
-from ...models.recognition.find_norms import recognise
+from ...models.recognition.find_norms import find_norms
 from ..inputs.exported import Exported, open_exported
 from ..norms.access import NormAccess, Sources
 from ..norms.graph_norms import Key
@@ -44,7 +44,7 @@ class Candidate(Protocol):
         ...
 
     def sources(self, keys: list[Key], end: Key | str) -> Sources:
-        """What goes into the stretch before a norm, or before an output."""
+        """What goes into the segment before a norm, or before an output."""
         ...
 
 
@@ -87,7 +87,7 @@ class TorchCandidate:
 
     def norms(self, feeds: Mapping[str, Array]) -> TorchNorms:
         """See `Candidate.norms`."""
-        norms = TorchNorms(self._model, TorchRunner(self._model), recognise(self._model))
+        norms = TorchNorms(self._model, TorchRunner(self._model), find_norms(self._model))
         norms.survey(feeds)
         return norms
 

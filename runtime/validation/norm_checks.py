@@ -1,4 +1,4 @@
-"""The checks below the outputs: every norm alone on adversarial inputs, and every stretch between two norms.
+"""The checks below the outputs: every norm alone on adversarial inputs, and every segment between two norms.
 
 Both sides get the same values, which the deployment dtype holds exactly, so that only what a part itself introduces
 is measured, and nothing that came from further up.
@@ -20,7 +20,7 @@ from ..accuracy.errors import errors_of, rms
 from ..accuracy.float_formats import format_of, ulp_size
 from ..accuracy.tolerances import TOLERANCES, Limits
 from ..norms.access import CalledNorm, NormAccess, NormFeed
-from ..norms.activation_store import Tape
+from ..norms.activation_store import ActivationStore
 from ..norms.adversarial_rows import KINDS, adversarial, turns
 from ..norms.graph_norms import Key
 from ..runners.base import Array
@@ -76,7 +76,7 @@ class NormCheck:
 
 
 @dataclass(frozen=True, slots=True)
-class StretchCheck:
+class SegmentCheck:
     """What lies between norms, up to one norm's input or one output of the model.
 
     Attributes:
@@ -102,7 +102,7 @@ def _brief(verdict: OutputVerdict) -> dict[str, Any]:
     """A verdict as JSON, with histogram and worst elements only where something is wrong: there are many of them."""
     row = verdict.to_dict()
     if verdict.passed:
-        for figures in (row["figures"], row["yardstick_figures"]):
+        for figures in (row["figures"], row["baseline_figures"]):
             figures.update(histogram=None, worst=[])
     return row
 
@@ -115,93 +115,95 @@ def norm_name(key: Key) -> str:
 
 def check_norms(
     candidate: NormAccess,
-    yardstick: TorchNorms,
+    baseline: TorchNorms,
     called: Mapping[Key, CalledNorm],
     keys: list[Key],
-    tape: Tape,
+    store: ActivationStore,
     seed: int,
-    say: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> list[NormCheck]:
     """Run every norm alone: on what it gets as the model runs, and on rows of every kind in `norm_inputs.KINDS`.
 
     Args:
         candidate: the side that is checked.
-        yardstick: PyTorch.
+        baseline: PyTorch.
         called: every norm that PyTorch called.
         keys: those to check, present on both sides.
-        tape: holds `fed_x` and `fed_gate` of the model as it runs.
+        store: holds `fed_x` and `fed_gate` of the model as it runs.
         seed: of the adversarial rows.
-        say: progress.
+        progress: progress.
     """
     verdicts: dict[Key, list[OutputVerdict]] = {key: [] for key in keys}
     forms = dict.fromkeys(keys, "plain")
     rounds = max((turns(called[key]) for key in keys), default=0)
-    with candidate.alone(keys) as theirs, yardstick.alone(keys) as ours:
+    with candidate.alone(keys) as theirs, baseline.alone(keys) as ours:
         for turn in range(-1, rounds):
-            say(f"{len(keys)} norms alone: input {turn + 2} of {rounds + 1}")
-            given = _given([called[key] for key in keys], tape, turn, seed)
+            progress(f"{len(keys)} norms alone: input {turn + 2} of {rounds + 1}")
+            given = _given([called[key] for key in keys], store, turn, seed)
             feeds = {key: feed for key, (feed, _) in given.items()}
             got, wanted = theirs(feeds), ours(feeds)
             for key in keys:
                 feed, kinds = given[key]
                 total = got[key].total
                 if total is not None:
-                    forms[key] = "add"
+                    forms[key] = "residual_add"
                     verdicts[key] += _sum_verdict(total, feed.x)
-                verdicts[key] += _by_kind(called[key], feed, kinds, got[key].y, wanted[key].y, yardstick)
+                verdicts[key] += _by_kind(called[key], feed, kinds, got[key].y, wanted[key].y, baseline)
     return [_norm_check(called[key], forms[key], verdicts[key]) for key in keys]
 
 
-def check_stretches(
+def check_segments(
     candidate: NormAccess,
-    yardstick: TorchNorms,
+    baseline: TorchNorms,
     feeds: tuple[Mapping[str, Array], Mapping[str, Array]],
     keys: list[Key],
-    tape: Tape,
-    truth_outputs: Mapping[str, Array],
+    store: ActivationStore,
+    reference_outputs: Mapping[str, Array],
     named: Callable[[dict[str, Array]], dict[str, Array]],
     describe: Callable[[Key | str], tuple[str, list[str]]],
     window: int | None,
-) -> list[StretchCheck]:
-    """Run everything between the norms, fed with the tape's values at each of them.
+) -> list[SegmentCheck]:
+    """Run everything between the norms, fed with the store's values at each of them.
 
     Args:
         candidate: the side that is checked.
-        yardstick: PyTorch.
+        baseline: PyTorch.
         feeds: the inputs of the candidate, and those of PyTorch.
         keys: norms to cut at, in order of execution.
-        tape: what `TorchNorms.write_truth` wrote; `own_x` and `own_gate` are added.
-        truth_outputs: what `write_truth` returned, under the candidate's names.
+        store: what `TorchNorms.write_truth` wrote; `own_x` and `own_gate` are added.
+        truth_outputs: what `write_reference` returned, under the candidate's names.
         named: gives PyTorch's outputs those names.
-        describe: the name of the stretch before a norm or an output, and the norms inside it.
+        describe: the name of the segment before a norm or an output, and the norms inside it.
         window: how many norms at a time.
     """
-    found: dict[tuple[Key, str], StretchCheck] = {}
+    found: dict[tuple[Key, str], SegmentCheck] = {}
 
     def compare(key: Key, role: str, value: Array) -> None:
-        verdict = judge(role, value, tape.get(key, role), tape.get(key, f"own_{role}"))
+        verdict = judge(role, value, store.get(key, role), store.get(key, f"own_{role}"))
         name, inside = describe(key)
         is_x = role == "x"
-        found[key, role] = StretchCheck(name if is_x else f"{name} (its gate)", verdict, inside, key if is_x else None)
+        found[key, role] = SegmentCheck(name if is_x else f"{name} (its gate)", verdict, inside, key if is_x else None)
 
-    own_outputs = yardstick.between(feeds[1], keys, tape, lambda k, role, v: tape.put(k, f"own_{role}", v), None)
-    outputs = candidate.between(feeds[0], keys, tape, compare, window)
+    own_outputs = baseline.between(feeds[1], keys, store, lambda k, role, v: store.put(k, f"own_{role}", v), None)
+    outputs = candidate.between(feeds[0], keys, store, compare, window)
     checks = [found[key, role] for key in keys for role in ("x", "gate") if (key, role) in found]
     own = named(own_outputs)
-    for name in (name for name in truth_outputs if name in outputs):
-        stretch, inside = describe(name)
-        checks.append(StretchCheck(stretch, judge(name, outputs[name], truth_outputs[name], own[name]), inside))
+    for name in (name for name in reference_outputs if name in outputs):
+        segment, inside = describe(name)
+        checks.append(SegmentCheck(segment, judge(name, outputs[name], reference_outputs[name], own[name]), inside))
     return checks
 
 
-def _given(norms: list[CalledNorm], tape: Tape, turn: int, seed: int) -> dict[Key, tuple[NormFeed, Array | None]]:
+def _given(
+    norms: list[CalledNorm], store: ActivationStore, turn: int, seed: int
+) -> dict[Key, tuple[NormFeed, Array | None]]:
     """What goes into each norm, and the kind of each row; turn -1 is what the norm gets as the model runs."""
     made: dict[Any, tuple[NormFeed, Array]] = {}
     given: dict[Key, tuple[NormFeed, Array | None]] = {}
     for norm in norms:
         if turn < 0:
-            gate = np.asarray(tape.get(norm.key, "fed_gate")) if norm.gate_dtype is not None else None
-            given[norm.key] = NormFeed(np.asarray(tape.get(norm.key, "fed_x")), gate), None
+            gate = np.asarray(store.get(norm.key, "fed_gate")) if norm.gate_dtype is not None else None
+            given[norm.key] = NormFeed(np.asarray(store.get(norm.key, "fed_x")), gate), None
             continue
         like = (norm.spec, norm.shape, norm.x_dtype, norm.gate_dtype)
         given[norm.key] = made[like] = made.get(like) or adversarial(norm, turn, seed)
@@ -209,20 +211,20 @@ def _given(norms: list[CalledNorm], tape: Tape, turn: int, seed: int) -> dict[Ke
 
 
 def _by_kind(
-    norm: CalledNorm, feed: NormFeed, kinds: Array | None, candidate: Array, yardstick: Array, exact: TorchNorms
+    norm: CalledNorm, feed: NormFeed, kinds: Array | None, candidate: Array, baseline: Array, exact: TorchNorms
 ) -> list[OutputVerdict]:
     """A verdict for each kind, on as many of its rows as say enough: rows of a norm do not depend on each other."""
-    if candidate.shape != yardstick.shape:
-        return [judge_norm("shape", norm, candidate, yardstick.astype(np.float64), yardstick)]
+    if candidate.shape != baseline.shape:
+        return [judge_norm("shape", norm, candidate, baseline.astype(np.float64), baseline)]
     tail = norm.shape[len(norm.shape) - norm.spec.trailing_dims :]
-    x, mine, own = (side.reshape(-1, *tail) for side in (feed.x, candidate, yardstick))
+    x, mine, own = (side.reshape(-1, *tail) for side in (feed.x, candidate, baseline))
     gate = None if feed.gate is None else feed.gate.reshape(-1, *tail)
     chosen = {AS_IT_RUNS: _telling_rows(x)} if kinds is None else rows_by_kind(kinds, math.prod(tail))
     verdicts = []
     for kind, rows in chosen.items():
         if len(rows):
-            truth = exact.exact(norm.key, NormFeed(x[rows], None if gate is None else gate[rows]))
-            verdicts.append(judge_norm(kind, norm, mine[rows], truth, own[rows]))
+            reference = exact.exact(norm.key, NormFeed(x[rows], None if gate is None else gate[rows]))
+            verdicts.append(judge_norm(kind, norm, mine[rows], reference, own[rows]))
     return verdicts
 
 
@@ -245,36 +247,36 @@ def _telling_rows(x: Array) -> Array:
 
 
 def judge_norm(
-    kind: str, norm: CalledNorm, candidate: Array, truth: Array, yardstick: Array, yardstick_name: str = "PyTorch"
+    kind: str, norm: CalledNorm, candidate: Array, reference: Array, baseline: Array, baseline_name: str = "PyTorch"
 ) -> OutputVerdict:
     """The verdict on one norm's result for one kind of input: that of `judge`, and for half types one on ULPs.
 
-    It fails too when the yardstick's own norm is not near the reference: then there is no truth to go by.
+    It fails too when the baseline's own norm is not near the reference: then there is no truth to go by.
     """
-    verdict = judge(kind, candidate, truth, yardstick, yardstick_name=yardstick_name)
-    mine, own = verdict.figures, verdict.yardstick_figures
+    verdict = judge(kind, candidate, reference, baseline, baseline_name=baseline_name)
+    mine, own = verdict.figures, verdict.baseline_figures
     if mine is None or own is None:
         return verdict
-    dtype = yardstick.dtype.name
+    dtype = baseline.dtype.name
     # A wide weight makes a wide result of what was rounded to x's dtype.
     rounded = (
         norm.x_dtype if norm.spec.order != "scale_then_cast" and norm.x_dtype in ("float16", "bfloat16") else dtype
     )
-    off = _scaled_error(yardstick, truth, rounded)
+    off = _scaled_error(baseline, reference, rounded)
     if kind in TAME and not off <= sound_limit(norm.spec, rounded):
-        reason = no_truth(norm.spec, off, f"{yardstick_name}'s own norm")
+        reason = no_reference(norm.spec, off, f"{baseline_name}'s own norm")
         return OutputVerdict(kind, False, reason, mine, own)
     if not verdict.passed and dtype == "float32" and kind in _SUMS_GO_ONE_WAY:
         width = math.prod(norm.shape[len(norm.shape) - norm.spec.trailing_dims :])
         limit = (TOLERANCES[dtype].floor_max + _PLAIN_SUMS * width) * format_of(dtype).eps
-        plain = judge(kind, candidate, truth, yardstick, limits=Limits(atol=limit * _size(truth), rtol=limit))
+        plain = judge(kind, candidate, reference, baseline, limits=Limits(atol=limit * _size(reference), rtol=limit))
         return plain if plain.passed else verdict
     if verdict.passed and dtype in ("float16", "bfloat16"):
-        ulp, own_ulp = (_large_ulp(side, truth) for side in (candidate, yardstick))
+        ulp, own_ulp = (_large_ulp(side, reference) for side in (candidate, baseline))
         allowed = max(_HALF_ULP_FLOOR, _HALF_ULP_FACTOR * own_ulp)
         if ulp > allowed:
             reason = f"error of {ulp:.3g} ULP where the result is not small, {allowed:.3g} allowed"
-            return OutputVerdict(kind, False, f"{reason}; {yardstick_name}'s own is {own_ulp:.3g} ULP", mine, own)
+            return OutputVerdict(kind, False, f"{reason}; {baseline_name}'s own is {own_ulp:.3g} ULP", mine, own)
     return verdict
 
 
@@ -284,27 +286,27 @@ def sound_limit(spec: NormSpec, dtype: str) -> float:
     return _SOUND_IN_HALF if in_half else _SOUND[dtype]
 
 
-def no_truth(spec: NormSpec, off: float, whose: str = "PyTorch's own norm", unit: str = "eps x row scale") -> str:
-    """The reason why a norm cannot be judged: PyTorch, or whose it is, does not compute what it was recognised by."""
+def no_reference(spec: NormSpec, off: float, whose: str = "PyTorch's own norm", unit: str = "eps x row scale") -> str:
+    """The reason why a norm cannot be judged: PyTorch, or whose it is, does not compute what it was recognized by."""
     return (
-        f"{whose} is {off:.3g} {unit} from the formula that it was recognised by "
+        f"{whose} is {off:.3g} {unit} from the formula that it was recognized by "
         f"({spec.describe()}): there is no truth to go by"
     )
 
 
-def _scaled_error(array: Array, truth: Array, dtype: str) -> float:
+def _scaled_error(array: Array, reference: Array, dtype: str) -> float:
     """The largest error in eps(dtype) x max(|truth|, row RMS); infinite where a value is not finite and should be."""
-    errors, form = errors_of(array, truth, None), format_of(dtype)
-    scale = errors.scale.reshape(len(truth), -1)
+    errors, form = errors_of(array, reference, None), format_of(dtype)
+    scale = errors.scale.reshape(len(reference), -1)
     unit = np.maximum(form.eps * np.fmax(np.abs(scale), rms(scale)), form.smallest)
     off = errors.size.reshape(scale.shape) / unit
     return float(np.max(off, where=~np.isnan(off), initial=0.0))
 
 
-def _large_ulp(array: Array, truth: Array) -> float:
+def _large_ulp(array: Array, reference: Array) -> float:
     """The largest error in ULPs among elements of at least their row's RMS: small ones may be what a bias left over,
     or the product with a gate that is nearly shut, and have lost their digits before."""
-    rows = truth.reshape(len(truth), -1)
+    rows = reference.reshape(len(reference), -1)
     with np.errstate(invalid="ignore"):
         large = np.isfinite(rows) & (np.abs(rows) >= np.sqrt(np.mean(np.square(rows), axis=1, keepdims=True)))
         values = array.reshape(rows.shape).astype(np.float64)
@@ -313,9 +315,9 @@ def _large_ulp(array: Array, truth: Array) -> float:
     return float(np.max(error, initial=0.0))
 
 
-def _size(truth: Array) -> float:
+def _size(reference: Array) -> float:
     """The RMS of an array without what is not finite."""
-    finite = truth[np.isfinite(truth)]
+    finite = reference[np.isfinite(reference)]
     return float(np.sqrt(np.mean(np.square(finite)))) if finite.size else 0.0
 
 

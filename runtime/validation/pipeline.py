@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ...models.recognition.find_norms import recognise
+from ...models.recognition.find_norms import find_norms
 from ...models.recognition.intercept import at_norms
 from ..accuracy.compare_output import OutputVerdict, figures
 from ..accuracy.tolerances import Limits
 from ..norms.access import CalledNorm, NormAccess
-from ..norms.activation_store import Tape
+from ..norms.activation_store import ActivationStore
 from ..norms.float64_model import exactly, in_float64
 from ..norms.graph_norms import Key
 from ..norms.torch_norms import TorchNorms
@@ -22,8 +22,8 @@ from .norm_checks import (
     AS_IT_RUNS,
     NormCheck,
     check_norms,
-    check_stretches,
-    no_truth,
+    check_segments,
+    no_reference,
     norm_name,
     sound_limit,
     try_or_note,
@@ -47,13 +47,13 @@ class Examination:
     Attributes:
         target: the candidate.
         model: the PyTorch model.
-        yardstick: runs it.
+        baseline: runs it.
         runs: each case, with what the candidate made of it.
         names: the candidate's outputs.
-        tape: what PyTorch has at its norms.
+        store: what PyTorch has at its norms.
         seed: of adversarial inputs.
         window: norms that are looked at together; None for all.
-        say: progress.
+        progress: progress.
         called: the norms that PyTorch called on the largest case, in order.
         keys: those of them that the candidate has too.
         lost: those of which the candidate has no node at all.
@@ -61,13 +61,13 @@ class Examination:
 
     target: Candidate
     model: nn.Module
-    yardstick: TorchRunner
+    baseline: TorchRunner
     runs: list[Run]
     names: list[str]
-    tape: Tape
+    store: ActivationStore
     seed: int
     window: int | None
-    say: Progress
+    progress: Progress
     called: dict[Key, CalledNorm] = field(default_factory=dict)
     keys: list[Key] = field(default_factory=list)
     lost: set[Key] = field(default_factory=set)
@@ -75,49 +75,49 @@ class Examination:
     def fill(self, report: ValidationReport, limits: Mapping[str, Limits], *, with_norms: bool, depth: bool) -> None:
         """Fill the report."""
         largest = max(self.runs, key=lambda run: run.size)
-        recognition = recognise(self.model)
-        norms = TorchNorms(self.model, self.yardstick, recognition)
+        recognition = find_norms(self.model)
+        norms = TorchNorms(self.model, self.baseline, recognition)
         for number, run in enumerate(self.runs, start=1):
-            self.say(f"PyTorch: {run.case.name} ({number} of {len(self.runs)})")
+            self.progress(f"PyTorch: {run.case.name} ({number} of {len(self.runs)})")
             if run is largest:
                 self.called, run.wanted = norms.survey(run.torch_feeds)
             else:
-                run.wanted = self.yardstick.run(run.torch_feeds)
+                run.wanted = self.baseline.run(run.torch_feeds)
         others = [name for name in largest.wanted if name not in self.names and set(self.names) & set(largest.wanted)]
         report.notes += [f"PyTorch also returns {name}, which {self.target.name} does not" for name in others]
         access = self.target.norms(largest.torch_feeds) if with_norms else None
         if with_norms:
             self._match(access, report)
-        with Tape() as free:
+        with ActivationStore() as free:
             with in_float64(self.model):
                 for number, run in enumerate(self.runs, start=1):
-                    self.say(f"PyTorch in float64: {run.case.name} ({number} of {len(self.runs)})")
+                    self.progress(f"PyTorch in float64: {run.case.name} ({number} of {len(self.runs)})")
                     traced = depth and run is largest and bool(self.keys)
-                    truth = self._truth(norms, run, free if traced else None, recognition.sites)
-                    report.rows += [(run.case.name, v) for v in self._judged(run, truth, limits)]
+                    reference = self._reference(norms, run, free if traced else None, recognition.sites)
+                    report.rows += [(run.case.name, v) for v in self._judged(run, reference, limits)]
                 if self.keys:
-                    self.say("PyTorch in float64, norm by norm")
-                    outputs, disagreements = norms.write_truth(wide(largest.torch_feeds), self.tape)
+                    self.progress("PyTorch in float64, norm by norm")
+                    outputs, disagreements = norms.write_reference(wide(largest.torch_feeds), self.store)
             if access is None or not self.keys:
-                report.norms = self._unrecognised()
+                report.norms = self._unrecognized()
                 return
             report.notes += access.remarks
-            truth_outputs = named(outputs, self.names)
-            self._check_parts(report, access, norms, largest, truth_outputs, disagreements)
+            reference_outputs = named(outputs, self.names)
+            self._check_parts(report, access, norms, largest, reference_outputs, disagreements)
             if depth:
                 report.depth = try_or_note(
                     "errors along the depth", report.notes, lambda: self._depth(report, access, norms, largest, free)
                 )
 
-    def _truth(self, norms: TorchNorms, run: Run, free: Tape | None, sites: Sequence[Any]) -> Outputs:
+    def _reference(self, norms: TorchNorms, run: Run, free: ActivationStore | None, sites: Sequence[Any]) -> Outputs:
         feeds = wide(run.torch_feeds)
         if free is not None:
-            return norms.trace_truth(feeds, self.keys, free.put)
+            return norms.trace_reference(feeds, self.keys, free.put)
         with at_norms(self.model, sites, exactly):
-            return self.yardstick.run(feeds)
+            return self.baseline.run(feeds)
 
-    def _judged(self, run: Run, truth: Outputs, limits: Mapping[str, Limits]) -> list[OutputVerdict]:
-        true, wanted = named(truth, self.names), named(run.wanted, self.names)
+    def _judged(self, run: Run, reference: Outputs, limits: Mapping[str, Limits]) -> list[OutputVerdict]:
+        true, wanted = named(reference, self.names), named(run.wanted, self.names)
         return [judge_output(name, value, true, wanted, limits) for name, value in run.got.items()]
 
     def _match(self, access: NormAccess | None, report: ValidationReport) -> None:
@@ -147,40 +147,40 @@ class Examination:
         access: NormAccess,
         norms: TorchNorms,
         largest: Run,
-        truth_outputs: Outputs,
+        reference_outputs: Outputs,
         disagreements: Mapping[Key, float],
     ) -> None:
         def alone() -> list[NormCheck]:
             checks = []
             for part in _windows(self.keys, self.window):
-                checks += check_norms(access, norms, self.called, part, self.tape, self.seed, self.say)
+                checks += check_norms(access, norms, self.called, part, self.store, self.seed, self.progress)
             return checks
 
         report.norms = try_or_note("norms", report.notes, alone)
         report.norms = [self._unsound(check, disagreements) for check in report.norms]
         checked = {check.norm.key for check in report.norms}
-        report.norms += [check for check in self._unrecognised() if check.norm.key not in checked]
+        report.norms += [check for check in self._unrecognized() if check.norm.key not in checked]
         unused = access.unused()
         report.norms = [_failed(c, "nothing in the file reads its result") if c.norm.key in unused else c
                         for c in report.norms]  # fmt: skip
         cut = [key for key in self.keys if self.called[key].forced]
-        self.say(f"the stretches between {len(cut)} norms")
+        self.progress(f"the segments between {len(cut)} norms")
         feeds = (largest.case.feeds, largest.torch_feeds)
-        report.stretches = try_or_note(
-            "stretches between norms", report.notes,
-            lambda: check_stretches(
-                access, norms, feeds, cut, self.tape, truth_outputs, lambda outputs: named(outputs, self.names),
-                lambda end: self._stretch(cut, end), self.window,
+        report.segments = try_or_note(
+            "segments between norms", report.notes,
+            lambda: check_segments(
+                access, norms, feeds, cut, self.store, reference_outputs, lambda outputs: named(outputs, self.names),
+                lambda end: self._segment(cut, end), self.window,
             ),
         )  # fmt: skip
 
-    def _unrecognised(self) -> list[NormCheck]:
-        """Norms that do not compute, as the model runs, what they were recognised by; a truth with them is none.
+    def _unrecognized(self) -> list[NormCheck]:
+        """Norms that do not compute, as the model runs, what they were recognized by; a truth with them is none.
 
         Norms whose statistics overflow in a half type do not either; those are PyTorch's own fault.
         """
         return [
-            NormCheck(norm, "plain", False, no_truth(norm.spec, norm.off))
+            NormCheck(norm, "plain", False, no_reference(norm.spec, norm.off))
             for norm in self.called.values()
             if norm.spec.statistics != "input" and norm.off > sound_limit(norm.spec, norm.y_dtype)
         ]
@@ -190,13 +190,13 @@ class Examination:
         off = disagreements.get(check.norm.key, 0.0)
         if off <= _SAME_FORMULA:
             return check
-        return _failed(check, no_truth(check.norm.spec, off, "PyTorch's own code in float64", "x row scale"))
+        return _failed(check, no_reference(check.norm.spec, off, "PyTorch's own code in float64", "x row scale"))
 
-    def _stretch(self, cut: list[Key], end: Key | str) -> tuple[str, list[str]]:
-        """The name of the stretch that ends before a norm or an output, and the norms inside it.
+    def _segment(self, cut: list[Key], end: Key | str) -> tuple[str, list[str]]:
+        """The name of the segment that ends before a norm or an output, and the norms inside it.
 
         A norm that could not be cut out is inside where its nodes are. One that has no node left may be anywhere
-        between what goes into the stretch and its end.
+        between what goes into the segment and its end.
         """
         order = list(self.called)
         sources = self.target.sources(cut, end)
@@ -211,7 +211,7 @@ class Examination:
         return f"{begin} ... {end if isinstance(end, str) else norm_name(end)}", inside
 
     def _depth(
-        self, report: ValidationReport, access: NormAccess, norms: TorchNorms, largest: Run, free: Tape
+        self, report: ValidationReport, access: NormAccess, norms: TorchNorms, largest: Run, free: ActivationStore
     ) -> list[DepthPoint]:
         """Errors along the depth as the whole model runs, beside what each part introduces by itself."""
 
@@ -223,7 +223,7 @@ class Examination:
 
         own: dict[tuple[Key, str], float] = {}
         theirs: dict[tuple[Key, str], float] = {}
-        self.say("errors along the depth")
+        self.progress("errors along the depth")
         norms.trace(largest.torch_feeds, self.keys, errors_into(own), None)
         exposed = access.trace(largest.case.feeds, self.keys, errors_into(theirs), self.window)
         with self.target.opened() as runner:
@@ -238,17 +238,17 @@ class Examination:
 
 
 def _introduced(report: ValidationReport) -> dict[tuple[Key, str], tuple[float, float]]:
-    """What each norm and stretch adds by itself: the candidate's error and PyTorch's."""
+    """What each norm and segment adds by itself: the candidate's error and PyTorch's."""
     found: dict[tuple[Key, str], tuple[float, float]] = {}
     for check in report.norms:
         for verdict in check.kinds:
-            if verdict.name == AS_IT_RUNS and verdict.figures and verdict.yardstick_figures:
-                pair = (verdict.figures.max_rel_row, verdict.yardstick_figures.max_rel_row)
+            if verdict.name == AS_IT_RUNS and verdict.figures and verdict.baseline_figures:
+                pair = (verdict.figures.max_rel_row, verdict.baseline_figures.max_rel_row)
                 found[check.norm.key, "y"] = pair
-    for stretch in report.stretches:
-        mine, own = stretch.verdict.figures, stretch.verdict.yardstick_figures
-        if stretch.end is not None and mine is not None and own is not None:
-            found[stretch.end, "x"] = (mine.max_rel_row, own.max_rel_row)
+    for segment in report.segments:
+        mine, own = segment.verdict.figures, segment.verdict.baseline_figures
+        if segment.end is not None and mine is not None and own is not None:
+            found[segment.end, "x"] = (mine.max_rel_row, own.max_rel_row)
     return found
 
 

@@ -42,7 +42,7 @@ class ValidationRequest:
         atol: see `parse_limits`.
         rtol: see `parse_limits`.
         ulp: see `parse_limits`.
-        outputs_only: leave norms and stretches out.
+        outputs_only: leave norms and segments out.
         depth: measure errors along the depth.
         window: norms that are looked at together.
         bisect: the report is one of bisect.
@@ -87,12 +87,12 @@ class ValidationRequest:
                 raise UsageError(f"{path}: its settings are not those of a command: {name} is {value!r}; run it anew.")
         return cls(**settings), report
 
-    def run(self, *, trust_remote_code: bool = False, say: Callable[[str], None]) -> ValidationReport:
+    def run(self, *, trust_remote_code: bool = False, progress: Callable[[str], None]) -> ValidationReport:
         """Load both sides and validate.
 
         Args:
             trust_remote_code: run Python code that comes with a checkpoint. Never taken from a report.
-            say: progress.
+            progress: progress.
 
         Raises:
             RmsnormDeployError: as `validate`, `load_model` and the readers of inputs.
@@ -101,11 +101,11 @@ class ValidationRequest:
         if self.inputs is not None and self.prompts:
             raise UsageError("give either --inputs or --prompt, not both.")
         exported = None if is_model_source(self.candidate) else open_exported(self.candidate)
-        say(f"loading {self.against}")
+        progress(f"loading {self.against}")
         model = load_against(self.against, self.dtype, exported, trust_remote_code)
         other = None
         if exported is None:
-            say(f"loading {self.candidate}")
+            progress(f"loading {self.candidate}")
             other = load_model(self.candidate, trust_remote_code=trust_remote_code)
         report = (bisect if self.bisect else validate)(
             self.candidate if other is None else other.model,
@@ -119,7 +119,7 @@ class ValidationRequest:
             depth=self.depth,
             window=self.window,
             settings=self.to_dict(),
-            progress=say,
+            progress=progress,
         )
         if self.inputs is not None and Path(self.inputs).is_file():
             report.provenance["inputs"] = file_record(Path(self.inputs))

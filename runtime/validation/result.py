@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ..accuracy.compare_output import OutputVerdict
 from ..norms.graph_norms import Key
 from ..report.report_file import VALIDATE_SCHEMA
-from .norm_checks import NormCheck, StretchCheck, norm_name
+from .norm_checks import NormCheck, SegmentCheck, norm_name
 
 CREATED = "created"
 
@@ -24,31 +24,31 @@ class DepthPoint:
         key: the norm.
         side: `input` or `output` of it.
         error: of the candidate, as the whole model runs.
-        yardstick_error: of PyTorch.
+        baseline_error: of PyTorch.
         introduced: what the part that ends here adds by itself, None where it could not be measured.
-        yardstick_introduced: the same of PyTorch.
+        baseline_introduced: the same of PyTorch.
     """
 
     key: Key
     side: Literal["input", "output"]
     error: float
-    yardstick_error: float
+    baseline_error: float
     introduced: float | None = None
-    yardstick_introduced: float | None = None
+    baseline_introduced: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The point as the JSON interface shows it."""
-        values = (self.error, self.yardstick_error, self.introduced, self.yardstick_introduced)
-        names = ("error", "yardstick_error", "introduced", "yardstick_introduced")
+        values = (self.error, self.baseline_error, self.introduced, self.baseline_introduced)
+        names = ("error", "baseline_error", "introduced", "baseline_introduced")
         numbers = dict(zip(names, map(_number, values), strict=True))
         return {"path": self.key[0], "call": self.key[1], "side": self.side, **numbers}
 
 
 @dataclass(frozen=True, slots=True)
 class Culprit:
-    """Where error is introduced: a norm, a stretch between norms, or the whole run."""
+    """Where error is introduced: a norm, a segment between norms, or the whole run."""
 
-    kind: Literal["norm", "stretch", "output"]
+    kind: Literal["norm", "segment", "output"]
     name: str
     reason: str
 
@@ -65,20 +65,20 @@ class ValidationReport:
         model: what was held against PyTorch.
         rows: one verdict for each case and output.
         norms: every norm alone.
-        stretches: everything between the norms.
+        segments: everything between the norms.
         depth: errors along the depth, where asked for.
         notes: what could not be checked, and why.
         refusals: norms that the exporter left as they were, from the manifest.
         deviations: where the target says it is not exact, from the manifest.
         settings: what was asked for, enough to run it again.
         provenance: versions, files and options of both sides.
-        schema: `rmsnorm_deploy.validate/2` or `rmsnorm_deploy.bisect/1`.
+        schema: `rmsnorm_deploy.validate/3` or `rmsnorm_deploy.bisect/2`.
     """
 
     model: str
     rows: list[tuple[str, OutputVerdict]] = field(default_factory=list)
     norms: list[NormCheck] = field(default_factory=list)
-    stretches: list[StretchCheck] = field(default_factory=list)
+    segments: list[SegmentCheck] = field(default_factory=list)
     depth: list[DepthPoint] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     refusals: list[dict[str, Any]] = field(default_factory=list)
@@ -89,20 +89,20 @@ class ValidationReport:
 
     @property
     def verdict(self) -> Literal["pass", "fail"]:
-        """`pass` when every output, norm and stretch passed, else `fail`."""
+        """`pass` when every output, norm and segment passed, else `fail`."""
         sound = all(row.passed for _, row in self.rows) and all(norm.passed for norm in self.norms)
-        return "pass" if self.rows and sound and all(s.verdict.passed for s in self.stretches) else "fail"
+        return "pass" if self.rows and sound and all(s.verdict.passed for s in self.segments) else "fail"
 
     @property
     def culprits(self) -> list[Culprit]:
-        """Where error is introduced: norms first, then stretches; the outputs only where neither explains them."""
+        """Where error is introduced: norms first, then segments; the outputs only where neither explains them."""
         found = [Culprit("norm", norm_name(n.norm.key), n.reason) for n in self.norms if not n.passed]
-        for stretch in (stretch for stretch in self.stretches if not stretch.verdict.passed):
-            reason = stretch.verdict.reason
-            if stretch.contains:
-                found += [Culprit("norm", name, f"inside {stretch.name}: {reason}") for name in stretch.contains]
+        for segment in (segment for segment in self.segments if not segment.verdict.passed):
+            reason = segment.verdict.reason
+            if segment.contains:
+                found += [Culprit("norm", name, f"inside {segment.name}: {reason}") for name in segment.contains]
             else:
-                found.append(Culprit("stretch", stretch.name, reason))
+                found.append(Culprit("segment", segment.name, reason))
         if found:
             return list({(c.kind, c.name): c for c in reversed(found)}.values())[::-1]
         failed = [(case, row) for case, row in self.rows if not row.passed]
@@ -114,7 +114,7 @@ class ValidationReport:
         counts = (
             _share("output", [row.passed for _, row in self.rows]),
             _share("norm", [norm.passed for norm in self.norms]),
-            _share("stretch", [stretch.verdict.passed for stretch in self.stretches]),
+            _share("segment", [segment.verdict.passed for segment in self.segments]),
         )
         text = ", ".join(count for count in counts if count)
         if self.verdict == "pass":
@@ -139,7 +139,7 @@ class ValidationReport:
             "settings": self.settings,
             "outputs": [{"case": case, **row.to_dict()} for case, row in self.rows],
             "norms": [norm.to_dict() for norm in self.norms],
-            "stretches": [stretch.to_dict(index) for index, stretch in enumerate(self.stretches)],
+            "segments": [segment.to_dict(index) for index, segment in enumerate(self.segments)],
             "depth": [point.to_dict() for point in self.depth],
             "notes": self.notes,
             "refusals": self.refusals,

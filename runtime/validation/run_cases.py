@@ -121,12 +121,12 @@ def _run_with_cache(runner: Runner, feeds: Mapping[str, Array]) -> Outputs:
 def judge_output(
     name: str,
     candidate: Array,
-    truth: Mapping[str, Array],
-    yardstick: Mapping[str, Array],
+    reference: Mapping[str, Array],
+    baseline: Mapping[str, Array],
     limits: Mapping[str, Limits],
 ) -> OutputVerdict:
     key = name.removesuffix(DECODE_SUFFIX)
-    true, wanted = truth[key], yardstick[key]
+    true, wanted = reference[key], baseline[key]
     if name.endswith(DECODE_SUFFIX):
         true, wanted = true[:, -1:], wanted[:, -1:]
     elif candidate.ndim == wanted.ndim and candidate.ndim > 1 and candidate.shape[1] == wanted.shape[1] - 1:
@@ -135,7 +135,7 @@ def judge_output(
     verdict = judge(name, candidate, true, wanted, limits=found)
     if candidate.dtype != wanted.dtype and verdict.passed and found is None:
         reason = f"it is {candidate.dtype.name} where PyTorch gives {wanted.dtype.name}; explicit limits let that pass"
-        return OutputVerdict(name, False, reason, verdict.figures, verdict.yardstick_figures)
+        return OutputVerdict(name, False, reason, verdict.figures, verdict.baseline_figures)
     return verdict
 
 

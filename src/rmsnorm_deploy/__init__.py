@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from rmsnorm_deploy.models.loading import load_model
-    from rmsnorm_deploy.models.recognition.find_norms import recognise
+    from rmsnorm_deploy.models.recognition.find_norms import find_norms
     from rmsnorm_deploy.models.reference import reference
     from rmsnorm_deploy.models.spec import NormSpec
     from rmsnorm_deploy.runtime.generate import generate
@@ -34,7 +34,7 @@ __version__ = "0.1.0"
 _HOME = {
     "NormSpec": "models.spec",
     "reference": "models.reference",
-    "recognise": "models.recognition.find_norms",
+    "find_norms": "models.recognition.find_norms",
     "load_model": "models.loading",
     "export_model": "export.from_torch.export_model",
     "rewrite_model": "runtime.rewriting.rewrite_file",
@@ -54,7 +54,7 @@ _HOME = {
 __all__ = [  # noqa: RUF022 - the order of a model's way through the house
     "NormSpec",
     "reference",
-    "recognise",
+    "find_norms",
     "load_model",
     "export_model",
     "rewrite_model",

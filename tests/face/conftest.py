@@ -32,11 +32,11 @@ class Net(nn.Module):
         torch.manual_seed(seed)
         self.embed = nn.Embedding(12, 16)
         self.norm = CastThenScale()
-        self.centred = nn.LayerNorm(16)
+        self.centered = nn.LayerNorm(16)
         self.head = nn.Linear(16, 64)
 
     def forward(self, input_ids):
-        return self.head(self.centred(self.norm(self.embed(input_ids))))
+        return self.head(self.centered(self.norm(self.embed(input_ids))))
 
 
 class Floats(nn.Module):

@@ -67,7 +67,7 @@ def test_inspect_model(rmsnorm: CommandLine, models: Path) -> None:
     assert site["spec"]["order"] == "cast_then_scale"
     assert site["parameters"] == ["norm.weight"]
     (refusal,) = content["refusals"]
-    assert (refusal["path"], refusal["class"]) == ("centred", "torch.nn.modules.normalization.LayerNorm")
+    assert (refusal["path"], refusal["class"]) == ("centered", "torch.nn.modules.normalization.LayerNorm")
     assert "mean" in refusal["reason"]
     assert "a factory may print" in outcome.err
 
@@ -129,7 +129,7 @@ def test_export_json(rmsnorm: CommandLine, models: Path, tmp_path: Path) -> None
     assert (deviation["at_most_ulp"], deviation["sites"]) == (1.5, ["norm"])
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["source"] == f"{models}:net"
-    # The yardstick is loaded in the exported dtype without being told.
+    # The baseline is loaded in the exported dtype without being told.
     outcome = rmsnorm("validate", tmp_path / "out", "--against", f"{models}:net")
     assert outcome.code == 0
     assert outcome.out.count("not exact, at most 1.5 ULP: ") == 1
@@ -165,8 +165,8 @@ def test_export_inputs_and_static(rmsnorm: CommandLine, models: Path, tmp_path: 
 def test_validate_passes(rmsnorm: CommandLine, models: Path, exported: Path, target: str) -> None:
     outcome = rmsnorm("validate", exported / target, "--against", f"{models}:net", "--json")
     assert outcome.code == 0
-    assert (outcome.json["schema"], outcome.json["verdict"]) == ("rmsnorm_deploy.validate/2", "pass")
-    assert [len(outcome.json[part]) for part in ("outputs", "norms", "stretches")] == [3, 1, 2]
+    assert (outcome.json["schema"], outcome.json["verdict"]) == ("rmsnorm_deploy.validate/3", "pass")
+    assert [len(outcome.json[part]) for part in ("outputs", "norms", "segments")] == [3, 1, 2]
 
 
 def test_validate_fails_against_another_model(rmsnorm: CommandLine, models: Path, exported: Path) -> None:
@@ -257,7 +257,7 @@ def test_generate_wants_one_prompt(rmsnorm: CommandLine, arguments: tuple[str, .
 
 def test_targets(rmsnorm: CommandLine) -> None:
     content = rmsnorm("targets", "--json").json
-    assert content["schema"] == "rmsnorm_deploy.targets/1"
+    assert content["schema"] == "rmsnorm_deploy.targets/2"
     assert [(row["target"], row["form"], row["opset"]) for row in content["targets"]] == [
         (cell.target, cell.form, cell.opset) for cell in TABLE
     ]
@@ -387,7 +387,7 @@ def test_doctor_here(rmsnorm: CommandLine) -> None:
 def test_doctor_target_that_cannot_run(rmsnorm: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     problems = dict.fromkeys(HERE.providers, "onnxruntime is not installed")
     diagnosis = diagnose(dataclasses.replace(HERE, onnxruntime=None, providers=problems, compiled=[]))
-    monkeypatch.setattr("rmsnorm_deploy.runtime.doctor.examine", lambda say: diagnosis)
+    monkeypatch.setattr("rmsnorm_deploy.runtime.doctor.examine", lambda progress: diagnosis)
     assert rmsnorm("doctor").code == 0
     outcome = rmsnorm("doctor", "--target", "ort")
     assert outcome.code == 4

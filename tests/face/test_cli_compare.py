@@ -24,7 +24,7 @@ def files(tmp_path: Path) -> Path:
 def report(path: Path, passed: bool, ulp: float) -> Path:
     row = {"case": "1x7", "name": "logits", "passed": passed, "reason": "it is so", "figures": {"max_ulp": ulp}}
     content: dict[str, Any] = {
-        "schema": "rmsnorm_deploy.validate/2", "verdict": "pass" if passed else "fail", "summary": "a summary",
+        "schema": "rmsnorm_deploy.validate/3", "verdict": "pass" if passed else "fail", "summary": "a summary",
         "settings": {"seed": int(ulp)}, "outputs": [row],
     }  # fmt: skip
     path.write_text(json.dumps(content))

@@ -47,7 +47,7 @@ def test_validate_prints_outputs_and_the_verdict(rmsnorm: CommandLine, honest: A
     assert lines[0].split()[:3] == ["case", "output", "verdict"]
     assert lines[1].split()[:3] == ["2x5", "output", "pass"]
     assert lines[-2:] == [
-        "1 of 1 output, 1 of 1 norm, 2 of 2 stretches as accurate as PyTorch.", "verdict: pass",
+        "1 of 1 output, 1 of 1 norm, 2 of 2 segments as accurate as PyTorch.", "verdict: pass",
     ]  # fmt: skip
     assert "norm, alone" not in outcome.out
     assert "PyTorch in float64: 2x5 (1 of 1)" in outcome.err
@@ -59,18 +59,18 @@ def test_norms_prints_a_line_for_each_part(rmsnorm: CommandLine, honest: Any) ->
     starts = [line.split("  ")[0] for line in outcome.out.splitlines()]
     for heading, rows in (
         ("norm, alone", ["norm"]),
-        ("stretch between norms", ["the inputs ... norm", "norm ... output"]),
+        ("segment between norms", ["the inputs ... norm", "norm ... output"]),
         ("as the whole model runs, at", ["norm", "norm"]),
     ):
         at = starts.index(heading)
         assert starts[at + 1 : at + 1 + len(rows)] == rows
     content = rmsnorm("validate", *honest, "--norms", "--json").json
-    assert (len(content["norms"][0]["inputs"]), len(content["stretches"]), len(content["depth"])) == (11, 2, 2)
+    assert (len(content["norms"][0]["inputs"]), len(content["segments"]), len(content["depth"])) == (11, 2, 2)
 
 
 def test_outputs_only(rmsnorm: CommandLine, honest: Any) -> None:
     content = rmsnorm("validate", *honest, "--outputs-only", "--json").json
-    assert (content["verdict"], content["norms"], content["stretches"]) == ("pass", [], [])
+    assert (content["verdict"], content["norms"], content["segments"]) == ("pass", [], [])
     assert content["settings"]["outputs_only"] is True
 
 
@@ -81,7 +81,7 @@ def test_bisect_prints_the_culprit(rmsnorm: CommandLine, models: Path, honest: A
     assert outcome.out.endswith("error is introduced in norm.\nverdict: fail\n")
     assert "as the whole model runs, at" in outcome.out
     content = rmsnorm("bisect", wrong, "--against", f"{models}:net", "--json").json
-    assert content["schema"] == "rmsnorm_deploy.bisect/1"
+    assert content["schema"] == "rmsnorm_deploy.bisect/2"
     assert [(row["kind"], row["name"]) for row in content["culprits"]] == [("norm", "norm")]
     outcome = rmsnorm("bisect", *honest)
     assert outcome.code == 0

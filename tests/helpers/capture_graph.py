@@ -129,11 +129,11 @@ def op_counts(model: ir.Model) -> dict[str, int]:
     return {name: names.count(name) for name in dict.fromkeys(names)}
 
 
-def errors(result: NDArray[Any], truth: NDArray[np.float64], dtype: torch.dtype) -> NDArray[np.float64]:
+def errors(result: NDArray[Any], reference: NDArray[np.float64], dtype: torch.dtype) -> NDArray[np.float64]:
     """Each element's error in ULP of `dtype` at max(|truth|, root mean square of its row).
 
     An element far below its row's size is a difference of larger ones (bias, gate): its own ULP says nothing.
     """
-    row = np.sqrt(np.mean(truth**2, axis=-1, keepdims=True))
-    scale = np.maximum(np.maximum(np.abs(truth), row), torch.finfo(dtype).tiny)
-    return np.abs(result.astype(np.float64) - truth) / (scale * torch.finfo(dtype).eps)
+    row = np.sqrt(np.mean(reference**2, axis=-1, keepdims=True))
+    scale = np.maximum(np.maximum(np.abs(reference), row), torch.finfo(dtype).tiny)
+    return np.abs(result.astype(np.float64) - reference) / (scale * torch.finfo(dtype).eps)

@@ -1,6 +1,6 @@
 """What a lowered graph says, node by node in NumPy, with every rounding where the file puts it.
 
-ONNX Runtime on the CPU computes half types in float32 and cancels casts between, at every optimisation level, and has
+ONNX Runtime on the CPU computes half types in float32 and cancels casts between, at every optimization level, and has
 no bfloat16 at all. Here each operator rounds to its output's dtype, as ONNX defines it.
 """
 
@@ -76,7 +76,7 @@ def _constant(attributes: Attributes) -> Array:
     return np.array(attributes["value_float"], np.float32)
 
 
-def _normalised(attributes: Attributes, x: Array) -> Array:
+def _normalized(attributes: Attributes, x: Array) -> Array:
     """x / RMS(x) in the stash type, not cast back yet."""
     stash = ir.DataType(attributes["stash_type"]).numpy()
     wide = x.astype(stash)
@@ -87,12 +87,12 @@ def _normalised(attributes: Attributes, x: Array) -> Array:
 
 def _rms_normalization(attributes: Attributes, x: Array, scale: Array) -> Array:
     """As ONNX defines it: the cast to x's dtype comes before the scale."""
-    return (_normalised(attributes, x).astype(x.dtype) * scale).astype(x.dtype)
+    return (_normalized(attributes, x).astype(x.dtype) * scale).astype(x.dtype)
 
 
 def _simplified_layer_normalization(attributes: Attributes, x: Array, scale: Array) -> Array:
     """As ONNX Runtime's kernel does it: the scale comes before the cast."""
-    wide = _normalised(attributes, x)
+    wide = _normalized(attributes, x)
     return (wide * scale.astype(wide.dtype)).astype(x.dtype)
 
 

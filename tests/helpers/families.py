@@ -83,12 +83,12 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         config = getattr(transformers, family.config)(**family.options)
         model = getattr(transformers, family.model)(config)
     generator = torch.Generator().manual_seed(1)
-    centre = 0.0 if GEMMA in family.norms else 1.0
+    center = 0.0 if GEMMA in family.norms else 1.0
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in path.lower():
-                parameter.copy_(noise * 0.2 + centre)
+                parameter.copy_(noise * 0.2 + center)
             elif parameter.ndim >= 2:
                 parameter.copy_(noise * 0.15)
     return model.eval().to(dtype)

@@ -69,7 +69,7 @@ class HostKernels:
         outputs = {"y": _poisoned((rows + 1, kernel.width), NUMPY[kernel.out_dtype])}
         if kernel.adds:
             outputs["sum"] = _poisoned((rows + 1, kernel.width), sum_dtype)
-        if kernel.quantisation == "per_row":
+        if kernel.quantization == "per_row":
             outputs["row_scale"] = _poisoned((rows + 1,), np.float32)
         if in_place:
             outputs["y"] = x

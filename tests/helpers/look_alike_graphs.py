@@ -1,4 +1,4 @@
-"""Graphs that look like an RMSNorm and are none: nothing in them may be recognised."""
+"""Graphs that look like an RMSNorm and are none: nothing in them may be recognized."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ def over_root(g: Graph, x: str, stat: str) -> str:
 # LayerNorm and its relatives --------------------------------------------------------------------------------------
 
 
-def layer_norm(g: Graph, x: str, centre: str, spelling: str) -> str:
+def layer_norm(g: Graph, x: str, center: str, spelling: str) -> str:
     m = mean(g, x)
-    if centre == "sum":
+    if center == "sum":
         m = g.op("Div", g.reduce("ReduceSum", x, [-1]), g.constant(np.float32(WIDTH)))
-    if centre == "neg":
+    if center == "neg":
         d = g.op("Add", x, g.op("Neg", m))
-    elif centre == "neg left":
+    elif center == "neg left":
         d = g.op("Add", g.op("Neg", m), x)
-    elif centre == "cast":
+    elif center == "cast":
         d = g.cast(g.cast(g.op("Sub", x, m), "float64"), "float32")
-    elif centre == "squeezed":
+    elif center == "squeezed":
         flat = g.reduce("ReduceMean", x, [-1], 0)
         d = g.op("Sub", x, g.unsqueeze(flat, [-1]))
     else:
@@ -120,7 +120,7 @@ def cosine(g: Graph, x: str) -> str:
     return g.op("Div", dot, eps(g, roots))
 
 
-def normalised_dot(g: Graph, x: str) -> str:
+def normalized_dot(g: Graph, x: str) -> str:
     """q k / (|q| |k|), one division after the other."""
     roots = [g.op("Sqrt", eps(g, g.reduce("ReduceSum", square(g, v), [-1]))) for v in (x, g.op("Tanh", x))]
     dot = g.op("Mul", x, g.op("Tanh", x))
@@ -218,7 +218,7 @@ WRONG = (
 )  # fmt: skip
 
 
-# Other normalisations ---------------------------------------------------------------------------------------------
+# Other normalizations ---------------------------------------------------------------------------------------------
 
 
 def softmax_scaling(g: Graph, x: str) -> str:
@@ -245,7 +245,7 @@ def rms_output(g: Graph, x: str) -> str:
 
 
 def response(g: Graph, x: str) -> str:
-    """ConvNeXt V2's global response normalisation."""
+    """ConvNeXt V2's global response normalization."""
     norm = g.reduce("ReduceL2", x, [1])
     return scaled(g, g.op("Mul", x, g.op("Div", norm, eps(g, mean(g, norm)))))
 
@@ -395,15 +395,15 @@ def odd_operators() -> Iterable[tuple[str, onnx.ModelProto]]:
 
 
 def look_alikes() -> Iterable[tuple[str, onnx.ModelProto]]:
-    for centre in ("sub", "neg", "neg left", "sum", "cast", "squeezed"):
+    for center in ("sub", "neg", "neg left", "sum", "cast", "squeezed"):
         for spelling in ("div", "reciprocal", "pow"):
-            yield f"LayerNorm, {centre}, {spelling}", model(lambda g, x, c=centre, s=spelling: layer_norm(g, x, c, s))
+            yield f"LayerNorm, {center}, {spelling}", model(lambda g, x, c=center, s=spelling: layer_norm(g, x, c, s))
     for spelling in ("inside", "plain", "l2", "clip", "max", "max inside", "outside", "expanded"):
         yield f"L2 norm, {spelling}", model(lambda g, x, s=spelling: l2(g, x, s))
     for what in WRONG:
         yield f"RMSNorm but {what}", model(lambda g, x, w=what: wrong(g, x, w))
     writers: tuple[Write, ...] = (
-        second_moment, standard_deviation, clipped_rms, cosine, normalised_dot, softmax_scaling, softmax_by_hand,
+        second_moment, standard_deviation, clipped_rms, cosine, normalized_dot, softmax_scaling, softmax_by_hand,
         squared_softmax, rms_loss, rms_output, response, energy, variance_gate, adam, other_rows, batch_norm_by_hand,
         instance_norm_by_hand, everywhere, overridable, not_reduced, live_axes, dropped, selected,
     )  # fmt: skip

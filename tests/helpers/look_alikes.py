@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from helpers.norm_zoo import Biased, Weighted, factor, hub, normalised
+from helpers.norm_zoo import Biased, Weighted, factor, hub, normalized
 from torch import Tensor, nn
 
 
@@ -45,7 +45,7 @@ class UnitLength(nn.Module):
         return x / x.norm(dim=-1, keepdim=True)
 
 
-class Standardised(Weighted):
+class Standardized(Weighted):
     """Divided by the standard deviation, mean kept."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class NamedRMSNorm(Weighted):
 
 class GeluGated(Weighted):
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        y = normalised(x) * self.weight
+        y = normalized(x) * self.weight
         return y if gate is None else y * F.gelu(gate)
 
 
@@ -132,7 +132,7 @@ class Adaptive(Weighted):
         self.project = nn.Linear(8, 64)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        return normalised(x) * self.weight * (1 + self.project(condition))
+        return normalized(x) * self.weight * (1 + self.project(condition))
 
 
 class AdaptiveNorm(Adaptive):
@@ -146,34 +146,34 @@ class RaisingNorm(Weighted):
 
 class RandomNorm(Weighted):
     def forward(self, x: Tensor) -> Tensor:
-        return normalised(x) * self.weight * (1 + torch.rand(()))
+        return normalized(x) * self.weight * (1 + torch.rand(()))
 
 
 class AlwaysDropping(Weighted):
     """Dropout that eval mode does not switch off."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(normalised(x) * self.weight, 0.5, True)
+        return F.dropout(normalized(x) * self.weight, 0.5, True)
 
 
-class TwiceNormalised(Weighted):
+class TwiceNormalized(Weighted):
     def forward(self, x: Tensor) -> Tensor:
-        return normalised(normalised(x)) * self.weight
+        return normalized(normalized(x)) * self.weight
 
 
 class Activated(Weighted):
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(normalised(x) * self.weight)
+        return F.silu(normalized(x) * self.weight)
 
 
 class Clamped(Weighted):
     def forward(self, x: Tensor) -> Tensor:
-        return (normalised(x) * self.weight).clamp(-3, 3)
+        return (normalized(x) * self.weight).clamp(-3, 3)
 
 
 class TupleNorm(Weighted):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return normalised(x) * self.weight, x
+        return normalized(x) * self.weight, x
 
 
 class DoubleStatistics(Weighted):
@@ -190,14 +190,14 @@ class HalfDiffers(Weighted):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.bfloat16:
             return (x.float() * factor(x.float()) * self.weight.float()).to(x.dtype)
-        return normalised(x) * self.weight
+        return normalized(x) * self.weight
 
 
 class RankDiffers(Weighted):
     """Another formula for four dims."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalised(x) * self.weight * (2 if x.ndim == 4 else 1)
+        return normalized(x) * self.weight * (2 if x.ndim == 4 else 1)
 
 
 class LooseWeight(nn.Module):
@@ -208,7 +208,7 @@ class LooseWeight(nn.Module):
         self.scale = torch.ones(64)
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalised(x) * self.scale.to(x.dtype)
+        return normalized(x) * self.scale.to(x.dtype)
 
 
 class ThreeTensorsNorm(Biased):
@@ -247,7 +247,7 @@ def _own_forward() -> nn.Module:
 NO_SPEC = "no NormSpec reproduces it bit for bit in float32"
 SUBTRACTS = "it subtracts the mean"
 UNFIXED = "spread over a width that the module does not fix"
-BY_NAME = "it is called a norm, but does not normalise a single input"
+BY_NAME = "it is called a norm, but does not normalize a single input"
 
 LOOK_ALIKES: dict[str, LookAlike] = {
     "layer_norm": LookAlike(lambda: nn.LayerNorm(64), SUBTRACTS),
@@ -264,12 +264,12 @@ LOOK_ALIKES: dict[str, LookAlike] = {
     "eps_outside": LookAlike(lambda: EpsOutside(64), NO_SPEC),
     "normalize": LookAlike(lambda: Normalize(64), NO_SPEC),
     "unit_length": LookAlike(UnitLength, NO_SPEC),
-    "standardised": LookAlike(lambda: Standardised(64), NO_SPEC),
+    "standardized": LookAlike(lambda: Standardized(64), NO_SPEC),
     "variance_only": LookAlike(lambda: VarianceOnly(64), NO_SPEC),
     "partial_statistics": LookAlike(lambda: PartialStatistics(64), NO_SPEC),
     "timestep_norm": LookAlike(hub("pocket_tts", "PocketTTSTimestepNorm", 64), NO_SPEC),
     "input_scaled": LookAlike(hub("muse_spark", "MuseSparkTextInputScaledRMSNorm", 64), NO_SPEC),
-    "twice_normalised": LookAlike(lambda: TwiceNormalised(64), NO_SPEC),
+    "twice_normalized": LookAlike(lambda: TwiceNormalized(64), NO_SPEC),
     "activated": LookAlike(lambda: Activated(64), NO_SPEC),
     "clamped": LookAlike(lambda: Clamped(64), NO_SPEC),
     "double_statistics": LookAlike(lambda: DoubleStatistics(64), NO_SPEC),
@@ -302,7 +302,7 @@ LOOK_ALIKES: dict[str, LookAlike] = {
     "torchscript": LookAlike(lambda: torch.jit.script(nn.RMSNorm(64)), "TorchScript"),
     "own_forward": LookAlike(_own_forward, "its forward was replaced on the instance"),
     "adaptive": LookAlike(AdaptiveNorm, "it keeps parameters in child modules"),
-    "raising": LookAlike(lambda: RaisingNorm(64), "does not normalise a single input (the kernel is not built)"),
+    "raising": LookAlike(lambda: RaisingNorm(64), "does not normalize a single input (the kernel is not built)"),
     "loose_weight": LookAlike(LooseWeight, "neither parameter nor buffer"),
     "parametrized": LookAlike(_parametrized, "its tensors are parametrized"),
     "weight_norm": LookAlike(_weight_norm, "neither parameter nor buffer"),

@@ -56,7 +56,7 @@ class Case:
         """The result of the same norm with another order of casts."""
         return eager(self.spec.replace(order=order), self.x, self.weight, self.bias, self.gate).numpy()
 
-    def truth(self, spec: NormSpec | None = None) -> NDArray[np.float64]:
+    def expected(self, spec: NormSpec | None = None) -> NDArray[np.float64]:
         tensors = (self.x, self.weight, self.bias, self.gate)
         return reference(spec or self.spec, *(None if t is None else t.double().numpy() for t in tensors))
 

@@ -110,7 +110,7 @@ def norm_of_norm(g: Graph, x: str) -> str:
 
 
 def two_weights(g: Graph, x: str) -> str:
-    """One normalised value that two weights scale: the norm itself has none."""
+    """One normalized value that two weights scale: the norm itself has none."""
     h = normed(g, x)
     return g.op("Concat", g.op("Mul", h, vector(g)), g.op("Mul", h, vector(g, "other.weight", seed=3)), axis=-1)
 

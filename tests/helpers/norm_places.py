@@ -42,7 +42,7 @@ def residual(way: Way, swapped: bool, used: str) -> onnx.ModelProto:
 
 
 def chain(way: Way, count: int) -> onnx.ModelProto:
-    """A residual stream: each sum is normalised, and what comes of it is added to it."""
+    """A residual stream: each sum is normalized, and what comes of it is added to it."""
     g = Graph(way.opset)
     x = g.input("x", DIMS, way.dtype)
     for number in range(count):
@@ -65,7 +65,7 @@ def broadcast(shape: list[Any] | None, constant: bool) -> onnx.ModelProto:
 
 def residuals() -> Iterable[Spelling]:
     for name, way in WAYS.items():
-        found = Expected(expected(way), "add")
+        found = Expected(expected(way), "residual_add")
         for swapped in (False, True):
             for used in ("nowhere", "output", "elsewhere"):
                 order = "b + a" if swapped else "a + b"
@@ -82,7 +82,7 @@ def residuals() -> Iterable[Spelling]:
 
 
 def grouped(way: Way, back: str, gate: str, bias: bool) -> onnx.ModelProto:
-    """As Mamba2 and its relatives do it: x * silu(gate), cut in groups, normalised, joined, scaled."""
+    """As Mamba2 and its relatives do it: x * silu(gate), cut in groups, normalized, joined, scaled."""
     g = Graph(way.opset)
     x = g.input("x", DIMS, way.dtype)
     half = way.dtype in HALVES
@@ -355,7 +355,9 @@ def fused_operators() -> Iterable[Spelling]:
     for dtype in ("float32", "float16"):
         for total in (False, True):
             name = f"SkipSimplifiedLayerNormalization {dtype}, sum {total}"
-            yield Spelling(name, partial(skip, dtype, total), (Expected(FUSED, "add"),), "onnxruntime-genai style")
+            yield Spelling(
+                name, partial(skip, dtype, total), (Expected(FUSED, "residual_add"),), "onnxruntime-genai style"
+            )
     for dtype, scale_type, offset in (
         ("float32", "float32", 0.0), ("float16", "float32", 0.0), ("float16", "float16", 0.0),
         ("float16", "float32", 1.0), ("float16", "float16", 1.0), ("float32", "float32", 1.0),
@@ -368,7 +370,7 @@ def fused_operators() -> Iterable[Spelling]:
         for added in (False, True):
             name = f"{'AddRMSNorm' if added else 'RMSNorm'} {dtype}, {scale_type} scale + {offset:g}"
             build = partial(plugin, dtype, added, scale_type, offset)
-            yield Spelling(name, build, (Expected(spec, "add" if added else "plain"),), "plugin")
+            yield Spelling(name, build, (Expected(spec, "residual_add" if added else "plain"),), "plugin")
 
 
 PLACES: dict[str, Spelling] = {

@@ -69,7 +69,7 @@ class ZooNorm:
 
     def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
         """The module in eval mode with random weights: both signs, no ones, no zeros."""
-        return randomised(self.make(), seed).to(dtype).eval()
+        return randomized(self.make(), seed).to(dtype).eval()
 
     def tensors(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
         """The module's weight and bias."""
@@ -78,7 +78,7 @@ class ZooNorm:
         return weight, bias
 
 
-def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
+def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
     """The module with random floating parameters and buffers."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -95,8 +95,8 @@ def factor(x: Tensor, eps: float = 1e-6) -> Tensor:
     return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
-def normalised(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x normalised in float32 and cast back."""
+def normalized(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x normalized in float32 and cast back."""
     h = x.float()
     return (h * factor(h, eps)).to(x.dtype)
 
@@ -109,7 +109,7 @@ class Weighted(nn.Module):
         self.weight = nn.Parameter(torch.ones(shape or (64,)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalised(x) * self.weight
+        return normalized(x) * self.weight
 
 
 class Biased(Weighted):
@@ -125,7 +125,7 @@ class Biased(Weighted):
 
 class BiasedAfterCast(Biased):
     def forward(self, x: Tensor) -> Tensor:
-        return normalised(x) * self.weight + self.bias
+        return normalized(x) * self.weight + self.bias
 
 
 class NoUpcast(nn.Module):
@@ -176,21 +176,21 @@ class BufferWeight(nn.Module):
         self.register_buffer("scale", torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * normalised(x)
+        return self.scale * normalized(x)
 
 
 class OnePlusAfterCast(Weighted):
     """(1 + weight) in the weight's own dtype, after the cast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalised(x) * (1 + self.weight)
+        return normalized(x) * (1 + self.weight)
 
 
 class OnePlusWideAfterCast(Weighted):
     """(1 + weight) in float32, multiplied after the cast, the result in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalised(x) * (1.0 + self.weight.float())
+        return normalized(x) * (1.0 + self.weight.float())
 
 
 class FactorWeighted(Weighted):
@@ -227,14 +227,14 @@ class TakesMore(Weighted):
     """A second input that it does not use."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return normalised(x) * self.weight
+        return normalized(x) * self.weight
 
 
 class OverridesLayerNorm(nn.LayerNorm):
     """A LayerNorm by name and parameters, an RMS norm by what it does."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalised(x, self.eps) * self.weight
+        return normalized(x, self.eps) * self.weight
 
 
 class EvalOnlyDropout(Weighted):
@@ -245,7 +245,7 @@ class EvalOnlyDropout(Weighted):
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(F.dropout(normalised(x) * self.weight, 0.5, self.training))
+        return self.dropout(F.dropout(normalized(x) * self.weight, 0.5, self.training))
 
 
 CAST_FIRST = NormSpec(eps=1e-6, order="cast_then_scale")

@@ -10,34 +10,34 @@ EDGES: list[float | str] = [0, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512,
 
 
 def sample_report(passed: bool = True, norms: int = 9) -> dict[str, Any]:
-    """A report of schema `rmsnorm_deploy.validate/2`, with three outputs and two stretches.
+    """A report of schema `rmsnorm_deploy.validate/3`, with three outputs and two segments.
 
     Args:
-        passed: whether everything passed; else the norm in the middle, all outputs and the second stretch failed.
+        passed: whether everything passed; else the norm in the middle, all outputs and the second segment failed.
         norms: how many norms, at least 1, each with the eight kinds of input of `KINDS`.
     """
     rng = random.Random(0)
     paths = _paths(norms)
     bad = None if passed else paths[norms // 2]
     return {
-        "schema": "rmsnorm_deploy.validate/2",
+        "schema": "rmsnorm_deploy.validate/3",
         "created": "2026-11-23T04:00:00+00:00",
         "verdict": "pass" if passed else "fail",
         "summary": (
-            f"All 3 outputs, {norms} norms and 2 stretches are as close to the truth as PyTorch."
+            f"All 3 outputs, {norms} norms and 2 segments are as close to the truth as PyTorch."
             if passed
-            else f"{bad} is where the error enters: 3 outputs, 1 norm and 1 stretch are further off than PyTorch."
+            else f"{bad} is where the error enters: 3 outputs, 1 norm and 1 segment are further off than PyTorch."
         ),
         "settings": {"model": "out/model.onnx", "against": "Qwen/Qwen3-0.6B", "provider": "cpu", "seed": 0,
                      "atol": None, "shapes": ["1x1", "1x7", "3x33"]},
         "outputs": [_output(rng, case, passed) for case in ("1x1", "1x7", "3x33")],
         "norms": [_norm(rng, path, path != bad) for path in paths],
-        "stretches": [_stretch(rng, paths, 0, True), _stretch(rng, paths, 1, passed)],
+        "segments": [_segment(rng, paths, 0, True), _segment(rng, paths, 1, passed)],
         "depth": _depth(rng, paths, bad),
         "culprits": [] if passed else [{"kind": "norm", "name": bad, "reason": "error max 913 of 4.1 allowed"}],
         "notes": ["model.norm runs on 1 row only, so its statistics were checked on made-up rows alone."],
         "refusals": [
-            {"path": "model.vision.norm", "class": "CentredNorm", "reason": "it subtracts the mean of each group"}
+            {"path": "model.vision.norm", "class": "CenteredNorm", "reason": "it subtracts the mean of each group"}
         ],
         "deviations": [
             {"runtime": "onnxruntime", "at_most_ulp": 1.5, "reason": "the scale is applied in float32",
@@ -47,7 +47,7 @@ def sample_report(passed: bool = True, norms: int = 9) -> dict[str, Any]:
             "candidate": {"runtime": "onnxruntime", "providers_used": ["CPUExecutionProvider"],
                           "files": [{"name": "model.onnx", "sha256": "5f2c" * 16}, {"name": "model.onnx.data",
                                                                                    "sha256": "09ab" * 16}]},
-            "yardstick": {"runtime": "torch", "dtype": "float16", "device": "cpu"},
+            "baseline": {"runtime": "torch", "dtype": "float16", "device": "cpu"},
             "versions": {"rmsnorm-deploy": "0.1.0", "torch": "2.11.0", "onnxruntime": "1.23.2"},
         },
     }  # fmt: skip
@@ -80,8 +80,8 @@ def _figures(rng: random.Random, scale: float, *, logits: bool = False) -> dict[
         "kl": ulp * 1e-10 if logits else None,
         "histogram": {"ulp_at_most": EDGES, "count": [*counts, beyond]},
         "worst": [
-            {"index": [0, place, 17 * place], "value": 1.2000 + place / 7, "truth": 1.1999 + place / 7,
-             "yardstick": 1.2001 + place / 7, "ulp": round(ulp / (1 + place), 3)}
+            {"index": [0, place, 17 * place], "value": 1.2000 + place / 7, "reference": 1.1999 + place / 7,
+             "baseline": 1.2001 + place / 7, "ulp": round(ulp / (1 + place), 3)}
             for place in range(5)
         ],
     }  # fmt: skip
@@ -94,7 +94,7 @@ def _judged(rng: random.Random, passed: bool, *, logits: bool = False) -> dict[s
         "passed": passed,
         "reason": verdict,
         "figures": mine,
-        "yardstick_figures": _figures(rng, 2.8, logits=logits),
+        "baseline_figures": _figures(rng, 2.8, logits=logits),
     }
 
 
@@ -106,20 +106,20 @@ def _norm(rng: random.Random, path: str, passed: bool) -> dict[str, Any]:
     inputs = [{"kind": kind, **_judged(rng, passed or kind not in KINDS[2:4])} for kind in KINDS]
     if not passed:
         inputs[3]["figures"] = {**inputs[3]["figures"], "max_ulp": "inf", "mean_ulp": "inf", "nonfinite_agree": False}
-        inputs[4].update(figures=None, yardstick_figures=None, reason="shape mismatch: (2, 8) and (2, 9)", passed=False)
+        inputs[4].update(figures=None, baseline_figures=None, reason="shape mismatch: (2, 8) and (2, 9)", passed=False)
     reason = "all kinds of input passed" if passed else "outlier channels: error max 913 of 4.1 allowed"
     return {
         "path": path,
         "call": 0,
         "computes": "weight, cast-then-scale, eps 1e-06",
-        "form": "add" if "post_attention" in path else "plain",
+        "form": "residual_add" if "post_attention" in path else "plain",
         "passed": passed,
         "reason": reason,
         "inputs": inputs,
     }
 
 
-def _stretch(rng: random.Random, paths: list[str], index: int, passed: bool) -> dict[str, Any]:
+def _segment(rng: random.Random, paths: list[str], index: int, passed: bool) -> dict[str, Any]:
     ends = paths[index % len(paths)], paths[(index + 1) % len(paths)]
     return {
         "name": " ... ".join(ends),
@@ -131,21 +131,21 @@ def _stretch(rng: random.Random, paths: list[str], index: int, passed: bool) -> 
 
 def _depth(rng: random.Random, paths: list[str], bad: str | None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    error = yardstick = 2e-7
+    error = baseline = 2e-7
     for path in paths:
         for side in ("input", "output"):
             jump = 3e-3 if path == bad and side == "output" else 0.0
             added, own = rng.uniform(1e-7, 4e-7), rng.uniform(1e-7, 4e-7)
-            error, yardstick = error * 1.02 + added / 3 + jump, yardstick * 1.02 + own / 3
+            error, baseline = error * 1.02 + added / 3 + jump, baseline * 1.02 + own / 3
             rows.append(
                 {
                     "path": path,
                     "call": 0,
                     "side": side,
                     "error": error,
-                    "yardstick_error": yardstick,
+                    "baseline_error": baseline,
                     "introduced": added + jump if side == "output" else None,
-                    "yardstick_introduced": own if side == "output" else None,
+                    "baseline_introduced": own if side == "output" else None,
                 }
             )
     return rows

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class HalfCastNorm(nn.Module):
-    """Normalises in float32, casts, then multiplies by the weight."""
+    """Normalizes in float32, casts, then multiplies by the weight."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class HalfCastNorm(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two residual blocks; each sum is normalised and used again."""
+    """Two residual blocks; each sum is normalized and used again."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from torch import nn
 
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.loading import BUILTINS, DTYPES, LoadedModel, load_model
-from rmsnorm_deploy.models.recognition.find_norms import recognise
+from rmsnorm_deploy.models.recognition.find_norms import find_norms
 
 CODE = """
 from __future__ import annotations
@@ -91,7 +91,7 @@ def test_builtin_models_load_in_eval_mode(name: str) -> None:
     assert (loaded.kind, loaded.source, loaded.folder) == ("decoder", f"builtin:{name}", None)
     assert loaded.task == ("addition" if name == "addition" else None)
     assert not any(module.training for module in loaded.model.modules())
-    assert len(recognise(loaded.model).sites) >= 3
+    assert len(find_norms(loaded.model).sites) >= 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,7 +116,7 @@ def test_an_unknown_dtype_is_an_error_before_anything_is_loaded(source: str) -> 
 def test_a_factory_a_class_or_a_module_in_python(code: Path, name: str, attribute: str) -> None:
     loaded = load_model(f"{name}:{attribute}")
     assert (loaded.kind, loaded.folder, loaded.task, loaded.example_inputs) == ("python", None, None, None)
-    assert [site.path for site in recognise(loaded.model).sites] == ["1"]
+    assert [site.path for site in find_norms(loaded.model).sites] == ["1"]
     assert not any(module.training for module in loaded.model.modules())
     assert type(loaded.model).__module__ == "my_norm_model"
 
@@ -155,7 +155,7 @@ def test_a_file_can_be_loaded_again_after_it_changed(code: Path) -> None:
     first = load_model("my_norm_model.py:model").model
     code.write_text(CODE.replace("nn.RMSNorm(4)", "nn.RMSNorm(4, eps=0.25)"))
     second = load_model("my_norm_model.py:model").model
-    assert [recognise(model).sites[0].spec.eps for model in (first, second)] == [2.0**-23, 0.25]
+    assert [find_norms(model).sites[0].spec.eps for model in (first, second)] == [2.0**-23, 0.25]
 
 
 def test_a_file_that_fails_leaves_no_module_behind(code: Path) -> None:
@@ -201,7 +201,7 @@ def write(folder: Path, files: dict[str, str | bytes]) -> Path:
     return folder
 
 
-MANIFEST = '{"schema": "rmsnorm_deploy.manifest/1"}'
+MANIFEST = '{"schema": "rmsnorm_deploy.manifest/2"}'
 LLAMA_CONFIG = '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
 FOLDER_ERRORS: dict[str, tuple[dict[str, str | bytes], str]] = {
     "empty": ({}, "holds no config.json, so it is no saved model. Save one with save_pretrained"),
@@ -266,7 +266,7 @@ def test_a_saved_transformers_model_loads_in_the_dtype_asked_for(llama: Path, dt
     assert type(loaded.model).__name__ == "LlamaForCausalLM"
     assert dtypes(loaded.model) == {getattr(torch, dtype or "bfloat16")}
     assert not loaded.model.training
-    sites = recognise(loaded.model).sites
+    sites = find_norms(loaded.model).sites
     assert [site.path for site in sites] == [
         "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.norm",
     ]  # fmt: skip

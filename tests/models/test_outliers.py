@@ -146,7 +146,7 @@ def test_arguments_out_of_range_are_refused(channels: int, factor: float, messag
 
 
 def test_models_without_a_residual_stream_are_refused() -> None:
-    with pytest.raises(UsageError, match="no recognised norm with a weight"):
+    with pytest.raises(UsageError, match="no recognized norm with a weight"):
         inject_outliers(WithoutNorm(), 2, 50.0, seed=0)
     with pytest.raises(UsageError, match="no embedding of its hidden size 16"):
         inject_outliers(Residual(), 2, 50.0, seed=0)

@@ -27,10 +27,10 @@ def random_array(*shape: int, seed: int = 0, scale: float = 1.0) -> Array:
     return np.random.default_rng(seed).standard_normal(shape) * scale
 
 
-def worst(a: Array, truth: Array) -> float:
+def worst(a: Array, expected: Array) -> float:
     """Largest error in units of max(|truth|, root mean square of its last dim)."""
-    scale = np.maximum(np.abs(truth), np.sqrt(np.mean(truth**2, axis=-1, keepdims=True)))
-    return float(np.max(np.abs(a - truth) / scale))
+    scale = np.maximum(np.abs(expected), np.sqrt(np.mean(expected**2, axis=-1, keepdims=True)))
+    return float(np.max(np.abs(a - expected) / scale))
 
 
 # By hand --------------------------------------------------------------------------------------------------------------
@@ -147,9 +147,9 @@ def test_eager_in_float64_is_the_reference(name: str, scale: float) -> None:
     x = random_array(5, 3, *norm.tail, scale=scale)
     gate = random_array(5, 3, *norm.tail, seed=1, scale=3.0) if norm.gated else None
     got = eager(in_float64(norm.spec), torch.tensor(x), weight, bias, torch.tensor(gate) if norm.gated else None)
-    truth = reference(norm.spec, x, weight, bias, gate)
+    expected = reference(norm.spec, x, weight, bias, gate)
     # A sum of up to 1000 squares in PyTorch's cascade, a root, a quotient, two products and an exponential.
-    assert worst(got.numpy(), truth) <= 16 * EPS64
+    assert worst(got.numpy(), expected) <= 16 * EPS64
 
 
 GATES = [("none", "none"), *itertools.product(("before", "after"), ("silu", "sigmoid"))]
@@ -191,9 +191,9 @@ def test_the_module_itself_is_within_its_own_roundings_of_the_reference(name: st
     with torch.no_grad():
         got = module(x, gate) if norm.gated else module(x)
     weight, bias = (None if t is None else t.double().numpy() for t in norm.tensors(module))
-    truth = reference(norm.spec, x.double().numpy(), weight, bias, gate.double().numpy() if norm.gated else None)
+    expected = reference(norm.spec, x.double().numpy(), weight, bias, gate.double().numpy() if norm.gated else None)
     bound = HALF_ROUNDINGS[dtype] * (2 if norm.spec.order == "no_upcast" else 1)
-    assert worst(got.double().numpy(), truth) <= bound * torch.finfo(dtype).eps
+    assert worst(got.double().numpy(), expected) <= bound * torch.finfo(dtype).eps
 
 
 # Nearly right ---------------------------------------------------------------------------------------------------------
@@ -254,11 +254,11 @@ def test_a_formula_that_is_nearly_right_is_seen(name: str) -> None:
     spec = spec.replace(eps=EPS)
     x, z, w = random_array(3, 5, 12), random_array(3, 5, 12, seed=1), random_array(12, seed=2)
     gate = z if spec.gate != "none" else None
-    truth = reference(spec, x, w, None, gate)
+    expected = reference(spec, x, w, None, gate)
     right = eager(in_float64(spec), torch.tensor(x), torch.tensor(w), None, None if gate is None else torch.tensor(z))
-    assert worst(right.numpy(), truth) <= 16 * EPS64
+    assert worst(right.numpy(), expected) <= 16 * EPS64
     # The smallest of these mistakes, an eps of 1e-3 handled wrongly, moves the result by 1e-4 of its size.
-    assert worst(wrong(x, w, z), truth) > 1e-4
+    assert worst(wrong(x, w, z), expected) > 1e-4
 
 
 def test_the_right_formula_written_the_same_way_is_accepted() -> None:

@@ -81,7 +81,7 @@ def test_fields_left_out_have_their_defaults() -> None:
     [
         ("", "not a NormSpec"),
         ("{eps: 1}", "not a NormSpec"),
-        ('{"eps": 1e-6, "colour": 1, "age": 2}', "unknown NormSpec fields: age, colour; written by a newer version"),
+        ('{"eps": 1e-6, "color": 1, "age": 2}', "unknown NormSpec fields: age, color; written by a newer version"),
         ('{"eps": -1}', "NormSpec.eps is -1"),
         ("[]", "not a NormSpec"),
         ("3", "not a NormSpec"),

@@ -15,7 +15,7 @@ struct RMSNORM_CONFIG {
   using Out = RMSNORM_OUT;
   static constexpr int width = RMSNORM_WIDTH, inner = RMSNORM_INNER, weight_rows = RMSNORM_WEIGHT_ROWS;
   static constexpr int scale = RMSNORM_SCALE, gate = RMSNORM_GATE, activation = RMSNORM_ACTIVATION;
-  static constexpr int quantisation = RMSNORM_QUANTISATION;
+  static constexpr int quantization = RMSNORM_QUANTIZATION;
   static constexpr bool cast_first = RMSNORM_CAST_FIRST, exact_sum = RMSNORM_EXACT_SUM, strided = RMSNORM_STRIDED;
   static constexpr int threads = RMSNORM_THREADS, vectors = RMSNORM_VECTORS, elements = RMSNORM_ELEMENTS;
   static constexpr int rows = RMSNORM_ROWS, cluster = RMSNORM_CLUSTER;
@@ -41,7 +41,7 @@ extern "C" __global__ void
 #if RMSNORM_SCALE
             , const void* weight
 #endif
-#if RMSNORM_QUANTISATION == 1
+#if RMSNORM_QUANTIZATION == 1
             , const void* scale
 #endif
             , int rows
@@ -58,7 +58,7 @@ extern "C" __global__ void
 #if RMSNORM_ADDS
             , void* sum
 #endif
-#if RMSNORM_QUANTISATION == 2
+#if RMSNORM_QUANTIZATION == 2
             , void* row_scale
 #endif
         ) {
@@ -76,10 +76,10 @@ extern "C" __global__ void
 #if RMSNORM_SCALE
   a.weight = weight;
 #endif
-#if RMSNORM_QUANTISATION == 1
+#if RMSNORM_QUANTIZATION == 1
   a.scale = scale;
 #endif
-#if RMSNORM_QUANTISATION == 2
+#if RMSNORM_QUANTIZATION == 2
   a.row_scale = row_scale;
 #endif
 #if RMSNORM_STRIDED

@@ -127,7 +127,7 @@ struct BFloat16 {
   }
 };
 
-// Quantised values saturate; NaN becomes 0.
+// Quantized values saturate; NaN becomes 0.
 struct Int8 {
   static constexpr int bytes = 1;
   static constexpr float largest = 127.0f;
@@ -146,7 +146,7 @@ struct Int8 {
   }
 };
 
-// Quantised values saturate; NaN stays NaN. The format has no infinities.
+// Quantized values saturate; NaN stays NaN. The format has no infinities.
 struct Float8E4M3 {
   static constexpr int bytes = 1;
   static constexpr float largest = 448.0f;

@@ -7,10 +7,10 @@
 //   y = n * s, s the weight or 1 + weight              when C::cast_first is false
 //   y = round(n) * round(s)                            when it is true: both to y's format
 //   y = round(y) * act(gate)                           when C::gate is after (not rounded before unless cast_first)
-//   q = round(y / scale), y rounded to its own format  when the output is quantised
+//   q = round(y / scale), y rounded to its own format  when the output is quantized
 //
 // One row is read by C::threads threads of each of C::cluster blocks, C::rows rows by one block. A thread holds
-// C::vectors vectors of C::elements neighbouring values, all loaded before anything is computed; a row that is wider
+// C::vectors vectors of C::elements neighboring values, all loaded before anything is computed; a row that is wider
 // than threads x vectors x elements x cluster is read in several tiles, and read again for the second half.
 //
 // In place (y over x, sum over residual) is allowed where formats agree and rows are whole: each element is written by
@@ -24,7 +24,7 @@ namespace rmsnorm {
 enum Scale { no_scale, weight_scale, one_plus_weight_scale };
 enum Gate { no_gate, gate_before, gate_after };
 enum Activation { silu, sigmoid };
-enum Quantisation { not_quantised, static_scale, scale_per_row };
+enum Quantization { not_quantized, static_scale, scale_per_row };
 
 struct None {
   static constexpr int bytes = 1;
@@ -277,7 +277,7 @@ struct Tile {
         if constexpr (C::cast_first) y[i] = rounded<Y>(y[i]);
       }
       if constexpr (C::gate == gate_after) y[i] = gated<C::activation, exact_gate>(y[i], gate[v].get(i));
-      if constexpr (C::quantisation != not_quantised) y[i] = rounded<Y>(y[i]);
+      if constexpr (C::quantization != not_quantized) y[i] = rounded<Y>(y[i]);
     }
   }
 
@@ -312,7 +312,7 @@ struct Tile {
       }
       float y[count];
       result(y, a, row, tile, v, true, factor);
-      if constexpr (C::quantisation != not_quantised) {
+      if constexpr (C::quantization != not_quantized) {
 #pragma unroll
         for (int i = 0; i < count; ++i) y[i] /= scale;
       }
@@ -342,8 +342,8 @@ RMSNORM_INLINE void rms_norm(const Arguments& a, float* shared) {
   const float factor = inverse_root(squares / static_cast<float>(C::width) + C::epsilon());
 
   float scale = 1.0f;
-  if constexpr (C::quantisation == static_scale) scale = *static_cast<const float*>(a.scale);
-  if constexpr (C::quantisation == scale_per_row) {
+  if constexpr (C::quantization == static_scale) scale = *static_cast<const float*>(a.scale);
+  if constexpr (C::quantization == scale_per_row) {
     float most = 0.0f;
 #pragma unroll 1
     for (int t = 0; t < Tiles::tiles; ++t) {

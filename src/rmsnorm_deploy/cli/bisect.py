@@ -1,4 +1,4 @@
-"""`rmsnorm bisect`: which norm, or which stretch between two norms, introduces error."""
+"""`rmsnorm bisect`: which norm, or which segment between two norms, introduces error."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def bisect(
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> int:
-    """Find the norm, or the stretch between two norms, that introduces error.
+    """Find the norm, or the segment between two norms, that introduces error.
 
-    Each norm and each stretch is fed what PyTorch has there, so that an error counts where it begins and not where it
+    Each norm and each segment is fed what PyTorch has there, so that an error counts where it begins and not where it
     shows. Exits with 1 if there is one.
     """
     screen = Screen(as_json)

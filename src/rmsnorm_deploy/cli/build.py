@@ -157,17 +157,17 @@ _SHOWN = (
 @contextmanager
 def _progress(screen: Screen, first: str) -> Iterator[Callable[[Progress], None]]:
     """A bar for each of TensorRT's phases on a terminal, and a line for each elsewhere."""
-    with screen.working(first) as say:
+    with screen.working(first) as show:
         seen: set[str] = set()
 
         def tell(progress: Progress) -> None:
             if screen.is_live and progress.steps:
                 done = 20 * (progress.step or 0) // progress.steps
                 bar = "#" * done + "-" * (20 - done)
-                say(f"{progress.phase} [{bar}] {progress.step} of {progress.steps}")
+                show(f"{progress.phase} [{bar}] {progress.step} of {progress.steps}")
             elif progress.phase not in seen:
                 seen.add(progress.phase)
-                say(progress.phase)
+                show(progress.phase)
 
         yield tell
 

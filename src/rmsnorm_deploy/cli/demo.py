@@ -39,8 +39,8 @@ def demo(
     Where TensorRT-RTX is installed, or TensorRT and a GPU, an engine is built of each.
     """
     screen = Screen(as_json)
-    with screen.working(f"loading {MODEL}") as say, _folder(output) as folder:
-        payload = _proved(folder, say)
+    with screen.working(f"loading {MODEL}") as progress, _folder(output) as folder:
+        payload = _proved(folder, progress)
         if output is None:
             for row in payload["targets"]:
                 row["folder"] = None
@@ -57,7 +57,7 @@ def _folder(output: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _proved(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _proved(folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
     """Export, run and judge everything."""
     from rmsnorm_deploy.export.from_torch.export_model import export_model
     from rmsnorm_deploy.export.lowering.table import TARGETS
@@ -65,14 +65,14 @@ def _proved(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     from rmsnorm_deploy.models.loading import load_model
 
     loaded = load_model(MODEL)
-    results = export_model(loaded.model, folder, target=TARGETS, details=details_of(loaded), progress=say)
+    results = export_model(loaded.model, folder, target=TARGETS, details=details_of(loaded), progress=progress)
     asked = problems(_PROBLEMS)
-    say(f"asking PyTorch {_PROBLEMS} sums")
+    progress(f"asking PyTorch {_PROBLEMS} sums")
     own = accuracy(torch_step(loaded.model), asked)
-    rows = [_target_row(result, loaded.model, asked, own, say) for result in results]
+    rows = [_target_row(result, loaded.model, asked, own, progress) for result in results]
     runtime, problem = _engine_runtime()
     for row in rows:
-        row["engine"] = None if runtime is None else _engine_row(row, folder, runtime, say)
+        row["engine"] = None if runtime is None else _engine_row(row, folder, runtime, progress)
         if row["engine"] is not None and row["engine"]["problem"] and row["engine"]["expected"]:
             row["verdict"] = "fail"
     return {
@@ -88,15 +88,15 @@ def _proved(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _target_row(
-    result: ExportResult, model: nn.Module, asked: list[Problem], own: TaskAccuracy, say: Callable[[str], None]
+    result: ExportResult, model: nn.Module, asked: list[Problem], own: TaskAccuracy, progress: Callable[[str], None]
 ) -> dict[str, Any]:
     from rmsnorm_deploy.models.builtin.addition_task import accuracy
     from rmsnorm_deploy.runtime.inputs.exported import open_exported
     from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
     from rmsnorm_deploy.runtime.validation.api import validate
 
-    report = validate(result.folder, model, progress=lambda text: say(f"{result.target}: {text}"))
-    say(f"{result.target}: asking it {len(asked)} sums")
+    report = validate(result.folder, model, progress=lambda text: progress(f"{result.target}: {text}"))
+    progress(f"{result.target}: asking it {len(asked)} sums")
     with OrtRunner(open_exported(result.folder).model) as runner:
         name = runner.inputs()[0].name
         answered = accuracy(lambda ids: next(iter(runner.run({name: ids}).values())), asked)
@@ -123,7 +123,7 @@ def _engine_runtime() -> tuple[str | None, str | None]:
     return None, f"no engine was built: TensorRT-RTX is not installed; install: {FLAVORS['rtx'].install}"
 
 
-def _engine_row(row: dict[str, Any], folder: Path, runtime: str, say: Callable[[str], None]) -> dict[str, Any]:
+def _engine_row(row: dict[str, Any], folder: Path, runtime: str, progress: Callable[[str], None]) -> dict[str, Any]:
     """Build the engine of one target, where the lowering table says that this TensorRT can run it."""
     from rmsnorm_deploy.export.lowering.table import cell
     from rmsnorm_deploy.models.errors import RmsnormDeployError
@@ -131,7 +131,7 @@ def _engine_row(row: dict[str, Any], folder: Path, runtime: str, say: Callable[[
 
     table_name = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx"}[runtime]
     expected = table_name in dict(cell(row["target"], "plain").runtimes)
-    say(f"{row['target']}: building its engine")
+    progress(f"{row['target']}: building its engine")
     try:
         engine = build_engine(row["folder"], folder / "engines" / f"{row['target']}.engine", runtime=runtime)
     except RmsnormDeployError as error:
@@ -170,7 +170,7 @@ def _print(screen: Screen, payload: dict[str, Any]) -> None:
     total = payload["problems"]
     every = [output for row in payload["targets"] for output in row["outputs"]]
     sums = f"{payload['pytorch_correct']} of {total}"
-    rows = [("PyTorch", "-", "-", *_worst(every, "yardstick_figures"), sums)]
+    rows = [("PyTorch", "-", "-", *_worst(every, "baseline_figures"), sums)]
     for row in payload["targets"]:
         sums = f"{row['correct']} of {total}"
         rows.append(("ONNX Runtime", row["target"], row["parity"], *_worst(row["outputs"], "figures"), sums))

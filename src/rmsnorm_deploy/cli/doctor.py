@@ -27,10 +27,10 @@ def doctor(
     screen = Screen(as_json)
     if target is not None:
         cell(target, "plain")  # refuses an unknown target
-    with screen.working("looking around") as say:
+    with screen.working("looking around") as progress:
         from rmsnorm_deploy.runtime.doctor import examine
 
-        diagnosis = examine(say)
+        diagnosis = examine(progress)
     screen.result(diagnosis.to_dict(), lambda: _print(screen, diagnosis))
     return 0 if target is None or diagnosis.can_run(target) else CANNOT_RUN
 

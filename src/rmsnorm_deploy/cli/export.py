@@ -80,7 +80,7 @@ def export(
     plugin_style(not no_function, ort_trt, targets)
     arrays = read_arrays(inputs) if inputs is not None else None
     injection = _injection(outliers)
-    with screen.working(f"loading {model}") as say:
+    with screen.working(f"loading {model}") as progress:
         from rmsnorm_deploy.export.from_torch.export_model import export_model
         from rmsnorm_deploy.models.loading import load_model
 
@@ -89,7 +89,7 @@ def export(
         if injection is not None:
             from rmsnorm_deploy.models.outliers import inject_outliers
 
-            say("injecting outlier channels")
+            progress("injecting outlier channels")
             injected = inject_outliers(loaded.model, *injection, outlier_seed)
             details |= injected.record()
         results = export_model(
@@ -104,7 +104,7 @@ def export(
             ort_trt=ort_trt,
             details=details,
             companions=loaded.folder,
-            progress=say,
+            progress=progress,
         )
     payload = _payload(results, injected)
     screen.result(payload, lambda: _print(screen, model, payload))

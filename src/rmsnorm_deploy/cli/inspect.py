@@ -61,17 +61,17 @@ def inspect(
         wanted.refuse_exported(model)
         sites, refusals = _from_folder(place) if place.is_dir() else _from_file(place)
     else:
-        with screen.working(f"loading {model}") as say:
+        with screen.working(f"loading {model}") as progress:
             from rmsnorm_deploy.models.loading import load_model
-            from rmsnorm_deploy.models.recognition.find_norms import recognise
+            from rmsnorm_deploy.models.recognition.find_norms import find_norms
 
             loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
             if wanted.any:
-                report = _risk(loaded, wanted, trust_remote_code, say)
+                report = _risk(loaded, wanted, trust_remote_code, progress)
                 found, extra = report.recognition, {"risk": report.to_dict()}
             else:
-                say("finding the norms")
-                found = recognise(loaded.model)
+                progress("finding the norms")
+                found = find_norms(loaded.model)
         sites, refusals = [s.to_dict() for s in found.sites], [r.to_dict() for r in found.refusals]
     payload = {"schema": SCHEMA, "model": model, "sites": sites, "refusals": refusals, **extra}
     screen.result(payload, lambda: _print(screen, payload))
@@ -105,7 +105,7 @@ def _print(screen: Screen, payload: dict[str, Any]) -> None:
         print_risk(screen, payload["risk"])
 
 
-def _risk(loaded: LoadedModel, wanted: _Wanted, trust_remote_code: bool, say: Callable[[str], None]) -> RiskReport:
+def _risk(loaded: LoadedModel, wanted: _Wanted, trust_remote_code: bool, progress: Callable[[str], None]) -> RiskReport:
     from rmsnorm_deploy.runtime.inputs.cases import inputs_of, load_cases, made_up_for, prompt_cases
     from rmsnorm_deploy.runtime.risk.report import risk
 
@@ -118,7 +118,7 @@ def _risk(loaded: LoadedModel, wanted: _Wanted, trust_remote_code: bool, say: Ca
             raise UsageError(f"--prompt needs a tokenizer, and {loaded.source} has none; give --inputs instead.")
         tokenizer = str(loaded.folder or loaded.source)
         cases += prompt_cases(wanted.prompts, tokenizer, infos, trust_remote_code=trust_remote_code)
-    return risk(loaded.model, [case.feeds for case in cases], progress=say)
+    return risk(loaded.model, [case.feeds for case in cases], progress=progress)
 
 
 def _is_exported_folder(place: Path) -> bool:
@@ -148,11 +148,11 @@ def _from_file(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     from rmsnorm_deploy.export.onnx_io.check_graph import check_graph
     from rmsnorm_deploy.export.onnx_io.manifest import graph_row
     from rmsnorm_deploy.export.onnx_io.read_model import read_model, to_ir
-    from rmsnorm_deploy.export.recognition.find_norms import recognise_graph
+    from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
 
     file = read_model(path)
     check_graph(file.model, file.where)
     model = inline_norm_functions(to_ir(file))[0]
     split_quantized_outputs(model)  # an operator with a quantized output holds a norm too
-    found = recognise_graph(model)
+    found = find_graph_norms(model)
     return [graph_row(site) for site in found.sites], [refusal.to_dict() for refusal in found.refusals]

@@ -35,8 +35,8 @@ def build(
     from rmsnorm_deploy.plugins.tensorrt.library import build_library, read_library
 
     screen = Screen(as_json)
-    with screen.working("building the plugin's library") as say:
-        files = build_library(output, tensorrt_include, nvcc, say)
+    with screen.working("building the plugin's library") as progress:
+        files = build_library(output, tensorrt_include, nvcc, progress)
     info = read_library(files[0])
     payload = {"schema": SCHEMA, "files": [str(file) for file in files], **info.to_dict()}
     screen.result(payload, lambda: _print(screen, payload))

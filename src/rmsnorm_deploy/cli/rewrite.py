@@ -77,12 +77,12 @@ def rewrite(
     cell(target, "plain")  # refuses a wrong target before anything slow is done
     plugin_style(not no_function, ort_trt, [target])
     feeds = read_arrays(inputs) if inputs is not None else None
-    with screen.working(f"reading {path}") as say:
+    with screen.working(f"reading {path}") as progress:
         from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
 
         result = rewrite_model(
             path, output, target=target, opset=opset, function=not no_function, ort_trt=ort_trt, weights=weights.value,
-            verify=verify, inputs=feeds, seed=seed, progress=say,
+            verify=verify, inputs=feeds, seed=seed, progress=progress,
         )  # fmt: skip
     payload = _payload(result)
     screen.result(payload, lambda: _print(screen, path, payload))

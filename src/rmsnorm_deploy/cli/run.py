@@ -31,13 +31,13 @@ def run(
     screen = Screen(as_json)
     check_writable(output)
     feeds = read_arrays(inputs)
-    with screen.working(f"loading {path}") as say:
+    with screen.working(f"loading {path}") as progress:
         from rmsnorm_deploy.runtime.inputs.exported import open_exported
         from rmsnorm_deploy.runtime.inputs.synthetic import cast_feeds
         from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 
         with OrtRunner(open_exported(path).model, providers=[provider]) as runner:
-            say("running")
+            progress("running")
             results = runner.run(cast_feeds(feeds, runner.inputs()))
             provenance = runner.provenance()
     widened = write_npz(output, results)

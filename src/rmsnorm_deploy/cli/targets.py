@@ -12,7 +12,7 @@ from rmsnorm_deploy.cli.screen import Screen
 if TYPE_CHECKING:
     from rmsnorm_deploy.export.lowering.table import Cell, Deviation
 
-SCHEMA = "rmsnorm_deploy.targets/1"
+SCHEMA = "rmsnorm_deploy.targets/2"
 COLUMNS = ("target", "form", "writes", "opset", "dtypes", "runs in", "not exact")
 
 
@@ -52,7 +52,7 @@ def _row(cell: Cell, code: str = "") -> tuple[str, ...]:
     numbers = [str(number) for number, d in _deviations().items() if d in cell.deviations]
     return (
         f"{code}{cell.target}{code}",
-        {"plain": "norm", "add": "residual add + norm"}[cell.form],
+        {"plain": "norm", "residual_add": "residual add + norm"}[cell.form],
         f"{cell.emits} ({cell.note})",
         f"{cell.opset}+",
         ", ".join(cell.dtypes),

@@ -25,7 +25,7 @@ def validate(
     rtol: validation.Rtol = None,
     ulp: validation.Ulp = None,
     norms: Annotated[
-        bool, typer.Option("--norms", help="Show every norm, every stretch between norms, and errors along the depth.")
+        bool, typer.Option("--norms", help="Show every norm, every segment between norms, and errors along the depth.")
     ] = False,
     outputs_only: Annotated[
         bool, typer.Option("--outputs-only", help="Compare outputs only: quicker, and it sees less.")

@@ -148,7 +148,7 @@ def run_request(
         html: where the HTML report goes.
         junit: where the JUnit report goes.
         output: where the JSON report goes.
-        show_norms: print a line for each norm and stretch.
+        show_norms: print a line for each norm and segment.
         trust_remote_code: run Python code that comes with a checkpoint.
         before: the report that is run again.
     """
@@ -156,13 +156,13 @@ def run_request(
         from rmsnorm_deploy.runtime.report.html import check_installed
 
         check_installed()
-    with screen.working(f"opening {request.candidate}") as say:
-        report = request.run(trust_remote_code=trust_remote_code, say=say)
+    with screen.working(f"opening {request.candidate}") as progress:
+        report = request.run(trust_remote_code=trust_remote_code, progress=progress)
         content = report.to_dict()
         if html is not None:
             from rmsnorm_deploy.runtime.report import html as html_report
 
-            say(f"writing {html}")
+            progress(f"writing {html}")
             html_report.write(content, html)
         if junit is not None:
             from rmsnorm_deploy.runtime.report import junit as junit_report
@@ -212,10 +212,10 @@ def _print_parts(screen: Screen, report: Mapping[str, Any]) -> None:
             name = norm["path"] if not norm["call"] else f"{norm['path']} (call {norm['call'] + 1})"
             rows.append((name, _verdict(norm), worst["kind"] if worst is not None else "-", *cells))
         screen.table(("norm, alone", "verdict", "worst on", "max error/row RMS", "max ULP", "mean ULP"), rows)
-    if report["stretches"]:
+    if report["segments"]:
         screen.line()
-        rows = [(row["name"], *_cells(row)) for row in report["stretches"]]
-        screen.table(("stretch between norms", "verdict", "max error/row RMS", "max ULP", "mean ULP"), rows)
+        rows = [(row["name"], *_cells(row)) for row in report["segments"]]
+        screen.table(("segment between norms", "verdict", "max error/row RMS", "max ULP", "mean ULP"), rows)
     if report["depth"]:
         screen.line()
         columns = ("as the whole model runs, at", "side", "error/row RMS", "introduced there")
@@ -226,8 +226,8 @@ def _print_parts(screen: Screen, report: Mapping[str, Any]) -> None:
 def _depth_row(point: Mapping[str, Any]) -> tuple[str, ...]:
     introduced = "-"
     if point["introduced"] is not None:
-        introduced = f"{float(point['introduced']):.3g} ({float(point['yardstick_introduced']):.3g})"
-    error = f"{float(point['error']):.3g} ({float(point['yardstick_error']):.3g})"
+        introduced = f"{float(point['introduced']):.3g} ({float(point['baseline_introduced']):.3g})"
+    error = f"{float(point['error']):.3g} ({float(point['baseline_error']):.3g})"
     return point["path"], point["side"], error, introduced
 
 
@@ -239,11 +239,11 @@ def _error(row: Mapping[str, Any]) -> float:
     """The error of a kind of input, by which the one to show is chosen; least where PyTorch itself is lost."""
     if row["figures"] is None:
         return float("inf")
-    return float(row["figures"]["max_rel_row"]) if float(row["yardstick_figures"]["max_rel_row"]) < 0.25 else -1.0
+    return float(row["figures"]["max_rel_row"]) if float(row["baseline_figures"]["max_rel_row"]) < 0.25 else -1.0
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    mine, theirs = row["figures"], row["yardstick_figures"]
+    mine, theirs = row["figures"], row["baseline_figures"]
     if mine is None:
         return _verdict(row), "-", "-", "-"
     pairs = (f"{float(mine[key]):.3g} ({float(theirs[key]):.3g})" for key in ("max_rel_row", "max_ulp", "mean_ulp"))

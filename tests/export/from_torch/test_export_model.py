@@ -62,7 +62,7 @@ def test_manifest_describes_the_folder(prepared: PreparedModel, tmp_path: Path) 
         assert entry["sha256"] == sha256(result.folder / name)
         assert entry["bytes"] == (result.folder / name).stat().st_size
     assert [site["path"] for site in on_disk["sites"]] == ["norms.0", "norms.1"]
-    assert [site["calls"][0]["form"] for site in on_disk["sites"]] == ["add", "add"]
+    assert [site["calls"][0]["form"] for site in on_disk["sites"]] == ["residual_add", "residual_add"]
     assert on_disk["versions"]["torch"] == importlib.metadata.version("torch")
     assert on_disk["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["batch", "x_dim_1", 16]}]
 

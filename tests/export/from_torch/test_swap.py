@@ -7,12 +7,12 @@ import inspect
 import onnx_ir as ir
 import pytest
 import torch
-from helpers.norm_zoo import BARE, CAST_FIRST, DTYPES, ZOO, TakesMore, Weighted, hub_class, normalised, randomised
+from helpers.norm_zoo import BARE, CAST_FIRST, DTYPES, ZOO, TakesMore, Weighted, hub_class, normalized, randomized
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.from_torch.capture import capture
 from rmsnorm_deploy.export.from_torch.swap import CAPTURE_DOMAIN, CAPTURE_OP, swapped
-from rmsnorm_deploy.models.recognition.find_norms import recognise
+from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.models.recognition.site import Recognition, Site
 from rmsnorm_deploy.models.spec import NormSpec
 
@@ -38,11 +38,11 @@ class Model(nn.Module):
 
 
 def build(dtype: torch.dtype = torch.float32) -> Model:
-    return randomised(Model()).to(dtype).eval()  # type: ignore[return-value]
+    return randomized(Model()).to(dtype).eval()  # type: ignore[return-value]
 
 
 def sites_of(model: nn.Module) -> list[Site]:
-    return recognise(model).sites
+    return find_norms(model).sites
 
 
 def x_of(dtype: torch.dtype = torch.float32, *shape: int) -> Tensor:
@@ -97,7 +97,7 @@ def test_while_swapped_the_spec_computes_and_the_module_does_not() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             Once.calls += 1
-            return normalised(x) * self.weight
+            return normalized(x) * self.weight
 
     model = Once(64)
     sites = sites_of(model)
@@ -225,18 +225,18 @@ def test_a_hook_that_changes_the_input_counts() -> None:
 
 class WithResidual(Weighted):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return normalised(x if residual is None else x + residual) * self.weight
+        return normalized(x if residual is None else x + residual) * self.weight
 
 
 def test_a_second_input_that_is_no_gate_takes_the_original_forward_and_says_so() -> None:
-    model = randomised(WithResidual(64))
-    found = recognise(model)
+    model = randomized(WithResidual(64))
+    found = find_norms(model)
     x, residual = x_of(), x_of() * 3
     with torch.no_grad():
         wanted = model(x, residual)
         with swapped(model, found.sites) as report:
-            assert torch.equal(model(x), normalised(x) * model.weight)
-            assert torch.equal(model(x, None), normalised(x) * model.weight)
+            assert torch.equal(model(x), normalized(x) * model.weight)
+            assert torch.equal(model(x, None), normalized(x) * model.weight)
             assert report.differing == {}
             assert torch.equal(model(x, residual), wanted)
             assert torch.equal(model(x, residual=residual), wanted)
@@ -247,7 +247,7 @@ def test_a_second_input_that_is_no_gate_takes_the_original_forward_and_says_so()
 
 
 def test_an_unused_flag_takes_the_original_forward_too() -> None:
-    model = randomised(TakesMore(64))
+    model = randomized(TakesMore(64))
     with swapped(model, sites_of(model)) as report:
         model(x_of(), mask=x_of())
     assert list(report.differing.values()) == ["it is called with mask, which no spec covers"]
@@ -291,8 +291,8 @@ class Narrowing(nn.Module):
 def test_check_finds_a_site_that_this_model_uses_differently(
     model_class: type[nn.Module], path: str, detail: str
 ) -> None:
-    model = randomised(model_class())
-    found = recognise(model)
+    model = randomized(model_class())
+    found = find_norms(model)
     assert [site.path for site in found.sites] == [path, "right"]
     with swapped(model, found.sites) as unchecked:
         model(x_of())
@@ -304,7 +304,7 @@ def test_check_finds_a_site_that_this_model_uses_differently(
 
 
 def test_check_finds_a_single_differing_bit() -> None:
-    model = randomised(Weighted(64))
+    model = randomized(Weighted(64))
     (site,) = sites_of(model)
     wrong = Site("", site.class_name, site.spec.replace(order="scale_then_cast"), site.width, site.dtype, "weight")
     for dtype, differs in ((torch.float32, False), (torch.bfloat16, True)):
@@ -316,7 +316,7 @@ def test_check_finds_a_single_differing_bit() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0.0, 3e38])
 def test_check_takes_special_values_as_equal(value: float) -> None:
-    model = randomised(Weighted(64))
+    model = randomized(Weighted(64))
     x = x_of()
     x[0, 0, 0] = value
     x[0, 1] = value

@@ -21,7 +21,7 @@ from rmsnorm_deploy.export.from_onnx.rewrite import rewrite
 from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.export.from_torch.lower import lower
 from rmsnorm_deploy.export.lowering.plugin_functions import PluginStyle, check_style, plugin_style
-from rmsnorm_deploy.export.recognition.find_norms import recognise_graph
+from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
 from rmsnorm_deploy.plugins import contract
 from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
@@ -141,16 +141,16 @@ def test_the_graph_of_a_rewrite_runs_and_the_bare_style_only_drops_functions() -
 def test_a_plugin_of_others_in_onnxruntimes_domain_is_no_norm_of_ours(add: bool) -> None:
     captured = residual_model(FLOAT32) if add else case("llama", torch.float32).model
     model, _ = lower(captured, "plugin", style="ort_trt")
-    assert [len(recognise_graph(model).sites), len(recognise_graph(model).refusals)] == [1, 0]
+    assert [len(find_graph_norms(model).sites), len(find_graph_norms(model).refusals)] == [1, 0]
     (node,) = (node for node in model.graph if node.domain == "trt.plugins")
     node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", "acme")
-    found = recognise_graph(model)
+    found = find_graph_norms(model)
     assert found.sites == []
     assert [row.reason for row in found.refusals] == ["its plugin is of another namespace than 'rmsnorm_deploy'"]
     result = rewrite(model, "plugin")
     assert [n.domain for n in result.model.graph if n.op_type in contract.INPUTS] == ["trt.plugins"]
     del node.attributes["plugin_namespace"]
-    assert recognise_graph(model).sites == []
+    assert find_graph_norms(model).sites == []
 
 
 # Refusals ---------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from rmsnorm_deploy.export.lowering.quantized_norms import (
     is_quantized_norm,
     split_quantized_outputs,
 )
-from rmsnorm_deploy.export.recognition.find_norms import recognise_graph
+from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.plugins import contract
 from rmsnorm_deploy.runtime.norms.graph_norms import GraphNorms
@@ -445,7 +445,7 @@ def test_a_norm_with_a_quantized_output_is_not_judged(tmp_path: Path) -> None:
     assert norms.norms == {}
     reason = "its output is quantized, so there is no result of its own to compare"
     assert norms.problems == {"layers.0.norm": reason, "layers.1.norm": reason}
-    found = recognise_graph(ir.load(path))
+    found = find_graph_norms(ir.load(path))
     assert found.sites == []
     assert [refusal.reason for refusal in found.refusals] == ["its output is quantized"] * 2
 
@@ -539,6 +539,6 @@ def test_validation_says_what_it_could_not_check(all_of_them: bool, tmp_path: Pa
     assert all(check.passed for check in report.norms)
     unchecked = [note for note in report.notes if "could not be checked by itself: its output is quantized" in note]
     assert len(unchecked) == len(chosen)
-    inside = [name for stretch in report.stretches for name in stretch.contains]
+    inside = [name for segment in report.segments for name in segment.contains]
     assert inside == ([] if all_of_them else ["model.layers.0.post_attention_layernorm"])
     assert not all(verdict.passed for _, verdict in report.rows)

@@ -35,27 +35,27 @@ from rmsnorm_deploy.models.reference import reference
 
 
 @pytest.mark.parametrize(("name", "target"), CASES)
-def test_float32_is_a_few_ulp_from_the_truth_and_from_the_module(name: str, target: str) -> None:
+def test_float32_is_a_few_ulp_from_the_reference_and_from_the_module(name: str, target: str) -> None:
     it = case(name, torch.float32)
     result, site = it.run(target)
-    own, truth = it.own(), it.truth()
+    own, expected = it.own(), it.expected()
     assert (result.dtype, result.shape) == (own.dtype, own.shape)
     bound = float32_bound(it.spec)
-    assert errors(result, truth, torch.float32).max() <= bound
+    assert errors(result, expected, torch.float32).max() <= bound
     assert errors(result, own.astype(np.float64), torch.float32).max() <= bound + FLOAT32_ULP
     assert site.deviations == []
     assert (site.path, site.spec, site.form, site.dtype) == (PATH, it.spec, "plain", "float32")
 
 
 @pytest.mark.parametrize(("name", "target"), CASES)
-def test_float16_is_no_further_from_the_truth_than_the_module(name: str, target: str) -> None:
+def test_float16_is_no_further_from_the_reference_than_the_module(name: str, target: str) -> None:
     it = case(name, torch.float16)
     result, site = it.run(target)
-    own, truth = it.own(), it.truth()
+    own, expected = it.own(), it.expected()
     assert (result.dtype, result.shape) == (own.dtype, own.shape)
     declared = max((d.ulp or 0.0 for d in site.deviations), default=0.0)
     # A float32 step that ends on the other side of a float16 rounding moves the largest error by a hundredth.
-    assert errors(result, truth, torch.float16).max() <= errors(own, truth, torch.float16).max() + declared + 0.01
+    assert errors(result, expected, torch.float16).max() <= errors(own, expected, torch.float16).max() + declared + 0.01
     for deviation in site.deviations:
         if deviation.ulp is not None:
             assert errors(result, own.astype(np.float64), torch.float16).max() <= deviation.ulp
@@ -96,7 +96,7 @@ def test_the_file_puts_every_rounding_where_the_module_has_it(name: str, target:
     with torch.no_grad():
         own = as_numpy(it.module(*it.feeds.values()))
     assert (result.dtype, result.shape) == (own.dtype, own.shape)
-    # ONNX Runtime's own operator multiplies by its scale before it casts; elsewhere only its optimiser does that.
+    # ONNX Runtime's own operator multiplies by its scale before it casts; elsewhere only its optimizer does that.
     in_kernel = target == "ort" and it.spec.has_weight and main_node(lowered, site).inputs[0].dtype in (
         FLOAT16, BFLOAT16,
     )  # fmt: skip
@@ -132,30 +132,30 @@ def test_the_bound_of_a_deviation_holds_for_every_element(name: str, target: str
 
 @pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name].float64 != "refused"])
 @pytest.mark.parametrize("target", ["primitives", "standard", "ort"])
-def test_float64_is_as_near_the_truth_as_the_module(name: str, target: str) -> None:
+def test_float64_is_as_near_the_reference_as_the_module(name: str, target: str) -> None:
     it = case(name, torch.float64)
     result, site = it.run(target)
-    own, truth = it.own(), it.truth()
+    own, expected = it.own(), it.expected()
     assert (result.dtype, result.shape) == (own.dtype, own.shape)
     if it.spec.statistics == "float32":  # then a float64 model has float32's precision, and no more
-        assert errors(result, truth, torch.float32).max() <= float32_bound(it.spec)
+        assert errors(result, expected, torch.float32).max() <= float32_bound(it.spec)
         assert np.count_nonzero(result != own) <= 0.75 * own.size  # in float64 throughout, every element differs
         assert site.deviations == []
         return
     # `epsilon` is a float32 attribute in these operators; the test below is about that.
     assert bool(site.deviations) is (target != "primitives" and float(np.float32(it.spec.eps)) != it.spec.eps)
-    rounded = it.truth(it.spec.replace(eps=float(np.float32(it.spec.eps))))
-    assert errors(result, truth, torch.float64).max() <= 8.0 + errors(rounded, truth, torch.float64).max()
+    rounded = it.expected(it.spec.replace(eps=float(np.float32(it.spec.eps))))
+    assert errors(result, expected, torch.float64).max() <= 8.0 + errors(rounded, expected, torch.float64).max()
 
 
 @pytest.mark.parametrize("target", ["primitives", "standard", "ort"])
 def test_eps_keeps_its_value_in_float64_or_the_table_says_that_it_does_not(target: str) -> None:
     it = Case("torch_no_affine", torch.float64)  # its eps of 1e-5 is no float32
     small = it.x * 1e-2
-    truth = reference(it.spec, small.numpy())
+    expected = reference(it.spec, small.numpy())
     lowered, (site,) = lower(it.model, target)
     (result,) = run(lowered, {"x": small})
-    error = errors(result, truth, torch.float64).max()
+    error = errors(result, expected, torch.float64).max()
     if target == "primitives":
         assert error <= 8.0
         assert site.deviations == []
@@ -199,7 +199,7 @@ def test_extreme_rows_come_out_as_from_the_module(name: str, target: str, dtype:
         feeds["gate"] = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
     with torch.no_grad():
         own = it.module(*feeds.values()).numpy()
-    truth = reference(
+    expected = reference(
         it.spec, x.double().numpy(), *(None if t is None else t.double().numpy() for t in (it.weight, it.bias)),
         feeds["gate"].double().numpy() if it.norm.gated else None,
     )  # fmt: skip
@@ -209,7 +209,7 @@ def test_extreme_rows_come_out_as_from_the_module(name: str, target: str, dtype:
     if dtype == torch.float32:
         allowed = float32_bound(it.spec)
     for row, kind in enumerate(ROWS):
-        a, b, t = result[0, row], own[0, row], truth[0, row]
+        a, b, t = result[0, row], own[0, row], expected[0, row]
         assert np.array_equal(np.isnan(a), np.isnan(b)), kind
         assert np.array_equal(np.isinf(a), np.isinf(b)), kind
         if np.isfinite(b).all():
@@ -258,8 +258,8 @@ def test_float32_weights_on_float16_inputs(name: str, target: str) -> None:
     y = maker.norm(norm.spec, inputs, "y", dims, dtype=DATA_TYPES[wanted.dtype])
     (result,) = run(lower(maker.model([y]), target)[0], {"x": x})
     assert result.dtype == wanted.numpy().dtype
-    truth = reference(norm.spec, x.double().numpy(), weight.double().numpy(), None if bias is None else bias.numpy())
-    assert errors(result, truth, torch.float16).max() <= errors(wanted.numpy(), truth, torch.float16).max() + 0.01
+    expected = reference(norm.spec, x.double().numpy(), weight.double().numpy(), None if bias is None else bias.numpy())
+    assert errors(result, expected, torch.float16).max() <= errors(wanted.numpy(), expected, torch.float16).max() + 0.01
 
 
 @pytest.mark.parametrize("name", ["mamba2", "zamba2", "falcon_h1", "silu_after_bare"])

@@ -74,7 +74,7 @@ def test_many_norms_become_as_many_fused_kernels(target: str, tmp_path: Path) ->
         y = maker.norm(CAST_FIRST, [h, weight], f"y{layer}", dims, path=f"layers.{layer}.norm")
         h = maker.node("Add", [h, y], f"h{layer}", dims)
     lowered, sites = lower(maker.model([h]), target)
-    path = tmp_path / "optimised.onnx"
+    path = tmp_path / "optimized.onnx"
     run(lowered, {"x": torch.randn(2, 3, 64)}, str(path))
     counts = op_counts(ir.load(path))
     fused = sum(counts.get(name, 0) for name in (*FUSED, "com.microsoft::SkipSimplifiedLayerNormalization"))
@@ -83,7 +83,7 @@ def test_many_norms_become_as_many_fused_kernels(target: str, tmp_path: Path) ->
     made = [v for name, v in lowered.graph.initializers.items() if name.startswith("rmsnorm_deploy.")]
     assert len({(v.dtype, v.const_value.numpy().tobytes()) for v in made}) == len(made) <= 3  # shared by all four
     assert [site.path for site in sites] == [f"layers.{layer}.norm" for layer in range(4)]
-    assert [site.form for site in sites] == ["plain", "add", "add", "add"]
+    assert [site.form for site in sites] == ["plain", "residual_add", "residual_add", "residual_add"]
 
 
 MAIN_OPERATOR = {
@@ -263,8 +263,8 @@ def test_a_norm_called_twice_gives_a_file_that_loads(target: str) -> None:
     assert len({site.node for site in sites}) == 2
     feeds = {"a": torch.randn(2, 64), "b": torch.randn(2, 64)}
     for result, feed in zip(run(lowered, feeds), feeds.values(), strict=True):
-        truth = reference(TORCH, feed.double().numpy(), weight.const_value.numpy())
-        assert errors(result, truth, torch.float32).max() <= FLOAT32_ULP
+        expected = reference(TORCH, feed.double().numpy(), weight.const_value.numpy())
+        assert errors(result, expected, torch.float32).max() <= FLOAT32_ULP
 
 
 def test_an_unknown_target_is_an_error() -> None:
@@ -319,8 +319,8 @@ def test_a_norm_inside_a_branch_is_lowered_there(target: str) -> None:
     assert op_counts(lowered) == {"If": 1}
     x = torch.randn(3, 64)
     (result,) = run(lowered, {"x": x, "flag": torch.tensor(True)})
-    truth = reference(CAST_FIRST, x.numpy(), np.linspace(0.5, 1.5, 64, dtype=np.float32))
-    assert errors(result, truth, torch.float32).max() <= FLOAT32_ULP
+    expected = reference(CAST_FIRST, x.numpy(), np.linspace(0.5, 1.5, 64, dtype=np.float32))
+    assert errors(result, expected, torch.float32).max() <= FLOAT32_ULP
     (untouched,) = run(lowered, {"x": x, "flag": torch.tensor(False)})
     assert untouched.tobytes() == x.numpy().tobytes()
 

@@ -127,8 +127,8 @@ def test_the_function_alone_computes_the_contracts_formula() -> None:
             model.functions[function.identifier()] = function
             (result,) = run(model, {"x": x})
             wide = x.double().numpy()
-            truth = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + eps) * (scale.double().numpy() + offset)
-            assert errors(result, truth, torch.float16).max() <= 0.51
+            reference = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + eps) * (scale.double().numpy() + offset)
+            assert errors(result, reference, torch.float16).max() <= 0.51
 
 
 def test_functions_are_only_those_that_are_used() -> None:

@@ -1,4 +1,4 @@
-"""Residual adds in front of a norm: recognised where they are one, the sum kept, every other use kept."""
+"""Residual adds in front of a norm: recognized where they are one, the sum kept, every other use kept."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from rmsnorm_deploy.models.spec import NormSpec
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_residual_add_keeps_its_sum_and_its_other_uses(target: str, spec: NormSpec, keep_sum: bool) -> None:
     lowered, (site,) = lower(residual_model(FLOAT32, spec, keep_sum=keep_sum), target)
-    assert site.form == "add"
+    assert site.form == "residual_add"
     assert op_counts(lowered).get("rmsnorm_deploy::AddRMSNorm", 0) == (target == "plugin")
     names = ["y", "sum", "z"] if keep_sum else ["y", "z"]
     assert [value.name for value in lowered.graph.outputs] == names
@@ -42,26 +42,26 @@ def test_a_residual_add_keeps_its_sum_and_its_other_uses(target: str, spec: Norm
     if keep_sum:
         assert results["sum"].tobytes() == total.numpy().tobytes()
     assert results["z"].tobytes() == (-total).numpy().tobytes()
-    truth = reference(spec, total.numpy(), np.linspace(0.5, 1.5, 64, dtype=np.float32))
-    assert errors(results["y"], truth, torch.float32).max() <= FLOAT32_ULP
+    expected = reference(spec, total.numpy(), np.linspace(0.5, 1.5, 64, dtype=np.float32))
+    assert errors(results["y"], expected, torch.float32).max() <= FLOAT32_ULP
     onnx.checker.check_model(ir.to_proto(lowered)) if target != "ort" else None
     for node in lowered.graph:
         if PATH_KEY in node.metadata_props:
-            assert node.metadata_props[FORM_KEY] == "add"
+            assert node.metadata_props[FORM_KEY] == "residual_add"
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_float16_residual_add_keeps_its_sum(target: str) -> None:
     lowered, (site,) = lower(residual_model(FLOAT16, ONE_PLUS), target)
-    assert site.form == "add"
+    assert site.form == "residual_add"
     feeds = residual_feeds(torch.float16)
     y, total, z = run(lowered, feeds)
     wanted = feeds["x"] + feeds["residual"]
     assert total.tobytes() == wanted.numpy().tobytes()
     assert z.tobytes() == (-wanted).numpy().tobytes()
-    truth = reference(ONE_PLUS, wanted.numpy(), torch.linspace(0.5, 1.5, 64).half().numpy())
-    # The sum may reach the norm unrounded here, an ULP of the larger operand away from what the module normalises.
-    assert errors(y, truth, torch.float16).max() <= 1.6
+    expected = reference(ONE_PLUS, wanted.numpy(), torch.linspace(0.5, 1.5, 64).half().numpy())
+    # The sum may reach the norm unrounded here, an ULP of the larger operand away from what the module normalizes.
+    assert errors(y, expected, torch.float16).max() <= 1.6
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -80,8 +80,8 @@ def test_two_norms_on_one_sum(target: str) -> None:
     one, two, summed = run(lowered, feeds)
     assert summed.tobytes() == (feeds["x"] + feeds["residual"]).numpy().tobytes()
     assert np.array_equal(two, one * 2)
-    truth = reference(CAST_FIRST, summed, np.ones(64))
-    assert errors(one, truth, torch.float32).max() <= FLOAT32_ULP
+    expected = reference(CAST_FIRST, summed, np.ones(64))
+    assert errors(one, expected, torch.float32).max() <= FLOAT32_ULP
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -95,7 +95,7 @@ def test_a_chain_of_residual_adds(target: str) -> None:
         total = maker.node("Add", [total, y], f"sum{i + 1}", dims)
         sums.append(total)
     lowered, sites = lower(maker.model(sums), target)
-    assert [site.form for site in sites] == ["add", "add"]
+    assert [site.form for site in sites] == ["residual_add", "residual_add"]
     feeds = residual_feeds()
     results = run(lowered, feeds)
     h = (feeds["x"] + feeds["residual"]).double().numpy()
@@ -122,8 +122,8 @@ def test_a_broadcast_add_is_no_residual(target: str, dims: Any, residual_dims: A
     x, residual = (torch.randn(shape, generator=torch.Generator().manual_seed(6)) for shape in shapes)
     y, total, _ = run(lowered, {"x": x, "residual": residual})
     assert total.tobytes() == (x + residual).numpy().tobytes()
-    truth = reference(CAST_FIRST, total, np.linspace(0.5, 1.5, 64, dtype=np.float32))
-    assert errors(y, truth, torch.float32).max() <= FLOAT32_ULP
+    expected = reference(CAST_FIRST, total, np.linspace(0.5, 1.5, 64, dtype=np.float32))
+    assert errors(y, expected, torch.float32).max() <= FLOAT32_ULP
 
 
 def test_an_added_constant_is_no_residual() -> None:

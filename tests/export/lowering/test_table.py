@@ -85,7 +85,7 @@ def test_both_forms_of_a_target_need_the_same() -> None:
 
 def test_the_plugin_cells_name_the_operators_of_the_contract() -> None:
     assert cell("plugin", "plain").emits == f"{contract.DOMAIN}::{contract.RMS_NORM}"
-    assert cell("plugin", "add").emits == f"{contract.DOMAIN}::{contract.ADD_RMS_NORM}"
+    assert cell("plugin", "residual_add").emits == f"{contract.DOMAIN}::{contract.ADD_RMS_NORM}"
     assert cell("plugin", "plain").dtypes == contract.DTYPES
 
 
@@ -133,7 +133,7 @@ def test_refusals_say_which_dtype_which_opset_and_which_place() -> None:
         "the plugin's statistics are float32",
     )
     assert found.nearest == "primitives"
-    assert refusal(TORCH, "add", "standard", Environment(opset=22)).reasons == (
+    assert refusal(TORCH, "residual_add", "standard", Environment(opset=22)).reasons == (
         "Add, RMSNormalization needs opset 23, and the file has opset 22",
     )
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rmsnorm_deploy.export.from_onnx.rewrite import rewrite
 from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.models.errors import UsageError
-from rmsnorm_deploy.models.recognition.find_norms import recognise
+from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.runtime.accuracy.compare_output import judge
 from rmsnorm_deploy.runtime.rewriting.verify_norms import prove_norms
@@ -162,14 +162,14 @@ def check(proto: onnx.ModelProto, path: Path, count: int, loads: bool = True) ->
         specs = [site.before.spec for site in result.sites]
         assert len(specs) == count, target
         assert result.refusals == []
-        proof = prove_norms(result, path.parent, seed=0, say=lambda text: None)
+        proof = prove_norms(result, path.parent, seed=0, progress=lambda text: None)
         assert [row.reason for row in proof.sites if row.verdict != "pass"] == []
         with OrtRunner(ir.to_proto(result.model).SerializeToString()) as runner:
             (after,) = runner.run(feeds).values()
         # Several norms in a row pass each other's roundings on: the last one is measured by what one rounding makes.
-        truth = before.astype(np.float64)
+        reference = before.astype(np.float64)
         own = before * (1 + np.finfo(before.dtype).eps * rng.choice([-1, 1], before.shape)).astype(before.dtype)
-        verdict = judge("y", after, truth, own)
+        verdict = judge("y", after, reference, own)
         assert verdict.passed, f"{target}: {verdict.reason}"
     return specs
 
@@ -195,7 +195,7 @@ def test_torch(name: str, opset: int, dynamo: bool, dtype: torch.dtype, tmp_path
     specs = check(onnx.load(path), path, COUNTS.get(name, 1), loads)
     mixed = dtype == torch.float16 and not dynamo  # TorchScript keeps sums of float16 in float32, and drops some casts
     if not mixed:
-        own = [site.spec for site in recognise(module).sites]
+        own = [site.spec for site in find_norms(module).sites]
         if (name, opset, dtype) == ("torch", 23, torch.float16):  # one operator, which casts first by its definition
             own = [spec.replace(order="cast_then_scale") for spec in own]
         known = [meaning(spec, dtype) for spec in own]
@@ -247,8 +247,8 @@ TOOLS: dict[str, Callable[[Path], onnx.ModelProto]] = {
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize("name", ["llama", "gemma", "olmo", "block"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_optimisers(tool: str, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_optimizers(tool: str, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     export(name, dtype, path, dynamo=False, opset_version=18)
-    optimised = TOOLS[tool](path)
-    check(optimised, path, COUNTS.get(name, 1))
+    optimized = TOOLS[tool](path)
+    check(optimized, path, COUNTS.get(name, 1))

@@ -173,7 +173,7 @@ def feeds(chance: Random, model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
 
 
 def run(model: onnx.ModelProto, arrays: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    # Without optimisations: a fusion of ONNX Runtime's own must not stand in for the file.
+    # Without optimizations: a fusion of ONNX Runtime's own must not stand in for the file.
     with OrtRunner(model.SerializeToString(), session_options={"graph_optimization_level": "disabled"}) as runner:
         return list(runner.run(arrays).values())
 

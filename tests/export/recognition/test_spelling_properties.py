@@ -1,4 +1,4 @@
-"""Random compositions of spellings: a norm is recognised as what it is, and one broken thing makes it none.
+"""Random compositions of spellings: a norm is recognized as what it is, and one broken thing makes it none.
 
 More of them: `pytest tests/export/recognition/test_spelling_properties.py --hypothesis-profile many`.
 """
@@ -17,7 +17,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rmsnorm_deploy.export.from_onnx.rewrite import rewrite
-from rmsnorm_deploy.export.recognition.find_norms import recognise_graph
+from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
 from rmsnorm_deploy.runtime.accuracy.compare_output import judge
 from rmsnorm_deploy.runtime.runners.base import numpy_dtype
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
@@ -34,11 +34,11 @@ WAYS = st.builds(Way, **{name: st.sampled_from(choices) for name, choices in CHO
 
 
 def found_in(model: onnx.ModelProto) -> list[object]:
-    return [site.spec for site in recognise_graph(ir.from_proto(model)).sites]
+    return [site.spec for site in find_graph_norms(ir.from_proto(model)).sites]
 
 
 @given(WAYS, st.sampled_from(("primitives", "standard", "ort", "plugin")))
-def test_a_composition_is_recognised_and_keeps_its_numbers(way: Way, target: str) -> None:
+def test_a_composition_is_recognized_and_keeps_its_numbers(way: Way, target: str) -> None:
     assume(legal(way))
     model = build(way)
     assert found_in(model) == [expected(way)]
@@ -79,10 +79,10 @@ def broken(way: Way, fault: str) -> onnx.ModelProto:
     elif fault == "mean subtracted":
         # Everything that read x reads x - mean(x).
         mean = g.reduce("ReduceMean", x, [-1])
-        centred = g.op("Sub", x, mean)
+        centered = g.op("Sub", x, mean)
         for node in g.nodes:
             if node.op_type != "Sub" and mean not in node.output and other not in node.output:
-                node.input[:] = [centred if name == x else name for name in node.input]
+                node.input[:] = [centered if name == x else name for name in node.input]
     elif fault == "bounded":
         name = g.op("Max", reduce.output[0], g.constant(1e-6, way.dtype))
         for node in g.nodes:

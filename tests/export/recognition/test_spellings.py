@@ -1,4 +1,4 @@
-"""Every spelling of a norm is recognised as what it is and can be rewritten for every target; no look-alike is."""
+"""Every spelling of a norm is recognized as what it is and can be rewritten for every target; no look-alike is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from helpers.norm_spellings import SPELLINGS, WAYS, Spelling, build
 from rmsnorm_deploy.export.from_onnx.inline_functions import inline_norm_functions
 from rmsnorm_deploy.export.from_onnx.rewrite import Rewritten, rewrite
 from rmsnorm_deploy.export.lowering.table import TARGETS
-from rmsnorm_deploy.export.recognition.find_norms import recognise_graph
+from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
 from rmsnorm_deploy.models.errors import UnsupportedError
 from rmsnorm_deploy.runtime.accuracy.compare_output import judge
 from rmsnorm_deploy.runtime.rewriting.verify_norms import prove_norms
@@ -72,10 +72,10 @@ def test_there_are_many_and_no_two_are_the_same() -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_spelling_is_recognised_and_rewritten(name: str) -> None:
+def test_a_spelling_is_recognized_and_rewritten(name: str) -> None:
     spelling = ALL[name]
     proto = spelling.build()
-    found = recognise_graph(inline_norm_functions(graph_of(proto))[0])
+    found = find_graph_norms(inline_norm_functions(graph_of(proto))[0])
     assert [(site.spec, site.form) for site in found.sites] == [(e.spec, e.form) for e in spelling.expected]
     assert found.refusals == []
     before = outputs(proto.SerializeToString()) if spelling.runs else None
@@ -122,7 +122,7 @@ def test_a_rewritten_spelling_is_proven(name: str) -> None:
     targets = targets_of(name)
     target = targets[list(ALL).index(name) % len(targets)]
     result = rewrite(graph_of(ALL[name].build()), target)
-    proof = prove_norms(result, Path(), seed=1, say=lambda text: None)
+    proof = prove_norms(result, Path(), seed=1, progress=lambda text: None)
     assert [(row.verdict, row.reason) for row in proof.sites if row.verdict != "pass"] == []
     assert len(proof.sites) == sum(site.changed for site in result.sites)
     assert proof.notes == []
@@ -132,7 +132,7 @@ def test_a_rewritten_spelling_is_proven(name: str) -> None:
 def test_a_look_alike_is_left_as_it_is(name: str) -> None:
     model = graph_of(LOOK_ALIKES[name])
     before = data(model)
-    assert recognise_graph(model).sites == []
+    assert find_graph_norms(model).sites == []
     for target in TARGETS:
         result = rewrite(graph_of(LOOK_ALIKES[name]), target)
         assert not result.changed

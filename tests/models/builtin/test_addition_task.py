@@ -98,7 +98,7 @@ def test_one_problem_in_ten_is_held_out_on_both_sides_of_the_plus() -> None:
     kept = held_out(left, right)
     assert kept.sum() == 100_011  # a fixed rule: another figure means another split, and a checkpoint that cheats
     assert (kept == held_out(right, left)).all()
-    for digit in range(10):  # no digit is favoured, so that the held-out problems are as hard as the others
+    for digit in range(10):  # no digit is favored, so that the held-out problems are as hard as the others
         assert 0.09 < kept[left % 10 == digit].mean() < 0.11
         assert 0.09 < kept[left // 100 == digit].mean() < 0.11
 

@@ -54,8 +54,8 @@ def test_every_norm_is_the_formula_in_float64(kind: NormKind) -> None:
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     scale = model.norm.weight.detach().double() if kind != "none" else torch.ones(64).double()
     scale = scale + 1 if kind == "gemma" else scale
-    truth = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
-    assert (logits(model.norm, x) - truth).abs().max() < 2e-6
+    reference = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
+    assert (logits(model.norm, x) - reference).abs().max() < 2e-6
 
 
 def test_the_cast_order_tells_llama_from_olmo_in_bfloat16() -> None:
@@ -169,8 +169,8 @@ def test_random_weights_are_seeded_and_leave_the_global_generator_alone(kind: No
 def test_random_norm_weights_are_not_all_ones(kind: NormKind) -> None:
     weights = {name: p for name, p in small_decoder(kind, qk_norm=True).named_parameters() if "norm" in name}
     assert len(weights) == 9  # two layers of four, and the last
-    centre = 0 if kind == "gemma" else 1
-    assert all(0.05 < weight.std() < 0.5 and abs(weight.mean() - centre) < 0.2 for weight in weights.values())
+    center = 0 if kind == "gemma" else 1
+    assert all(0.05 < weight.std() < 0.5 and abs(weight.mean() - center) < 0.2 for weight in weights.values())
 
 
 def test_shipped_decoder_is_a_trained_llama_below_two_megabytes() -> None:

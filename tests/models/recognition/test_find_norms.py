@@ -1,4 +1,4 @@
-"""Recognition by behaviour: the right spec for every norm, a reason for every look-alike, and no trace left."""
+"""Recognition by behavior: the right spec for every norm, a reason for every look-alike, and no trace left."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from helpers.norm_zoo import (
     EvalOnlyDropout,
     Weighted,
     hub_class,
-    normalised,
-    randomised,
+    normalized,
+    randomized,
 )
 from torch import Tensor, nn
 
-from rmsnorm_deploy.models.recognition.find_norms import recognise
+from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.models.recognition.site import Recognition, Site
 
 
 def only_site(model: nn.Module, path: str = "") -> Site:
-    found = recognise(model)
+    found = find_norms(model)
     assert found.refusals == []
     assert [site.path for site in found.sites] == [path]
     return found.sites[0]
@@ -48,7 +48,7 @@ def specs_by_path(found: Recognition) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_norm_is_recognised_with_exactly_its_spec(name: str) -> None:
+def test_norm_is_recognized_with_exactly_its_spec(name: str) -> None:
     norm = ZOO[name]
     module = norm.build()
     site = only_site(module)
@@ -64,7 +64,7 @@ def test_norm_is_recognised_with_exactly_its_spec(name: str) -> None:
 def test_norm_in_a_float64_model(name: str) -> None:
     norm = ZOO[name]
     model = nn.Sequential(norm.make(), nn.Linear(1, 1))  # a norm without tensors has the model's dtype
-    found = recognise(randomised(model).double())
+    found = find_norms(randomized(model).double())
     if norm.float64 == "refused":
         assert found.sites == []
         assert ["in its own float64" in refusal.reason for refusal in found.refusals] == [True]
@@ -108,17 +108,17 @@ def test_weights_of_one_value_do_not_hide_the_formula(name: str, value: float) -
 def test_eps_is_measured_even_where_it_is_stated_nowhere(eps: float) -> None:
     class Hidden(Weighted):
         def forward(self, x: Tensor) -> Tensor:
-            return normalised(x, eps) * self.weight
+            return normalized(x, eps) * self.weight
 
-    assert only_site(randomised(Hidden(64))).spec == CAST_FIRST.replace(eps=eps)
+    assert only_site(randomized(Hidden(64))).spec == CAST_FIRST.replace(eps=eps)
 
 
 def test_an_eps_that_no_short_number_gives_is_refused_rather_than_rounded() -> None:
     class Odd(Weighted):
         def forward(self, x: Tensor) -> Tensor:
-            return normalised(x, 1.234567e-6) * self.weight
+            return normalized(x, 1.234567e-6) * self.weight
 
-    found = recognise(Odd(64))
+    found = find_norms(Odd(64))
     assert found.sites == []
     assert "no NormSpec" in found.refusals[0].reason
 
@@ -129,7 +129,7 @@ def test_an_odd_eps_that_the_module_states_is_found() -> None:
 
 @pytest.mark.parametrize("width", [3, 48, 4096, 8192])
 def test_width_does_not_matter(width: int) -> None:
-    site = only_site(randomised(Weighted(width)))
+    site = only_site(randomized(Weighted(width)))
     assert (site.spec, site.width) == (CAST_FIRST, (width,))
 
 
@@ -140,7 +140,7 @@ def test_width_does_not_matter(width: int) -> None:
 @pytest.mark.parametrize("name", LOOK_ALIKES)
 def test_look_alike_is_refused_with_the_reason_or_passed_over(name: str) -> None:
     expected = LOOK_ALIKES[name].refused
-    found = recognise(LOOK_ALIKES[name].make())
+    found = find_norms(LOOK_ALIKES[name].make())
     assert found.sites == []
     if not expected:
         assert found.refusals == []
@@ -157,7 +157,7 @@ def test_look_alike_is_refused_with_the_reason_or_passed_over(name: str) -> None
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_look_alike_is_refused_in_other_dtypes_too(name: str, dtype: torch.dtype) -> None:
-    found = recognise(LOOK_ALIKES[name].make().to(dtype))
+    found = find_norms(LOOK_ALIKES[name].make().to(dtype))
     assert found.sites == []
     assert len(found.refusals) == 1
 
@@ -165,11 +165,11 @@ def test_look_alike_is_refused_in_other_dtypes_too(name: str, dtype: torch.dtype
 def test_an_optional_input_that_is_no_gate_leaves_the_plain_norm() -> None:
     class Residual(Weighted):
         def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-            return normalised(x if residual is None else x + residual) * self.weight
+            return normalized(x if residual is None else x + residual) * self.weight
 
     class ResidualTuple(Weighted):
         def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-            return normalised(x) * self.weight if residual is None else (normalised(x + residual) * self.weight, x)
+            return normalized(x) * self.weight if residual is None else (normalized(x + residual) * self.weight, x)
 
     assert only_site(Residual(64)).spec == CAST_FIRST
     assert only_site(ResidualTuple(64)).spec == CAST_FIRST
@@ -214,29 +214,29 @@ def test_norms_in_lists_are_listed_in_module_order() -> None:
         "layers": nn.ModuleList([nn.RMSNorm(8, eps=1e-5), Weighted(8), nn.Linear(8, 8)]),
         "last": nn.RMSNorm(8, eps=1e-6),
     })  # fmt: skip
-    assert specs_by_path(recognise(model)) == {
+    assert specs_by_path(find_norms(model)) == {
         "layers.0": TORCH.replace(eps=1e-5),
         "layers.1": CAST_FIRST,
         "last": TORCH,
     }
-    assert [site.path for site in recognise(model).sites] == ["layers.0", "layers.1", "last"]
+    assert [site.path for site in find_norms(model).sites] == ["layers.0", "layers.1", "last"]
 
 
 def test_a_module_under_two_paths_is_listed_once_under_its_first() -> None:
     norm = nn.RMSNorm(8, eps=1e-6)
-    assert specs_by_path(recognise(nn.ModuleList([norm, Wrapper(norm)]))) == {"0": TORCH}
+    assert specs_by_path(find_norms(nn.ModuleList([norm, Wrapper(norm)]))) == {"0": TORCH}
 
 
 def test_norms_with_one_tied_weight_are_both_sites() -> None:
     model = nn.ModuleList([Weighted(8), nn.RMSNorm(8, eps=1e-6)])
     model[1].weight = model[0].weight
-    assert specs_by_path(recognise(model)) == {"0": CAST_FIRST, "1": TORCH}
+    assert specs_by_path(find_norms(model)) == {"0": CAST_FIRST, "1": TORCH}
     assert model[1].weight is model[0].weight
 
 
 def test_norms_of_a_whole_model_beside_other_norms() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), Weighted(8), nn.Sequential(nn.RMSNorm(8), nn.Dropout(0.1)))
-    found = recognise(model)
+    found = find_norms(model)
     assert {site.path: site.spec for site in found.sites} == {"2": CAST_FIRST, "3.0": TORCH.replace(eps=FLOAT32_EPS)}
     assert [refusal.path for refusal in found.refusals] == ["1"]
     assert found.site("3.0").parameters == ["3.0.weight"]
@@ -245,7 +245,7 @@ def test_norms_of_a_whole_model_beside_other_norms() -> None:
 
 
 def test_the_dict_of_a_site_is_the_json_interface() -> None:
-    site = recognise(nn.Sequential(nn.RMSNorm((4, 8), eps=1e-6), Weighted(8), ZOO["nanochat"].make())).sites
+    site = find_norms(nn.Sequential(nn.RMSNorm((4, 8), eps=1e-6), Weighted(8), ZOO["nanochat"].make())).sites
     assert [row.to_dict()["width"] for row in site] == [[4, 8], 8, None]
     assert site[1].to_dict() == {
         "path": "1",
@@ -258,7 +258,7 @@ def test_the_dict_of_a_site_is_the_json_interface() -> None:
 
 
 def test_a_model_without_norms_has_no_sites_and_no_refusals() -> None:
-    found = recognise(nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Embedding(3, 4), nn.Conv1d(4, 4, 1)))
+    found = find_norms(nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Embedding(3, 4), nn.Conv1d(4, 4, 1)))
     assert (found.sites, found.refusals) == ([], [])
 
 
@@ -297,7 +297,7 @@ class Counting(Weighted):
         random.random()
         np.random.rand()
         torch.rand(1)
-        return self.child(normalised(x) * self.weight)
+        return self.child(normalized(x) * self.weight)
 
 
 def tensor_bits(model: nn.Module) -> dict[str, bytes]:
@@ -320,10 +320,10 @@ def test_a_forward_that_changes_its_weight_in_place_changes_only_a_copy() -> Non
     class Clamping(Weighted):
         def forward(self, x: Tensor) -> Tensor:
             self.weight.data.clamp_(-0.5, 0.5)
-            return normalised(x) * self.weight
+            return normalized(x) * self.weight
 
     module = Clamping(64)
-    recognise(module)
+    find_norms(module)
     assert module.weight.tolist() == [1.0] * 64
 
 
@@ -340,7 +340,7 @@ def everything() -> nn.Module:
         "batch": nn.BatchNorm1d(4),
         "linear": nn.Linear(4, 4),
     })  # fmt: skip
-    randomised(model, 3)
+    randomized(model, 3)
     model["hand"].weight.requires_grad_(False)
     model["torch"].weight.grad = torch.ones(32)
     model["hand"].eval()
@@ -357,7 +357,7 @@ def test_recognition_leaves_a_model_exactly_as_it_was() -> None:
     keys = {name: list(vars(module)) for name, module in modules.items()}
     classes = {name: type(module) for name, module in modules.items()}
 
-    found = recognise(model)
+    found = find_norms(model)
 
     assert [site.path for site in found.sites] == ["torch", "hand", "counting", "dropout", "buffer", "gated"]
     assert dict(model.named_modules()) == modules
@@ -376,7 +376,7 @@ def test_recognition_leaves_every_random_state_as_it_was() -> None:
         lambda: [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
     ]
     before = [state() for state in states]
-    assert len(recognise(nn.ModuleList([Counting(), EvalOnlyDropout(), NamedRMSNorm(8)])).sites) == 2
+    assert len(find_norms(nn.ModuleList([Counting(), EvalOnlyDropout(), NamedRMSNorm(8)])).sites) == 2
     assert [state() for state in states] == before
 
 
@@ -387,7 +387,7 @@ def test_recognition_does_not_depend_on_the_random_state(name: str) -> None:
         module = LOOK_ALIKES[name].make() if name in LOOK_ALIKES else ZOO[name].build()
         for set_seed in (torch.manual_seed, random.seed, np.random.seed):
             set_seed(seed)
-        found.append(recognise(module))
+        found.append(find_norms(module))
     assert all(one == found[0] for one in found)
 
 
@@ -397,7 +397,7 @@ def test_recognition_leaves_the_modes_of_torch_as_they_were() -> None:
         lambda: torch.is_autocast_enabled("cpu"),
     ]  # fmt: skip
     before = [mode() for mode in modes]
-    recognise(everything())
+    find_norms(everything())
     assert [mode() for mode in modes] == before
 
 
@@ -417,7 +417,7 @@ def test_hooks_stay_and_never_fire(register: Callable[[nn.Module, Callable[..., 
     for module in model.modules():
         register(module, lambda *args: fired.append(1))
     before = {name: copy.copy(vars(module)) for name, module in model.named_modules()}
-    assert len(recognise(model).sites) == 2
+    assert len(find_norms(model).sites) == 2
     assert fired == []
     for name, module in model.named_modules():
         for attribute in (key for key in vars(module) if "hook" in key):
@@ -433,7 +433,7 @@ def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
     torch.set_default_dtype(dtype)
     try:
         model = nn.ModuleList([nn.RMSNorm(32, eps=1e-6, dtype=torch.float32), ZOO["nanochat"].make()])
-        assert specs_by_path(recognise(model)) == {"0": TORCH, "1": BARE}
+        assert specs_by_path(find_norms(model)) == {"0": TORCH, "1": BARE}
     finally:
         torch.set_default_dtype(before)
 
@@ -441,11 +441,11 @@ def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
 def test_modes_that_the_caller_is_in_do_not_matter() -> None:
     model = nn.ModuleList([nn.RMSNorm(32, eps=1e-6), Weighted(32)])
     with torch.inference_mode():
-        assert specs_by_path(recognise(model)) == {"0": TORCH, "1": CAST_FIRST}
+        assert specs_by_path(find_norms(model)) == {"0": TORCH, "1": CAST_FIRST}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert specs_by_path(recognise(model)) == {"0": TORCH, "1": CAST_FIRST}
+        assert specs_by_path(find_norms(model)) == {"0": TORCH, "1": CAST_FIRST}
     with torch.device("meta"):
-        assert specs_by_path(recognise(model)) == {"0": TORCH, "1": CAST_FIRST}
+        assert specs_by_path(find_norms(model)) == {"0": TORCH, "1": CAST_FIRST}
 
 
 def test_recognition_does_not_depend_on_the_training_mode() -> None:
@@ -461,5 +461,5 @@ def test_a_transformers_model_has_exactly_its_norms() -> None:
     )  # fmt: skip
     model = transformers.Gemma2ForCausalLM(config)
     norms = {path for path, module in model.named_modules() if isinstance(module, hub_class("gemma2", "Gemma2RMSNorm"))}
-    assert specs_by_path(recognise(model)) == dict.fromkeys(norms, ONE_PLUS)
+    assert specs_by_path(find_norms(model)) == dict.fromkeys(norms, ONE_PLUS)
     assert len(norms) == 5

@@ -27,8 +27,8 @@ def configurations(architecture: int) -> list[tuple[NormKernel, LaunchConfig]]:
         for dtype in ("float32", "bfloat16")
     ]
     kernels += [
-        NormKernel(4096, 1e-6, dtype="float16", quantised="int8", quantisation="static"),
-        NormKernel(7168, 1e-6, "add_rms_norm", "bfloat16", quantised="float8_e4m3", quantisation="per_row"),
+        NormKernel(4096, 1e-6, dtype="float16", quantized="int8", quantization="static"),
+        NormKernel(7168, 1e-6, "add_rms_norm", "bfloat16", quantized="float8_e4m3", quantization="per_row"),
         NormKernel(5120, 1e-6, "add_rms_norm", "float16", "float32", y_dtype="float16"),
         NormKernel(128, 1e-6, inner=32, strided=True),
         NormKernel(2048, 1e-6, dtype="bfloat16", gate="before"),
@@ -63,7 +63,7 @@ def test_every_access_has_sixteen_bytes(kernel: NormKernel) -> None:
 
 
 def test_ptx_names_its_entry_and_its_parameters_in_order() -> None:
-    kernel = NormKernel(4096, 1e-6, "add_rms_norm", "bfloat16", quantised="float8_e4m3", quantisation="per_row")
+    kernel = NormKernel(4096, 1e-6, "add_rms_norm", "bfloat16", quantized="float8_e4m3", quantization="per_row")
     ptx = compile_kernel(kernel, choose(kernel, None, 90), 90, "ptx").image.decode()
     entry = re.search(r"\.entry add_rms_norm\(([^)]*)\)", ptx)
     assert entry is not None

@@ -43,8 +43,8 @@ ADD_OPTIONS: dict[str, dict[str, Any]] = {
     "float32 stream": {"residual_dtype": "float32"},
     "float32 stream, exact": {"residual_dtype": "float32", "exact_sum": True},
 }
-QUANTISED: dict[str, dict[str, Any]] = {
-    f"{dtype} {how}": {"quantised": dtype, "quantisation": how}
+QUANTIZED: dict[str, dict[str, Any]] = {
+    f"{dtype} {how}": {"quantized": dtype, "quantization": how}
     for dtype in ("int8", "float8_e4m3")
     for how in ("static", "per_row")
 }
@@ -94,7 +94,7 @@ class Case:
 
     @property
     def sum(self) -> Array:
-        """What is normalised, as it is stored."""
+        """What is normalized, as it is stored."""
         if self.residual is None:
             return self.x
         return (self.x.astype(np.float32) + self.residual.astype(np.float32)).astype(self.residual.dtype)
@@ -104,7 +104,7 @@ class Case:
             return (self.x.astype(np.float32) + self.residual.astype(np.float32)).astype(np.float64)
         return self.sum.astype(np.float64)
 
-    def truth(self) -> Array:
+    def expected(self) -> Array:
         kernel = self.kernel
         spec = NormSpec(
             float(np.float32(EPSILON)), scale=kernel.scale, gate=kernel.gate,
@@ -140,8 +140,8 @@ def test_every_form_is_the_reference_rounded_once(built: tuple[list[Any], HostKe
         outputs = library.run(number, **case.given)
         if kernel.adds:
             np.testing.assert_array_equal(outputs["sum"], case.sum, err_msg=name)
-        truth = case.truth()
-        off = np.abs(outputs["y"].astype(np.float64) - truth) / ulp_size(truth, outputs["y"].dtype)
+        expected = case.expected()
+        off = np.abs(outputs["y"].astype(np.float64) - expected) / ulp_size(expected, outputs["y"].dtype)
         # Rounded twice, a value next to a tie may fall to the other side: one ULP of the first rounding, scaled.
         limit = 2.51 if kernel.cast_first and kernel.dtype != "float32" else LIMITS[kernel.y_dtype_]
         assert off.max() <= limit, f"{name}, {config}: {off.max():.3f} ULP"
@@ -158,25 +158,25 @@ def test_the_order_in_which_threads_run_changes_nothing(built: tuple[list[Any], 
             np.testing.assert_array_equal(values, second[role], err_msg=f"{name}, {role}")
 
 
-# ---------------------------------------------------------------------------------------------------- quantised
+# ---------------------------------------------------------------------------------------------------- quantized
 
 
 @pytest.mark.parametrize("width", [1, 7, 128, 1000, 4096, 50000])
-def test_quantised_output_is_that_of_the_norm_quantised(width: int, tmp_path: Any) -> None:
+def test_quantized_output_is_that_of_the_norm_quantized(width: int, tmp_path: Any) -> None:
     cases = []
     for dtype in LIMITS:
         for op in ("rms_norm", "add_rms_norm"):
-            for changes in QUANTISED.values():
+            for changes in QUANTIZED.values():
                 kernel = NormKernel(width, EPSILON, op, dtype, **changes)  # type: ignore[arg-type]
                 config = choose(kernel, None, 90)
-                cases += [(kernel, config), (kernel.replace(quantised="none", quantisation="none"), config)]
+                cases += [(kernel, config), (kernel.replace(quantized="none", quantization="none"), config)]
     library = HostKernels(tmp_path, cases)
     for number in range(0, len(cases), 2):
         kernel = cases[number][0]
         case = Case(kernel)
         y = library.run(number + 1, **case.given)["y"].astype(np.float32)
-        largest = np.float32(127.0 if kernel.quantised == "int8" else 448.0)
-        if kernel.quantisation == "static":
+        largest = np.float32(127.0 if kernel.quantized == "int8" else 448.0)
+        if kernel.quantization == "static":
             scale = np.full(1, 0.01, np.float32)  # some values saturate
             got = library.run(number, **case.given, scale=scale)
         else:
@@ -184,7 +184,7 @@ def test_quantised_output_is_that_of_the_norm_quantised(width: int, tmp_path: An
             scale = np.abs(y).max(axis=1, keepdims=True) / largest
             np.testing.assert_array_equal(got["row_scale"], scale[:, 0])
         scaled = y / scale
-        if kernel.quantised == "int8":
+        if kernel.quantized == "int8":
             wanted = np.clip(np.rint(scaled), -128, 127).astype(np.int8)
         else:
             wanted = np.clip(scaled, -largest, largest).astype(NUMPY["float8_e4m3"])
@@ -201,7 +201,7 @@ TILED = [
 
 
 @pytest.mark.parametrize("changes", [{}, {"op": "add_rms_norm"}, {"op": "add_rms_norm", "exact_sum": True}, {
-    "quantised": "int8", "quantisation": "per_row"}, {"gate": "before"}, {"gate": "after"}])  # fmt: skip
+    "quantized": "int8", "quantization": "per_row"}, {"gate": "before"}, {"gate": "after"}])  # fmt: skip
 def test_rows_that_are_read_in_tiles_or_by_clusters(changes: dict[str, Any], tmp_path: Any) -> None:
     kernel = NormKernel(2000, EPSILON, dtype="bfloat16", **changes)
     whole = LaunchConfig(256, 1, 8)

@@ -17,15 +17,15 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[NormKernel, int | None, int, int]:
-    adds, quantised = draw(st.booleans()), draw(st.sampled_from(("none", "int8", "float8_e4m3")))
+    adds, quantized = draw(st.booleans()), draw(st.sampled_from(("none", "int8", "float8_e4m3")))
     dtype = draw(st.sampled_from(DTYPES))
     kernel = NormKernel(
         draw(st.one_of(st.integers(1, 65536), st.sampled_from((64, 128, 3072, 4096, 5120, 7168, 8192, 16384, 65536)))),
         1e-6, "add_rms_norm" if adds else "rms_norm", dtype,
         draw(st.sampled_from(DTYPES)) if adds else None, y_dtype=draw(st.sampled_from(DTYPES)),
         exact_sum=adds and draw(st.booleans()), gate=draw(st.sampled_from(("none", "before", "after"))),
-        quantised=quantised,
-        quantisation="none" if quantised == "none" else draw(st.sampled_from(("static", "per_row"))),
+        quantized=quantized,
+        quantization="none" if quantized == "none" else draw(st.sampled_from(("static", "per_row"))),
     )  # fmt: skip
     rows = draw(st.one_of(st.none(), st.integers(0, 2**31 // kernel.width)))
     return kernel, rows, draw(st.sampled_from((75, 80, 86, 89, 90, 100, 120))), draw(st.sampled_from((4, 8, 16, 256)))
@@ -100,7 +100,7 @@ def test_layouts_that_cannot_run_are_refused(config: LaunchConfig, message: str)
         ({"epsilon": float("nan")}, "epsilon is nan"),
         ({"epsilon": -1.0}, "epsilon is -1"),
         ({"dtype": "float64"}, "dtype is 'float64'"),
-        ({"quantised": "int8"}, "both be given"),
+        ({"quantized": "int8"}, "both be given"),
         ({"inner": 4, "weight_rows": 2}, "4 inner rows and 2 of the weight"),
         ({"exact_sum": True}, "are for add_rms_norm"),
     ],

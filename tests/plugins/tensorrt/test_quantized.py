@@ -231,7 +231,7 @@ def test_kernels_are_packed_with_their_quantized_type(op_type: str, quant: str) 
     pytest.importorskip("cuda.bindings", reason="needs NVRTC: pip install 'rmsnorm-deploy[kernel]'")
     number = contract.QUANT_TYPES[quant]
     kernel = kernel_of(op_type, "float16", 4096, 1e-6, 1.0, 10, number)
-    assert (kernel.quantised, kernel.quantisation, kernel.op) == (quant, "static", contract.KERNEL_OPS[op_type])
+    assert (kernel.quantized, kernel.quantization, kernel.op) == (quant, "static", contract.KERNEL_OPS[op_type])
     images = compile_images(kernel, (80, 89))
     assert images.quant_type == number
     assert unpack(images.pack()) == images
@@ -255,7 +255,7 @@ def test_a_quantized_type_that_is_none_is_refused() -> None:
         kernel_of("RMSNormQuant", "float16", 64, 1e-6, 0.0, 1, 2)
     with pytest.raises(UsageError, match="RMSNormQuant: attribute quant_type is missing"):
         kernel_of("RMSNormQuant", "float16", 64, 1e-6, 0.0, 1)
-    assert kernel_of("RMSNorm", "float16", 64, 1e-6, 0.0, 1).quantised == "none"
+    assert kernel_of("RMSNorm", "float16", 64, 1e-6, 0.0, 1).quantized == "none"
 
 
 # Real builds ------------------------------------------------------------------------------------------------------
@@ -324,7 +324,12 @@ def test_an_engine_runs_the_norm_with_a_quantized_output(
     record = build_engine(source, tmp_path / "x.engine", **options(kind, request, 89)).record
     (norm,) = record["norms"]
     assert record["plugin_layers"] == len(record["norms"]) == 1
-    assert (norm["plugin"], norm["form"], norm["precision"], norm["statistics"]) == (True, "add", quant, "float32")
+    assert (norm["plugin"], norm["form"], norm["precision"], norm["statistics"]) == (
+        True,
+        "residual_add",
+        quant,
+        "float32",
+    )
     (kernel,) = record["kernels"]
     assert (kernel["operator"], kernel["quantized"], kernel["architectures"]) == ("AddRMSNormQuant", quant, [89])
 
@@ -375,4 +380,4 @@ def test_a_file_without_notes_has_its_norm_in_the_record(
     source = layer("int8", tmp_path / "model.onnx", y_scale)
     record = build_engine(source, tmp_path / "x.engine", **options("python", request, 89)).record
     (norm,) = record["norms"]
-    assert (record["plugin_layers"], norm["path"], norm["form"], norm["plugin"]) == (1, "norm", "add", True)
+    assert (record["plugin_layers"], norm["path"], norm["form"], norm["plugin"]) == (1, "norm", "residual_add", True)

@@ -11,8 +11,8 @@ from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.accuracy.compare_output import judge
 from rmsnorm_deploy.runtime.accuracy.tolerances import Limits, check_limits, limits_of, parse_limits
 
-TRUTH = np.array([[1.0, -1.0], [0.5, 4.0]])
-EXACT = TRUTH.astype(np.float32)
+REFERENCE = np.array([[1.0, -1.0], [0.5, 4.0]])
+EXACT = REFERENCE.astype(np.float32)
 
 
 def off_by(ulps: float) -> np.ndarray:
@@ -39,22 +39,22 @@ def off_by(ulps: float) -> np.ndarray:
     ],
 )
 def test_limits_replace_the_rule(limits: Limits, ulps: float, passed: bool) -> None:
-    verdict = judge("y", off_by(ulps), TRUTH, EXACT, limits=limits)
+    verdict = judge("y", off_by(ulps), REFERENCE, EXACT, limits=limits)
     assert verdict.passed is passed
     assert ("(1, 1)" in verdict.reason) is not passed
     assert limits.describe() in verdict.reason
 
 
 def test_limits_with_nothing_set_leave_the_rule() -> None:
-    assert "PyTorch's own max" in judge("y", EXACT, TRUTH, EXACT, limits=Limits()).reason
+    assert "PyTorch's own max" in judge("y", EXACT, REFERENCE, EXACT, limits=Limits()).reason
     assert (
         "the rounded reference's own max"
-        in judge("y", EXACT, TRUTH, EXACT, yardstick_name="the rounded reference").reason
+        in judge("y", EXACT, REFERENCE, EXACT, baseline_name="the rounded reference").reason
     )
 
 
 def test_the_reason_names_the_limits_and_the_first_element_beyond() -> None:
-    verdict = judge("y", off_by(8), TRUTH, EXACT, limits=Limits(atol=1e-7, ulp=2.0))
+    verdict = judge("y", off_by(8), REFERENCE, EXACT, limits=Limits(atol=1e-7, ulp=2.0))
     assert verdict.reason == (
         "1 of 4 elements miss |error| <= 1e-07 + 0 x |truth| and ULP error <= 2, the first at (1, 1): "
         "an error of 3.81e-06, 8 ULP"
@@ -67,7 +67,7 @@ def test_limits_want_integers_equal_and_nan_in_place() -> None:
     assert not judge("ids", ids + 1, ids, ids, limits=loose).passed
     broken = EXACT.copy()
     broken[0, 1] = np.nan
-    assert "(0, 1): nan" in judge("y", broken, TRUTH, EXACT, limits=loose).reason
+    assert "(0, 1): nan" in judge("y", broken, REFERENCE, EXACT, limits=loose).reason
 
 
 @pytest.mark.parametrize("label", ["atol", "rtol", "ulp"])

@@ -138,7 +138,7 @@ def number():
 def arrays():
     return [X]
 
-def quantised():
+def quantized():
     return {"x": torch.ones(4).to(torch.float8_e4m3fn)}
 
 def needs(argument):
@@ -180,7 +180,7 @@ def test_python_code_in_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("lists", "x is a list; give a numpy array or a torch tensor"),
         ("number", "case 1 is a int"),
         ("arrays", "case 1 is a ndarray"),
-        ("quantised", "x is torch.float8_e4m3fn, which numpy has no dtype for"),
+        ("quantized", "x is torch.float8_e4m3fn, which numpy has no dtype for"),
         ("needs", "TypeError"),
         ("not_a_function", "TypeError"),
         ("nosuch", "no attribute 'nosuch'"),

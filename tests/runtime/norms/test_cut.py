@@ -13,7 +13,7 @@ from helpers.norm_places import PLACES
 from helpers.norm_spellings import WIDTH, Way, norm
 
 from rmsnorm_deploy.export.graph.site import GraphSite
-from rmsnorm_deploy.export.recognition.find_norms import recognise_graph
+from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
 from rmsnorm_deploy.models.errors import UnsupportedError
 from rmsnorm_deploy.runtime.norms.cut import Cut, CutModel, cut_out
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
@@ -27,7 +27,7 @@ def norm_of(x: np.ndarray, scale: np.ndarray, eps: float = 1e-6) -> np.ndarray:
 
 def sites_of(proto: onnx.ModelProto) -> tuple[ir.Model, list[GraphSite]]:
     model = ir.from_proto(proto)
-    return model, recognise_graph(model).sites
+    return model, find_graph_norms(model).sites
 
 
 def whole(site: GraphSite, name: str) -> Cut:
@@ -134,7 +134,7 @@ def test_functions_are_carried_with_those_that_they_call() -> None:
 def test_external_data_stay_where_they_are_and_are_not_read(tmp_path: Path) -> None:
     onnx.save(two_norms(), tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=64)
     model = ir.load(tmp_path / "m.onnx")
-    second = recognise_graph(model).sites[1]
+    second = find_graph_norms(model).sites[1]
     (tmp_path / "w.bin").rename(tmp_path / "elsewhere")
     cut = cut_out(model, [whole(second, "n")])
     external = [tensor for tensor in cut.model.graph.initializer if tensor.external_data]

@@ -16,8 +16,8 @@ from helpers.norm_zoo import ZOO
 from torch import Tensor, nn
 
 import rmsnorm_deploy.models.reference as reference_module
-import rmsnorm_deploy.runtime.norms.float64_model as truth_module
-from rmsnorm_deploy.models.recognition.find_norms import recognise
+import rmsnorm_deploy.runtime.norms.float64_model as float64_module
+from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.models.recognition.intercept import at_norms
 from rmsnorm_deploy.models.reference import reference
 from rmsnorm_deploy.models.spec import NormSpec
@@ -35,9 +35,9 @@ def logits(model: nn.Module, name: str) -> Tensor:
         return model(**feeds).logits
 
 
-def truth_of(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+def reference_of(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     """In float64: what the model's own code gives, and what it gives with the reference at every norm."""
-    sites = recognise(model).sites
+    sites = find_norms(model).sites
     with in_float64(model):
         own = logits(model, name)
         with at_norms(model, sites, exactly):
@@ -50,7 +50,7 @@ def truth_of(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_own_code_in_float64_is_the_reference_and_no_plain_double_copy(name: str) -> None:
     model = build(name)
-    own, exact = truth_of(model, name)
+    own, exact = reference_of(model, name)
     assert own.dtype == exact.dtype == torch.float64
     scale = exact.abs().max()
     assert (own - exact).abs().max() / scale < 1e-12
@@ -61,9 +61,9 @@ def test_own_code_in_float64_is_the_reference_and_no_plain_double_copy(name: str
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
-def test_models_in_half_types_have_a_float64_truth(name: str, dtype: torch.dtype) -> None:
+def test_models_in_half_types_have_a_float64_reference(name: str, dtype: torch.dtype) -> None:
     model = build(name, dtype)
-    own, exact = truth_of(model, name)
+    own, exact = reference_of(model, name)
     assert exact.dtype == torch.float64
     scale = exact.abs().max()
     assert (own - exact).abs().max() / scale < 1e-12
@@ -188,7 +188,7 @@ def test_tensors_are_the_models_own_inside_and_outside() -> None:
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
 def test_the_model_is_as_before_after_an_exception(name: str) -> None:
     model = build(name, torch.float16)
-    before, sites = tensors(model), recognise(model).sites
+    before, sites = tensors(model), find_norms(model).sites
     experts = getattr(model, "get_experts_implementation", lambda: None)()
 
     def fails(*_: Any) -> Tensor:
@@ -222,7 +222,7 @@ def test_calls_of_one_norm_are_counted_in_one_context() -> None:
         return original()
 
     for _ in range(2):
-        with at_norms(model, recognise(model).sites, visit), torch.no_grad():
+        with at_norms(model, find_norms(model).sites, visit), torch.no_grad():
             model(torch.ones(1, 4))
     assert seen == [("0", 0), ("0", 1)] * 2
 
@@ -354,8 +354,8 @@ def test_the_reference_imports_numpy_and_the_spec_only() -> None:
     assert not any(name.partition(".")[0] == "torch" for name in closure(reference_module))
 
 
-@pytest.mark.parametrize("module", [reference_module, truth_module])
-def test_the_truth_shares_no_code_with_any_lowering(module: Any) -> None:
+@pytest.mark.parametrize("module", [reference_module, float64_module])
+def test_the_reference_shares_no_code_with_any_lowering(module: Any) -> None:
     found = closure(module)
     assert "rmsnorm_deploy.models.spec" in found
     assert [name for name in found if name.startswith(FORBIDDEN)] == []

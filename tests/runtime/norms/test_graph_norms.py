@@ -33,7 +33,7 @@ class Three(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.gate, self.centred = nn.Linear(64, 64), nn.Linear(64, 64), nn.LayerNorm(64)
+        self.linear, self.gate, self.centered = nn.Linear(64, 64), nn.Linear(64, 64), nn.LayerNorm(64)
         self.norm, self.gated = ZOO["llama"].build(), ZOO["mamba2"].build()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -44,7 +44,7 @@ class Three(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.norm(x)
         h = self.gated(h + self.linear(h), self.gate(x))
-        total = self.centred(h) + x
+        total = self.centered(h) + x
         return self.norm(total) * 2.0, total + 1.0
 
 
@@ -207,7 +207,7 @@ def test_a_window_computes_its_norms_only(path: Path) -> None:
     assert set(outputs_of(model)) == {graph.norms[GATED].x, graph.norms[GATED].gate}
     assert inputs_of(model) == {"x@fed", fed_name(graph.norms[FIRST].y)}
     weights = {tensor.name for tensor in model.graph.initializer}
-    assert not any("centred" in name for name in weights)
+    assert not any("centered" in name for name in weights)
     assert len(model.graph.node) < len(onnx.load(path, load_external_data=False).graph.node)
 
 
@@ -268,7 +268,7 @@ def forget(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
         del node.metadata_props[:]
 
 
-def test_norms_that_a_file_does_not_name_are_recognised(damaged: Callable[..., GraphNorms]) -> None:
+def test_norms_that_a_file_does_not_name_are_recognized(damaged: Callable[..., GraphNorms]) -> None:
     graph = damaged(forget)
     assert (list(graph.norms), graph.problems) == ([("norm", 0), ("norm", 1), ("gated", 0)], {})
     assert len(graph.output_names) == 2

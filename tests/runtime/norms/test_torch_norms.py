@@ -12,10 +12,10 @@ from helpers.norm_zoo import ZOO
 from helpers.small_models import HalfCastNorm, Residual
 from torch import Tensor, nn
 
-from rmsnorm_deploy.models.recognition.find_norms import recognise
+from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.models.reference import reference
 from rmsnorm_deploy.runtime.norms.access import NormFeed
-from rmsnorm_deploy.runtime.norms.activation_store import Tape
+from rmsnorm_deploy.runtime.norms.activation_store import ActivationStore
 from rmsnorm_deploy.runtime.norms.float64_model import in_float64
 from rmsnorm_deploy.runtime.norms.graph_norms import Key
 from rmsnorm_deploy.runtime.norms.torch_norms import TorchNorms
@@ -27,7 +27,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def opened(model: nn.Module) -> TorchNorms:
-    return TorchNorms(model, TorchRunner(model), recognise(model))
+    return TorchNorms(model, TorchRunner(model), find_norms(model))
 
 
 def feeds_of(shape: tuple[int, ...] = (2, 5, 16), dtype: str = "float32") -> dict[str, np.ndarray]:
@@ -39,16 +39,18 @@ def wide(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture
-def tape() -> Iterator[Tape]:
-    with Tape() as tape:
-        yield tape
+def store() -> Iterator[ActivationStore]:
+    with ActivationStore() as store:
+        yield store
 
 
-def written(model: nn.Module, feeds: dict[str, np.ndarray], tape: Tape) -> tuple[TorchNorms, dict[Key, float], Any]:
+def written(
+    model: nn.Module, feeds: dict[str, np.ndarray], store: ActivationStore
+) -> tuple[TorchNorms, dict[Key, float], Any]:
     norms = opened(model)
     norms.survey(feeds)
     with in_float64(model):
-        outputs, disagreements = norms.write_truth(wide(feeds), tape)
+        outputs, disagreements = norms.write_reference(wide(feeds), store)
     return norms, disagreements, outputs
 
 
@@ -105,53 +107,55 @@ def test_a_trace_shows_what_hooks_see() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_truth_is_rounded_at_every_norm_to_what_the_deployed_model_holds(dtype: str, tape: Tape) -> None:
+def test_the_reference_is_rounded_at_every_norm_to_what_the_deployed_model_holds(
+    dtype: str, store: ActivationStore
+) -> None:
     model, feeds = Residual().eval().to(getattr(torch, dtype)), feeds_of(dtype=dtype)
-    norms, disagreements, outputs = written(model, feeds, tape)
+    norms, disagreements, outputs = written(model, feeds, store)
     assert outputs["output"].dtype == np.float64
     for key in (FIRST, SECOND):
-        x, fed_x, y, fed_y = (np.asarray(tape.get(key, role)) for role in ("x", "fed_x", "y", "fed_y"))
+        x, fed_x, y, fed_y = (np.asarray(store.get(key, role)) for role in ("x", "fed_x", "y", "fed_y"))
         assert (x.dtype, y.dtype) == (np.float64, np.float64)
         assert fed_x.dtype == fed_y.dtype == numpy_dtype(dtype)
         np.testing.assert_array_equal(fed_x, x.astype(numpy_dtype(dtype)))
         np.testing.assert_array_equal(fed_y, y.astype(numpy_dtype(dtype)))
         np.testing.assert_array_equal(y, norms.exact(key, NormFeed(fed_x)))
         assert disagreements[key] < 1e-12
-        assert not tape.has(key, "gate")
+        assert not store.has(key, "gate")
     # The residual stream goes on with the rounded sum and the rounded norm.
     second = {name: value.detach().double().numpy() for name, value in model.second.named_parameters()}
-    fed_x, fed_y = (np.asarray(tape.get(FIRST, role)).astype(np.float64) for role in ("fed_x", "fed_y"))
+    fed_x, fed_y = (np.asarray(store.get(FIRST, role)).astype(np.float64) for role in ("fed_x", "fed_y"))
     wanted = fed_x + fed_y @ second["weight"].T + second["bias"]
-    np.testing.assert_allclose(tape.get(SECOND, "x"), wanted, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(store.get(SECOND, "x"), wanted, rtol=1e-13, atol=1e-13)
 
 
-def test_gates_are_written_too_and_what_cannot_be_replaced_is_left(tape: Tape) -> None:
+def test_gates_are_written_too_and_what_cannot_be_replaced_is_left(store: ActivationStore) -> None:
     model, feeds = Gated().eval(), feeds_of((2, 5, 64))
-    norms, disagreements, _ = written(model, feeds, tape)
-    gate, fed = tape.get(("gated", 0), "gate"), tape.get(("gated", 0), "fed_gate")
+    norms, disagreements, _ = written(model, feeds, store)
+    gate, fed = store.get(("gated", 0), "gate"), store.get(("gated", 0), "fed_gate")
     assert (gate.dtype, fed.dtype) == (np.float64, np.float16)
     np.testing.assert_array_equal(fed, feeds["x"].astype(np.float16))
-    exact = norms.exact(("gated", 0), NormFeed(tape.get(("gated", 0), "fed_x"), np.asarray(gate)))
-    np.testing.assert_array_equal(tape.get(("gated", 0), "y"), exact)
+    exact = norms.exact(("gated", 0), NormFeed(store.get(("gated", 0), "fed_x"), np.asarray(gate)))
+    np.testing.assert_array_equal(store.get(("gated", 0), "y"), exact)
     assert max(disagreements.values()) < 1e-12
     np.testing.assert_array_equal(model.token.detach(), torch.linspace(-1, 1, 64)[None])
 
 
-def test_a_wrong_formula_shows_as_a_disagreement(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_formula_shows_as_a_disagreement(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(spec: Any, x: Any, *rest: Any) -> Any:
         return reference(spec, x, *rest) * (1.0 + 1e-4)
 
     monkeypatch.setattr("rmsnorm_deploy.runtime.norms.float64_model.reference", wrong)
-    _, disagreements, _ = written(Residual().eval(), feeds_of(), tape)
+    _, disagreements, _ = written(Residual().eval(), feeds_of(), store)
     # At the largest element of a row, which is several times its RMS.
     assert {key: 0.9e-4 < off < 1e-3 for key, off in disagreements.items()} == {FIRST: True, SECOND: True}
 
 
-def test_an_epsilon_that_follows_the_dtype_is_no_disagreement(tape: Tape) -> None:
+def test_an_epsilon_that_follows_the_dtype_is_no_disagreement(store: ActivationStore) -> None:
     model = nn.Sequential(nn.RMSNorm(16)).eval()  # eps None: that of the dtype
     feeds = {"input": feeds_of()["x"] * 1e-3}
     feeds["input"][..., 5] *= 20  # nearly all of its row: up to 4 times the row's RMS
-    _, disagreements, _ = written(model, feeds, tape)
+    _, disagreements, _ = written(model, feeds, store)
     assert disagreements["0", 0] < 1e-9
 
 
@@ -164,17 +168,17 @@ def test_an_outlier_of_a_wide_half_row_is_near_the_formula() -> None:
     assert 0.1 < called["0", 0].off <= 1.0
 
 
-def test_the_traced_truth_is_not_rounded(tape: Tape) -> None:
+def test_the_traced_reference_is_not_rounded(store: ActivationStore) -> None:
     model, feeds = Residual().eval().half(), feeds_of(dtype="float16")
     norms = opened(model)
     norms.survey(feeds)
     with in_float64(model):
-        norms.trace_truth(wide(feeds), [FIRST, SECOND], tape.put)
-    y = tape.get(FIRST, "y")
-    np.testing.assert_array_equal(y, norms.exact(FIRST, NormFeed(np.asarray(tape.get(FIRST, "x")))))
+        norms.trace_reference(wide(feeds), [FIRST, SECOND], store.put)
+    y = store.get(FIRST, "y")
+    np.testing.assert_array_equal(y, norms.exact(FIRST, NormFeed(np.asarray(store.get(FIRST, "x")))))
     second = {name: value.detach().double().numpy() for name, value in model.second.named_parameters()}
-    wanted = tape.get(FIRST, "x") + y @ second["weight"].T + second["bias"]
-    np.testing.assert_allclose(tape.get(SECOND, "x"), wanted, rtol=1e-13, atol=1e-13)
+    wanted = store.get(FIRST, "x") + y @ second["weight"].T + second["bias"]
+    np.testing.assert_allclose(store.get(SECOND, "x"), wanted, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "biased", "buffer_weight", "l2"])
@@ -209,16 +213,16 @@ def test_a_norm_alone_is_its_module(dtype: str) -> None:
         np.testing.assert_array_equal(found[key].y.astype(np.float64), tensor.double().numpy())
 
 
-def test_between_goes_on_with_the_tape_at_every_cut(tape: Tape) -> None:
+def test_between_goes_on_with_the_store_at_every_cut(store: ActivationStore) -> None:
     model, feeds = Residual().eval(), feeds_of()
-    norms, _, _ = written(model, feeds, tape)
+    norms, _, _ = written(model, feeds, store)
     fed_x, fed_y = np.full((2, 5, 16), 3.0, np.float32), np.zeros((2, 5, 16), np.float32)
-    tape.put(FIRST, "fed_x", fed_x)
-    tape.put(FIRST, "fed_y", fed_y)
-    tape.put(SECOND, "fed_y", fed_y)
+    store.put(FIRST, "fed_x", fed_x)
+    store.put(FIRST, "fed_y", fed_y)
+    store.put(SECOND, "fed_y", fed_y)
     seen: dict[tuple[Key, str], np.ndarray] = {}
     outputs = norms.between(
-        feeds, [FIRST, SECOND], tape, lambda key, role, value: seen.update({(key, role): value.copy()}), None
+        feeds, [FIRST, SECOND], store, lambda key, role, value: seen.update({(key, role): value.copy()}), None
     )
     assert list(seen) == [(FIRST, "x"), (SECOND, "x")]
     with torch.no_grad():
@@ -226,22 +230,22 @@ def test_between_goes_on_with_the_tape_at_every_cut(tape: Tape) -> None:
         np.testing.assert_array_equal(seen[FIRST, "x"], (x + model.first(x)).numpy())
         np.testing.assert_array_equal(seen[SECOND, "x"], (3.0 + model.second(torch.zeros(2, 5, 16))).numpy())
     # norm + x: zeros, and the tape's x in the place of the one that was computed.
-    np.testing.assert_array_equal(outputs["output"], tape.get(SECOND, "fed_x"))
+    np.testing.assert_array_equal(outputs["output"], store.get(SECOND, "fed_x"))
     np.testing.assert_array_equal(feeds["x"], feeds_of()["x"])
 
 
-def test_between_leaves_other_norms_to_themselves(tape: Tape) -> None:
+def test_between_leaves_other_norms_to_themselves(store: ActivationStore) -> None:
     model, feeds = Residual().eval(), feeds_of()
-    norms, _, _ = written(model, feeds, tape)
+    norms, _, _ = written(model, feeds, store)
     seen: list[Key] = []
-    outputs = norms.between(feeds, [], tape, lambda key, role, value: seen.append(key), None)
+    outputs = norms.between(feeds, [], store, lambda key, role, value: seen.append(key), None)
     with torch.no_grad():
         np.testing.assert_array_equal(outputs["output"], model(torch.from_numpy(feeds["x"])).numpy())
     assert seen == []
 
 
 class First(nn.Module):
-    """The model's input is what is normalised first."""
+    """The model's input is what is normalized first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,11 +255,11 @@ class First(nn.Module):
         return self.norm(x) + x
 
 
-def test_the_callers_arrays_are_never_written_over(tape: Tape) -> None:
+def test_the_callers_arrays_are_never_written_over(store: ActivationStore) -> None:
     model, feeds = First().eval(), feeds_of()
-    norms, _, _ = written(model, feeds, tape)
-    tape.put(("norm", 0), "fed_x", np.zeros((2, 5, 16), np.float32))
-    norms.between(feeds, [("norm", 0)], tape, lambda key, role, value: None, None)
+    norms, _, _ = written(model, feeds, store)
+    store.put(("norm", 0), "fed_x", np.zeros((2, 5, 16), np.float32))
+    norms.between(feeds, [("norm", 0)], store, lambda key, role, value: None, None)
     np.testing.assert_array_equal(feeds["x"], feeds_of()["x"])
     feeds["x"].setflags(write=False)
-    norms.between(feeds, [("norm", 0)], tape, lambda key, role, value: None, None)
+    norms.between(feeds, [("norm", 0)], store, lambda key, role, value: None, None)

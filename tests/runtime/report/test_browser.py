@@ -214,17 +214,17 @@ def test_only_the_tables_scroll_sideways(browser: Browser, page: Path, width: in
         assert browser.value(wide) > 0
 
 
-def test_the_plots_follow_the_colour_scheme(browser: Browser, page: Path) -> None:
-    colours = []
+def test_the_plots_follow_the_color_scheme(browser: Browser, page: Path) -> None:
+    colors = []
     line = "document.querySelector('.wide svg path[style*=\"--candidate\"]')"
     for dark in (False, True):
         browser.open(page, dark=dark)
-        colours.append(browser.value(f"getComputedStyle({line}).stroke"))
+        colors.append(browser.value(f"getComputedStyle({line}).stroke"))
         assert browser.value("getComputedStyle(document.querySelector('.wide svg text')).fill") not in (
             "rgb(0, 0, 0)",
             browser.value("getComputedStyle(document.body).backgroundColor"),
         )
-    assert colours[0] != colours[1]
+    assert colors[0] != colors[1]
 
 
 def test_a_place_in_the_depth_plot_tells_its_norm(browser: Browser, page: Path) -> None:

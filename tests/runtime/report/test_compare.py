@@ -121,7 +121,7 @@ def figures(size: float) -> dict[str, Any]:
 
 
 REPORT: dict[str, Any] = {
-    "schema": "rmsnorm_deploy.validate/2",
+    "schema": "rmsnorm_deploy.validate/3",
     "created": "2026-01-01T00:00:00+00:00",
     "verdict": "pass",
     "summary": "everything passed",
@@ -132,7 +132,7 @@ REPORT: dict[str, Any] = {
             {"kind": "large", "passed": True, "reason": "fine", "figures": figures(1.0)},
         ]} for call in (0, 1)
     ],
-    "stretches": [{"name": "norm ... head", "index": 1, "passed": True, "reason": "fine", "figures": None}],
+    "segments": [{"name": "norm ... head", "index": 1, "passed": True, "reason": "fine", "figures": None}],
     "provenance": {"candidate": {"onnxruntime": "1.23", "options": {"threads": 1}}, "versions": {"torch": "2.11"}},
 }  # fmt: skip
 
@@ -183,27 +183,27 @@ def test_every_kind_of_row_is_seen(fails_before: bool, tmp_path: Path) -> None:
     def fail_parts(report: dict[str, Any]) -> None:
         report["norms"][1]["passed"] = False
         report["norms"][1]["inputs"][0]["passed"] = False
-        report["stretches"][0]["passed"] = False
+        report["segments"][0]["passed"] = False
 
     names = ["norm, call 1", "norm, call 1, large", "norm ... head"]
     result = reports(tmp_path, *((lambda report: None, fail_parts) if fails_before else (fail_parts,)))
     assert result.passed is fails_before
     assert [change.name for change in result.verdicts] == names
-    assert [change.kind for change in result.verdicts] == ["norm", "norm input", "stretch"]
+    assert [change.kind for change in result.verdicts] == ["norm", "norm input", "segment"]
 
 
 def test_missing_rows_fail_and_new_ones_do_not(tmp_path: Path) -> None:
     def drop(report: dict[str, Any]) -> None:
-        del report["stretches"]
+        del report["segments"]
         report["norms"][0]["inputs"] = []
 
     lacking = reports(tmp_path, drop)
     assert not lacking.passed
-    assert lacking.missing == [("norm input", "norm, large"), ("stretch", "norm ... head")]
+    assert lacking.missing == [("norm input", "norm, large"), ("segment", "norm ... head")]
     more = reports(tmp_path, before=drop)
     assert more.passed
     assert more.to_dict()["added"] == [
-        {"kind": "norm input", "name": "norm, large"}, {"kind": "stretch", "name": "norm ... head"},
+        {"kind": "norm input", "name": "norm, large"}, {"kind": "segment", "name": "norm ... head"},
     ]  # fmt: skip
 
 
@@ -270,11 +270,11 @@ def test_settings_and_provenance_that_differ(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"schema": "rmsnorm_deploy.validate/1"}, "its schema is 'rmsnorm_deploy.validate/1'; this version reads "
-         "rmsnorm_deploy.validate/2 and rmsnorm_deploy.bisect/1. Write the report again"),
-        ({"schema": "rmsnorm_deploy.validate/3"}, "this version reads rmsnorm_deploy.validate/2"),
+         "rmsnorm_deploy.validate/3 and rmsnorm_deploy.bisect/2. Write the report again"),
+        ({"schema": "rmsnorm_deploy.validate/4"}, "this version reads rmsnorm_deploy.validate/3"),
         ({"schema": "rmsnorm_deploy.run/1"}, "its schema is 'rmsnorm_deploy.run/1'; this version reads"),
         ({"schema": None}, "its schema is None"),
-        ({"schema": "rmsnorm_deploy.bisect/1"}, "compare two of one kind"),
+        ({"schema": "rmsnorm_deploy.bisect/2"}, "compare two of one kind"),
         ({"verdict": "maybe"}, "no whole report"),
         ({"outputs": [{"name": "logits", "passed": True}]}, "not as it was written ('case')"),
         ({"outputs": [{"case": "1x7", "name": "logits", "passed": "yes"}]}, "passed is 'yes'"),

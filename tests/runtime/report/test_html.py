@@ -22,7 +22,7 @@ pytest.importorskip("matplotlib")
 
 from rmsnorm_deploy.runtime.report import html
 
-_SECTIONS = ["culprits", "outputs", "depth", "norms", "stretches", "histograms", "worst", "notes", "refusals",
+_SECTIONS = ["culprits", "outputs", "depth", "norms", "segments", "histograms", "worst", "notes", "refusals",
              "deviations", "provenance", "again"]  # fmt: skip
 
 
@@ -58,8 +58,8 @@ def test_the_sections_are_in_order(failing: str) -> None:
 
 def test_a_small_report_has_no_empty_sections() -> None:
     row = {"case": "1x1", "name": "y", "passed": False, "reason": "shape mismatch", "figures": None,
-           "yardstick_figures": None}  # fmt: skip
-    page = html.render({"schema": "rmsnorm_deploy.bisect/1", "verdict": "fail", "outputs": [row]})
+           "baseline_figures": None}  # fmt: skip
+    page = html.render({"schema": "rmsnorm_deploy.bisect/2", "verdict": "fail", "outputs": [row]})
     assert _sections(page) == ["outputs", "notes", "refusals", "again"]
     assert _text(page, "//section[h2/@id='notes']") == "Notes none"
     assert _text(page, "//section[h2/@id='refusals']").endswith(" none")
@@ -75,7 +75,7 @@ def test_the_figures_are_on_the_page(failing: str) -> None:
     values = [cell.get("data-value") for cell in cells]
     assert values[:2] == ["1", str(figures["max_ulp"])]
     assert cells[1].text == short(figures["max_ulp"])
-    assert values[2] == str(report["outputs"][0]["yardstick_figures"]["max_ulp"])
+    assert values[2] == str(report["outputs"][0]["baseline_figures"]["max_ulp"])
     assert cells[-2].text == "93.00 %"
     assert float(cells[9].text) == pytest.approx(1 - figures["cosine"], rel=0.01)
     row = document.get_element_by_id("norm-5")
@@ -188,7 +188,7 @@ def test_the_depth_plot_names_every_row_and_marks_the_culprit(failing: str) -> N
 def test_odd_errors_can_be_drawn() -> None:
     report = sample_report(norms=3)
     for row, error in zip(report["depth"], (0.0, "inf", "nan", 1e-320, 1e308, 0.0), strict=True):
-        row.update(error=error, yardstick_error=None, introduced=None)
+        row.update(error=error, baseline_error=None, introduced=None)
     page = html.render(report)
     titles = parser.document_fromstring(page).xpath("//section[h2/@id='depth']//svg//title/text()")
     assert [re.search(r"error (\S+),", title)[1] for title in titles] == ["0", "inf", "nan", "1e-320", "1e308", "0"]  # type: ignore[index]
@@ -227,7 +227,7 @@ def test_the_worst_elements_start_with_what_failed() -> None:
     assert ulps == sorted(ulps, reverse=True)
     assert ulps[0] < 1e9
     report = sample_report()
-    report["outputs"][0]["figures"]["worst"][0].update(value=1.00000012, truth=1.0, ulp="inf")
+    report["outputs"][0]["figures"]["worst"][0].update(value=1.00000012, reference=1.0, ulp="inf")
     first = parser.document_fromstring(html.render(report)).xpath("//section[h2/@id='worst']//tbody/tr")[0]
     assert [cell.text_content() for cell in first][1:4] == ["1x1, logits", "[0, 0, 0]", "1.00000012"]
 
@@ -241,15 +241,15 @@ def test_two_hundred_norms_are_quick_and_small() -> None:
     assert page.count('<tbody id="norm-') == 200
 
 
-def _colours(page: str) -> list[dict[str, str]]:
+def _colors(page: str) -> list[dict[str, str]]:
     """The variables of the light and of the dark theme."""
     return [
         dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block)) for block in re.findall(r":root \{(.*?)\}", page, re.S)
     ][:2]
 
 
-def _luminance(colour: str) -> float:
-    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+def _luminance(color: str) -> float:
+    parts = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -260,17 +260,17 @@ def _contrast(a: str, b: str) -> float:
 
 
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
-def test_the_colours_meet_wcag_aa(failing: str, theme: int) -> None:
-    colours = _colours(failing)[theme]
-    assert len(colours) == 12
+def test_the_colors_meet_wcag_aa(failing: str, theme: int) -> None:
+    colors = _colors(failing)[theme]
+    assert len(colors) == 12
     for ground in ("page", "panel"):
         for ink in ("text", "muted", "link", "pass", "fail"):
-            assert _contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)
+            assert _contrast(colors[ink], colors[ground]) >= 4.5, (ink, ground)
     for verdict in ("pass", "fail"):
-        assert _contrast(colours[verdict], colours[f"{verdict}-panel"]) >= 4.5
-        assert _contrast(colours["text"], colours[f"{verdict}-panel"]) >= 4.5
+        assert _contrast(colors[verdict], colors[f"{verdict}-panel"]) >= 4.5
+        assert _contrast(colors["text"], colors[f"{verdict}-panel"]) >= 4.5
     for line in ("candidate", "pytorch"):
-        assert _contrast(colours[line], colours["page"]) >= 3.0
+        assert _contrast(colors[line], colors["page"]) >= 3.0
 
 
 @pytest.mark.parametrize("module", ["jinja2", "matplotlib"])

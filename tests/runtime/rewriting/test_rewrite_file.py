@@ -112,17 +112,17 @@ def test_a_file_beside_the_original_refers_to_the_same_weights(tmp_path: Path) -
 
 
 def test_nothing_of_the_rest_changes(tmp_path: Path) -> None:
-    """Names, notes and operators that are none of a norm's, a quantised neighbour among them."""
+    """Names, notes and operators that are none of a norm's, a quantized neighbor among them."""
     g = Graph(17)
     x = g.input("x", ["batch", "length", WIDTH])
     scale, zero = g.constant(np.float32(0.05)), g.constant(np.int8(0))
-    quantised = g.op("DequantizeLinear", g.op("QuantizeLinear", x, scale, zero), scale, zero)
-    y, _ = norm(g, Way(opset=17), quantised)
+    quantized = g.op("DequantizeLinear", g.op("QuantizeLinear", x, scale, zero), scale, zero)
+    y, _ = norm(g, Way(opset=17), quantized)
     g.output(g.op("DequantizeLinear", g.op("QuantizeLinear", y, scale, zero), scale, zero))
     model = g.model()
     model.doc_string, model.producer_name = "a note", "somebody"
     model.metadata_props.add(key="author", value="somebody")
-    model.graph.node[0].doc_string = "a quantised input"
+    model.graph.node[0].doc_string = "a quantized input"
     result = rewrite_model(saved(tmp_path / "model.onnx", model), tmp_path / "out")
     written = onnx.load(result.model)
     assert (written.doc_string, written.producer_name, written.metadata_props[0].value) == (
@@ -211,7 +211,7 @@ def damaged(fault: str, dtype: str, target: str) -> Proof:
         node.attributes["axis"] = ir.AttrInt64("axis", -2)
     elif fault == "operand":
         node.replace_input_with(1, node.inputs[0])
-    return prove_norms(result, Path(), seed=0, say=lambda text: None)
+    return prove_norms(result, Path(), seed=0, progress=lambda text: None)
 
 
 def block_graph(dtype: str) -> ir.Model:
@@ -244,7 +244,7 @@ def test_honest_rewritings_pass(dtype: str, target: str) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"eps": 1e-3}, {"scale": "one_plus_weight"}])
-def test_a_norm_that_was_recognised_wrongly_is_left_as_it_was(
+def test_a_norm_that_was_recognized_wrongly_is_left_as_it_was(
     wrong: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = saved(tmp_path / "model.onnx", block())
@@ -262,7 +262,7 @@ def test_a_norm_that_was_recognised_wrongly_is_left_as_it_was(
     (refusal,) = result.rewritten.refusals
     assert refusal.path == "layers.1.norm"
     assert "its proof fails" in refusal.reason
-    assert "the formula that it was recognised by" in refusal.reason
+    assert "the formula that it was recognized by" in refusal.reason
     assert result.proof is not None
     assert result.proof.verdict == "pass"
     written = onnx.load(result.model)
@@ -366,7 +366,7 @@ def test_a_large_static_input_is_proven_on_a_small_one(tmp_path: Path) -> None:
     y = g.op("Div", x, g.op("Sqrt", stat))
     g.output(g.op("Mul", y, g.constant(weight(512))))
     result = rewrite(ir.from_proto(g.model()), "ort")
-    proof = prove_norms(result, tmp_path, seed=0, say=lambda text: None)
+    proof = prove_norms(result, tmp_path, seed=0, progress=lambda text: None)
     assert [row.verdict for row in proof.sites] == ["pass"]
 
 
@@ -379,5 +379,5 @@ def test_the_proof_of_the_whole_compares_with_the_file_before(tmp_path: Path) ->
     tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * np.float32(1.01), tensor.name))
     other = saved(tmp_path / "other" / "model.onnx", model)
     for after, verdict in ((other, "mismatch"), (Path(shutil.copy(path, tmp_path / "same.onnx")), "pass")):
-        proof = prove_model(result, path, after, Proof(), feeds=None, seed=0, say=lambda text: None)
+        proof = prove_model(result, path, after, Proof(), feeds=None, seed=0, progress=lambda text: None)
         assert proof.verdict == verdict

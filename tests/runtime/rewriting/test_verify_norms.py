@@ -33,7 +33,7 @@ def rewritten(proto: onnx.ModelProto, target: str = "ort") -> Rewritten:
 
 
 def proven(result: Rewritten, seed: int = 0) -> Proof:
-    return prove_norms(result, Path(), seed=seed, say=lambda text: None)
+    return prove_norms(result, Path(), seed=seed, progress=lambda text: None)
 
 
 def one_norm(way: Way, width: int = WIDTH, dims: tuple[Any, ...] = ("batch", "length")) -> onnx.ModelProto:
@@ -190,7 +190,7 @@ def gated(by: str, after: bool) -> onnx.ModelProto:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("by", ["x", "a", "b", "sum"])
-def test_a_gate_that_is_what_is_normalised_or_a_part_of_it(by: str, after: bool, target: str) -> None:
+def test_a_gate_that_is_what_is_normalized_or_a_part_of_it(by: str, after: bool, target: str) -> None:
     result = rewritten(gated(by, after), target)
     assert [site.before.spec.gate for site in result.sites] == ["after" if after else "before"]
     assert proven(result).verdict == "pass"
@@ -205,7 +205,7 @@ def test_a_value_added_to_itself(target: str) -> None:
     g.output(y)
     g.output(g.op("Neg", x))
     result = rewritten(g.model(), target)
-    assert result.sites[0].before.form == "add"
+    assert result.sites[0].before.form == "residual_add"
     assert proven(result).verdict == "pass"
 
 
@@ -250,7 +250,7 @@ def test_large_norms_of_fixed_shape_run_a_few_at_a_time(monkeypatch: pytest.Monk
     g.output(x)
     monkeypatch.setattr(rewrite_proof, "_WINDOW_ELEMENTS", 2 * 4 * 2 * WIDTH)
     said: list[str] = []
-    proof = prove_norms(rewritten(g.model()), Path(), seed=0, say=said.append)
+    proof = prove_norms(rewritten(g.model()), Path(), seed=0, progress=said.append)
     assert said == [f"running norms alone: {part} of 5" for part in ("1 to 2", "3 to 4", "5 to 5")]
     assert [(site.number, site.verdict) for site in proof.sites] == [(number, "pass") for number in range(5)]
 
@@ -259,8 +259,8 @@ def test_large_norms_of_fixed_shape_run_a_few_at_a_time(monkeypatch: pytest.Monk
 
 
 def whole(result: Rewritten, before: Path, after: Path, said: list[str] | None = None) -> Proof:
-    say = [].append if said is None else said.append
-    return prove_model(result, before, after, Proof(), feeds=None, seed=0, say=say)
+    progress = [].append if said is None else said.append
+    return prove_model(result, before, after, Proof(), feeds=None, seed=0, progress=progress)
 
 
 def files(folder: Path, proto: onnx.ModelProto, after: onnx.ModelProto | None = None) -> tuple[Rewritten, Path, Path]:
@@ -395,11 +395,11 @@ def test_a_cache_under_the_names_of_other_exporters(one: bool, tmp_path: Path) -
     assert math.isfinite((proof.model or [])[0].figures.max_rel_row)  # type: ignore[union-attr]
 
 
-def test_a_yardstick_that_does_not_run_leaves_the_whole_unproven(tmp_path: Path) -> None:
+def test_a_baseline_that_does_not_run_leaves_the_whole_unproven(tmp_path: Path) -> None:
     """ONNX Runtime multiplies no bfloat16 on a CPU, and the norm itself runs."""
     proto = PLACES["SimplifiedLayerNormalization bfloat16"].build()
     result, before, after = files(tmp_path, proto)
-    assert whole(result, before, after).verdict == "pass"  # the same bits: nothing needs a yardstick
+    assert whole(result, before, after).verdict == "pass"  # the same bits: nothing needs a baseline
     model = onnx.load(after)
     next(attribute for attribute in model.graph.node[-1].attribute if attribute.name == "epsilon").f = 0.5
     onnx.save(model, after)

@@ -21,7 +21,7 @@ from rmsnorm_deploy.models.outliers import inject_outliers
 from rmsnorm_deploy.models.recognition.intercept import NormCall
 from rmsnorm_deploy.models.reference import reference
 from rmsnorm_deploy.models.spec import NormSpec
-from rmsnorm_deploy.runtime.norms.alone import NormRows, error_in_onnxruntime, error_in_torch, norm_model, truth_of
+from rmsnorm_deploy.runtime.norms.alone import NormRows, error_in_onnxruntime, error_in_torch, norm_model, reference_of
 from rmsnorm_deploy.runtime.risk.observe import NormSeen, NormWatch
 from rmsnorm_deploy.runtime.risk.report import RiskReport, risk
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
@@ -166,11 +166,11 @@ def test_every_kind_of_norm_is_measured_in_every_dtype_and_target(name: str) -> 
     x, gate = normal(24, *norm.tail), normal(24, *norm.tail, seed=1)
     arrays = (None if t is None else t.numpy() for t in (weight, bias))
     rows = NormRows(norm.spec, x, *arrays, gate if norm.gated else None)
-    truth = truth_of(rows)
-    assert 0.2 < error_in_torch(rows, "float32", truth).max_units < 4
+    expected = reference_of(rows)
+    assert 0.2 < error_in_torch(rows, "float32", expected).max_units < 4
     for target in TARGETS:
-        assert error_in_onnxruntime(rows, "float32", target, truth).max_units < 8
-        half = error_in_onnxruntime(rows, "float16", target, truth)
+        assert error_in_onnxruntime(rows, "float32", target, expected).max_units < 8
+        half = error_in_onnxruntime(rows, "float16", target, expected)
         assert half.nonfinite == 0
         assert 1e-6 < half.mean_relative < 2e-3
 
@@ -179,26 +179,26 @@ def test_errors_are_those_of_the_definition() -> None:
     spec = CAST_FIRST
     weight = normal(WIDTH, seed=2)
     rows = NormRows(spec, normal(30, WIDTH), weight)
-    truth = reference(spec, rows.x, weight)
+    expected = reference(spec, rows.x, weight)
     result = eager(spec, torch.from_numpy(rows.x).half(), torch.from_numpy(weight).half()).double().numpy()
-    size, rms = np.abs(result - truth), np.sqrt(np.square(truth).mean(axis=-1, keepdims=True))
-    error = error_in_torch(rows, "float16", truth)
+    size, rms = np.abs(result - expected), np.sqrt(np.square(expected).mean(axis=-1, keepdims=True))
+    error = error_in_torch(rows, "float16", expected)
     assert error.max_relative == pytest.approx((size / rms).max())
     assert error.mean_relative == pytest.approx((size / rms).mean())
-    assert error.max_units == pytest.approx((size / np.maximum(np.abs(truth), rms)).max() * 1024)
+    assert error.max_units == pytest.approx((size / np.maximum(np.abs(expected), rms)).max() * 1024)
     assert error.max_ulp == pytest.approx(
-        (size / np.spacing(np.abs(truth).astype(np.float16)).astype(float)).max(), rel=0.5
+        (size / np.spacing(np.abs(expected).astype(np.float16)).astype(float)).max(), rel=0.5
     )
     assert error.nonfinite == 0
 
 
 def test_a_result_that_is_not_finite_is_infinitely_wrong() -> None:
     rows = NormRows(NO_UPCAST, normal(4, WIDTH) * 1e4, np.ones(WIDTH, np.float32))
-    error = error_in_torch(rows, "float16", truth_of(rows))
+    error = error_in_torch(rows, "float16", reference_of(rows))
     assert error.nonfinite == 0  # x^2 is infinite and 1 / inf is 0
     assert error.max_relative > 0.99
     large = NormRows(NO_UPCAST, np.full((1, WIDTH), 1e5, np.float32), np.ones(WIDTH, np.float32))
-    error = error_in_torch(large, "float16", truth_of(large))
+    error = error_in_torch(large, "float16", reference_of(large))
     assert (error.nonfinite, error.max_relative, error.max_units) == (WIDTH, math.inf, math.inf)
 
 
@@ -355,10 +355,10 @@ def test_the_report_is_json_and_the_same_every_time() -> None:
 def test_what_was_not_looked_at_is_noted() -> None:
     model = Block(Weighted(WIDTH))
     model.unused = Weighted(WIDTH)
-    model.centred = nn.LayerNorm(WIDTH)
+    model.centered = nn.LayerNorm(WIDTH)
     report = risk(model, [{"x": normal(2, WIDTH)}], targets=[])
     assert report.notes == [
-        "modules that are no recognised RMSNorm were not looked at: 1",
+        "modules that are no recognized RMSNorm were not looked at: 1",
         "unused was not called by any case",
     ]
     nothing = risk(Block(nn.Linear(4, 4)), [{"x": normal(2, 4)}])

@@ -505,7 +505,7 @@ def test_optimized_op_counts_of_external_data(external: Path) -> None:
     assert sorted(file.name for file in external.parent.iterdir()) == ["model.onnx", "weights.bin"]
 
 
-def test_the_optimised_model_is_written_and_never_over_the_input(tmp_path: Path) -> None:
+def test_the_optimized_model_is_written_and_never_over_the_input(tmp_path: Path) -> None:
     path, target = tmp_path / "norm.onnx", tmp_path / "fused.onnx"
     onnx.save(decomposed_norm(), path)
     OrtRunner(path, session_options={"optimized_model_path": target}).close()

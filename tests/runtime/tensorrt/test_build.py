@@ -166,7 +166,7 @@ def test_a_residual_add_in_the_plugin(files: Any, tmp_path: Path) -> None:
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", WIDTH]) for name in ("x", "r")]
     source = files.save(nodes, weights, inputs=inputs, functions=[files.function("AddRMSNorm")])
     record = build_engine(source, tmp_path / "m.engine", **FAST).record
-    assert (record["plugin_layers"], record["norms"][0]["form"]) == (1, "add")
+    assert (record["plugin_layers"], record["norms"][0]["form"]) == (1, "residual_add")
     assert record["kernels"][0]["operator"] == "AddRMSNorm"
 
 

@@ -28,7 +28,7 @@ from torch import nn
 from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.models.loading import load_model
-from rmsnorm_deploy.models.recognition.find_norms import recognise
+from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.runtime.tensorrt.build import Engine, build_engine
 
 pytest.importorskip("tensorrt_rtx", reason="needs the builder: pip install 'rmsnorm-deploy[rtx]'")
@@ -171,7 +171,7 @@ def test_every_norm_of_a_standard_file_can_go_to_the_plugin(llama: Path, tmp_pat
     record = build_engine(llama / "standard", tmp_path / "m.engine", **choices).record
     assert (record["plugin_layers"], record["warnings"]) == (5, [])
     assert [(row["plugin"], row["precision"]) for row in record["norms"]] == [(True, "float16")] * 5
-    assert {row["path"] for row in record["norms"]} == {site.path for site in recognise(build("llama")).sites}
+    assert {row["path"] for row in record["norms"]} == {site.path for site in find_norms(build("llama")).sites}
 
 
 def test_a_file_with_some_norms_in_the_plugin_gets_the_others_there_too(llama: Path, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_residual_add_is_a_form(files: Any) -> None:
     weights = [numpy_helper.from_array(np.ones(32, np.float32), "scale")]
     nodes = [files.norm("AddRMSNorm"), helper.make_node("Add", ["n", "sum"], ["y"], "last")]
     found = read_network(files.save(nodes, weights, inputs=inputs, functions=[files.function("AddRMSNorm")]))
-    assert [(norm.form, norm.is_plugin) for norm in found.norms] == [("add", True)]
+    assert [(norm.form, norm.is_plugin) for norm in found.norms] == [("residual_add", True)]
     assert found.functions == ["AddRMSNorm"]
 
 

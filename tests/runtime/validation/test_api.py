@@ -31,7 +31,7 @@ from rmsnorm_deploy.runtime.runners.torch import TorchRunner
 from rmsnorm_deploy.runtime.validation.api import bisect, validate
 
 CASE = Case("rows", {"x": np.random.default_rng(2).standard_normal((3, 9, 16)).astype(np.float32)})
-STRETCHES = ["the inputs ... norms.0", "norms.0 ... norms.1", "norms.1 ... output"]
+SEGMENTS = ["the inputs ... norms.0", "norms.0 ... norms.1", "norms.1 ... output"]
 
 
 @pytest.fixture(scope="module")
@@ -77,41 +77,41 @@ def one_up(values: Array) -> Array:
 def test_an_honest_export_passes_and_reports(folder: Path, model: Residual) -> None:
     report = validate(folder, model)
     rows = report.to_dict()
-    assert rows["schema"] == "rmsnorm_deploy.validate/2"
+    assert rows["schema"] == "rmsnorm_deploy.validate/3"
     assert (rows["verdict"], rows["culprits"], rows["notes"]) == ("pass", [], [])
-    assert rows["summary"] == "3 of 3 outputs, 2 of 2 norms, 3 of 3 stretches as accurate as PyTorch."
+    assert rows["summary"] == "3 of 3 outputs, 2 of 2 norms, 3 of 3 segments as accurate as PyTorch."
     assert [row["case"] for row in rows["outputs"]] == ["1x1", "1x7", "3x33"]
     assert all(0 < row["figures"]["cosine"] <= 1 + 1e-12 for row in rows["outputs"])
     assert [row["path"] for row in rows["norms"]] == ["norms.0", "norms.1"]
-    assert [row["name"] for row in rows["stretches"]] == STRETCHES
+    assert [row["name"] for row in rows["segments"]] == SEGMENTS
     assert rows["depth"] == []
     assert rows["provenance"]["candidate"]["providers_used"] == ["CPUExecutionProvider"]
-    assert rows["provenance"]["yardstick"]["parameter_dtypes"] == ["float32"]
+    assert rows["provenance"]["baseline"]["parameter_dtypes"] == ["float32"]
     assert rows["settings"] == {"seed": 0, "shapes": [[1, 1], [1, 7], [3, 33]]}
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_passes_with_all_its_parts(exports: dict[str, Path], model: Residual, target: str) -> None:
     report = bisect(exports[target], model)
-    assert report.schema == "rmsnorm_deploy.bisect/1"
+    assert report.schema == "rmsnorm_deploy.bisect/2"
     assert (report.verdict, report.culprits) == ("pass", [])
-    assert [stretch.name for stretch in report.stretches] == STRETCHES
-    assert [norm.form for norm in report.norms] == ["add" if target == "plugin" else "plain"] * 2
+    assert [segment.name for segment in report.segments] == SEGMENTS
+    assert [norm.form for norm in report.norms] == ["residual_add" if target == "plugin" else "plain"] * 2
     assert (len(report.norms), len(report.depth)) == (2, 4)
 
 
 def test_a_single_file_is_validated_too(folder: Path, model: Residual) -> None:
     report = validate(folder / "model.onnx", model)
-    assert (report.verdict, len(report.norms), len(report.stretches)) == ("pass", 2, 3)
+    assert (report.verdict, len(report.norms), len(report.segments)) == ("pass", 2, 3)
 
 
-def test_norms_that_a_file_does_not_name_are_recognised(folder: Path, model: Residual, tmp_path: Path) -> None:
+def test_norms_that_a_file_does_not_name_are_recognized(folder: Path, model: Residual, tmp_path: Path) -> None:
     graph = onnx.load(folder / "model.onnx")
     for node in graph.graph.node:
         del node.metadata_props[:]
     onnx.save(graph, tmp_path / "plain.onnx")
     report = bisect(tmp_path / "plain.onnx", model)
-    assert (report.verdict, len(report.norms), len(report.stretches)) == ("pass", 2, 3)
+    assert (report.verdict, len(report.norms), len(report.segments)) == ("pass", 2, 3)
     assert len(report.rows) == 3
 
 
@@ -124,7 +124,7 @@ def test_a_file_in_which_no_norm_is_found_has_its_outputs_compared(
     onnx.save(graph, tmp_path / "plain.onnx")
     monkeypatch.setattr("rmsnorm_deploy.runtime.norms.graph_norms.annotate", lambda model: None)
     report = bisect(tmp_path / "plain.onnx", model)
-    assert (report.verdict, report.norms, report.stretches, report.depth) == ("pass", [], [], [])
+    assert (report.verdict, report.norms, report.segments, report.depth) == ("pass", [], [], [])
     assert len(report.rows) == 3
     (note,) = report.notes
     assert "so only its outputs were compared" in note
@@ -132,7 +132,7 @@ def test_a_file_in_which_no_norm_is_found_has_its_outputs_compared(
 
 def test_outputs_only_looks_at_outputs_only(folder: Path, model: Residual) -> None:
     report = validate(folder, model, outputs_only=True, depth=True)
-    assert (report.verdict, report.norms, report.stretches, report.depth) == ("pass", [], [], [])
+    assert (report.verdict, report.norms, report.segments, report.depth) == ("pass", [], [], [])
     assert report.summary == "3 of 3 outputs as accurate as PyTorch."
 
 
@@ -146,7 +146,7 @@ def test_a_decoder_with_a_cache_runs_twice(tmp_path: Path) -> None:
     ]
     assert [row.figures.count for _, row in report.rows if row.figures] == [3 * 97, 97, 2 * 5 * 97, 2 * 97]
     assert (report.verdict, report.notes[:-1]) == ("pass", [])
-    assert (len(report.norms), len(report.stretches), len(report.depth)) == (3, 4, 6)
+    assert (len(report.norms), len(report.segments), len(report.depth)) == (3, 4, 6)
 
 
 # ---------------------------------------------------------------------------------------------------- what is wrong
@@ -164,7 +164,7 @@ def test_a_fault_in_a_norm_is_found_in_that_norm_only(
     assert (report.verdict, culprit.kind, culprit.name) == ("fail", "norm", norm)
     assert report.summary.endswith(f"error is introduced in {norm}.")
     assert [check.passed for check in report.norms] == [check.norm.key[0] != norm for check in report.norms]
-    assert all(stretch.verdict.passed for stretch in report.stretches)
+    assert all(segment.verdict.passed for segment in report.segments)
 
 
 @pytest.mark.parametrize(("change", "kinds"), [("eps", {"tiny"}), ("dropped", {"zeros", "tiny"})])
@@ -186,15 +186,15 @@ def test_an_epsilon_that_the_outputs_hardly_show_is_found(
     assert report.norms[0].passed
 
 
-@pytest.mark.parametrize(("linear", "stretch"), [("first", STRETCHES[0]), ("second", STRETCHES[1])])
-def test_a_fault_between_norms_is_a_stretch(
-    changed: Callable[..., Path], model: Residual, linear: str, stretch: str
+@pytest.mark.parametrize(("linear", "segment"), [("first", SEGMENTS[0]), ("second", SEGMENTS[1])])
+def test_a_fault_between_norms_is_a_segment(
+    changed: Callable[..., Path], model: Residual, linear: str, segment: str
 ) -> None:
     report = bisect(changed(f"{linear}.bias", lambda bias: bias + 0.01), model)
     (culprit,) = report.culprits
-    assert (report.verdict, culprit.kind, culprit.name) == ("fail", "stretch", stretch)
+    assert (report.verdict, culprit.kind, culprit.name) == ("fail", "segment", segment)
     assert all(check.passed for check in report.norms)
-    assert [part.verdict.passed for part in report.stretches] == [part.name != stretch for part in report.stretches]
+    assert [part.verdict.passed for part in report.segments] == [part.name != segment for part in report.segments]
 
 
 def test_two_faults_are_two_culprits(folder: Path, model: Residual, tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_two_faults_are_two_culprits(folder: Path, model: Residual, tmp_path: Pa
             tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     onnx.save(graph, tmp_path / "changed.onnx")
     report = bisect(tmp_path / "changed.onnx", model)
-    assert [(c.kind, c.name) for c in report.culprits] == [("norm", "norms.1"), ("stretch", STRETCHES[0])]
+    assert [(c.kind, c.name) for c in report.culprits] == [("norm", "norms.1"), ("segment", SEGMENTS[0])]
     assert "error is introduced in norms.1 and 1 more" in report.summary
 
 
@@ -224,7 +224,7 @@ def test_a_norm_that_is_bypassed_is_wrong_though_it_computes_rightly(
     }
 
 
-def test_a_wrong_truth_fails_an_export_that_is_right(
+def test_a_wrong_reference_fails_an_export_that_is_right(
     folder: Path, model: Residual, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(spec: Any, *rest: Any) -> Any:
@@ -237,7 +237,7 @@ def test_a_wrong_truth_fails_an_export_that_is_right(
     assert all("there is no truth to go by" in check.reason for check in report.norms)
 
 
-def test_a_wrong_truth_is_seen_without_the_norms_of_the_file_too(
+def test_a_wrong_reference_is_seen_without_the_norms_of_the_file_too(
     folder: Path, model: Residual, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(spec: Any, *rest: Any) -> Any:
@@ -266,7 +266,7 @@ def test_a_large_file_is_opened_without_repacking_its_weights_again(
     assert (plain.verdict, report.verdict) == ("pass", "pass")
     assert not [note for note in plain.notes if "without repacking" in note]
     assert [note for note in report.notes if "without repacking" in note]
-    # The whole file as it is deployed; its norms and its stretches without.
+    # The whole file as it is deployed; its norms and its segments without.
     assert opened == [None, {"repack_weights": False}, {"repack_weights": False}]
 
 
@@ -298,10 +298,10 @@ class WithRefused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.before, self.after = ZOO["llama"].build(), ZOO["olmo2"].build()
-        self.centred = nn.LayerNorm(64)
+        self.centered = nn.LayerNorm(64)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.centred(self.before(x))) + x
+        return self.after(self.centered(self.before(x))) + x
 
 
 def test_refused_norms_are_in_the_report(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_refused_norms_are_in_the_report(tmp_path: Path) -> None:
     report = validate(tmp_path / "out", model).to_dict()
     assert (report["verdict"], [row["path"] for row in report["norms"]]) == ("pass", ["before", "after"])
     (refusal,) = report["refusals"]
-    assert (refusal["path"], refusal["class"]) == ("centred", "torch.nn.modules.normalization.LayerNorm")
+    assert (refusal["path"], refusal["class"]) == ("centered", "torch.nn.modules.normalization.LayerNorm")
 
 
 class Returned(nn.Module):
@@ -330,7 +330,7 @@ def test_a_norm_that_is_an_output_is_checked(target: str, tmp_path: Path) -> Non
     model = Returned(16).eval()
     save(prepare(model, inputs=residual_inputs()), tmp_path / "out", target)
     report = bisect(tmp_path / "out", model)
-    assert (report.verdict, len(report.rows), len(report.norms), len(report.stretches)) == ("pass", 6, 1, 3)
+    assert (report.verdict, len(report.rows), len(report.norms), len(report.segments)) == ("pass", 6, 1, 3)
 
 
 def test_a_norm_that_the_file_lost_is_noted(folder: Path, model: Residual, tmp_path: Path) -> None:
@@ -342,12 +342,12 @@ def test_a_norm_that_the_file_lost_is_noted(folder: Path, model: Residual, tmp_p
     report = bisect(tmp_path / "half.onnx", model)
     assert (report.verdict, [check.norm.key for check in report.norms]) == ("pass", [("norms.1", 0)])
     assert "norms.0 could not be checked by itself: none of its nodes names it" in report.notes
-    assert [(part.name, part.contains) for part in report.stretches] == [
+    assert [(part.name, part.contains) for part in report.segments] == [
         ("the inputs ... norms.1", ["norms.0"]), ("norms.1 ... output", []),
     ]  # fmt: skip
 
 
-def test_a_fault_inside_a_norm_that_could_not_be_checked_is_its_stretch(
+def test_a_fault_inside_a_norm_that_could_not_be_checked_is_its_segment(
     changed: Callable[..., Path], model: Residual
 ) -> None:
     path = changed("norms.0.weight", one_up)
@@ -367,7 +367,7 @@ def test_a_fault_inside_a_norm_that_could_not_be_checked_is_its_stretch(
 
 def parts(path: Path, model: nn.Module, window: int | None) -> dict[str, Any]:
     report = bisect(path, model, window=window).to_dict()
-    return {name: report[name] for name in ("outputs", "norms", "stretches", "depth", "notes", "verdict")}
+    return {name: report[name] for name in ("outputs", "norms", "segments", "depth", "notes", "verdict")}
 
 
 @pytest.mark.parametrize("target", ["primitives", "plugin"])
@@ -393,10 +393,10 @@ def test_depth_shows_errors_as_they_grow(folder: Path, model: Residual) -> None:
     ]  # fmt: skip
     for point in report.depth:
         assert 0 < point.error < 5e-6
-        assert 0 < point.yardstick_error < 5e-6
+        assert 0 < point.baseline_error < 5e-6
         assert point.introduced is not None
         assert 0 <= point.introduced < 5e-6
-    # What arrives at the first norm came from the first stretch alone.
+    # What arrives at the first norm came from the first segment alone.
     assert report.depth[0].introduced == pytest.approx(report.depth[0].error, rel=0.5)
     assert report.notes == ["exposing the values at the norms left every bit of the outputs as it is without"]
     assert all(math.isfinite(row["error"]) for row in report.to_dict()["depth"])
@@ -417,7 +417,7 @@ def test_depth_jumps_where_the_fault_is(changed: Callable[..., Path], model: Res
 
 def test_the_same_model_passes_as_a_candidate(model: Residual) -> None:
     report = bisect(Residual().eval(), model, cases=[CASE])
-    assert (report.verdict, len(report.norms), len(report.stretches), len(report.depth)) == ("pass", 2, 3, 4)
+    assert (report.verdict, len(report.norms), len(report.segments), len(report.depth)) == ("pass", 2, 3, 4)
     assert [row.figures.differing for _, row in report.rows if row.figures] == [0]
     assert report.model == "Residual"
 
@@ -494,7 +494,7 @@ def test_an_onnxruntime_session_is_a_runner_too(folder: Path, model: Residual) -
         (lambda y: y.astype(np.int32), "dtype mismatch"),
         (lambda y: y * np.float32(1.0001), "allowed"),
         (np.zeros_like, "allowed"),
-        (lambda y: y.astype(np.float16), "the candidate is float16, the yardstick float32"),
+        (lambda y: y.astype(np.float16), "the candidate is float16, the baseline float32"),
     ],
 )
 def test_outputs_that_are_wrong_fail(model: Residual, change: Callable[[Array], Array], reason: str) -> None:
@@ -545,7 +545,7 @@ def test_a_runner_that_crashes_is_not_hidden(model: Residual, error: Exception, 
 # --------------------------------------------------------------------------------------------------- limits and cases
 
 
-def test_explicit_limits_replace_the_yardstick_for_the_output_named(folder: Path, model: Residual) -> None:
+def test_explicit_limits_replace_the_baseline_for_the_output_named(folder: Path, model: Residual) -> None:
     assert validate(folder, model, limits={"*": Limits(atol=1.0)}).verdict == "pass"
     report = validate(folder, model, limits={"output": Limits(atol=0.0)})
     assert {c.kind for c in report.culprits} == {"output"}

@@ -30,9 +30,9 @@ def _load(name: str) -> ModuleType:
 
 
 # In the order in which they import each other.
-subjects, _, faults, plants, _, norm_faults, stretch_faults, runner_faults, judging, honest, run = (
+subjects, _, faults, plants, _, norm_faults, segment_faults, runner_faults, judging, honest, run = (
     _load(name)
-    for name in ("subjects", "surgery", "faults", "plants", "steps", "norm_faults", "stretch_faults", "runner_faults",
+    for name in ("subjects", "surgery", "faults", "plants", "steps", "norm_faults", "segment_faults", "runner_faults",
                  "judging", "honest", "run")
 )  # fmt: skip
 
@@ -62,7 +62,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def test_the_suite_has_faults_of_every_target_and_dtype() -> None:
     assert len(EVERY) >= 45
     assert len({_id(fault) for fault in EVERY}) == len(EVERY)
-    for kind in (norm_faults.NORM_FAULTS, stretch_faults.STRETCH_FAULTS, runner_faults.RUNNER_FAULTS):
+    for kind in (norm_faults.NORM_FAULTS, segment_faults.SEGMENT_FAULTS, runner_faults.RUNNER_FAULTS):
         assert {fault.target for fault in kind} == set(subjects.TARGETS)
         assert {fault.dtype for fault in kind} == {"float32", "float16"}
     assert all(bool(fault.norms) != bool(fault.before) for fault in faults.all_faults())

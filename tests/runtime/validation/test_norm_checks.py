@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from rmsnorm_deploy.export.from_torch.export_model import PreparedModel, prepare, save
 from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.models.errors import UsageError
-from rmsnorm_deploy.models.recognition.find_norms import recognise
+from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.runtime.norms.access import CalledNorm, NormFeed, NormResult
-from rmsnorm_deploy.runtime.norms.activation_store import Tape
+from rmsnorm_deploy.runtime.norms.activation_store import ActivationStore
 from rmsnorm_deploy.runtime.norms.adversarial_rows import KINDS, adversarial, turns
 from rmsnorm_deploy.runtime.norms.float64_model import in_float64
 from rmsnorm_deploy.runtime.norms.graph_norms import Key
@@ -69,14 +69,14 @@ def checked(compute: Compute, dtype: str, total: Any = None) -> NormCheck:
     """The check of a Llama norm of width 64 against PyTorch's."""
     module = ZOO["llama"].build(getattr(torch, dtype))
     model = nn.Sequential(module).eval()
-    norms = TorchNorms(model, TorchRunner(model), recognise(model))
+    norms = TorchNorms(model, TorchRunner(model), find_norms(model))
     feeds = {"input": ROWS["input"].astype(numpy_dtype(dtype))}
     called, _ = norms.survey(feeds)
-    with Tape() as tape:
+    with ActivationStore() as store:
         with in_float64(model):
-            norms.write_truth({"input": feeds["input"].astype(np.float64)}, tape)
+            norms.write_reference({"input": feeds["input"].astype(np.float64)}, store)
         candidate: Any = Faulty(compute, module.weight, total)
-        (check,) = check_norms(candidate, norms, called, [KEY], tape, 0, lambda text: None)
+        (check,) = check_norms(candidate, norms, called, [KEY], store, 0, lambda text: None)
     return check
 
 
@@ -92,7 +92,7 @@ def eps_outside(x: np.ndarray, w: np.ndarray) -> np.ndarray:
     return x / (np.sqrt(np.mean(x * x, axis=-1, keepdims=True)) + np.float32(1e-6)) * w
 
 
-def centred(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+def centered(x: np.ndarray, w: np.ndarray) -> np.ndarray:
     return right(x - np.mean(x, axis=-1, keepdims=True), w)
 
 
@@ -131,7 +131,7 @@ FAULTS: dict[str, tuple[Compute, str, set[str]]] = {
     "eps ten times too large": (with_eps(1e-5), "float32", {"tiny"}),
     "eps outside the root": (eps_outside, "float32", {"tiny"}),
     "no eps, float16": (with_eps(0.0), "float16", {"tiny", "zeros"}),
-    "the mean subtracted": (centred, "float32", {"constant", "normal"}),
+    "the mean subtracted": (centered, "float32", {"constant", "normal"}),
     "squares in float16": (half_squares, "float16", {"large", "largest"}),
     "sums in float16": (half_sums, "float16", {"large", "normal"}),
     "subnormals flushed": (flushed, "float16", {"subnormal"}),
@@ -203,7 +203,7 @@ def test_results_of_another_shape_or_kind_fail(change: Callable[[np.ndarray], np
 
 def test_a_sum_that_is_wrong_fails_and_a_right_one_is_no_row() -> None:
     check = checked(right, "float32", total=lambda x: x)
-    assert (check.passed, check.form) == (True, "add")
+    assert (check.passed, check.form) == (True, "residual_add")
     assert [verdict.name for verdict in check.kinds] == NAMES
     check = checked(right, "float32", total=lambda x: x + np.float32(1))
     assert not check.passed
@@ -225,25 +225,25 @@ def test_a_part_that_cannot_run_is_noted() -> None:
     assert try_or_note("norms", notes, lambda: [1]) == [1]
 
 
-def test_pytorch_far_from_its_formula_is_no_yardstick() -> None:
+def test_pytorch_far_from_its_formula_is_no_baseline() -> None:
     norm = CalledNorm(KEY, NormSpec(eps=1e-6), (2, 64), "float32", "float32", None, True)
-    truth = np.random.default_rng(0).standard_normal((2, 64))
-    own = (truth * (1 + 1e-3)).astype(np.float32)
-    verdict = judge_norm("normal", norm, own, truth, own)
+    reference = np.random.default_rng(0).standard_normal((2, 64))
+    own = (reference * (1 + 1e-3)).astype(np.float32)
+    verdict = judge_norm("normal", norm, own, reference, own)
     assert not verdict.passed
     assert "there is no truth to go by" in verdict.reason
-    assert judge_norm("largest", norm, own, truth, own).passed, "overflow is an excuse there"
+    assert judge_norm("largest", norm, own, reference, own).passed, "overflow is an excuse there"
 
 
 def test_an_outlier_of_a_wide_row_is_rounded_by_its_own_size() -> None:
     norm = CalledNorm(KEY, NormSpec(eps=1e-6), (1, 4096), "float16", "float16", None, True)
-    truth = np.random.default_rng(0).standard_normal((1, 4096))
-    truth[0, 7] = 100.03  # between two values of float16 that are 1/16 apart
-    own, row = truth.astype(np.float16), np.sqrt(np.mean(truth**2))
-    assert np.abs(own - truth).max() / row > 8 * np.finfo(np.float16).eps
-    assert judge_norm("outlier channels", norm, own, truth, own).passed
+    reference = np.random.default_rng(0).standard_normal((1, 4096))
+    reference[0, 7] = 100.03  # between two values of float16 that are 1/16 apart
+    own, row = reference.astype(np.float16), np.sqrt(np.mean(reference**2))
+    assert np.abs(own - reference).max() / row > 8 * np.finfo(np.float16).eps
+    assert judge_norm("outlier channels", norm, own, reference, own).passed
     own[0, 7] *= np.float16(1.01)
-    verdict = judge_norm("outlier channels", norm, own, truth, own)
+    verdict = judge_norm("outlier channels", norm, own, reference, own)
     assert "PyTorch's own norm is 9.93 eps x row scale from the formula" in verdict.reason
 
 

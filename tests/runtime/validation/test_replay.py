@@ -59,7 +59,7 @@ def test_the_report_keeps_all_that_was_asked_for(folder: Path, source: str, tmp_
     request = ValidationRequest(
         str(folder), f"{source}:residual", seed=3, shapes=[[2, 5]], atol=["1"], window=1, depth=True
     )
-    report = request.run(say=said).to_dict()
+    report = request.run(progress=said).to_dict()
     assert (report["schema"], report["verdict"]) == (VALIDATE_SCHEMA, "pass")
     assert report["settings"] == request.to_dict()
     assert [row["case"] for row in report["outputs"]] == ["2x5"]
@@ -68,14 +68,14 @@ def test_the_report_keeps_all_that_was_asked_for(folder: Path, source: str, tmp_
     path.write_text(json.dumps(report))
     again, before = ValidationRequest.from_report(path)
     assert again == request
-    assert differences(before, json.loads(json.dumps(again.run(say=said).to_dict()))) == []
+    assert differences(before, json.loads(json.dumps(again.run(progress=said).to_dict()))) == []
     other = ValidationRequest(str(folder), f"{source}:residual", seed=4, shapes=[[2, 5]], window=1, depth=True)
-    assert {"settings", "outputs", "norms"} <= set(differences(before, other.run(say=said).to_dict()))
+    assert {"settings", "outputs", "norms"} <= set(differences(before, other.run(progress=said).to_dict()))
 
 
 def test_a_bisection_is_kept_as_one(folder: Path, source: str, tmp_path: Path) -> None:
     request = ValidationRequest(str(folder), f"{source}:residual", shapes=[[1, 2]], bisect=True)
-    report = request.run(say=said)
+    report = request.run(progress=said)
     assert (report.schema, len(report.depth)) == (BISECT_SCHEMA, 4)
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report.to_dict()))
@@ -84,14 +84,14 @@ def test_a_bisection_is_kept_as_one(folder: Path, source: str, tmp_path: Path) -
 
 def test_a_pytorch_candidate_is_loaded_and_run_on_its_own_example_inputs(source: str) -> None:
     name = f"{source}:residual"
-    report = ValidationRequest(name, name, shapes=[[2, 4]]).run(say=said)
+    report = ValidationRequest(name, name, shapes=[[2, 4]]).run(progress=said)
     assert (report.verdict, len(report.norms)) == ("pass", 2)
     assert [row.figures.differing for _, row in report.rows if row.figures] == [0]
 
 
 def test_progress_is_told_step_by_step(folder: Path, source: str) -> None:
     lines: list[str] = []
-    ValidationRequest(str(folder), f"{source}:residual", shapes=[[1, 2]]).run(say=lines.append)
+    ValidationRequest(str(folder), f"{source}:residual", shapes=[[1, 2]]).run(progress=lines.append)
     assert lines[0] == f"loading {source}:residual"
     assert f"{folder / 'model.onnx'}: 1x2 (1 of 1)" in lines
     assert "PyTorch in float64: 1x2 (1 of 1)" in lines
@@ -100,7 +100,7 @@ def test_progress_is_told_step_by_step(folder: Path, source: str) -> None:
 def test_inputs_and_prompts_exclude_each_other(folder: Path, source: str) -> None:
     request = ValidationRequest(str(folder), f"{source}:residual", inputs="x.npz", prompts=["hi"])
     with pytest.raises(UsageError, match="give either --inputs or --prompt, not both"):
-        request.run(say=said)
+        request.run(progress=said)
 
 
 def test_remote_code_is_trusted_by_who_runs_it_and_never_by_a_report(
@@ -114,11 +114,11 @@ def test_remote_code_is_trusted_by_who_runs_it_and_never_by_a_report(
 
     monkeypatch.setattr(requests, "load_model", load)
     request = ValidationRequest(str(folder), "owner/model", shapes=[[1, 2]], outputs_only=True)
-    report = request.run(trust_remote_code=True, say=said).to_dict()
+    report = request.run(trust_remote_code=True, progress=said).to_dict()
     assert "trust_remote_code" not in json.dumps(report)
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report))
-    ValidationRequest.from_report(path)[0].run(say=said)
+    ValidationRequest.from_report(path)[0].run(progress=said)
     assert trusted == [True, False]
     report["settings"]["trust_remote_code"] = True
     path.write_text(json.dumps(report))
@@ -134,10 +134,10 @@ def test_remote_code_is_trusted_by_who_runs_it_and_never_by_a_report(
     [
         ("{", "not a JSON report"),
         ("\udcff", "not a JSON report"),
-        ("[]", "its schema is None; this version reads rmsnorm_deploy.validate/2 and rmsnorm_deploy.bisect/1"),
+        ("[]", "its schema is None; this version reads rmsnorm_deploy.validate/3 and rmsnorm_deploy.bisect/2"),
         ("{}", "its schema is None"),
         ('{"schema": "rmsnorm_deploy.validate/1"}', "its schema is 'rmsnorm_deploy.validate/1'; this version reads"),
-        ('{"schema": "rmsnorm_deploy.validate/3"}', "its schema is 'rmsnorm_deploy.validate/3'; this version reads"),
+        ('{"schema": "rmsnorm_deploy.validate/4"}', "its schema is 'rmsnorm_deploy.validate/4'; this version reads"),
         (json.dumps({"schema": VALIDATE_SCHEMA}), "its settings are not those of a command"),
         (json.dumps({"schema": VALIDATE_SCHEMA, "settings": {"seed": 0}}), "its settings are not those of a command"),
     ],

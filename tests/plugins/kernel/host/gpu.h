@@ -1,8 +1,8 @@
-// A GPU for one cluster of blocks, on the host: every thread of every block is a fibre that runs until it waits for
+// A GPU for one cluster of blocks, on the host: every thread of every block is a fiber that runs until it waits for
 // others. What the kernel includes from here is all that it takes from a GPU besides arithmetic.
 //
 // Whoever waits for what can never come (a barrier that some threads of a block have passed or skipped) is an error,
-// and the order in which fibres run is drawn from a seed: results that hang on it are races.
+// and the order in which fibers run is drawn from a seed: results that hang on it are races.
 #pragma once
 
 #include <math.h>
@@ -30,7 +30,7 @@ namespace gpu {
 enum class Wait { nothing, lanes, block, cluster, done };
 constexpr int shared_floats = 4096, stack_bytes = 96 * 1024;
 
-struct Fibre {
+struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   Wait wait = Wait::nothing;
@@ -39,10 +39,10 @@ struct Fibre {
 };
 
 struct Machine {
-  std::vector<Fibre> fibres;
+  std::vector<Fiber> fibers;
   std::vector<std::vector<float>> shared;
   ucontext_t scheduler;
-  Fibre* now = nullptr;
+  Fiber* now = nullptr;
   unsigned first_block = 0;
   void (*kernel)() = nullptr;
   const uint64_t* arguments = nullptr;
@@ -70,7 +70,7 @@ inline void body() {
 
 inline bool all(size_t begin, size_t end, Wait what) {
   for (size_t i = begin; i < end; ++i)
-    if (machine.fibres[i].wait != what) return false;
+    if (machine.fibers[i].wait != what) return false;
   return true;
 }
 
@@ -78,48 +78,48 @@ inline bool all(size_t begin, size_t end, Wait what) {
 inline bool release(size_t threads) {
   bool any = false;
   auto go = [&](size_t begin, size_t end) {
-    for (size_t i = begin; i < end; ++i) machine.fibres[i].wait = Wait::nothing;
+    for (size_t i = begin; i < end; ++i) machine.fibers[i].wait = Wait::nothing;
     any = true;
   };
-  auto& fibres = machine.fibres;
-  for (size_t warp = 0; warp < fibres.size(); warp += 32) {
+  auto& fibers = machine.fibers;
+  for (size_t warp = 0; warp < fibers.size(); warp += 32) {
     if (!all(warp, warp + 32, Wait::lanes)) continue;
     float values[32];
     for (int lane = 0; lane < 32; ++lane) {
-      values[lane] = fibres[warp + lane].value;
-      machine.misused |= fibres[warp + lane].distance != fibres[warp].distance;
+      values[lane] = fibers[warp + lane].value;
+      machine.misused |= fibers[warp + lane].distance != fibers[warp].distance;
     }
-    for (int lane = 0; lane < 32; ++lane) fibres[warp + lane].value = values[lane ^ fibres[warp].distance];
+    for (int lane = 0; lane < 32; ++lane) fibers[warp + lane].value = values[lane ^ fibers[warp].distance];
     go(warp, warp + 32);
   }
-  for (size_t block = 0; block < fibres.size(); block += threads)
+  for (size_t block = 0; block < fibers.size(); block += threads)
     if (all(block, block + threads, Wait::block)) go(block, block + threads);
-  if (all(0, fibres.size(), Wait::cluster)) go(0, fibres.size());
+  if (all(0, fibers.size(), Wait::cluster)) go(0, fibers.size());
   return any;
 }
 
 inline bool run_cluster(int threads, int cluster, std::mt19937& random) {
-  auto& fibres = machine.fibres;
-  fibres.resize(static_cast<size_t>(threads) * cluster);
+  auto& fibers = machine.fibers;
+  fibers.resize(static_cast<size_t>(threads) * cluster);
   machine.shared.assign(cluster, std::vector<float>(shared_floats, NAN));
-  for (size_t i = 0; i < fibres.size(); ++i) {
-    Fibre& fibre = fibres[i];
-    if (!fibre.stack) fibre.stack.reset(new char[stack_bytes]);
-    fibre.wait = Wait::nothing, fibre.thread = i % threads, fibre.block = i / threads;
-    getcontext(&fibre.context);
-    fibre.context.uc_stack.ss_sp = fibre.stack.get(), fibre.context.uc_stack.ss_size = stack_bytes;
-    fibre.context.uc_link = &machine.scheduler;
-    makecontext(&fibre.context, body, 0);
+  for (size_t i = 0; i < fibers.size(); ++i) {
+    Fiber& fiber = fibers[i];
+    if (!fiber.stack) fiber.stack.reset(new char[stack_bytes]);
+    fiber.wait = Wait::nothing, fiber.thread = i % threads, fiber.block = i / threads;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = stack_bytes;
+    fiber.context.uc_link = &machine.scheduler;
+    makecontext(&fiber.context, body, 0);
   }
-  std::vector<size_t> order(fibres.size());
+  std::vector<size_t> order(fibers.size());
   std::iota(order.begin(), order.end(), 0);
-  while (!all(0, fibres.size(), Wait::done)) {
+  while (!all(0, fibers.size(), Wait::done)) {
     std::shuffle(order.begin(), order.end(), random);
     bool any = false;
     for (size_t i : order) {
-      if (fibres[i].wait != Wait::nothing) continue;
-      machine.now = &fibres[i], any = true;
-      swapcontext(&machine.scheduler, &fibres[i].context);
+      if (fibers[i].wait != Wait::nothing) continue;
+      machine.now = &fibers[i], any = true;
+      swapcontext(&machine.scheduler, &fibers[i].context);
     }
     if (!release(threads) && !any) return false;
   }

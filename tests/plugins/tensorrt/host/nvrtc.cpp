@@ -46,7 +46,7 @@ int nvrtcCompileProgram(void* opaque, int count, const char* const* options) {
   for (int i = 0; i < count; ++i) {
     const std::string option = options[i];
     if (!option.rfind("-DRMSNORM_CLUSTER=", 0)) cluster = option.substr(18);
-    if (!option.rfind("-DRMSNORM_QUANTISATION=", 0)) quantized = option.substr(23);
+    if (!option.rfind("-DRMSNORM_QUANTIZATION=", 0)) quantized = option.substr(23);
     if (!option.rfind("-DRMSNORM_NAME=", 0)) name = option.substr(15);
     if (!option.rfind("--gpu-architecture=", 0)) architecture = option.substr(19);
     if (!option.rfind("-D", 0)) macros += " '" + option + "'";

@@ -86,7 +86,7 @@ ATTENTION = "model.layers.0.self_attn"
 Q_PROJ, K_PROJ, O_PROJ = (f"{ATTENTION}.{name}_proj" for name in "qko")
 DOWN, LATER_DOWN = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
 
-STRETCH_FAULTS: tuple[Fault, ...] = (
+SEGMENT_FAULTS: tuple[Fault, ...] = (
     Fault("Linear transposed", "llama", "primitives", linear(Q_PROJ, "transposed"), before=LLAMA_POST),
     Fault("Linear transposed", "llama", "ort", linear(O_PROJ, "transposed"), before=LLAMA_POST, dtype="float16"),
     Fault("Linear: one channel 1% larger", "llama", "standard", linear(DOWN, "channel"), before=LLAMA),
