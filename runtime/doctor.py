@@ -306,9 +306,9 @@ def _provider_problem(provider: str, compiled: list[str]) -> str:
     try:
         import numpy as np
 
-        from .runners.onnxruntime import OrtRunner
+        from .runners.open import open_runner
 
-        with OrtRunner(_identity_model(), providers=[provider]) as runner:
+        with open_runner(_identity_model(), provider) as runner:
             runner.run({"x": np.ones(1, np.float32)})
     except Exception as error:
         return _first_line(error)

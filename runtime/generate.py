@@ -14,8 +14,8 @@ from ..models.errors import UnsupportedError, UsageError
 from .inputs.exported import Exported, open_exported
 from .inputs.synthetic import is_past, make_feeds, present_to_past
 from .inputs.tokenizer import ADDITION_TOKENIZER, Tokenizer, has_tokenizer, load_tokenizer, token_ids
-from .runners.base import Array
-from .runners.onnxruntime import OrtRunner
+from .runners.base import Array, Runner
+from .runners.open import open_runner
 
 __all__ = ["ADDITION_TOKENIZER", "Generation", "generate"]
 
@@ -63,7 +63,7 @@ def generate(
     exported = open_exported(folder)
     tokenizer = _tokenizer(exported) if isinstance(prompt, str) else None
     prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) and tokenizer is not None else token_ids(prompt)
-    with OrtRunner(exported.model, providers=[provider]) as runner:
+    with open_runner(exported.model, provider) as runner:
         _check_decoder(runner, exported, prompt_ids)
         start = time.perf_counter()
         ids = _greedy(runner, prompt_ids, max_new_tokens, _end_tokens(exported))
@@ -78,7 +78,7 @@ def _tokenizer(exported: Exported) -> Tokenizer:
     return load_tokenizer(exported.folder)
 
 
-def _greedy(runner: OrtRunner, prompt: list[int], count: int, ends: set[int]) -> list[int]:
+def _greedy(runner: Runner, prompt: list[int], count: int, ends: set[int]) -> list[int]:
     infos = runner.inputs()
     cached = any(is_past(info.name) for info in infos)
     all_ids = list(prompt)
@@ -101,7 +101,7 @@ def _greedy(runner: OrtRunner, prompt: list[int], count: int, ends: set[int]) ->
         pending = [token] if cached else list(all_ids)
 
 
-def _check_decoder(runner: OrtRunner, exported: Exported, prompt: list[int]) -> None:
+def _check_decoder(runner: Runner, exported: Exported, prompt: list[int]) -> None:
     inputs = {info.name for info in runner.inputs()}
     outputs = {info.name: info for info in runner.outputs()}
     if "input_ids" not in inputs or "logits" not in outputs or "decoder_input_ids" in inputs:

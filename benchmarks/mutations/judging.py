@@ -19,7 +19,8 @@ from rmsnorm_deploy.models.errors import RmsnormDeployError
 from rmsnorm_deploy.runtime.inputs.cases import Case
 from rmsnorm_deploy.runtime.norms.access import CalledNorm
 from rmsnorm_deploy.runtime.norms.adversarial_rows import adversarial, turns
-from rmsnorm_deploy.runtime.norms.graph_norms import GraphNorms, Key
+from rmsnorm_deploy.runtime.norms.activation_store import Key
+from rmsnorm_deploy.runtime.norms.graph_norms import GraphNorms
 from rmsnorm_deploy.runtime.norms.onnx_norms import OnnxNorms
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 from rmsnorm_deploy.runtime.validation.api import bisect, validate
@@ -172,7 +173,7 @@ def _norm_differs(path: str, honest: Path, folder: Path) -> bool:
     called = _called(path, honest)
     results = []
     for place in (honest, folder):
-        with OnnxNorms(place / "model.onnx", ["cpu"]).alone([key]) as run:
+        with OnnxNorms(place / "model.onnx", "cpu").alone([key]) as run:
             results.append([_bits(run({key: adversarial(called, turn, 0)[0]}), key) for turn in range(turns(called))])
     return results[0] != results[1]
 

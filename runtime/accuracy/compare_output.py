@@ -19,7 +19,7 @@ from .errors import errors_of, is_exact, kind_of, pieces
 from .pass_rules import Arrays, AsGood, Equal, InPlace, Rule, Within
 from .tolerances import Limits
 
-__all__ = ["Figures", "OutputVerdict", "figures", "judge"]
+__all__ = ["Figures", "OutputVerdict", "brief", "figures", "judge"]
 
 
 def figures(
@@ -70,6 +70,15 @@ class OutputVerdict:
             "figures": self.figures and self.figures.to_dict(),
             "baseline_figures": self.baseline_figures and self.baseline_figures.to_dict(),
         }
+
+
+def brief(verdict: OutputVerdict) -> dict[str, Any]:
+    """A verdict as JSON, with histogram and worst elements only where something is wrong: there are many of them."""
+    row = verdict.to_dict()
+    if verdict.passed:
+        for figures in (row["figures"], row["baseline_figures"]):
+            figures.update(histogram=None, worst=[])
+    return row
 
 
 def judge(

@@ -107,6 +107,23 @@ def ulps_of(errors: Errors, dtype: np.dtype[Any]) -> Float64:
         return errors.size / ulp_size(errors.scale, dtype)
 
 
+def row_scale_error(errors: Errors, width: int, form: Format) -> Float64:
+    """Errors in units of the rounding that the terms behind an element had to suffer: eps x max(|truth|, row RMS).
+
+    Args:
+        errors: of `errors_of`.
+        width: elements of a row; the errors are whole rows.
+        form: the format whose eps counts.
+
+    Returns:
+        float64[rows, width]; NaN where nothing is measured, infinite where a finite value was due.
+    """
+    scale = errors.scale.reshape(-1, width)
+    unit = np.maximum(form.eps * np.fmax(np.abs(scale), rms(scale)), form.smallest)
+    with np.errstate(over="ignore"):
+        return errors.size.reshape(-1, width) / unit
+
+
 def rms(rows: Float64) -> Float64:
     """Root of the mean square of each row without its NaNs, float64[n, width] -> float64[n, 1]; 0 for none left."""
     peak, total, count = square_sums(rows)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import LEAST_ROW, Errors, Float64, Mask, rms, row_width, square_sums, ulps_of
+from .errors import LEAST_ROW, Errors, Float64, Mask, row_scale_error, row_width, square_sums, ulps_of
 from .float_formats import Format, format_of
 from .tolerances import TOLERANCES, Limits, Tolerance, small_sample
 
@@ -187,11 +187,8 @@ class AsGood:
         return self._verdict(rows, TOLERANCES[self._dtype.name])
 
     def _units(self, errors: Errors) -> Float64:
-        """Errors in units of eps x max(|truth|, row RMS), float64[rows, width]; NaN where nothing is measured."""
-        scale = errors.scale.reshape(-1, self._width)
-        unit = np.maximum(self._form.eps * np.fmax(np.abs(scale), rms(scale)), self._form.smallest)
-        with np.errstate(over="ignore"):
-            return np.minimum(errors.size.reshape(-1, self._width) / unit, np.finfo(np.float64).max)
+        """See `row_scale_error`; what overflows is the largest number, so that it can be summed."""
+        return np.minimum(row_scale_error(errors, self._width, self._form), np.finfo(np.float64).max)
 
     def _verdict(self, rows: _Rows, tolerance: Tolerance) -> tuple[bool, str]:
         few = small_sample(int(np.sum(np.minimum(rows.counts, _ROW_CAUSES))))

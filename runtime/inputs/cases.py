@@ -16,7 +16,8 @@ from ...export.from_torch.example_inputs import example_inputs, vocabulary_size
 from ...models.errors import UsageError
 from ...models.loading import LoadedModel, python_attribute
 from ..runners.base import ANY_DTYPE, Array, TensorInfo, check_feeds, numpy_dtype
-from ..runners.torch import TorchRunner, to_numpy
+from ..runners.open import open_runner
+from ..runners.torch import to_numpy
 from .arrays import ARRAY_SUFFIXES, read_arrays
 from .synthetic import DEFAULT_SHAPES, cast_feeds, make_feeds, with_empty_cache
 from .tokenizer import load_tokenizer
@@ -105,7 +106,7 @@ def inputs_of(loaded: LoadedModel) -> list[TensorInfo]:
         return [TensorInfo(name, array.dtype.name, None) for name, array in arrays.items()]
     if "input_ids" in inspect.signature(loaded.model.forward).parameters:
         return [TensorInfo(name, ANY_DTYPE, None) for name in example_inputs(loaded.model)]
-    with TorchRunner(loaded.model) as runner:
+    with open_runner(loaded.model) as runner:
         return runner.inputs()
 
 
@@ -125,6 +126,34 @@ def made_up_for(loaded: LoadedModel, shapes: Sequence[tuple[int, int]] | None = 
 def _given_arrays(loaded: LoadedModel) -> dict[str, Array]:
     given = (loaded.example_inputs or {}).items()
     return {name: to_numpy(value) if isinstance(value, torch.Tensor) else np.asarray(value) for name, value in given}
+
+
+def given_cases(items: Sequence[Case | Mapping[str, Any]], infos: Sequence[TensorInfo]) -> list[Case]:
+    """The cases that are given as objects.
+
+    Args:
+        items: a `Case`, or a mapping of input name to numpy array or torch tensor, for each run.
+        infos: the model's inputs; see `load_cases`.
+
+    Raises:
+        UsageError: there is no case, or one is neither of these or does not fit the inputs.
+    """
+    if isinstance(items, Mapping | Case) or not isinstance(items, Sequence):
+        raise UsageError(f"cases: expected a list of mappings of input name to array, got {type(items).__name__}.")
+    if not items:
+        raise UsageError("cases is empty; give at least one, or None for made-up inputs.")
+    cases = []
+    for number, item in enumerate(items, start=1):
+        if isinstance(item, Case):
+            cases.append(item)
+            continue
+        if not isinstance(item, Mapping):
+            raise UsageError(f"case {number}: expected a mapping of input name to array, got {type(item).__name__}.")
+        feeds = {str(name): _array(f"case {number}", str(name), value) for name, value in item.items()}
+        cases.append(Case(f"case {number}", with_empty_cache(cast_feeds(feeds, infos), infos)))
+    for case in cases:
+        _check(case, infos)
+    return cases
 
 
 def _check(case: Case, infos: Sequence[TensorInfo]) -> None:

@@ -1,4 +1,4 @@
-"""What the checks need of either side: each norm alone, what lies between the norms, and their values as it runs."""
+"""What the checks need of either side: each norm alone, the segments between norms, and their values in a whole run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Protocol
 
 from ...models.spec import NormSpec
 from ..runners.base import Array
-from .activation_store import ActivationStore
-from .graph_norms import Key
+from .activation_store import ActivationStore, Key
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +78,11 @@ class NormAccess(Protocol):
 
     @property
     def keys(self) -> list[Key]:
-        """The norms that were found."""
+        """The norms that were found, in order of execution."""
         ...
 
     @property
-    def problems(self) -> dict[str, str]:
+    def problems(self) -> Mapping[str, str]:
         """Module paths of norms that are there and cannot be opened, with the reason."""
         ...
 
@@ -92,8 +91,18 @@ class NormAccess(Protocol):
         """How the parts are run otherwise than the whole is; for the report."""
         ...
 
-    def unused(self) -> list[Key]:
+    @property
+    def unused(self) -> frozenset[Key]:
         """Norms whose result nothing reads."""
+        ...
+
+    def sources(self, keys: list[Key], end: Key | str) -> Sources:
+        """What goes into the segment that ends before the norm `end`, or before the output of that name.
+
+        Args:
+            keys: the norms that are cut.
+            end: a norm, or the name of an output.
+        """
         ...
 
     def alone(self, keys: Iterable[Key]) -> AbstractContextManager[RunNorms]:
@@ -101,22 +110,27 @@ class NormAccess(Protocol):
         ...
 
     def between(
-        self, feeds: Mapping[str, Array], keys: list[Key], store: ActivationStore, sink: Sink, window: int | None
+        self, feeds: Mapping[str, Array], keys: list[Key], store: ActivationStore, sink: Sink
     ) -> dict[str, Array]:
-        """Run what lies between the norms `keys`, each fed with the store's `fed_x` and `fed_y`.
+        """Run the segments between the norms `keys`, each norm's x and y replaced by the store's `fed_x` and `fed_y`.
 
         Args:
             feeds: the model's inputs.
             keys: norms to cut at, in order of execution.
             store: what goes in at the cuts.
             sink: gets what arrives at each norm: `x`, and `gate` where it has one.
-            window: how many norms at a time; None is all of them.
 
         Returns:
             The model's outputs.
         """
         ...
 
-    def trace(self, feeds: Mapping[str, Array], keys: list[Key], sink: Sink, window: int | None) -> dict[str, Array]:
+    def trace(self, feeds: Mapping[str, Array], keys: list[Key], sink: Sink) -> dict[str, Array]:
         """Run the whole model as it is; the sink gets `x` and `y` of each norm. Returns the model's outputs."""
         ...
+
+
+def norm_name(key: Key) -> str:
+    """A norm's name for people: its path, with the call's number where it is not the first."""
+    path = key[0] or "the model itself"
+    return path if key[1] == 0 else f"{path} (call {key[1] + 1})"

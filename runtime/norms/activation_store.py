@@ -11,7 +11,9 @@ import ml_dtypes
 import numpy as np
 
 from ..runners.base import Array
-from .graph_norms import Key
+
+# A norm of the model: the path of its module, and the number of the call, from 0.
+Key = tuple[str, int]
 
 
 class ActivationStore:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,18 +19,28 @@ _Maker = Callable[[np.random.Generator, int, int, NormSpec, Format], Rows]
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of row.
+class RowKind:
+    """A kind of row, and what may be asked of a norm on it.
 
     Attributes:
         name: as reports show it.
         shows: what a wrong norm does on it.
-        make: gives `[rows, width]` in float64.
+        tame: neither overflow nor cancellation excuses an error: PyTorch's own norm must be near its formula.
+        sums_one_way: all squares are equal, or one outweighs the rest, so that the roundings of a sum taken in plain
+            order all go the same way.
     """
 
     name: str
     shows: str
-    make: _Maker
+    tame: bool = False
+    sums_one_way: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdversarialKind(RowKind):
+    """A kind of row that is made up; `make` gives `[rows, width]` in float64."""
+
+    make: _Maker = field(kw_only=True)
 
 
 def _normal(rng: np.random.Generator, rows: int, width: int, spec: NormSpec, form: Format) -> Rows:
@@ -80,18 +90,22 @@ def _not_a_number(rng: np.random.Generator, rows: int, width: int, spec: NormSpe
     return values
 
 
-KINDS: tuple[Kind, ...] = (
-    Kind("normal", "a wrong scale, order of casts or axis", _normal),
-    Kind("outlier channels", "statistics summed in too few bits", _outliers),
-    Kind("large", "squares that overflow", _large),
-    Kind("tiny", "a wrong epsilon, or one in the wrong place", _tiny),
-    Kind("zeros", "an epsilon that is missing", _zeros),
-    Kind("constant", "a mean that is subtracted", _constant),
-    Kind("single channel", "a wrong axis or group", _single),
-    Kind("subnormal", "values flushed to zero before epsilon is added", _subnormal),
-    Kind("largest", "overflow at the edge of the dtype", _largest),
-    Kind("NaN and Inf", "rows that leak into each other", _not_a_number),
+KINDS: tuple[AdversarialKind, ...] = (
+    AdversarialKind("normal", "a wrong scale, order of casts or axis", tame=True, make=_normal),
+    AdversarialKind(
+        "outlier channels", "statistics summed in too few bits", tame=True, sums_one_way=True, make=_outliers
+    ),
+    AdversarialKind("large", "squares that overflow", make=_large),
+    AdversarialKind("tiny", "a wrong epsilon, or one in the wrong place", tame=True, make=_tiny),
+    AdversarialKind("zeros", "an epsilon that is missing", make=_zeros),
+    AdversarialKind("constant", "a mean that is subtracted", tame=True, sums_one_way=True, make=_constant),
+    AdversarialKind("single channel", "a wrong axis or group", tame=True, make=_single),
+    AdversarialKind("subnormal", "values flushed to zero before epsilon is added", make=_subnormal),
+    AdversarialKind("largest", "overflow at the edge of the dtype", make=_largest),
+    AdversarialKind("NaN and Inf", "rows that leak into each other", make=_not_a_number),
 )
+# Not made up: what a norm gets while its model runs.
+AS_IT_RUNS = RowKind("as it runs", "whatever the model's own values bring out", tame=True, sums_one_way=True)
 
 
 def adversarial(norm: CalledNorm, turn: int, seed: int) -> tuple[NormFeed, Array]:

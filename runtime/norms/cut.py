@@ -1,14 +1,21 @@
-"""Norms cut out of a graph, wherever in it they stand: a flat model of their nodes alone."""
+"""Norms cut out of a graph, wherever in it they stand: a flat model of their nodes alone, and what it is fed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
 from ...models.errors import UnsupportedError
+from ..runners.base import Array
+from ..runners.open import open_runner
+from .access import NormFeed
 
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
@@ -63,6 +70,96 @@ def cut_out(model: ir.Model, cuts: Sequence[Cut]) -> CutModel:
     functions = list(_called(model, graph))
     result = ir.Model(graph, ir_version=max(model.ir_version, 8), functions=functions)
     return CutModel(ir.to_proto(result), work.given)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NormPlace:
+    """One norm in a graph: the values at which it is cut out.
+
+    Attributes:
+        name: unique among the norms that are cut out together.
+        operands: x; or the two values that the norm itself sums to x.
+        gate: or None.
+        y: the result.
+        total: the sum of the operands, where it is to be computed too.
+        gate_role: `x`, `x0` or `x1` where the gate is what is normalized or one of the operands; None elsewhere.
+        more: further values to compute, by role.
+    """
+
+    name: str
+    operands: tuple[ir.Value, ...]
+    gate: ir.Value | None
+    y: ir.Value
+    total: ir.Value | None = None
+    gate_role: str | None = None
+    more: Mapping[str, ir.Value] = field(default_factory=dict)
+
+    def cut(self) -> Cut:
+        """The cut: inputs `x0`, `x1` and `gate`, outputs `y`, `sum` and the further ones."""
+        roles: dict[str, ir.Value | None] = {f"x{index}": value for index, value in enumerate(self.operands)}
+        if self.gate_role != "x":
+            roles["gate"] = self.gate
+        inputs: dict[str, ir.Value] = {}
+        for role, value in roles.items():
+            if value is not None and value not in inputs.values():
+                inputs[role] = value
+        sums = {} if self.total is None else {"sum": self.total}
+        return Cut(self.name, inputs, {"y": self.y, **sums, **self.more})
+
+    def split(self, feed: NormFeed) -> tuple[NormFeed, dict[str, Array]]:
+        """What the norm is run on, and the same by the roles of the cut's inputs.
+
+        Where the norm adds, x goes in as two parts whose sum is exact: every other element is in one part, and zero in
+        the other. Where it adds one value to itself, x is rounded to twice a half, which the norm's result then is for.
+        """
+        x, arrays = feed.x, {"x0": feed.x}
+        if len(self.operands) == 2 and self.operands[0] is self.operands[1]:
+            half = x * x.dtype.type(0.5)
+            x, arrays = half + half, {"x0": half}
+        elif len(self.operands) == 2:
+            first = np.arange(x.size).reshape(x.shape) % 2 == 0
+            zero = np.zeros((), x.dtype)
+            arrays = {"x0": np.where(first, x, zero), "x1": np.where(first, zero, x)}
+        gate = {"x": x, **arrays}[self.gate_role] if self.gate_role else feed.gate
+        if gate is not None:
+            arrays["gate"] = gate
+        return NormFeed(x, gate), arrays
+
+
+class RunCuts(Protocol):
+    """Runs norms that are cut out: arrays by role and by the cut's name, in and out."""
+
+    def __call__(self, feeds: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array]]: ...
+
+
+@contextmanager
+def run_alone(
+    cut: CutModel, provider: str, folder: Path | None, given: Mapping[str, Array] | None = None, **options: Any
+) -> Iterator[RunCuts]:
+    """Open norms that are cut out, in one session.
+
+    Args:
+        cut: of `cut_out`.
+        provider: see `open_runner`.
+        folder: where the external data of the graph lie, or None.
+        given: arrays for `cut.given`, by the name of the value outside.
+        options: see `open_runner`.
+    """
+    data = cut.model.SerializeToString()
+    fixed = {name: (given or {})[value.name or ""] for name, value in cut.given.items()}
+    with open_runner(data, provider, weights_folder=folder, **options) as runner:
+        wanted = {info.name for info in runner.inputs()}
+
+        def run(feeds: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array]]:
+            named = {f"{cut}.{role}": array for cut, arrays in feeds.items() for role, array in arrays.items()}
+            results = runner.run({name: array for name, array in {**fixed, **named}.items() if name in wanted})
+            found: dict[str, dict[str, Array]] = {}
+            for name, array in results.items():
+                where, _, role = name.rpartition(".")
+                found.setdefault(where, {})[role] = array
+            return found
+
+        yield run
 
 
 class _Copy:

@@ -21,9 +21,9 @@ from ...export.from_onnx.annotate import annotate
 from ...export.lowering.norm_writer import FORM_KEY, PATH_KEY, SPEC_KEY, VALUES_KEY
 from ...export.lowering.quantized_norms import is_quantized_norm
 from ...export.recognition.fused_ops import QUANTIZED_OUTPUT
+from .activation_store import Key
+from .cut import NormPlace
 
-# A norm of the model: the path of its module, and the how-manieth call of it.
-Key = tuple[str, int]
 FED = "@fed"
 
 
@@ -72,51 +72,39 @@ class GraphNorms:
 
     Args:
         path: the file; its weights are not read.
+
+    Attributes:
+        path: the file.
+        model: its graph, with every norm's nodes named.
+        problems: module paths of norms that cannot be cut out, with the reason.
+        norms: the norms, in graph order.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.problems: dict[str, str] = {}
-        self._model = ir.load(path)
-        annotate(self._model)
-        self._values = {v.name: v for v in _values(self._model.graph)}
+        self.model = ir.load(path)
+        annotate(self.model)
+        self._values = {v.name: v for v in _values(self.model.graph)}
         self.norms: dict[Key, GraphNorm] = {norm.key: norm for norm in self._located()}
 
     @property
     def output_names(self) -> list[str]:
         """The file's outputs."""
-        return [str(value.name) for value in self._model.graph.outputs]
+        return [str(value.name) for value in self.model.graph.outputs]
 
     def dtype(self, name: str) -> str:
         """numpy's name of a value's dtype; float32 where the file does not say."""
         dtype = self._values[name].dtype
         return "float32" if dtype is None else dtype.numpy().name
 
-    def alone(self, keys: Iterable[Key]) -> onnx.ModelProto:
-        """A model of these norms and nothing else.
-
-        Its inputs are `operand_name(key, i)` and `gate_name(key)`; its outputs are each norm's y, and x where the
-        norm makes it by adding.
-        """
-        model = self._model.clone()
-        values = {v.name: v for v in _values(model.graph)}
-        inputs, outputs = [], {}
-        for norm in (self.norms[key] for key in keys):
-            fed = {name: operand_name(norm.key, index) for index, name in enumerate(norm.operands)}
-            if norm.gate is not None:
-                fed[norm.gate] = gate_name(norm.key)
-            nodes = [node for node in model.graph if node.name in norm.nodes]
-            for name, new_name in fed.items():
-                new = _like(values[name], new_name)
-                inputs.append(new)
-                for node in nodes:
-                    for index, value in enumerate(node.inputs):
-                        if value is values[name]:
-                            node.replace_input_with(index, new)
-            outputs[norm.y] = values[norm.y]
-            if len(norm.operands) > 1:
-                outputs[norm.x] = values[norm.x]
-        return _part(model, inputs, list(outputs.values()))
+    def place(self, key: Key) -> NormPlace:
+        """Where a norm stands, to be cut out of `model`."""
+        norm = self.norms[key]
+        x, y = self._values[norm.x], self._values[norm.y]
+        gate = None if norm.gate is None else self._values[norm.gate]
+        operands = tuple(self._values[name] for name in norm.operands)
+        return NormPlace(cut_name(key), operands, gate, y, x if len(operands) > 1 else None)
 
     def between(self, keys: Iterable[Key], *, wanted: Iterable[Key], with_outputs: bool) -> onnx.ModelProto:
         """What lies between the norms `keys`: their values go in as `fed_name`, and are computed anew.
@@ -126,7 +114,7 @@ class GraphNorms:
             wanted: of these norms, x and gate are computed.
             with_outputs: compute the file's own outputs too.
         """
-        model = self._model.clone()
+        model = self.model.clone()
         values = {v.name: v for v in _values(model.graph)}
         own = list(model.graph.outputs) if with_outputs else []
         model.graph.outputs.clear()  # a cut value may be an output too; what comes out is what is computed
@@ -143,10 +131,10 @@ class GraphNorms:
 
     def exposed(self, names: Sequence[str]) -> onnx.ModelProto:
         """The whole model with more of its values as outputs."""
-        model = self._model.clone()
+        model = self.model.clone()
         values = {v.name: v for v in _values(model.graph)}
         present = set(self.output_names)
-        model.graph.outputs.extend(values[name] for name in names if name not in present)
+        model.graph.outputs.extend(values[name] for name in dict.fromkeys(names) if name not in present)
         return ir.to_proto(model)
 
     def ancestry(self, keys: Iterable[Key], name: str) -> Ancestry:
@@ -172,7 +160,7 @@ class GraphNorms:
 
     def _located(self) -> list[GraphNorm]:
         by_path: dict[str, list[ir.Node]] = {}
-        for node in self._model.graph:
+        for node in self.model.graph:
             if PATH_KEY in node.metadata_props:
                 by_path.setdefault(node.metadata_props[PATH_KEY], []).append(node)
         found = []
@@ -228,14 +216,9 @@ class GraphNorms:
         return False
 
 
-def operand_name(key: Key, index: int) -> str:
-    """The input of `GraphNorms.alone` that stands for the norm's x, or for one of the two that sum to it."""
-    return f"{key[0]}#{key[1]}.operand{index}"
-
-
-def gate_name(key: Key) -> str:
-    """The input of `GraphNorms.alone` that stands for the norm's gate."""
-    return f"{key[0]}#{key[1]}.gate"
+def cut_name(key: Key) -> str:
+    """What a norm is called in a model of norms alone."""
+    return f"{key[0]}#{key[1]}"
 
 
 def fed_name(name: str) -> str:

@@ -1,23 +1,22 @@
-"""The norms of an ONNX file in ONNX Runtime: each alone, what lies between them, and their values as the file runs."""
+"""The norms of an ONNX file in ONNX Runtime: each alone, the segments between them, and their values as it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 
 from ...export.onnx_io.read_model import read_model
-from ..runners.base import Array, numpy_dtype
-from ..runners.onnxruntime import OrtRunner
+from ..runners.base import Array, Runner, numpy_dtype
+from ..runners.open import has_large_weights, open_runner
 from .access import NormFeed, NormResult, RunNorms, Sink, Sources
-from .activation_store import ActivationStore
-from .graph_norms import GraphNorm, GraphNorms, Key, fed_name, gate_name, operand_name
-
-# Weights beyond this many bytes are not repacked a second time: that would take longer than the run.
-_LARGE_FILE = 1 << 30
+from .activation_store import ActivationStore, Key
+from .cut import cut_out, run_alone
+from .graph_norms import GraphNorms, cut_name, fed_name
 
 
 class OnnxNorms:
@@ -25,13 +24,15 @@ class OnnxNorms:
 
     Args:
         path: the file.
-        providers: ONNX Runtime's execution providers.
+        provider: see `open_runner`.
+        window: norms whose values are held at a time; None for all. Fewer need less memory and more sessions.
     """
 
-    def __init__(self, path: Path, providers: list[str]) -> None:
-        self._path, self._providers = path, providers
+    def __init__(self, path: Path, provider: str, window: int | None = None) -> None:
+        self._path, self._provider, self._window = path, provider, window
         self._graph = GraphNorms(path)
-        self._large = sum(file.stat().st_size for file in read_model(path).external_files) > _LARGE_FILE
+        self._large = has_large_weights(read_model(path).external_files)
+        self._options: dict[str, Any] = {"session_options": {"repack_weights": not self._large}}
 
     @property
     def keys(self) -> list[Key]:
@@ -39,16 +40,24 @@ class OnnxNorms:
         return list(self._graph.norms)
 
     @property
-    def problems(self) -> dict[str, str]:
+    def problems(self) -> Mapping[str, str]:
         """Norms whose nodes are there but cannot be cut out."""
         return self._graph.problems
 
-    def unused(self) -> list[Key]:
+    @property
+    def remarks(self) -> list[str]:
+        """How the parts are run otherwise than the whole file is."""
+        if not self._large:
+            return []
+        return ["the file is large: its parts were run without repacking weights for the kernels, which opens at once"]
+
+    @property
+    def unused(self) -> frozenset[Key]:
         """Norms whose result nothing reads."""
-        return [key for key, norm in self._graph.norms.items() if not norm.used]
+        return frozenset(key for key, norm in self._graph.norms.items() if not norm.used)
 
     def sources(self, keys: list[Key], end: Key | str) -> Sources:
-        """What goes into the segment before a norm, or before an output."""
+        """See `NormAccess.sources`."""
         found = self._graph.ancestry(keys, end if isinstance(end, str) else self._graph.norms[end].x)
         norms = self._graph.norms
         feeding = [key for key in keys if found.values & {norms[key].x, norms[key].y}]
@@ -57,26 +66,25 @@ class OnnxNorms:
     @contextmanager
     def alone(self, keys: Iterable[Key]) -> Iterator[RunNorms]:
         """See `NormAccess.alone`. A fused residual add gets x in two parts that sum to it exactly."""
-        norms = [self._graph.norms[key] for key in keys]
-        with self._opened(self._graph.alone([norm.key for norm in norms])) as runner:
+        places = {key: self._graph.place(key) for key in keys}
+        cut = cut_out(self._graph.model, [place.cut() for place in places.values()])
+        with run_alone(cut, self._provider, self._path.parent, **self._options) as run_cuts:
 
             def run(feeds: Mapping[Key, NormFeed]) -> dict[Key, NormResult]:
-                arrays: dict[str, Array] = {}
-                for norm in norms:
-                    arrays.update(self._operands(norm, feeds[norm.key]))
-                results = runner.run(arrays)
-                return {n.key: NormResult(results[n.y], results.get(n.x)) for n in norms}
+                split = {cut_name(key): place.split(self._cast(key, feeds[key]))[1] for key, place in places.items()}
+                results = run_cuts(split)
+                found = {key: results[cut_name(key)] for key in places}
+                return {key: NormResult(arrays["y"], arrays.get("sum")) for key, arrays in found.items()}
 
             yield run
 
     def between(
-        self, feeds: Mapping[str, Array], keys: list[Key], store: ActivationStore, sink: Sink, window: int | None
+        self, feeds: Mapping[str, Array], keys: list[Key], store: ActivationStore, sink: Sink
     ) -> dict[str, Array]:
         """See `NormAccess.between`. Each window is a session that loads the weights of its part of the model only."""
         outputs: dict[str, Array] = {}
-        for first in range(0, len(keys), window or max(len(keys), 1)):
-            wanted = keys[first : first + (window or len(keys))]
-            last = wanted[-1] == keys[-1]
+        for wanted in self._windows(keys):
+            last = wanted[-1:] == keys[-1:]
             with self._opened(self._graph.between(keys, wanted=wanted, with_outputs=last)) as runner:
                 results = runner.run(self._fed(runner, feeds, keys, store))
             for norm in (self._graph.norms[key] for key in wanted):
@@ -86,51 +94,38 @@ class OnnxNorms:
             outputs.update({name: results[name] for name in self._graph.output_names if name in results})
         return outputs
 
-    def trace(self, feeds: Mapping[str, Array], keys: list[Key], sink: Sink, window: int | None) -> dict[str, Array]:
-        """See `NormAccess.trace`. The whole file runs once for each window; values outside it are not kept."""
-        norms = [self._graph.norms[key] for key in keys]
-        names = list(dict.fromkeys(name for norm in norms for name in (norm.x, norm.y)))
-        own = self._graph.output_names
-        with self._opened(self._graph.exposed(names)) as runner:
-            for first in range(0, len(norms), window or max(len(norms), 1)):
-                part = norms[first : first + (window or len(norms))]
-                results = runner.run(feeds, outputs=list(dict.fromkeys([*own, *(v for n in part for v in (n.x, n.y))])))
-                for norm in part:
-                    sink(norm.key, "x", results[norm.x])
-                    sink(norm.key, "y", results[norm.y])
-        return {name: results[name] for name in own}
+    def trace(self, feeds: Mapping[str, Array], keys: list[Key], sink: Sink) -> dict[str, Array]:
+        """See `NormAccess.trace`. The whole file runs once for each window, with that window's values as outputs."""
+        outputs: dict[str, Array] = {}
+        for part in self._windows(keys):
+            norms = [self._graph.norms[key] for key in part]
+            with self._opened(self._graph.exposed([name for norm in norms for name in (norm.x, norm.y)])) as runner:
+                results = runner.run(feeds)
+            for norm in norms:
+                sink(norm.key, "x", results[norm.x])
+                sink(norm.key, "y", results[norm.y])
+            outputs = {name: results[name] for name in self._graph.output_names}
+        return outputs
 
-    @property
-    def remarks(self) -> list[str]:
-        """How the parts are run otherwise than the whole file is."""
-        if not self._large:
-            return []
-        return ["the file is large: its parts were run without repacking weights for the kernels, which opens at once"]
+    def _windows(self, keys: Sequence[Key]) -> list[list[Key]]:
+        """The norms in windows; one that is empty where there is no norm, so that the outputs are computed."""
+        size = self._window or max(len(keys), 1)
+        return [list(keys[first : first + size]) for first in range(0, max(len(keys), 1), size)]
 
-    def _opened(self, model: onnx.ModelProto) -> OrtRunner:
-        return OrtRunner(
-            model.SerializeToString(),
-            providers=self._providers,
-            weights_folder=self._path.parent,
-            session_options={"repack_weights": not self._large},
-        )
+    def _opened(self, model: onnx.ModelProto) -> Runner:
+        return open_runner(model.SerializeToString(), self._provider, weights_folder=self._path.parent, **self._options)
 
-    def _operands(self, norm: GraphNorm, feed: NormFeed) -> dict[str, Array]:
-        x = feed.x.astype(numpy_dtype(self._graph.dtype(norm.operands[0])), copy=False)
-        arrays = {operand_name(norm.key, 0): x}
-        if len(norm.operands) > 1:
-            first = np.arange(x.size).reshape(x.shape) % 2 == 0
-            zero = np.zeros((), x.dtype)
-            arrays = {
-                operand_name(norm.key, 0): np.where(first, x, zero),
-                operand_name(norm.key, 1): np.where(first, zero, x),
-            }
-        if norm.gate is not None and feed.gate is not None:
-            arrays[gate_name(norm.key)] = feed.gate.astype(numpy_dtype(self._graph.dtype(norm.gate)), copy=False)
-        return arrays
+    def _cast(self, key: Key, feed: NormFeed) -> NormFeed:
+        """The feed in the dtypes of the file."""
+        norm = self._graph.norms[key]
+        gate = None if norm.gate is None or feed.gate is None else self._as(norm.gate, feed.gate)
+        return NormFeed(self._as(norm.operands[0], feed.x), gate)
+
+    def _as(self, name: str, array: Array) -> Array:
+        return array.astype(numpy_dtype(self._graph.dtype(name)), copy=False)
 
     def _fed(
-        self, runner: OrtRunner, feeds: Mapping[str, Array], keys: list[Key], store: ActivationStore
+        self, runner: Runner, feeds: Mapping[str, Array], keys: list[Key], store: ActivationStore
     ) -> dict[str, Array]:
         wanted = {info.name: info.dtype for info in runner.inputs()}
         arrays = {name: value for name, value in feeds.items() if name in wanted}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,16 +15,51 @@ from ...models.recognition.intercept import NormCall, at_norms
 from ...models.recognition.site import Recognition
 from ...models.reference import reference
 from ...models.spec import NormSpec
+from ..accuracy.errors import errors_of, row_scale_error
 from ..accuracy.float_formats import format_of
-from ..runners.base import Array, numpy_dtype
-from ..runners.torch import TorchRunner, to_numpy, to_torch
-from .access import CalledNorm, NormFeed, NormResult, RunNorms, Sink
-from .activation_store import ActivationStore
+from ..runners.base import Array, Runner, numpy_dtype
+from ..runners.torch import to_numpy, to_torch
+from .access import CalledNorm, NormFeed, NormResult, RunNorms, Sink, Sources
+from .activation_store import ActivationStore, Key
 from .float64_model import exact, wide_array
-from .graph_norms import Key
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """One run of a PyTorch model: the norms that it called, in order of execution, and its outputs."""
+
+    called: dict[Key, CalledNorm]
+    outputs: dict[str, Array]
+
+
+def survey_norms(model: nn.Module, runner: Runner, recognition: Recognition, feeds: Mapping[str, Array]) -> Survey:
+    """Run a model once and look at every call of a norm.
+
+    Args:
+        model: in eval mode.
+        runner: runs it.
+        recognition: its norms.
+        feeds: its inputs.
+    """
+    called: dict[Key, CalledNorm] = {}
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+
+    def visit(path: str, number: int, call: NormCall, original: Callable[[], Tensor]) -> Tensor:
+        x, y = call.x, original()
+        forced = 0 not in x.stride() and x.untyped_storage().data_ptr() not in own
+        gate = None if call.gate is None else _dtype_name(call.gate)
+        off = _distance(call.spec, to_numpy(y), exact(call))
+        called[path, number] = CalledNorm(
+            (path, number), call.spec, tuple(x.shape), _dtype_name(x), _dtype_name(y), gate, forced, off
+        )
+        return y
+
+    with at_norms(model, recognition.sites, visit):
+        outputs = runner.run(feeds)
+    return Survey(called, outputs)
 
 
 class TorchNorms:
@@ -32,23 +69,24 @@ class TorchNorms:
         model: the module, in eval mode.
         runner: runs it.
         recognition: its norms.
+        called: the norms that `survey_norms` met.
     """
 
-    def __init__(self, model: nn.Module, runner: TorchRunner, recognition: Recognition) -> None:
-        self._model, self._runner = model, runner
+    def __init__(
+        self, model: nn.Module, runner: Runner, recognition: Recognition, called: Mapping[Key, CalledNorm]
+    ) -> None:
+        self._model, self._runner, self._called = model, runner, called
         self._sites = recognition.sites
         self._by_path = {site.path: site for site in self._sites}
         self._modules = {site.path: model.get_submodule(site.path) for site in self._sites}
-        self._own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        self._called: dict[Key, CalledNorm] = {}
 
     @property
     def keys(self) -> list[Key]:
-        """The norms that the last survey met, in order of execution."""
+        """The norms that the survey met, in order of execution."""
         return list(self._called)
 
     @property
-    def problems(self) -> dict[str, str]:
+    def problems(self) -> Mapping[str, str]:
         """None: every recognized norm can be opened."""
         return {}
 
@@ -57,27 +95,15 @@ class TorchNorms:
         """None: norms run in the model itself."""
         return []
 
-    def unused(self) -> list[Key]:
+    @property
+    def unused(self) -> frozenset[Key]:
         """None are known: PyTorch does not tell who reads a result."""
-        return []
+        return frozenset()
 
-    def survey(self, feeds: Mapping[str, Array]) -> tuple[dict[Key, CalledNorm], dict[str, Array]]:
-        """Run once; the norms that were called, in order of execution, and the outputs."""
-        called: dict[Key, CalledNorm] = {}
-
-        def visit(path: str, number: int, call: NormCall, original: Callable[[], Tensor]) -> Tensor:
-            x, y = call.x, original()
-            forced = 0 not in x.stride() and x.untyped_storage().data_ptr() not in self._own
-            gate = None if call.gate is None else _dtype_name(call.gate)
-            off = _distance(call.spec, to_numpy(y), exact(call)) / format_of(numpy_dtype(_dtype_name(y))).eps
-            called[path, number] = CalledNorm(
-                (path, number), call.spec, tuple(x.shape), _dtype_name(x), _dtype_name(y), gate, forced, off
-            )
-            return y
-
-        outputs = self._visited(feeds, visit)
-        self._called = called
-        return called, outputs
+    def sources(self, keys: list[Key], end: Key | str) -> Sources:
+        """PyTorch does not tell what a value was computed from: the norm before it in time."""
+        at = keys.index(end) if not isinstance(end, str) else len(keys)
+        return Sources(keys[max(at - 1, 0) : at])
 
     def trace_reference(self, feeds: Mapping[str, Array], keys: list[Key], sink: Sink) -> dict[str, Array]:
         """As `trace`, with the float64 reference in the place of every norm; to be called inside `in_float64`."""
@@ -96,7 +122,7 @@ class TorchNorms:
     ) -> tuple[dict[str, Array], dict[Key, float]]:
         """Run in float64, rounding at every norm to what the deployed model can hold there.
 
-        To be called inside `in_float64`, after `survey`. The store gets, for each norm, what arrives (`x`, `gate`) and
+        To be called inside `in_float64`. The store gets, for each norm, what arrives (`x`, `gate`) and
         what it computes (`y`) in float64, and all three as rounded (`fed_x`, ...). The model goes on with the rounded
         x and y: every segment starts from values that the deployment dtype holds exactly, so its truth is exact.
 
@@ -134,24 +160,24 @@ class TorchNorms:
     def alone(self, keys: Iterable[Key]) -> Iterator[RunNorms]:
         """See `NormAccess.alone`."""
 
+        modules = {key: self._modules[key[0]] for key in keys}
+
         def run(feeds: Mapping[Key, NormFeed]) -> dict[Key, NormResult]:
             results = {}
-            for key, feed in feeds.items():
-                module = self._modules[key[0]]
+            for key, module in modules.items():
+                feed = feeds[key]
                 device = next((t.device for t in module.parameters()), torch.device("cpu"))
                 arguments = [to_torch(a).to(device) for a in (feed.x, feed.gate) if a is not None]
                 with torch.no_grad():
                     results[key] = NormResult(to_numpy(module(*arguments)))
             return results
 
-        del keys
         yield run
 
     def between(
-        self, feeds: Mapping[str, Array], keys: list[Key], store: ActivationStore, sink: Sink, window: int | None
+        self, feeds: Mapping[str, Array], keys: list[Key], store: ActivationStore, sink: Sink
     ) -> dict[str, Array]:
-        """See `NormAccess.between`; one run does for any number of norms, so the window is not needed."""
-        del window
+        """See `NormAccess.between`; one run does for any number of norms."""
 
         def visit(path: str, number: int, call: NormCall, original: Callable[[], Tensor]) -> Tensor:
             key = (path, number)
@@ -165,9 +191,8 @@ class TorchNorms:
 
         return self._visited(feeds, visit)
 
-    def trace(self, feeds: Mapping[str, Array], keys: list[Key], sink: Sink, window: int | None) -> dict[str, Array]:
+    def trace(self, feeds: Mapping[str, Array], keys: list[Key], sink: Sink) -> dict[str, Array]:
         """See `NormAccess.trace`."""
-        del window
 
         def visit(path: str, number: int, call: NormCall, original: Callable[[], Tensor]) -> Tensor:
             key = (path, number)
@@ -201,23 +226,32 @@ def _rounded(array: Array, dtype: str) -> Array:
 
 
 def _distance(spec: NormSpec, own: Array, wanted: Array, excused: Array | float = 0.0) -> float:
-    """The largest difference, in max(|wanted|, row RMS), of what is finite; less what is excused in its row."""
-    axes = tuple(range(-spec.trailing_dims, 0))
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        scale = np.maximum(np.abs(wanted), np.sqrt(np.mean(wanted**2, axis=axes, keepdims=True)))
-        off = np.abs(own.astype(np.float64) - wanted) / np.where(scale == 0.0, 1.0, scale) - excused
-    return max(float(np.max(off, where=np.isfinite(off), initial=0.0)), 0.0)
+    """The largest difference of what is finite in `own`, in eps(own's dtype) x max(|wanted|, row RMS); less `excused`.
+
+    Args:
+        spec: says how many trailing dims are a row.
+        own: a norm's result.
+        wanted: the reference, of the same shape.
+        excused: a part of the result's size that each row may differ by, in the same units.
+    """
+    width = math.prod(own.shape[own.ndim - spec.trailing_dims :])
+    units = row_scale_error(errors_of(own, wanted, None), width, format_of(own.dtype)).reshape(own.shape) - excused
+    counts = np.isfinite(own) & ~np.isnan(units)
+    return max(float(np.max(units, where=counts, initial=0.0)), 0.0)
 
 
 def _disagreement(call: NormCall, own: Array, wanted: Array) -> float:
-    """How far a norm's own code is from the reference; modules may resolve epsilon by the dtype, so that is let be."""
-    spec = call.spec
+    """How far a norm's own float64 result is from the reference, in max(|wanted|, row RMS).
+
+    Modules may take epsilon from their dtype, so what another epsilon could account for is left out.
+    """
+    spec, eps = call.spec, float(np.finfo(np.float64).eps)
     if not spec.eps:
-        return _distance(spec, own, wanted)
+        return eps * _distance(spec, own, wanted)
     squares = wide_array(call.x) ** 2
     if spec.group_size is not None:
         squares = squares.reshape(*squares.shape[:-1], squares.shape[-1] // spec.group_size, spec.group_size)
     mean = np.mean(squares, axis=tuple(range(-spec.trailing_dims, 0)), keepdims=True)
     if spec.group_size is not None:
         mean = np.min(mean, axis=-2, initial=np.inf)  # the smallest group of a row feels epsilon most
-    return _distance(spec, own, wanted, spec.eps / (mean + spec.eps))
+    return eps * _distance(spec, own, wanted, spec.eps / (mean + spec.eps) / eps)

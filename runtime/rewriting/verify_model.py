@@ -21,7 +21,7 @@ from ..accuracy.errors import errors_of, is_exact, kind_of
 from ..accuracy.float_formats import format_of
 from ..inputs.synthetic import cast_feeds, make_feeds
 from ..runners.base import Array, TensorInfo, numpy_dtype
-from ..runners.onnxruntime import OrtRunner
+from ..runners.open import has_large_weights, open_runner
 from .verify_norms import Progress, Proof
 
 # Batch and length of made-up inputs, and how often the baseline is rounded anew before a difference is a mismatch:
@@ -29,8 +29,6 @@ from .verify_norms import Progress, Proof
 _SHAPES, _ROUNDINGS = ((1, 3), (2, 9)), 6
 # Two draws from the same near ties: the new file may differ in this many times the whole numbers that roundings change.
 _CHOICES_FACTOR = 2
-# Weights beyond this many bytes are not repacked for the kernels, which would take longer than the run.
-_LARGE_FILE = 1 << 30
 _BEFORE, _ROUNDED = "the file before", "the file before with a rounding at each norm"
 
 Outputs = dict[str, Array]
@@ -63,11 +61,11 @@ def prove_model(
         EnvironmentMissingError: onnxruntime is not installed.
     """
     progress("running the whole model")
-    large = sum(path.stat().st_size for path in after.parent.rglob("*") if path.is_file()) > _LARGE_FILE
+    large = has_large_weights([path for path in after.parent.rglob("*") if path.is_file()])
     options = {"repack_weights": not large}
     loaded = False
     try:
-        with OrtRunner(before, session_options=options) as runner:
+        with open_runner(before, session_options=options) as runner:
             loaded = True
             cases = _cases(rewritten.model, runner.inputs(), feeds, seed)
             references = [runner.run(case) for case in cases]
@@ -81,7 +79,7 @@ def prove_model(
         proof.unproven = f"the whole model was not compared: {_short(error)}"
         return proof
     try:
-        with OrtRunner(after, session_options=options) as runner:
+        with open_runner(after, session_options=options) as runner:
             results = [runner.run(case) for case in cases]
     except RmsnormDeployError as error:
         raise MismatchError(f"{_BEFORE} runs in ONNX Runtime, and the new one does not: {error}") from error
@@ -122,7 +120,7 @@ def _compared(
             break
         progress(f"running the whole model with a rounding at each norm: {number + 1}")
         data = _rounded(rewritten, seed + number)
-        with OrtRunner(data, weights_folder=before.parent, session_options=options) as runner:
+        with open_runner(data, weights_folder=before.parent, session_options=options) as runner:
             rounded = [runner.run(case) for case in cases]
         for index, name in keys:
             reference = references[index][name]
@@ -175,7 +173,7 @@ def _prove_alone(
     """The new file by itself, where the one before does not load: it must run, and give what is finite."""
     verdicts = []
     try:
-        with OrtRunner(after, session_options=options) as runner:
+        with open_runner(after, session_options=options) as runner:
             for case in _cases(rewritten.model, runner.inputs(), feeds, seed):
                 for name, array in runner.run(case).items():
                     finite = kind_of(array.dtype) != "floating-point" or np.isfinite(array.astype(np.float64)).all()

@@ -1,6 +1,6 @@
 """The proof that rewritten norms compute what the norms before did: each alone, on rows of every kind.
 
-Every rewritten norm is cut out of both graphs and run on rows of every kind in `norm_inputs.KINDS`. The truth is the
+Every rewritten norm is cut out of both graphs and run on rows of every kind in `adversarial_rows`. The truth is the
 float64 reference of the formula that the norm was recognized by, the baseline is the norm as it was: a norm that was
 recognized wrongly is far from its truth, and one that was written wrongly is worse than it was.
 """
@@ -27,13 +27,14 @@ from ...models.spec import NormSpec
 from ..accuracy.compare_output import OutputVerdict
 from ..norms.access import CalledNorm, NormFeed
 from ..norms.adversarial_rows import KINDS, adversarial, turns
-from ..norms.cut import Cut, CutModel, cut_out
+from ..norms.check_norm import check_norm, check_sum, summary_of
+from ..norms.cut import CutModel, NormPlace, cut_out, run_alone
 from ..runners.base import Array
-from ..runners.onnxruntime import OrtRunner
-from ..validation.norm_checks import TAME, judge_norm, rows_by_kind
 
 Verdict = Literal["pass", "mismatch", "unproven"]
 Progress = Callable[[str], None]
+# What norms alone gave: arrays by role and by the name of the cut.
+Results = dict[str, dict[str, Array]]
 
 # Norms that are run in one session, elements of all their inputs, and elements from which a norm's input is made small.
 _WINDOW, _WINDOW_ELEMENTS, _MOST_ELEMENTS = 64, 1 << 24, 1 << 16
@@ -180,13 +181,13 @@ def _prove_window(
 ) -> list[SiteProof]:
     """All in one session where they run together; each in its own where one of them does not."""
     try:
-        tests = [_Test(number, site, seed) for number, site in sites]
-        after = cut_out(rewritten.model, [test.after for test in tests])
-        before = cut_out(rewritten.original, [test.before for test in tests])
+        trials = [_Trial(number, site, seed) for number, site in sites]
+        after = cut_out(rewritten.model, [trial.after.cut() for trial in trials])
+        before = cut_out(rewritten.original, [trial.before.cut() for trial in trials])
         given = _given([*before.given.values(), *after.given.values()], seed)
-        candidate = _run(after, tests, folder, given)
-        own = _run_before(before, tests, folder, given, rejected)
-        return [test.judged(candidate, own, given, before) for test in tests]
+        candidate = _run(after, trials, folder, given)
+        own = _run_before(before, trials, folder, given, rejected)
+        return [trial.judged(candidate, own, given) for trial in trials]
     except EnvironmentMissingError:
         raise
     except RmsnormDeployError as error:
@@ -196,28 +197,22 @@ def _prove_window(
 
 
 def _run_before(
-    model: CutModel, tests: Sequence[_Test], folder: Path, given: Mapping[str, Array], rejected: dict[str, list[str]]
-) -> list[dict[str, Array]] | None:
+    model: CutModel, trials: Sequence[_Trial], folder: Path, given: Mapping[str, Array], rejected: dict[str, list[str]]
+) -> list[Results] | None:
     """The norms as they were; None where ONNX Runtime does not run them, which is a reason to rewrite."""
     try:
-        return _run(model, tests, folder, given)
+        return _run(model, trials, folder, given)
     except RmsnormDeployError as error:
-        if len(tests) > 1:
+        if len(trials) > 1:
             raise
-        rejected.setdefault(" ".join(str(error).split())[:240], []).append(tests[0].name)
+        rejected.setdefault(" ".join(str(error).split())[:240], []).append(trials[0].name)
         return None
 
 
-def _run(model: CutModel, tests: Sequence[_Test], folder: Path, given: Mapping[str, Array]) -> list[dict[str, Array]]:
-    data = model.model.SerializeToString()
-    results = []
-    with OrtRunner(data, weights_folder=folder, session_options={"intra_op_num_threads": 1}) as runner:
-        wanted = {info.name for info in runner.inputs()}
-        for turn in range(max(test.turns for test in tests)):
-            feeds = {key: array for test in tests for key, array in test.feeds(turn).items()}
-            feeds |= {key: given[value.name or ""] for key, value in model.given.items()}
-            results.append(runner.run({name: array for name, array in feeds.items() if name in wanted}))
-    return results
+def _run(model: CutModel, trials: Sequence[_Trial], folder: Path, given: Mapping[str, Array]) -> list[Results]:
+    one_thread = {"intra_op_num_threads": 1}
+    with run_alone(model, "cpu", folder, given, session_options=one_thread) as run:
+        return [run({t.place: t.arrays(turn) for t in trials}) for turn in range(max(t.turns for t in trials))]
 
 
 def _given(values: Iterable[ir.Value], seed: int) -> dict[str, Array]:
@@ -234,7 +229,7 @@ def _given(values: Iterable[ir.Value], seed: int) -> dict[str, Array]:
     return arrays
 
 
-class _Test:
+class _Trial:
     """One norm before and after, and what it is run on."""
 
     def __init__(self, number: int, site: RewrittenSite, seed: int) -> None:
@@ -247,84 +242,53 @@ class _Test:
             None if before.gate is None else dtype_name(before.gate.dtype or before.dtype), True,
         )  # fmt: skip
         self.turns = max(turns(self.called), 1)
-        added = before.sum_of is not None and site.sum_of is not None
-        operands = before.sum_of if added and before.sum_of is not None else (before.x,)
-        after = site.sum_of if added and site.sum_of is not None else (site.x,)
-        self._parts = len(set(operands)) if added else 0
-        # A norm may be gated by what it normalizes, or by one of the two that this is the sum of.
-        own = {**({"x": before.x} if added else {}), **{f"x{i}": value for i, value in enumerate(operands)}}
-        self._gate_is = next((role for role, value in own.items() if value is not None and value is before.gate), None)
-        self._sum = added and before.x is not None and site.x is not None
-        live = {
-            role: value
-            for role, value in (("weight", before.weight), ("bias", before.bias))
-            if value is not None and constant(value) is None
-        }
-        sums = {"sum": before.x} if self._sum and before.x is not None else {}
-        self.before = self._cut(operands, before.gate, {"y": before.y, **sums, **live})
-        sums = {"sum": site.x} if self._sum and site.x is not None else {}
-        self.after = self._cut(after, site.gate, {"y": site.y, **sums})
+        self.before, self.after = _places(str(number), site)
 
-    def _cut(self, operands: Sequence[ir.Value | None], gate: ir.Value | None, outputs: dict[str, ir.Value]) -> Cut:
-        roles = {f"x{index}": value for index, value in enumerate(operands)}
-        if self._gate_is != "x":
-            roles["gate"] = gate
-        inputs: dict[str, ir.Value] = {}
-        for role, value in roles.items():
-            if value is not None and value not in inputs.values():
-                inputs[role] = value
-        return Cut(str(self.number), inputs, outputs)
+    @property
+    def place(self) -> str:
+        """The name of both cuts."""
+        return self.before.name
 
-    def feeds(self, turn: int) -> dict[str, Array]:
-        """What goes in, by the names of the cuts' inputs."""
-        _, arrays, _ = self._made(turn)
-        return {f"{self.number}.{role}": array for role, array in arrays.items()}
+    def arrays(self, turn: int) -> dict[str, Array]:
+        """What goes in, by the roles of the cuts' inputs."""
+        return self._made(turn)[1]
 
     def _made(self, turn: int) -> tuple[NormFeed, dict[str, Array], Array]:
-        """What the norm is run on, the same by roles, and the kind of each row; x in parts that sum to it exactly."""
+        """What the norm is run on, the same by roles, and the kind of each row."""
         feed, kinds = adversarial(self.called, turn % self.turns, self._seed)
-        x = feed.x
-        arrays = {"x0": x}
-        if self._parts == 1:
-            half = x * x.dtype.type(0.5)
-            x, arrays = half + half, {"x0": half}
-        elif self._parts == 2:
-            first = np.arange(x.size).reshape(x.shape) % 2 == 0
-            zero = np.zeros((), x.dtype)
-            arrays = {"x0": np.where(first, x, zero), "x1": np.where(first, zero, x)}
-        gate = {"x": x, **arrays}[self._gate_is] if self._gate_is else feed.gate
-        if gate is not None:
-            arrays["gate"] = gate
-        return NormFeed(x, gate), arrays, kinds
+        return *self.before.split(feed), kinds
 
     def judged(
-        self,
-        candidate: Sequence[Mapping[str, Array]],
-        own: Sequence[Mapping[str, Array]] | None,
-        given: Mapping[str, Array],
-        before: CutModel,
+        self, candidate: Sequence[Results], own: Sequence[Results] | None, given: Mapping[str, Array]
     ) -> SiteProof:
         """The verdict on the norm, kind by kind."""
         verdicts: list[OutputVerdict] = []
         for turn in range(self.turns):
             feed, _, kinds = self._made(turn)
-            mine = candidate[turn][f"{self.number}.y"]
-            turned = None if own is None else own[turn]
-            tensors = {role: self._tensor(role, turned, given) for role in ("weight", "bias")}
-            theirs = _in_torch(self.called, feed, tensors) if turned is None else turned[f"{self.number}.y"]
-            if self._sum and turned is not None:
-                total, wanted = (side[f"{self.number}.sum"].astype(np.float64) for side in (candidate[turn], turned))
-                if not np.array_equal(total, wanted, equal_nan=True):
-                    return SiteProof(
-                        self.number, self.name, "mismatch", "its sum is not that of its two inputs", verdicts
-                    )
-            verdicts += self._by_kind(feed, kinds, mine, theirs, tensors)
-        failed = [verdict for verdict in verdicts if not verdict.passed]
-        if not failed:
-            return SiteProof(self.number, self.name, "pass", f"right on {len(verdicts)} kinds of rows", verdicts)
-        names = ", ".join(dict.fromkeys(verdict.name for verdict in failed))
-        reason = f"wrong on: {names}; {failed[0].name}: {failed[0].reason}"
-        return SiteProof(self.number, self.name, "mismatch", reason, verdicts)
+            mine = candidate[turn][self.place]
+            theirs = None if own is None else own[turn][self.place]
+            tensors = {role: self._tensor(role, theirs, given) for role in ("weight", "bias")}
+            if theirs is not None and "sum" in mine and "sum" in theirs:
+                verdicts += check_sum(mine["sum"], theirs["sum"])
+            y = _in_torch(self.called, feed, tensors) if theirs is None else theirs["y"]
+            verdicts += self._verdicts(feed, kinds, mine["y"], y, tensors)
+        passed, reason = summary_of(verdicts)
+        return SiteProof(self.number, self.name, "pass" if passed else "mismatch", reason, verdicts)
+
+    def _verdicts(
+        self, feed: NormFeed, kinds: Array, mine: Array, theirs: Array, tensors: Mapping[str, Array | None]
+    ) -> list[OutputVerdict]:
+        if mine.dtype != theirs.dtype:
+            reason = f"expected {theirs.dtype.name}, as the file before gives, got {mine.dtype.name}"
+            return [OutputVerdict("dtype", False, reason, None, None)]
+        spec, as_rounded = _as_rounded(self.called.spec, tensors)
+        return check_norm(
+            self.called, feed, kinds, mine, theirs,
+            lambda rows: reference(spec, rows.x, gate=rows.gate, **as_rounded),
+            baseline_name="the file before",
+            # Where squares overflow, ONNX Runtime's result goes by what it fused; PyTorch's own is as good.
+            second_baseline=lambda rows: _in_torch(self.called, rows, tensors),
+        )  # fmt: skip
 
     def _tensor(self, role: str, own: Mapping[str, Array] | None, given: Mapping[str, Array]) -> Array | None:
         value = getattr(self.site, role)
@@ -334,32 +298,34 @@ class _Test:
         if array is not None:
             return array
         if own is not None:
-            return own[f"{self.number}.{role}"]
+            return own[role]
         if value.name in given:
             return given[value.name]
         raise UsageError(f"the {role} of {self.name} is computed by nodes that ONNX Runtime does not run.")
 
-    def _by_kind(
-        self, feed: NormFeed, kinds: Array, mine: Array, theirs: Array, tensors: Mapping[str, Array | None]
-    ) -> list[OutputVerdict]:
-        if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
-            reason = f"it gives {mine.dtype.name}{list(mine.shape)}, and gave {theirs.dtype.name}{list(theirs.shape)}"
-            return [OutputVerdict("shape", False, reason, None, None)]
-        tail = self.called.shape[len(self.called.shape) - self.called.spec.trailing_dims :]
-        x, mine, theirs = (array.reshape(-1, *tail) for array in (feed.x, mine, theirs))
-        gate = None if feed.gate is None else feed.gate.reshape(-1, *tail)
-        verdicts = []
-        spec, as_rounded = _as_rounded(self.called.spec, tensors)
-        for kind, rows in rows_by_kind(kinds, math.prod(tail)).items():
-            part = NormFeed(x[rows], None if gate is None else gate[rows])
-            expected = reference(spec, part.x, gate=part.gate, **as_rounded)
-            verdict = judge_norm(kind, self.called, mine[rows], expected, theirs[rows], "the file before")
-            if not verdict.passed and kind not in TAME:
-                # Where squares overflow, ONNX Runtime's result goes by what it fused; PyTorch's own is as good.
-                own = _in_torch(self.called, part, tensors)
-                verdict = judge_norm(kind, self.called, mine[rows], expected, own)
-            verdicts.append(verdict)
-        return verdicts
+
+def _places(name: str, site: RewrittenSite) -> tuple[NormPlace, NormPlace]:
+    """Where the norm stands in both graphs; both are fed the same."""
+    before = site.before
+    operands: tuple[ir.Value, ...] = () if before.x is None else (before.x,)
+    after: tuple[ir.Value, ...] = () if site.x is None else (site.x,)
+    added = before.sum_of is not None and site.sum_of is not None
+    if before.sum_of is not None and site.sum_of is not None:
+        operands, after = before.sum_of, site.sum_of
+    # A norm may be gated by what it normalizes, or by one of the two that this is the sum of.
+    own = {**({"x": before.x} if added else {}), **{f"x{i}": value for i, value in enumerate(operands)}}
+    gate_role = next((role for role, value in own.items() if value is not None and value is before.gate), None)
+    has_sum = added and before.x is not None and site.x is not None
+    live = {
+        role: value
+        for role, value in (("weight", before.weight), ("bias", before.bias))
+        if value is not None and constant(value) is None
+    }
+    sums = (before.x, site.x) if has_sum else (None, None)
+    return (
+        NormPlace(name, operands, before.gate, before.y, sums[0], gate_role, live),
+        NormPlace(name, after, site.gate, site.y, sums[1], gate_role),
+    )
 
 
 def _as_rounded(spec: NormSpec, tensors: Mapping[str, Array | None]) -> tuple[NormSpec, Mapping[str, Array | None]]:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from ...models.recognition.intercept import NormCall
 from ...models.spec import NormSpec
 from ..accuracy.float_formats import FORMATS
-from ..norms.alone import NormRows
 from ..runners.base import Array
+from .measure import NormRows
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,9 +13,9 @@ from ...models.errors import RmsnormDeployError, UsageError
 from ...models.recognition.find_norms import find_norms
 from ...models.recognition.intercept import NormCall, at_norms
 from ...models.recognition.site import Recognition
-from ..norms.alone import NormError, NormRows, error_in_onnxruntime, error_in_torch, reference_of
 from ..runners.base import Array
-from ..runners.torch import TorchRunner
+from ..runners.open import open_runner
+from .measure import NormError, NormRows, error_in_onnxruntime, error_in_torch, reference_of
 from .observe import DTYPES, Margins, NormSeen, NormWatch
 from .rules import LEVELS, Level, RiskVerdict, counting_margins, judge_norm
 
@@ -168,7 +168,7 @@ def risk(
     if not recognition.sites:
         return RiskReport(len(cases), [], notes, recognition)
     watches = _Watches(notes)
-    with at_norms(model, recognition.sites, watches.visit, watches.unknown), TorchRunner(model) as runner:
+    with at_norms(model, recognition.sites, watches.visit, watches.unknown), open_runner(model) as runner:
         for number, feeds in enumerate(cases, 1):
             progress(f"running case {number} of {len(cases)}")
             runner.run(feeds)

@@ -15,8 +15,8 @@ import numpy as np
 
 from ...models.spec import NormSpec
 from ..accuracy.float_formats import FORMATS
-from ..norms.alone import NormError, NormRows
 from ..runners.base import Array
+from .measure import NormError, NormRows
 from .observe import NormSeen
 
 Level = Literal["safe", "caution", "unsafe"]

@@ -1,114 +1,161 @@
-"""Hold a deployed model against PyTorch: error against a float64 truth, with PyTorch's own error as the baseline."""
+"""Hold a deployed model against PyTorch: errors against a float64 reference, beside PyTorch's own."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...export.onnx_io.manifest import deviation_rows, versions
-from ...models.errors import UsageError
-from ..accuracy.tolerances import Limits, check_limits
-from ..inputs.cases import Case
-from ..inputs.synthetic import DEFAULT_SHAPES
+from ...models.recognition.find_norms import find_norms
+from ..accuracy.tolerances import check_limits
+from ..inputs.cases import Case, given_cases
 from ..norms.activation_store import ActivationStore
-from ..report.report_file import BISECT_SCHEMA
+from ..norms.torch_norms import TorchNorms
+from ..report.report_file import BISECT_SCHEMA, VALIDATE_SCHEMA
 from ..runners.base import Runner, TensorInfo
-from ..runners.torch import TorchRunner
-from .candidate import Candidate, candidate_of
-from .pipeline import Examination, Progress
+from ..runners.open import open_runner
+from ..runners.ort_graph import file_record
+from .depth import DepthPoint, errors_introduced, measure_depth
+from .norm_checks import unsound_norms
+from .options import ValidationOptions
+from .pipeline import (
+    Baseline,
+    CandidateRuns,
+    MatchedNorms,
+    PartChecks,
+    Progress,
+    Stores,
+    check_parts,
+    compute_references,
+    judge_outputs,
+    match_norms,
+    missing_outputs,
+    run_baseline,
+    run_candidate,
+    try_or_note,
+)
+from .replay import SIDES
 from .result import ValidationReport
-from .run_cases import DECODE_SUFFIX, Run, by_position, made_up_cases, run_guarded
+from .run_cases import by_position
+from .sides import Sides, cases_for, open_sides
 
 if TYPE_CHECKING:
     from torch import nn
 
-CasesOf = Callable[[Sequence[TensorInfo]], Sequence[Case] | None]
+Cases = Sequence[Case | Mapping[str, Any]]
 
 
 def validate(
     candidate: str | Path | nn.Module | Runner,
-    model: nn.Module,
+    model: str | Path | nn.Module,
+    options: ValidationOptions | None = None,
     *,
-    provider: str = "cpu",
-    shapes: Sequence[tuple[int, int]] | None = None,
-    seed: int = 0,
-    cases: Sequence[Case] | CasesOf | None = None,
-    limits: Mapping[str, Limits] | None = None,
-    outputs_only: bool = False,
-    depth: bool = False,
-    window: int | None = None,
-    settings: Mapping[str, Any] | None = None,
+    cases: Cases | Callable[[Sequence[TensorInfo]], Cases] | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
+    **changes: Any,
 ) -> ValidationReport:
-    """Run a deployed model and PyTorch on the same inputs; judge every output, every norm, and all that lies between.
+    """Run a deployed model and PyTorch on the same inputs; judge every output, every norm, and every segment between.
 
     A decoder exported with its KV cache runs twice for each case: over the prompt with an empty cache, and over one
     more token with the cache that came out; both are held against PyTorch without a cache. Norms and segments are
     checked on the largest case.
 
     Args:
-        candidate: an exported folder, an .onnx file, another PyTorch module, or an open runner.
-        model: the PyTorch model, in the dtype that is deployed. It is not changed.
-        provider: ONNX Runtime's execution provider: `cpu`, `cuda` or `tensorrt`.
-        shapes: batch and length of each case; `(1, 1), (1, 7), (3, 33)` when None.
-        seed: of the made-up inputs.
-        cases: inputs in place of the made-up ones, or a function that makes them from the candidate's inputs (and
-            may return None).
-        limits: explicit limits by output name, `*` for all others, in place of the rule that PyTorch's own error is
-            the baseline. They are for outputs; norms and segments are held to the table.
-        outputs_only: leave norms and segments out.
-        depth: measure how error grows along the depth.
-        window: norms that are looked at together: fewer need less memory. None looks at all together.
-        settings: what the report says was asked for.
+        candidate: an exported folder, an .onnx file, another PyTorch module (or what names one, as for `load_model`),
+            or an open runner.
+        model: the PyTorch model, in the dtype that is deployed, or what names it, as for `load_model`. It is not
+            changed.
+        options: how; `ValidationOptions()` when None.
+        cases: inputs in place of those of `options`: a `Case`, or a mapping of input name to numpy array or torch
+            tensor, for each run; or a function that makes them from the candidate's inputs.
+        trust_remote_code: run Python code that comes with a checkpoint or a tokenizer.
         progress: called with a line of text at each step.
+        changes: fields of `ValidationOptions` that differ from `options`, such as `provider="cuda"`.
 
     Raises:
         UsageError: the candidate, its inputs and the model do not fit together.
         EnvironmentMissingError: ONNX Runtime or the provider is not there.
     """
-    target = candidate_of(candidate, provider)
-    _check_dtype(target, model)
-    if window is not None and window < 1:
-        raise UsageError(f"a window of {window} norms holds none; give at least 1, or none for all together.")
+    options = dataclasses.replace(options or ValidationOptions(), **changes)
     progress = progress or (lambda _: None)
-    report = ValidationReport(target.name)
-    report.settings = dict(settings or {"seed": seed, "shapes": [list(s) for s in shapes or DEFAULT_SHAPES]})
-    progress(f"opening {target.name}")
-    with target.opened() as runner:
+    sides = open_sides(candidate, model, options, trust_remote_code, progress)
+    side = sides.candidate
+    progress(f"opening {side.name}")
+    with side.opened() as runner:
         infos = runner.inputs()
-        given = cases(infos) if callable(cases) else cases
-        runs = [Run(case) for case in given or made_up_cases(infos, model, shapes, seed)]
-        for number, run in enumerate(runs, start=1):
-            progress(f"{target.name}: {run.case.name} ({number} of {len(runs)})")
-            run.got = run_guarded(runner, run.case, target.name)
-        own_names = list(dict.fromkeys(name.removesuffix(DECODE_SUFFIX) for run in runs for name in run.got))
-        report.provenance = {"candidate": runner.provenance()}
-    check_limits(limits or {}, own_names)
-    with TorchRunner(model, input_names=by_position(model, infos)) as baseline, ActivationStore() as store:
-        work = Examination(target, model, baseline, runs, own_names, store, seed, window, progress)
-        work.fill(report, limits or {}, with_norms=not outputs_only, depth=depth)
-        report.provenance |= {"baseline": baseline.provenance(), "versions": versions()}
-    report.deviations = deviation_rows(dict(target.manifest), "onnxruntime")
-    report.refusals = list(target.manifest.get("refusals", ()))
-    return report
+        if cases is None:
+            given = cases_for(sides, infos, options, trust_remote_code)
+        else:
+            given = given_cases(cases(infos) if callable(cases) else cases, infos)
+        runs = run_candidate(runner, side.name, given, progress)
+        provenance = {"candidate": runner.provenance()}
+    check_limits(options.limits, runs.names)
+    with open_runner(sides.model, input_names=by_position(sides.model, infos)) as torch_runner:
+        baseline = Baseline(sides.model, torch_runner, find_norms(sides.model))
+        report = _examined(sides, runs, baseline, options, progress)
+        provenance |= {"baseline": torch_runner.provenance(), "versions": versions()}
+    if options.inputs is not None and Path(options.inputs).is_file():
+        provenance["inputs"] = file_record(Path(options.inputs))
+    names = (candidate if sides.named else None, sides.against)
+    settings = {**dict(zip(SIDES, (None if n is None else str(n) for n in names), strict=True)), **options.to_dict()}
+    return dataclasses.replace(
+        report,
+        deviations=deviation_rows(dict(side.manifest), "onnxruntime"),
+        refusals=list(side.manifest.get("refusals", ())),
+        settings=settings,
+        provenance=provenance,
+        schema=BISECT_SCHEMA if options.bisect else VALIDATE_SCHEMA,
+    )
 
 
-def bisect(candidate: str | Path | nn.Module | Runner, model: nn.Module, **options: Any) -> ValidationReport:
+def bisect(
+    candidate: str | Path | nn.Module | Runner,
+    model: str | Path | nn.Module,
+    options: ValidationOptions | None = None,
+    **more: Any,
+) -> ValidationReport:
     """Say which norm, or which segment between two norms, first introduces error, and how it grows from there.
 
-    Arguments and errors as `validate`'s; `depth` is always on. The report's `culprits` are the answer.
+    Arguments and errors as `validate`'s. The report's `culprits` are the answer.
     """
-    report = validate(candidate, model, **{**options, "depth": True, "outputs_only": False})
-    report.schema = BISECT_SCHEMA
-    return report
+    return validate(candidate, model, options, **{**more, "bisect": True})
 
 
-def _check_dtype(target: Candidate, model: nn.Module) -> None:
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    name, exported = str(dtype).removeprefix("torch."), target.manifest.get("dtype")
-    if exported is not None and dtype is not None and name != exported:
-        raise UsageError(
-            f"{target.name} was exported in {exported}, but the PyTorch model is in {name}. Load it in "
-            f"{exported} (--dtype {exported}): the baseline must have the dtype that is deployed."
+def _examined(
+    sides: Sides, runs: CandidateRuns, baseline: Baseline, options: ValidationOptions, progress: Progress
+) -> ValidationReport:
+    """All stages after the candidate's runs."""
+    candidate, largest = sides.candidate, runs.runs[runs.largest]
+    own = run_baseline(baseline, runs, progress)
+    access = None
+    if candidate.norms is not None and not options.outputs_only:
+        access = candidate.norms(largest.torch_feeds)
+    matched = MatchedNorms() if options.outputs_only else match_norms(candidate, access, own.called)
+    norms = TorchNorms(baseline.model, baseline.runner, baseline.recognition, own.called)
+    with ActivationStore() as fed, ActivationStore() as free:
+        stores = Stores(fed, free)
+        references = compute_references(
+            baseline, norms, runs, matched.keys, stores, with_depth=options.with_depth, progress=progress
         )
+        rows = judge_outputs(runs, own, references, options.limits)
+        notes = [*missing_outputs(candidate, runs, own), *matched.notes]
+        points: list[DepthPoint] = []
+        if access is None or not matched.keys:
+            parts = PartChecks(unsound_norms(own.called.values()))
+        else:
+            parts = check_parts(access, norms, runs, own, matched, references, stores, options, progress)
+            notes += parts.notes
+            if options.with_depth:
+                progress("errors along the depth")
+                introduced = errors_introduced(parts.norms, parts.segments)
+
+                def depth() -> list[DepthPoint]:
+                    found, note = measure_depth(candidate, access, norms, largest, matched.keys, free, introduced)
+                    notes.append(note)
+                    return found
+
+                points = try_or_note("errors along the depth", notes, depth)
+    return ValidationReport(candidate.name, rows, parts.norms, parts.segments, points, notes)

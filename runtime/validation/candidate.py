@@ -2,140 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ...models.errors import UsageError
 from ...models.recognition.find_norms import find_norms
 from ..inputs.exported import Exported, open_exported
-from ..norms.access import NormAccess, Sources
-from ..norms.graph_norms import Key
+from ..norms.access import NormAccess
 from ..norms.onnx_norms import OnnxNorms
-from ..norms.torch_norms import TorchNorms
+from ..norms.torch_norms import TorchNorms, survey_norms
 from ..runners.base import Array, Runner
-from ..runners.onnxruntime import OrtRunner
-from ..runners.torch import TorchRunner
+from ..runners.open import open_runner
+from .options import ValidationOptions
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-class Candidate(Protocol):
-    """One side of a comparison, whose runner is opened when it is needed and closed when it is not."""
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One side of a comparison.
 
-    @property
-    def name(self) -> str:
-        """What reports call it."""
-        ...
+    Attributes:
+        name: what reports call it.
+        opened: opens its runner, when it is needed and as often as it is.
+        norms: opens it at its norms, as they are called on some inputs; None where it cannot be opened at norms.
+        manifest: the manifest of an exported folder; empty elsewhere.
+    """
 
-    @property
-    def manifest(self) -> Mapping[str, Any]:
-        """The manifest of an exported folder; empty elsewhere."""
-        ...
-
-    def opened(self) -> Any:
-        """A context manager that yields its `Runner`."""
-        ...
-
-    def norms(self, feeds: Mapping[str, Array]) -> NormAccess | None:
-        """The candidate opened at its norms, or None where it cannot be."""
-        ...
-
-    def sources(self, keys: list[Key], end: Key | str) -> Sources:
-        """What goes into the segment before a norm, or before an output."""
-        ...
+    name: str
+    opened: Callable[[], AbstractContextManager[Runner]]
+    norms: Callable[[Mapping[str, Array]], NormAccess] | None = None
+    manifest: Mapping[str, Any] = field(default_factory=dict)
 
 
-class OnnxCandidate:
-    """An exported folder or an .onnx file, in ONNX Runtime."""
-
-    def __init__(self, exported: Exported, provider: str) -> None:
-        self.name = str(exported.model)
-        self.manifest: Mapping[str, Any] = exported.manifest
-        self._path, self._providers = exported.model, [provider]
-        self._norms: OnnxNorms | None = None
-
-    def opened(self) -> OrtRunner:
-        """See `Candidate.opened`."""
-        return OrtRunner(self._path, providers=self._providers)
-
-    def norms(self, feeds: Mapping[str, Array]) -> OnnxNorms:
-        """See `Candidate.norms`."""
-        del feeds
-        if self._norms is None:
-            self._norms = OnnxNorms(self._path, self._providers)
-        return self._norms
-
-    def sources(self, keys: list[Key], end: Key | str) -> Sources:
-        """See `Candidate.sources`."""
-        return self.norms({}).sources(keys, end)
-
-
-class TorchCandidate:
-    """Another PyTorch model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.name = type(model).__name__
-        self.manifest: Mapping[str, Any] = {}
-        self._model = model
-
-    def opened(self) -> TorchRunner:
-        """See `Candidate.opened`."""
-        return TorchRunner(self._model)
-
-    def norms(self, feeds: Mapping[str, Array]) -> TorchNorms:
-        """See `Candidate.norms`."""
-        norms = TorchNorms(self._model, TorchRunner(self._model), find_norms(self._model))
-        norms.survey(feeds)
-        return norms
-
-    def sources(self, keys: list[Key], end: Key | str) -> Sources:
-        """PyTorch does not tell what a value was computed from: the norm before it in time."""
-        at = keys.index(end) if not isinstance(end, str) else len(keys)
-        return Sources(keys[max(at - 1, 0) : at])
-
-
-class RunnerCandidate:
-    """Any runner, open already; its outputs are all that can be seen of it."""
-
-    def __init__(self, runner: Runner) -> None:
-        self.name = type(runner).__name__
-        self.manifest: Mapping[str, Any] = {}
-        self._runner = runner
-
-    @contextmanager
-    def opened(self) -> Iterator[Runner]:
-        """See `Candidate.opened`; the runner stays open afterwards."""
-        yield self._runner
-
-    def norms(self, feeds: Mapping[str, Array]) -> None:
-        """None: a runner shows its outputs only."""
-        del feeds
-
-    def sources(self, keys: list[Key], end: Key | str) -> Sources:
-        """None are known."""
-        del keys, end
-        return Sources([])
-
-
-def candidate_of(thing: str | Path | nn.Module | Runner, provider: str) -> Candidate:
+def candidate_of(thing: str | Path | Exported | nn.Module | Runner, options: ValidationOptions) -> Candidate:
     """The candidate that `thing` stands for.
 
     Args:
         thing: an exported folder or .onnx file, a PyTorch module, or an open runner.
-        provider: ONNX Runtime's execution provider, for files.
+        options: the provider and the window of norms, for files.
 
     Raises:
-        UsageError: it is none of them, or there is no such file.
+        UsageError: expected one of these, or there is no such file.
     """
     from torch import nn
 
-    if isinstance(thing, str | Path):
-        return OnnxCandidate(open_exported(thing), provider)
+    if isinstance(thing, str | Path | Exported):
+        return _of_file(thing if isinstance(thing, Exported) else open_exported(thing), options)
     if isinstance(thing, nn.Module):
-        return TorchCandidate(thing)
+        return _of_module(thing)
     if isinstance(thing, Runner):
-        return RunnerCandidate(thing)
-    raise UsageError(f"{type(thing).__name__} cannot be validated; give a path, a PyTorch module or a runner.")
+        return _of_runner(thing)
+    raise UsageError(f"expected a path, a PyTorch module or a runner to validate, got {type(thing).__name__}.")
+
+
+def _of_file(exported: Exported, options: ValidationOptions) -> Candidate:
+    path, provider = exported.model, options.provider
+    return Candidate(
+        str(path),
+        lambda: open_runner(path, provider),
+        lambda _feeds: OnnxNorms(path, provider, options.window),
+        exported.manifest,
+    )
+
+
+def _of_module(model: nn.Module) -> Candidate:
+    def norms(feeds: Mapping[str, Array]) -> TorchNorms:
+        runner, recognition = open_runner(model), find_norms(model)
+        return TorchNorms(model, runner, recognition, survey_norms(model, runner, recognition, feeds).called)
+
+    return Candidate(type(model).__name__, lambda: open_runner(model), norms)
+
+
+def _of_runner(runner: Runner) -> Candidate:
+    """Its outputs are all that can be seen of a runner, which stays open."""
+
+    @contextmanager
+    def opened() -> Iterator[Runner]:
+        yield runner
+
+    return Candidate(type(runner).__name__, opened)

@@ -3,45 +3,18 @@
 from __future__ import annotations
 
 import datetime
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..accuracy.compare_output import OutputVerdict
-from ..norms.graph_norms import Key
+from ..norms.access import norm_name
 from ..report.report_file import VALIDATE_SCHEMA
-from .norm_checks import NormCheck, SegmentCheck, norm_name
+from .depth import DepthPoint
+from .norm_checks import NormCheck
+from .segment_checks import SegmentCheck
 
 CREATED = "created"
-
-
-@dataclass(frozen=True, slots=True)
-class DepthPoint:
-    """The error at one place along the depth, relative to the RMS of the truth's row (its largest).
-
-    Attributes:
-        key: the norm.
-        side: `input` or `output` of it.
-        error: of the candidate, as the whole model runs.
-        baseline_error: of PyTorch.
-        introduced: what the part that ends here adds by itself, None where it could not be measured.
-        baseline_introduced: the same of PyTorch.
-    """
-
-    key: Key
-    side: Literal["input", "output"]
-    error: float
-    baseline_error: float
-    introduced: float | None = None
-    baseline_introduced: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The point as the JSON interface shows it."""
-        values = (self.error, self.baseline_error, self.introduced, self.baseline_introduced)
-        names = ("error", "baseline_error", "introduced", "baseline_introduced")
-        numbers = dict(zip(names, map(_number, values), strict=True))
-        return {"path": self.key[0], "call": self.key[1], "side": self.side, **numbers}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +130,4 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def _share(noun: str, passed: list[bool]) -> str:
     if not passed:
         return ""
-    plural = noun + ("es" if noun.endswith("ch") else "s")
-    return f"{sum(passed)} of {len(passed)} {plural if len(passed) > 1 else noun}"
-
-
-def _number(value: float | None) -> float | str | None:
-    return value if value is None or math.isfinite(value) else str(value)
+    return f"{sum(passed)} of {len(passed)} {noun}{'s' * (len(passed) > 1)}"

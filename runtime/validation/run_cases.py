@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,13 +27,12 @@ DECODE_SUFFIX = "@decode"
 Outputs = dict[str, Array]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Run:
-    """A case, and what both sides made of it."""
+    """A case, and what the candidate made of it."""
 
     case: Case
-    got: Outputs = field(default_factory=dict)
-    wanted: Outputs = field(default_factory=dict)
+    got: Outputs
 
     @property
     def torch_feeds(self) -> dict[str, Array]:
@@ -58,8 +57,6 @@ def made_up_cases(
     extra = 1 if any(is_past(info.name) for info in infos) else 0
     cases: list[Case] = []
     for batch, length in shapes or DEFAULT_SHAPES:
-        if batch < 1 or length < 1:
-            raise UsageError(f"shape {batch}x{length} is no batch and length; both must be at least 1.")
         feeds = make_feeds(infos, batch, length + extra, seed, vocabulary)
         if not any(_same_shapes(feeds, other.feeds) for other in cases):
             name = f"{batch}x{length}" + (" then 1 more" if extra else "")

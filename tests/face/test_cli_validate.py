@@ -267,7 +267,7 @@ def test_a_prompt_without_a_tokenizer(rmsnorm: CommandLine, exported: Path, mode
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--inputs", "x.npz", "--prompt", "hi"), "give either --inputs or --prompt, not both"),
+        (("--inputs", "x.npz", "--prompt", "hi"), "inputs and prompts are both given"),
         (("--inputs", "nosuch.npz"), "nosuch.npz: there is no such file"),
         (("--inputs", "nosuch.py:made"), "no file nosuch.py"),
         (("--atol", "nosuch:1e-3"), "limits are given for nosuch, but there is no such output. The outputs are: out"),

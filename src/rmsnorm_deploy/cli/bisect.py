@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from rmsnorm_deploy.cli import options, validation
 from rmsnorm_deploy.cli.screen import Screen
+from rmsnorm_deploy.runtime.validation.options import ValidationOptions
 
 
+@validation.takes_options("atol", "rtol", "ulp", "outputs_only")
 def bisect(
+    given: ValidationOptions,
     candidate: validation.Candidate = None,
     against: validation.Against = None,
-    dtype: validation.Dtype = None,
-    provider: options.Provider = "cpu",
-    seed: validation.Seed = 0,
-    shape: validation.Shapes = None,
-    inputs: validation.Inputs = None,
-    prompt: validation.Prompts = None,
-    tokenizer: validation.Tokenizer = None,
-    window: validation.Window = None,
     html: validation.Html = None,
     junit: validation.Junit = None,
     output: validation.Output = None,
@@ -29,15 +26,7 @@ def bisect(
     shows. Exits with 1 if there is one.
     """
     screen = Screen(as_json)
-    validation.check_files(html, junit, output)
+    files = validation.ReportFiles(html, junit, output)
     sides = validation.sides(candidate, against, "bisect")
-    shapes = validation.shapes_of(shape)
-    from rmsnorm_deploy.runtime.validation.replay import ValidationRequest
-
-    request = ValidationRequest(
-        *sides, dtype=dtype, provider=provider, seed=seed, shapes=shapes, inputs=inputs, prompts=prompt or [],
-        tokenizer=tokenizer, depth=True, window=window, bisect=True,
-    )  # fmt: skip
-    return validation.run_request(
-        request, screen, html=html, junit=junit, output=output, show_norms=True, trust_remote_code=trust_remote_code
-    )
+    asked = dataclasses.replace(given, bisect=True)
+    return validation.run_validation(*sides, asked, files, screen, show_norms=True, trust_remote_code=trust_remote_code)

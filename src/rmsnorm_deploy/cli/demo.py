@@ -92,12 +92,12 @@ def _target_row(
 ) -> dict[str, Any]:
     from rmsnorm_deploy.models.builtin.addition_task import accuracy
     from rmsnorm_deploy.runtime.inputs.exported import open_exported
-    from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+    from rmsnorm_deploy.runtime.runners.open import open_runner
     from rmsnorm_deploy.runtime.validation.api import validate
 
     report = validate(result.folder, model, progress=lambda text: progress(f"{result.target}: {text}"))
     progress(f"{result.target}: asking it {len(asked)} sums")
-    with OrtRunner(open_exported(result.folder).model) as runner:
+    with open_runner(open_exported(result.folder).model) as runner:
         name = runner.inputs()[0].name
         answered = accuracy(lambda ids: next(iter(runner.run({name: ids}).values())), asked)
     return {

@@ -34,9 +34,9 @@ def run(
     with screen.working(f"loading {path}") as progress:
         from rmsnorm_deploy.runtime.inputs.exported import open_exported
         from rmsnorm_deploy.runtime.inputs.synthetic import cast_feeds
-        from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+        from rmsnorm_deploy.runtime.runners.open import open_runner
 
-        with OrtRunner(open_exported(path).model, providers=[provider]) as runner:
+        with open_runner(open_exported(path).model, provider) as runner:
             progress("running")
             results = runner.run(cast_feeds(feeds, runner.inputs()))
             provenance = runner.provenance()

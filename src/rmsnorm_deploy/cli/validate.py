@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,28 +11,17 @@ import typer
 from rmsnorm_deploy.cli import options, validation
 from rmsnorm_deploy.cli.screen import Screen
 from rmsnorm_deploy.models.errors import UsageError
+from rmsnorm_deploy.runtime.validation.options import ValidationOptions
 
 
+@validation.takes_options()
 def validate(
+    given: ValidationOptions,
     candidate: validation.Candidate = None,
     against: validation.Against = None,
-    dtype: validation.Dtype = None,
-    provider: options.Provider = "cpu",
-    seed: validation.Seed = 0,
-    shape: validation.Shapes = None,
-    inputs: validation.Inputs = None,
-    prompt: validation.Prompts = None,
-    tokenizer: validation.Tokenizer = None,
-    atol: validation.Atol = None,
-    rtol: validation.Rtol = None,
-    ulp: validation.Ulp = None,
     norms: Annotated[
         bool, typer.Option("--norms", help="Show every norm, every segment between norms, and errors along the depth.")
     ] = False,
-    outputs_only: Annotated[
-        bool, typer.Option("--outputs-only", help="Compare outputs only: quicker, and it sees less.")
-    ] = False,
-    window: validation.Window = None,
     html: validation.Html = None,
     junit: validation.Junit = None,
     output: validation.Output = None,
@@ -41,29 +32,40 @@ def validate(
     """Hold a deployed model against PyTorch.
 
     Both run on the same inputs. Every output, every norm alone on adversarial inputs, and everything between two norms
-    is judged against a float64 truth. Exits with 1 if anything is less accurate than PyTorch.
+    is judged against a float64 reference. Exits with 1 if anything is less accurate than PyTorch.
     """
     screen = Screen(as_json)
-    validation.check_files(html, junit, output)
-    shapes = validation.shapes_of(shape)
-    if replay is None:
-        sides = validation.sides(candidate, against, "validate")
-    elif any(
-        (candidate, against, dtype, seed, shape, inputs, prompt, tokenizer, atol, rtol, ulp, outputs_only, window)
-    ):
-        raise UsageError("--replay takes what to run from the report; leave the other options and the candidate out.")
-    from rmsnorm_deploy.runtime.validation.replay import ValidationRequest
-
-    before = None
+    files = validation.ReportFiles(html, junit, output)
     if replay is not None:
-        request, before = ValidationRequest.from_report(replay)
-    else:
-        request = ValidationRequest(
-            *sides, dtype=dtype, provider=provider, seed=seed, shapes=shapes, inputs=inputs, prompts=prompt or [],
-            tokenizer=tokenizer, atol=atol or [], rtol=rtol or [], ulp=ulp or [], outputs_only=outputs_only,
-            depth=norms or (html is not None and not outputs_only), window=window,
-        )  # fmt: skip
-    return validation.run_request(
-        request, screen, html=html, junit=junit, output=output, show_norms=norms or request.bisect,
-        trust_remote_code=trust_remote_code, before=before,
-    )  # fmt: skip
+        return _again(replay, given, (candidate, against), files, screen, norms, trust_remote_code)
+    sides = validation.sides(candidate, against, "validate")
+    asked = dataclasses.replace(given, depth=norms or (html is not None and not given.outputs_only))
+    return validation.run_validation(
+        *sides, asked, files, screen, show_norms=norms, trust_remote_code=trust_remote_code
+    )
+
+
+def _again(
+    replay: Path,
+    given: ValidationOptions,
+    sides: tuple[str | None, str | None],
+    files: validation.ReportFiles,
+    screen: Screen,
+    show_norms: bool,
+    trust_remote_code: bool,
+) -> int:
+    from rmsnorm_deploy.runtime.validation.replay import read_replay
+
+    if any(sides) or given != ValidationOptions():
+        raise UsageError("--replay takes what to run from the report; leave the other options and the candidate out.")
+    before = read_replay(replay)
+    return validation.run_validation(
+        before.candidate,
+        before.against,
+        before.options,
+        files,
+        screen,
+        show_norms=show_norms or before.options.bisect,
+        trust_remote_code=trust_remote_code,
+        before=before.report,
+    )

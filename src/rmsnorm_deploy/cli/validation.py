@@ -1,22 +1,25 @@
-"""What `validate` and `bisect` share: their options, running the request, and writing and printing the report."""
+"""What `validate` and `bisect` share: their options, running them, and writing and printing the report."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from rmsnorm_deploy.cli import options
 from rmsnorm_deploy.cli.arrays import check_writable
 from rmsnorm_deploy.cli.norms import print_deviations
 from rmsnorm_deploy.cli.screen import Screen
 from rmsnorm_deploy.models.errors import UsageError
-
-if TYPE_CHECKING:
-    from rmsnorm_deploy.runtime.validation.replay import ValidationRequest
+from rmsnorm_deploy.runtime.accuracy.tolerances import parse_limits
+from rmsnorm_deploy.runtime.validation.options import ValidationOptions
 
 _SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 
@@ -32,54 +35,101 @@ Against = Annotated[
     str | None,
     typer.Option("--against", metavar="MODEL", help="The PyTorch model that was exported, as for export."),
 ]
-Dtype = Annotated[
-    str | None,
-    typer.Option("--dtype", metavar="DTYPE", help="Dtype to load MODEL in; the exported one when left out."),
-]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the made-up inputs.")]
-Shapes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--shape",
-        metavar="BATCHxLENGTH",
-        help="Size of a run, such as 3x33; may be given several times.",
-        show_default="1x1, 1x7, 3x33",
-    ),
-]
-Inputs = Annotated[
-    str | None,
-    typer.Option(
-        "--inputs",
-        metavar="SOURCE",
-        help="Inputs in place of made-up ones: .npz, .safetensors, a folder of them, or file.py:function.",
-    ),
-]
-Prompts = Annotated[
-    list[str] | None,
-    typer.Option("--prompt", metavar="TEXT", help="A real text through the tokenizer; may be given several times."),
-]
-Tokenizer = Annotated[
-    str | None,
-    typer.Option(
-        "--tokenizer", metavar="MODEL", help="Where the tokenizer is; beside the export or MODEL when left out."
-    ),
-]
-Atol = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--atol",
-        metavar="[OUTPUT:]X",
-        help="With --rtol, a fixed limit on an output's error in place of PyTorch's own error, such as logits:1e-3.",
-    ),
-]
-Rtol = Annotated[
-    list[str] | None, typer.Option("--rtol", metavar="[OUTPUT:]X", help="See --atol; relative to the truth.")
-]
-Ulp = Annotated[list[str] | None, typer.Option("--ulp", metavar="[OUTPUT:]X", help="See --atol; in ULPs.")]
-Window = Annotated[
-    int | None,
-    typer.Option("--window", metavar="NORMS", min=1, help="Look at so many norms at a time: fewer need less memory."),
-]
+# The options that become `ValidationOptions`, by parameter name. What a text is read as is in `options_of`.
+_LIMIT = "a fixed limit on an output's error in place of PyTorch's own error, such as logits:1e-3."
+GIVEN: dict[str, Any] = {
+    "dtype": Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="DTYPE", help="Dtype to load MODEL in; the exported one when left out."),
+    ],
+    "provider": options.Provider,
+    "seed": Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the made-up inputs.")],
+    "shape": Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape",
+            metavar="BATCHxLENGTH",
+            help="Size of a run, such as 3x33; may be given several times.",
+            show_default="1x1, 1x7, 3x33",
+        ),
+    ],
+    "inputs": Annotated[
+        str | None,
+        typer.Option(
+            "--inputs",
+            metavar="SOURCE",
+            help="Inputs in place of made-up ones: .npz, .safetensors, a folder of them, or file.py:function.",
+        ),
+    ],
+    "prompt": Annotated[
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="A real text through the tokenizer; may be given several times."),
+    ],
+    "tokenizer": Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer", metavar="MODEL", help="Where the tokenizer is; beside the export or MODEL when left out."
+        ),
+    ],
+    "window": Annotated[
+        int | None,
+        typer.Option(
+            "--window", metavar="NORMS", min=1, help="Look at so many norms at a time: fewer need less memory."
+        ),
+    ],
+    "atol": Annotated[list[str] | None, typer.Option("--atol", metavar="[OUTPUT:]X", help=f"With --rtol, {_LIMIT}")],
+    "rtol": Annotated[
+        list[str] | None, typer.Option("--rtol", metavar="[OUTPUT:]X", help="See --atol; relative to the reference.")
+    ],
+    "ulp": Annotated[list[str] | None, typer.Option("--ulp", metavar="[OUTPUT:]X", help="See --atol; in ULPs.")],
+    "outputs_only": Annotated[
+        bool, typer.Option("--outputs-only", help="Compare outputs only: quicker, and it sees less.")
+    ],
+}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ValidationOptions)}
+
+
+def takes_options(*without: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Make the parameter `given` of a command out of the options in `GIVEN`.
+
+    Args:
+        without: options that the command does not have.
+    """
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        names = [name for name in GIVEN if name not in without]
+
+        def run(**arguments: Any) -> int:
+            return command(options_of({name: arguments.pop(name) for name in names}), **arguments)
+
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        kept = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.name != "given"]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS.get(name), annotation=GIVEN[name])
+            for name in names
+        ]
+        sides = [p for p in kept if p.name in ("candidate", "against")]
+        parameters = [*sides, *added, *(p for p in kept if p not in sides)]
+        run.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": int}
+        run.__name__, run.__doc__ = getattr(command, "__name__", "run"), command.__doc__
+        return run
+
+    return decorate
+
+
+def options_of(values: Mapping[str, Any]) -> ValidationOptions:
+    """The options behind the values of the command line, which has texts for shapes and limits.
+
+    Raises:
+        UsageError: a text cannot be read, or a value is out of range.
+    """
+    fields = dict(values)
+    limits = [fields.pop(name, None) or () for name in ("atol", "rtol", "ulp")]
+    shapes, prompts = shapes_of(fields.pop("shape")), tuple(fields.pop("prompt") or ())
+    return ValidationOptions(**fields, shapes=shapes, prompts=prompts, limits=parse_limits(*limits))
+
+
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML file.")]
 Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write the report as JUnit XML.")]
 Output = Annotated[
@@ -91,19 +141,19 @@ Replay = Annotated[
 ]
 
 
-def shapes_of(texts: Sequence[str] | None) -> list[list[int]] | None:
-    """Batch and length from texts such as `3x33`.
+def shapes_of(texts: Sequence[str] | None) -> tuple[tuple[int, int], ...] | None:
+    """Batch and length from texts such as `3x33`; None for no text.
 
     Raises:
-        UsageError: a text is none.
+        UsageError: a text is of another form.
     """
     found = []
     for text in texts or ():
         match = _SHAPE.fullmatch(text.lower())
         if match is None:
-            raise UsageError(f"--shape {text} is no batch and length; write them as 3x33, both at least 1.")
-        found.append([int(match[1]), int(match[2])])
-    return found or None
+            raise UsageError(f"--shape {text}: expected a batch and a length of at least 1, such as 3x33.")
+        found.append((int(match[1]), int(match[2])))
+    return tuple(found) or None
 
 
 def sides(candidate: str | None, against: str | None, command: str) -> tuple[str, str]:
@@ -118,60 +168,69 @@ def sides(candidate: str | None, against: str | None, command: str) -> tuple[str
     return candidate, against
 
 
-def check_files(*paths: Path | None) -> None:
-    """Refuse output files before any work is done for them.
+@dataclass(frozen=True, slots=True)
+class ReportFiles:
+    """Where a report goes, beside the screen.
 
     Raises:
-        UsageError: one cannot be written.
+        UsageError: one of the files cannot be written; said before any work is done for them.
     """
-    for path in paths:
-        if path is not None:
-            check_writable(path)
+
+    html: Path | None
+    junit: Path | None
+    output: Path | None
+
+    def __post_init__(self) -> None:
+        for path in (self.html, self.junit, self.output):
+            if path is not None:
+                check_writable(path)
 
 
-def run_request(
-    request: ValidationRequest,
+def run_validation(
+    candidate: str,
+    against: str,
+    given: ValidationOptions,
+    files: ReportFiles,
     screen: Screen,
     *,
-    html: Path | None,
-    junit: Path | None,
-    output: Path | None,
     show_norms: bool,
     trust_remote_code: bool,
     before: Mapping[str, Any] | None = None,
 ) -> int:
-    """Run, write the files, print, and say with the exit code whether it passed.
+    """Validate, write the files, print, and say with the exit code whether it passed.
 
     Args:
-        request: what to run.
+        candidate: see `Candidate`.
+        against: see `Against`.
+        given: everything else that was asked for.
+        files: where the report goes.
         screen: where the result goes.
-        html: where the HTML report goes.
-        junit: where the JUnit report goes.
-        output: where the JSON report goes.
         show_norms: print a line for each norm and segment.
         trust_remote_code: run Python code that comes with a checkpoint.
         before: the report that is run again.
     """
-    if html is not None:
+    if files.html is not None:
         from rmsnorm_deploy.runtime.report.html import check_installed
 
         check_installed()
-    with screen.working(f"opening {request.candidate}") as progress:
-        report = request.run(trust_remote_code=trust_remote_code, progress=progress)
+    with screen.working(f"opening {candidate}") as progress:
+        from rmsnorm_deploy.runtime.validation.api import validate
+
+        report = validate(candidate, against, given, trust_remote_code=trust_remote_code, progress=progress)
         content = report.to_dict()
-        if html is not None:
+        if files.html is not None:
             from rmsnorm_deploy.runtime.report import html as html_report
 
-            progress(f"writing {html}")
-            html_report.write(content, html)
-        if junit is not None:
+            progress(f"writing {files.html}")
+            html_report.write(content, files.html)
+        if files.junit is not None:
             from rmsnorm_deploy.runtime.report import junit as junit_report
 
-            junit_report.write(content, junit)
-        if output is not None:
+            junit_report.write(content, files.junit)
+        if files.output is not None:
             from rmsnorm_deploy.runtime.report.text import write_text
 
-            write_text(json.dumps(content, indent=2) + "\n", output)
+            write_text(json.dumps(content, indent=2) + "\n", files.output)
     again = None if before is None else _again(before, content)
     screen.result(content, lambda: print_report(screen, content, show_norms=show_norms, again=again))
     if again is not None and screen.as_json:

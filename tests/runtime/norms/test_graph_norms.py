@@ -19,8 +19,10 @@ from rmsnorm_deploy.export.lowering.norm_writer import PATH_KEY, SPEC_KEY, VALUE
 from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.runtime.norms.access import CalledNorm, NormFeed
+from rmsnorm_deploy.runtime.norms.activation_store import Key
 from rmsnorm_deploy.runtime.norms.adversarial_rows import adversarial, turns
-from rmsnorm_deploy.runtime.norms.graph_norms import GraphNorms, Key, fed_name, gate_name, operand_name
+from rmsnorm_deploy.runtime.norms.cut import cut_out
+from rmsnorm_deploy.runtime.norms.graph_norms import GraphNorms, cut_name, fed_name
 from rmsnorm_deploy.runtime.norms.onnx_norms import OnnxNorms
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 
@@ -120,30 +122,34 @@ def test_feeders_are_the_cut_values_on_the_way(path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- alone
 
 
+def alone(graph: GraphNorms, keys: list[Key]) -> onnx.ModelProto:
+    return cut_out(graph.model, [graph.place(key).cut() for key in keys]).model
+
+
 def test_a_norm_alone_gives_the_bits_that_it_gives_inside_the_model(path: Path, x: np.ndarray) -> None:
     graph = GraphNorms(path)
     norms = [graph.norms[key] for key in KEYS]
     names = [name for norm in norms for name in (norm.x, norm.y, norm.gate, *norm.operands) if name not in (None, "x")]
     inside = {"x": x, **run(graph.exposed(list(dict.fromkeys(map(str, names)))), path, {"x": x})}
     for norm in norms:
-        model = graph.alone([norm.key])
-        feeds = {operand_name(norm.key, index): inside[name] for index, name in enumerate(norm.operands)}
+        model, cut = alone(graph, [norm.key]), cut_name(norm.key)
+        feeds = {f"{cut}.x{index}": inside[name] for index, name in enumerate(norm.operands)}
         if norm.gate is not None:
-            feeds[gate_name(norm.key)] = inside[norm.gate]
+            feeds[f"{cut}.gate"] = inside[norm.gate]
         assert inputs_of(model) == set(feeds)
-        assert outputs_of(model) == ([norm.y] if len(norm.operands) == 1 else [norm.y, norm.x])
+        assert outputs_of(model) == ([f"{cut}.y"] if len(norm.operands) == 1 else [f"{cut}.y", f"{cut}.sum"])
         found = run(model, path, feeds)
-        np.testing.assert_array_equal(found[norm.y], inside[norm.y])
-        assert len(norm.operands) == 1 or np.array_equal(found[norm.x], inside[norm.x])
+        np.testing.assert_array_equal(found[f"{cut}.y"], inside[norm.y])
+        assert len(norm.operands) == 1 or np.array_equal(found[f"{cut}.sum"], inside[norm.x])
 
 
 def test_norms_alone_do_not_feed_each_other(path: Path, x: np.ndarray) -> None:
     graph = GraphNorms(path)
-    together, single = graph.alone(KEYS), graph.alone([GATED])
+    together, single = alone(graph, KEYS), alone(graph, [GATED])
     rng = np.random.default_rng(8)
     feeds = {name: rng.standard_normal(x.shape).astype(np.float32) for name in sorted(inputs_of(together))}
     own = {name: feeds[name] for name in inputs_of(single)}
-    y = graph.norms[GATED].y
+    y = f"{cut_name(GATED)}.y"
     np.testing.assert_array_equal(run(together, path, feeds)[y], run(single, path, own)[y])
     assert len(inputs_of(together)) == sum(len(graph.norms[key].operands) for key in KEYS) + 1
 
@@ -153,22 +159,22 @@ def test_a_residual_add_is_fed_two_parts_whose_sum_is_exact(dtype: str, tmp_path
     model = Three().eval().to(getattr(torch, dtype))
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(2)).to(getattr(torch, dtype))
     save(prepare(model, inputs={"x": x}), tmp_path / "out", "plugin")
-    norms = OnnxNorms(tmp_path / "out" / "model.onnx", ["cpu"])
+    norms = OnnxNorms(tmp_path / "out" / "model.onnx", "cpu")
     norm = CalledNorm(SECOND, ZOO["llama"].spec, (2, 5, 64), dtype, dtype, None, True)
-    with norms.alone([SECOND]) as alone:
+    with norms.alone([SECOND]) as run_norms:
         for turn in range(turns(norm)):
             feed, _ = adversarial(norm, turn, seed=0)
-            result = alone({SECOND: feed})[SECOND]
+            result = run_norms({SECOND: feed})[SECOND]
             assert result.total is not None
             assert (result.total.dtype.name, result.y.dtype.name) == (dtype, dtype)
             np.testing.assert_array_equal(result.total, feed.x)
 
 
 def test_what_is_fed_takes_the_dtype_of_the_file(exports: dict[str, ExportResult]) -> None:
-    norms = OnnxNorms(exports["ort"].folder / "model.onnx", ["cpu"])
+    norms = OnnxNorms(exports["ort"].folder / "model.onnx", "cpu")
     feed = NormFeed(np.ones((1, 2, 64), np.float64), np.ones((1, 2, 64), np.float16))
-    with norms.alone([GATED]) as alone:
-        assert alone({GATED: feed})[GATED].y.dtype == np.float32
+    with norms.alone([GATED]) as run_norms:
+        assert run_norms({GATED: feed})[GATED].y.dtype == np.float32
 
 
 # ------------------------------------------------------------------------------------------------------- between
@@ -333,7 +339,7 @@ def test_a_norm_that_cannot_be_cut_out_is_a_problem_and_the_others_are_found(
 
 def test_a_norm_whose_result_nothing_reads_is_unused(exports: dict[str, ExportResult], tmp_path: Path) -> None:
     source = exports["primitives"].folder / "model.onnx"
-    assert OnnxNorms(source, ["cpu"]).unused() == []
+    assert OnnxNorms(source, "cpu").unused == frozenset()
     norm = GraphNorms(source).norms[GATED]
     model = onnx.load(source)
     for node in model.graph.node:
@@ -342,7 +348,7 @@ def test_a_norm_whose_result_nothing_reads_is_unused(exports: dict[str, ExportRe
                 if name == norm.y:
                     node.input[index] = norm.x
     onnx.save(model, tmp_path / "model.onnx")
-    assert OnnxNorms(tmp_path / "model.onnx", ["cpu"]).unused() == [GATED]
+    assert OnnxNorms(tmp_path / "model.onnx", "cpu").unused == {GATED}
 
 
 def test_specs_in_the_file_are_those_of_the_table(exports: dict[str, ExportResult]) -> None:

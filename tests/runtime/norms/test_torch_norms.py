@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.models.reference import reference
 from rmsnorm_deploy.runtime.norms.access import NormFeed
-from rmsnorm_deploy.runtime.norms.activation_store import ActivationStore
+from rmsnorm_deploy.runtime.norms.activation_store import ActivationStore, Key
 from rmsnorm_deploy.runtime.norms.float64_model import in_float64
-from rmsnorm_deploy.runtime.norms.graph_norms import Key
-from rmsnorm_deploy.runtime.norms.torch_norms import TorchNorms
+from rmsnorm_deploy.runtime.norms.torch_norms import Survey, TorchNorms, survey_norms
 from rmsnorm_deploy.runtime.runners.base import numpy_dtype
 from rmsnorm_deploy.runtime.runners.torch import TorchRunner
 
@@ -26,8 +25,14 @@ FIRST, SECOND = ("norms.0", 0), ("norms.1", 0)
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def opened(model: nn.Module) -> TorchNorms:
-    return TorchNorms(model, TorchRunner(model), find_norms(model))
+def surveyed(model: nn.Module, feeds: dict[str, np.ndarray]) -> tuple[TorchNorms, Survey]:
+    runner, recognition = TorchRunner(model), find_norms(model)
+    survey = survey_norms(model, runner, recognition, feeds)
+    return TorchNorms(model, runner, recognition, survey.called), survey
+
+
+def opened(model: nn.Module, feeds: dict[str, np.ndarray]) -> TorchNorms:
+    return surveyed(model, feeds)[0]
 
 
 def feeds_of(shape: tuple[int, ...] = (2, 5, 16), dtype: str = "float32") -> dict[str, np.ndarray]:
@@ -47,8 +52,7 @@ def store() -> Iterator[ActivationStore]:
 def written(
     model: nn.Module, feeds: dict[str, np.ndarray], store: ActivationStore
 ) -> tuple[TorchNorms, dict[Key, float], Any]:
-    norms = opened(model)
-    norms.survey(feeds)
+    norms = opened(model, feeds)
     with in_float64(model):
         outputs, disagreements = norms.write_reference(wide(feeds), store)
     return norms, disagreements, outputs
@@ -74,7 +78,8 @@ class Gated(nn.Module):
 
 def test_a_survey_names_every_call_in_the_order_of_execution() -> None:
     model, feeds = Gated().eval(), feeds_of((2, 5, 64))
-    called, outputs = opened(model).survey(feeds)
+    _, survey = surveyed(model, feeds)
+    called, outputs = survey.called, survey.outputs
     assert list(called) == [("norm", 0), ("gated", 0), ("of_token", 0), ("of_row", 0), ("norm", 1)]
     assert all(key == norm.key for key, norm in called.items())
     assert called["gated", 0].spec == ZOO["mamba2"].spec
@@ -91,9 +96,8 @@ def test_a_trace_shows_what_hooks_see() -> None:
     model, feeds = Residual().eval(), feeds_of()
     seen: dict[tuple[Key, str], np.ndarray] = {}
     hooked: list[np.ndarray] = []
-    norms = opened(model)
-    norms.survey(feeds)
-    outputs = norms.trace(feeds, [SECOND], lambda key, role, value: seen.update({(key, role): value}), None)
+    norms = opened(model, feeds)
+    outputs = norms.trace(feeds, [SECOND], lambda key, role, value: seen.update({(key, role): value}))
     model.norms[1].register_forward_hook(lambda _, args, y: hooked.extend((args[0].numpy(), y.numpy())))
     with torch.no_grad():
         plain = model(torch.from_numpy(feeds["x"])).numpy()
@@ -163,15 +167,12 @@ def test_an_outlier_of_a_wide_half_row_is_near_the_formula() -> None:
     model = nn.Sequential(nn.RMSNorm(4096, eps=1e-6)).eval().half()
     x = np.random.default_rng(0).standard_normal((1, 4096)).astype(np.float16)
     x[0, 7] = 100.06  # its result lies between two values of float16 that are 1/16 apart: 30 eps of the row's RMS
-    norms = opened(model)
-    called, _ = norms.survey({"input": x})
-    assert 0.1 < called["0", 0].off <= 1.0
+    assert 0.1 < surveyed(model, {"input": x})[1].called["0", 0].off <= 1.0
 
 
 def test_the_traced_reference_is_not_rounded(store: ActivationStore) -> None:
     model, feeds = Residual().eval().half(), feeds_of(dtype="float16")
-    norms = opened(model)
-    norms.survey(feeds)
+    norms = opened(model, feeds)
     with in_float64(model):
         norms.trace_reference(wide(feeds), [FIRST, SECOND], store.put)
     y = store.get(FIRST, "y")
@@ -185,9 +186,8 @@ def test_the_traced_reference_is_not_rounded(store: ActivationStore) -> None:
 def test_exact_reads_the_weights_of_the_module(name: str) -> None:
     norm = ZOO[name]
     module = norm.build(torch.float16)
-    norms = opened(nn.Sequential(module).eval())
     x = np.random.default_rng(5).standard_normal((3, 64)).astype(np.float16)
-    norms.survey({"input": x})
+    norms = opened(nn.Sequential(module).eval(), {"input": x})
     weight, bias = (None if t is None else t.double().numpy() for t in norm.tensors(module))
     wanted = reference(norm.spec, x.astype(np.float64), weight, bias)
     np.testing.assert_array_equal(norms.exact(("0", 0), NormFeed(x)), wanted)
@@ -199,10 +199,10 @@ def test_exact_reads_the_weights_of_the_module(name: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_norm_alone_is_its_module(dtype: str) -> None:
     model = Gated().eval().to(getattr(torch, dtype))
-    norms = opened(model)
     rng = np.random.default_rng(6)
     x, gate = (rng.standard_normal((3, 4, 64)).astype(numpy_dtype(dtype)) for _ in range(2))
     keys = [("norm", 1), ("gated", 0)]
+    norms = opened(model, {"x": x})
     with norms.alone(keys) as alone:
         found = alone({keys[0]: NormFeed(x), keys[1]: NormFeed(x, gate)})
     tensors = [torch.from_numpy(array.astype(np.float32)).to(getattr(torch, dtype)) for array in (x, gate)]
@@ -222,14 +222,14 @@ def test_between_goes_on_with_the_store_at_every_cut(store: ActivationStore) -> 
     store.put(SECOND, "fed_y", fed_y)
     seen: dict[tuple[Key, str], np.ndarray] = {}
     outputs = norms.between(
-        feeds, [FIRST, SECOND], store, lambda key, role, value: seen.update({(key, role): value.copy()}), None
+        feeds, [FIRST, SECOND], store, lambda key, role, value: seen.update({(key, role): value.copy()})
     )
     assert list(seen) == [(FIRST, "x"), (SECOND, "x")]
     with torch.no_grad():
         x = torch.from_numpy(feeds["x"])
         np.testing.assert_array_equal(seen[FIRST, "x"], (x + model.first(x)).numpy())
         np.testing.assert_array_equal(seen[SECOND, "x"], (3.0 + model.second(torch.zeros(2, 5, 16))).numpy())
-    # norm + x: zeros, and the tape's x in the place of the one that was computed.
+    # norm + x: zeros, and the store's x in the place of the one that was computed.
     np.testing.assert_array_equal(outputs["output"], store.get(SECOND, "fed_x"))
     np.testing.assert_array_equal(feeds["x"], feeds_of()["x"])
 
@@ -238,7 +238,7 @@ def test_between_leaves_other_norms_to_themselves(store: ActivationStore) -> Non
     model, feeds = Residual().eval(), feeds_of()
     norms, _, _ = written(model, feeds, store)
     seen: list[Key] = []
-    outputs = norms.between(feeds, [], store, lambda key, role, value: seen.append(key), None)
+    outputs = norms.between(feeds, [], store, lambda key, role, value: seen.append(key))
     with torch.no_grad():
         np.testing.assert_array_equal(outputs["output"], model(torch.from_numpy(feeds["x"])).numpy())
     assert seen == []
@@ -259,7 +259,7 @@ def test_the_callers_arrays_are_never_written_over(store: ActivationStore) -> No
     model, feeds = First().eval(), feeds_of()
     norms, _, _ = written(model, feeds, store)
     store.put(("norm", 0), "fed_x", np.zeros((2, 5, 16), np.float32))
-    norms.between(feeds, [("norm", 0)], store, lambda key, role, value: None, None)
+    norms.between(feeds, [("norm", 0)], store, lambda key, role, value: None)
     np.testing.assert_array_equal(feeds["x"], feeds_of()["x"])
     feeds["x"].setflags(write=False)
-    norms.between(feeds, [("norm", 0)], store, lambda key, role, value: None, None)
+    norms.between(feeds, [("norm", 0)], store, lambda key, role, value: None)

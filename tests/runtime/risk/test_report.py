@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from helpers.families import VOCABULARY, build
@@ -21,7 +22,8 @@ from rmsnorm_deploy.models.outliers import inject_outliers
 from rmsnorm_deploy.models.recognition.intercept import NormCall
 from rmsnorm_deploy.models.reference import reference
 from rmsnorm_deploy.models.spec import NormSpec
-from rmsnorm_deploy.runtime.norms.alone import NormRows, error_in_onnxruntime, error_in_torch, norm_model, reference_of
+from rmsnorm_deploy.runtime.norms.norm_model import norm_model
+from rmsnorm_deploy.runtime.risk.measure import NormRows, error_in_onnxruntime, error_in_torch, reference_of
 from rmsnorm_deploy.runtime.risk.observe import NormSeen, NormWatch
 from rmsnorm_deploy.runtime.risk.report import RiskReport, risk
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
@@ -204,7 +206,8 @@ def test_a_result_that_is_not_finite_is_infinitely_wrong() -> None:
 
 def test_the_model_of_one_norm() -> None:
     weight, x = normal(WIDTH), normal(5, WIDTH, seed=1)
-    data = norm_model(CAST_FIRST, (WIDTH,), "float32", "standard", weight)
+    model, _ = norm_model(CAST_FIRST, (WIDTH,), "float32", "standard", weight)
+    data = ir.to_proto(model).SerializeToString()
     assert [node.op_type for node in onnx.load_model_from_string(data).graph.node] == ["RMSNormalization"]
     with OrtRunner(data) as runner:
         assert [(info.name, info.shape) for info in runner.inputs()] == [("x", ("rows", WIDTH))]

@@ -29,6 +29,7 @@ from rmsnorm_deploy.runtime.runners.base import Array, TensorInfo
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 from rmsnorm_deploy.runtime.runners.torch import TorchRunner
 from rmsnorm_deploy.runtime.validation.api import bisect, validate
+from rmsnorm_deploy.runtime.validation.options import ValidationOptions
 
 CASE = Case("rows", {"x": np.random.default_rng(2).standard_normal((3, 9, 16)).astype(np.float32)})
 SEGMENTS = ["the inputs ... norms.0", "norms.0 ... norms.1", "norms.1 ... output"]
@@ -87,7 +88,7 @@ def test_an_honest_export_passes_and_reports(folder: Path, model: Residual) -> N
     assert rows["depth"] == []
     assert rows["provenance"]["candidate"]["providers_used"] == ["CPUExecutionProvider"]
     assert rows["provenance"]["baseline"]["parameter_dtypes"] == ["float32"]
-    assert rows["settings"] == {"seed": 0, "shapes": [[1, 1], [1, 7], [3, 33]]}
+    assert rows["settings"] == {"candidate": None, "against": None, **ValidationOptions().to_dict()}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -253,7 +254,7 @@ def test_a_large_file_is_opened_without_repacking_its_weights_again(
     exports: dict[str, Path], model: Residual, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = validate(exports["ort"], model)
-    monkeypatch.setattr("rmsnorm_deploy.runtime.norms.onnx_norms._LARGE_FILE", -1)
+    monkeypatch.setattr("rmsnorm_deploy.runtime.runners.open._LARGE_FILES", -1)
     opened: list[Any] = []
     original = OrtRunner.__init__
 
@@ -379,7 +380,7 @@ def test_windows_change_nothing_but_the_memory(exports: dict[str, Path], model: 
 
 
 def test_a_window_of_nothing_is_refused(folder: Path, model: Residual) -> None:
-    with pytest.raises(UsageError, match="a window of 0 norms holds none"):
+    with pytest.raises(UsageError, match="window is 0: expected at least 1 norm"):
         validate(folder, model, window=0)
 
 
@@ -471,10 +472,10 @@ def on_output(change: Callable[[Array], Array]) -> Callable[[dict[str, Array]], 
 
 def test_an_open_runner_has_its_outputs_compared_and_stays_open(model: Residual) -> None:
     runner = Stand(model, dict)
-    report = validate(runner, model, settings={"why": "a test"})
+    report = validate(runner, model)
     assert (report.verdict, report.model, report.norms) == ("pass", "Stand", [])
     assert report.to_dict()["provenance"]["candidate"] == {"runner": "stand-in"}
-    assert report.settings == {"why": "a test"}
+    assert (report.settings["candidate"], report.settings["against"]) == (None, None)
     assert not runner.closed
 
 
@@ -567,11 +568,27 @@ def test_given_cases_take_the_place_of_made_up_ones(folder: Path, model: Residua
     assert [case for case, _ in report.rows] == ["rows", "ones"]
     seen: list[str] = []
 
-    def cases(infos: Any) -> None:
+    def cases(infos: Any) -> list[Case]:
         seen.extend(info.name for info in infos)
+        return [CASE]
 
-    assert len(validate(folder, model, cases=cases).rows) == 3
+    assert len(validate(folder, model, cases=cases).rows) == 1
     assert seen == ["x"]
+
+
+def test_cases_are_mappings_of_arrays_and_tensors(folder: Path, model: Residual) -> None:
+    given = [{"x": CASE.feeds["x"]}, {"x": torch.from_numpy(CASE.feeds["x"])}]
+    report = validate(folder, model, cases=given, outputs_only=True)
+    assert [case for case, _ in report.rows] == ["case 1", "case 2"]
+    assert report.rows[0][1].figures == report.rows[1][1].figures
+    for wrong, message in (
+        ({"x": CASE.feeds["x"]}, "cases: expected a list of mappings of input name to array, got dict"),
+        ([], "cases is empty"),
+        ([CASE.feeds["x"]], "case 1: expected a mapping of input name to array, got ndarray"),
+        ([{"x": [1.0]}], "case 1: x is a list"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            validate(folder, model, cases=wrong)  # type: ignore[arg-type]
 
 
 def test_equal_seeds_give_equal_reports(folder: Path, model: Residual) -> None:
@@ -621,7 +638,7 @@ def test_what_does_not_fit_is_said(folder: Path, model: Residual, tmp_path: Path
         validate(tmp_path / "nothing", model)
     with pytest.raises(UsageError, match=r"manifest\.json"):
         validate(tmp_path, model)
-    with pytest.raises(UsageError, match="both must be at least 1"):
+    with pytest.raises(UsageError, match="shape 0x4: expected a batch and a length of at least 1"):
         validate(folder, model, shapes=[(0, 4)])
     with pytest.raises(EnvironmentMissingError, match="CUDA"):
         validate(folder, model, provider="cuda")
@@ -629,5 +646,5 @@ def test_what_does_not_fit_is_said(folder: Path, model: Residual, tmp_path: Path
         validate(folder, model, cases=[Case("wrong", {"y": np.ones((2, 2, 16), np.float32)})])
     with pytest.raises(UsageError, match="dim 2 must be 16"):
         validate(folder, model, cases=[Case("wide", {"x": np.ones((2, 2, 8), np.float32)})])
-    with pytest.raises(UsageError, match="int cannot be validated; give a path, a PyTorch module or a runner"):
+    with pytest.raises(UsageError, match="expected a path, a PyTorch module or a runner to validate, got int"):
         validate(3, model)  # type: ignore[arg-type]

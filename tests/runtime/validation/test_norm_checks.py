@@ -18,26 +18,21 @@ from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.models.spec import NormSpec
-from rmsnorm_deploy.runtime.norms.access import CalledNorm, NormFeed, NormResult
-from rmsnorm_deploy.runtime.norms.activation_store import ActivationStore
-from rmsnorm_deploy.runtime.norms.adversarial_rows import KINDS, adversarial, turns
+from rmsnorm_deploy.runtime.norms.access import CalledNorm, NormFeed, NormResult, norm_name
+from rmsnorm_deploy.runtime.norms.activation_store import ActivationStore, Key
+from rmsnorm_deploy.runtime.norms.adversarial_rows import AS_IT_RUNS, KINDS, adversarial, turns
+from rmsnorm_deploy.runtime.norms.check_norm import judge_norm
 from rmsnorm_deploy.runtime.norms.float64_model import in_float64
-from rmsnorm_deploy.runtime.norms.graph_norms import Key
 from rmsnorm_deploy.runtime.norms.onnx_norms import OnnxNorms
-from rmsnorm_deploy.runtime.norms.torch_norms import TorchNorms
+from rmsnorm_deploy.runtime.norms.torch_norms import TorchNorms, survey_norms
 from rmsnorm_deploy.runtime.runners.base import numpy_dtype
 from rmsnorm_deploy.runtime.runners.torch import TorchRunner
 from rmsnorm_deploy.runtime.validation.api import validate
-from rmsnorm_deploy.runtime.validation.norm_checks import (
-    AS_IT_RUNS,
-    NormCheck,
-    check_norms,
-    judge_norm,
-    norm_name,
-    try_or_note,
-)
+from rmsnorm_deploy.runtime.validation.norm_checks import NormCheck, check_norms
+from rmsnorm_deploy.runtime.validation.pipeline import try_or_note
 
-NAMES = [AS_IT_RUNS, *(kind.name for kind in KINDS)]
+KIND = {kind.name: kind for kind in KINDS}
+NAMES = [AS_IT_RUNS.name, *(kind.name for kind in KINDS)]
 KEY: Key = ("0", 0)
 ROWS = {"input": np.random.default_rng(1).standard_normal((8, 10, 64)).astype(np.float32)}
 
@@ -69,14 +64,15 @@ def checked(compute: Compute, dtype: str, total: Any = None) -> NormCheck:
     """The check of a Llama norm of width 64 against PyTorch's."""
     module = ZOO["llama"].build(getattr(torch, dtype))
     model = nn.Sequential(module).eval()
-    norms = TorchNorms(model, TorchRunner(model), find_norms(model))
+    runner, recognition = TorchRunner(model), find_norms(model)
     feeds = {"input": ROWS["input"].astype(numpy_dtype(dtype))}
-    called, _ = norms.survey(feeds)
+    called = survey_norms(model, runner, recognition, feeds).called
+    norms = TorchNorms(model, runner, recognition, called)
     with ActivationStore() as store:
         with in_float64(model):
             norms.write_reference({"input": feeds["input"].astype(np.float64)}, store)
         candidate: Any = Faulty(compute, module.weight, total)
-        (check,) = check_norms(candidate, norms, called, [KEY], store, 0, lambda text: None)
+        (check,) = check_norms(candidate, norms, [called[KEY]], store, 0, lambda text: None)
     return check
 
 
@@ -138,7 +134,7 @@ FAULTS: dict[str, tuple[Compute, str, set[str]]] = {
     "rows that leak": (leaking, "float32", {"NaN and Inf"}),
     "another axis": (other_axis, "float32", {"normal", "single channel"}),
     "clipped": (clipped, "float16", {"large"}),
-    "no weight": (lambda x, w: right(x, np.ones_like(w)), "float32", {"normal", AS_IT_RUNS}),
+    "no weight": (lambda x, w: right(x, np.ones_like(w)), "float32", {"normal", AS_IT_RUNS.name}),
 }
 
 
@@ -150,7 +146,7 @@ def test_a_norm_that_is_right_passes_on_every_kind(dtype: str) -> None:
     check = checked(cast_first, dtype)
     assert [verdict.name for verdict in check.kinds] == NAMES
     assert check.passed
-    assert check.reason == f"right on {len(NAMES)} kinds of input"
+    assert check.reason == f"right on {len(NAMES)} kinds of rows"
     row = check.to_dict()
     assert (row["path"], row["call"], row["form"]) == ("0", 0, "plain")
     assert row["computes"] == "weight, cast-then-scale, eps 1e-06"
@@ -188,7 +184,7 @@ def test_one_rounding_more_in_a_half_type_is_told() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda y: y[:, :5], "shape mismatch"),
+        (lambda y: y[:, :5], "expected the shape [8, 10, 64] that PyTorch gives, got [8, 5, 64]"),
         (lambda y: y.astype(np.int64), "dtype mismatch"),
         (lambda y: np.full_like(y, np.nan), "NaN or infinity out of place"),
         (lambda y: np.where(np.arange(64) == 3, np.float32(np.inf), y), "NaN or infinity out of place"),
@@ -207,7 +203,7 @@ def test_a_sum_that_is_wrong_fails_and_a_right_one_is_no_row() -> None:
     assert [verdict.name for verdict in check.kinds] == NAMES
     check = checked(right, "float32", total=lambda x: x + np.float32(1))
     assert not check.passed
-    assert "sum: the sum that the norm hands on is not that of its two inputs" in check.reason
+    assert "sum: its sum is not that of its two inputs" in check.reason
 
 
 def test_names_say_which_call() -> None:
@@ -229,10 +225,10 @@ def test_pytorch_far_from_its_formula_is_no_baseline() -> None:
     norm = CalledNorm(KEY, NormSpec(eps=1e-6), (2, 64), "float32", "float32", None, True)
     reference = np.random.default_rng(0).standard_normal((2, 64))
     own = (reference * (1 + 1e-3)).astype(np.float32)
-    verdict = judge_norm("normal", norm, own, reference, own)
+    verdict = judge_norm(KIND["normal"], norm, own, reference, own)
     assert not verdict.passed
     assert "there is no truth to go by" in verdict.reason
-    assert judge_norm("largest", norm, own, reference, own).passed, "overflow is an excuse there"
+    assert judge_norm(KIND["largest"], norm, own, reference, own).passed, "overflow is an excuse there"
 
 
 def test_an_outlier_of_a_wide_row_is_rounded_by_its_own_size() -> None:
@@ -241,9 +237,9 @@ def test_an_outlier_of_a_wide_row_is_rounded_by_its_own_size() -> None:
     reference[0, 7] = 100.03  # between two values of float16 that are 1/16 apart
     own, row = reference.astype(np.float16), np.sqrt(np.mean(reference**2))
     assert np.abs(own - reference).max() / row > 8 * np.finfo(np.float16).eps
-    assert judge_norm("outlier channels", norm, own, reference, own).passed
+    assert judge_norm(KIND["outlier channels"], norm, own, reference, own).passed
     own[0, 7] *= np.float16(1.01)
-    verdict = judge_norm("outlier channels", norm, own, reference, own)
+    verdict = judge_norm(KIND["outlier channels"], norm, own, reference, own)
     assert "PyTorch's own norm is 9.93 eps x row scale from the formula" in verdict.reason
 
 
@@ -290,7 +286,7 @@ def test_squares_beyond_float16_are_finite_and_right(
             assert rows[kind]["figures"]["count"] >= 2 * 64
             assert rows[kind]["figures"]["max_rel_row"] < 4 * 2.0**-10
             assert "not finite" not in rows[kind]["reason"]
-    access = OnnxNorms(tmp_path / "out" / "model.onnx", ["cpu"])
+    access = OnnxNorms(tmp_path / "out" / "model.onnx", "cpu")
     with access.alone(access.keys) as alone:
         _all_finite(alone, [norm.norm for norm in report.norms])
 

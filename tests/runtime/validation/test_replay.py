@@ -1,7 +1,8 @@
-"""A validation as a request: what it loads, what its report keeps, and reports that cannot be run again."""
+"""A validation run again: what its report keeps, and reports that cannot be run again; and what both sides are."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,15 @@ from torch import nn
 from rmsnorm_deploy.export.from_torch.export_model import prepare, save
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.loading import LoadedModel
+from rmsnorm_deploy.runtime.accuracy.tolerances import Limits
 from rmsnorm_deploy.runtime.inputs.exported import Exported, open_exported
 from rmsnorm_deploy.runtime.report.report_file import BISECT_SCHEMA, VALIDATE_SCHEMA
-from rmsnorm_deploy.runtime.validation import replay as requests
-from rmsnorm_deploy.runtime.validation.replay import ValidationRequest, is_model_source, load_against
-from rmsnorm_deploy.runtime.validation.result import differences
+from rmsnorm_deploy.runtime.validation import sides
+from rmsnorm_deploy.runtime.validation.api import validate
+from rmsnorm_deploy.runtime.validation.options import ValidationOptions
+from rmsnorm_deploy.runtime.validation.replay import Replay, read_replay
+from rmsnorm_deploy.runtime.validation.result import ValidationReport, differences
+from rmsnorm_deploy.runtime.validation.sides import is_model_source, load_against
 
 SOURCE = """
 import torch
@@ -48,59 +53,90 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(prepare(Residual().eval(), inputs=residual_inputs()), path, "primitives").folder
 
 
-def said(text: str) -> None:
-    """Progress that nobody reads."""
+def again(replay: Replay) -> ValidationReport:
+    return validate(replay.candidate, replay.against, replay.options)
 
 
 # ----------------------------------------------------------------------------------------------------- run and kept
 
 
 def test_the_report_keeps_all_that_was_asked_for(folder: Path, source: str, tmp_path: Path) -> None:
-    request = ValidationRequest(
-        str(folder), f"{source}:residual", seed=3, shapes=[[2, 5]], atol=["1"], window=1, depth=True
-    )
-    report = request.run(progress=said).to_dict()
+    name = f"{source}:residual"
+    options = ValidationOptions(seed=3, shapes=((2, 5),), limits={"*": Limits(atol=1.0)}, window=1, depth=True)
+    report = validate(folder, name, options).to_dict()
     assert (report["schema"], report["verdict"]) == (VALIDATE_SCHEMA, "pass")
-    assert report["settings"] == request.to_dict()
+    assert report["settings"] == {"candidate": str(folder), "against": name, **options.to_dict()}
     assert [row["case"] for row in report["outputs"]] == ["2x5"]
     assert len(report["depth"]) == 4
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report))
-    again, before = ValidationRequest.from_report(path)
-    assert again == request
-    assert differences(before, json.loads(json.dumps(again.run(progress=said).to_dict()))) == []
-    other = ValidationRequest(str(folder), f"{source}:residual", seed=4, shapes=[[2, 5]], window=1, depth=True)
-    assert {"settings", "outputs", "norms"} <= set(differences(before, other.run(progress=said).to_dict()))
+    replay = read_replay(path)
+    assert (replay.candidate, replay.against, replay.options) == (str(folder), name, options)
+    assert differences(replay.report, json.loads(json.dumps(again(replay).to_dict()))) == []
+    other = validate(folder, name, options, seed=4, limits={})
+    assert {"settings", "outputs", "norms"} <= set(differences(replay.report, other.to_dict()))
+
+
+def test_every_option_goes_through_a_report(tmp_path: Path) -> None:
+    """Each field with a value that is not its default, so that none is lost on the way."""
+    given: dict[str, Any] = {
+        "dtype": "float16", "provider": "cuda", "seed": 5, "shapes": ((1, 2), (3, 4)), "prompts": ("a", "b"),
+        "tokenizer": "t", "limits": {"y": Limits(rtol=0.5, ulp=2.0)}, "outputs_only": True, "depth": True, "window": 3,
+    }  # fmt: skip
+    path = tmp_path / "report.json"
+    for values in (given, {"inputs": "x.npz", "bisect": True}):
+        options = ValidationOptions(**values)
+        settings = {"candidate": "out", "against": "builtin:small", **options.to_dict()}
+        path.write_text(json.dumps({"schema": VALIDATE_SCHEMA, "settings": settings}))
+        assert read_replay(path).options == options
+    fields = {field.name for field in dataclasses.fields(ValidationOptions)}
+    assert fields == {*given, "inputs", "bisect"}
 
 
 def test_a_bisection_is_kept_as_one(folder: Path, source: str, tmp_path: Path) -> None:
-    request = ValidationRequest(str(folder), f"{source}:residual", shapes=[[1, 2]], bisect=True)
-    report = request.run(progress=said)
+    report = validate(folder, f"{source}:residual", shapes=((1, 2),), bisect=True)
     assert (report.schema, len(report.depth)) == (BISECT_SCHEMA, 4)
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report.to_dict()))
-    assert ValidationRequest.from_report(path)[0].bisect
+    assert read_replay(path).options.bisect
 
 
 def test_a_pytorch_candidate_is_loaded_and_run_on_its_own_example_inputs(source: str) -> None:
     name = f"{source}:residual"
-    report = ValidationRequest(name, name, shapes=[[2, 4]]).run(progress=said)
+    report = validate(name, name, shapes=((2, 4),))
     assert (report.verdict, len(report.norms)) == ("pass", 2)
     assert [row.figures.differing for _, row in report.rows if row.figures] == [0]
 
 
-def test_progress_is_told_step_by_step(folder: Path, source: str) -> None:
+def test_progress_is_reported_step_by_step(folder: Path, source: str) -> None:
     lines: list[str] = []
-    ValidationRequest(str(folder), f"{source}:residual", shapes=[[1, 2]]).run(progress=lines.append)
+    validate(folder, f"{source}:residual", shapes=((1, 2),), progress=lines.append)
     assert lines[0] == f"loading {source}:residual"
     assert f"{folder / 'model.onnx'}: 1x2 (1 of 1)" in lines
     assert "PyTorch in float64: 1x2 (1 of 1)" in lines
 
 
-def test_inputs_and_prompts_exclude_each_other(folder: Path, source: str) -> None:
-    request = ValidationRequest(str(folder), f"{source}:residual", inputs="x.npz", prompts=["hi"])
-    with pytest.raises(UsageError, match="give either --inputs or --prompt, not both"):
-        request.run(progress=said)
+def test_a_report_on_objects_cannot_be_run_again(folder: Path, tmp_path: Path) -> None:
+    report = validate(folder, Residual().eval(), shapes=((1, 2),), outputs_only=True)
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report.to_dict()))
+    with pytest.raises(UsageError, match="does not name both sides"):
+        read_replay(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"inputs": "x.npz", "prompts": ("hi",)}, "inputs and prompts are both given"),
+        ({"shapes": ((0, 4),)}, "shape 0x4: expected a batch and a length of at least 1"),
+        ({"window": 0}, "window is 0: expected at least 1 norm"),
+        ({"seed": -1}, "seed is -1: expected a number of at least 0"),
+        ({"bisect": True, "outputs_only": True}, "bisect looks at norms and segments"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ValidationOptions(**values)
 
 
 def test_remote_code_is_trusted_by_who_runs_it_and_never_by_a_report(
@@ -112,18 +148,18 @@ def test_remote_code_is_trusted_by_who_runs_it_and_never_by_a_report(
         trusted.append(trust_remote_code)
         return LoadedModel(Residual().eval(), source, "python")
 
-    monkeypatch.setattr(requests, "load_model", load)
-    request = ValidationRequest(str(folder), "owner/model", shapes=[[1, 2]], outputs_only=True)
-    report = request.run(trust_remote_code=True, progress=said).to_dict()
+    monkeypatch.setattr(sides, "load_model", load)
+    options = ValidationOptions(shapes=((1, 2),), outputs_only=True)
+    report = validate(folder, "owner/model", options, trust_remote_code=True).to_dict()
     assert "trust_remote_code" not in json.dumps(report)
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report))
-    ValidationRequest.from_report(path)[0].run(progress=said)
+    again(read_replay(path))
     assert trusted == [True, False]
     report["settings"]["trust_remote_code"] = True
     path.write_text(json.dumps(report))
-    with pytest.raises(UsageError, match=r"its settings are not those of a command.*trust_remote_code"):
-        ValidationRequest.from_report(path)
+    with pytest.raises(UsageError, match=r"its settings cannot be run again: trust_remote_code"):
+        read_replay(path)
 
 
 # --------------------------------------------------------------------------------------------------- broken reports
@@ -138,36 +174,36 @@ def test_remote_code_is_trusted_by_who_runs_it_and_never_by_a_report(
         ("{}", "its schema is None"),
         ('{"schema": "rmsnorm_deploy.validate/1"}', "its schema is 'rmsnorm_deploy.validate/1'; this version reads"),
         ('{"schema": "rmsnorm_deploy.validate/4"}', "its schema is 'rmsnorm_deploy.validate/4'; this version reads"),
-        (json.dumps({"schema": VALIDATE_SCHEMA}), "its settings are not those of a command"),
-        (json.dumps({"schema": VALIDATE_SCHEMA, "settings": {"seed": 0}}), "its settings are not those of a command"),
+        (json.dumps({"schema": VALIDATE_SCHEMA}), "expected settings, got None"),
+        (json.dumps({"schema": VALIDATE_SCHEMA, "settings": {"seed": 0}}), "it does not name both sides"),
     ],
 )
 def test_what_is_no_report_of_this_version_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "report.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UsageError, match=message) as caught:
-        ValidationRequest.from_report(path)
+        read_replay(path)
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("candidate", 3), ("against", None), ("seed", "x"), ("shapes", "abc"), ("shapes", [[1]]), ("window", "x"),
-     ("prompts", "hi"), ("atol", 1.0), ("outputs_only", "no")],
+     ("prompts", "hi"), ("limits", 1.0), ("outputs_only", "no"), ("limits", {"y": {"atol": "x"}})],
 )  # fmt: skip
 def test_settings_of_the_wrong_type_are_refused(tmp_path: Path, name: str, value: Any) -> None:
-    settings = {**ValidationRequest("out", "builtin:small").to_dict(), name: value}
+    settings = {"candidate": "out", "against": "builtin:small", **ValidationOptions().to_dict(), name: value}
     path = tmp_path / "report.json"
     path.write_text(json.dumps({"schema": VALIDATE_SCHEMA, "settings": settings}))
-    with pytest.raises(UsageError, match=rf"its settings are not those of a command.*{name}"):
-        ValidationRequest.from_report(path)
+    with pytest.raises(UsageError, match=rf"(its settings cannot be run again|it does not name both sides).*{name}"):
+        read_replay(path)
 
 
 def test_a_report_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nosuch\.json: cannot be read: No such file"):
-        ValidationRequest.from_report(tmp_path / "nosuch.json")
+        read_replay(tmp_path / "nosuch.json")
     with pytest.raises(UsageError, match="cannot be read: Is a directory"):
-        ValidationRequest.from_report(tmp_path)
+        read_replay(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------ both sides

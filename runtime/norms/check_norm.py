@@ -1,0 +1,184 @@
+"""The check of one norm: its result on rows of every kind, held to the float64 reference beside a baseline's result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ...models.spec import NormSpec
+from ..accuracy.compare_output import OutputVerdict, judge
+from ..accuracy.errors import errors_of, row_scale_error
+from ..accuracy.float_formats import format_of, ulp_size
+from ..accuracy.tolerances import TOLERANCES, Limits
+from ..runners.base import Array
+from .access import CalledNorm, NormFeed
+from .adversarial_rows import AS_IT_RUNS, KINDS, RowKind
+
+# In half types a norm ends in one or two roundings, and what it does before them in float32 hardly shows; a candidate
+# that rounds once more than PyTorch does has half an ULP more. Three decimals of room are for the float32 statistics.
+_HALF_ULP_FACTOR, _HALF_ULP_FLOOR = 1.25, 0.6
+# Rows of each kind that are judged, at least, and elements where rows are short.
+_LEAST_ROWS, _ELEMENTS = 4, 1 << 13
+# Where squares are all equal, or one of them outweighs the rest, the roundings of a sum taken in plain order all go the
+# same way: ONNX Runtime's float32 norms were then off by width/128 eps, for widths of 2048 to 65,536, where PyTorch's
+# cascade loses next to nothing. Twice that is let pass.
+_PLAIN_SUMS = 1 / 64
+# PyTorch's own norm is further from the reference than this many eps x max(|truth|, row RMS): the reference computes
+# something else. The RMS alone will not do: one of 4096 channels may be 64 times as large, and so is its rounding.
+# With float32 statistics a half type shows its roundings only; statistics in a half type add up their own.
+_SOUND = {"float16": 8.0, "bfloat16": 8.0, "float32": 512.0, "float64": 4096.0}
+_SOUND_IN_HALF = 128.0
+
+# A norm's result on some rows, by another way: the reference in float64, or another baseline.
+OnRows = Callable[[NormFeed], Array]
+
+
+def check_norm(
+    norm: CalledNorm,
+    feed: NormFeed,
+    kinds: Array | None,
+    candidate: Array,
+    baseline: Array,
+    reference: OnRows,
+    *,
+    baseline_name: str = "PyTorch",
+    second_baseline: OnRows | None = None,
+) -> list[OutputVerdict]:
+    """The verdicts on one norm's result, one for each kind of row.
+
+    As many rows of each kind are judged as say enough: rows of a norm do not depend on each other.
+
+    Args:
+        norm: what was called.
+        feed: what went in; x has the norm's shape.
+        kinds: the kind of each row, int64[rows], as `adversarial` gives it; None for what the model itself had there.
+        candidate: the result that is judged.
+        baseline: the result that it may be as far from the reference as, in x's shape.
+        reference: gives the float64 result of some rows, `[rows, *normalized dims]`.
+        baseline_name: what the baseline is called in reasons.
+        second_baseline: another result of some rows that is as good as the baseline's where squares overflow: a
+            candidate that fails on rows of a kind that is not tame is judged by this one.
+    """
+    if candidate.shape != baseline.shape:
+        reason = f"expected the shape {list(baseline.shape)} that {baseline_name} gives, got {list(candidate.shape)}"
+        return [OutputVerdict("shape", False, reason, None, None)]
+    tail = norm.shape[len(norm.shape) - norm.spec.trailing_dims :]
+    x, mine, own = (side.reshape(-1, *tail) for side in (feed.x, candidate, baseline))
+    gate = None if feed.gate is None else feed.gate.reshape(-1, *tail)
+    chosen = {AS_IT_RUNS: _telling_rows(x)} if kinds is None else _rows_by_kind(kinds, math.prod(tail))
+    verdicts = []
+    for kind, rows in chosen.items():
+        if not len(rows):
+            continue
+        part = NormFeed(x[rows], None if gate is None else gate[rows])
+        expected = reference(part)
+        verdict = judge_norm(kind, norm, mine[rows], expected, own[rows], baseline_name)
+        if not verdict.passed and not kind.tame and second_baseline is not None:
+            verdict = judge_norm(kind, norm, mine[rows], expected, second_baseline(part))
+        verdicts.append(verdict)
+    return verdicts
+
+
+def check_sum(total: Array, wanted: Array) -> list[OutputVerdict]:
+    """A verdict on the sum that a fused residual add hands on; none where it is right, to the bit."""
+    same = total.shape == wanted.shape and np.array_equal(
+        total.astype(np.float64), wanted.astype(np.float64), equal_nan=True
+    )
+    return [] if same else [OutputVerdict("sum", False, "its sum is not that of its two inputs", None, None)]
+
+
+def summary_of(verdicts: Sequence[OutputVerdict]) -> tuple[bool, str]:
+    """Whether a norm passed on all kinds of rows, and in one line why."""
+    failed = [verdict for verdict in verdicts if not verdict.passed]
+    if not failed:
+        return True, f"right on {len(verdicts)} kinds of rows"
+    names = ", ".join(dict.fromkeys(verdict.name for verdict in failed))
+    return False, f"wrong on: {names}; {failed[0].name}: {failed[0].reason}"
+
+
+def _rows_by_kind(kinds: Array, width: int) -> dict[RowKind, Array]:
+    """The rows to judge of each kind; `kinds` is the kind of each row, `width` its elements."""
+    most = max(_LEAST_ROWS, _ELEMENTS // max(width, 1))
+    return {kind: np.flatnonzero(kinds == number)[:most] for number, kind in enumerate(KINDS)}
+
+
+def _telling_rows(x: Array) -> Array:
+    """Rows of what a norm gets as the model runs: evenly spaced, and those with the largest and smallest values."""
+    count = len(x)
+    most = max(4 * _LEAST_ROWS, 8 * _ELEMENTS // max(x[0].size, 1)) if count else 0
+    if count <= most:
+        return np.arange(count)
+    sizes = np.abs(x.reshape(count, -1)).max(axis=1)
+    ends = [int(np.argmax(sizes)), int(np.argmin(sizes))]
+    return np.unique([*np.linspace(0, count - 1, most - 2).astype(int), *ends])
+
+
+def judge_norm(
+    kind: RowKind, norm: CalledNorm, candidate: Array, reference: Array, baseline: Array, baseline_name: str = "PyTorch"
+) -> OutputVerdict:
+    """The verdict on one norm's result for one kind of input: that of `judge`, and for half types one on ULPs.
+
+    It fails too when the baseline's own norm is not near the reference: then there is no truth to go by.
+    """
+    verdict = judge(kind.name, candidate, reference, baseline, baseline_name=baseline_name)
+    mine, own = verdict.figures, verdict.baseline_figures
+    if mine is None or own is None:
+        return verdict
+    dtype = baseline.dtype.name
+    # A wide weight makes a wide result of what was rounded to x's dtype.
+    rounded = (
+        norm.x_dtype if norm.spec.order != "scale_then_cast" and norm.x_dtype in ("float16", "bfloat16") else dtype
+    )
+    width = math.prod(norm.shape[len(norm.shape) - norm.spec.trailing_dims :])
+    units = row_scale_error(errors_of(baseline, reference, None), width, format_of(rounded))
+    off = float(np.max(units, where=~np.isnan(units), initial=0.0))
+    if kind.tame and not off <= sound_limit(norm.spec, rounded):
+        reason = no_reference(norm.spec, off, f"{baseline_name}'s own norm")
+        return OutputVerdict(kind.name, False, reason, mine, own)
+    if not verdict.passed and dtype == "float32" and kind.sums_one_way:
+        limit = (TOLERANCES[dtype].floor_max + _PLAIN_SUMS * width) * format_of(dtype).eps
+        plain = judge(
+            kind.name, candidate, reference, baseline, limits=Limits(atol=limit * _size(reference), rtol=limit)
+        )
+        return plain if plain.passed else verdict
+    if verdict.passed and dtype in ("float16", "bfloat16"):
+        ulp, own_ulp = (_large_ulp(side, reference) for side in (candidate, baseline))
+        allowed = max(_HALF_ULP_FLOOR, _HALF_ULP_FACTOR * own_ulp)
+        if ulp > allowed:
+            reason = f"error of {ulp:.3g} ULP where the result is not small, {allowed:.3g} allowed"
+            return OutputVerdict(kind.name, False, f"{reason}; {baseline_name}'s own is {own_ulp:.3g} ULP", mine, own)
+    return verdict
+
+
+def sound_limit(spec: NormSpec, dtype: str) -> float:
+    """How far PyTorch's own norm may be from the reference, in eps x max(|truth|, row RMS)."""
+    in_half = spec.statistics == "input" and dtype in ("float16", "bfloat16")
+    return _SOUND_IN_HALF if in_half else _SOUND[dtype]
+
+
+def no_reference(spec: NormSpec, off: float, whose: str = "PyTorch's own norm", unit: str = "eps x row scale") -> str:
+    """The reason why a norm cannot be judged: PyTorch, or whose it is, does not compute what it was recognized by."""
+    return (
+        f"{whose} is {off:.3g} {unit} from the formula that it was recognized by "
+        f"({spec.describe()}): there is no truth to go by"
+    )
+
+
+def _large_ulp(array: Array, reference: Array) -> float:
+    """The largest error in ULPs among elements of at least their row's RMS: small ones may be what a bias left over,
+    or the product with a gate that is nearly shut, and have lost their digits before."""
+    rows = reference.reshape(len(reference), -1)
+    with np.errstate(invalid="ignore"):
+        large = np.isfinite(rows) & (np.abs(rows) >= np.sqrt(np.mean(np.square(rows), axis=1, keepdims=True)))
+        values = array.reshape(rows.shape).astype(np.float64)
+        large &= np.isfinite(values)
+    error = np.abs(values[large] - rows[large]) / ulp_size(rows[large], array.dtype)
+    return float(np.max(error, initial=0.0))
+
+
+def _size(reference: Array) -> float:
+    """The RMS of an array without what is not finite."""
+    finite = reference[np.isfinite(reference)]
+    return float(np.sqrt(np.mean(np.square(finite)))) if finite.size else 0.0

@@ -1,0 +1,54 @@
+"""Opening whatever runs a model: the only place that chooses a backend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...models.errors import UsageError
+from .base import Runner
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    Source = str | os.PathLike[str] | bytes | nn.Module
+
+# Repacking more bytes of weights than this for the kernels takes longer than a run does.
+_LARGE_FILES = 1 << 30
+
+
+def open_runner(source: Source, provider: str | Sequence[str] = "cpu", **options: Any) -> Runner:
+    """A runner for a model, open until its context closes.
+
+    Args:
+        source: an .onnx file's path, an ONNX model's bytes, or a PyTorch module.
+        provider: for ONNX, the execution provider (`cpu`, `cuda`, `tensorrt` or a full name), or several in order of
+            preference. A PyTorch module runs on the device that its parameters are on.
+        options: further arguments of the backend's own runner, see `OrtRunner` and `TorchRunner`.
+
+    Raises:
+        UsageError: expected one of these sources, or the model cannot be opened.
+        UnsupportedError: the backend cannot run the model.
+        EnvironmentMissingError: the backend or the provider is not installed.
+    """
+    if isinstance(source, str | bytes | os.PathLike):
+        from .onnxruntime import OrtRunner
+
+        providers = [provider] if isinstance(provider, str) else list(provider)
+        return OrtRunner(source, providers=providers, **options)
+    from torch import nn
+
+    if isinstance(source, nn.Module):
+        from .torch import TorchRunner
+
+        return TorchRunner(source, **options)
+    raise UsageError(
+        f"expected an .onnx file's path, an ONNX model's bytes or a PyTorch module to run, got {type(source).__name__}."
+    )
+
+
+def has_large_weights(files: Sequence[Path]) -> bool:
+    """Whether these files hold more than 1 GiB, so that a single run should go without repacking the weights."""
+    return sum(file.stat().st_size for file in files) > _LARGE_FILES

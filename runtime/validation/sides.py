@@ -1,0 +1,157 @@
+"""Opening both sides of a validation, from objects or from what a user names, and the inputs that they run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...models.errors import UsageError
+from ...models.loading import LoadedModel, load_model
+from ...models.outliers import apply_recorded
+from ..inputs.cases import Case, inputs_of, load_cases, made_up_for, prompt_cases
+from ..inputs.exported import Exported, open_exported
+from ..inputs.tokenizer import has_tokenizer
+from ..runners.base import Runner, TensorInfo
+from .candidate import Candidate, candidate_of
+from .options import ValidationOptions
+from .run_cases import made_up_cases
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """Both sides, opened.
+
+    Attributes:
+        candidate: what is held against PyTorch.
+        model: the PyTorch model, in the dtype that is deployed.
+        against: what the user called it; None for a module.
+        loaded: the candidate, where it is a PyTorch model that was named.
+        folder: the candidate's exported folder, or None.
+        named: whether both sides were named, so that a report can be run again.
+    """
+
+    candidate: Candidate
+    model: nn.Module
+    against: str | None
+    loaded: LoadedModel | None
+    folder: Path | None
+    named: bool
+
+
+def open_sides(
+    candidate: str | Path | nn.Module | Runner,
+    model: str | Path | nn.Module,
+    options: ValidationOptions,
+    trust_remote_code: bool,
+    progress: Callable[[str], None],
+) -> Sides:
+    """Load what was named.
+
+    Raises:
+        UsageError: expected a path, a PyTorch module or a runner as the candidate, and a module or a model's name as
+            the model; or there is no such file; or the two are of different dtypes.
+    """
+    from torch import nn
+
+    if not isinstance(model, str | Path | nn.Module):
+        raise UsageError(
+            f"expected a PyTorch module, or the name or folder of one, to compare with; got {type(model).__name__}."
+        )
+    is_source = isinstance(candidate, str) and is_model_source(candidate)
+    exported = open_exported(candidate) if isinstance(candidate, str | Path) and not is_source else None
+    against = None if isinstance(model, nn.Module) else str(model)
+    if not isinstance(model, nn.Module):
+        progress(f"loading {model}")
+        model = load_against(str(model), options.dtype, exported, trust_remote_code)
+    loaded = None
+    thing: Any = candidate if exported is None else exported
+    if is_source:
+        progress(f"loading {candidate}")
+        loaded = load_model(str(candidate), trust_remote_code=trust_remote_code)
+        thing = loaded.model
+    side = candidate_of(thing, options)
+    _check_dtype(side, model)
+    named = isinstance(candidate, str | Path) and against is not None
+    return Sides(side, model, against, loaded, None if exported is None else exported.folder, named)
+
+
+def cases_for(
+    sides: Sides, infos: Sequence[TensorInfo], options: ValidationOptions, trust_remote_code: bool
+) -> list[Case]:
+    """The inputs that were asked for, else made-up ones.
+
+    Args:
+        sides: both sides.
+        infos: the candidate's inputs.
+        options: `inputs`, `prompts` and `tokenizer`; else `shapes` and `seed`.
+        trust_remote_code: run Python code that comes with the tokenizer.
+
+    Raises:
+        UsageError: there are no such inputs, or they do not fit.
+    """
+    known = infos if sides.loaded is None else inputs_of(sides.loaded)
+    if options.inputs is not None:
+        return load_cases(options.inputs, known)
+    if options.prompts:
+        return prompt_cases(options.prompts, _tokenizer(sides, options), known, trust_remote_code)
+    if sides.loaded is not None:
+        return made_up_for(sides.loaded, options.shapes, options.seed)
+    return made_up_cases(infos, sides.model, options.shapes, options.seed)
+
+
+def _tokenizer(sides: Sides, options: ValidationOptions) -> str:
+    if options.tokenizer is not None:
+        return options.tokenizer
+    if sides.folder is not None and has_tokenizer(sides.folder):
+        return str(sides.folder)
+    source = sides.against or str(getattr(sides.model, "name_or_path", ""))
+    if not source:
+        raise UsageError(
+            "prompts need a tokenizer, and neither the candidate nor the PyTorch model says where one is; name it "
+            "(--tokenizer MODEL, tokenizer=...)."
+        )
+    return source
+
+
+def is_model_source(text: str) -> bool:
+    """Whether a candidate names a PyTorch model rather than an exported file."""
+    place = Path(text).expanduser()
+    if place.is_dir():
+        return (place / "config.json").is_file() and not (place / "manifest.json").is_file()
+    return ":" in text and not place.exists()
+
+
+def load_against(source: str, dtype: str | None, exported: Exported | None, trust_remote_code: bool) -> nn.Module:
+    """The PyTorch model in the dtype asked for, or else in the one that was exported, with the outliers that the
+    export put into its weights.
+
+    Raises:
+        UsageError: as `load_model`.
+    """
+    model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code).model
+    own = _dtype_of(model)
+    wanted = exported.dtype if exported is not None else None
+    if dtype is None and own is not None and wanted not in (None, own):
+        # Only now: casting a model to the dtype it has already would change one that mixes dtypes.
+        model = load_model(source, dtype=wanted, trust_remote_code=trust_remote_code).model
+    if exported is not None:
+        apply_recorded(model, exported.manifest)
+    return model
+
+
+def _check_dtype(candidate: Candidate, model: nn.Module) -> None:
+    own, exported = _dtype_of(model), candidate.manifest.get("dtype")
+    if exported is not None and own is not None and own != exported:
+        raise UsageError(
+            f"{candidate.name} was exported in {exported}, but the PyTorch model is in {own}. Load it in "
+            f"{exported} (--dtype {exported}): the baseline must have the dtype that is deployed."
+        )
+
+
+def _dtype_of(model: nn.Module) -> str | None:
+    return next((str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()), None)
