@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 WORKERS ?= 2
+# /dev/null installs the newest of everything that pyproject.toml allows
+CONSTRAINTS ?= constraints.txt
 
 .PHONY: demo test lint types pytest install clean
 .DEFAULT_GOAL := demo
@@ -13,8 +15,8 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt tests/tensorrt-headers.txt tests/tensorrt-lean.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,hf,kernel,report,rtx,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[cpu,hf,kernel,report,rtx,dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --upgrade --target $(VENV)/tensorrt-headers -r tests/tensorrt-headers.txt
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes --upgrade --target $(VENV)/tensorrt-lean -r tests/tensorrt-lean.txt
 	touch $@
@@ -28,8 +30,14 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: install
+types: install .typecheck/rmsnorm_deploy
 	$(BIN)/mypy
+
+# mypy's view of the packages; under version control, but not in an sdist
+.typecheck/rmsnorm_deploy:
+	mkdir -p $@
+	for name in export models plugins runtime src/rmsnorm_deploy/*; do \
+	    case $$name in *__pycache__) ;; *) ln -s ../../$$name $@/$${name##*/} ;; esac; done
 
 pytest: install
 	$(BIN)/python -m pytest -n $(WORKERS)

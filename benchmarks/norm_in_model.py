@@ -4,8 +4,8 @@ One run makes every figure: a Llama-shaped decoder (hidden 1024, 8 layers, fp32,
 `torch.onnx.export(dynamo=True)` at its default opset and by this package for each target, each in a process of its own
 (time and peak memory), then all files run in ONNX Runtime on the CPU, in turns.
 
-    python benchmarks/norm_in_model.py                 # the table, about five minutes on two cores
-    python benchmarks/norm_in_model.py --json out.json
+    python -m benchmarks.norm_in_model                 # the table, about five minutes on two cores
+    python -m benchmarks.norm_in_model --json out.json
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def export_all(root: Path, repeats: int) -> dict[str, dict[str, float]]:
     for repeat in range(repeats):
         for way in (PLAIN, *TARGETS):
             folder = root / f"{way}-{repeat}"
-            command = [sys.executable, __file__, "--export-once", way, str(folder)]
+            command = [sys.executable, "-m", "benchmarks.norm_in_model", "--export-once", way, str(folder)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 raise SystemExit(f"exporting with {way} failed:\n{done.stderr[-2000:]}")
@@ -173,7 +173,9 @@ def show(exports: dict[str, dict[str, float]], shapes: dict[str, dict[str, dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.norm_in_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=15, help="timed runs of each file; 6 times as many for one token")
     parser.add_argument("--repeats", type=int, default=3, help="exports of each way, median taken")
     parser.add_argument("--json", type=Path, help="also write the figures here")

@@ -1,6 +1,6 @@
 """Add + norm against ONNX Runtime's one fused operator, on the CPU: what the `ort` target weighs.
 
-    python benchmarks/residual_add.py
+    python -m benchmarks.residual_add
 
 For each shape: median microseconds over interleaved runs, and the largest error against float64 in ULP of float32, on
 normal rows and on rows with outlier channels.
@@ -67,7 +67,9 @@ def error(running: Any, feeds: dict[str, np.ndarray]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.residual_add", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--threads", type=int, default=0, help="0 lets ONNX Runtime choose")
     arguments = parser.parse_args()

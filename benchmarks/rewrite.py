@@ -1,7 +1,7 @@
 """What rewriting costs, and how many norms it fuses beside two other optimizers.
 
-    python benchmarks/rewrite.py              all parts
-    python benchmarks/rewrite.py --only nodes | large | fused | corpus
+    python -m benchmarks.rewrite              all parts
+    python -m benchmarks.rewrite --only nodes | large | fused | corpus
 
 nodes: seconds for graphs of 1e3, 1e4 and 1e5 nodes without the proof, from reading the file to having written it.
 large: a file of 1.1e9 float32 parameters with external data (sparse on disk): seconds and memory without the proof.
@@ -33,7 +33,6 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 64
 NORM_OPS = {"SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "RMSNormalization"}
 
@@ -161,10 +160,10 @@ def large_table(folder: Path) -> None:
 
 def plain_exports(folder: Path) -> Iterator[tuple[str, str, Path, int]]:
     """Name, dtype, file and number of norms of small models, as `torch.onnx.export` writes them."""
-    sys.path.insert(0, str(ROOT / "tests"))
     import torch
-    from helpers.families import FAMILIES
-    from helpers.plain_export import plain_export
+
+    from tests.helpers.families import FAMILIES
+    from tests.helpers.plain_export import plain_export
 
     for name, dtype in itertools.product(
         ("llama", "qwen3", "gemma3", "olmo2", "t5", "mamba2", "gpt_oss"), ("float32", "float16")
@@ -248,9 +247,8 @@ def quietly(optimize: Callable[[Path, Path], Path], path: Path, folder: Path) ->
 
 
 def corpus_table(folder: Path) -> None:
-    sys.path.insert(0, str(ROOT / "tests"))
-    from helpers.norm_places import PLACES
-    from helpers.norm_spellings import SPELLINGS
+    from tests.helpers.norm_places import PLACES
+    from tests.helpers.norm_spellings import SPELLINGS
 
     ways = {**WAYS, "rmsnorm rewrite": lambda path, place: ours(path, place, verify=False)}
     counts: dict[str, Counter[str]] = {way: Counter() for way in ways}
@@ -312,7 +310,9 @@ PARTS = {"nodes": nodes_table, "large": large_table, "fused": fused_table, "corp
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.rewrite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=PARTS)
     chosen = parser.parse_args().only
     warnings.filterwarnings("ignore")

@@ -5,8 +5,8 @@ in a process of its own. The forward passes are then timed plainly, each alone: 
 PyTorch, and the model in float64, on every case; a validation does each of them once for the outputs, and once more on
 the largest case for the norms. Loading the model and the file is listed apart: whoever runs a model pays for it.
 
-    python benchmarks/validate_cost.py                # the table; needs 12 GB of disk and takes about ten minutes
-    python benchmarks/validate_cost.py --layers 2     # a quick look
+    python -m benchmarks.validate_cost                # the table; needs 12 GB of disk and takes about ten minutes
+    python -m benchmarks.validate_cost --layers 2     # a quick look
 """
 
 from __future__ import annotations
@@ -100,14 +100,26 @@ def forward(folder: Path) -> dict[str, Any]:
 
 def step(name: str, folder: Path, layers: int) -> dict[str, Any]:
     """Run one step in a process of its own, and add its peak memory."""
-    command = [sys.executable, __file__, "--step", name, "--work", str(folder), "--layers", str(layers)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.validate_cost",
+        "--step",
+        name,
+        "--work",
+        str(folder),
+        "--layers",
+        str(layers),
+    ]
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def main() -> None:
     """Run the steps and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.validate_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path)

@@ -49,7 +49,7 @@ def test_every_module_is_in_a_package() -> None:
 
 def test_every_other_file_is_package_data() -> None:
     listed = subprocess.run(["git", "ls-files", *HOUSE, "src"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if listed.returncode:
+    if listed.returncode or not listed.stdout:
         pytest.skip("this is no git checkout")
     patterns = [
         f"{_package_folders()[package].relative_to(ROOT)}/{pattern}"
@@ -98,6 +98,8 @@ def test_arrows_point_one_way(path: Path) -> None:
 
 def test_type_checkers_see_every_package_and_module() -> None:
     seen = ROOT / ".typecheck" / "rmsnorm_deploy"
+    if (ROOT / "PKG-INFO").is_file() and not seen.exists():
+        pytest.skip("this is an unpacked sdist, in which `make types` makes the links")
     wanted = {path.name: path for path in FACE.iterdir() if path.name != "__pycache__"}
     wanted |= {name: ROOT / name for name in HOUSE}
     assert {path.name for path in seen.iterdir()} == set(wanted)

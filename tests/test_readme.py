@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -22,9 +23,14 @@ def test_every_command_and_script_that_it_names_exists() -> None:
     named = set(re.findall(r"^rmsnorm (\w+)", README, flags=re.MULTILINE))
     assert {"build", "plugin"} <= named
     assert named <= {row.name for row in app.registered_commands} | {row.name for row in app.registered_groups}
-    scripts = re.findall(r"(?:python|pytest) ([\w/]+\.py)", README)
-    assert len(scripts) >= 4
-    assert all((ROOT / script).is_file() for script in scripts)
+    modules = re.findall(r"python -m ([\w.]+)", README)
+    assert len(modules) >= 6
+    mains = [f"{name}.__main__" if (ROOT / name.replace(".", "/")).is_dir() else name for name in modules]
+    assert [name for name in mains if importlib.util.find_spec(name) is None] == []
+    paths = re.findall(r"`pytest ([^`]+)`", README)
+    tests = [word for words in paths for word in words.split() if word.startswith("tests")]
+    assert len(tests) >= 4
+    assert [path for path in tests if not (ROOT / path).exists()] == []
 
 
 def test_its_python_names_are_public() -> None:

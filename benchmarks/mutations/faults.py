@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from subjects import Subject
-from surgery import Edit
+from .subjects import Subject
+from .surgery import Edit
 
 Plant = Callable[[Edit], None]
 
@@ -46,11 +46,3 @@ class Fault:
         edit = Edit(honest)
         self.plant(edit)
         return edit.save(folder)
-
-
-def all_faults() -> list[Fault]:
-    """Every fault that is planted in a file."""
-    from norm_faults import NORM_FAULTS
-    from segment_faults import SEGMENT_FAULTS
-
-    return [*NORM_FAULTS, *SEGMENT_FAULTS]

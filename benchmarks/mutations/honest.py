@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from subjects import TARGETS, Exports, Subject
-from surgery import Edit, respell
-
 from rmsnorm_deploy.runtime.validation.api import validate
+
+from .subjects import TARGETS, Exports, Subject
+from .surgery import Edit, respell
 
 DTYPES = ("float32", "float16")
 # Each model in both dtypes, then what is special about some of them.

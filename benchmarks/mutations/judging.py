@@ -10,10 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faults import Fault
-from runner_faults import RunnerFault, SpoiledRunner
-from subjects import Exports, Outputs, run_cases
-from surgery import Edit
 
 from rmsnorm_deploy.models.errors import RmsnormDeployError
 from rmsnorm_deploy.runtime.inputs.cases import Case
@@ -25,6 +21,11 @@ from rmsnorm_deploy.runtime.norms.onnx_norms import OnnxNorms
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 from rmsnorm_deploy.runtime.validation.api import bisect, validate
 from rmsnorm_deploy.runtime.validation.run_cases import made_up_cases
+
+from .faults import Fault
+from .runner_faults import RunnerFault, SpoiledRunner
+from .subjects import Exports, Outputs, run_cases
+from .surgery import Edit
 
 INNOCENTS_ALLOWED = 3
 _OPEN_DIM = 5  # size of a symbolic dim where a norm runs alone

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
-from faults import Fault, Plant
-from plants import (
+
+from .faults import Fault, Plant
+from .plants import (
     attribute,
     eps,
     formula,
@@ -21,7 +22,7 @@ from plants import (
     weight,
     weight_of_other,
 )
-from steps import (
+from .steps import (
     all_axes,
     bessel,
     bfloat16,
@@ -50,7 +51,7 @@ from steps import (
     without_eps,
     x_alone,
 )
-from surgery import BFLOAT16, FLOAT16
+from .surgery import BFLOAT16, FLOAT16
 
 # One norm of each kind of model, and the ones that the fused residual add belongs to.
 ADDITION, ADDITION_MLP = "layers.1.attention_norm", "layers.0.mlp_norm"

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
-from faults import Plant
-from surgery import Array, Edit, Spelling, change_weight, respell, scale_of, set_attribute, set_eps
+
+from .faults import Plant
+from .surgery import Array, Edit, Spelling, change_weight, respell, scale_of, set_attribute, set_eps
 
 
 def eps(path: str, change: Callable[[float], float]) -> Plant:

@@ -1,8 +1,8 @@
 """Show that `validate` catches faults and raises no false alarm: plant every fault alone, and run honest exports.
 
-    python benchmarks/mutations/run.py                  # everything, about 20 minutes on two cores
-    python benchmarks/mutations/run.py --faults-only
-    python benchmarks/mutations/run.py --honest-only --runs 40
+    python -m benchmarks.mutations                  # everything, about 20 minutes on two cores
+    python -m benchmarks.mutations --faults-only
+    python -m benchmarks.mutations --honest-only --runs 40
 
 Each fault must change bits (a dead one is an error of this suite), `validate` with its default settings must not let it
 pass, and `bisect` must name where it was planted. The exit code is 1 unless all are caught and found and no honest run
@@ -14,22 +14,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from faults import all_faults
-from honest import HonestResult, honest_runs, run_honest
-from judging import FaultResult, judge_fault
-from runner_faults import RUNNER_FAULTS
-from subjects import Exports
+
+from .catalog import FILE_FAULTS
+from .honest import HonestResult, honest_runs, run_honest
+from .judging import FaultResult, judge_fault
+from .runner_faults import RUNNER_FAULTS
+from .subjects import Exports
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.mutations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--faults-only", action="store_true", help="leave the honest runs out")
     only.add_argument("--honest-only", action="store_true", help="leave the faults out")
@@ -57,7 +59,7 @@ def judge_all(exports: Exports) -> list[FaultResult]:
     print("| fault | model | target | dtype | alive | validate | bisect named | innocents |")
     print("|---|---|---|---|---|---|---|---|")
     results = []
-    for fault in (*all_faults(), *RUNNER_FAULTS):
+    for fault in (*FILE_FAULTS, *RUNNER_FAULTS):
         result = judge_fault(fault, exports)
         results.append(result)
         named = ("yes" if result.named else "NO") + ("" if result.in_norm else " (segment)") if result.wanted else "-"
@@ -110,7 +112,3 @@ def _work(folder: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as temporary:
         yield Path(temporary)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,11 +13,12 @@ from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
-from subjects import Subject
-from surgery import Array
 
 from rmsnorm_deploy.runtime.runners.base import TensorInfo
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+
+from .subjects import Subject
+from .surgery import Array
 
 Outputs = dict[str, Array]
 # Gets the feeds, the outputs of this run and those of the run before (None at the first).

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from faults import Fault, Plant
-from norm_faults import ADDITION, LLAMA, LLAMA_POST
-from plants import exchange
-from surgery import Array, Edit
+
+from .faults import Fault, Plant
+from .norm_faults import ADDITION, LLAMA, LLAMA_POST
+from .plants import exchange
+from .surgery import Array, Edit
 
 
 def linear(scope: str, change: str, other: str = "") -> Plant:

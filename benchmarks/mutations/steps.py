@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
-from surgery import FLOAT, FLOAT16, Array, Spelling, bias_of, scale_of
+
+from .surgery import FLOAT, FLOAT16, Array, Spelling, bias_of, scale_of
 
 # ------------------------------------------------------------------------------------------------------------- weights
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT / "tests") not in sys.path:
-    sys.path.append(str(ROOT / "tests"))
-
-from helpers.families import build  # noqa: E402
-from helpers.norm_zoo import Biased, Weighted, hub_class, randomized  # noqa: E402
-
-from rmsnorm_deploy.export.from_torch.export_model import prepare, save  # noqa: E402
-from rmsnorm_deploy.models.builtin.checkpoint import addition  # noqa: E402
-from rmsnorm_deploy.models.outliers import inject_outliers  # noqa: E402
-from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner  # noqa: E402
-from rmsnorm_deploy.runtime.validation.run_cases import made_up_cases  # noqa: E402
+from rmsnorm_deploy.export.from_torch.export_model import prepare, save
+from rmsnorm_deploy.models.builtin.checkpoint import addition
+from rmsnorm_deploy.models.outliers import inject_outliers
+from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+from rmsnorm_deploy.runtime.validation.run_cases import made_up_cases
+from tests.helpers.families import build
+from tests.helpers.norm_zoo import Biased, Weighted, hub_class, randomized
 
 TARGETS = ("primitives", "standard", "ort", "plugin")
 WIDTH, GROUP = 32, 16

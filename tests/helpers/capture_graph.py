@@ -10,12 +10,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
-from helpers.norm_zoo import ZooNorm
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.from_torch.swap import CAPTURE_DOMAIN, CAPTURE_OP
 from rmsnorm_deploy.models.spec import NormSpec
+
+from .norm_zoo import ZooNorm
 
 PATH = "layers.0.norm"
 OPSET = 20

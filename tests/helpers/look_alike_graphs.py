@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-from helpers.graph_text import Graph, weight
-from helpers.norm_spellings import WIDTH
 
 from rmsnorm_deploy.plugins import contract
+
+from .graph_text import Graph, weight
+from .norm_spellings import WIDTH
 
 DIMS: list[Any] = ["batch", "length", WIDTH]
 Write = Callable[[Graph, str], str]

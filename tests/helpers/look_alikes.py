@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from helpers.norm_zoo import Biased, Weighted, factor, hub, normalized
 from torch import Tensor, nn
+
+from .norm_zoo import Biased, Weighted, factor, hub, normalized
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from helpers.capture_graph import DATA_TYPES, GraphMaker, norm_model, run
-from helpers.norm_zoo import (
-    CAST_FIRST,
-    FLOAT64_EPS,
-    ZOO,
-)
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,6 +18,13 @@ from rmsnorm_deploy.models.eager import eager
 from rmsnorm_deploy.models.reference import reference
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.plugins import contract
+
+from .capture_graph import DATA_TYPES, GraphMaker, norm_model, run
+from .norm_zoo import (
+    CAST_FIRST,
+    FLOAT64_EPS,
+    ZOO,
+)
 
 FLOAT32, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-from helpers.graph_text import Graph, weight
-from helpers.norm_places import DIMS, PLAIN, function
-from helpers.norm_spellings import WIDTH, Expected, Spelling
 from onnx import AttributeProto, helper
 
 from rmsnorm_deploy.models.spec import NormSpec
+
+from .graph_text import Graph, weight
+from .norm_places import DIMS, PLAIN, function
+from .norm_spellings import WIDTH, Expected, Spelling
 
 Write = Callable[[Graph, str], str]
 WEIGHTLESS = PLAIN.replace(scale="none")

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from helpers.graph_text import FLOATS, Graph, numpy_type, weight
 
 from rmsnorm_deploy.models.spec import NormSpec
+
+from .graph_text import FLOATS, Graph, numpy_type, weight
 
 WIDTH = 32
 HALVES = ("float16", "bfloat16")

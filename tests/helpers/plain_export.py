@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.families import build
 from torch import Tensor, nn
+
+from .families import build
 
 
 class Logits(nn.Module):

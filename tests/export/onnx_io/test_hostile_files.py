@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import onnx
@@ -17,25 +14,13 @@ import pytest
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 from onnx import TensorProto as T
 
+from benchmarks.fuzz_rewrite.run import fuzz
 from rmsnorm_deploy.export.from_onnx.rewrite import rewrite
 from rmsnorm_deploy.export.onnx_io.check_graph import DEEPEST_GRAPH, MOST_NODES, check_graph
 from rmsnorm_deploy.export.onnx_io.read_model import read_model, to_ir
 from rmsnorm_deploy.models.errors import RmsnormDeployError, UnsupportedError, UsageError
 
 WIDTH = 8
-
-
-def _script(name: str) -> ModuleType:
-    path = Path(__file__).resolve().parents[3] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where its dataclasses look for their types
-    spec.loader.exec_module(module)
-    return module
-
-
-fuzz_rewrite = _script("fuzz_rewrite")
 
 
 def norm_model() -> ModelProto:
@@ -416,7 +401,7 @@ def test_functions_that_grow_without_end_when_inlined_are_refused(tmp_path: Path
 
 
 def test_a_thousand_damaged_files_are_rewritten_or_refused(tmp_path: Path) -> None:
-    outcomes = fuzz_rewrite.fuzz(0, tmp_path / "crashes", lambda number: number < 1000)
+    outcomes = fuzz(0, tmp_path / "crashes", lambda number: number < 1000)
     assert outcomes.crashes == {}, str(outcomes)
     assert sum(outcomes.counts.values()) == 1000
     assert outcomes.counts["written, same numbers"] > 50

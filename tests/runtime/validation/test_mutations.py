@@ -1,42 +1,31 @@
 """The mutation suite on small models: `validate` catches every planted fault and lets every honest export pass.
 
-`python benchmarks/mutations/run.py` does the same on more models and dtypes.
+`python -m benchmarks.mutations` does the same on more models and dtypes.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).resolve().parents[3] / "benchmarks" / "mutations"
+from benchmarks.mutations import (
+    catalog,
+    faults,
+    honest,
+    judging,
+    norm_faults,
+    plants,
+    run,
+    runner_faults,
+    segment_faults,
+    subjects,
+)
 
-
-def _load(name: str) -> ModuleType:
-    """A script of the folder, under the name by which the others import it."""
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-# In the order in which they import each other.
-subjects, _, faults, plants, _, norm_faults, segment_faults, runner_faults, judging, honest, run = (
-    _load(name)
-    for name in ("subjects", "surgery", "faults", "plants", "steps", "norm_faults", "segment_faults", "runner_faults",
-                 "judging", "honest", "run")
-)  # fmt: skip
-
-EVERY = [*faults.all_faults(), *runner_faults.RUNNER_FAULTS]
+EVERY = [*catalog.FILE_FAULTS, *runner_faults.RUNNER_FAULTS]
 FAST = [fault for fault in EVERY if fault.model in ("addition", "assorted") and fault.dtype == "float32"]
 HONEST = [
     *(honest.HonestRun(subjects.Subject(model), target, 0) for model in ("addition", "assorted")
@@ -65,7 +54,7 @@ def test_the_suite_has_faults_of_every_target_and_dtype() -> None:
     for kind in (norm_faults.NORM_FAULTS, segment_faults.SEGMENT_FAULTS, runner_faults.RUNNER_FAULTS):
         assert {fault.target for fault in kind} == set(subjects.TARGETS)
         assert {fault.dtype for fault in kind} == {"float32", "float16"}
-    assert all(bool(fault.norms) != bool(fault.before) for fault in faults.all_faults())
+    assert all(bool(fault.norms) != bool(fault.before) for fault in catalog.FILE_FAULTS)
 
 
 @pytest.mark.parametrize("fault", FAST, ids=_id)

@@ -1,0 +1,1 @@
+"""The tests; `helpers` holds the models and files that they share with the benchmarks."""
