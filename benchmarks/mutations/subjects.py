@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT / "tests") not in sys.path:
     sys.path.append(str(ROOT / "tests"))
 
-from helpers.families import build  # noqa: E402
-from helpers.norm_zoo import Biased, Weighted, hub_class, randomized  # noqa: E402
+from helpers.models.families import build  # noqa: E402
+from helpers.norms.norm_zoo import Biased, Weighted, hub_class, randomized  # noqa: E402
 
 from rmsnorm_deploy.export.from_torch.export_model import prepare, save  # noqa: E402
 from rmsnorm_deploy.models.builtin.checkpoint import addition  # noqa: E402
@@ -71,7 +71,7 @@ class Subject:
     """A model as it is exported.
 
     Attributes:
-        model: `addition` (the trained checkpoint), `assorted`, or a family of tests/helpers/families.py.
+        model: `addition` (the trained checkpoint), `assorted`, or a family of tests/helpers/models/families.py.
         dtype: `float32` or `float16`.
         variant: `plain`, `past` (with the KV cache), `outliers` (outlier channels), or `redrawn` (other random
             weights).

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers.families import VOCABULARY, build
-from helpers.norm_zoo import CAST_FIRST, NO_UPCAST, ONE_PLUS, ZOO, NoUpcast, Weighted
+from helpers.models.families import VOCABULARY, build
+from helpers.norms.norm_zoo import CAST_FIRST, NO_UPCAST, ONE_PLUS, ZOO, NoUpcast, Weighted
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.lowering.table import TARGETS

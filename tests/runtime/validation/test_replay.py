@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.small_models import Residual, residual_inputs
+from helpers.models.small_models import Residual, residual_inputs
 from torch import nn
 
 from rmsnorm_deploy.export.from_torch.export_model import prepare, save
@@ -23,7 +23,7 @@ from rmsnorm_deploy.runtime.validation.result import differences
 
 SOURCE = """
 import torch
-from helpers.small_models import Residual, residual_inputs
+from helpers.models.small_models import Residual, residual_inputs
 
 def residual():
     return Residual(), residual_inputs()

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
-from helpers.norm_zoo import ZooNorm
+from helpers.norms.norm_zoo import ZooNorm
 from numpy.typing import NDArray
 from torch import Tensor, nn
 

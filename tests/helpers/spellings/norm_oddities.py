@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-from helpers.graph_text import Graph, weight
-from helpers.norm_places import DIMS, PLAIN, function
-from helpers.norm_spellings import WIDTH, Expected, Spelling
+from helpers.graphs.graph_text import Graph, weight
+from helpers.spellings.norm_places import DIMS, PLAIN, function
+from helpers.spellings.norm_spellings import WIDTH, Expected, Spelling
 from onnx import AttributeProto, helper
 
 from rmsnorm_deploy.models.spec import NormSpec

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from helpers.capture_graph import DATA_TYPES, GraphMaker, norm_model, run
-from helpers.norm_zoo import (
+from helpers.graphs.capture_graph import DATA_TYPES, GraphMaker, norm_model, run
+from helpers.norms.norm_zoo import (
     CAST_FIRST,
     FLOAT64_EPS,
     ZOO,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.families import build
+from helpers.models.families import build
 from torch import Tensor, nn
 
 

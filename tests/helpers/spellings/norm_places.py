@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from helpers.graph_text import FLOATS, Graph, numpy_type, weight
-from helpers.norm_spellings import HALVES, WIDTH, Expected, Spelling, Way, expected, norm
+from helpers.graphs.graph_text import FLOATS, Graph, numpy_type, weight
+from helpers.spellings.norm_spellings import HALVES, WIDTH, Expected, Spelling, Way, expected, norm
 from onnx import helper
 
 from rmsnorm_deploy.models.spec import NormSpec

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from helpers.norm_zoo import Biased, Weighted, factor, hub, normalized
+from helpers.norms.norm_zoo import Biased, Weighted, factor, hub, normalized
 from torch import Tensor, nn
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from helpers.graph_text import Graph, weight
-from helpers.norm_spellings import WIDTH
+from helpers.graphs.graph_text import Graph, weight
+from helpers.spellings.norm_spellings import WIDTH
 
 from rmsnorm_deploy.plugins import contract
 

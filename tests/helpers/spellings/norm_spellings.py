@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from helpers.graph_text import FLOATS, Graph, numpy_type, weight
+from helpers.graphs.graph_text import FLOATS, Graph, numpy_type, weight
 
 from rmsnorm_deploy.models.spec import NormSpec
 
