@@ -86,7 +86,8 @@ def test_an_l2_norm_is_refused_once() -> None:
 
 
 def test_a_norm_across_bodies_is_refused() -> None:
-    body = """m0 = Mul (x, x)  m = ReduceMean (m0, last)  e = Add (m, eps)  r = Sqrt (e)  c = Constant <value_int = 1> ()
+    body = """m0 = Mul (x, x)  m = ReduceMean (m0, last)  e = Add (m, eps)  r = Sqrt (e)
+    c = Constant <value_int = 1> ()
     k = Cast <to = 9> (c)
     y = If (k) <then_branch = t () => (float[2, 8] p) { p = Div (x, r) },
     else_branch = u () => (float[2, 8] q) { q = Neg (x) }>"""
