@@ -162,8 +162,8 @@ def plain_exports(folder: Path) -> Iterator[tuple[str, str, Path, int]]:
     """Name, dtype, file and number of norms of small models, as `torch.onnx.export` writes them."""
     import torch
 
-    from tests.helpers.families import FAMILIES
-    from tests.helpers.plain_export import plain_export
+    from tests.helpers.models.families import FAMILIES
+    from tests.helpers.models.plain_export import plain_export
 
     for name, dtype in itertools.product(
         ("llama", "qwen3", "gemma3", "olmo2", "t5", "mamba2", "gpt_oss"), ("float32", "float16")
@@ -247,8 +247,8 @@ def quietly(optimize: Callable[[Path, Path], Path], path: Path, folder: Path) ->
 
 
 def corpus_table(folder: Path) -> None:
-    from tests.helpers.norm_places import PLACES
-    from tests.helpers.norm_spellings import SPELLINGS
+    from tests.helpers.spellings.norm_places import PLACES
+    from tests.helpers.spellings.norm_spellings import SPELLINGS
 
     ways = {**WAYS, "rmsnorm rewrite": lambda path, place: ours(path, place, verify=False)}
     counts: dict[str, Counter[str]] = {way: Counter() for way in ways}

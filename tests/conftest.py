@@ -11,7 +11,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers import plugin_library
+from helpers.plugins import plugin_library
 from hypothesis import HealthCheck, settings
 
 QUIET = [HealthCheck.filter_too_much, HealthCheck.too_slow]

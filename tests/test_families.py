@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers.families import CACHED, FAMILIES, build
+from helpers.models.families import CACHED, FAMILIES, build
 from torch import nn
 
 from rmsnorm_deploy.export.from_torch.export_model import PreparedModel, prepare, save

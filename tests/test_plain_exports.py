@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.families import FAMILIES
-from helpers.plain_export import plain_export
+from helpers.models.families import FAMILIES
+from helpers.models.plain_export import plain_export
 
 from rmsnorm_deploy.models.errors import RmsnormDeployError
 from rmsnorm_deploy.models.spec import NormSpec

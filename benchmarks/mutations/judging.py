@@ -14,8 +14,8 @@ import numpy as np
 from rmsnorm_deploy.models.errors import RmsnormDeployError
 from rmsnorm_deploy.runtime.inputs.cases import Case
 from rmsnorm_deploy.runtime.norms.access import CalledNorm
-from rmsnorm_deploy.runtime.norms.adversarial_rows import adversarial, turns
 from rmsnorm_deploy.runtime.norms.activation_store import Key
+from rmsnorm_deploy.runtime.norms.adversarial_rows import adversarial, turns
 from rmsnorm_deploy.runtime.norms.graph_norms import GraphNorms
 from rmsnorm_deploy.runtime.norms.onnx_norms import OnnxNorms
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner

@@ -16,8 +16,8 @@ from rmsnorm_deploy.models.builtin.checkpoint import addition
 from rmsnorm_deploy.models.outliers import inject_outliers
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 from rmsnorm_deploy.runtime.validation.run_cases import made_up_cases
-from tests.helpers.families import build
-from tests.helpers.norm_zoo import Biased, Weighted, hub_class, randomized
+from tests.helpers.models.families import build
+from tests.helpers.norms.norm_zoo import Biased, Weighted, hub_class, randomized
 
 TARGETS = ("primitives", "standard", "ort", "plugin")
 WIDTH, GROUP = 32, 16
@@ -65,7 +65,7 @@ class Subject:
     """A model as it is exported.
 
     Attributes:
-        model: `addition` (the trained checkpoint), `assorted`, or a family of tests/helpers/families.py.
+        model: `addition` (the trained checkpoint), `assorted`, or a family of tests/helpers/models/families.py.
         dtype: `float32` or `float16`.
         variant: `plain`, `past` (with the KV cache), `outliers` (outlier channels), or `redrawn` (other random
             weights).

@@ -1,1 +1,44 @@
-"""Finding the norms of an ONNX graph by what its nodes compute."""
+"""Finding the norms of an ONNX graph by what its nodes compute.
+
+One norm, node by node. The graph is `(float16[batch, 4] x) => (float16[batch, 4] y)` with the constants
+`two = 2`, `axes = [-1]` and `eps = 1e-05` (which float32 holds as 9.999999747378752e-06) and a float16 `weight` of
+four elements. `GraphReader` reads it in order. To the left stands each node, to the right the formula that its output
+gets in `GraphReader.terms`; `Normed` lines show the dtype of the product and the steps since::
+
+    wide = Cast <to = 1> (x)              -          root(wide) is x
+    squares = Pow (wide, two)             Squares    x^2
+    mean = ReduceMean (squares, axes)     Statistic  1 * (1 * mean(x^2) + 0)^1
+    shifted = Add (mean, eps)             Statistic  1 * (1 * mean(x^2) + 9.999999747378752e-06)^1
+    root = Sqrt (shifted)                 Statistic  1 * (1 * mean(x^2) + 9.999999747378752e-06)^0.5
+    normed = Div (wide, root)             Normed     FLOAT
+    narrow = Cast <to = 10> (normed)      Normed     FLOAT, cast FLOAT16
+    y = Mul (weight, narrow)              Normed     FLOAT, cast FLOAT16, scale FLOAT16 weight
+
+`wide` has no formula of its own: a cast that widens is looked through. `normed` and `narrow` are in
+`GraphReader.continued`, because a longer formula goes on from each, so only `y` is asked for a spec. `reading` walks
+its steps: the product is float32, the cast to x's dtype comes before the scale, and x was divided by the root::
+
+    NormSpec(eps=1e-05, scale='weight', order='cast_then_scale', root='sqrt')
+
+If `y` had no spec, the formulas before it (`previous`: `narrow`, then `normed`) would be tried. A Reduce node whose
+result no norm uses so is in `GraphReader.refusals`, with the reason.
+
+find_norms:
+    find_graph_norms: every norm of a model, after its types were filled in, and what looks like one and is none.
+    find_norms: the same for a model whose types are filled in.
+dataflow:
+    GraphReader: reads a graph node by node and keeps the formula of every value that may belong to a norm.
+terms:
+    Squares: x^2, element by element.
+    Statistic: c * (a * mean(x^2) + b)^p, one number for each row.
+    Activated: sigmoid(z) or silu(z).
+    Step: what happens to a normalized value: a cast, scale, bias, gate or reshape.
+    Normed: a normalized value and the steps since.
+fused_ops:
+    fused_norm: the norm that one operator is as a whole (ONNX's, ONNX Runtime's, ours), or why it is none.
+to_spec:
+    reading: the NormSpec of a normalized value and the values that it reads, or why there is none.
+    Reading: what `reading` found.
+    unfolded: the weight to which 1 was added to give a constant.
+    shortest: the shortest decimal of an epsilon's float32 value.
+"""

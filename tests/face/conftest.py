@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers.command_line import CommandLine
+from helpers.interface.command_line import CommandLine
 
 from rmsnorm_deploy.cli.application import run
 

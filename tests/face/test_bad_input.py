@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.command_line import CommandLine
+from helpers.interface.command_line import CommandLine
 
 from rmsnorm_deploy.cli.application import run
 from rmsnorm_deploy.models.errors import (

@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers.command_line import CommandLine
+from helpers.interface.command_line import CommandLine
 
 from rmsnorm_deploy.cli.arrays import write_npz
 from rmsnorm_deploy.cli.commands import COMMANDS

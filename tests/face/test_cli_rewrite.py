@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers.look_alike_graphs import LOOK_ALIKES
-from helpers.norm_places import PLACES
-from helpers.norm_spellings import SPELLINGS, WIDTH
+from helpers.spellings.look_alike_graphs import LOOK_ALIKES
+from helpers.spellings.norm_places import PLACES
+from helpers.spellings.norm_spellings import SPELLINGS, WIDTH
 
 from rmsnorm_deploy.cli.application import run
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers.command_line import CommandLine
-from helpers.families import build
+from helpers.interface.command_line import CommandLine
+from helpers.models.families import build
 from onnx import numpy_helper
 
 from rmsnorm_deploy.export.lowering.table import TARGETS

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from helpers.command_line import CommandLine
+from helpers.interface.command_line import CommandLine
 from safetensors.numpy import save_file
 
 from rmsnorm_deploy.cli.application import run

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers.norm_zoo import DTYPES, SCALE_FIRST, ZOO, ZooNorm
+from helpers.norms.norm_zoo import DTYPES, SCALE_FIRST, ZOO, ZooNorm
 from torch import Tensor
 
 from rmsnorm_deploy.models.eager import eager, statistics_dtype

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.families import build
-from helpers.small_models import Residual, WithoutNorm
+from helpers.models.families import build
+from helpers.models.small_models import Residual, WithoutNorm
 from torch import nn
 
 from rmsnorm_deploy.models.errors import UsageError

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from helpers.norm_zoo import BARE, DTYPES, FALCON, MAMBA, ONE_PLUS, SCALE_FIRST, ZOO
+from helpers.norms.norm_zoo import BARE, DTYPES, FALCON, MAMBA, ONE_PLUS, SCALE_FIRST, ZOO
 from numpy.typing import NDArray
 
 from rmsnorm_deploy.models import reference as reference_module

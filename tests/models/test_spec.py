@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 import pytest
-from helpers.norm_zoo import BARE, CAST_FIRST, FALCON, MAMBA, NO_UPCAST, ONE_PLUS, SCALE_FIRST, ZOO
+from helpers.norms.norm_zoo import BARE, CAST_FIRST, FALCON, MAMBA, NO_UPCAST, ONE_PLUS, SCALE_FIRST, ZOO
 
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.spec import NormSpec

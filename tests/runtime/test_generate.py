@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.families import build
-from helpers.small_models import Residual, residual_inputs
+from helpers.models.families import build
+from helpers.models.small_models import Residual, residual_inputs
 
 from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.models.builtin import addition_task as addition

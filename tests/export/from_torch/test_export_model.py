@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from helpers.small_models import Residual, WithoutNorm, residual_inputs
+from helpers.models.small_models import Residual, WithoutNorm, residual_inputs
 
 from rmsnorm_deploy.export.from_torch import export_model as exporter
 from rmsnorm_deploy.export.from_torch.export_model import PreparedModel, export_model, prepare, save

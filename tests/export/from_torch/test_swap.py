@@ -7,7 +7,7 @@ import inspect
 import onnx_ir as ir
 import pytest
 import torch
-from helpers.norm_zoo import BARE, CAST_FIRST, DTYPES, ZOO, TakesMore, Weighted, hub_class, normalized, randomized
+from helpers.norms.norm_zoo import BARE, CAST_FIRST, DTYPES, ZOO, TakesMore, Weighted, hub_class, normalized, randomized
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.from_torch.capture import capture

@@ -12,9 +12,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from helpers.capture_graph import run as run_model
-from helpers.families import build
-from helpers.norm_cases import FLOAT32, case, residual_model
+from helpers.graphs.capture_graph import run as run_model
+from helpers.models.families import build
+from helpers.norms.norm_cases import FLOAT32, case, residual_model
 
 from rmsnorm_deploy.cli.application import run
 from rmsnorm_deploy.export.from_onnx.rewrite import rewrite

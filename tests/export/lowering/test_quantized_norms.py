@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from helpers.families import build as build_family
+from helpers.models.families import build as build_family
 from onnx import TensorProto, helper, numpy_helper
 
 from rmsnorm_deploy.cli.application import run

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.capture_graph import DATA_TYPES, PATH, GraphMaker, errors, norm_model, run
-from helpers.evaluator import as_numpy, count_differing, evaluate
-from helpers.norm_cases import (
+from helpers.graphs.capture_graph import DATA_TYPES, PATH, GraphMaker, errors, norm_model, run
+from helpers.graphs.evaluator import as_numpy, count_differing, evaluate
+from helpers.norms.norm_cases import (
     BFLOAT16,
     CASES,
     FLOAT16,
@@ -22,7 +22,7 @@ from helpers.norm_cases import (
     float32_bound,
     main_node,
 )
-from helpers.norm_zoo import (
+from helpers.norms.norm_zoo import (
     ZOO,
 )
 from torch import Tensor

@@ -9,8 +9,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from helpers.capture_graph import DATA_TYPES, GraphMaker, errors, norm_model, op_counts, run, tensor
-from helpers.norm_cases import (
+from helpers.graphs.capture_graph import DATA_TYPES, GraphMaker, errors, norm_model, op_counts, run, tensor
+from helpers.norms.norm_cases import (
     BFLOAT16,
     CASES,
     FLOAT16,
@@ -22,7 +22,7 @@ from helpers.norm_cases import (
     plugin_nodes,
     residual_model,
 )
-from helpers.norm_zoo import (
+from helpers.norms.norm_zoo import (
     BARE,
     CAST_FIRST,
     ONE_PLUS,

@@ -9,8 +9,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from helpers.capture_graph import GraphMaker, errors, run
-from helpers.norm_cases import (
+from helpers.graphs.capture_graph import GraphMaker, errors, run
+from helpers.norms.norm_cases import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
@@ -19,7 +19,7 @@ from helpers.norm_cases import (
     residual_feeds,
     residual_model,
 )
-from helpers.norm_zoo import (
+from helpers.norms.norm_zoo import (
     ONE_PLUS,
     ZOO,
 )

@@ -9,9 +9,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from helpers.capture_graph import GraphMaker, errors, op_counts, run
-from helpers.norm_cases import FLOAT16, FLOAT32, FLOAT32_ULP, residual_feeds, residual_model
-from helpers.norm_zoo import (
+from helpers.graphs.capture_graph import GraphMaker, errors, op_counts, run
+from helpers.norms.norm_cases import FLOAT16, FLOAT32, FLOAT32_ULP, residual_feeds, residual_model
+from helpers.norms.norm_zoo import (
     BARE,
     CAST_FIRST,
     ONE_PLUS,

@@ -7,7 +7,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from helpers.norm_zoo import BARE, CAST_FIRST, MAMBA, NO_UPCAST, ONE_PLUS, SCALE_FIRST, TORCH, ZOO
+from helpers.norms.norm_zoo import BARE, CAST_FIRST, MAMBA, NO_UPCAST, ONE_PLUS, SCALE_FIRST, TORCH, ZOO
 
 from rmsnorm_deploy.export.lowering.table import (
     DEFAULT_OPSET,

@@ -11,8 +11,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from helpers.capture_graph import GraphMaker, norm_model, op_counts, run
-from helpers.norm_zoo import ZOO
+from helpers.graphs.capture_graph import GraphMaker, norm_model, op_counts, run
+from helpers.norms.norm_zoo import ZOO
 from numpy.typing import NDArray
 from onnx import helper
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from helpers.norm_places import PLACES
-from helpers.norm_spellings import WAYS, WIDTH, build, legal
+from helpers.spellings.norm_places import PLACES
+from helpers.spellings.norm_spellings import WAYS, WIDTH, build, legal
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray

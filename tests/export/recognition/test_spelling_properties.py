@@ -10,9 +10,9 @@ from dataclasses import fields
 import numpy as np
 import onnx
 import onnx_ir as ir
-from helpers import norm_spellings as spellings
-from helpers.graph_text import Graph
-from helpers.norm_spellings import EXACT, Way, build, expected, legal, norm, tail
+from helpers.graphs.graph_text import Graph
+from helpers.spellings import norm_spellings as spellings
+from helpers.spellings.norm_spellings import EXACT, Way, build, expected, legal, norm, tail
 from hypothesis import assume, given
 from hypothesis import strategies as st
 

@@ -12,10 +12,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from helpers.look_alike_graphs import LOOK_ALIKES
-from helpers.norm_oddities import ODDITIES
-from helpers.norm_places import PLACES
-from helpers.norm_spellings import SPELLINGS, WAYS, Spelling, build
+from helpers.spellings.look_alike_graphs import LOOK_ALIKES
+from helpers.spellings.norm_oddities import ODDITIES
+from helpers.spellings.norm_places import PLACES
+from helpers.spellings.norm_spellings import SPELLINGS, WAYS, Spelling, build
 
 from rmsnorm_deploy.export.from_onnx.inline_functions import inline_norm_functions
 from rmsnorm_deploy.export.from_onnx.rewrite import Rewritten, rewrite

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.look_alikes import LOOK_ALIKES, NamedRMSNorm
-from helpers.norm_zoo import (
+from helpers.norms.look_alikes import LOOK_ALIKES, NamedRMSNorm
+from helpers.norms.norm_zoo import (
     BARE,
     CAST_FIRST,
     FLOAT32_EPS,
@@ -249,7 +249,7 @@ def test_the_dict_of_a_site_is_the_json_interface() -> None:
     assert [row.to_dict()["width"] for row in site] == [[4, 8], 8, None]
     assert site[1].to_dict() == {
         "path": "1",
-        "class": "helpers.norm_zoo.Weighted",
+        "class": "helpers.norms.norm_zoo.Weighted",
         "spec": CAST_FIRST.to_dict(),
         "width": 8,
         "dtype": "float32",

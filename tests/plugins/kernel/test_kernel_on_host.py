@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.host_gpu import NUMPY, Array, HostKernels, compiler
+from helpers.plugins.host_gpu import NUMPY, Array, HostKernels, compiler
 
 from rmsnorm_deploy.models.reference import reference
 from rmsnorm_deploy.models.spec import NormSpec

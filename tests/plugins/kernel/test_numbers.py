@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.host_gpu import NUMPY, SHIM, compiler
+from helpers.plugins.host_gpu import NUMPY, SHIM, compiler
 
 from rmsnorm_deploy.plugins.kernel.norm_kernel import SOURCE_FOLDER
 

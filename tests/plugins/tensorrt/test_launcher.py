@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers.host_gpu import NUMPY, HostKernels, compiler
+from helpers.plugins.host_gpu import NUMPY, HostKernels, compiler
 
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, RmsnormDeployError
 from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig, choose

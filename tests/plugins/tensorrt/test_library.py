@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import plugin_library
-from helpers.plugin_library import NUMPY, TENSORRT_TYPES, BuiltLibrary, HostDriver, reference
+from helpers.plugins import plugin_library
+from helpers.plugins.plugin_library import NUMPY, TENSORRT_TYPES, BuiltLibrary, HostDriver, reference
 
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, UsageError
 from rmsnorm_deploy.plugins import contract

@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from helpers import plugin_library
-from helpers.plugin_library import NUMPY, TENSORRT_TYPES, BuiltLibrary, HostDriver, reference
+from helpers.plugins import plugin_library
+from helpers.plugins.plugin_library import NUMPY, TENSORRT_TYPES, BuiltLibrary, HostDriver, reference
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 

@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from helpers.graph_text import Graph, weight
-from helpers.norm_places import PLACES
-from helpers.norm_spellings import WIDTH, Way, norm
+from helpers.graphs.graph_text import Graph, weight
+from helpers.spellings.norm_places import PLACES
+from helpers.spellings.norm_spellings import WIDTH, Way, norm
 
 from rmsnorm_deploy.export.graph.site import GraphSite
 from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.families import FAMILIES, build
-from helpers.norm_zoo import ZOO
+from helpers.models.families import FAMILIES, build
+from helpers.norms.norm_zoo import ZOO
 from torch import Tensor, nn
 
 import rmsnorm_deploy.models.reference as reference_module

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers.norm_zoo import ZOO
+from helpers.norms.norm_zoo import ZOO
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.from_torch.export_model import ExportResult, prepare, save

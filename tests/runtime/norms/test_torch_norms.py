@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.norm_zoo import ZOO
-from helpers.small_models import HalfCastNorm, Residual
+from helpers.models.small_models import HalfCastNorm, Residual
+from helpers.norms.norm_zoo import ZOO
 from torch import Tensor, nn
 
 from rmsnorm_deploy.models.recognition.find_norms import find_norms

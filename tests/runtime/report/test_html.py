@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.report_sample import sample_report
+from helpers.interface.report_sample import sample_report
 from lxml import etree
 from lxml import html as parser
 

@@ -11,7 +11,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
-from helpers.report_sample import sample_report
+from helpers.interface.report_sample import sample_report
 
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.report import junit

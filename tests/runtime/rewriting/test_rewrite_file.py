@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from helpers.graph_text import Graph, weight
-from helpers.norm_places import PLACES
-from helpers.norm_spellings import WIDTH, Way, build, norm
+from helpers.graphs.graph_text import Graph, weight
+from helpers.spellings.norm_places import PLACES
+from helpers.spellings.norm_spellings import WIDTH, Way, build, norm
 
 from rmsnorm_deploy.export.from_onnx import rewrite as export_rewrite
 from rmsnorm_deploy.export.from_onnx.rewrite import rewrite

@@ -12,9 +12,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from helpers.graph_text import Graph, weight
-from helpers.norm_places import PLACES
-from helpers.norm_spellings import SPELLINGS, WIDTH, Way, norm
+from helpers.graphs.graph_text import Graph, weight
+from helpers.spellings.norm_places import PLACES
+from helpers.spellings.norm_spellings import SPELLINGS, WIDTH, Way, norm
 
 from rmsnorm_deploy.export.from_onnx.rewrite import Rewritten, RewrittenSite, rewrite
 from rmsnorm_deploy.export.lowering.table import TARGETS

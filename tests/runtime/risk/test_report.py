@@ -11,8 +11,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from helpers.families import VOCABULARY, build
-from helpers.norm_zoo import CAST_FIRST, NO_UPCAST, ONE_PLUS, ZOO, NoUpcast, Weighted
+from helpers.models.families import VOCABULARY, build
+from helpers.norms.norm_zoo import CAST_FIRST, NO_UPCAST, ONE_PLUS, ZOO, NoUpcast, Weighted
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.lowering.table import TARGETS

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from helpers.command_line import CommandLine
+from helpers.interface.command_line import CommandLine
 from onnx import TensorProto, helper, numpy_helper
 
 from rmsnorm_deploy.export.lowering.plugin_functions import plugin_function

@@ -2,7 +2,7 @@
 
 The names are read from our sources: chains that begin at the module (`trt.LayerType.PLUGIN_V3`), what is asked of the
 API's objects, the arguments of calls, and the methods that our classes override. The full TensorRT is the 11.4 of
-`helpers/lean_tensorrt.py`; it and TensorRT-RTX are looked at in processes of their own.
+`helpers/tensorrt/lean_tensorrt.py`; it and TensorRT-RTX are looked at in processes of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 import pytest
-from helpers import lean_tensorrt
+from helpers.tensorrt import lean_tensorrt
 
 from rmsnorm_deploy.plugins import contract
 from rmsnorm_deploy.runtime.tensorrt import worker
@@ -225,7 +225,7 @@ def is_by_design(use: Use, product: str) -> bool:
 
 
 def ask(product: str, task: str) -> dict[str, Any]:
-    """What `helpers/lean_tensorrt.py` finds out about a product."""
+    """What `helpers/tensorrt/lean_tensorrt.py` finds out about a product."""
     if product == "rtx":
         if not is_installed("rtx"):
             pytest.skip(f"needs TensorRT-RTX: {FLAVORS['rtx'].install}")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.tensorrt_models import rms_norm_model
+from helpers.tensorrt.tensorrt_models import rms_norm_model
 from onnx import TensorProto, helper, numpy_helper
 
 from rmsnorm_deploy.models.errors import RmsnormDeployError, UsageError

@@ -21,8 +21,8 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers
-from helpers.families import FAMILIES, VOCABULARY, build
-from helpers.plugin_library import BuiltLibrary
+from helpers.models.families import FAMILIES, VOCABULARY, build
+from helpers.plugins.plugin_library import BuiltLibrary
 from torch import nn
 
 from rmsnorm_deploy.export.from_torch.export_model import export_model

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers.tensorrt_models import rms_norm_model
+from helpers.tensorrt.tensorrt_models import rms_norm_model
 
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.tensorrt.build import build_engine

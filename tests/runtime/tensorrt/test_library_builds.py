@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import plugin_library
-from helpers.plugin_library import BuiltLibrary
-from helpers.tensorrt_models import WIDTH, rms_norm_model
+from helpers.plugins import plugin_library
+from helpers.plugins.plugin_library import BuiltLibrary
+from helpers.tensorrt.tensorrt_models import WIDTH, rms_norm_model
 
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
 from rmsnorm_deploy.plugins.tensorrt import library

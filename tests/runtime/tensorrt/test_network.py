@@ -109,7 +109,7 @@ def test_the_scale_type_is_held_to_the_scales_dtype(files: Any) -> None:
 
 def test_an_export_says_its_norms_by_itself(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    from helpers.small_models import Residual, residual_inputs
+    from helpers.models.small_models import Residual, residual_inputs
 
     from rmsnorm_deploy.export.from_torch.export_model import export_model
 

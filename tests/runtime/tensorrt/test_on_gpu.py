@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import plugin_library
-from helpers.plugin_library import NUMPY, BuiltLibrary, reference
-from helpers.tensorrt_models import WIDTH, rms_norm_model
+from helpers.plugins.plugin_library import NUMPY, BuiltLibrary, reference
+from helpers.tensorrt.tensorrt_models import WIDTH, rms_norm_model
 
 from rmsnorm_deploy.plugins import contract
 from rmsnorm_deploy.plugins.tensorrt import library
@@ -27,7 +26,7 @@ from rmsnorm_deploy.runtime.tensorrt.build import build_engine
 
 DEVICE = cuda_device()
 needs_gpu = pytest.mark.skipif(DEVICE is None, reason="needs an NVIDIA GPU and its driver")
-RUNNER = Path(plugin_library.__file__).parent / "run_engine.py"
+RUNNER = Path(__file__).parents[2] / "helpers" / "tensorrt" / "run_engine.py"
 
 
 class Memory:

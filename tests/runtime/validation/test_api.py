@@ -13,9 +13,9 @@ import onnx
 import pytest
 import torch
 import transformers
-from helpers.families import FAMILIES
-from helpers.norm_zoo import ZOO
-from helpers.small_models import Residual, residual_inputs
+from helpers.models.families import FAMILIES
+from helpers.models.small_models import Residual, residual_inputs
+from helpers.norms.norm_zoo import ZOO
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.from_torch.export_model import prepare, save

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.norm_zoo import ZOO
+from helpers.norms.norm_zoo import ZOO
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.from_torch.export_model import PreparedModel, prepare, save

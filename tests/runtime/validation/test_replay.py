@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.small_models import Residual, residual_inputs
+from helpers.models.small_models import Residual, residual_inputs
 from torch import nn
 
 from rmsnorm_deploy.export.from_torch.export_model import prepare, save
@@ -28,7 +28,7 @@ from rmsnorm_deploy.runtime.validation.sides import is_model_source, load_agains
 
 SOURCE = """
 import torch
-from helpers.small_models import Residual, residual_inputs
+from helpers.models.small_models import Residual, residual_inputs
 
 def residual():
     return Residual(), residual_inputs()

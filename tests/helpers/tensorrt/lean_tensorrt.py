@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
-REQUIREMENTS: Final = Path(__file__).parent.parent / "tensorrt-lean.txt"
+REQUIREMENTS: Final = Path(__file__).parents[2] / "tensorrt-lean.txt"
 # Where `make install` puts the wheels.
 FOLDER: Final = Path(sys.prefix) / "tensorrt-lean"
 NEEDS: Final = f"needs gcc, x86-64 Linux, and the wheels of tests/{REQUIREMENTS.name} in {FOLDER} or from PyPI (45 MB)"

@@ -13,8 +13,8 @@ from onnx import helper
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.plugins import contract
 
-from .graph_text import FLOATS, Graph, numpy_type, weight
-from .norm_spellings import HALVES, WIDTH, Expected, Spelling, Way, expected, norm
+from ..graphs.graph_text import FLOATS, Graph, numpy_type, weight
+from ..spellings.norm_spellings import HALVES, WIDTH, Expected, Spelling, Way, expected, norm
 
 PLAIN = NormSpec(eps=1e-6)
 FUSED = NormSpec(eps=1e-5, root="sqrt")

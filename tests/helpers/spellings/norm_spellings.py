@@ -12,7 +12,7 @@ import onnx
 
 from rmsnorm_deploy.models.spec import NormSpec
 
-from .graph_text import FLOATS, Graph, numpy_type, weight
+from ..graphs.graph_text import FLOATS, Graph, numpy_type, weight
 
 WIDTH = 32
 HALVES = ("float16", "bfloat16")

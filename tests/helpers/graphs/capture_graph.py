@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rmsnorm_deploy.export.from_torch.swap import CAPTURE_DOMAIN, CAPTURE_OP
 from rmsnorm_deploy.models.spec import NormSpec
 
-from .norm_zoo import ZooNorm
+from ..norms.norm_zoo import ZooNorm
 
 PATH = "layers.0.norm"
 OPSET = 20

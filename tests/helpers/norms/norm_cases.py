@@ -19,8 +19,8 @@ from rmsnorm_deploy.models.reference import reference
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.plugins import contract
 
-from .capture_graph import DATA_TYPES, GraphMaker, norm_model, run
-from .norm_zoo import (
+from ..graphs.capture_graph import DATA_TYPES, GraphMaker, norm_model, run
+from ..norms.norm_zoo import (
     CAST_FIRST,
     FLOAT64_EPS,
     ZOO,

@@ -21,8 +21,8 @@ from rmsnorm_deploy.plugins.tensorrt import library
 
 # `make install` puts the pinned headers there; see tests/tensorrt-headers.txt.
 HEADERS = Path(sys.prefix) / "tensorrt-headers" / "kernel_lens" / "include" / "tensorrt"
-HOST = Path(__file__).parent.parent / "plugins" / "tensorrt" / "host"
-SHIM = Path(__file__).parent.parent / "plugins" / "kernel" / "host"
+HOST = Path(__file__).parents[2] / "plugins" / "tensorrt" / "host"
+SHIM = Path(__file__).parents[2] / "plugins" / "kernel" / "host"
 # TensorRT's numbers of data types.
 TENSORRT_TYPES = {"float32": 0, "float16": 1, "bfloat16": 7}
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

@@ -10,8 +10,8 @@ import onnx
 
 from rmsnorm_deploy.plugins import contract
 
-from .graph_text import Graph, weight
-from .norm_spellings import WIDTH
+from ..graphs.graph_text import Graph, weight
+from ..spellings.norm_spellings import WIDTH
 
 DIMS: list[Any] = ["batch", "length", WIDTH]
 Write = Callable[[Graph, str], str]

@@ -17,7 +17,7 @@ from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig
 from rmsnorm_deploy.plugins.kernel.norm_kernel import SOURCE_FOLDER, NormKernel
 
 Array = NDArray[Any]
-SHIM = Path(__file__).parent.parent / "plugins" / "kernel" / "host" / "gpu.h"
+SHIM = Path(__file__).parents[2] / "plugins" / "kernel" / "host" / "gpu.h"
 NUMPY: dict[str, Any] = {
     "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8,
     "float8_e4m3": ml_dtypes.float8_e4m3fn,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .norm_zoo import Biased, Weighted, factor, hub, normalized
+from ..norms.norm_zoo import Biased, Weighted, factor, hub, normalized
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from onnx import AttributeProto, helper
 
 from rmsnorm_deploy.models.spec import NormSpec
 
-from .graph_text import Graph, weight
-from .norm_places import DIMS, PLAIN, function
-from .norm_spellings import WIDTH, Expected, Spelling
+from ..graphs.graph_text import Graph, weight
+from ..spellings.norm_places import DIMS, PLAIN, function
+from ..spellings.norm_spellings import WIDTH, Expected, Spelling
 
 Write = Callable[[Graph, str], str]
 WEIGHTLESS = PLAIN.replace(scale="none")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families import build
+from ..models.families import build
 
 
 class Logits(nn.Module):
