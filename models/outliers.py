@@ -120,8 +120,7 @@ def inject_outliers(model: nn.Module, channels: int, factor: float, seed: int) -
             _plan(changed, f"{path}.weight", embedding.weight, chosen, 0.0, factor)
         for site in norms:
             weight = getattr(model.get_submodule(site.path), site.weight or "")
-            offset = 1.0 if site.spec.scale == "one_plus_weight" else 0.0
-            _plan(changed, site.parameters[0], weight, chosen, offset, 1 / math.sqrt(factor))
+            _plan(changed, site.parameters[0], weight, chosen, site.spec.scale_offset, 1 / math.sqrt(factor))
         for tensor, values in changed.values():
             tensor[..., chosen.to(tensor.device)] = values
     indices = tuple(int(index) for index in chosen)

@@ -103,7 +103,7 @@ def norm_model(
     kind = ir.DataType.from_numpy(numpy_dtype(dtype))
     dims: list[int | str] = ["rows", *width]
     x, y = _value(_X, kind, dims), _value(_Y, kind, dims)
-    gate = _value(_GATE, kind, dims) if spec.gate != "none" else None
+    gate = _value(_GATE, kind, dims) if spec.has_gate else None
     constants = [_constant(name, array) for name, array in (("weight", weight), ("bias", bias))]
     inputs = [x, *constants, gate]
     while inputs[-1] is None:

@@ -365,7 +365,7 @@ class _Test:
 def _as_rounded(spec: NormSpec, tensors: Mapping[str, Array | None]) -> tuple[NormSpec, Mapping[str, Array | None]]:
     """The scale as the norm rounds it: where 1 is added in the weight's own half type, that is part of the norm."""
     weight = tensors["weight"]
-    if weight is None or spec.scale != "one_plus_weight" or spec.offset_in_float32:
+    if weight is None or spec.scale_offset == 0.0 or spec.offset_in_float32:
         return spec, tensors
     scale = (1.0 + weight.astype(np.float64)).astype(weight.dtype)
     return spec.replace(scale="weight"), {**tensors, "weight": scale}

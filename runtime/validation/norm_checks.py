@@ -259,9 +259,7 @@ def judge_norm(
         return verdict
     dtype = baseline.dtype.name
     # A wide weight makes a wide result of what was rounded to x's dtype.
-    rounded = (
-        norm.x_dtype if norm.spec.order != "scale_then_cast" and norm.x_dtype in ("float16", "bfloat16") else dtype
-    )
+    rounded = norm.x_dtype if norm.spec.follows_weight and norm.x_dtype in ("float16", "bfloat16") else dtype
     off = _scaled_error(baseline, reference, rounded)
     if kind in TAME and not off <= sound_limit(norm.spec, rounded):
         reason = no_reference(norm.spec, off, f"{baseline_name}'s own norm")
@@ -282,7 +280,7 @@ def judge_norm(
 
 def sound_limit(spec: NormSpec, dtype: str) -> float:
     """How far PyTorch's own norm may be from the reference, in eps x max(|truth|, row RMS)."""
-    in_half = spec.statistics == "input" and dtype in ("float16", "bfloat16")
+    in_half = spec.sums_in_half and dtype in ("float16", "bfloat16")
     return _SOUND_IN_HALF if in_half else _SOUND[dtype]
 
 

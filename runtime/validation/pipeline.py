@@ -182,7 +182,7 @@ class Examination:
         return [
             NormCheck(norm, "plain", False, no_reference(norm.spec, norm.off))
             for norm in self.called.values()
-            if norm.spec.statistics != "input" and norm.off > sound_limit(norm.spec, norm.y_dtype)
+            if not norm.spec.sums_in_half and norm.off > sound_limit(norm.spec, norm.y_dtype)
         ]
 
     @staticmethod
