@@ -17,8 +17,8 @@ import onnx_ir as ir
 from ...models.errors import UnsupportedError
 from ...models.spec import NormSpec, Order
 from ...plugins import contract
-from ..graph.constants import constant
-from .builder import HALF_TYPES, Builder, promote
+from ..graph.constants import HALF_TYPES, constant
+from .builder import Builder, promote
 
 FLOAT = ir.DataType.FLOAT
 DOUBLE = ir.DataType.DOUBLE

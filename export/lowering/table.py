@@ -12,6 +12,7 @@ import struct
 from dataclasses import dataclass
 from typing import Literal, assert_never, get_args
 
+from ...models.dtypes import HALF_DTYPES
 from ...models.errors import UnsupportedError, UsageError
 from ...models.spec import NormSpec, Order
 
@@ -23,7 +24,6 @@ FORMS: tuple[Form, ...] = get_args(Form)
 LOWEST_OPSET = 18
 HIGHEST_OPSET = 23
 DEFAULT_OPSET = 20
-HALF = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +72,22 @@ class Cell:
 
 
 _HALF_STATISTICS = Deviation(
-    "no_upcast", HALF, "any", None, "statistics are float32 where the module's are half: nearer the truth than it"
+    "no_upcast",
+    HALF_DTYPES,
+    "any",
+    None,
+    "statistics are float32 where the module's are half: nearer the truth than it",
 )
 _ORT_SCALES_FIRST = Deviation(
-    "cast_then_scale", HALF, "onnxruntime", 1.5, "ONNX Runtime multiplies by the weight in float32 and casts once"
+    "cast_then_scale",
+    HALF_DTYPES,
+    "onnxruntime",
+    1.5,
+    "ONNX Runtime multiplies by the weight in float32 and casts once",
 )
-_FACTOR_NOT_CAST = Deviation("cast_factor", HALF, "any", 1.5, "the factor is not rounded before it multiplies x")
+_FACTOR_NOT_CAST = Deviation("cast_factor", HALF_DTYPES, "any", 1.5, "the factor is not rounded before it multiplies x")
 _ORT_FACTOR_NOT_CAST = Deviation(
-    "cast_factor", HALF, "onnxruntime", 1.5, "ONNX Runtime may fuse the norm, and then does not round the factor"
+    "cast_factor", HALF_DTYPES, "onnxruntime", 1.5, "ONNX Runtime may fuse the norm, and then does not round the factor"
 )
 _ROUNDED_EPS = Deviation("any", ("float64",), "any", None, "the operator holds epsilon as float32")
 _ALL = ("float32", "float16", "bfloat16", "float64")

@@ -13,6 +13,7 @@ from typing import assert_never
 import torch
 from torch import nn
 
+from ..dtypes import NORM_DTYPES, torch_dtype
 from ..spec import Activation, Gate, NormSpec, Order, Reduction, Root, Scale, Statistics
 
 # By whether there is a weight.
@@ -47,7 +48,7 @@ def stated_eps(module: nn.Module, measured: float | None) -> list[float]:
     """Numbers that eps may be: the module's own floats, the machine epsilons, the measured value rounded."""
     stated = [float(v) for v in vars(module).values() if isinstance(v, float) and 0 <= v < 1]
     stated += [float(b) for b in module._buffers.values() if b is not None and b.numel() == 1]
-    stated += [torch.finfo(d).eps for d in (torch.float32, torch.float64, torch.float16, torch.bfloat16)]
+    stated += [torch.finfo(torch_dtype(name)).eps for name in NORM_DTYPES]
     if measured is None:
         return list(dict.fromkeys([*stated, *(10.0**-n for n in range(3, 13)), 0.0]))
     stated += [float(f"{measured:.{digits}g}") for digits in (1, 2, 3, 4)]

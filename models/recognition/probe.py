@@ -15,14 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import HALF_DTYPES, torch_dtype
 from ..eager import eager
 from ..spec import NormSpec
 from .candidates import SAME_IN_HALF, in_float32, in_half, stated_eps
 from .isolate import one_thread, stand_in, untouched_random_state
 from .probe_rows import adversarial_rows, same_bits
 
-HALF_DTYPES = (torch.float16, torch.bfloat16)
-_PROBE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HALF_DTYPES = tuple(map(torch_dtype, HALF_DTYPES))
+_PROBE_DTYPES = (torch.float32, *_HALF_DTYPES)
 _WIDTHS_WITHOUT_WEIGHT = (64, 96)
 
 
@@ -322,7 +323,7 @@ class _Prober:
         self, found: list[tuple[NormSpec, _Roles]], tensors: dict[str, Tensor], width: tuple[int, ...], gated: bool
     ) -> tuple[NormSpec, _Roles]:
         """Among the float32 matches, the spec whose casts give the module's bits in every other dtype too."""
-        probes = [(dtype, *self._inputs(dtype, width, gated)) for dtype in HALF_DTYPES]
+        probes = [(dtype, *self._inputs(dtype, width, gated)) for dtype in _HALF_DTYPES]
         outputs = [self._call(self._copy(dtype, tensors), x, gate) for dtype, x, gate in probes]
         for spec, roles in found:
             for candidate in in_half(spec):

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from ...models.dtypes import BYTES
 from ...models.errors import UsageError
-from .norm_kernel import BYTES, NormKernel
+from .norm_kernel import NormKernel
 
 # Multiprocessors of the GPU that is chosen for where none is named (H200); fewer rows than this leave some idle.
 MULTIPROCESSORS: Final = 132

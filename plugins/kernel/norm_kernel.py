@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, assert_never, get_args
 
+from ...models.dtypes import BYTES
 from ...models.errors import UsageError
 from ...models.spec import Gate, Scale
 
@@ -21,7 +22,6 @@ HEADERS: Final = ("numbers.cuh", "rms_norm.cuh")
 SOURCE: Final = "kernel.cu"
 
 WIDEST: Final = 65536
-BYTES: Final[dict[str, int]] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3": 1}
 _CHOICES = {
     "op": get_args(Op), "dtype": get_args(Dtype), "residual_dtype": get_args(Dtype), "weight_dtype": get_args(Dtype),
     "y_dtype": get_args(Dtype), "scale": get_args(Scale), "gate": get_args(Gate), "activation": get_args(Activation),

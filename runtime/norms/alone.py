@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...models.dtypes import numpy_dtype, onnx_dtype
 from ...models.spec import NormSpec
 from ..accuracy.float_formats import format_of, ulp_size
-from ..runners.base import Array, numpy_dtype
+from ..runners.base import Array
 from ..runners.onnxruntime import OrtRunner
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def norm_model(
     from ...export.from_torch.swap import CAPTURE_DOMAIN, CAPTURE_OP
     from ...export.lowering.table import LOWEST_OPSET
 
-    kind = ir.DataType.from_numpy(numpy_dtype(dtype))
+    kind = onnx_dtype(dtype)
     dims: list[int | str] = ["rows", *width]
     x, y = _value(_X, kind, dims), _value(_Y, kind, dims)
     gate = _value(_GATE, kind, dims) if spec.has_gate else None

@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 
 from ...export.onnx_io.read_model import read_model
-from ..runners.base import Array, numpy_dtype
+from ...models.dtypes import numpy_dtype
+from ..runners.base import Array
 from ..runners.onnxruntime import OrtRunner
 from .access import NormFeed, NormResult, RunNorms, Sink, Sources
 from .activation_store import ActivationStore

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from ...export.from_onnx.rewrite import Rewritten, RewrittenSite
 from ...export.graph.constants import constant
 from ...export.graph.site import GraphSite
-from ...export.lowering.norm_writer import dtype_name
+from ...models.dtypes import onnx_name
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UsageError
 from ...models.reference import reference
 from ...models.spec import NormSpec
@@ -243,8 +243,8 @@ class _Test:
         before = site.before
         y_dtype = before.y.dtype or before.dtype
         self.called = CalledNorm(
-            (before.path, number), before.spec, _shape(before), dtype_name(before.dtype), dtype_name(y_dtype),
-            None if before.gate is None else dtype_name(before.gate.dtype or before.dtype), True,
+            (before.path, number), before.spec, _shape(before), onnx_name(before.dtype), onnx_name(y_dtype),
+            None if before.gate is None else onnx_name(before.gate.dtype or before.dtype), True,
         )  # fmt: skip
         self.turns = max(turns(self.called), 1)
         added = before.sum_of is not None and site.sum_of is not None

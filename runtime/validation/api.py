@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...export.onnx_io.manifest import deviation_rows, versions
+from ...models.dtypes import torch_name
 from ...models.errors import UsageError
 from ..accuracy.tolerances import Limits, check_limits
 from ..inputs.cases import Case
@@ -106,8 +107,8 @@ def bisect(candidate: str | Path | nn.Module | Runner, model: nn.Module, **optio
 
 def _check_dtype(target: Candidate, model: nn.Module) -> None:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    name, exported = str(dtype).removeprefix("torch."), target.manifest.get("dtype")
-    if exported is not None and dtype is not None and name != exported:
+    name, exported = None if dtype is None else torch_name(dtype), target.manifest.get("dtype")
+    if exported is not None and name is not None and name != exported:
         raise UsageError(
             f"{target.name} was exported in {exported}, but the PyTorch model is in {name}. Load it in "
             f"{exported} (--dtype {exported}): the baseline must have the dtype that is deployed."

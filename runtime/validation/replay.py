@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...models.dtypes import torch_name
 from ...models.errors import UsageError
 from ...models.loading import LoadedModel, load_model
 from ...models.outliers import apply_recorded
@@ -184,7 +185,7 @@ def load_against(source: str, dtype: str | None, exported: Exported | None, trus
         UsageError: as `load_model`.
     """
     model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code).model
-    own = next((str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()), None)
+    own = next((torch_name(p.dtype) for p in model.parameters() if p.is_floating_point()), None)
     wanted = exported.dtype if exported is not None else None
     if dtype is None and own is not None and wanted not in (None, own):
         # Only now: casting a model to the dtype it has already would change one that mixes dtypes.

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from rmsnorm_deploy.export.from_onnx.rewrite import rewrite
 from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
+from rmsnorm_deploy.models.dtypes import numpy_dtype
 from rmsnorm_deploy.runtime.accuracy.compare_output import judge
-from rmsnorm_deploy.runtime.runners.base import numpy_dtype
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 
 CHOICES = {

@@ -21,10 +21,10 @@ from rmsnorm_deploy.export.from_onnx.inline_functions import inline_norm_functio
 from rmsnorm_deploy.export.from_onnx.rewrite import Rewritten, rewrite
 from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
+from rmsnorm_deploy.models.dtypes import numpy_dtype
 from rmsnorm_deploy.models.errors import UnsupportedError
 from rmsnorm_deploy.runtime.accuracy.compare_output import judge
 from rmsnorm_deploy.runtime.rewriting.verify_norms import prove_norms
-from rmsnorm_deploy.runtime.runners.base import numpy_dtype
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 
 ALL: dict[str, Spelling] = {**SPELLINGS, **PLACES, **ODDITIES}

@@ -12,6 +12,7 @@ from helpers.norm_zoo import ZOO
 from helpers.small_models import HalfCastNorm, Residual
 from torch import Tensor, nn
 
+from rmsnorm_deploy.models.dtypes import numpy_dtype
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.models.reference import reference
 from rmsnorm_deploy.runtime.norms.access import NormFeed
@@ -19,7 +20,6 @@ from rmsnorm_deploy.runtime.norms.activation_store import ActivationStore
 from rmsnorm_deploy.runtime.norms.float64_model import in_float64
 from rmsnorm_deploy.runtime.norms.graph_norms import Key
 from rmsnorm_deploy.runtime.norms.torch_norms import TorchNorms
-from rmsnorm_deploy.runtime.runners.base import numpy_dtype
 from rmsnorm_deploy.runtime.runners.torch import TorchRunner
 
 FIRST, SECOND = ("norms.0", 0), ("norms.1", 0)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rmsnorm_deploy.export.from_torch.export_model import PreparedModel, prepare, save
 from rmsnorm_deploy.export.lowering.table import TARGETS
+from rmsnorm_deploy.models.dtypes import numpy_dtype
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.models.spec import NormSpec
@@ -25,7 +26,6 @@ from rmsnorm_deploy.runtime.norms.float64_model import in_float64
 from rmsnorm_deploy.runtime.norms.graph_norms import Key
 from rmsnorm_deploy.runtime.norms.onnx_norms import OnnxNorms
 from rmsnorm_deploy.runtime.norms.torch_norms import TorchNorms
-from rmsnorm_deploy.runtime.runners.base import numpy_dtype
 from rmsnorm_deploy.runtime.runners.torch import TorchRunner
 from rmsnorm_deploy.runtime.validation.api import validate
 from rmsnorm_deploy.runtime.validation.norm_checks import (
