@@ -14,10 +14,11 @@ from typing import assert_never
 import numpy as np
 import onnx_ir as ir
 
+from ...models.dtypes import NORM_DTYPES, onnx_name
 from ...models.errors import UnsupportedError
 from ...models.spec import NormSpec, Order
 from ...plugins import contract
-from ..graph.constants import HALF_TYPES, constant
+from ..graph.constants import HALF_TYPES, constant, is_floating
 from .builder import Builder, promote
 
 FLOAT = ir.DataType.FLOAT
@@ -98,11 +99,16 @@ def emit(builder: Builder, spec: NormSpec, inputs: NormInputs, target: str, path
         path: the module's path, for messages.
 
     Raises:
-        UnsupportedError: a shape that the lowering needs is not known.
+        UnsupportedError: a shape or dtype that the lowering needs is not known, or norms are not computed in the dtype.
     """
     dtype = inputs.x.dtype
     if dtype is None:
         raise UnsupportedError(f"norm {path!r}: the dtype of its input is unknown in the captured graph.")
+    if not is_floating(dtype):
+        raise UnsupportedError(
+            f"norm {path!r}: expected an input of {', '.join(NORM_DTYPES)}, got {onnx_name(dtype)}. Cast it to one of "
+            "these before the norm."
+        )
     match spec.root:
         case "rsqrt" | "sqrt" | "reciprocal":
             pass  # every core divides by the root: these spellings differ in the last bit only
