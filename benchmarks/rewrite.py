@@ -182,8 +182,8 @@ def fused_norms(path: Path) -> int:
 
 def outputs(path: Path, feeds: dict[str, Any] | None = None, rows: bool = False) -> tuple[list[Any], dict[str, Any]]:
     """What a file gives: on made-up tokens, or on normal rows."""
+    from rmsnorm_deploy.models.dtypes import numpy_dtype
     from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds
-    from rmsnorm_deploy.runtime.runners.base import numpy_dtype
     from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 
     with OrtRunner(path) as runner:

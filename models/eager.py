@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
 from .errors import UsageError
-from .spec import NormSpec
+from .spec import Activation, NormSpec
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": torch.nn.functional.silu, "sigmoid": torch.sigmoid}
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z,
+    "silu": torch.nn.functional.silu,
+    "sigmoid": torch.sigmoid,
+}
 
 
 def statistics_dtype(spec: NormSpec, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which `spec` sums the squares of an x of `dtype`."""
-    if spec.statistics == "input":
-        return dtype
-    if spec.statistics == "promoted":
-        return torch.promote_types(dtype, torch.float32)
-    return torch.float32
+    match spec.statistics:
+        case "float32":
+            return torch.float32
+        case "promoted":
+            return torch.promote_types(dtype, torch.float32)
+        case "input":
+            return dtype
+        case _:
+            assert_never(spec.statistics)
 
 
 def eager(
@@ -42,49 +51,91 @@ def eager(
     """
     _check_inputs(spec, weight, bias, gate)
     stats = statistics_dtype(spec, x.dtype)
-    h = x.to(stats)
-    gated = _ACTIVATIONS[spec.activation](gate.to(stats)) if gate is not None else None
-    if spec.gate == "before" and gated is not None:
-        h = h * gated
+    h, after = _gated(spec, x.to(stats), gate)
     shape = h.shape
     if spec.group_size is not None:
         h = h.reshape(*shape[:-1], shape[-1] // spec.group_size, spec.group_size)  # -1 would not do for no rows
     h = _normalize(spec, h, x.dtype).reshape(shape)
-    if spec.order == "cast_then_scale":
-        h = h.to(x.dtype)
     if weight is not None:
         h = h * _scale(spec, weight, stats)
     if bias is not None:
         h = h + bias
-    if spec.gate == "after" and gated is not None:
-        return (h * gated).to(x.dtype)
-    return h.to(x.dtype) if spec.order == "scale_then_cast" else h
+    if after is not None:
+        return (h * after).to(x.dtype)
+    match spec.order:
+        case "scale_then_cast":
+            return h.to(x.dtype)
+        case "cast_then_scale" | "cast_factor" | "no_upcast":
+            return h
+        case _:
+            assert_never(spec.order)
+
+
+def _gated(spec: NormSpec, h: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What is normalized, and what multiplies the result, both in the statistics dtype, which is h's."""
+    if gate is None:
+        return h, None
+    activated = _ACTIVATIONS[spec.activation](gate.to(h.dtype))
+    match spec.gate:
+        case "none":
+            return h, None
+        case "before":
+            return h * activated, None
+        case "after":
+            return h, activated
+        case _:
+            assert_never(spec.gate)
 
 
 def _normalize(spec: NormSpec, h: Tensor, dtype: torch.dtype) -> Tensor:
+    """The normalized value, cast to x's `dtype` where the order has it cast before the scale."""
     dims = tuple(range(-spec.trailing_dims, 0))
-    squares = h.pow(2)
-    reduced = squares.mean(dims, keepdim=True) if spec.reduction == "mean" else squares.sum(dims, keepdim=True)
-    under_root = reduced + spec.eps
-    if spec.root == "sqrt":
-        return h / torch.sqrt(under_root)
-    factor = torch.rsqrt(under_root) if spec.root == "rsqrt" else 1 / torch.sqrt(under_root)
-    if spec.order == "cast_factor":
-        return h.to(dtype) * factor.to(dtype)
-    return h * factor
+    under_root = _reduced(spec, h.pow(2), dims) + spec.eps
+    match spec.root:
+        case "sqrt":
+            normed, factor = h / torch.sqrt(under_root), None
+        case "rsqrt":
+            normed, factor = h, torch.rsqrt(under_root)
+        case "reciprocal":
+            normed, factor = h, 1 / torch.sqrt(under_root)
+        case _:
+            assert_never(spec.root)
+    match spec.order:
+        case "scale_then_cast" | "no_upcast":
+            return normed if factor is None else normed * factor
+        case "cast_then_scale":
+            return (normed if factor is None else normed * factor).to(dtype)
+        case "cast_factor":
+            return normed if factor is None else normed.to(dtype) * factor.to(dtype)
+        case _:
+            assert_never(spec.order)
+
+
+def _reduced(spec: NormSpec, squares: Tensor, dims: tuple[int, ...]) -> Tensor:
+    match spec.reduction:
+        case "mean":
+            return squares.mean(dims, keepdim=True)
+        case "sum":
+            return squares.sum(dims, keepdim=True)
+        case _:
+            assert_never(spec.reduction)
 
 
 def _scale(spec: NormSpec, weight: Tensor, stats: torch.dtype) -> Tensor:
-    if spec.scale == "weight":
-        return weight
-    return 1.0 + (weight.to(stats) if spec.offset_in_float32 else weight)
+    match spec.scale:
+        case "none" | "weight":
+            return weight
+        case "one_plus_weight":
+            return 1.0 + (weight.to(stats) if spec.offset_in_float32 else weight)
+        case _:
+            assert_never(spec.scale)
 
 
 def _check_inputs(spec: NormSpec, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None) -> None:
     for name, given, wanted in (
         ("weight", weight, spec.has_weight),
         ("bias", bias, spec.bias),
-        ("gate", gate, spec.gate != "none"),
+        ("gate", gate, spec.has_gate),
     ):
         if (given is not None) != wanted:
             state = "is missing, but the spec needs it" if wanted else "was given, but the spec has none"

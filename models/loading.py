@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from .dtypes import NORM_DTYPES, torch_dtype
 from .errors import EnvironmentMissingError, UsageError
 
-DTYPES = ("float32", "float16", "bfloat16", "float64")
 Kind = Literal["transformers", "decoder", "python"]
 BUILTINS = ("addition", "small")
 
@@ -57,11 +57,11 @@ def load_model(source: str, *, dtype: str | None = None, trust_remote_code: bool
         UsageError: the source does not exist or is no model; the message says what was looked for and where.
         EnvironmentMissingError: transformers is needed and not installed.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    if dtype is not None and dtype not in NORM_DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}; choose one of {', '.join(NORM_DTYPES)}.")
     loaded = _dispatch(source, dtype, trust_remote_code)
     if dtype is not None and loaded.kind != "transformers":
-        loaded.model = loaded.model.to(_torch_dtype(dtype))
+        loaded.model = loaded.model.to(torch_dtype(dtype))
         if loaded.example_inputs is not None:
             loaded.example_inputs = _cast_floats(loaded.example_inputs, dtype)
     loaded.model.eval()
@@ -225,16 +225,10 @@ def _module_name(path: Path) -> str:
     return f"user_{path.stem}"
 
 
-def _torch_dtype(dtype: str) -> Any:
-    import torch
-
-    return getattr(torch, dtype)
-
-
 def _cast_floats(inputs: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     import torch
 
-    wanted = _torch_dtype(dtype)
+    wanted = torch_dtype(dtype)
     return {
         name: value.to(wanted) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .dtypes import torch_name
 from .errors import UsageError
 from .recognition.find_norms import find_norms
 from .recognition.site import Site
@@ -120,8 +121,7 @@ def inject_outliers(model: nn.Module, channels: int, factor: float, seed: int) -
             _plan(changed, f"{path}.weight", embedding.weight, chosen, 0.0, factor)
         for site in norms:
             weight = getattr(model.get_submodule(site.path), site.weight or "")
-            offset = 1.0 if site.spec.scale == "one_plus_weight" else 0.0
-            _plan(changed, site.parameters[0], weight, chosen, offset, 1 / math.sqrt(factor))
+            _plan(changed, site.parameters[0], weight, chosen, site.spec.scale_offset, 1 / math.sqrt(factor))
         for tensor, values in changed.values():
             tensor[..., chosen.to(tensor.device)] = values
     indices = tuple(int(index) for index in chosen)
@@ -180,6 +180,6 @@ def _plan(
     if bool((old.isfinite() & ~new.isfinite()).any()):
         raise UsageError(
             f"{name}: a factor of {factor:g} takes {float(old.abs().max()):.3g} beyond the range of "
-            f"{str(tensor.dtype).removeprefix('torch.')}; choose a smaller factor or a wider dtype."
+            f"{torch_name(tensor.dtype)}; choose a smaller factor or a wider dtype."
         )
     changed[id(tensor)] = (tensor, new)

@@ -5,6 +5,8 @@ It shares no code with `eager` or with any lowering, and takes the spec's meanin
 
 from __future__ import annotations
 
+from typing import assert_never
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -31,26 +33,61 @@ def reference(
         float64, x's shape. Rows whose statistics are zero (x = 0 with eps = 0) are NaN, as the formula says.
     """
     values = np.asarray(x, dtype=np.float64)
-    result = values
-    activated: NDArray[np.float64] = np.ones(())
-    if spec.gate != "none":
-        z = np.asarray(gate, dtype=np.float64)
-        with np.errstate(over="ignore"):
-            activated = (z if spec.activation == "silu" else 1.0) / (1.0 + np.exp(-z))
-    if spec.gate == "before":
-        result = result * activated
+    before = after = np.ones(())
+    match spec.gate:
+        case "none":
+            pass
+        case "before":
+            before = _activated(spec, gate)
+        case "after":
+            after = _activated(spec, gate)
+        case _:
+            assert_never(spec.gate)
+    result = values * before
     if spec.group_size is not None:
         result = result.reshape(*values.shape[:-1], -1, spec.group_size)
     axes = tuple(range(-spec.trailing_dims, 0))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         total = np.sum(result * result, axis=axes, keepdims=True)
-        if spec.reduction == "mean":
-            total = total / np.prod([result.shape[axis] for axis in axes])
-        result = (result / np.sqrt(total + spec.eps)).reshape(values.shape)
-    if spec.scale == "weight":
-        result = result * np.asarray(weight, dtype=np.float64)
-    elif spec.scale == "one_plus_weight":
-        result = result * (1.0 + np.asarray(weight, dtype=np.float64))
+        count = np.prod([result.shape[axis] for axis in axes])
+        result = (result / np.sqrt(_reduced(spec, total, count) + spec.eps)).reshape(values.shape)
+    result = _scaled(spec, result, weight)
     if spec.bias:
         result = result + np.asarray(bias, dtype=np.float64)
-    return result * activated if spec.gate == "after" else result
+    return result * after
+
+
+def _activated(spec: NormSpec, gate: ArrayLike | None) -> NDArray[np.float64]:
+    z = np.asarray(gate, dtype=np.float64)
+    with np.errstate(over="ignore"):
+        match spec.activation:
+            case "none":
+                return z
+            case "silu":
+                return z / (1.0 + np.exp(-z))
+            case "sigmoid":
+                return 1.0 / (1.0 + np.exp(-z))
+            case _:
+                assert_never(spec.activation)
+
+
+def _reduced(spec: NormSpec, total: NDArray[np.float64], count: np.integer) -> NDArray[np.float64]:
+    match spec.reduction:
+        case "mean":
+            return total / count
+        case "sum":
+            return total
+        case _:
+            assert_never(spec.reduction)
+
+
+def _scaled(spec: NormSpec, values: NDArray[np.float64], weight: ArrayLike | None) -> NDArray[np.float64]:
+    match spec.scale:
+        case "none":
+            return values
+        case "weight":
+            return values * np.asarray(weight, dtype=np.float64)
+        case "one_plus_weight":
+            return values * (1.0 + np.asarray(weight, dtype=np.float64))
+        case _:
+            assert_never(spec.scale)

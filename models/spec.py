@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, assert_never, get_args
 
 from .errors import UsageError
 
@@ -18,6 +18,7 @@ Reduction = Literal["mean", "sum"]
 Gate = Literal["none", "before", "after"]
 Activation = Literal["none", "silu", "sigmoid"]
 
+_SCALE_TEXTS: dict[Scale, str] = {"none": "no weight", "weight": "weight", "one_plus_weight": "1 + weight"}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "scale": get_args(Scale),
     "order": get_args(Order),
@@ -102,7 +103,79 @@ class NormSpec:
     @property
     def has_weight(self) -> bool:
         """Whether the norm reads a weight."""
-        return self.scale != "none"
+        match self.scale:
+            case "none":
+                return False
+            case "weight" | "one_plus_weight":
+                return True
+            case _:
+                assert_never(self.scale)
+
+    @property
+    def scale_offset(self) -> float:
+        """What is added to the weight before it multiplies."""
+        match self.scale:
+            case "none" | "weight":
+                return 0.0
+            case "one_plus_weight":
+                return 1.0
+            case _:
+                assert_never(self.scale)
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether the norm reads a gate."""
+        match self.gate:
+            case "none":
+                return False
+            case "before" | "after":
+                return True
+            case _:
+                assert_never(self.gate)
+
+    @property
+    def has_mean(self) -> bool:
+        """Whether the sum of squares is divided by their number."""
+        match self.reduction:
+            case "mean":
+                return True
+            case "sum":
+                return False
+            case _:
+                assert_never(self.reduction)
+
+    @property
+    def sums_in_half(self) -> bool:
+        """Whether the statistics of an x of a half dtype are of that dtype."""
+        match self.statistics:
+            case "float32" | "promoted":
+                return False
+            case "input":
+                return True
+            case _:
+                assert_never(self.statistics)
+
+    @property
+    def sums_in_double(self) -> bool:
+        """Whether the statistics of a float64 x are float64."""
+        match self.statistics:
+            case "float32":
+                return False
+            case "promoted" | "input":
+                return True
+            case _:
+                assert_never(self.statistics)
+
+    @property
+    def follows_weight(self) -> bool:
+        """Whether a weight that is wider than x makes the result wider: nothing is cast after it multiplies."""
+        match self.order:
+            case "scale_then_cast":
+                return False
+            case "cast_then_scale" | "cast_factor" | "no_upcast":
+                return True
+            case _:
+                assert_never(self.order)
 
     def replace(self, **changes: Any) -> NormSpec:
         """A copy with some fields changed."""
@@ -145,17 +218,17 @@ class NormSpec:
 
     def describe(self) -> str:
         """A short line for people, such as `weight, cast-then-scale, eps 1e-06`."""
-        parts = [{"none": "no weight", "weight": "weight", "one_plus_weight": "1 + weight"}[self.scale]]
+        parts = [_SCALE_TEXTS[self.scale]]
         parts.append(self.order.replace("_", "-"))
         parts.append(f"eps {self.eps:.3g}")
         if self.trailing_dims != 1:
             parts.append(f"last {self.trailing_dims} dims")
         if self.group_size is not None:
             parts.append(f"groups of {self.group_size}")
-        if self.gate != "none":
+        if self.has_gate:
             parts.append(f"{self.activation} gate {self.gate}")
         if self.bias:
             parts.append("bias")
-        if self.reduction == "sum":
+        if not self.has_mean:
             parts.append("sum (L2)")
         return ", ".join(parts)

@@ -24,6 +24,8 @@ import math
 from collections.abc import Mapping
 from typing import Final
 
+from ..models.dtypes import ONNX_NUMBERS
+
 DOMAIN: Final = "rmsnorm_deploy"
 DOMAIN_VERSION: Final = 1
 RMS_NORM: Final = "RMSNorm"
@@ -79,9 +81,9 @@ KERNEL_OPS: Final = {
 
 # Values of `scale_offset` that the kernel can do, and ONNX's number for each dtype (TensorProto.DataType).
 SCALE_OFFSETS: Final = (0.0, 1.0)
-ONNX_TYPES: Final = {"float32": 1, "float16": 10, "bfloat16": 16}
+ONNX_TYPES: Final = {name: ONNX_NUMBERS[name] for name in DTYPES}
 # The same for the dtypes of a quantized output.
-QUANT_TYPES: Final = {"int8": 3, "float8_e4m3": 17}
+QUANT_TYPES: Final = {name: ONNX_NUMBERS[name] for name in ("int8", "float8_e4m3")}
 
 
 def attribute_problems(values: Mapping[str, float | int], op_type: str = RMS_NORM) -> list[str]:

@@ -11,8 +11,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers.plugins import plugin_library
 from hypothesis import HealthCheck, settings
+
+from tests.helpers.plugins import plugin_library
 
 QUIET = [HealthCheck.filter_too_much, HealthCheck.too_slow]
 settings.register_profile("few", max_examples=120, deadline=None, derandomize=True, suppress_health_check=QUIET)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers.models.families import CACHED, FAMILIES, build
 from torch import nn
 
 from rmsnorm_deploy.export.from_torch.export_model import PreparedModel, prepare, save
@@ -18,6 +17,7 @@ from rmsnorm_deploy.models.errors import UnsupportedError
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.runtime.runners.onnxruntime import optimized_op_counts
 from rmsnorm_deploy.runtime.validation.api import validate
+from tests.helpers.models.families import CACHED, FAMILIES, build
 
 DTYPES = ("float32", "float16")
 # From one dynamic file.

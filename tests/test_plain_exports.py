@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.models.families import FAMILIES
-from helpers.models.plain_export import plain_export
 
 from rmsnorm_deploy.models.errors import RmsnormDeployError
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.runtime.accuracy.compare_output import judge
 from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner, optimized_op_counts
+from tests.helpers.models.families import FAMILIES
+from tests.helpers.models.plain_export import plain_export
 
 NAMES = ("llama", "qwen3", "gemma3", "olmo2", "t5", "mamba2", "gpt_oss")
 FUSED = ("SimplifiedLayerNormalization", "RMSNormalization")

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from ...models.dtypes import onnx_name
 from ...models.errors import UnsupportedError, UsageError
 from ..graph.infer_types import Filled, fill_types
 from ..graph.site import GraphRefusal, GraphSite
-from ..lowering.norm_writer import LoweredSite, NormWriter, Written, dtype_name
+from ..lowering.norm_writer import LoweredSite, NormWriter, Written
 from ..lowering.plugin_functions import QUANTIZED_OPSET, is_plugin_node, move_to_contract_domain, style_plugin_nodes
 from ..lowering.quantized_norms import (
     QuantizedOutput,
@@ -188,7 +189,7 @@ def _opset_import(model: ir.Model) -> int:
 
 def _refuse_other_epsilon(site: GraphSite, target: str) -> None:
     """A file has to compute what it computed: an epsilon in float64 must not become the nearest float32."""
-    inexact = [d for d in deviations(cell(target, site.form), site.spec, dtype_name(site.dtype)) if d.order == "any"]
+    inexact = [d for d in deviations(cell(target, site.form), site.spec, onnx_name(site.dtype)) if d.order == "any"]
     if inexact:
         raise UnsupportedError(
             f"{inexact[0].reason}, and this one, {site.spec.eps!r}, is none. Use --target primitives."

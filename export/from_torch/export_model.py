@@ -13,8 +13,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from ...models.dtypes import NORM_DTYPES, torch_dtype, torch_name
 from ...models.errors import MismatchError, UsageError
-from ...models.loading import DTYPES
 from ...models.recognition.find_norms import find_norms
 from ...models.recognition.site import Recognition
 from ..lowering.plugin_functions import PluginStyle, plugin_style, style_notes
@@ -153,7 +153,7 @@ def prepare(
     model = _in_dtype(model, dtype)
     feeds = dict(inputs) if inputs is not None else example_inputs(model)
     if converted:
-        feeds = {name: _cast(value, getattr(torch, str(dtype))) for name, value in feeds.items()}
+        feeds = {name: _cast(value, torch_dtype(str(dtype))) for name, value in feeds.items()}
     progress("finding the norms")
     recognition = find_norms(model)
     for target in targets:
@@ -272,14 +272,14 @@ def _tensors(output: Any) -> list[Tensor]:
 def _in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:
     if dtype is None or dtype == _dtype_of(model):
         return model
-    if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
-    return copy.deepcopy(model).to(getattr(torch, dtype))
+    if dtype not in NORM_DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}; choose one of {', '.join(NORM_DTYPES)}.")
+    return copy.deepcopy(model).to(torch_dtype(dtype))
 
 
 def _dtype_of(model: nn.Module) -> str:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    return str(dtype).removeprefix("torch.")
+    return torch_name(dtype)
 
 
 def _silent(_: str) -> None:

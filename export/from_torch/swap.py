@@ -86,7 +86,7 @@ def _node(site: Site, call: NormCall) -> Tensor:
     for dim, size in zip(x.shape[-len(site.width) :] if site.width else (), site.width or (), strict=True):
         torch._check(dim == size)
     dtype = x.dtype
-    if call.weight is not None and spec.order != "scale_then_cast" and call.gate is None:
+    if call.weight is not None and spec.follows_weight and call.gate is None:
         dtype = torch.promote_types(x.dtype, call.weight.dtype)
     return torch.onnx.ops.symbolic(
         f"{CAPTURE_DOMAIN}::{CAPTURE_OP}",

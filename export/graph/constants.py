@@ -10,9 +10,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ...models.dtypes import BYTES, HALF_DTYPES, NORM_DTYPES, onnx_dtype
+
 # Beyond this many elements a constant is a weight matrix, which nothing here needs to read.
 _MOST_ELEMENTS = 1 << 20
-_WIDTH = {ir.DataType.FLOAT16: 1, ir.DataType.BFLOAT16: 1, ir.DataType.FLOAT: 2, ir.DataType.DOUBLE: 3}
+HALF_TYPES = tuple(map(onnx_dtype, HALF_DTYPES))
+_WIDTH = {onnx_dtype(name): BYTES[name] for name in NORM_DTYPES}
 
 _HANDED_ON = ("Identity", "Cast", "CastLike", "Reshape", "Unsqueeze", "Squeeze")
 _CASTS = (*_WIDTH, ir.DataType.INT32, ir.DataType.INT64)
@@ -128,7 +131,7 @@ def regrouping(before: ir.Value | None, after: ir.Value, axes: int) -> tuple[int
 
 def is_half(dtype: ir.DataType | None) -> bool:
     """Whether a dtype is one of two bytes."""
-    return dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    return dtype in HALF_TYPES
 
 
 def widens(narrow: ir.DataType | None, wide: ir.DataType | None) -> bool:

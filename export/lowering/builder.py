@@ -14,7 +14,6 @@ from ..graph.constants import constant
 _PREFIX = "rmsnorm_deploy."
 # How the names of our scales of ones begin.
 ONES = _PREFIX + "ones"
-HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 class Builder:

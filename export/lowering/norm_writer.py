@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ...models.dtypes import onnx_name
 from ...models.errors import UnsupportedError
 from ...models.spec import NormSpec
 from ..graph.constants import constant
@@ -104,7 +105,7 @@ class NormWriter:
         spec, target, last = site.spec, self._target, site.y.producer()
         if last is None or not isinstance(last.graph, ir.Graph):
             raise ValueError(f"norm {site.path!r} stands outside of any graph")
-        graph, dtype = last.graph, dtype_name(site.dtype)
+        graph, dtype = last.graph, onnx_name(site.dtype)
         environment = Environment(opset=self._opset, dtype=dtype, top_level=graph is self._root)
         cell = resolve(spec, site.form, target, environment)
         if isinstance(cell, LoweringRefusal):
@@ -258,9 +259,3 @@ class NormWriter:
                 name = f"{base}_{self._numbers[base]}"
             self._names.add(name)
             node.name = name
-
-
-def dtype_name(dtype: ir.DataType) -> str:
-    """numpy's name of a floating dtype."""
-    names = {ir.DataType.FLOAT: "float32", ir.DataType.DOUBLE: "float64"}
-    return names.get(dtype, dtype.name.lower())

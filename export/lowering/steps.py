@@ -9,18 +9,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import assert_never
 
 import numpy as np
 import onnx_ir as ir
 
+from ...models.dtypes import NORM_DTYPES, onnx_name
 from ...models.errors import UnsupportedError
-from ...models.spec import NormSpec
+from ...models.spec import NormSpec, Order
 from ...plugins import contract
-from ..graph.constants import constant
-from .builder import HALF_TYPES, Builder, promote
+from ..graph.constants import HALF_TYPES, constant, is_floating
+from .builder import Builder, promote
 
 FLOAT = ir.DataType.FLOAT
 DOUBLE = ir.DataType.DOUBLE
+# Whether the normalized value is cast to x's dtype before the scale multiplies; the last cast is then not needed.
+_CASTS_FIRST: dict[Order, bool] = {
+    "scale_then_cast": False,
+    "cast_then_scale": True,
+    "cast_factor": True,
+    "no_upcast": False,
+}
+# Whether the factor is rounded to x's dtype, where that is a half type.
+_CASTS_FACTOR: dict[Order, bool] = {
+    "scale_then_cast": False,
+    "cast_then_scale": False,
+    "cast_factor": True,
+    "no_upcast": False,
+}
 # A dim beyond this is a damaged file's.
 _WIDEST = 1 << 24
 
@@ -83,11 +99,21 @@ def emit(builder: Builder, spec: NormSpec, inputs: NormInputs, target: str, path
         path: the module's path, for messages.
 
     Raises:
-        UnsupportedError: a shape that the lowering needs is not known.
+        UnsupportedError: a shape or dtype that the lowering needs is not known, or norms are not computed in the dtype.
     """
     dtype = inputs.x.dtype
     if dtype is None:
         raise UnsupportedError(f"norm {path!r}: the dtype of its input is unknown in the captured graph.")
+    if not is_floating(dtype):
+        raise UnsupportedError(
+            f"norm {path!r}: expected an input of {', '.join(NORM_DTYPES)}, got {onnx_name(dtype)}. Cast it to one of "
+            "these before the norm."
+        )
+    match spec.root:
+        case "rsqrt" | "sqrt" | "reciprocal":
+            pass  # every core divides by the root: these spellings differ in the last bit only
+        case _:
+            assert_never(spec.root)
     direct = _direct_core(builder, spec, inputs, target)
     if direct is not None:
         return _emit_core(builder, direct, target)
@@ -96,9 +122,7 @@ def emit(builder: Builder, spec: NormSpec, inputs: NormInputs, target: str, path
 
 def statistics_type(spec: NormSpec, dtype: ir.DataType) -> ir.DataType:
     """The dtype of the statistics in the graph: the spec's, but never a half type."""
-    if dtype == DOUBLE and spec.statistics in ("promoted", "input"):
-        return DOUBLE
-    return FLOAT
+    return DOUBLE if spec.sums_in_double and dtype == DOUBLE else FLOAT
 
 
 def _direct_core(builder: Builder, spec: NormSpec, inputs: NormInputs, target: str) -> Core | None:
@@ -106,19 +130,19 @@ def _direct_core(builder: Builder, spec: NormSpec, inputs: NormInputs, target: s
     x, weight = inputs.x, inputs.weight
     dtype = promote(x.dtype, x.dtype)
     stats = statistics_type(spec, dtype)
-    if spec.gate != "none" or spec.bias or spec.group_size is not None or spec.reduction != "mean":
+    if spec.has_gate or spec.bias or spec.group_size is not None or not spec.has_mean:
         return None
-    factor_is_cast = spec.order == "cast_factor" and target == "primitives" and dtype in HALF_TYPES
+    factor_is_cast = _CASTS_FACTOR[spec.order] and target == "primitives" and dtype in HALF_TYPES
     if dtype not in (stats, *HALF_TYPES) or factor_is_cast:
         return None
     if weight is not None and not (weight.dtype == dtype and _spans(weight, x, spec.trailing_dims)):
         return None
     if target == "plugin" and (dtype == DOUBLE or spec.trailing_dims != 1):
         return None
-    cast_first = spec.order == "cast_then_scale"
-    if spec.scale == "one_plus_weight" and weight is not None:
+    cast_first = _CASTS_FIRST[spec.order] and not _CASTS_FACTOR[spec.order]
+    if spec.scale_offset and weight is not None:
         if target == "plugin" and (spec.offset_in_float32 != cast_first or dtype == FLOAT):
-            return Core(x, weight, 1.0, spec.eps, spec.trailing_dims, cast_first, sum_of=inputs.sum_of)
+            return Core(x, weight, spec.scale_offset, spec.eps, spec.trailing_dims, cast_first, sum_of=inputs.sum_of)
         if dtype in HALF_TYPES and (spec.offset_in_float32 or not cast_first):
             return None  # 1 + weight does not fit a half type: the steps keep it in float32
         weight = _scale(builder, spec, weight, stats)
@@ -131,51 +155,74 @@ def _emit_steps(builder: Builder, spec: NormSpec, inputs: NormInputs, target: st
     dtype = promote(x.dtype, x.dtype)
     stats = statistics_type(spec, dtype)
     h = builder.cast(x, stats)
-    gate = _activated(builder, spec, inputs.gate, stats)
-    if spec.gate == "before" and gate is not None:
-        h = builder.binary("Mul", h, gate, shape)
+    before, after = _gates(builder, spec, inputs.gate, stats)
+    if before is not None:
+        h = builder.binary("Mul", h, before, shape)
     scales_in_core = (
-        inputs.weight is not None and spec.group_size is None and spec.order in ("scale_then_cast", "no_upcast")
-        and spec.reduction == "mean" and promote(inputs.weight.dtype, stats) == stats
+        inputs.weight is not None and spec.group_size is None and not _CASTS_FIRST[spec.order]
+        and spec.has_mean and promote(inputs.weight.dtype, stats) == stats
         and _spans(inputs.weight, x, spec.trailing_dims)
-        and (spec.offset_in_float32 or spec.scale != "one_plus_weight")
+        and (spec.offset_in_float32 or spec.scale_offset == 0.0)
     )  # fmt: skip
     scale = _scale(builder, spec, inputs.weight, stats) if inputs.weight is not None else None
     core_scale = builder.cast(scale, stats) if scale is not None and scales_in_core else None
     emitted = _grouped_core(builder, spec, h, core_scale, target, path, dtype)
     h = emitted.output
-    if spec.order in ("cast_then_scale", "cast_factor"):
+    if _CASTS_FIRST[spec.order]:
         h = builder.cast(h, dtype)
     if scale is not None and not scales_in_core:
         h = builder.binary("Mul", h, scale, shape)
     if inputs.bias is not None:
         h = builder.binary("Add", h, inputs.bias, shape)
-    if spec.gate == "after" and gate is not None:
-        h = builder.cast(builder.binary("Mul", h, gate, shape), dtype)
-    elif spec.order in ("scale_then_cast", "no_upcast"):
+    if after is not None:
+        h = builder.cast(builder.binary("Mul", h, after, shape), dtype)
+    elif not _CASTS_FIRST[spec.order]:
         h = builder.cast(h, dtype)
     return Emitted(h, None, emitted.core)
 
 
-def _activated(builder: Builder, spec: NormSpec, gate: ir.Value | None, stats: ir.DataType) -> ir.Value | None:
+def _gates(
+    builder: Builder, spec: NormSpec, gate: ir.Value | None, stats: ir.DataType
+) -> tuple[ir.Value | None, ir.Value | None]:
+    """What multiplies before the norm, and what multiplies after it."""
     if gate is None:
-        return None
+        return None, None
+    match spec.gate:
+        case "none":
+            return None, None
+        case "before":
+            return _activated(builder, spec, gate, stats), None
+        case "after":
+            return None, _activated(builder, spec, gate, stats)
+        case _:
+            assert_never(spec.gate)
+
+
+def _activated(builder: Builder, spec: NormSpec, gate: ir.Value, stats: ir.DataType) -> ir.Value:
     z = builder.cast(gate, stats)
-    sigmoid = builder.op("Sigmoid", [z], dtype=stats, shape=gate.shape)
-    return builder.binary("Mul", z, sigmoid, gate.shape) if spec.activation == "silu" else sigmoid
+    match spec.activation:
+        case "none":
+            return z
+        case "silu":
+            sigmoid = builder.op("Sigmoid", [z], dtype=stats, shape=gate.shape)
+            return builder.binary("Mul", z, sigmoid, gate.shape)
+        case "sigmoid":
+            return builder.op("Sigmoid", [z], dtype=stats, shape=gate.shape)
+        case _:
+            assert_never(spec.activation)
 
 
 def _scale(builder: Builder, spec: NormSpec, weight: ir.Value, stats: ir.DataType) -> ir.Value:
     """The weight, or 1 + weight in the dtype in which the module adds it; folded where the weight is a constant."""
-    if spec.scale == "weight":
+    if spec.scale_offset == 0.0:
         return weight
     dtype = stats if spec.offset_in_float32 else promote(weight.dtype, weight.dtype)
     array = constant(weight)
     if array is not None:
         wide = array.astype(np.float64 if dtype == DOUBLE else np.float32)
-        return builder.constant(np.add(wide, 1, dtype=wide.dtype), dtype, f"one_plus.{weight.name}")
+        return builder.constant(np.add(wide, spec.scale_offset, dtype=wide.dtype), dtype, f"one_plus.{weight.name}")
     return builder.binary(
-        "Add", builder.cast(weight, dtype), builder.constant(np.array(1.0), dtype, "one"), weight.shape
+        "Add", builder.cast(weight, dtype), builder.constant(np.array(spec.scale_offset), dtype, "one"), weight.shape
     )
 
 
@@ -185,7 +232,7 @@ def _grouped_core(
     """The core, with x's last dims regrouped into one where the spec has groups or the plugin needs a single dim."""
     dims = spec.trailing_dims
     eps, after = spec.eps, None
-    if spec.reduction == "sum" and target != "primitives":
+    if not spec.has_mean and target != "primitives":
         count = _count(h, dims, path) if spec.group_size is None else spec.group_size
         eps, after = spec.eps / count, builder.constant(np.array(1 / math.sqrt(count)), _type(h), "inverse_root")
     shape = h.shape
@@ -196,8 +243,8 @@ def _grouped_core(
         dims = 1
     core = Core(
         h, scale, 0.0, eps, dims, False,
-        cast_factor=spec.order == "cast_factor" and dtype in HALF_TYPES,
-        use_sum=after is None and spec.reduction == "sum",
+        cast_factor=_CASTS_FACTOR[spec.order] and dtype in HALF_TYPES,
+        use_sum=after is None and not spec.has_mean,
     )  # fmt: skip
     emitted = _emit_core(builder, core, target, dtype)
     output = emitted.output

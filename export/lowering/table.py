@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import struct
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, assert_never, get_args
 
+from ...models.dtypes import HALF_DTYPES
 from ...models.errors import UnsupportedError, UsageError
-from ...models.spec import NormSpec
+from ...models.spec import NormSpec, Order
 
 Target = Literal["primitives", "standard", "ort", "plugin"]
 Form = Literal["plain", "residual_add"]
@@ -23,7 +24,6 @@ FORMS: tuple[Form, ...] = get_args(Form)
 LOWEST_OPSET = 18
 HIGHEST_OPSET = 23
 DEFAULT_OPSET = 20
-HALF = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Deviation:
         reason: why.
     """
 
-    order: str
+    order: Order | Literal["any"]
     dtypes: tuple[str, ...]
     runtime: str
     ulp: float | None
@@ -72,14 +72,22 @@ class Cell:
 
 
 _HALF_STATISTICS = Deviation(
-    "no_upcast", HALF, "any", None, "statistics are float32 where the module's are half: nearer the truth than it"
+    "no_upcast",
+    HALF_DTYPES,
+    "any",
+    None,
+    "statistics are float32 where the module's are half: nearer the truth than it",
 )
 _ORT_SCALES_FIRST = Deviation(
-    "cast_then_scale", HALF, "onnxruntime", 1.5, "ONNX Runtime multiplies by the weight in float32 and casts once"
+    "cast_then_scale",
+    HALF_DTYPES,
+    "onnxruntime",
+    1.5,
+    "ONNX Runtime multiplies by the weight in float32 and casts once",
 )
-_FACTOR_NOT_CAST = Deviation("cast_factor", HALF, "any", 1.5, "the factor is not rounded before it multiplies x")
+_FACTOR_NOT_CAST = Deviation("cast_factor", HALF_DTYPES, "any", 1.5, "the factor is not rounded before it multiplies x")
 _ORT_FACTOR_NOT_CAST = Deviation(
-    "cast_factor", HALF, "onnxruntime", 1.5, "ONNX Runtime may fuse the norm, and then does not round the factor"
+    "cast_factor", HALF_DTYPES, "onnxruntime", 1.5, "ONNX Runtime may fuse the norm, and then does not round the factor"
 )
 _ROUNDED_EPS = Deviation("any", ("float64",), "any", None, "the operator holds epsilon as float32")
 _ALL = ("float32", "float16", "bfloat16", "float64")
@@ -207,8 +215,16 @@ def deviations(chosen: Cell, spec: NormSpec, dtype: str, runtime: str | None = N
 
 def _concerns(deviation: Deviation, spec: NormSpec) -> bool:
     if deviation.order == "any":  # an epsilon that float32 cannot hold, where the statistics are wider
-        return spec.statistics != "float32" and not _is_float32(spec.eps)
-    return deviation.order == spec.order and (spec.has_weight or deviation.order != "cast_then_scale")
+        return spec.sums_in_double and not _is_float32(spec.eps)
+    match spec.order:
+        case "scale_then_cast":
+            return False  # every cell rounds where the module rounds
+        case "cast_then_scale":
+            return deviation.order == spec.order and spec.has_weight
+        case "cast_factor" | "no_upcast":
+            return deviation.order == spec.order
+        case _:
+            assert_never(spec.order)
 
 
 def _is_float32(value: float) -> bool:
@@ -226,8 +242,28 @@ def _bound(ulp: float | None, spec: NormSpec) -> float | None:
     """
     if ulp is None or spec.bias:
         return None
-    further = spec.gate == "after" or (spec.order == "cast_factor" and spec.has_weight)
-    return 2 * ulp if further else ulp
+    return 2 * ulp if _gate_rounds(spec) or (_factor_is_rounded(spec) and spec.has_weight) else ulp
+
+
+def _gate_rounds(spec: NormSpec) -> bool:
+    """Whether a gate rounds the result once more."""
+    match spec.gate:
+        case "none" | "before":
+            return False
+        case "after":
+            return True
+        case _:
+            assert_never(spec.gate)
+
+
+def _factor_is_rounded(spec: NormSpec) -> bool:
+    match spec.order:
+        case "scale_then_cast" | "cast_then_scale" | "no_upcast":
+            return False
+        case "cast_factor":
+            return True
+        case _:
+            assert_never(spec.order)
 
 
 def opset_for(target: str, opset: int | None) -> int:
@@ -258,7 +294,7 @@ def _obstacles(row: Cell, spec: NormSpec, environment: Environment) -> list[str]
         reasons.append(f"{row.emits} needs opset {row.opset}, and the file has opset {environment.opset}")
     if row.target == "plugin" and not environment.top_level:
         reasons.append("TensorRT finds plugins in the main graph only, and this norm stands in a control-flow body")
-    if row.target == "plugin" and spec.statistics == "promoted" and environment.dtype == "float64":
+    if row.target == "plugin" and spec.sums_in_double and environment.dtype == "float64":
         reasons.append("the plugin's statistics are float32")
     lowest = dict(row.runtimes)
     if environment.runtime is not None and environment.runtime not in lowest:

@@ -11,11 +11,12 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ...models.dtypes import onnx_name
 from ...models.errors import UsageError
 from ...models.recognition.site import Recognition
 from ..from_onnx.rewrite import Rewritten
 from ..graph.site import GraphSite
-from ..lowering.norm_writer import LoweredSite, dtype_name
+from ..lowering.norm_writer import LoweredSite
 from .atomic_files import MANIFEST, sha256
 
 SCHEMA = "rmsnorm_deploy.manifest/2"
@@ -53,7 +54,7 @@ def graph_row(site: GraphSite) -> dict[str, Any]:
         "class": None,
         "spec": site.spec.to_dict(),
         "width": tail[0] if len(tail) == 1 else list(tail) or None,
-        "dtype": dtype_name(site.dtype),
+        "dtype": onnx_name(site.dtype),
         "parameters": [str(value.name) for value in (site.weight, site.bias) if value is not None],
     }
 

@@ -29,6 +29,7 @@ find_norms:
 dataflow:
     GraphReader: reads a graph node by node and keeps the formula of every value that may belong to a norm.
 terms:
+    is_vector: whether a value can be a norm's weight or bias.
     Squares: x^2, element by element.
     Statistic: c * (a * mean(x^2) + b)^p, one number for each row.
     Activated: sigmoid(z) or silu(z).

@@ -15,7 +15,6 @@ from ..graph.constants import (
     integers,
     is_floating,
     is_half,
-    regrouping,
     same_dims,
     scalar,
     static,
@@ -35,7 +34,7 @@ from ..graph.shape_checks import (
 )
 from ..lowering.builder import ONES
 from .fused_ops import FUSED, fused_norm
-from .terms import MOST_NODES, Activated, Normed, Squares, Statistic, Step, Term
+from .terms import MOST_NODES, Activated, Normed, Squares, Statistic, Step, Term, is_vector
 
 _LAYER_NORM = "the mean is subtracted first, so it is a LayerNorm"
 _OUTSIDE = "epsilon is added outside of the root, which no RMSNorm does"
@@ -224,7 +223,7 @@ class GraphReader:
                 return self._shifted(term, node, scalar(other), other)
         for value, other in both_ways(node):
             normed = self._open(value)
-            if normed is not None and self._is_vector(other, normed):
+            if normed is not None and is_vector(other, normed):
                 return normed.then(node, Step("bias", result_dtype(node), other))
         return None
 
@@ -362,7 +361,7 @@ class GraphReader:
         off = not math.isclose(normed.coefficient, 1.0, rel_tol=1e-5)
         if number is not None and number > 0 and off:
             return normed.then(node, None, number)
-        if self._is_vector(other, normed):
+        if is_vector(other, normed):
             # Our own ones are there for an operator or a fusion that wants a scale; they are no weight.
             ours = (other.name or "").startswith(ONES) and is_ones(other)
             return normed.then(node, None if ours else Step("scale", dtype, other))
@@ -422,14 +421,6 @@ class GraphReader:
         if not isinstance(term, Statistic) or not term.reduced:
             return None
         return term.with_node(node) if same_dims(dims(node.outputs[0]), dims(term.taken)) else None
-
-    def _is_vector(self, value: ir.Value | None, normed: Normed) -> bool:
-        """Whether a value can be a norm's weight or bias."""
-        if any(step.kind == "reshape" for step in normed.steps):
-            before = unreshaped(normed.root)
-            cut = regrouping(before, normed.root, normed.axes)
-            return before is not None and cut is not None and fits(value, before, cut[1])
-        return fits(value, normed.value, normed.axes)
 
 
 _Handler = Callable[[GraphReader, ir.Node], Term | None]

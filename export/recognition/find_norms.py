@@ -185,7 +185,7 @@ def _refined(spec: NormSpec, nodes: tuple[ir.Node, ...], weight: ir.Value | None
         return spec, weight
     if known.scale == spec.scale:
         return known, weight
-    if known.scale == "one_plus_weight" and weight is not None and weight.dtype is not None:
+    if known.scale_offset and weight is not None and weight.dtype is not None:
         wide = ir.DataType.FLOAT if known.offset_in_float32 and is_half(weight.dtype) else weight.dtype
         before = unfolded(weight, wide)
         if before is not None:

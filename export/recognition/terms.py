@@ -13,6 +13,8 @@ from typing import Literal
 import onnx_ir as ir
 
 from ...models.spec import Activation
+from ..graph.constants import regrouping
+from ..graph.shape_checks import fits, unreshaped
 
 StepKind = Literal["cast", "scale", "bias", "gate", "reshape"]
 # A formula that took more nodes than this is none of a norm's.
@@ -161,3 +163,12 @@ class Normed:
 
 
 Term = Squares | Statistic | Activated | Normed
+
+
+def is_vector(value: ir.Value | None, normed: Normed) -> bool:
+    """Whether a value can be a norm's weight or bias."""
+    if any(step.kind == "reshape" for step in normed.steps):
+        before = unreshaped(normed.root)
+        cut = regrouping(before, normed.root, normed.axes)
+        return before is not None and cut is not None and fits(value, before, cut[1])
+    return fits(value, normed.value, normed.axes)

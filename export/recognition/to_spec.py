@@ -11,13 +11,33 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ...models.spec import NormSpec, Order
+from ...models.spec import NormSpec, Order, Statistics
 from ..graph.constants import DEFAULT_DOMAINS, constant, dims, is_half, regrouping, same_dims, scalar, static
 from .dataflow import GraphReader
 from .terms import Activated, Normed, Step
 
 _RESHAPES = ("Reshape", "Unsqueeze", "Squeeze", "Identity")
 _FLOAT, _DOUBLE = ir.DataType.FLOAT, ir.DataType.DOUBLE
+_STATISTICS: dict[Order, Statistics] = {
+    "scale_then_cast": "float32",
+    "cast_then_scale": "float32",
+    "no_upcast": "input",
+    "cast_factor": "float32",
+}
+# Whether nothing is cast after the scale multiplies, so that a float32 weight makes a float32 result.
+_SCALES_LAST: dict[Order, bool] = {
+    "scale_then_cast": False,
+    "cast_then_scale": True,
+    "no_upcast": True,
+    "cast_factor": True,
+}
+# Whether x may be divided by the root; a factor that is rounded by itself multiplies.
+_MAY_DIVIDE: dict[Order, bool] = {
+    "scale_then_cast": True,
+    "cast_then_scale": True,
+    "no_upcast": True,
+    "cast_factor": False,
+}
 # The coefficient that is left must be 1, but for roundings of constants such as sqrt(n) in float16.
 _COEFFICIENT = 2e-3
 _COEFFICIENT_WIDE = 1e-5
@@ -137,8 +157,7 @@ def _read(normed: Normed, given: _Input, reader: GraphReader) -> Reading | None:
         return None
     weight, plus_one, in_float32 = None, False, True
     if scale is not None and scale.operand is not None:
-        # What is rounded first and scaled in float32 has a float32 result because its weight is float32.
-        narrow = ir.DataType.UNDEFINED if order != "scale_then_cast" and scale.dtype == _FLOAT else dtype
+        narrow = ir.DataType.UNDEFINED if _SCALES_LAST[order] and scale.dtype == _FLOAT else dtype
         weight, plus_one, in_float32 = _weight(scale.operand, narrow, scale.dtype, reader, normed.offset)
         shaped = _shaped(weight, given.x, given.trailing_dims)
         if shaped is None:
@@ -148,14 +167,13 @@ def _read(normed: Normed, given: _Input, reader: GraphReader) -> Reading | None:
         bias = _shaped(bias, given.x, given.trailing_dims)
         if bias is None:
             return None
-    in_half = order == "no_upcast"
     spec = NormSpec(
         eps=normed.eps if normed.half or dtype == _DOUBLE else shortest(normed.eps),
         trailing_dims=given.trailing_dims,
         scale="none" if scale is None else "one_plus_weight" if plus_one else "weight",
         order=order,
-        statistics="input" if in_half else "float32",
-        root="sqrt" if normed.divided and order != "cast_factor" else "rsqrt",
+        statistics=_STATISTICS[order],
+        root="sqrt" if normed.divided and _MAY_DIVIDE[order] else "rsqrt",
         group_size=given.group_size,
         gate="before" if given.gate is not None else "after" if after is not None else "none",
         activation=given.activation if given.gate is not None else after.activation if after is not None else "none",

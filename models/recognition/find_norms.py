@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..dtypes import torch_name
 from .probe import NotANormError, RefusedError, own_tensors, probe
 from .site import Recognition, Refusal, Site
 
@@ -82,7 +83,7 @@ def _decide(path: str, module: nn.Module, model_dtype: torch.dtype) -> Site | Re
         return Refusal(path, name, f"it failed when probed: {type(error).__name__}: {error}") if named_norm else None
     weight = getattr(module, probed.weight) if probed.weight else None
     dtype = weight.dtype if weight is not None else model_dtype
-    return Site(path, name, probed.spec, probed.width, str(dtype).removeprefix("torch."), probed.weight, probed.bias)
+    return Site(path, name, probed.spec, probed.width, torch_name(dtype), probed.weight, probed.bias)
 
 
 def _own_name(module: nn.Module) -> str:

@@ -56,7 +56,7 @@ def replace_forward(
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         given = signature.bind(*args, **kwargs).arguments
         x = given.pop(first)
-        gate = given.pop(second, None) if site.spec.gate != "none" else None
+        gate = given.pop(second, None) if site.spec.has_gate else None
         others = sorted(name for name, value in given.items() if value is not None)
         if others or not isinstance(x, Tensor):
             unknown(", ".join(others) or type(x).__name__)

@@ -15,12 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import HALF_DTYPES, torch_dtype
 from ..eager import eager
-from ..spec import Activation, Gate, NormSpec, Order, Reduction, Root, Scale, Statistics
+from ..spec import NormSpec
+from .candidates import SAME_IN_HALF, in_float32, in_half, stated_eps
 from .isolate import one_thread, stand_in, untouched_random_state
+from .probe_rows import adversarial_rows, same_bits
 
-HALF_DTYPES = (torch.float16, torch.bfloat16)
-_PROBE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HALF_DTYPES = tuple(map(torch_dtype, HALF_DTYPES))
+_PROBE_DTYPES = (torch.float32, *_HALF_DTYPES)
 _WIDTHS_WITHOUT_WEIGHT = (64, 96)
 
 
@@ -278,25 +281,15 @@ class _Prober:
             raise RefusedError("small inputs vanish: eps is not added to the mean of squares inside the root")
         squares = t * t
         if gated and self._gate_is_before(module, width):
-            return self._stated_eps(None)
+            return stated_eps(self.module, None)
         over_mean = squares * (1 / ratio**2 - 1)
-        return [*self._stated_eps(over_mean), *self._stated_eps(over_mean * count)]
+        return [*stated_eps(self.module, over_mean), *stated_eps(self.module, over_mean * count)]
 
     def _gate_is_before(self, module: nn.Module, width: tuple[int, ...]) -> bool:
         x = self._randn(2, 3, *width) * 2.0**10
         gate = self._gate_like(x)
         doubled = self._call(module, x, gate * 8) / self._call(module, x, gate)
         return bool(doubled.abs().median() < 4)
-
-    def _stated_eps(self, measured: float | None) -> list[float]:
-        """Numbers that eps may be: the module's own floats, the machine epsilons, the measured value rounded."""
-        stated = [float(v) for v in vars(self.module).values() if isinstance(v, float) and 0 <= v < 1]
-        stated += [float(b) for b in self.module._buffers.values() if b is not None and b.numel() == 1]
-        stated += [torch.finfo(d).eps for d in (torch.float32, torch.float64, torch.float16, torch.bfloat16)]
-        if measured is None:
-            return list(dict.fromkeys([*stated, *(10.0**-n for n in range(3, 13)), 0.0]))
-        stated += [float(f"{measured:.{digits}g}") for digits in (1, 2, 3, 4)]
-        return list(dict.fromkeys(v for v in stated if math.isclose(v, measured, rel_tol=2e-3)))
 
     # Proving ------------------------------------------------------------------------------------------------------
 
@@ -316,21 +309,12 @@ class _Prober:
         """Every spec that gives the module's bits in float32, where the order of casts cannot show."""
         x, gate = self._inputs(torch.float32, width, gated)
         wanted = self._call(self._copy(torch.float32, tensors), x, gate)
-        gates: list[tuple[Gate, Activation]] = [("none", "none")]
-        if gated:
-            gates += [(place, act) for place in ("after", "before") for act in ("silu", "sigmoid")]
         found = []
-        for roles, value, (place, activation) in itertools.product(self._roles(), eps, gates):
-            scales: tuple[Scale, ...] = ("weight", "one_plus_weight") if roles.weight else ("none",)
-            reductions: tuple[Reduction, ...] = ("mean", "sum")
-            roots: tuple[Root, ...] = ("rsqrt", "sqrt", "reciprocal")
-            for scale, reduction, root in itertools.product(scales, reductions, roots):
-                spec = base.replace(
-                    eps=value, scale=scale, reduction=reduction, root=root, gate=place, activation=activation,
-                    bias=roles.bias is not None,
-                )  # fmt: skip
-                if _same_bits(wanted, self._expected(spec, roles, tensors, x, gate)):
-                    found.append((spec, roles))
+        for roles, value in itertools.product(self._roles(), eps):
+            candidates = in_float32(base.replace(eps=value), roles.weight is not None, roles.bias is not None, gated)
+            found += [
+                (spec, roles) for spec in candidates if same_bits(wanted, self._expected(spec, roles, tensors, x, gate))
+            ]
         if not found:
             raise RefusedError("no NormSpec reproduces it bit for bit in float32")
         return found
@@ -339,24 +323,15 @@ class _Prober:
         self, found: list[tuple[NormSpec, _Roles]], tensors: dict[str, Tensor], width: tuple[int, ...], gated: bool
     ) -> tuple[NormSpec, _Roles]:
         """Among the float32 matches, the spec whose casts give the module's bits in every other dtype too."""
-        orders: tuple[tuple[Order, Statistics], ...] = (
-            ("scale_then_cast", "float32"),
-            ("cast_then_scale", "float32"),
-            ("cast_factor", "float32"),
-            ("no_upcast", "input"),
-        )
-        probes = [(dtype, *self._inputs(dtype, width, gated)) for dtype in HALF_DTYPES]
+        probes = [(dtype, *self._inputs(dtype, width, gated)) for dtype in _HALF_DTYPES]
         outputs = [self._call(self._copy(dtype, tensors), x, gate) for dtype, x, gate in probes]
-        for (spec, roles), (order, statistics) in itertools.product(found, orders):
-            if order == "cast_factor" and (spec.root == "sqrt" or spec.gate == "before"):
-                continue
-            for offset in (True, False) if spec.scale == "one_plus_weight" else (True,):
-                candidate = spec.replace(order=order, statistics=statistics, offset_in_float32=offset)
+        for spec, roles in found:
+            for candidate in in_half(spec):
                 expected = [
                     self._expected(candidate, roles, {k: v.to(d) for k, v in tensors.items()}, x, gate)
                     for d, x, gate in probes
                 ]
-                if all(map(_same_bits, outputs, expected)):
+                if all(map(same_bits, outputs, expected)):
                     return self._settle_float64(candidate, roles, tensors, width, gated), roles
         raise RefusedError("it is an RMS norm in float32, but no order of casts reproduces it in float16 and bfloat16")
 
@@ -367,15 +342,16 @@ class _Prober:
 
         An eps of None follows the dtype, so a module in float64 may have another one there.
         """
-        if spec.order == "no_upcast":
+        alternatives = SAME_IN_HALF[spec.statistics]
+        if len(alternatives) == 1:
             return spec
         x, gate = self._inputs(torch.float64, width, gated)
         widened = {name: t.to(torch.float64) for name, t in tensors.items()}
         wanted = self._call(self._copy(torch.float64, tensors), x, gate)
-        for statistics in ("float32", "promoted"):
+        for statistics in alternatives:
             for eps in dict.fromkeys((spec.eps, torch.finfo(torch.float64).eps)):
                 candidate = spec.replace(statistics=statistics, eps=eps)
-                if _same_bits(wanted, self._expected(candidate, roles, widened, x, gate)):
+                if same_bits(wanted, self._expected(candidate, roles, widened, x, gate)):
                     return candidate if self.own_dtype == torch.float64 else candidate.replace(eps=spec.eps)
         if self.own_dtype == torch.float64:
             raise RefusedError("it is an RMS norm in float32, but no NormSpec reproduces it in its own float64")
@@ -395,14 +371,14 @@ class _Prober:
             cast = {name: t.to(dtype) for name, t in tensors.items()}
             module = self._copy(dtype, tensors)
             for leading in ((), (1,), (2, 2)):
-                x, gate = self._inputs(dtype, width, spec.gate != "none", leading)
+                x, gate = self._inputs(dtype, width, spec.has_gate, leading)
                 try:
                     wanted = self._call(module, x, gate)
                 except Exception:  # a rank that the module does not accept is never used
                     if leading:
                         continue
                     raise
-                if not _same_bits(wanted, self._expected(spec, roles, cast, x, gate)):
+                if not same_bits(wanted, self._expected(spec, roles, cast, x, gate)):
                     raise RefusedError(f"its behavior with its own weights or other shapes differs in {dtype}")
 
     def _prove_other_widths(self, spec: NormSpec, roles: _Roles, width: tuple[int, ...]) -> None:
@@ -420,9 +396,9 @@ class _Prober:
             return
         module = self._copy(self.own_dtype, self.tensors)
         vars(module).update({name: self._randn(*t.shape).to(t.dtype) for name, t in self.loose.items()})
-        x, gate = self._inputs(self.own_dtype, width, spec.gate != "none")
+        x, gate = self._inputs(self.own_dtype, width, spec.has_gate)
         cast = {name: t.to(self.own_dtype) for name, t in self.tensors.items()}
-        if not _same_bits(self._call(module, x, gate), self._expected(spec, roles, cast, x, gate)):
+        if not same_bits(self._call(module, x, gate), self._expected(spec, roles, cast, x, gate)):
             names = ", ".join(self.loose)
             raise RefusedError(f"it reads a tensor that is neither parameter nor buffer ({names}); register it as one")
 
@@ -431,7 +407,7 @@ class _Prober:
     ) -> Tensor:
         weight = tensors[roles.weight].to(x.dtype) if roles.weight else None
         bias = tensors[roles.bias].to(x.dtype) if roles.bias else None
-        return eager(spec, x, weight, bias, gate if spec.gate != "none" else None)
+        return eager(spec, x, weight, bias, gate if spec.has_gate else None)
 
     def _inputs(
         self, dtype: torch.dtype, width: tuple[int, ...], gated: bool, leading: tuple[int, ...] = ()
@@ -446,29 +422,6 @@ class _Prober:
         rows = rows[: len(rows) // math.prod(leading) * math.prod(leading)]
         x = rows.reshape(*leading, -1, *width)
         return x, self._gate_like(x) if gated else None
-
-
-def adversarial_rows(dtype: torch.dtype, width: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Inputs chosen to tell specs apart, `[rows, *width]` of `dtype` on the CPU.
-
-    Normal, outlier channels, large (squares overflow float16), tiny (eps decides), zeros, constants, subnormals,
-    the largest finite value, NaN and infinities; at least 2,048 elements of them normal.
-    """
-    count = math.prod(width)
-    finfo = torch.finfo(dtype)
-    normal_rows = max(4, 2048 // count)
-    normal = torch.randn(normal_rows, count, generator=generator, dtype=torch.float64, device="cpu")
-    u = torch.randn(12, count, generator=generator, dtype=torch.float64, device="cpu")
-    outlier = u[0].clone()
-    outlier[0] *= 1e3
-    special = torch.stack([
-        outlier, u[1] * min(2e4, finfo.max / 8), u[2] * 300, u[3] * 1e-2, u[4] * 1e-3, u[5] * 1e-4, u[6] * 1e-6,
-        u[7] * finfo.tiny, u[8] * 0, u[8] * 0 + 0.1, torch.sign(u[8]) * finfo.max, u[9] * finfo.tiny / 64,
-    ])  # fmt: skip
-    rows = torch.cat([normal, special]).clamp(-finfo.max, finfo.max).to(dtype)
-    broken = torch.randn(3, count, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
-    broken[0, 0], broken[1, -1], broken[2, count // 2] = float("nan"), float("inf"), -float("inf")
-    return torch.cat([rows, broken]).reshape(-1, *width)
 
 
 def _second_input(module: nn.Module) -> tuple[bool, bool]:
@@ -490,12 +443,3 @@ def _second_input(module: nn.Module) -> tuple[bool, bool]:
     ):
         raise NotANormError
     return len(positional) >= 2, len(required) == 2
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal dtype, shape and bits; any NaN equals any NaN."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    different = a.contiguous().view(integer) != b.contiguous().view(integer)
-    return not bool((different & ~(a.isnan() & b.isnan())).any())

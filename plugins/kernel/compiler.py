@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UsageError
 from .launch_config import LaunchConfig
+from .macros import macros
 from .norm_kernel import HEADERS, SOURCE, SOURCE_FOLDER, NormKernel
 
 Kind = Literal["ptx", "cubin"]
@@ -69,9 +70,9 @@ def compile_kernel(kernel: NormKernel, config: LaunchConfig, architecture: int, 
     if architecture not in known:
         raise UsageError(f"sm_{architecture}: this NVRTC compiles for {', '.join(f'sm_{a}' for a in sorted(known))}.")
     name = kernel.op
-    macros = {"RMSNORM_NAME": name, **kernel.macros(config)}
+    defined = {"RMSNORM_NAME": name, **macros(kernel, config)}
     options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", "--ptxas-options=-v"]
-    options += [f"-D{macro}={value}" for macro, value in macros.items()]
+    options += [f"-D{macro}={value}" for macro, value in defined.items()]
     headers = [(SOURCE_FOLDER / header).read_bytes() for header in HEADERS]
     program = _call(
         nvrtc,

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from ...models.dtypes import BYTES
 from ...models.errors import UsageError
-from .norm_kernel import BYTES, NormKernel
+from .norm_kernel import NormKernel
 
 # Multiprocessors of the GPU that is chosen for where none is named (H200); fewer rows than this leave some idle.
 MULTIPROCESSORS: Final = 132
@@ -127,9 +128,9 @@ def _aligned(kernel: NormKernel, elements: int, alignment: int) -> bool:
 
 def _held(kernel: NormKernel) -> int:
     """Bytes that a thread holds for each value: x, and the residual while it is added; float32 where nothing packs."""
-    gate = BYTES[kernel.dtype] if kernel.gate != "none" else 0
+    gate = BYTES[kernel.dtype] if kernel.has_gate else 0
     residual = BYTES[kernel.residual_dtype or kernel.dtype] if kernel.adds else 0
-    wide = 4 if kernel.gate == "before" or (kernel.adds and kernel.exact_sum) else 0
+    wide = 4 if kernel.gates_first or (kernel.adds and kernel.exact_sum) else 0
     return max(BYTES[kernel.dtype] + residual + gate, wide + gate)
 
 

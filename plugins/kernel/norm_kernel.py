@@ -1,22 +1,18 @@
-"""What one CUDA kernel computes, and how its source is told: as macros of `cuda/kernel.cu`."""
+"""What one CUDA kernel computes."""
 
 from __future__ import annotations
 
 import dataclasses
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import Final, Literal, assert_never, get_args
 
+from ...models.dtypes import BYTES
 from ...models.errors import UsageError
-
-if TYPE_CHECKING:
-    from .launch_config import LaunchConfig
+from ...models.spec import Gate, Scale
 
 Op = Literal["rms_norm", "add_rms_norm"]
 Dtype = Literal["float32", "float16", "bfloat16"]
-Scale = Literal["none", "weight", "one_plus_weight"]
-Gate = Literal["none", "before", "after"]
 Activation = Literal["silu", "sigmoid"]
 Quantized = Literal["none", "int8", "float8_e4m3"]
 Quantization = Literal["none", "static", "per_row"]
@@ -26,10 +22,6 @@ HEADERS: Final = ("numbers.cuh", "rms_norm.cuh")
 SOURCE: Final = "kernel.cu"
 
 WIDEST: Final = 65536
-BYTES: Final[dict[str, int]] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3": 1}
-_FORMATS = {
-    "float32": "Float32", "float16": "Float16", "bfloat16": "BFloat16", "int8": "Int8", "float8_e4m3": "Float8E4M3",
-}  # fmt: skip
 _CHOICES = {
     "op": get_args(Op), "dtype": get_args(Dtype), "residual_dtype": get_args(Dtype), "weight_dtype": get_args(Dtype),
     "y_dtype": get_args(Dtype), "scale": get_args(Scale), "gate": get_args(Gate), "activation": get_args(Activation),
@@ -110,6 +102,39 @@ class NormKernel:
         return self.op == "add_rms_norm"
 
     @property
+    def has_weight(self) -> bool:
+        """Whether the kernel reads a weight."""
+        match self.scale:
+            case "none":
+                return False
+            case "weight" | "one_plus_weight":
+                return True
+            case _:
+                assert_never(self.scale)
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether the kernel reads a gate."""
+        match self.gate:
+            case "none":
+                return False
+            case "before" | "after":
+                return True
+            case _:
+                assert_never(self.gate)
+
+    @property
+    def gates_first(self) -> bool:
+        """Whether the gate multiplies x before the norm."""
+        match self.gate:
+            case "none" | "after":
+                return False
+            case "before":
+                return True
+            case _:
+                assert_never(self.gate)
+
+    @property
     def out_dtype(self) -> str:
         """Of the output as it is stored."""
         return self.y_dtype_ if self.quantized == "none" else self.quantized
@@ -127,39 +152,9 @@ class NormKernel:
 
     def row_bytes(self) -> int:
         """Bytes read and written for each row; the weight, which stays in the cache, is left out."""
-        read = BYTES[self.dtype] * (1 if self.gate == "none" else 2)
+        read = BYTES[self.dtype] * (2 if self.has_gate else 1)
         streamed = 2 * BYTES[self.residual_dtype or self.dtype] if self.adds else 0
         return self.width * (read + streamed + BYTES[self.out_dtype]) + (4 if self.quantization == "per_row" else 0)
-
-    def macros(self, config: LaunchConfig) -> dict[str, str]:
-        """The macros that `cuda/kernel.cu` reads, but for the name."""
-        bits = struct.unpack("<I", struct.pack("<f", self.epsilon))[0]
-        values: dict[str, object] = {
-            "X": _FORMATS[self.dtype],
-            "RESIDUAL": _FORMATS[self.residual_dtype or self.dtype] if self.adds else "None",
-            "WEIGHT": _FORMATS[self.weight_dtype or self.dtype],
-            "Y": _FORMATS[self.y_dtype_],
-            "OUT": _FORMATS[self.out_dtype],
-            "WIDTH": self.width,
-            "INNER": self.inner,
-            "WEIGHT_ROWS": self.weight_rows,
-            "ADDS": int(self.adds),
-            "SCALE": get_args(Scale).index(self.scale),
-            "GATE": get_args(Gate).index(self.gate),
-            "ACTIVATION": get_args(Activation).index(self.activation),
-            "QUANTIZATION": get_args(Quantization).index(self.quantization),
-            "CAST_FIRST": int(self.cast_first),
-            "EXACT_SUM": int(self.exact_sum),
-            "STRIDED": int(self.strided),
-            "EPSILON": f"{bits:#010x}u",
-            "THREADS": config.threads,
-            "VECTORS": config.vectors,
-            "ELEMENTS": config.elements,
-            "ROWS": config.rows,
-            "CLUSTER": config.cluster,
-            "PREFETCH": int(config.prefetch and self.scale != "none"),
-        }
-        return {f"RMSNORM_{name}": str(value) for name, value in values.items()}
 
     def replace(self, **changes: object) -> NormKernel:
         """A copy with some fields changed."""

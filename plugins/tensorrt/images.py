@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Final, get_args
 
 from ...models.errors import UsageError
+from ...models.spec import Scale
 from ...plugins import contract
 from ..kernel.compiler import Kind, compile_kernel
 from ..kernel.launch_config import choose
@@ -43,6 +44,7 @@ _FEW_ROWS: Final = 1
 _QUANTIZED: Final[dict[int, Quantized]] = {
     number: name for name in get_args(Quantized) if (number := contract.QUANT_TYPES.get(name))
 }
+_SCALES: Final[dict[float, Scale]] = {0.0: "weight", 1.0: "one_plus_weight"}  # by `contract.SCALE_OFFSETS`
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +184,7 @@ def kernel_of(
         epsilon,
         contract.KERNEL_OPS[op_type],  # type: ignore[arg-type]
         dtype,  # type: ignore[arg-type]
-        scale="one_plus_weight" if scale_offset else "weight",
+        scale=_SCALES[scale_offset],
         cast_first=dtype != "float32" and scale_type == contract.ONNX_TYPES[dtype],
         quantized=_QUANTIZED[quant_type] if quantized and quant_type is not None else "none",
         quantization="static" if quantized else "none",

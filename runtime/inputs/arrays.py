@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...models.dtypes import numpy_dtype
 from ...models.errors import UsageError
 
 if TYPE_CHECKING:
@@ -68,8 +69,6 @@ def _safetensors(path: Path) -> dict[str, Array]:
 
 def _tensor(path: Path, name: str, entry: dict[str, Any]) -> Array:
     import numpy as np
-
-    from ..runners.base import numpy_dtype
 
     if entry["dtype"] not in _DTYPES:
         raise UsageError(

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from ...export.from_torch.example_inputs import example_inputs, vocabulary_size
+from ...models.dtypes import numpy_dtype
 from ...models.errors import UsageError
 from ...models.loading import LoadedModel, python_attribute
-from ..runners.base import ANY_DTYPE, Array, TensorInfo, check_feeds, numpy_dtype
+from ..runners.base import ANY_DTYPE, Array, TensorInfo, check_feeds
 from ..runners.open import open_runner
 from ..runners.torch import to_numpy
 from .arrays import ARRAY_SUFFIXES, read_arrays

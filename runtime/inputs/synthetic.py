@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from ...export.from_torch.cache_names import PAST, PRESENT
+from ...models.dtypes import numpy_dtype
 from ...models.errors import UsageError
-from ..runners.base import ANY_DTYPE, Array, TensorInfo, numpy_dtype
+from ..runners.base import ANY_DTYPE, Array, TensorInfo
 
 # Batch and length of the runs that a validation makes when it is not told others.
 DEFAULT_SHAPES: tuple[tuple[int, int], ...] = ((1, 1), (1, 7), (3, 33))

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ...models.dtypes import numpy_dtype
 from ...models.spec import NormSpec
 from ..accuracy.float_formats import Format, format_of
-from ..runners.base import Array, numpy_dtype
+from ..runners.base import Array
 from .access import CalledNorm, NormFeed
 
 Rows = NDArray[np.float64]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ...models.dtypes import HALF_DTYPES
 from ...models.spec import NormSpec
 from ..accuracy.compare_output import OutputVerdict, judge
 from ..accuracy.errors import errors_of, row_scale_error
@@ -128,9 +129,7 @@ def judge_norm(
         return verdict
     dtype = baseline.dtype.name
     # A wide weight makes a wide result of what was rounded to x's dtype.
-    rounded = (
-        norm.x_dtype if norm.spec.order != "scale_then_cast" and norm.x_dtype in ("float16", "bfloat16") else dtype
-    )
+    rounded = norm.x_dtype if norm.spec.follows_weight and norm.x_dtype in HALF_DTYPES else dtype
     width = math.prod(norm.shape[len(norm.shape) - norm.spec.trailing_dims :])
     units = row_scale_error(errors_of(baseline, reference, None), width, format_of(rounded))
     off = float(np.max(units, where=~np.isnan(units), initial=0.0))
@@ -143,7 +142,7 @@ def judge_norm(
             kind.name, candidate, reference, baseline, limits=Limits(atol=limit * _size(reference), rtol=limit)
         )
         return plain if plain.passed else verdict
-    if verdict.passed and dtype in ("float16", "bfloat16"):
+    if verdict.passed and dtype in HALF_DTYPES:
         ulp, own_ulp = (_large_ulp(side, reference) for side in (candidate, baseline))
         allowed = max(_HALF_ULP_FLOOR, _HALF_ULP_FACTOR * own_ulp)
         if ulp > allowed:
@@ -154,8 +153,7 @@ def judge_norm(
 
 def sound_limit(spec: NormSpec, dtype: str) -> float:
     """How far PyTorch's own norm may be from the reference, in eps x max(|truth|, row RMS)."""
-    in_half = spec.statistics == "input" and dtype in ("float16", "bfloat16")
-    return _SOUND_IN_HALF if in_half else _SOUND[dtype]
+    return _SOUND_IN_HALF if spec.sums_in_half and dtype in HALF_DTYPES else _SOUND[dtype]
 
 
 def no_reference(spec: NormSpec, off: float, whose: str = "PyTorch's own norm", unit: str = "eps x row scale") -> str:

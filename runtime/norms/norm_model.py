@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...models.dtypes import onnx_dtype
 from ...models.spec import NormSpec
-from ..runners.base import Array, numpy_dtype
+from ..runners.base import Array
 from .cut import NormPlace
 
 if TYPE_CHECKING:
@@ -48,10 +49,10 @@ def norm_model(
     from ...export.from_torch.swap import CAPTURE_DOMAIN, CAPTURE_OP
     from ...export.lowering.table import LOWEST_OPSET
 
-    kind = ir.DataType.from_numpy(numpy_dtype(dtype))
+    kind = onnx_dtype(dtype)
     dims: list[int | str] = ["rows", *width]
     x, y = _value(_X, kind, dims), _value(_Y, kind, dims)
-    gate = _value(_GATE, kind, dims) if spec.gate != "none" else None
+    gate = _value(_GATE, kind, dims) if spec.has_gate else None
     constants = [_constant(name, array) for name, array in (("weight", weight), ("bias", bias))]
     inputs = [x, *constants, gate]
     while inputs[-1] is None:

@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 
 from ...export.onnx_io.read_model import read_model
-from ..runners.base import Array, Runner, numpy_dtype
+from ...models.dtypes import numpy_dtype
+from ..runners.base import Array, Runner
 from ..runners.open import has_large_weights, open_runner
 from .access import NormFeed, NormResult, RunNorms, Sink, Sources
 from .activation_store import ActivationStore, Key

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ...models.dtypes import numpy_dtype, torch_name
 from ...models.recognition.intercept import NormCall, at_norms
 from ...models.recognition.site import Recognition
 from ...models.reference import reference
 from ...models.spec import NormSpec
 from ..accuracy.errors import errors_of, row_scale_error
 from ..accuracy.float_formats import format_of
-from ..runners.base import Array, Runner, numpy_dtype
+from ..runners.base import Array, Runner
 from ..runners.torch import to_numpy, to_torch
 from .access import CalledNorm, NormFeed, NormResult, RunNorms, Sink, Sources
 from .activation_store import ActivationStore, Key
@@ -50,10 +51,10 @@ def survey_norms(model: nn.Module, runner: Runner, recognition: Recognition, fee
     def visit(path: str, number: int, call: NormCall, original: Callable[[], Tensor]) -> Tensor:
         x, y = call.x, original()
         forced = 0 not in x.stride() and x.untyped_storage().data_ptr() not in own
-        gate = None if call.gate is None else _dtype_name(call.gate)
+        gate = None if call.gate is None else torch_name(call.gate.dtype)
         off = _distance(call.spec, to_numpy(y), exact(call))
         called[path, number] = CalledNorm(
-            (path, number), call.spec, tuple(x.shape), _dtype_name(x), _dtype_name(y), gate, forced, off
+            (path, number), call.spec, tuple(x.shape), torch_name(x.dtype), torch_name(y.dtype), gate, forced, off
         )
         return y
 
@@ -214,10 +215,6 @@ def _force(call: NormCall, info: CalledNorm, store: ActivationStore) -> None:
     """Let the model go on with the store's x: in place, so that a residual stream goes on with it too."""
     if info.forced:
         call.x.copy_(to_torch(store.get(info.key, "fed_x")))
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _rounded(array: Array, dtype: str) -> Array:

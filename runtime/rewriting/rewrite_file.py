@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ...export.from_onnx.rewrite import Rewritten, fuse_quantized, rewrite
 from ...export.graph.site import GraphRefusal
-from ...export.lowering.norm_writer import dtype_name
 from ...export.lowering.plugin_functions import PluginStyle, plugin_style, style_notes, style_plugin_nodes
 from ...export.onnx_io.atomic_files import MANIFEST, check_destination, copy_companions, new_file, new_folder
 from ...export.onnx_io.check_graph import check_graph
 from ...export.onnx_io.manifest import rewritten_rows, tensor_rows, write_manifest
 from ...export.onnx_io.read_model import ModelFile, read_model, to_ir
 from ...export.onnx_io.write_model import write_model
+from ...models.dtypes import onnx_name
 from ...models.errors import MismatchError, UsageError
 from ..inputs.synthetic import is_past
 
@@ -217,7 +217,7 @@ def _content(job: _Job, notes: list[str]) -> dict[str, Any]:
         "source": str(job.source),
         "target": job.target,
         "opset": graph.opset_imports.get("", graph.opset_imports.get("ai.onnx")),
-        "dtype": None if common is None else dtype_name(common),
+        "dtype": None if common is None else onnx_name(common),
         "with_past": any(is_past(str(value.name)) for value in graph.inputs),
         "model": job.source.name,
         "inputs": tensor_rows(list(graph.inputs)),

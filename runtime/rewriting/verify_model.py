@@ -14,13 +14,13 @@ import numpy as np
 import onnx_ir as ir
 
 from ...export.from_onnx.rewrite import Rewritten
-from ...export.lowering.norm_writer import dtype_name
+from ...models.dtypes import numpy_dtype, onnx_name
 from ...models.errors import EnvironmentMissingError, MismatchError, RmsnormDeployError
 from ..accuracy.compare_output import OutputVerdict, judge
 from ..accuracy.errors import errors_of, is_exact, kind_of
 from ..accuracy.float_formats import format_of
 from ..inputs.synthetic import cast_feeds, make_feeds
-from ..runners.base import Array, TensorInfo, numpy_dtype
+from ..runners.base import Array, TensorInfo
 from ..runners.open import has_large_weights, open_runner
 from .verify_norms import Progress, Proof
 
@@ -248,7 +248,7 @@ def _round(root: ir.Graph, value: ir.Value, name: str, seed: Sequence[int]) -> N
         return
     last = value.shape[-1] if value.shape is not None and len(value.shape) else 1
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], last if isinstance(last, int) else 1)
-    eps = format_of(numpy_dtype(dtype_name(dtype))).eps
+    eps = format_of(numpy_dtype(onnx_name(dtype))).eps
     tensor = ir.Tensor((1 + eps * signs).astype(dtype.numpy()), dtype=dtype, name=name)
     factor = ir.Value(name=name, type=ir.TensorType(dtype), shape=tensor.shape, const_value=tensor)
     root.register_initializer(factor)

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from ...export.from_onnx.rewrite import Rewritten, RewrittenSite
 from ...export.graph.constants import constant
 from ...export.graph.site import GraphSite
-from ...export.lowering.norm_writer import dtype_name
+from ...models.dtypes import onnx_name
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UsageError
 from ...models.reference import reference
 from ...models.spec import NormSpec
@@ -238,8 +238,8 @@ class _Trial:
         before = site.before
         y_dtype = before.y.dtype or before.dtype
         self.called = CalledNorm(
-            (before.path, number), before.spec, _shape(before), dtype_name(before.dtype), dtype_name(y_dtype),
-            None if before.gate is None else dtype_name(before.gate.dtype or before.dtype), True,
+            (before.path, number), before.spec, _shape(before), onnx_name(before.dtype), onnx_name(y_dtype),
+            None if before.gate is None else onnx_name(before.gate.dtype or before.dtype), True,
         )  # fmt: skip
         self.turns = max(turns(self.called), 1)
         self.before, self.after = _places(str(number), site)
@@ -331,7 +331,7 @@ def _places(name: str, site: RewrittenSite) -> tuple[NormPlace, NormPlace]:
 def _as_rounded(spec: NormSpec, tensors: Mapping[str, Array | None]) -> tuple[NormSpec, Mapping[str, Array | None]]:
     """The scale as the norm rounds it: where 1 is added in the weight's own half type, that is part of the norm."""
     weight = tensors["weight"]
-    if weight is None or spec.scale != "one_plus_weight" or spec.offset_in_float32:
+    if weight is None or spec.scale_offset == 0.0 or spec.offset_in_float32:
         return spec, tensors
     scale = (1.0 + weight.astype(np.float64)).astype(weight.dtype)
     return spec.replace(scale="weight"), {**tensors, "weight": scale}

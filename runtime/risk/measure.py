@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ...models.dtypes import numpy_dtype
 from ...models.spec import NormSpec
 from ..accuracy.errors import errors_of, rms, row_scale_error, ulps_of
 from ..accuracy.float_formats import format_of
 from ..norms.access import NormFeed
 from ..norms.cut import cut_out, run_alone
 from ..norms.norm_model import norm_model
-from ..runners.base import Array, numpy_dtype
+from ..runners.base import Array
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,16 +178,15 @@ class NormWatch:
         # [rows, x and gate, width], in the order in which they came
         planes = np.stack([rows[serial] for serial in sorted(rows)]) if rows else np.zeros((0, 2, self._count))
         x, gate = (planes[:, index].reshape(-1, *self._width) for index in (0, planes.shape[1] - 1))
-        return NormRows(self._spec, x, self._weight, self._bias, gate if self._spec.gate != "none" else None)
+        return NormRows(self._spec, x, self._weight, self._bias, gate if self._spec.has_gate else None)
 
     def _take(self, x: Tensor, gate: Tensor | None, result: Tensor) -> None:
         import torch
 
         planes = torch.stack([x] if gate is None else [x, gate.to(x.dtype)], dim=1)
         entering = x.double()
-        if gate is not None and self._spec.gate == "before":
-            wide = gate.double()
-            entering = entering * wide.sigmoid() * (wide if self._spec.activation == "silu" else 1.0)
+        if gate is not None:
+            entering = entering * _gate_before(self._spec, gate.double())
         finite = planes.isfinite().all(dim=-1).all(dim=-1)
         serials = self._rows + np.flatnonzero(finite.numpy())
         self._rows += len(x)
@@ -212,7 +211,7 @@ class NormWatch:
         self._channels += squares.sum(axis=0)
         self._largest_entering = max(self._largest_entering, float(np.abs(entering).max()))
         self._largest_sum = max(self._largest_sum, float(sums.max()))
-        reduced, eps = sums / size if self._spec.reduction == "mean" else sums, self._spec.eps
+        reduced, eps = sums / size if self._spec.has_mean else sums, self._spec.eps
         self._statistics += reduced.size
         self._decides += int(np.count_nonzero(eps >= reduced))
         with np.errstate(invalid="ignore"):  # eps 0 and a row of zeros
@@ -228,11 +227,33 @@ class NormWatch:
     def _weight_range(self) -> WeightRange | None:
         if self._weight is None:
             return None
-        offset = 1.0 if self._spec.scale == "one_plus_weight" else 0.0
-        values = np.abs(self._weight.astype(np.float64) + offset)
+        values = np.abs(self._weight.astype(np.float64) + self._spec.scale_offset)
         some = values[values > 0.0]
         zeros = int(values.size - some.size)
         return WeightRange(float(values.max()), float(some.min()) if some.size else 0.0, zeros)
+
+
+def _gate_before(spec: NormSpec, gate: Tensor) -> Tensor | float:
+    """What a gate in float64 multiplies x by before it is normalized."""
+    match spec.gate:
+        case "none" | "after":
+            return 1.0
+        case "before":
+            return _activated(spec, gate)
+        case _:
+            assert_never(spec.gate)
+
+
+def _activated(spec: NormSpec, gate: Tensor) -> Tensor:
+    match spec.activation:
+        case "none":
+            return gate
+        case "silu":
+            return gate.sigmoid() * gate
+        case "sigmoid":
+            return gate.sigmoid()
+        case _:
+            assert_never(spec.activation)
 
 
 class _Pool:

@@ -91,14 +91,14 @@ def counting_margins(seen: NormSeen, dtype: str) -> list[CountingMargin]:
     x and the result must fit `dtype`. The squares must fit the dtype of the statistics, and so must their sum where no
     mean is taken; a mean may be summed in a wider dtype.
     """
-    statistics = dtype if seen.spec.statistics == "input" else "float32"
+    statistics = dtype if seen.spec.sums_in_half else "float32"
     own, wide = seen.margins[dtype], seen.margins[statistics]
     counting = [
         CountingMargin("x", dtype, own.x),
         CountingMargin("the result", dtype, own.result),
         CountingMargin("x^2", statistics, wide.square),
     ]
-    if seen.spec.reduction == "sum":
+    if not seen.spec.has_mean:
         counting.append(CountingMargin("the sum of squares", statistics, wide.sum))
     return counting
 
@@ -127,7 +127,7 @@ def _near(seen: NormSeen, dtype: str) -> Iterator[str]:
         if 1.0 <= margin < LEAST_MARGIN:
             yield f"{what} is within a factor of {margin:.3g} of overflow in {held_in}"
     total = seen.margins[dtype].sum
-    if seen.spec.statistics == "input" and seen.spec.reduction == "mean" and total < LEAST_MARGIN:
+    if seen.spec.sums_in_half and seen.spec.has_mean and total < LEAST_MARGIN:
         state = "overflows" if total < 1.0 else f"is within a factor of {total:.3g} of overflow in"
         yield f"the sum of squares {state} {dtype}, unless the runtime sums in a wider dtype"
 
@@ -137,9 +137,9 @@ def _small(seen: NormSeen, dtype: str) -> Iterator[str]:
     tiny = math.ldexp(1.0, FORMATS[dtype].exponent_min)
     if 0.0 < seen.smallest_rms < tiny:
         yield f"rows of RMS {seen.smallest_rms:.3g} become subnormal in {dtype}, where eps decides what is left"
-    elif seen.spec.statistics == "input" and 0.0 < seen.smallest_rms**2 < tiny:
+    elif seen.spec.sums_in_half and 0.0 < seen.smallest_rms**2 < tiny:
         yield f"x^2 of rows of RMS {seen.smallest_rms:.3g} becomes subnormal in {dtype}, and eps decides in its place"
-    if seen.spec.statistics == "input" and 0.0 < seen.spec.eps < tiny and seen.eps_matters:
+    if seen.spec.sums_in_half and 0.0 < seen.spec.eps < tiny and seen.eps_matters:
         share = 100 * seen.eps_matters
         yield f"eps {seen.spec.eps:.3g} is subnormal in {dtype}, and it matters in {share:.3g}% of the rows"
 
@@ -148,14 +148,14 @@ def _weight(spec: NormSpec, weight: Array | None, cast: Array | None, dtype: str
     if weight is None or cast is None:
         return
     exact = weight.astype(np.float64)
-    if spec.scale == "weight":
+    if spec.scale_offset == 0.0:
         tiny = math.ldexp(1.0, FORMATS[dtype].exponent_min)
         small = np.count_nonzero((exact != 0.0) & (np.abs(exact) < tiny))
         if small:
             zeros = np.count_nonzero((exact != 0.0) & (cast == 0.0))
             yield f"{small} of {exact.size} weights are subnormal in {dtype}, {zeros} of them become 0"
         return
-    scale = 1.0 + exact
+    scale = spec.scale_offset + exact
     rounded = 1.0 + cast.astype(np.float32) if spec.offset_in_float32 else cast + np.ones_like(cast)
     lost = np.abs(rounded.astype(np.float64) - scale) > _WEIGHT_EPS * FORMATS[dtype].eps * np.abs(scale)
     if lost.any():

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from ...models.dtypes import numpy_dtype
 from ...models.errors import UsageError
 
 Array = NDArray[Any]
@@ -69,11 +69,6 @@ class Runner(Protocol):
     def provenance(self) -> dict[str, Any]:
         """Versions, devices, options and file hashes behind the results, as JSON values."""
         ...
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The numpy dtype called `name`; bfloat16 is the one of ml_dtypes."""
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
 def describe_feeds(feeds: Mapping[str, Array]) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import ml_dtypes
 import numpy as np
 
+from ...models.dtypes import torch_name
 from ...models.errors import EnvironmentMissingError, UnsupportedError, UsageError
 from .base import ANY_DTYPE, Array, TensorInfo, check_feeds, describe_feeds
 
@@ -164,7 +165,7 @@ class TorchRunner:
             "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
             "model": self._where,
             "parameters": sum(p.numel() for p in self._model.parameters()),
-            "parameter_dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in self._model.parameters()}),
+            "parameter_dtypes": sorted({torch_name(p.dtype) for p in self._model.parameters()}),
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "threads": torch.get_num_threads(),
         }

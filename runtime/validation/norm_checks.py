@@ -123,7 +123,7 @@ def unsound_norms(called: Iterable[CalledNorm]) -> list[NormCheck]:
     return [
         NormCheck(norm, "plain", False, no_reference(norm.spec, norm.off))
         for norm in called
-        if norm.spec.statistics != "input" and norm.off > sound_limit(norm.spec, norm.y_dtype)
+        if not norm.spec.sums_in_half and norm.off > sound_limit(norm.spec, norm.y_dtype)
     ]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...models.dtypes import torch_name
 from ...models.errors import UsageError
 from ...models.loading import LoadedModel, load_model
 from ...models.outliers import apply_recorded
@@ -154,4 +155,4 @@ def _check_dtype(candidate: Candidate, model: nn.Module) -> None:
 
 
 def _dtype_of(model: nn.Module) -> str | None:
-    return next((str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()), None)
+    return next((torch_name(p.dtype) for p in model.parameters() if p.is_floating_point()), None)

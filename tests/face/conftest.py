@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers.interface.command_line import CommandLine
 
 from rmsnorm_deploy.cli.application import run
+from tests.helpers.interface.command_line import CommandLine
 
 # `norm` casts before it scales, so that a half-precision export has a deviation to report.
 _MODELS = """

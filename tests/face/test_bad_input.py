@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.interface.command_line import CommandLine
 
 from rmsnorm_deploy.cli.application import run
 from rmsnorm_deploy.models.errors import (
@@ -24,6 +23,7 @@ from rmsnorm_deploy.models.errors import (
     UnsupportedError,
     UsageError,
 )
+from tests.helpers.interface.command_line import CommandLine
 
 
 def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:

@@ -12,7 +12,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers.interface.command_line import CommandLine
 
 from rmsnorm_deploy.cli.arrays import write_npz
 from rmsnorm_deploy.cli.commands import COMMANDS
@@ -21,6 +20,7 @@ from rmsnorm_deploy.export.lowering.table import TABLE, TARGETS
 from rmsnorm_deploy.runtime.doctor import Diagnosis, Surroundings, diagnose, look
 from rmsnorm_deploy.runtime.inputs.arrays import read_arrays
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+from tests.helpers.interface.command_line import CommandLine
 
 SITE_KEYS = {"path", "class", "spec", "width", "dtype", "parameters"}
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.interface.command_line import CommandLine
+
+from tests.helpers.interface.command_line import CommandLine
 
 VALUES = np.linspace(-1, 1, 64, dtype=np.float32).reshape(2, 32)
 

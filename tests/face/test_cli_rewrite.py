@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers.spellings.look_alike_graphs import LOOK_ALIKES
-from helpers.spellings.norm_places import PLACES
-from helpers.spellings.norm_spellings import SPELLINGS, WIDTH
 
 from rmsnorm_deploy.cli.application import run
+from tests.helpers.spellings.look_alike_graphs import LOOK_ALIKES
+from tests.helpers.spellings.norm_places import PLACES
+from tests.helpers.spellings.norm_spellings import SPELLINGS, WIDTH
 
 
 @pytest.fixture

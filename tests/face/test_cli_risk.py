@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers.interface.command_line import CommandLine
-from helpers.models.families import build
 from onnx import numpy_helper
 
 from rmsnorm_deploy.export.lowering.table import TARGETS
+from tests.helpers.interface.command_line import CommandLine
+from tests.helpers.models.families import build
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from helpers.interface.command_line import CommandLine
 from safetensors.numpy import save_file
 
 from rmsnorm_deploy.cli.application import run
+from tests.helpers.interface.command_line import CommandLine
 
 IDS = np.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 

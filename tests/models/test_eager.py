@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from helpers.norms.norm_zoo import DTYPES, SCALE_FIRST, ZOO, ZooNorm
 from torch import Tensor
 
 from rmsnorm_deploy.models.eager import eager, statistics_dtype
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.spec import NormSpec
+from tests.helpers.norms.norm_zoo import DTYPES, SCALE_FIRST, ZOO, ZooNorm
 
 
 def bits(tensor: Tensor) -> Tensor:

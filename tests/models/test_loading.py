@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from rmsnorm_deploy.models.dtypes import NORM_DTYPES
 from rmsnorm_deploy.models.errors import UsageError
-from rmsnorm_deploy.models.loading import BUILTINS, DTYPES, LoadedModel, load_model
+from rmsnorm_deploy.models.loading import BUILTINS, LoadedModel, load_model
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
 
 CODE = """
@@ -94,7 +95,7 @@ def test_builtin_models_load_in_eval_mode(name: str) -> None:
     assert len(find_norms(loaded.model).sites) >= 3
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", NORM_DTYPES)
 def test_a_builtin_in_every_dtype(dtype: str) -> None:
     assert dtypes(load_model("builtin:small", dtype=dtype).model) == {getattr(torch, dtype)}
 
@@ -137,7 +138,7 @@ def test_example_inputs_of_a_factory_follow_the_dtype(code: Path) -> None:
     assert dict(kept.example_inputs or {})["x"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", NORM_DTYPES)
 def test_a_python_model_in_every_dtype(code: Path, dtype: str) -> None:
     assert dtypes(load_model("my_norm_model.py:model", dtype=dtype).model) == {getattr(torch, dtype)}
 
@@ -259,7 +260,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", [None, *DTYPES])
+@pytest.mark.parametrize("dtype", [None, *NORM_DTYPES])
 def test_a_saved_transformers_model_loads_in_the_dtype_asked_for(llama: Path, dtype: str | None) -> None:
     loaded = load_model(str(llama), dtype=dtype)
     assert (loaded.kind, loaded.folder, loaded.task) == ("transformers", llama, None)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models.families import build
-from helpers.models.small_models import Residual, WithoutNorm
 from torch import nn
 
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.outliers import apply_recorded, inject_outliers, parse_outliers
+from tests.helpers.models.families import build
+from tests.helpers.models.small_models import Residual, WithoutNorm
 
 
 class Tiny(nn.Module):

@@ -11,13 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from helpers.norms.norm_zoo import BARE, DTYPES, FALCON, MAMBA, ONE_PLUS, SCALE_FIRST, ZOO
 from numpy.typing import NDArray
 
 from rmsnorm_deploy.models import reference as reference_module
 from rmsnorm_deploy.models.eager import eager
 from rmsnorm_deploy.models.reference import reference
 from rmsnorm_deploy.models.spec import NormSpec
+from tests.helpers.norms.norm_zoo import BARE, DTYPES, FALCON, MAMBA, ONE_PLUS, SCALE_FIRST, ZOO
 
 Array = NDArray[np.float64]
 EPS64 = 2.0**-52

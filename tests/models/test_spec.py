@@ -8,10 +8,10 @@ import math
 from typing import Any
 
 import pytest
-from helpers.norms.norm_zoo import BARE, CAST_FIRST, FALCON, MAMBA, NO_UPCAST, ONE_PLUS, SCALE_FIRST, ZOO
 
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.spec import NormSpec
+from tests.helpers.norms.norm_zoo import BARE, CAST_FIRST, FALCON, MAMBA, NO_UPCAST, ONE_PLUS, SCALE_FIRST, ZOO
 
 INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "scale": ({"scale": "gain"}, "NormSpec.scale is 'gain'; it must be one of none, weight, one_plus_weight"),

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models.families import build
-from helpers.models.small_models import Residual, residual_inputs
 
 from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.models.builtin import addition_task as addition
 from rmsnorm_deploy.models.builtin.checkpoint import addition as addition_model
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.runtime.generate import ADDITION_TOKENIZER, generate
+from tests.helpers.models.families import build
+from tests.helpers.models.small_models import Residual, residual_inputs
 
 PROMPT = [5, 17, 40, 8]
 

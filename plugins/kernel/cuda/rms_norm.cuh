@@ -115,6 +115,7 @@ RMSNORM_INLINE float reduced(float value, float* partial, float* total) {
 // shows in a float32 result only.
 template <int activation, bool exact>
 RMSNORM_INLINE float gated(float value, float z) {
+  static_assert(activation == silu || activation == sigmoid, "expected silu or sigmoid");
   const float e = expf(-z), divisor = 1.0f + e, dividend = activation == silu ? z : 1.0f;
   const float quotient = dividend / divisor;
   if constexpr (exact) {

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import onnx_ir as ir
-from helpers.graphs.onnx_text import parsed, values
 
 from rmsnorm_deploy.export.from_onnx.annotate import annotate
 from rmsnorm_deploy.export.lowering.norm_writer import FORM_KEY, PATH_KEY, SPEC_KEY, TARGET_KEY, VALUES_KEY
 from rmsnorm_deploy.models.spec import NormSpec
+from tests.helpers.graphs.onnx_text import parsed, values
 
 CONSTANTS = """<float two = {2.0}, float eps = {0.125}, int64[1] last = {-1},
 float[8] w = {1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0}>"""

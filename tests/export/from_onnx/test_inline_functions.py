@@ -5,11 +5,11 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 import pytest
-from helpers.graphs.onnx_text import op_types
 
 from rmsnorm_deploy.export.from_onnx.inline_functions import inline_norm_functions
 from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
 from rmsnorm_deploy.plugins import contract
+from tests.helpers.graphs.onnx_text import op_types
 
 CONSTANTS = "<float two = {2.0}, float eps = {0.125}, int64[1] last = {-1}>"
 NORM = """(v) => (u) { two = Constant <value_float = 2.0> ()  last = Constant <value_ints = [-1]> ()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import pytest
-from helpers.graphs.onnx_text import op_types, parsed, values
 
 from rmsnorm_deploy.export.from_onnx.rewrite import fuse_quantized, rewrite
 from rmsnorm_deploy.export.lowering.table import HIGHEST_OPSET, TARGETS
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.plugins import contract
+from tests.helpers.graphs.onnx_text import op_types, parsed, values
 
 CONSTANTS = """<float two = {2.0}, float eps = {0.125}, int64[1] last = {-1}, float scale = {0.5}, int8 zero = {0},
 float[8] w = {1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0}>"""

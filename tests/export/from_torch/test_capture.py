@@ -16,12 +16,12 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
-from helpers.graphs.onnx_text import parsed
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.from_torch import capture as module
 from rmsnorm_deploy.export.from_torch.capture import Capture, capture, capture_opset, detached, is_pretrained
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, UnsupportedError, UsageError
+from tests.helpers.graphs.onnx_text import parsed
 
 
 class PreTrainedModel(nn.Module):

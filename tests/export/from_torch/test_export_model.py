@@ -14,7 +14,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from helpers.models.small_models import Residual, WithoutNorm, residual_inputs
 
 from rmsnorm_deploy.export.from_torch import export_model as exporter
 from rmsnorm_deploy.export.from_torch.export_model import PreparedModel, export_model, prepare, save
@@ -24,6 +23,7 @@ from rmsnorm_deploy.export.onnx_io.atomic_files import sha256
 from rmsnorm_deploy.models.errors import MismatchError, UnsupportedError, UsageError
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+from tests.helpers.models.small_models import Residual, WithoutNorm, residual_inputs
 
 
 @pytest.fixture(scope="module")

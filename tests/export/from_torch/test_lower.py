@@ -5,7 +5,6 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 import torch
-from helpers.graphs.capture_graph import GraphMaker, op_counts
 
 from rmsnorm_deploy.export.from_torch.lower import lower
 from rmsnorm_deploy.export.from_torch.swap import CAPTURE_DOMAIN
@@ -13,6 +12,7 @@ from rmsnorm_deploy.export.lowering.norm_writer import PATH_KEY, SPEC_KEY
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.plugins import contract
+from tests.helpers.graphs.capture_graph import GraphMaker, op_counts
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 SPEC = NormSpec(0.125)

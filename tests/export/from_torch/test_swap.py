@@ -7,7 +7,6 @@ import inspect
 import onnx_ir as ir
 import pytest
 import torch
-from helpers.norms.norm_zoo import BARE, CAST_FIRST, DTYPES, ZOO, TakesMore, Weighted, hub_class, normalized, randomized
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.from_torch.capture import capture
@@ -15,6 +14,17 @@ from rmsnorm_deploy.export.from_torch.swap import CAPTURE_DOMAIN, CAPTURE_OP, sw
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.models.recognition.site import Recognition, Site
 from rmsnorm_deploy.models.spec import NormSpec
+from tests.helpers.norms.norm_zoo import (
+    BARE,
+    CAST_FIRST,
+    DTYPES,
+    ZOO,
+    TakesMore,
+    Weighted,
+    hub_class,
+    normalized,
+    randomized,
+)
 
 
 class Model(nn.Module):

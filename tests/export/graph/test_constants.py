@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from helpers.graphs.onnx_text import parsed, values
 
 from rmsnorm_deploy.export.graph import constants
 from rmsnorm_deploy.export.graph.infer_types import fill_types
+from tests.helpers.graphs.onnx_text import parsed, values
 
 FLOAT, HALF, BFLOAT = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 DOUBLE, INT64 = ir.DataType.DOUBLE, ir.DataType.INT64

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import pytest
-from helpers.graphs.onnx_text import parsed, values
 
 from rmsnorm_deploy.export.graph.infer_types import fill_types
+from tests.helpers.graphs.onnx_text import parsed, values
 
 
 def types(model: ir.Model) -> dict[str, tuple[str | None, list[int | str | None] | None]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import pytest
-from helpers.graphs.onnx_text import parsed, values
 
 from rmsnorm_deploy.export.graph.infer_types import fill_types
 from rmsnorm_deploy.export.graph.residual import residual_operands
+from tests.helpers.graphs.onnx_text import parsed, values
 
 INPUTS = "float[n, 8] a, float[n, 8] b, float[8] v, float[m, 8] z, float16[n, 8] h, bool c"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import pytest
-from helpers.graphs.onnx_text import parsed, values
 
 from rmsnorm_deploy.export.graph import shape_checks
 from rmsnorm_deploy.export.graph.infer_types import fill_types
+from tests.helpers.graphs.onnx_text import parsed, values
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 Dims = list[int | str | None] | None

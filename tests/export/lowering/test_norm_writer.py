@@ -9,7 +9,6 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from helpers.graphs.onnx_text import op_types, parsed, values
 
 from rmsnorm_deploy.export.graph.site import GraphSite
 from rmsnorm_deploy.export.lowering.norm_writer import (
@@ -19,12 +18,12 @@ from rmsnorm_deploy.export.lowering.norm_writer import (
     TARGET_KEY,
     VALUES_KEY,
     NormWriter,
-    dtype_name,
 )
 from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
 from rmsnorm_deploy.models.errors import UnsupportedError
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.plugins import contract
+from tests.helpers.graphs.onnx_text import op_types, parsed, values
 
 CONSTANTS = """<float two = {2.0}, float eps = {0.125}, int64[1] last = {-1},
 float[8] w = {1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0}>"""
@@ -247,16 +246,3 @@ def test_finish_drops_constants_of_norms_that_were_refused_after_all() -> None:
         writer.write(site)
     writer.finish()
     assert sorted(model.graph.initializers) == ["eps", "last", "two", "w"]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "name"),
-    [
-        (ir.DataType.FLOAT, "float32"),
-        (ir.DataType.DOUBLE, "float64"),
-        (ir.DataType.FLOAT16, "float16"),
-        (ir.DataType.BFLOAT16, "bfloat16"),
-    ],
-)
-def test_dtype_name(dtype: ir.DataType, name: str) -> None:
-    assert dtype_name(dtype) == name

@@ -12,9 +12,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from helpers.graphs.capture_graph import run as run_model
-from helpers.models.families import build
-from helpers.norms.norm_cases import FLOAT32, case, residual_model
 
 from rmsnorm_deploy.cli.application import run
 from rmsnorm_deploy.export.from_onnx.rewrite import rewrite
@@ -26,6 +23,9 @@ from rmsnorm_deploy.models.errors import EnvironmentMissingError, RmsnormDeployE
 from rmsnorm_deploy.plugins import contract
 from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+from tests.helpers.graphs.capture_graph import run as run_model
+from tests.helpers.models.families import build
+from tests.helpers.norms.norm_cases import FLOAT32, case, residual_model
 
 NORMS = 5
 OPTIONS: dict[PluginStyle, dict[str, bool]] = {

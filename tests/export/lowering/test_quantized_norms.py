@@ -14,7 +14,6 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from helpers.models.families import build as build_family
 from onnx import TensorProto, helper, numpy_helper
 
 from rmsnorm_deploy.cli.application import run
@@ -35,6 +34,7 @@ from rmsnorm_deploy.plugins import contract
 from rmsnorm_deploy.runtime.norms.graph_norms import GraphNorms
 from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
 from rmsnorm_deploy.runtime.validation.api import validate
+from tests.helpers.models.families import build as build_family
 
 WIDTH = 32
 TYPES = {"int8": TensorProto.INT8, "float8_e4m3": TensorProto.FLOAT8E4M3FN}

@@ -9,9 +9,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.graphs.capture_graph import DATA_TYPES, PATH, GraphMaker, errors, norm_model, run
-from helpers.graphs.evaluator import as_numpy, count_differing, evaluate
-from helpers.norms.norm_cases import (
+from torch import Tensor
+
+from rmsnorm_deploy.export.from_torch.lower import lower
+from rmsnorm_deploy.export.lowering.table import TARGETS
+from rmsnorm_deploy.models.eager import eager
+from rmsnorm_deploy.models.errors import UnsupportedError
+from rmsnorm_deploy.models.reference import reference
+from tests.helpers.graphs.capture_graph import DATA_TYPES, PATH, GraphMaker, errors, norm_model, run
+from tests.helpers.graphs.evaluator import as_numpy, count_differing, evaluate
+from tests.helpers.norms.norm_cases import (
     BFLOAT16,
     CASES,
     FLOAT16,
@@ -22,16 +29,9 @@ from helpers.norms.norm_cases import (
     float32_bound,
     main_node,
 )
-from helpers.norms.norm_zoo import (
+from tests.helpers.norms.norm_zoo import (
     ZOO,
 )
-from torch import Tensor
-
-from rmsnorm_deploy.export.from_torch.lower import lower
-from rmsnorm_deploy.export.lowering.table import TARGETS
-from rmsnorm_deploy.models.eager import eager
-from rmsnorm_deploy.models.errors import UnsupportedError
-from rmsnorm_deploy.models.reference import reference
 
 
 @pytest.mark.parametrize(("name", "target"), CASES)

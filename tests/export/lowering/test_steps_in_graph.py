@@ -9,8 +9,18 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from helpers.graphs.capture_graph import DATA_TYPES, GraphMaker, errors, norm_model, op_counts, run, tensor
-from helpers.norms.norm_cases import (
+from torch import nn
+
+from rmsnorm_deploy.export.from_torch.lower import lower
+from rmsnorm_deploy.export.from_torch.swap import CAPTURE_DOMAIN
+from rmsnorm_deploy.export.lowering.norm_writer import FORM_KEY, PATH_KEY, SPEC_KEY, TARGET_KEY
+from rmsnorm_deploy.export.lowering.table import TARGETS, cell
+from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
+from rmsnorm_deploy.models.reference import reference
+from rmsnorm_deploy.models.spec import NormSpec
+from rmsnorm_deploy.plugins import contract
+from tests.helpers.graphs.capture_graph import DATA_TYPES, GraphMaker, errors, norm_model, op_counts, run, tensor
+from tests.helpers.norms.norm_cases import (
     BFLOAT16,
     CASES,
     FLOAT16,
@@ -22,23 +32,13 @@ from helpers.norms.norm_cases import (
     plugin_nodes,
     residual_model,
 )
-from helpers.norms.norm_zoo import (
+from tests.helpers.norms.norm_zoo import (
     BARE,
     CAST_FIRST,
     ONE_PLUS,
     TORCH,
     ZOO,
 )
-from torch import nn
-
-from rmsnorm_deploy.export.from_torch.lower import lower
-from rmsnorm_deploy.export.from_torch.swap import CAPTURE_DOMAIN
-from rmsnorm_deploy.export.lowering.norm_writer import FORM_KEY, PATH_KEY, SPEC_KEY, TARGET_KEY
-from rmsnorm_deploy.export.lowering.table import TARGETS, cell
-from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
-from rmsnorm_deploy.models.reference import reference
-from rmsnorm_deploy.models.spec import NormSpec
-from rmsnorm_deploy.plugins import contract
 
 FUSED = ("SimplifiedLayerNormalization", "RMSNormalization")
 PIECES = {"Pow", "ReduceMean", "ReduceSum", "Sqrt", "Div"}

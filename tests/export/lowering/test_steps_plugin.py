@@ -9,8 +9,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from helpers.graphs.capture_graph import GraphMaker, errors, run
-from helpers.norms.norm_cases import (
+
+from rmsnorm_deploy.export.from_torch.lower import lower
+from rmsnorm_deploy.export.from_torch.swap import CAPTURE_DOMAIN
+from rmsnorm_deploy.plugins import contract
+from tests.helpers.graphs.capture_graph import GraphMaker, errors, run
+from tests.helpers.norms.norm_cases import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
@@ -19,14 +23,10 @@ from helpers.norms.norm_cases import (
     residual_feeds,
     residual_model,
 )
-from helpers.norms.norm_zoo import (
+from tests.helpers.norms.norm_zoo import (
     ONE_PLUS,
     ZOO,
 )
-
-from rmsnorm_deploy.export.from_torch.lower import lower
-from rmsnorm_deploy.export.from_torch.swap import CAPTURE_DOMAIN
-from rmsnorm_deploy.plugins import contract
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -9,9 +9,15 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from helpers.graphs.capture_graph import GraphMaker, errors, op_counts, run
-from helpers.norms.norm_cases import FLOAT16, FLOAT32, FLOAT32_ULP, residual_feeds, residual_model
-from helpers.norms.norm_zoo import (
+
+from rmsnorm_deploy.export.from_torch.lower import lower
+from rmsnorm_deploy.export.lowering.norm_writer import FORM_KEY, PATH_KEY
+from rmsnorm_deploy.export.lowering.table import TARGETS
+from rmsnorm_deploy.models.reference import reference
+from rmsnorm_deploy.models.spec import NormSpec
+from tests.helpers.graphs.capture_graph import GraphMaker, errors, op_counts, run
+from tests.helpers.norms.norm_cases import FLOAT16, FLOAT32, FLOAT32_ULP, residual_feeds, residual_model
+from tests.helpers.norms.norm_zoo import (
     BARE,
     CAST_FIRST,
     ONE_PLUS,
@@ -19,12 +25,6 @@ from helpers.norms.norm_zoo import (
     TORCH,
     ZOO,
 )
-
-from rmsnorm_deploy.export.from_torch.lower import lower
-from rmsnorm_deploy.export.lowering.norm_writer import FORM_KEY, PATH_KEY
-from rmsnorm_deploy.export.lowering.table import TARGETS
-from rmsnorm_deploy.models.reference import reference
-from rmsnorm_deploy.models.spec import NormSpec
 
 
 @pytest.mark.parametrize("keep_sum", [True, False])

@@ -7,12 +7,10 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from helpers.norms.norm_zoo import BARE, CAST_FIRST, MAMBA, NO_UPCAST, ONE_PLUS, SCALE_FIRST, TORCH, ZOO
 
 from rmsnorm_deploy.export.lowering.table import (
     DEFAULT_OPSET,
     FORMS,
-    HALF,
     HIGHEST_OPSET,
     LOWEST_OPSET,
     TABLE,
@@ -26,10 +24,11 @@ from rmsnorm_deploy.export.lowering.table import (
     opset_for,
     resolve,
 )
+from rmsnorm_deploy.models.dtypes import HALF_DTYPES, NORM_DTYPES
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
-from rmsnorm_deploy.models.loading import DTYPES
 from rmsnorm_deploy.models.spec import NormSpec, Order
 from rmsnorm_deploy.plugins import contract
+from tests.helpers.norms.norm_zoo import BARE, CAST_FIRST, MAMBA, NO_UPCAST, ONE_PLUS, SCALE_FIRST, TORCH, ZOO
 
 OPSETS = (6, 7, 17, 18, 20, 22, 23, 24)
 RUNTIMES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
@@ -59,7 +58,7 @@ def test_every_cell_is_filled_in(row: Cell) -> None:
     assert row.emits
     assert row.note
     assert row.opset <= HIGHEST_OPSET
-    assert set(row.dtypes) <= set(DTYPES)
+    assert set(row.dtypes) <= set(NORM_DTYPES)
     assert row.runtimes
     assert {name for name, _ in row.runtimes} <= set(RUNTIMES)
     for deviation in row.deviations:
@@ -68,7 +67,7 @@ def test_every_cell_is_filled_in(row: Cell) -> None:
             assert deviation.dtypes == ("float64",)
         else:
             assert deviation.order in get_args(Order)
-            assert set(deviation.dtypes) <= set(HALF)  # in float32 and float64 no cast can be in the wrong place
+            assert set(deviation.dtypes) <= set(HALF_DTYPES)  # in float32 and float64 no cast can be in the wrong place
         assert deviation.runtime in ("any", *RUNTIMES)
         assert deviation.ulp is None or 0.5 <= deviation.ulp <= 2
     orders = [deviation.order for deviation in row.deviations]
@@ -94,7 +93,7 @@ def test_opsets_and_dtypes_of_the_targets() -> None:
         "primitives": 7, "standard": 23, "ort": 7, "plugin": 18,
     }  # fmt: skip
     for target in ("primitives", "standard", "ort"):
-        assert set(cell(target, "plain").dtypes) == set(DTYPES)
+        assert set(cell(target, "plain").dtypes) == set(NORM_DTYPES)
     assert "float64" not in cell("plugin", "plain").dtypes
 
 
@@ -109,7 +108,7 @@ def test_only_ort_is_not_for_tensorrt() -> None:
 @pytest.mark.parametrize("name", ZOO)
 def test_every_spec_resolves_or_is_refused_with_a_reason_and_the_nearest_choice(name: str) -> None:
     spec = ZOO[name].spec
-    for target, form, dtype, opset in itertools.product(TARGETS, FORMS, DTYPES, (*OPSETS, None)):
+    for target, form, dtype, opset in itertools.product(TARGETS, FORMS, NORM_DTYPES, (*OPSETS, None)):
         found = resolve(spec, form, target, Environment(opset=opset, dtype=dtype))
         too_low = opset is not None and opset < {"standard": 23, "plugin": 18}.get(target, 7)
         if too_low or (target == "plugin" and dtype == "float64"):
@@ -257,13 +256,13 @@ def test_every_opset_is_taken_or_refused(target: str, opset: int) -> None:
 def test_a_deviation_is_stated_exactly_where_the_roundings_differ(name: str) -> None:
     spec = ZOO[name].spec
     differs = spec.order in ("no_upcast", "cast_factor") or (spec.order == "cast_then_scale" and spec.has_weight)
-    for target, dtype in itertools.product(TARGETS, DTYPES):
+    for target, dtype in itertools.product(TARGETS, NORM_DTYPES):
         found = [deviation.order for deviation in deviations(cell(target, "plain"), spec, dtype)]
         rounded = float(np.float32(spec.eps)) != spec.eps and spec.statistics != "float32"
         if dtype == "float64" and target in ("standard", "ort"):
             assert found == ["any"] * rounded
         else:
-            assert found == [spec.order] * (differs and dtype in HALF)
+            assert found == [spec.order] * (differs and dtype in HALF_DTYPES)
 
 
 @pytest.mark.parametrize(

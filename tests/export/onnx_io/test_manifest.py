@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from helpers.graphs.onnx_text import parsed, values
 
 from rmsnorm_deploy.export.from_onnx.rewrite import rewrite
 from rmsnorm_deploy.export.lowering.norm_writer import LoweredSite
@@ -34,6 +33,7 @@ from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.recognition.site import Recognition, Site
 from rmsnorm_deploy.models.spec import NormSpec
+from tests.helpers.graphs.onnx_text import parsed, values
 
 SPEC = NormSpec(1e-6)
 HALF, ORT = (

@@ -11,14 +11,14 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from helpers.graphs.capture_graph import GraphMaker, norm_model, op_counts, run
-from helpers.norms.norm_zoo import ZOO
 from numpy.typing import NDArray
 from onnx import helper
 
 from rmsnorm_deploy.export.from_torch.lower import lower
 from rmsnorm_deploy.export.onnx_io.raise_opset import CONVERTED, MEANING_CHANGED, raise_opset
 from rmsnorm_deploy.models.errors import UnsupportedError
+from tests.helpers.graphs.capture_graph import GraphMaker, norm_model, op_counts, run
+from tests.helpers.norms.norm_zoo import ZOO
 
 FLOAT = ir.DataType.FLOAT
 

@@ -6,12 +6,12 @@ import math
 
 import onnx_ir as ir
 import pytest
-from helpers.graphs.onnx_text import parsed, values
 
 from rmsnorm_deploy.export.graph.infer_types import fill_types
 from rmsnorm_deploy.export.lowering.builder import ONES
 from rmsnorm_deploy.export.recognition.dataflow import GraphReader
 from rmsnorm_deploy.export.recognition.terms import MOST_NODES, Activated, Normed, Squares, Statistic, Term
+from tests.helpers.graphs.onnx_text import parsed, values
 
 CONSTANTS = """<float one = {1.0}, float two = {2.0}, float three = {3.0}, float eps = {0.125}, float eighth = {0.125},
 float minus = {-0.5}, float half = {0.5}, int64[1] last = {-1}, int64[1] first = {0},

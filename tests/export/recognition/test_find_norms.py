@@ -6,7 +6,6 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
-from helpers.graphs.onnx_text import parsed, values
 
 from rmsnorm_deploy.export.graph.constants import constant
 from rmsnorm_deploy.export.graph.site import GraphSite
@@ -16,6 +15,7 @@ from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms, find_
 from rmsnorm_deploy.export.recognition.fused_ops import OTHER_PLUGIN
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.plugins import contract
+from tests.helpers.graphs.onnx_text import parsed, values
 
 CONSTANTS = """<float two = {2.0}, float eps = {0.125}, int64[1] last = {-1}, float[1] single = {2.0},
 float[3] narrow = {1.0, 1.0, 1.0},

@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from helpers.spellings.norm_places import PLACES
-from helpers.spellings.norm_spellings import WAYS, WIDTH, build, legal
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -25,6 +23,8 @@ from onnx import TensorProto, helper, numpy_helper
 from rmsnorm_deploy.export.from_onnx.rewrite import rewrite
 from rmsnorm_deploy.models.errors import RmsnormDeployError
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+from tests.helpers.spellings.norm_places import PLACES
+from tests.helpers.spellings.norm_spellings import WAYS, WIDTH, build, legal
 
 EPSILON = 0.25
 QUARTERS = [replace(way, eps=EPSILON) for way in WAYS.values() if way.dtype == "float32"]

@@ -10,17 +10,17 @@ from dataclasses import fields
 import numpy as np
 import onnx
 import onnx_ir as ir
-from helpers.graphs.graph_text import Graph
-from helpers.spellings import norm_spellings as spellings
-from helpers.spellings.norm_spellings import EXACT, Way, build, expected, legal, norm, tail
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rmsnorm_deploy.export.from_onnx.rewrite import rewrite
 from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
+from rmsnorm_deploy.models.dtypes import numpy_dtype
 from rmsnorm_deploy.runtime.accuracy.compare_output import judge
-from rmsnorm_deploy.runtime.runners.base import numpy_dtype
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+from tests.helpers.graphs.graph_text import Graph
+from tests.helpers.spellings import norm_spellings as spellings
+from tests.helpers.spellings.norm_spellings import EXACT, Way, build, expected, legal, norm, tail
 
 CHOICES = {
     "square": spellings.SQUARES, "reduction": spellings.REDUCTIONS, "axes": spellings.AXES,

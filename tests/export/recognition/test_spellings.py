@@ -12,20 +12,20 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from helpers.spellings.look_alike_graphs import LOOK_ALIKES
-from helpers.spellings.norm_oddities import ODDITIES
-from helpers.spellings.norm_places import PLACES
-from helpers.spellings.norm_spellings import SPELLINGS, WAYS, Spelling, build
 
 from rmsnorm_deploy.export.from_onnx.inline_functions import inline_norm_functions
 from rmsnorm_deploy.export.from_onnx.rewrite import Rewritten, rewrite
 from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
+from rmsnorm_deploy.models.dtypes import numpy_dtype
 from rmsnorm_deploy.models.errors import UnsupportedError
 from rmsnorm_deploy.runtime.accuracy.compare_output import judge
 from rmsnorm_deploy.runtime.rewriting.verify_norms import prove_norms
-from rmsnorm_deploy.runtime.runners.base import numpy_dtype
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+from tests.helpers.spellings.look_alike_graphs import LOOK_ALIKES
+from tests.helpers.spellings.norm_oddities import ODDITIES
+from tests.helpers.spellings.norm_places import PLACES
+from tests.helpers.spellings.norm_spellings import SPELLINGS, WAYS, Spelling, build
 
 ALL: dict[str, Spelling] = {**SPELLINGS, **PLACES, **ODDITIES}
 

@@ -6,7 +6,6 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
-from helpers.graphs.onnx_text import parsed, values
 
 from rmsnorm_deploy.export.graph.constants import constant
 from rmsnorm_deploy.export.graph.infer_types import fill_types
@@ -14,6 +13,7 @@ from rmsnorm_deploy.export.recognition.dataflow import GraphReader
 from rmsnorm_deploy.export.recognition.terms import Normed
 from rmsnorm_deploy.export.recognition.to_spec import Reading, reading, shortest, unfolded
 from rmsnorm_deploy.models.spec import NormSpec
+from tests.helpers.graphs.onnx_text import parsed, values
 
 # 1.0 to 2.75 in steps of a quarter, as bits of float16.
 WEIGHT = "{15360, 15616, 15872, 16128, 16384, 16512, 16640, 16768}"

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers.graphs.onnx_text import parsed
 
 from rmsnorm_deploy.export import recognition
 from rmsnorm_deploy.export.graph.infer_types import fill_types
@@ -16,6 +15,7 @@ from rmsnorm_deploy.export.recognition.dataflow import GraphReader
 from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
 from rmsnorm_deploy.export.recognition.terms import Normed, Squares, Statistic, Term
 from rmsnorm_deploy.models.spec import NormSpec
+from tests.helpers.graphs.onnx_text import parsed
 
 DOCSTRING = str(recognition.__doc__)
 ROWS = re.findall(r"^ {4}(\w+) = (.+?\)) {2,}(.+)$", DOCSTRING, re.MULTILINE)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig
+from rmsnorm_deploy.plugins.kernel.macros import macros
 from rmsnorm_deploy.plugins.kernel.norm_kernel import SOURCE_FOLDER, NormKernel
 
 Array = NDArray[Any]
@@ -36,9 +37,9 @@ class HostKernels:
         self._cases = list(cases)
         lines = ['#include "gpu.h"', '#include "rms_norm.cuh"']
         for number, (kernel, config) in enumerate(self._cases):
-            macros = {"RMSNORM_NAME": f"kernel_{number}", **kernel.macros(config)}
-            lines += [f"#define {name} {value}" for name, value in macros.items()]
-            lines += ['#include "kernel.cu"', *(f"#undef {name}" for name in macros)]
+            defined = {"RMSNORM_NAME": f"kernel_{number}", **macros(kernel, config)}
+            lines += [f"#define {name} {value}" for name, value in defined.items()]
+            lines += ['#include "kernel.cu"', *(f"#undef {name}" for name in defined)]
         source, library = folder / "kernels.cpp", folder / "kernels.so"
         source.write_text("\n".join(lines) + "\n")
         command = [

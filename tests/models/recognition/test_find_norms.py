@@ -11,8 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.norms.look_alikes import LOOK_ALIKES, NamedRMSNorm
-from helpers.norms.norm_zoo import (
+from torch import Tensor, nn
+
+from rmsnorm_deploy.models.recognition.find_norms import find_norms
+from rmsnorm_deploy.models.recognition.site import Recognition, Site
+from tests.helpers.norms.look_alikes import LOOK_ALIKES, NamedRMSNorm
+from tests.helpers.norms.norm_zoo import (
     BARE,
     CAST_FIRST,
     FLOAT32_EPS,
@@ -26,10 +30,6 @@ from helpers.norms.norm_zoo import (
     normalized,
     randomized,
 )
-from torch import Tensor, nn
-
-from rmsnorm_deploy.models.recognition.find_norms import find_norms
-from rmsnorm_deploy.models.recognition.site import Recognition, Site
 
 
 def only_site(model: nn.Module, path: str = "") -> Site:
@@ -249,7 +249,7 @@ def test_the_dict_of_a_site_is_the_json_interface() -> None:
     assert [row.to_dict()["width"] for row in site] == [[4, 8], 8, None]
     assert site[1].to_dict() == {
         "path": "1",
-        "class": "helpers.norms.norm_zoo.Weighted",
+        "class": "tests.helpers.norms.norm_zoo.Weighted",
         "spec": CAST_FIRST.to_dict(),
         "width": 8,
         "dtype": "float32",

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.plugins.host_gpu import NUMPY, Array, HostKernels, compiler
 
 from rmsnorm_deploy.models.reference import reference
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig, choose
 from rmsnorm_deploy.plugins.kernel.norm_kernel import NormKernel
 from rmsnorm_deploy.runtime.accuracy.float_formats import ulp_size
+from tests.helpers.plugins.host_gpu import NUMPY, Array, HostKernels, compiler
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler (g++)")
 

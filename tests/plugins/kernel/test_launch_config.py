@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rmsnorm_deploy.models.dtypes import BYTES
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig, choose
-from rmsnorm_deploy.plugins.kernel.norm_kernel import BYTES, NormKernel
+from rmsnorm_deploy.plugins.kernel.norm_kernel import NormKernel
 
 DTYPES = ("float32", "float16", "bfloat16")
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.plugins.host_gpu import NUMPY, SHIM, compiler
 
 from rmsnorm_deploy.plugins.kernel.norm_kernel import SOURCE_FOLDER
+from tests.helpers.plugins.host_gpu import NUMPY, SHIM, compiler
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler (g++)")
 

@@ -13,12 +13,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers.plugins.host_gpu import NUMPY, HostKernels, compiler
 
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, RmsnormDeployError
 from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig, choose
 from rmsnorm_deploy.plugins.tensorrt.images import KernelImage, KernelImages, kernel_of
 from rmsnorm_deploy.plugins.tensorrt.launcher import Launcher, cuda_driver
+from tests.helpers.plugins.host_gpu import NUMPY, HostKernels, compiler
 
 ARCHITECTURE, MULTIPROCESSORS = 89, 4
 

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.plugins import plugin_library
-from helpers.plugins.plugin_library import NUMPY, TENSORRT_TYPES, BuiltLibrary, HostDriver, reference
 
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, UsageError
 from rmsnorm_deploy.plugins import contract
 from rmsnorm_deploy.plugins.kernel.launch_config import choose
+from rmsnorm_deploy.plugins.kernel.macros import macros
 from rmsnorm_deploy.plugins.tensorrt import header, library
 from rmsnorm_deploy.plugins.tensorrt.images import kernel_of
+from tests.helpers.plugins import plugin_library
+from tests.helpers.plugins.plugin_library import NUMPY, TENSORRT_TYPES, BuiltLibrary, HostDriver, reference
 
 needs_library = pytest.mark.skipif(plugin_library.missing() is not None, reason=str(plugin_library.missing()))
 FIELDS = "epsilon=1e-5 scale_offset=0 scale_type=1"
@@ -93,8 +94,8 @@ def test_layouts_and_macros_are_those_of_python(built_library: BuiltLibrary) -> 
                     for few in (False, True):
                         for architecture in (75, 89, 90, 120):
                             config = choose(kernel, 1 if few else None, architecture)
-                            macros = {"RMSNORM_NAME": kernel.op, **kernel.macros(config)}
-                            expected = {f"-D{name}={value}" for name, value in macros.items()}
+                            defined = {"RMSNORM_NAME": kernel.op, **macros(kernel, config)}
+                            expected = {f"-D{name}={value}" for name, value in defined.items()}
                             expected |= {f"--gpu-architecture=sm_{architecture}", "--std=c++17"}
                             text = options(
                                 kernel.adds, number, quant_type or 0, width, 1e-6, offset != 0, kernel.cast_first, few,

@@ -10,8 +10,6 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from helpers.plugins import plugin_library
-from helpers.plugins.plugin_library import NUMPY, TENSORRT_TYPES, BuiltLibrary, HostDriver, reference
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -22,6 +20,8 @@ from rmsnorm_deploy.plugins.kernel.launch_config import choose
 from rmsnorm_deploy.plugins.tensorrt.images import KernelImages, compile_images, kernel_of, unpack
 from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
 from rmsnorm_deploy.runtime.tensorrt.build import build_engine
+from tests.helpers.plugins import plugin_library
+from tests.helpers.plugins.plugin_library import NUMPY, TENSORRT_TYPES, BuiltLibrary, HostDriver, reference
 
 needs_library = pytest.mark.skipif(plugin_library.missing() is not None, reason=str(plugin_library.missing()))
 Array = NDArray[Any]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from rmsnorm_deploy.models.dtypes import numpy_dtype
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.runtime.accuracy.float_formats import format_of
 from rmsnorm_deploy.runtime.norms.access import CalledNorm
 from rmsnorm_deploy.runtime.norms.adversarial_rows import KINDS, adversarial, turns
-from rmsnorm_deploy.runtime.runners.base import numpy_dtype
 
 NAMES = [kind.name for kind in KINDS]
 DTYPES = ("float32", "float16", "bfloat16")

@@ -8,15 +8,15 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from helpers.graphs.graph_text import Graph, weight
-from helpers.spellings.norm_places import PLACES
-from helpers.spellings.norm_spellings import WIDTH, Way, norm
 
 from rmsnorm_deploy.export.graph.site import GraphSite
 from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
 from rmsnorm_deploy.models.errors import UnsupportedError
 from rmsnorm_deploy.runtime.norms.cut import Cut, CutModel, cut_out
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+from tests.helpers.graphs.graph_text import Graph, weight
+from tests.helpers.spellings.norm_places import PLACES
+from tests.helpers.spellings.norm_spellings import WIDTH, Way, norm
 
 X = np.random.default_rng(0).standard_normal((2, 3, WIDTH)).astype(np.float32)
 

@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers.norms.norm_zoo import ZOO
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.from_torch.export_model import ExportResult, prepare, save
@@ -25,6 +24,7 @@ from rmsnorm_deploy.runtime.norms.cut import cut_out
 from rmsnorm_deploy.runtime.norms.graph_norms import GraphNorms, cut_name, fed_name
 from rmsnorm_deploy.runtime.norms.onnx_norms import OnnxNorms
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+from tests.helpers.norms.norm_zoo import ZOO
 
 FIRST, GATED, SECOND = ("norm", 0), ("gated", 0), ("norm", 1)
 KEYS: list[Key] = [FIRST, GATED, SECOND]

@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.models.small_models import HalfCastNorm, Residual
-from helpers.norms.norm_zoo import ZOO
 from torch import Tensor, nn
 
+from rmsnorm_deploy.models.dtypes import numpy_dtype
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.models.reference import reference
 from rmsnorm_deploy.runtime.norms.access import NormFeed
 from rmsnorm_deploy.runtime.norms.activation_store import ActivationStore, Key
 from rmsnorm_deploy.runtime.norms.float64_model import in_float64
 from rmsnorm_deploy.runtime.norms.torch_norms import Survey, TorchNorms, survey_norms
-from rmsnorm_deploy.runtime.runners.base import numpy_dtype
 from rmsnorm_deploy.runtime.runners.torch import TorchRunner
+from tests.helpers.models.small_models import HalfCastNorm, Residual
+from tests.helpers.norms.norm_zoo import ZOO
 
 FIRST, SECOND = ("norms.0", 0), ("norms.1", 0)
 DTYPES = ("float32", "float16", "bfloat16")

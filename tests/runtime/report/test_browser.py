@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.interface.report_sample import sample_report
+
+from tests.helpers.interface.report_sample import sample_report
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")

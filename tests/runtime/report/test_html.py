@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.interface.report_sample import sample_report
 from lxml import etree
 from lxml import html as parser
 
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, UsageError
 from rmsnorm_deploy.runtime.report.text import exact, percent, short
+from tests.helpers.interface.report_sample import sample_report
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")

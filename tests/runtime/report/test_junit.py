@@ -11,10 +11,10 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
-from helpers.interface.report_sample import sample_report
 
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.report import junit
+from tests.helpers.interface.report_sample import sample_report
 
 _SUITE = {"name", "package", "id", "hostname", "timestamp", "tests", "failures", "errors", "skipped", "time"}
 

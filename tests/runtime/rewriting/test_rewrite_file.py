@@ -14,9 +14,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from helpers.graphs.graph_text import Graph, weight
-from helpers.spellings.norm_places import PLACES
-from helpers.spellings.norm_spellings import WIDTH, Way, build, norm
 
 from rmsnorm_deploy.export.from_onnx import rewrite as export_rewrite
 from rmsnorm_deploy.export.from_onnx.rewrite import rewrite
@@ -28,6 +25,9 @@ from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
 from rmsnorm_deploy.runtime.rewriting.verify_model import prove_model
 from rmsnorm_deploy.runtime.rewriting.verify_norms import Proof, prove_norms
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+from tests.helpers.graphs.graph_text import Graph, weight
+from tests.helpers.spellings.norm_places import PLACES
+from tests.helpers.spellings.norm_spellings import WIDTH, Way, build, norm
 
 
 def block(dtype: str = "float32", layers: int = 2) -> onnx.ModelProto:

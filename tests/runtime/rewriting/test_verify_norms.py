@@ -12,9 +12,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from helpers.graphs.graph_text import Graph, weight
-from helpers.spellings.norm_places import PLACES
-from helpers.spellings.norm_spellings import SPELLINGS, WIDTH, Way, norm
 
 from rmsnorm_deploy.export.from_onnx.rewrite import Rewritten, RewrittenSite, rewrite
 from rmsnorm_deploy.export.lowering.table import TARGETS
@@ -24,6 +21,9 @@ from rmsnorm_deploy.runtime.rewriting import verify_norms as rewrite_proof
 from rmsnorm_deploy.runtime.rewriting.verify_model import prove_model
 from rmsnorm_deploy.runtime.rewriting.verify_norms import Proof, prove_norms
 from rmsnorm_deploy.runtime.runners import onnxruntime as ort_runner
+from tests.helpers.graphs.graph_text import Graph, weight
+from tests.helpers.spellings.norm_places import PLACES
+from tests.helpers.spellings.norm_spellings import SPELLINGS, WIDTH, Way, norm
 
 HALF = Way(dtype="float16", casts="cast_then_scale", eps=1e-5)
 

@@ -11,8 +11,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from helpers.models.families import VOCABULARY, build
-from helpers.norms.norm_zoo import CAST_FIRST, NO_UPCAST, ONE_PLUS, ZOO, NoUpcast, Weighted
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.lowering.table import TARGETS
@@ -27,6 +25,8 @@ from rmsnorm_deploy.runtime.risk.measure import NormRows, error_in_onnxruntime, 
 from rmsnorm_deploy.runtime.risk.observe import NormSeen, NormWatch
 from rmsnorm_deploy.runtime.risk.report import RiskReport, risk
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+from tests.helpers.models.families import VOCABULARY, build
+from tests.helpers.norms.norm_zoo import CAST_FIRST, NO_UPCAST, ONE_PLUS, ZOO, NoUpcast, Weighted
 
 WIDTH = 16
 

@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from rmsnorm_deploy.models.dtypes import numpy_dtype
 from rmsnorm_deploy.models.errors import UsageError
-from rmsnorm_deploy.runtime.runners.base import ANY_DTYPE, TensorInfo, check_feeds, describe_feeds, numpy_dtype
+from rmsnorm_deploy.runtime.runners.base import ANY_DTYPE, TensorInfo, check_feeds, describe_feeds
 
 INFOS = [
     TensorInfo("ids", "int64", ("batch", "tokens")),

@@ -10,11 +10,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from helpers.interface.command_line import CommandLine
 from onnx import TensorProto, helper, numpy_helper
 
 from rmsnorm_deploy.export.lowering.plugin_functions import plugin_function
 from rmsnorm_deploy.plugins import contract
+from tests.helpers.interface.command_line import CommandLine
 
 WIDTH = 32
 ATTRIBUTES: dict[str, Any] = {

@@ -18,11 +18,11 @@ from typing import Any, Final
 
 import numpy as np
 import pytest
-from helpers.tensorrt import lean_tensorrt
 
 from rmsnorm_deploy.plugins import contract
 from rmsnorm_deploy.runtime.tensorrt import worker
 from rmsnorm_deploy.runtime.tensorrt.api import FLAVORS, RUNTIMES, flavor_of, is_installed, version_of
+from tests.helpers.tensorrt import lean_tensorrt
 
 ROOT: Final = Path(__file__).parents[3]
 FOLDERS: Final = ("runtime/tensorrt", "plugins/tensorrt")

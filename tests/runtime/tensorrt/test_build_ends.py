@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.tensorrt.tensorrt_models import rms_norm_model
 from onnx import TensorProto, helper, numpy_helper
 
 from rmsnorm_deploy.models.errors import RmsnormDeployError, UsageError
 from rmsnorm_deploy.runtime.tensorrt.build import build_engine
 from rmsnorm_deploy.runtime.tensorrt.engine_files import read_record
 from rmsnorm_deploy.runtime.tensorrt.process import LOG_HEADER, Progress
+from tests.helpers.tensorrt.tensorrt_models import rms_norm_model
 
 pytest.importorskip("tensorrt_rtx", reason="needs the builder: pip install 'rmsnorm-deploy[rtx]'")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")

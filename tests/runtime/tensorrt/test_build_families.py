@@ -21,8 +21,6 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers
-from helpers.models.families import FAMILIES, VOCABULARY, build
-from helpers.plugins.plugin_library import BuiltLibrary
 from torch import nn
 
 from rmsnorm_deploy.export.from_torch.export_model import export_model
@@ -30,6 +28,8 @@ from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.models.loading import load_model
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.runtime.tensorrt.build import Engine, build_engine
+from tests.helpers.models.families import FAMILIES, VOCABULARY, build
+from tests.helpers.plugins.plugin_library import BuiltLibrary
 
 pytest.importorskip("tensorrt_rtx", reason="needs the builder: pip install 'rmsnorm-deploy[rtx]'")
 

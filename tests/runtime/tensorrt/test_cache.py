@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers.tensorrt.tensorrt_models import rms_norm_model
 
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.tensorrt.build import build_engine
 from rmsnorm_deploy.runtime.tensorrt.cache import engine_key
 from rmsnorm_deploy.runtime.tensorrt.options import BuildOptions
 from rmsnorm_deploy.runtime.tensorrt.plan import plan_build
+from tests.helpers.tensorrt.tensorrt_models import rms_norm_model
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'rmsnorm-deploy[rtx]'")
 OPTIONS = BuildOptions(architectures=(89,))

@@ -8,9 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers.plugins import plugin_library
-from helpers.plugins.plugin_library import BuiltLibrary
-from helpers.tensorrt.tensorrt_models import WIDTH, rms_norm_model
 
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
 from rmsnorm_deploy.plugins.tensorrt import library
@@ -20,6 +17,9 @@ from rmsnorm_deploy.runtime.tensorrt.build import build_engine
 from rmsnorm_deploy.runtime.tensorrt.options import BuildOptions
 from rmsnorm_deploy.runtime.tensorrt.plan import plan_build, request_of
 from rmsnorm_deploy.runtime.tensorrt.process import run_worker
+from tests.helpers.plugins import plugin_library
+from tests.helpers.plugins.plugin_library import BuiltLibrary
+from tests.helpers.tensorrt.tensorrt_models import WIDTH, rms_norm_model
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'rmsnorm-deploy[rtx]'")
 OPTIONS = BuildOptions(architectures=(89,))

@@ -109,9 +109,8 @@ def test_the_scale_type_is_held_to_the_scales_dtype(files: Any) -> None:
 
 def test_an_export_says_its_norms_by_itself(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    from helpers.models.small_models import Residual, residual_inputs
-
     from rmsnorm_deploy.export.from_torch.export_model import export_model
+    from tests.helpers.models.small_models import Residual, residual_inputs
 
     torch.manual_seed(0)
     results = export_model(Residual(), tmp_path / "out", inputs=residual_inputs(), target=("plugin", "standard"))

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.plugins.plugin_library import NUMPY, BuiltLibrary, reference
-from helpers.tensorrt.tensorrt_models import WIDTH, rms_norm_model
 
 from rmsnorm_deploy.plugins import contract
 from rmsnorm_deploy.plugins.tensorrt import library
@@ -23,6 +21,8 @@ from rmsnorm_deploy.plugins.tensorrt.images import compile_images, kernel_of
 from rmsnorm_deploy.plugins.tensorrt.launcher import Launcher, cuda_driver
 from rmsnorm_deploy.runtime.tensorrt.api import cuda_device, is_installed
 from rmsnorm_deploy.runtime.tensorrt.build import build_engine
+from tests.helpers.plugins.plugin_library import NUMPY, BuiltLibrary, reference
+from tests.helpers.tensorrt.tensorrt_models import WIDTH, rms_norm_model
 
 DEVICE = cuda_device()
 needs_gpu = pytest.mark.skipif(DEVICE is None, reason="needs an NVIDIA GPU and its driver")

@@ -13,9 +13,6 @@ import onnx
 import pytest
 import torch
 import transformers
-from helpers.models.families import FAMILIES
-from helpers.models.small_models import Residual, residual_inputs
-from helpers.norms.norm_zoo import ZOO
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.from_torch.export_model import prepare, save
@@ -30,6 +27,9 @@ from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 from rmsnorm_deploy.runtime.runners.torch import TorchRunner
 from rmsnorm_deploy.runtime.validation.api import bisect, validate
 from rmsnorm_deploy.runtime.validation.options import ValidationOptions
+from tests.helpers.models.families import FAMILIES
+from tests.helpers.models.small_models import Residual, residual_inputs
+from tests.helpers.norms.norm_zoo import ZOO
 
 CASE = Case("rows", {"x": np.random.default_rng(2).standard_normal((3, 9, 16)).astype(np.float32)})
 SEGMENTS = ["the inputs ... norms.0", "norms.0 ... norms.1", "norms.1 ... output"]

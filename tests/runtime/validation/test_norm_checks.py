@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.norms.norm_zoo import ZOO
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.from_torch.export_model import PreparedModel, prepare, save
 from rmsnorm_deploy.export.lowering.table import TARGETS
+from rmsnorm_deploy.models.dtypes import numpy_dtype
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.models.spec import NormSpec
@@ -25,11 +25,11 @@ from rmsnorm_deploy.runtime.norms.check_norm import judge_norm
 from rmsnorm_deploy.runtime.norms.float64_model import in_float64
 from rmsnorm_deploy.runtime.norms.onnx_norms import OnnxNorms
 from rmsnorm_deploy.runtime.norms.torch_norms import TorchNorms, survey_norms
-from rmsnorm_deploy.runtime.runners.base import numpy_dtype
 from rmsnorm_deploy.runtime.runners.torch import TorchRunner
 from rmsnorm_deploy.runtime.validation.api import validate
 from rmsnorm_deploy.runtime.validation.norm_checks import NormCheck, check_norms
 from rmsnorm_deploy.runtime.validation.pipeline import try_or_note
+from tests.helpers.norms.norm_zoo import ZOO
 
 KIND = {kind.name: kind for kind in KINDS}
 NAMES = [AS_IT_RUNS.name, *(kind.name for kind in KINDS)]

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.models.small_models import Residual, residual_inputs
 from torch import nn
 
 from rmsnorm_deploy.export.from_torch.export_model import prepare, save
@@ -25,10 +24,11 @@ from rmsnorm_deploy.runtime.validation.options import ValidationOptions
 from rmsnorm_deploy.runtime.validation.replay import Replay, read_replay
 from rmsnorm_deploy.runtime.validation.result import ValidationReport, differences
 from rmsnorm_deploy.runtime.validation.sides import is_model_source, load_against
+from tests.helpers.models.small_models import Residual, residual_inputs
 
 SOURCE = """
 import torch
-from helpers.models.small_models import Residual, residual_inputs
+from tests.helpers.models.small_models import Residual, residual_inputs
 
 def residual():
     return Residual(), residual_inputs()

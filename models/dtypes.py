@@ -1,0 +1,119 @@
+"""The dtypes that this package handles: one table of what each library calls them, and how large they are.
+
+Importing this loads no library; the functions load the one whose dtype they give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Dtype:
+    """One dtype.
+
+    Attributes:
+        name: as this package calls it, on the command line and in files.
+        library_name: as PyTorch, numpy and ml_dtypes call it.
+        onnx_name: as ONNX calls it; the member of `TensorProto.DataType` and of `onnx_ir.DataType`.
+        onnx_number: the number of that member.
+        bytes: size of one element.
+        has_norms: whether norms are computed in it; otherwise it is only an output's, after quantization.
+    """
+
+    name: str
+    library_name: str
+    onnx_name: str
+    onnx_number: int
+    bytes: int
+    has_norms: bool
+
+
+TABLE: Final = (
+    Dtype("float32", "float32", "FLOAT", 1, 4, True),
+    Dtype("float16", "float16", "FLOAT16", 10, 2, True),
+    Dtype("bfloat16", "bfloat16", "BFLOAT16", 16, 2, True),
+    Dtype("float64", "float64", "DOUBLE", 11, 8, True),
+    Dtype("int8", "int8", "INT8", 3, 1, False),
+    Dtype("float8_e4m3", "float8_e4m3fn", "FLOAT8E4M3FN", 17, 1, False),
+)
+DTYPES: Final[dict[str, Dtype]] = {dtype.name: dtype for dtype in TABLE}
+# The dtypes that a model may have, and those of two bytes among them.
+NORM_DTYPES: Final = tuple(dtype.name for dtype in TABLE if dtype.has_norms)
+HALF_DTYPES: Final = tuple(dtype.name for dtype in TABLE if dtype.has_norms and dtype.bytes == 2)
+BYTES: Final[dict[str, int]] = {dtype.name: dtype.bytes for dtype in TABLE}
+ONNX_NUMBERS: Final[dict[str, int]] = {dtype.name: dtype.onnx_number for dtype in TABLE}
+
+_BY_LIBRARY_NAME: Final = {dtype.library_name: dtype.name for dtype in TABLE}
+_BY_ONNX_NUMBER: Final = {dtype.onnx_number: dtype.name for dtype in TABLE}
+
+
+def dtype_named(name: str) -> Dtype:
+    """The table's row.
+
+    Raises:
+        UsageError: there is no dtype of this name.
+    """
+    if name not in DTYPES:
+        raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}.")
+    return DTYPES[name]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """PyTorch's dtype of this name.
+
+    Raises:
+        UsageError: there is no dtype of this name in the table.
+    """
+    import torch
+
+    dtype: torch.dtype = getattr(torch, dtype_named(name).library_name)
+    return dtype
+
+
+def torch_name(dtype: torch.dtype) -> str:
+    """The name of one of PyTorch's dtypes: the table's, or PyTorch's own of a dtype that the table does not have."""
+    name = str(dtype).removeprefix("torch.")
+    return _BY_LIBRARY_NAME.get(name, name)
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """numpy's dtype of this name, the table's or numpy's own, such as `int64`; ml_dtypes has what numpy lacks.
+
+    Raises:
+        UsageError: there is no dtype of this name.
+    """
+    import ml_dtypes
+    import numpy as np
+
+    if name in DTYPES:
+        library_name = DTYPES[name].library_name
+        return np.dtype(getattr(ml_dtypes, library_name, library_name))
+    try:
+        return np.dtype(name)
+    except TypeError:
+        raise UsageError(f"dtype: expected one of {', '.join(DTYPES)} or a name of numpy's, got {name!r}.") from None
+
+
+def onnx_dtype(name: str) -> ir.DataType:
+    """onnx_ir's dtype of this name.
+
+    Raises:
+        UsageError: there is no dtype of this name in the table.
+    """
+    import onnx_ir as ir
+
+    return ir.DataType(dtype_named(name).onnx_number)
+
+
+def onnx_name(dtype: ir.DataType) -> str:
+    """The name of one of onnx_ir's dtypes: the table's, or ONNX's own in lower case of one that the table lacks."""
+    return _BY_ONNX_NUMBER.get(int(dtype), dtype.name.lower())
