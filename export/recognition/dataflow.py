@@ -423,9 +423,8 @@ class GraphReader:
         return term.with_node(node) if same_dims(dims(node.outputs[0]), dims(term.taken)) else None
 
 
-_Handler = Callable[[GraphReader, ir.Node], Term | None]
 # The handlers belong to the class; the table names the operators that each one reads.
-_HANDLERS: dict[str, _Handler] = {
+_HANDLERS: dict[str, Callable[[GraphReader, ir.Node], Term | None]] = {
     "Cast": GraphReader._cast,
     "CastLike": GraphReader._cast,
     "Identity": GraphReader._cast,
