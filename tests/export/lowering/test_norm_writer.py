@@ -237,11 +237,11 @@ def test_readers_of_a_composites_sum_read_the_add() -> None:
 
 
 def test_a_result_keeps_the_shape_that_the_file_tells() -> None:
-    model = graph()
+    model = graph(STANDARD)
     (site,) = sites(model)
     assert site.x is not None
     site.x.shape = None
-    assert NormWriter(model.graph, "standard", 23).write(site).y.shape == ir.Shape([2, 8])
+    assert NormWriter(model.graph, "primitives", 23).write(site).y.shape == ir.Shape([2, 8])
 
 
 def test_current_follows_values_through_several_norms() -> None:
