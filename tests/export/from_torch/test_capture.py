@@ -59,7 +59,7 @@ INPUTS = {"x": torch.ones(2, 3), "y": torch.ones(2, 3)}
 
 def captured(
     monkeypatch: pytest.MonkeyPatch, outputs: Any = (0, 0), fixed: dict[str, tuple[int, int]] | None = None,
-    model: nn.Module | None = None, **arguments: Any,
+    model: nn.Module | None = None, inputs: dict[str, Any] | None = None, **arguments: Any,
 ) -> tuple[Capture, dict[str, Any]]:  # fmt: skip
     """A module captured as `GRAPH`, and what torch's exporter was asked for.
 
@@ -76,7 +76,7 @@ def captured(
         return SimpleNamespace(model=parsed(GRAPH), exported_program=program)
 
     monkeypatch.setattr(torch.onnx, "export", export)
-    return capture(model or Two(), INPUTS, **arguments), asked
+    return capture(model or Two(), inputs or INPUTS, **arguments), asked
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,13 @@ def test_what_the_exporter_is_asked_for(dynamic: Any, shapes: Any, monkeypatch: 
     _, asked = captured(monkeypatch, dynamic=dynamic, opset=23)
     assert asked["dynamic_shapes"] == shapes
     assert (asked["opset_version"], asked["dynamo"], sorted(asked["kwargs"])) == (20, True, ["x", "y"])
+
+
+def test_dims_of_inputs_inside_of_others_are_dynamic_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = {"x": [torch.ones(2), (torch.ones(2, 3), 7)], "y": {"deep": torch.ones(2)}, "flag": True}
+    _, asked = captured(monkeypatch, inputs=inputs)
+    wanted = {"x": [{0: AUTO}, ({0: AUTO, 1: AUTO}, None)], "y": {"deep": {0: AUTO}}, "flag": None}
+    assert asked["dynamic_shapes"] == wanted
 
 
 def test_opsets_of_the_capture() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
@@ -120,6 +121,42 @@ def test_the_width_that_the_module_was_recognized_with_is_written_into_the_graph
     maker.nodes[-1].attributes["width"] = ir.AttrString("width", "2x8")
     lowered, _ = lower(maker.model([y]), "primitives")
     assert lowered.graph.inputs[0].shape == ir.Shape(["n", 2, 8])
+
+
+def test_a_width_does_no_harm_where_the_rank_is_unknown() -> None:
+    maker = GraphMaker(FLOAT)
+    x = maker.input("x", DIMS)
+    x.shape = None
+    y = maker.norm(SPEC.replace(scale="none"), [x], "y", DIMS)
+    maker.nodes[-1].attributes["width"] = ir.AttrString("width", "8")
+    lowered, _ = lower(maker.model([y]), "primitives")
+    assert lowered.graph.inputs[0].shape is None
+
+
+def captured_quantized() -> ir.Model:
+    """`y = QuantizeLinear(norm(x))`, to int8."""
+    maker = GraphMaker(FLOAT)
+    norm = maker.norm(SPEC, [maker.input("x", DIMS), maker.initializer("weight", WEIGHT)], "norm", DIMS)
+    scale, zero = maker.initializer("scale", torch.tensor(0.5)), maker.value("zero", (), ir.DataType.INT8)
+    zero.const_value = ir.tensor(np.zeros((), np.int8), name="zero")
+    maker.initializers.append(zero)
+    return maker.model([maker.node("QuantizeLinear", [norm, scale, zero], "y", DIMS, dtype=ir.DataType.INT8)])
+
+
+@pytest.mark.parametrize(
+    ("target", "opset", "operators", "raised"),
+    [
+        ("plugin", None, {f"{contract.DOMAIN}::{contract.RMS_NORM_QUANT}": 1}, 21),
+        ("plugin", 20, {f"{contract.DOMAIN}::{contract.RMS_NORM}": 1, "QuantizeLinear": 1}, 20),
+        ("ort", None, {"SimplifiedLayerNormalization": 1, "QuantizeLinear": 1}, 20),
+    ],
+)
+def test_a_quantization_becomes_part_of_the_plugins_operator_where_the_opset_may_rise(
+    target: str, opset: int | None, operators: dict[str, int], raised: int
+) -> None:
+    lowered, _ = lower(captured_quantized(), target, opset)
+    assert op_counts(lowered) == operators
+    assert lowered.graph.opset_imports[""] == raised
 
 
 def test_a_norm_whose_input_has_no_dtype_is_an_error() -> None:

@@ -195,6 +195,7 @@ def test_static(shape: list[constants.Dim] | None, count: int, tail: list[int] |
     [
         ([2, 32], [2, 4, 8], 1, (8, 1)),
         ([BATCH, 32], [UNNAMED, 8], 1, (8, 1)),
+        ([2, 8], [16, 1], 1, (1, 1)),
         ([2, 4, 8], [2, 32], 1, (None, 2)),
         ([3, 2, 4, 8], [3, 64], 1, (None, 3)),
         ([2, 8], [1, 2, 8], 1, (None, 1)),

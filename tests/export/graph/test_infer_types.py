@@ -60,6 +60,8 @@ def test_a_shape_that_does_not_contradict_stays(shape: list[int | str]) -> None:
     [
         ("com.microsoft.SkipSimplifiedLayerNormalization", ("y", "", "", "t")),
         ("com.microsoft.SimplifiedLayerNormalization", ("y",)),
+        ("com.microsoft.SkipLayerNormalization", ("y", "", "", "t")),
+        ("com.microsoft.RotaryEmbedding", ("y",)),
         ("rmsnorm_deploy.AddRMSNorm", ("y", "t")),
         ("rmsnorm_deploy.RMSNorm", ("y",)),
         ("com.microsoft.QuickGelu", ("y",)),

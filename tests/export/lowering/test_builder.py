@@ -37,7 +37,8 @@ def test_op_gives_every_output_dtype_and_shape_and_every_node_the_metadata() -> 
     assert first is node.outputs[0]
     assert [(o.dtype, o.shape) for o in node.outputs] == [(HALF, ir.Shape(["n", 4]))] * 2
     assert node.outputs[0].shape is not node.outputs[1].shape
-    assert builder.op("Neg", [first], dtype=FLOAT, shape=None).shape is None
+    second = builder.op("Neg", [first], dtype=FLOAT, shape=None)
+    assert (second.shape, len(builder.nodes[1].outputs)) == (None, 1)
 
 
 def test_nodes_come_into_the_graph_with_insert_before_in_order() -> None:
@@ -87,6 +88,8 @@ def test_names_of_constants_are_free_and_do_not_grow() -> None:
     assert names == ["rmsnorm_deploy.eps.float", "rmsnorm_deploy.eps.float.1", "rmsnorm_deploy.eps.float.2"]
     again = builder.constant(np.array(7.0), HALF, str(names[2]))
     assert again.name == "rmsnorm_deploy.eps.float16"
+    deep = builder.constant(np.array(8.0), FLOAT, "rmsnorm_deploy.layers.0.weight.float16.3")
+    assert deep.name == "rmsnorm_deploy.layers.0.weight.float"
     assert builder.constant(np.ones(8), FLOAT, ONES).name == "rmsnorm_deploy.ones.float"
 
 

@@ -223,6 +223,26 @@ def test_a_composite_is_taken_apart() -> None:
     assert np.abs(run(model)[0] - before[0]).max() <= 4 * np.finfo(np.float32).eps * np.abs(before[0]).max()
 
 
+def test_readers_of_a_composites_sum_read_the_add() -> None:
+    body = "k, a, b, t = com.microsoft.SkipSimplifiedLayerNormalization <epsilon = 0.125> (x, z, w)  y = Add (k, t)"
+    model = parsed(f"g (float[2, 8] x, float[2, 8] z) => (float[2, 8] y) {CONSTANTS} {{ {body} }}", 23, "com.microsoft")
+    (site,) = sites(model)
+    writer = NormWriter(model.graph, "standard", 23)
+    written = writer.write(site)
+    assert op_types(model) == ["Add", "RMSNormalization", "Add"]
+    assert written.x is model.graph[0].outputs[0]
+    assert list(model.graph[2].inputs) == [model.graph[1].outputs[0], written.x]
+    assert (written.x.name, writer.current(site.x)) == ("t", written.x)
+
+
+def test_a_result_keeps_the_shape_that_the_file_tells() -> None:
+    model = graph(STANDARD)
+    (site,) = sites(model)
+    assert site.x is not None
+    site.x.shape = None
+    assert NormWriter(model.graph, "primitives", 23).write(site).y.shape == ir.Shape([2, 8])
+
+
 def test_current_follows_values_through_several_norms() -> None:
     model = graph()
     (site,) = sites(model)

@@ -118,6 +118,30 @@ def test_a_row_is_the_only_dim_where_a_reduce_node_names_none() -> None:
     assert term.axes == 1
 
 
+@pytest.mark.parametrize(
+    ("shape", "target", "statistic"),
+    [
+        ("n, 8", "{-1, 1}", True),
+        ("n, m, 8", "{-1, 1}", False),
+        ("n, m, 8", "{0, 0, 1}", True),
+        ("n, m, 8", "{-1, 1, 1}", False),
+    ],
+)
+def test_a_statistic_is_reshaped_to_columns(shape: str, target: str, statistic: bool) -> None:
+    """No dim of rows is known; two of them would be lost in one column."""
+    count = target.count(",") + 1
+    body = f"t = Constant <value = int64[{count}] {target}> ()  s = Mul (x, x)  "
+    term = term_of(body + "m = ReduceMean <keepdims = 0> (s, last)  y = Reshape (m, t)", f"float[{shape}] x")
+    assert isinstance(term, Statistic) is statistic
+    if isinstance(term, Statistic):
+        assert term.reduced
+
+
+def test_zeros_in_a_reshape_copy_dims_that_are_there() -> None:
+    body = "t = Constant <value = int64[3] {0, 0, 1}> ()  s = Mul (x, x)  "
+    assert isinstance(term_of(body + "m = ReduceMean (s, last)  y = Reshape (m, t)", "float[n, m, 8] x"), Statistic)
+
+
 def test_an_expanded_statistic_is_still_one() -> None:
     term = term_of(ROOT + "h = Shape (x)  y = Expand (r, h)")
     assert isinstance(term, Statistic)
