@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from rmsnorm_deploy.export.lowering.norm_writer import PATH_KEY, SPEC_KEY, VALUES_KEY
+from rmsnorm_deploy.export.graph.metadata import PATH_KEY, SPEC_KEY, VALUES_KEY
 from rmsnorm_deploy.models.spec import NormSpec
 
 FLOAT, FLOAT16, BFLOAT16 = (int(ir.DataType[name]) for name in ("FLOAT", "FLOAT16", "BFLOAT16"))

@@ -6,8 +6,8 @@ import json
 
 import onnx_ir as ir
 
+from ..graph.metadata import FORM_KEY, PATH_KEY, SPEC_KEY, VALUES_KEY
 from ..graph.site import GraphSite
-from ..lowering.norm_writer import FORM_KEY, PATH_KEY, SPEC_KEY, VALUES_KEY
 from ..recognition.find_norms import find_graph_norms
 
 _CASTS = ("Cast", "CastLike", "Identity")

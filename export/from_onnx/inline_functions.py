@@ -38,7 +38,8 @@ def inline_norm_functions(model: ir.Model) -> tuple[ir.Model, list[str]]:
     wanted = {node.metadata_props[_TAG] for site in sites for node in site.nodes if _TAG in node.metadata_props}
     if not wanted:
         return model, []
-    wanted = _with_callers(own, wanted)
+    # A function is inlined wherever it is called: also in one of another opset, whose body it would make invalid.
+    wanted = _with_callers(list(model.functions.values()), wanted)
     if not wanted <= keys:
         return model, []
     inlined = model.clone()

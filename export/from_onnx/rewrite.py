@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx_ir as ir
 
 from ...models.dtypes import onnx_name
 from ...models.errors import UnsupportedError, UsageError
 from ..graph.infer_types import Filled, fill_types
+from ..graph.plugin_nodes import is_plugin_node
 from ..graph.site import GraphRefusal, GraphSite
 from ..lowering.norm_writer import LoweredSite, NormWriter, Written
-from ..lowering.plugin_functions import QUANTIZED_OPSET, is_plugin_node, move_to_contract_domain, style_plugin_nodes
+from ..lowering.plugin_functions import QUANTIZED_OPSET, move_to_contract_domain, style_plugin_nodes
 from ..lowering.quantized_norms import (
     QuantizedOutput,
     fuse_quantized_outputs,
@@ -287,3 +289,13 @@ def _untype(result: Rewritten, filled: list[tuple[ir.Value, Filled]]) -> None:
     for value, before in filled:
         if value not in kept:
             value.type, value.shape = before.type, before.shape
+
+
+def rewritten_rows(rewritten: Rewritten) -> list[dict[str, Any]]:
+    """Each norm of a rewritten file for the manifest: norms of one path together, with the nodes they became."""
+    rows: dict[str, dict[str, Any]] = {}
+    for site in rewritten.sites:
+        row = rows.setdefault(site.before.path, {**site.before.to_dict(), "calls": []})
+        if site.lowered is not None:
+            row["calls"].append({**site.lowered.to_dict(), "changed": site.changed})
+    return list(rows.values())

@@ -20,10 +20,10 @@ from ...models.recognition.site import Recognition
 from ..lowering.plugin_functions import PluginStyle, plugin_style, style_notes
 from ..lowering.table import TARGETS, Environment, LoweringRefusal, opset_for, resolve
 from ..onnx_io.atomic_files import MANIFEST, check_destination, copy_companions, new_folder
-from ..onnx_io.manifest import site_rows, tensor_rows, write_manifest
+from ..onnx_io.manifest import tensor_rows, write_manifest
 from .capture import Capture, capture, detached
 from .example_inputs import example_inputs
-from .lower import lower
+from .lower import lower, site_rows
 from .swap import swapped
 
 MODEL_FILE = "model.onnx"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import onnx_ir as ir
 
+from ...models.recognition.site import Recognition
 from ...models.spec import NormSpec
+from ..graph.metadata import Form
 from ..graph.residual import residual_operands
 from ..graph.site import GraphSite
 from ..lowering.norm_writer import LoweredSite, NormWriter
 from ..lowering.plugin_functions import PluginStyle, check_style, style_plugin_nodes
 from ..lowering.quantized_norms import fuse_quantized_outputs
-from ..lowering.table import Form, opset_for
+from ..lowering.table import opset_for
 from ..onnx_io.raise_opset import raise_opset
 from .swap import CAPTURE_DOMAIN, CAPTURE_OP
 
@@ -97,3 +100,11 @@ def _finish(model: ir.Model, style: PluginStyle) -> None:
     for name in [n for n, v in model.graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
         if not model.graph.initializers[name].is_graph_input():
             del model.graph.initializers[name]
+
+
+def site_rows(recognition: Recognition, lowered: Sequence[LoweredSite]) -> list[dict[str, Any]]:
+    """Each recognized norm for the manifest, with the nodes it became; `calls` is empty for one that never ran."""
+    return [
+        {**site.to_dict(), "calls": [call.to_dict() for call in lowered if call.path == site.path]}
+        for site in recognition.sites
+    ]

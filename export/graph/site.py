@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx_ir as ir
 
+from ...models.dtypes import onnx_name
 from ...models.spec import NormSpec
-from ..lowering.table import Form
+from .metadata import Form
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +48,18 @@ class GraphSite:
     shape: tuple[int | None, ...] | None
     dtype: ir.DataType
     target: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The norm as the JSON interface shows it, like `Site.to_dict`; a graph knows no classes."""
+        tail = (self.shape or ())[-self.spec.trailing_dims :]
+        return {
+            "path": self.path,
+            "class": None,
+            "spec": self.spec.to_dict(),
+            "width": tail[0] if len(tail) == 1 else list(tail) or None,
+            "dtype": onnx_name(self.dtype),
+            "parameters": [str(value.name) for value in (self.weight, self.bias) if value is not None],
+        }
 
 
 @dataclass(frozen=True, slots=True)

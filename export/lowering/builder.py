@@ -10,10 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ..graph.constants import constant
-
-_PREFIX = "rmsnorm_deploy."
-# How the names of our scales of ones begin.
-ONES = _PREFIX + "ones"
+from ..graph.metadata import METADATA_PREFIX
 
 
 class Builder:
@@ -69,7 +66,7 @@ class Builder:
         cast = np.asarray(array).astype(dtype.numpy())
         key = (cast.tobytes(), cast.shape, dtype)
         if key not in self._constants:
-            name = self._free_name(f"{_PREFIX}{_stem(hint)}.{dtype.name.lower()}")
+            name = self._free_name(f"{METADATA_PREFIX}{_stem(hint)}.{dtype.name.lower()}")
             value = ir.Value(
                 name=name, shape=ir.Shape(cast.shape), type=ir.TensorType(dtype),
                 const_value=ir.Tensor(cast, dtype=dtype, name=name),
@@ -115,9 +112,9 @@ class Builder:
 
 def _stem(hint: str) -> str:
     """A name without what an earlier constant of ours added to it."""
-    if not hint.startswith(_PREFIX):
+    if not hint.startswith(METADATA_PREFIX):
         return hint
-    parts = hint.removeprefix(_PREFIX).split(".")
+    parts = hint.removeprefix(METADATA_PREFIX).split(".")
     while len(parts) > 1 and (parts[-1].isdecimal() or parts[-1].upper() in ir.DataType.__members__):
         parts.pop()
     return ".".join(parts)

@@ -14,20 +14,13 @@ from ...models.dtypes import onnx_name
 from ...models.errors import UnsupportedError
 from ...models.spec import NormSpec
 from ..graph.constants import constant
+from ..graph.metadata import FORM_KEY, PATH_KEY, SPEC_KEY, TARGET_KEY, VALUES_KEY, Form
 from ..graph.residual import residual_operands
 from ..graph.site import GraphSite
 from .already_lowered import counterparts
 from .builder import Builder
 from .steps import Emitted, NormInputs, emit
-from .table import Deviation, Environment, Form, LoweringRefusal, deviations, resolve
-
-METADATA_PREFIX = "rmsnorm_deploy."
-PATH_KEY = METADATA_PREFIX + "path"
-SPEC_KEY = METADATA_PREFIX + "spec"
-TARGET_KEY = METADATA_PREFIX + "target"
-FORM_KEY = METADATA_PREFIX + "form"
-# On the main node: names of the values that go in and come out of the whole norm, as JSON.
-VALUES_KEY = METADATA_PREFIX + "values"
+from .table import Deviation, Environment, LoweringRefusal, deviations, resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +42,15 @@ class LoweredSite:
     node: str
     dtype: str
     deviations: list[Deviation] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The norm as the manifest shows it, below the module that it came from."""
+        return {
+            "node": self.node,
+            "form": self.form,
+            "spec": self.spec.to_dict(),
+            "deviations": [{"runtime": d.runtime, "at_most_ulp": d.ulp, "reason": d.reason} for d in self.deviations],
+        }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,9 +115,13 @@ class NormWriter:
         metadata = {**(notes or {}), PATH_KEY: site.path, TARGET_KEY: target, FORM_KEY: site.form}
         builder = Builder(graph, self._root, metadata, self._constants, self._opset)
         composite = last if site.target is not None else None
-        inputs, x = self._inputs(builder, site, composite)
-        emitted = emit(builder, spec, inputs, target, site.path)
-        self._check(site, emitted)
+        try:
+            inputs, x = self._inputs(builder, site, composite)
+            emitted = emit(builder, spec, inputs, target, site.path)
+            self._check(site, emitted)
+        except Exception:
+            builder.withdraw()
+            raise
         form = site.form
         if inputs.sum_of is not None and emitted.total is None:  # a gate or a bias stands between the add and the norm
             form = "plain"
@@ -184,9 +190,9 @@ class NormWriter:
 
     def _check(self, site: GraphSite, emitted: Emitted) -> None:
         if site.y.dtype is not None and emitted.output.dtype != site.y.dtype:
+            given = "an unknown dtype" if emitted.output.dtype is None else onnx_name(emitted.output.dtype)
             raise UnsupportedError(
-                f"norm {site.path!r} gives {site.y.dtype.name.lower()}, and written for {self._target} it would give "
-                f"{emitted.output.dtype.name.lower() if emitted.output.dtype else 'an unknown dtype'}."
+                f"norm {site.path!r} returns {onnx_name(site.y.dtype)}, and target {self._target} would return {given}."
             )
 
     def _replace(

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from ...models.errors import UsageError
 from ...plugins import contract
+from ..graph.plugin_nodes import PLUGIN_DOMAINS, is_plugin_node
 
 # How a file has the custom operators: `function` beside local functions, which ONNX Runtime runs; `bare` without them,
 # for TensorRT 10.6 and before, where a function always wins over the plugin; `ort_trt` without them in the domain where
@@ -33,8 +34,6 @@ _NOTES: Final[dict[PluginStyle, list[str]]] = {
         "is registered"
     ],
 }
-# The domains in which a file may have the contract's operators.
-PLUGIN_DOMAINS: Final = (contract.DOMAIN, contract.ORT_DOMAIN)
 # How the names of a function's nodes begin. TensorRT's parser repeats them at each call, whatever they are.
 FUNCTION_NODE_PREFIXES: Final = {op_type: f"{contract.DOMAIN}::{op_type}/" for op_type in contract.INPUTS}
 
@@ -107,18 +106,6 @@ def check_style(style: PluginStyle, targets: Iterable[str]) -> None:
         raise UsageError(
             f"{option} is for --target plugin, whose file has plugin nodes; expected plugin, got {', '.join(targets)}."
         )
-
-
-def is_plugin_node(node: ir.Node) -> bool:
-    """Whether a node is one of the contract's operators. ONNX Runtime's domain holds the plugins of others too."""
-    if node.op_type not in contract.INPUTS or node.domain not in PLUGIN_DOMAINS:
-        return False
-    if node.domain == contract.DOMAIN:
-        return True
-    space = node.attributes.get("plugin_namespace")
-    if space is None or space.type != ir.AttributeType.STRING or space.is_ref():
-        return False
-    return space.as_string() == contract.PLUGIN_NAMESPACE
 
 
 def move_to_contract_domain(model: ir.Model, nodes: Iterable[ir.Node]) -> bool:

@@ -13,10 +13,11 @@ import onnx_ir as ir
 from ...models.errors import UnsupportedError
 from ...plugins import contract
 from ..graph.constants import DEFAULT_DOMAINS, constant
+from ..graph.metadata import PATH_KEY, VALUES_KEY
+from ..graph.plugin_nodes import is_plugin_node
 from ..onnx_io.raise_opset import raise_opset
 from .builder import Builder
-from .norm_writer import PATH_KEY, VALUES_KEY
-from .plugin_functions import QUANTIZED_OPSET, is_plugin_node
+from .plugin_functions import QUANTIZED_OPSET
 
 _NAMES: Final = {ir.DataType(number): name for name, number in contract.QUANT_TYPES.items()}
 _SCALE_TYPES: Final = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)

@@ -15,9 +15,9 @@ from typing import Literal, assert_never, get_args
 from ...models.dtypes import HALF_DTYPES
 from ...models.errors import UnsupportedError, UsageError
 from ...models.spec import NormSpec, Order
+from ..graph.metadata import Form
 
 Target = Literal["primitives", "standard", "ort", "plugin"]
-Form = Literal["plain", "residual_add"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 FORMS: tuple[Form, ...] = get_args(Form)
 

@@ -165,7 +165,7 @@ def _scopes(model: ModelProto, calls: Counter[tuple[str, str, str]], where: str)
 def _check_node(node: NodeProto, opset: int, where: str) -> None:
     """Check what ONNX says of the op: how many inputs and outputs, and the types of attributes."""
     if not node.op_type:
-        raise UsageError(f"{where}: {label(node)} has no op.")
+        raise UsageError(f"{where}: node {node.name!r} has no op.")
     schema = _schema(node.op_type, opset) if node.domain in ("", "ai.onnx") else None
     if schema is not None and not _fits(node, schema.min_input, schema.max_input, schema.max_output):
         raise _other_count(node, f"opset {opset}", where)

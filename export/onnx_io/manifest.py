@@ -11,12 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ...models.dtypes import onnx_name
 from ...models.errors import UsageError
-from ...models.recognition.site import Recognition
-from ..from_onnx.rewrite import Rewritten
-from ..graph.site import GraphSite
-from ..lowering.norm_writer import LoweredSite
 from .atomic_files import MANIFEST, sha256
 
 SCHEMA = "rmsnorm_deploy.manifest/2"
@@ -35,47 +30,6 @@ def installed_version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def site_rows(recognition: Recognition, lowered: list[LoweredSite]) -> list[dict[str, Any]]:
-    """Each recognized norm with the nodes it became; `calls` is empty for one that the captured run never reached."""
-    rows = []
-    for site in recognition.sites:
-        calls = [_call_row(call) for call in lowered if call.path == site.path]
-        rows.append({**site.to_dict(), "calls": calls})
-    return rows
-
-
-def graph_row(site: GraphSite) -> dict[str, Any]:
-    """A norm of a graph as the JSON interface shows it, like `Site.to_dict`; a graph knows no classes."""
-    tail = (site.shape or ())[-site.spec.trailing_dims :]
-    return {
-        "path": site.path,
-        "class": None,
-        "spec": site.spec.to_dict(),
-        "width": tail[0] if len(tail) == 1 else list(tail) or None,
-        "dtype": onnx_name(site.dtype),
-        "parameters": [str(value.name) for value in (site.weight, site.bias) if value is not None],
-    }
-
-
-def rewritten_rows(rewritten: Rewritten) -> list[dict[str, Any]]:
-    """Each norm of a rewritten file, like `site_rows`: norms of one path together, with the nodes they became."""
-    rows: dict[str, dict[str, Any]] = {}
-    for site in rewritten.sites:
-        row = rows.setdefault(site.before.path, {**graph_row(site.before), "calls": []})
-        if site.lowered is not None:
-            row["calls"].append({**_call_row(site.lowered), "changed": site.changed})
-    return list(rows.values())
-
-
-def _call_row(call: LoweredSite) -> dict[str, Any]:
-    return {
-        "node": call.node,
-        "form": call.form,
-        "spec": call.spec.to_dict(),
-        "deviations": [{"runtime": d.runtime, "at_most_ulp": d.ulp, "reason": d.reason} for d in call.deviations],
-    }
 
 
 def deviation_rows(manifest: dict[str, Any], runtime: str | None = None) -> list[dict[str, Any]]:

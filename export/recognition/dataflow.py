@@ -20,6 +20,7 @@ from ..graph.constants import (
     static,
     widens,
 )
+from ..graph.metadata import ONES
 from ..graph.shape_checks import (
     both_ways,
     copies_dims,
@@ -32,7 +33,6 @@ from ..graph.shape_checks import (
     subtracts_mean,
     unreshaped,
 )
-from ..lowering.builder import ONES
 from .fused_ops import FUSED, fused_norm
 from .terms import MOST_NODES, Activated, Normed, Squares, Statistic, Step, Term, is_vector
 

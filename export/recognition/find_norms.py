@@ -12,12 +12,10 @@ from ...models.spec import NormSpec
 from ...plugins import contract
 from ..graph.constants import dims, is_floating, is_half, same_dims
 from ..graph.infer_types import fill_types
+from ..graph.metadata import ONES, PATH_KEY, SPEC_KEY, Form
+from ..graph.plugin_nodes import PLUGIN_DOMAINS, is_plugin_node
 from ..graph.residual import residual_operands
 from ..graph.site import GraphRecognition, GraphRefusal, GraphSite
-from ..lowering.builder import ONES
-from ..lowering.norm_writer import PATH_KEY, SPEC_KEY
-from ..lowering.plugin_functions import PLUGIN_DOMAINS, is_plugin_node
-from ..lowering.table import Form
 from .dataflow import GraphReader
 from .fused_ops import OTHER_PLUGIN
 from .terms import Normed

@@ -8,8 +8,8 @@ import onnx_ir as ir
 
 from ...plugins import contract
 from ..graph.constants import dims, is_floating, is_half, widens
+from ..graph.plugin_nodes import PLUGIN_DOMAINS, is_plugin_node
 from ..graph.shape_checks import is_ones, may_fit
-from ..lowering.plugin_functions import PLUGIN_DOMAINS, is_plugin_node
 from .terms import Normed, Step
 
 # x is the first input, the scale the second.

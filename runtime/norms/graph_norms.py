@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 
 from ...export.from_onnx.annotate import annotate
-from ...export.lowering.norm_writer import FORM_KEY, PATH_KEY, SPEC_KEY, VALUES_KEY
+from ...export.graph.metadata import FORM_KEY, PATH_KEY, SPEC_KEY, VALUES_KEY
 from ...export.lowering.quantized_norms import is_quantized_norm
 from ...export.recognition.fused_ops import QUANTIZED_OUTPUT
 from .activation_store import Key

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...export.from_onnx.rewrite import Rewritten, fuse_quantized, rewrite
+from ...export.from_onnx.rewrite import Rewritten, fuse_quantized, rewrite, rewritten_rows
 from ...export.graph.site import GraphRefusal
 from ...export.lowering.plugin_functions import PluginStyle, plugin_style, style_notes, style_plugin_nodes
 from ...export.onnx_io.atomic_files import MANIFEST, check_destination, copy_companions, new_file, new_folder
 from ...export.onnx_io.check_graph import check_graph
-from ...export.onnx_io.manifest import rewritten_rows, tensor_rows, write_manifest
+from ...export.onnx_io.manifest import tensor_rows, write_manifest
 from ...export.onnx_io.read_model import ModelFile, read_model, to_ir
 from ...export.onnx_io.write_model import write_model
 from ...models.dtypes import onnx_name

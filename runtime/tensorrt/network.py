@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...export.lowering.norm_writer import FORM_KEY, PATH_KEY, SPEC_KEY
-from ...export.lowering.plugin_functions import PLUGIN_DOMAINS, is_plugin_node
+from ...export.graph.metadata import FORM_KEY, PATH_KEY, SPEC_KEY
+from ...export.graph.plugin_nodes import PLUGIN_DOMAINS, is_plugin_node
 from ...export.lowering.quantized_norms import is_quantized_norm
 from ...export.onnx_io.check_graph import check_graph
 from ...export.onnx_io.read_model import ModelFile, all_nodes, graphs, label, read_model, to_ir

@@ -146,7 +146,6 @@ def _from_file(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     from rmsnorm_deploy.export.from_onnx.inline_functions import inline_norm_functions
     from rmsnorm_deploy.export.lowering.quantized_norms import split_quantized_outputs
     from rmsnorm_deploy.export.onnx_io.check_graph import check_graph
-    from rmsnorm_deploy.export.onnx_io.manifest import graph_row
     from rmsnorm_deploy.export.onnx_io.read_model import read_model, to_ir
     from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
 
@@ -155,4 +154,4 @@ def _from_file(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     model = inline_norm_functions(to_ir(file))[0]
     split_quantized_outputs(model)  # an operator with a quantized output holds a norm too
     found = find_graph_norms(model)
-    return [graph_row(site) for site in found.sites], [refusal.to_dict() for refusal in found.refusals]
+    return [site.to_dict() for site in found.sites], [refusal.to_dict() for refusal in found.refusals]

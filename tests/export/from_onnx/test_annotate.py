@@ -7,7 +7,7 @@ import json
 import onnx_ir as ir
 
 from rmsnorm_deploy.export.from_onnx.annotate import annotate
-from rmsnorm_deploy.export.lowering.norm_writer import FORM_KEY, PATH_KEY, SPEC_KEY, TARGET_KEY, VALUES_KEY
+from rmsnorm_deploy.export.graph.metadata import FORM_KEY, PATH_KEY, SPEC_KEY, TARGET_KEY, VALUES_KEY
 from rmsnorm_deploy.models.spec import NormSpec
 from tests.helpers.graphs.onnx_text import parsed, values
 

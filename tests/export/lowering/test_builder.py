@@ -9,7 +9,8 @@ import onnx_ir as ir
 import pytest
 
 from rmsnorm_deploy.export.graph.constants import HALF_TYPES, constant
-from rmsnorm_deploy.export.lowering.builder import ONES, Builder, promote
+from rmsnorm_deploy.export.graph.metadata import ONES
+from rmsnorm_deploy.export.lowering.builder import Builder, promote
 
 FLOAT, HALF, BFLOAT, DOUBLE = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE
 

@@ -10,15 +10,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from rmsnorm_deploy.export.graph.metadata import FORM_KEY, PATH_KEY, SPEC_KEY, TARGET_KEY, VALUES_KEY
 from rmsnorm_deploy.export.graph.site import GraphSite
-from rmsnorm_deploy.export.lowering.norm_writer import (
-    FORM_KEY,
-    PATH_KEY,
-    SPEC_KEY,
-    TARGET_KEY,
-    VALUES_KEY,
-    NormWriter,
-)
+from rmsnorm_deploy.export.lowering.norm_writer import NormWriter
 from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
 from rmsnorm_deploy.models.errors import UnsupportedError
 from rmsnorm_deploy.models.spec import NormSpec
@@ -256,7 +250,6 @@ def test_current_follows_values_through_several_norms() -> None:
     assert second.name == "y"
 
 
-@pytest.mark.xfail(strict=True, reason="the refused norm's nodes stay, in no graph, and still read the constants")
 def test_finish_drops_constants_of_norms_that_were_refused_after_all() -> None:
     model = graph(STANDARD)
     (site,) = sites(model)

@@ -29,9 +29,7 @@ from tests.helpers.norms.norm_cases import (
     float32_bound,
     main_node,
 )
-from tests.helpers.norms.norm_zoo import (
-    ZOO,
-)
+from tests.helpers.norms.norm_zoo import ZOO
 
 
 @pytest.mark.parametrize(("name", "target"), CASES)

@@ -13,7 +13,7 @@ from torch import nn
 
 from rmsnorm_deploy.export.from_torch.lower import lower
 from rmsnorm_deploy.export.from_torch.swap import CAPTURE_DOMAIN
-from rmsnorm_deploy.export.lowering.norm_writer import FORM_KEY, PATH_KEY, SPEC_KEY, TARGET_KEY
+from rmsnorm_deploy.export.graph.metadata import FORM_KEY, PATH_KEY, SPEC_KEY, TARGET_KEY
 from rmsnorm_deploy.export.lowering.table import TARGETS, cell
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.models.reference import reference
@@ -32,13 +32,7 @@ from tests.helpers.norms.norm_cases import (
     plugin_nodes,
     residual_model,
 )
-from tests.helpers.norms.norm_zoo import (
-    BARE,
-    CAST_FIRST,
-    ONE_PLUS,
-    TORCH,
-    ZOO,
-)
+from tests.helpers.norms.norm_zoo import BARE, CAST_FIRST, ONE_PLUS, TORCH, ZOO
 
 FUSED = ("SimplifiedLayerNormalization", "RMSNormalization")
 PIECES = {"Pow", "ReduceMean", "ReduceSum", "Sqrt", "Div"}

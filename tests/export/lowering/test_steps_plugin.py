@@ -23,10 +23,7 @@ from tests.helpers.norms.norm_cases import (
     residual_feeds,
     residual_model,
 )
-from tests.helpers.norms.norm_zoo import (
-    ONE_PLUS,
-    ZOO,
-)
+from tests.helpers.norms.norm_zoo import ONE_PLUS, ZOO
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -11,20 +11,13 @@ import pytest
 import torch
 
 from rmsnorm_deploy.export.from_torch.lower import lower
-from rmsnorm_deploy.export.lowering.norm_writer import FORM_KEY, PATH_KEY
+from rmsnorm_deploy.export.graph.metadata import FORM_KEY, PATH_KEY
 from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.models.reference import reference
 from rmsnorm_deploy.models.spec import NormSpec
 from tests.helpers.graphs.capture_graph import GraphMaker, errors, op_counts, run
 from tests.helpers.norms.norm_cases import FLOAT16, FLOAT32, FLOAT32_ULP, residual_feeds, residual_model
-from tests.helpers.norms.norm_zoo import (
-    BARE,
-    CAST_FIRST,
-    ONE_PLUS,
-    SCALE_FIRST,
-    TORCH,
-    ZOO,
-)
+from tests.helpers.norms.norm_zoo import BARE, CAST_FIRST, ONE_PLUS, SCALE_FIRST, TORCH, ZOO
 
 
 @pytest.mark.parametrize("keep_sum", [True, False])

@@ -8,6 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from rmsnorm_deploy.export.graph.metadata import Form
 from rmsnorm_deploy.export.lowering.table import (
     DEFAULT_OPSET,
     FORMS,
@@ -17,7 +18,6 @@ from rmsnorm_deploy.export.lowering.table import (
     TARGETS,
     Cell,
     Environment,
-    Form,
     LoweringRefusal,
     cell,
     deviations,

@@ -13,18 +13,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from rmsnorm_deploy.export.from_onnx.rewrite import rewrite
+from rmsnorm_deploy.export.from_onnx.rewrite import rewrite, rewritten_rows
+from rmsnorm_deploy.export.from_torch.lower import site_rows
 from rmsnorm_deploy.export.lowering.norm_writer import LoweredSite
 from rmsnorm_deploy.export.lowering.table import Deviation
 from rmsnorm_deploy.export.onnx_io import manifest as module
 from rmsnorm_deploy.export.onnx_io.manifest import (
     SCHEMA,
     deviation_rows,
-    graph_row,
     installed_version,
     read_manifest,
-    rewritten_rows,
-    site_rows,
     tensor_rows,
     versions,
     write_manifest,
@@ -91,7 +89,7 @@ def norm_graph(shape: str = "float[2, 8]", attributes: str = "epsilon = 0.125") 
 
 def test_a_norm_of_a_graph_has_the_row_of_a_module_without_a_class() -> None:
     (site,) = find_graph_norms(norm_graph()).sites
-    row = graph_row(site)
+    row = site.to_dict()
     assert row == {
         "path": "node_y", "class": None, "spec": site.spec.to_dict(), "width": 8, "dtype": "float32",
         "parameters": ["w"],
@@ -103,15 +101,15 @@ def test_a_norm_of_a_graph_has_the_row_of_a_module_without_a_class() -> None:
 def test_the_width_of_a_norm_over_several_dims_is_a_list() -> None:
     text = "g (float[2, 2, 4] x) => (float[2, 2, 4] y) <float[2, 4] w = {1., 2., 3., 4., 5., 6., 7., 8.}> "
     (site,) = find_graph_norms(parsed(text + "{ y = RMSNormalization <axis = -2> (x, w) }", 23)).sites
-    assert graph_row(site)["width"] == [2, 4]
+    assert site.to_dict()["width"] == [2, 4]
 
 
 def test_a_width_that_the_file_does_not_tell_is_null() -> None:
     text = "s = Mul (x, x)  m = ReduceMean (s, a)  p = Add (m, e)  r = Sqrt (p)  y = Div (x, r)"
     model = parsed(f"g (float[n, m] x) => (float[n, m] y) <float e = {{0.125}}, int64[1] a = {{-1}}> {{ {text} }}")
     (site,) = find_graph_norms(model).sites
-    assert graph_row(site)["width"] is None
-    assert graph_row(site)["parameters"] == []
+    assert site.to_dict()["width"] is None
+    assert site.to_dict()["parameters"] == []
 
 
 def test_norms_of_a_rewritten_file_stand_together_by_path() -> None:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from rmsnorm_deploy.export.graph.infer_types import fill_types
-from rmsnorm_deploy.export.lowering.builder import ONES
+from rmsnorm_deploy.export.graph.metadata import ONES
 from rmsnorm_deploy.export.recognition.dataflow import GraphReader
 from rmsnorm_deploy.export.recognition.terms import MOST_NODES, Activated, Normed, Squares, Statistic, Term
 from tests.helpers.graphs.onnx_text import parsed, values

@@ -8,9 +8,8 @@ import onnx_ir as ir
 import pytest
 
 from rmsnorm_deploy.export.graph.constants import constant
+from rmsnorm_deploy.export.graph.metadata import ONES, PATH_KEY, SPEC_KEY
 from rmsnorm_deploy.export.graph.site import GraphSite
-from rmsnorm_deploy.export.lowering.builder import ONES
-from rmsnorm_deploy.export.lowering.norm_writer import PATH_KEY, SPEC_KEY
 from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms, find_norms
 from rmsnorm_deploy.export.recognition.fused_ops import OTHER_PLUGIN
 from rmsnorm_deploy.models.spec import NormSpec

@@ -20,11 +20,7 @@ from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.plugins import contract
 
 from ..graphs.capture_graph import DATA_TYPES, GraphMaker, norm_model, run
-from ..norms.norm_zoo import (
-    CAST_FIRST,
-    FLOAT64_EPS,
-    ZOO,
-)
+from ..norms.norm_zoo import CAST_FIRST, FLOAT64_EPS, ZOO
 
 FLOAT32, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 

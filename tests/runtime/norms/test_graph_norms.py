@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.from_torch.export_model import ExportResult, prepare, save
-from rmsnorm_deploy.export.lowering.norm_writer import PATH_KEY, SPEC_KEY, VALUES_KEY
+from rmsnorm_deploy.export.graph.metadata import PATH_KEY, SPEC_KEY, VALUES_KEY
 from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.runtime.norms.access import CalledNorm, NormFeed

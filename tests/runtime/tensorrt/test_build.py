@@ -14,12 +14,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from rmsnorm_deploy.models.errors import (
-    EnvironmentMissingError,
-    RmsnormDeployError,
-    UnsupportedError,
-    UsageError,
-)
+from rmsnorm_deploy.models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
 from rmsnorm_deploy.plugins.tensorrt.images import MAGIC, unpack
 from rmsnorm_deploy.runtime.tensorrt import api
 from rmsnorm_deploy.runtime.tensorrt.build import build_engine

@@ -1,0 +1,18 @@
+"""What an exported file says on its nodes: the metadata keys of a norm, and how our constants are named."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+# Whether a norm stands alone, or has a residual add in front whose sum is used elsewhere too.
+Form = Literal["plain", "residual_add"]
+
+METADATA_PREFIX: Final = "rmsnorm_deploy."
+PATH_KEY: Final = METADATA_PREFIX + "path"
+SPEC_KEY: Final = METADATA_PREFIX + "spec"
+TARGET_KEY: Final = METADATA_PREFIX + "target"
+FORM_KEY: Final = METADATA_PREFIX + "form"
+# On the main node: names of the values that go into and come out of the whole norm, as JSON.
+VALUES_KEY: Final = METADATA_PREFIX + "values"
+# The start of the names of constants that are scales of ones, made for operators that require a scale.
+ONES: Final = METADATA_PREFIX + "ones"
