@@ -8,7 +8,7 @@ from pathlib import Path
 
 import rmsnorm_deploy
 from rmsnorm_deploy.cli.application import app
-from rmsnorm_deploy.cli.targets import markdown_table
+from rmsnorm_deploy.cli.commands.targets import markdown_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

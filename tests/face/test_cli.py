@@ -400,7 +400,7 @@ def test_doctor_target_that_cannot_run(rmsnorm: CommandLine, monkeypatch: pytest
 
 def test_demo(rmsnorm: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rmsnorm_deploy.export.lowering.table.TARGETS", ("ort",))
-    monkeypatch.setattr("rmsnorm_deploy.cli.demo._PROBLEMS", 20)
+    monkeypatch.setattr("rmsnorm_deploy.cli.commands.demo._PROBLEMS", 20)
     results: list[ExportResult] = []
 
     def exported_once(*arguments: Any, **options: Any) -> list[ExportResult]:

@@ -8,21 +8,25 @@ import time
 
 import pytest
 
-SECONDS = 0.5
+# `rmsnorm --help`, and `import rmsnorm_deploy`.
+SECONDS, IMPORT_SECONDS = 0.5, 0.2
 HEAVY = ("torch", "onnxruntime", "onnx", "onnx_ir", "transformers", "numpy", "ml_dtypes", "rich")
 
 _HELP = "import sys; sys.argv = ['rmsnorm', '--help']; from rmsnorm_deploy.cli import main; main()"
 _IMPORT = "import rmsnorm_deploy; rmsnorm_deploy.NormSpec; rmsnorm_deploy.UsageError"
 
 
-@pytest.mark.parametrize("code", [_HELP, _IMPORT, "import rmsnorm_deploy.cli; rmsnorm_deploy.cli.app"])
-def test_starts_within_half_a_second(code: str) -> None:
+@pytest.mark.parametrize(
+    ("code", "seconds"),
+    [(_HELP, SECONDS), (_IMPORT, IMPORT_SECONDS), ("import rmsnorm_deploy.cli; rmsnorm_deploy.cli.app", SECONDS)],
+)
+def test_starts_quickly(code: str, seconds: float) -> None:
     times = []
     for _ in range(3):
         start = time.perf_counter()
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
         times.append(time.perf_counter() - start)
-    assert min(times) < SECONDS
+    assert min(times) < seconds
 
 
 @pytest.mark.parametrize("code", [_HELP, _IMPORT, _HELP.replace("--help", "targets")])

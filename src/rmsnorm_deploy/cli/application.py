@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 import rmsnorm_deploy
-from rmsnorm_deploy.cli import plugin
-from rmsnorm_deploy.cli.commands import COMMANDS
+from rmsnorm_deploy.cli.commands import COMMANDS, plugin
 from rmsnorm_deploy.cli.failures import failure_of, interruptible
 from rmsnorm_deploy.cli.screen import Screen
 

@@ -146,7 +146,7 @@ def test_a_result_of_another_dtype_is_refused() -> None:
     model = graph()
     (site,) = sites(model)
     site.y.dtype = ir.DataType.FLOAT16
-    with pytest.raises(UnsupportedError, match="gives float16, and written for standard it would give float"):
+    with pytest.raises(UnsupportedError, match="returns float16, and target standard would return float32"):
         NormWriter(model.graph, "standard", 23).write(site)
 
 

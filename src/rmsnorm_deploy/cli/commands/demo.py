@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rmsnorm_deploy.cli import options
-from rmsnorm_deploy.cli.export import details_of
+from rmsnorm_deploy.cli.commands.export import details_of
 from rmsnorm_deploy.cli.norms import print_deviations
 from rmsnorm_deploy.cli.screen import Screen
 
