@@ -95,7 +95,7 @@ def test_sound_graphs(name: str) -> None:
         (model(branch(graph(node("Neg", "y", "t"), outputs="t", inputs="")), inputs="x c"), r"needs its own result"),
         (model(branch(graph(node("Neg", "x", "k"), outputs="t", inputs="")), inputs="x c"),
          r"'t' is an output of a subgraph of If 'n_y'"),
-        (model(helper.make_node("", ["x"], ["y"], name="n")), r":node 'n' has no op"),
+        (model(helper.make_node("", ["x"], ["y"], name="n")), r"node 'n' has no op"),
         (model(node("Neg", "x x", "y")), r"has 2 inputs and 1 outputs, which is not what opset 18 says of it"),
         (model(node("Add", "x", "y")), r"has 1 inputs and 1 outputs"),
         (model(node("Neg", "x", "y z")), r"has 1 inputs and 2 outputs"),
