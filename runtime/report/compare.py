@@ -19,6 +19,8 @@ from ..accuracy.float_formats import FORMATS
 from ..accuracy.tolerances import Limits, check_limits, limits_of
 from ..inputs.arrays import read_arrays
 from ..runners.base import Array
+from .page import Page, Shown
+from .printed import print_comparison
 from .report_file import read_report
 
 SCHEMA = "rmsnorm_deploy.compare/1"
@@ -41,7 +43,7 @@ class _Row(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class ArrayComparison:
+class ArrayComparison(Shown):
     """Arrays held against reference arrays.
 
     Attributes:
@@ -58,6 +60,10 @@ class ArrayComparison:
     def passed(self) -> bool:
         """Whether every array passed."""
         return all(row.passed for row in self.rows)
+
+    def show(self, page: Page) -> None:
+        """Print what differs, and the verdict."""
+        print_comparison(page, self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as the JSON interface shows it."""
@@ -103,7 +109,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class ReportComparison:
+class ReportComparison(Shown):
     """A report held against an earlier one.
 
     Attributes:
@@ -128,6 +134,10 @@ class ReportComparison:
     def passed(self) -> bool:
         """Whether no row is missing and no verdict is worse."""
         return not self.missing and all(change.after == "pass" for change in self.verdicts)
+
+    def show(self, page: Page) -> None:
+        """Print what differs, and the verdict."""
+        print_comparison(page, self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as the JSON interface shows it."""

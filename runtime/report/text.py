@@ -65,6 +65,11 @@ def percent(share: float | None) -> str:
     return "100 %" if share == 1.0 else f"{math.floor(share * 1e4) / 100:.2f} %"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: `1 norm`, `2 norms`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def write_text(text: str, path: str | os.PathLike[str]) -> None:
     """Write UTF-8 text under a temporary name beside `path`, then rename it.
 

@@ -13,6 +13,8 @@ from ...models.errors import RmsnormDeployError, UsageError
 from ...models.recognition.find_norms import find_norms
 from ...models.recognition.intercept import NormCall, at_norms
 from ...models.recognition.site import Recognition
+from ..report.page import Page, Shown
+from ..report.printed import print_risk
 from ..runners.base import Array
 from ..runners.open import open_runner
 from .measure import NormError, NormRows, error_in_onnxruntime, error_in_torch, reference_of
@@ -92,7 +94,7 @@ class DtypeRisk:
 
 
 @dataclass(frozen=True, slots=True)
-class RiskReport:
+class RiskReport(Shown):
     """Every norm's risk in every dtype.
 
     Attributes:
@@ -123,6 +125,10 @@ class RiskReport:
             "notes": list(self.notes),
         }
         return {key: _json(value) for key, value in report.items()}
+
+    def show(self, page: Page) -> None:
+        """Print the table of norms, the notes, and the verdict on each dtype."""
+        print_risk(page, self.to_dict())
 
     def _worst(self, dtype: str) -> DtypeRisk:
         def gravity(norm: NormRisk) -> tuple[int, float]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..accuracy.compare_output import OutputVerdict
 from ..norms.access import norm_name
+from ..report.page import Page, Shown
+from ..report.printed import print_validation
 from ..report.report_file import VALIDATE_SCHEMA
 from .depth import DepthPoint
 from .norm_checks import NormCheck
@@ -31,7 +34,7 @@ class Culprit:
 
 
 @dataclass(slots=True)
-class ValidationReport:
+class ValidationReport(Shown):
     """The verdict and what it rests on.
 
     Attributes:
@@ -99,6 +102,31 @@ class ValidationReport:
         if culprits[0].kind == "output":
             return f"{text} as accurate as PyTorch; nothing at a norm explains it: {culprits[0].name}{more}."
         return f"{text} as accurate as PyTorch; error is introduced in {culprits[0].name}{more}."
+
+    def show(self, page: Page) -> None:
+        """Print the table of outputs, the reasons of what failed, and the verdict."""
+        print_validation(page, self.to_dict())
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as one HTML file.
+
+        Raises:
+            EnvironmentMissingError: jinja2 or matplotlib is not installed.
+            UsageError: the place cannot be written to; a file that was there is left as it was.
+        """
+        from ..report import html
+
+        html.write(self.to_dict(), path)
+
+    def to_junit(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as JUnit XML: a test case for each output, norm and segment.
+
+        Raises:
+            UsageError: the place cannot be written to; a file that was there is left as it was.
+        """
+        from ..report import junit
+
+        junit.write(self.to_dict(), path)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as the JSON interface shows it; all but `created` is the same when it is run again."""

@@ -15,7 +15,6 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from rmsnorm_deploy.cli import norms as cli_norms
 from rmsnorm_deploy.export.graph import constants
 from rmsnorm_deploy.export.lowering import steps
 from rmsnorm_deploy.export.lowering.builder import Builder, promote
@@ -44,6 +43,7 @@ from rmsnorm_deploy.runtime.accuracy.float_formats import FORMATS
 from rmsnorm_deploy.runtime.accuracy.tolerances import TOLERANCES
 from rmsnorm_deploy.runtime.inputs import arrays
 from rmsnorm_deploy.runtime.norms import check_norm
+from rmsnorm_deploy.runtime.report import printed
 from rmsnorm_deploy.runtime.risk.observe import DTYPES as RISK_DTYPES
 from rmsnorm_deploy.runtime.risk.rules import ERROR_LIMITS
 from rmsnorm_deploy.runtime.runners import onnxruntime as ort_runner
@@ -136,7 +136,7 @@ PLACES: dict[str, tuple[Collection[str], dict[str, str]]] = {
     "runtime.inputs.arrays._DTYPES": (arrays._DTYPES.values(), {}),
     "runtime.risk.observe.DTYPES": (RISK_DTYPES, _NOT_DEPLOYED),
     "runtime.risk.rules.ERROR_LIMITS": (ERROR_LIMITS, _NOT_DEPLOYED),
-    "cli.norms._DTYPES": (cli_norms._DTYPES, _NOT_DEPLOYED),
+    "runtime.report.printed._DTYPES": (printed._DTYPES, _NOT_DEPLOYED),
 }
 
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 import rmsnorm_deploy
-from rmsnorm_deploy.cli.commands import COMMANDS, plugin
+from rmsnorm_deploy.cli.commands import plugin
+from rmsnorm_deploy.cli.commands.table import COMMANDS
 from rmsnorm_deploy.cli.failures import failure_of, interruptible
 from rmsnorm_deploy.cli.screen import Screen
 

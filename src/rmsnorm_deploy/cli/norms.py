@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rmsnorm_deploy.cli.screen import Screen
 from rmsnorm_deploy.models.spec import NormSpec
+from rmsnorm_deploy.runtime.report.text import counted
 
 _PATHS_SHOWN = 3
-# A table wider than the terminal is no table; the end of a path says more than its beginning.
-_PATH_LENGTH = 48
-_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def print_found(
@@ -56,61 +54,11 @@ def _print_refusals(screen: Screen, refusals: Sequence[Mapping[str, Any]]) -> No
         screen.line(f"  {_patterns([row['path'] for row in rows])} ({classes}): {reason}")
 
 
-def print_deviations(screen: Screen, deviations: Iterable[Mapping[str, Any]]) -> None:
-    """One line for each deviation."""
-    for row in deviations:
-        bound = "without a bound" if row["at_most_ulp"] is None else f"at most {row['at_most_ulp']:g} ULP"
-        screen.line(f"not exact, {bound}: {row['reason']} ({_counted(len(row['sites']), 'norm')})")
-
-
-def print_risk(screen: Screen, risk: Mapping[str, Any]) -> None:
-    """The table of a risk report, its notes, and the verdict on each dtype."""
-    columns = ("norm", "max |x|", "fp16 margin", "eps decides", "outliers", "weight", *_DTYPES.values())
-    screen.table(columns, [_risk_row(norm) for norm in risk["norms"]])
-    screen.line(
-        "fp16 margin: by what factor the norm's largest value fits its dtype; eps decides: rows whose mean square is "
-        "at most eps; outliers: channels of more than 6 times the median RMS; weight: largest by smallest"
-    )
-    for note in risk["notes"]:
-        screen.line(f"Note: {note}.")
-    for dtype, verdict in risk["verdicts"].items():
-        where = (
-            "" if verdict["verdict"] == "safe" else f", {verdict['norm'] or 'the model itself'}: {verdict['reason']}"
-        )
-        screen.line(f"{dtype}: {verdict['verdict']}{where}")
-
-
-def _risk_row(norm: Mapping[str, Any]) -> tuple[str, ...]:
-    weight = norm["weight"]
-    spread = (
-        "-"
-        if weight is None
-        else f"{float(weight['ratio']):.3g}" + (f", {weight['zeros']} zeros" * bool(weight["zeros"]))
-    )
-    return (
-        _shortened(norm["path"] or "the model itself"),
-        f"{norm['largest']:.3g}",
-        f"{float(norm['least_margin']['float16']):.3g}",
-        f"{100 * norm['eps_decides']:.3g}%",
-        str(norm["outliers"]),
-        spread,
-        *(norm["verdicts"][dtype]["verdict"] for dtype in _DTYPES),
-    )
-
-
-def _shortened(path: str) -> str:
-    return path if len(path) <= _PATH_LENGTH else f"...{path[3 - _PATH_LENGTH :]}"
-
-
 def found_line(sites: Sequence[Any], refusals: Sequence[Any], model: str) -> str:
     """A sentence on what recognition found."""
     if not sites:
         return f"There is no RMSNorm in {model}." + (" See below for what was left as it is." if refusals else "")
-    return f"{_counted(len(sites), 'RMSNorm')} in {model}."
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    return f"{counted(len(sites), 'RMSNorm')} in {model}."
 
 
 def _width(width: Any) -> str:

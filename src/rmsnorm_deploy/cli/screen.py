@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rmsnorm_deploy.cli.failures import Failure
+from rmsnorm_deploy.runtime.report.page import aligned
 
 DEBUG_VARIABLE = "RMSNORM_DEBUG"
 
@@ -56,9 +57,7 @@ class Screen:
         if sys.stdout.isatty():
             _console().print(_rich_table(columns, texts), highlight=False)
             return
-        widths = [max(map(len, column)) for column in zip(columns, *texts, strict=True)]
-        for row in (columns, *texts):
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print("\n".join(aligned(columns, texts)))
 
     def note(self, text: str) -> None:
         """Print one line on stderr, that people should see and that is no part of the result."""

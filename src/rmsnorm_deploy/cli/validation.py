@@ -15,10 +15,10 @@ import typer
 
 from rmsnorm_deploy.cli import options
 from rmsnorm_deploy.cli.arrays import check_writable
-from rmsnorm_deploy.cli.norms import print_deviations
 from rmsnorm_deploy.cli.screen import Screen
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.accuracy.tolerances import parse_limits
+from rmsnorm_deploy.runtime.report.printed import print_validation
 from rmsnorm_deploy.runtime.validation.options import ValidationOptions
 
 _SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
@@ -219,98 +219,17 @@ def run_validation(
         report = validate(candidate, against, given, trust_remote_code=trust_remote_code, progress=progress)
         content = report.to_dict()
         if files.html is not None:
-            from rmsnorm_deploy.runtime.report import html as html_report
-
             progress(f"writing {files.html}")
-            html_report.write(content, files.html)
+            report.to_html(files.html)
         if files.junit is not None:
-            from rmsnorm_deploy.runtime.report import junit as junit_report
-
-            junit_report.write(content, files.junit)
+            report.to_junit(files.junit)
         if files.output is not None:
-            from rmsnorm_deploy.runtime.report.text import write_text
-
-            write_text(json.dumps(content, indent=2) + "\n", files.output)
+            report.save(files.output)
     again = None if before is None else _again(before, content)
-    screen.result(content, lambda: print_report(screen, content, show_norms=show_norms, again=again))
+    screen.result(content, lambda: print_validation(screen, content, show_parts=show_norms, again=again))
     if again is not None and screen.as_json:
         screen.note(again)
     return 0 if report.verdict == "pass" else 1
-
-
-def print_report(
-    screen: Screen, report: Mapping[str, Any], *, show_norms: bool = False, again: str | None = None
-) -> None:
-    """The tables of a report, the reasons of what failed, the deviations and the verdict."""
-    columns = ("case", "output", "verdict", "max error/row RMS", "max ULP", "mean ULP", "cosine")
-    screen.table(columns, [(row["case"], row["name"], *_cells(row), _cosine(row)) for row in report["outputs"]])
-    screen.line("errors against PyTorch in float64; in brackets those of PyTorch in the deployed dtype")
-    if show_norms:
-        _print_parts(screen, report)
-    for row in report["outputs"]:
-        if not row["passed"]:
-            screen.line(f"{row['case']}, {row['name']}: {row['reason']}")
-    for note in report["notes"]:
-        screen.line(f"note: {note}")
-    print_deviations(screen, report["deviations"])
-    for culprit in report["culprits"]:
-        screen.line(f"{culprit['kind']} {culprit['name']}: {culprit['reason']}")
-    if again is not None:
-        screen.line(again)
-    screen.line(report["summary"])
-    screen.line(f"verdict: {report['verdict']}")
-
-
-def _print_parts(screen: Screen, report: Mapping[str, Any]) -> None:
-    if report["norms"]:
-        screen.line()
-        rows = []
-        for norm in report["norms"]:
-            worst = max(norm["inputs"], key=lambda row: (not row["passed"], _error(row)), default=None)
-            cells = _cells(worst)[1:] if worst is not None else ("-", "-", "-")
-            name = norm["path"] if not norm["call"] else f"{norm['path']} (call {norm['call'] + 1})"
-            rows.append((name, _verdict(norm), worst["kind"] if worst is not None else "-", *cells))
-        screen.table(("norm, alone", "verdict", "worst on", "max error/row RMS", "max ULP", "mean ULP"), rows)
-    if report["segments"]:
-        screen.line()
-        rows = [(row["name"], *_cells(row)) for row in report["segments"]]
-        screen.table(("segment between norms", "verdict", "max error/row RMS", "max ULP", "mean ULP"), rows)
-    if report["depth"]:
-        screen.line()
-        columns = ("as the whole model runs, at", "side", "error/row RMS", "introduced there")
-        screen.table(columns, [_depth_row(point) for point in report["depth"]])
-    screen.line()
-
-
-def _depth_row(point: Mapping[str, Any]) -> tuple[str, ...]:
-    introduced = "-"
-    if point["introduced"] is not None:
-        introduced = f"{float(point['introduced']):.3g} ({float(point['baseline_introduced']):.3g})"
-    error = f"{float(point['error']):.3g} ({float(point['baseline_error']):.3g})"
-    return point["path"], point["side"], error, introduced
-
-
-def _verdict(row: Mapping[str, Any]) -> str:
-    return "pass" if row["passed"] else "fail"
-
-
-def _error(row: Mapping[str, Any]) -> float:
-    """The error of a kind of input, by which the one to show is chosen; least where PyTorch itself is lost."""
-    if row["figures"] is None:
-        return float("inf")
-    return float(row["figures"]["max_rel_row"]) if float(row["baseline_figures"]["max_rel_row"]) < 0.25 else -1.0
-
-
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    mine, theirs = row["figures"], row["baseline_figures"]
-    if mine is None:
-        return _verdict(row), "-", "-", "-"
-    pairs = (f"{float(mine[key]):.3g} ({float(theirs[key]):.3g})" for key in ("max_rel_row", "max_ulp", "mean_ulp"))
-    return _verdict(row), *pairs
-
-
-def _cosine(row: Mapping[str, Any]) -> str:
-    return "-" if row["figures"] is None else f"{float(row['figures']['cosine']):.9f}"
 
 
 def _again(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

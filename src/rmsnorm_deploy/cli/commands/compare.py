@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from rmsnorm_deploy.cli import options
 from rmsnorm_deploy.cli.screen import Screen
+from rmsnorm_deploy.runtime.report.printed import print_comparison
 
 _LIMIT = "X|NAME:X"
 
@@ -51,57 +52,5 @@ def compare(
     with screen.working(f"comparing {reference} and {candidate}"):
         result = compare_files(reference, candidate, limits)
     content = result.to_dict()
-    screen.result(content, lambda: _print(screen, content))
+    screen.result(content, lambda: print_comparison(screen, content))
     return 0 if result.passed else 1
-
-
-def _print(screen: Screen, content: dict[str, Any]) -> None:
-    if content["kind"] == "arrays":
-        _print_arrays(screen, content["outputs"])
-    else:
-        _print_reports(screen, content)
-    screen.line(f"{content['summary']}.")
-    screen.line(f"verdict: {content['verdict']}")
-
-
-def _print_arrays(screen: Screen, rows: list[dict[str, Any]]) -> None:
-    columns = ("array", "verdict", "max error", "max error/row RMS", "max ULP", "mean ULP", "differing")
-    screen.table(columns, [_array_row(row) for row in rows])
-    for row in rows:
-        if not row["passed"]:
-            screen.line(f"{row['name']}: {row['reason']}")
-
-
-def _array_row(row: dict[str, Any]) -> tuple[str, ...]:
-    figures, verdict = row["figures"], "pass" if row["passed"] else "fail"
-    if figures is None:
-        return row["name"], verdict, "-", "-", "-", "-", "-"
-    numbers = (_short(figures[key]) for key in ("max_abs", "max_rel_row", "max_ulp", "mean_ulp"))
-    differing = "-" if figures["differing"] is None else f"{figures['differing']} of {figures['count']}"
-    return row["name"], verdict, *numbers, differing
-
-
-def _print_reports(screen: Screen, content: dict[str, Any]) -> None:
-    if content["verdicts"]:
-        rows = [(row["kind"], row["name"], row["before"], row["after"]) for row in content["verdicts"]]
-        screen.table(("verdict of", "name", "before", "after"), rows)
-    for row in content["verdicts"]:
-        if row["after"] == "fail" and "reason" in row:
-            screen.line(f"{row['name']}: {row['reason']}")
-    for title, key in (("missing", "missing"), ("new", "added")):
-        for row in content[key]:
-            screen.line(f"{title}: {row['kind']} {row['name']}")
-    if content["figures"]:
-        columns = ("figure of", "name", "figure", "before", "after", "ratio")
-        screen.table(columns, [_figure_row(row) for row in content["figures"]])
-    if content["settings"]:
-        rows = [(row["kind"], row["name"], row["before"], row["after"]) for row in content["settings"]]
-        screen.table(("part", "key", "before", "after"), rows)
-
-
-def _figure_row(row: dict[str, Any]) -> tuple[str, ...]:
-    return row["kind"], row["name"], row["figure"], *(_short(row[key]) for key in ("before", "after", "ratio"))
-
-
-def _short(number: float | str) -> str:
-    return f"{float(number):.3g}"

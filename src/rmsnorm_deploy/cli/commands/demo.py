@@ -12,8 +12,8 @@ import typer
 
 from rmsnorm_deploy.cli import options
 from rmsnorm_deploy.cli.commands.export import details_of
-from rmsnorm_deploy.cli.norms import print_deviations
 from rmsnorm_deploy.cli.screen import Screen
+from rmsnorm_deploy.runtime.report.printed import print_deviations
 
 if TYPE_CHECKING:
     from torch import nn

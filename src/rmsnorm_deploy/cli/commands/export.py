@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rmsnorm_deploy.cli import options
-from rmsnorm_deploy.cli.norms import found_line, print_deviations, print_found
+from rmsnorm_deploy.cli.norms import found_line, print_found
 from rmsnorm_deploy.cli.screen import Screen, file_size
 from rmsnorm_deploy.runtime.inputs.arrays import read_arrays
+from rmsnorm_deploy.runtime.report.printed import print_deviations
 
 if TYPE_CHECKING:
     from rmsnorm_deploy.export.from_torch.export_model import ExportResult

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rmsnorm_deploy.cli import options
-from rmsnorm_deploy.cli.norms import found_line, print_found, print_risk
+from rmsnorm_deploy.cli.norms import found_line, print_found
 from rmsnorm_deploy.cli.screen import Screen
 from rmsnorm_deploy.models.errors import UsageError
+from rmsnorm_deploy.runtime.report.printed import print_risk
 
 if TYPE_CHECKING:
     from rmsnorm_deploy.models.loading import LoadedModel

@@ -1,0 +1,187 @@
+"""Results as they are printed: the tables and lines of a validation, of a comparison and of a risk report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .page import Page
+from .text import counted
+
+# A table wider than the terminal cannot be read; the end of a path says more than its beginning.
+_PATH_LENGTH = 48
+_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def print_validation(
+    page: Page, report: Mapping[str, Any], *, show_parts: bool = False, again: str | None = None
+) -> None:
+    """The tables of a report, the reasons of what failed, the deviations and the verdict."""
+    columns = ("case", "output", "verdict", "max error/row RMS", "max ULP", "mean ULP", "cosine")
+    page.table(columns, [(row["case"], row["name"], *_cells(row), _cosine(row)) for row in report["outputs"]])
+    page.line("errors against PyTorch in float64; in brackets those of PyTorch in the deployed dtype")
+    if show_parts:
+        _print_parts(page, report)
+    for row in report["outputs"]:
+        if not row["passed"]:
+            page.line(f"{row['case']}, {row['name']}: {row['reason']}")
+    for note in report["notes"]:
+        page.line(f"note: {note}")
+    print_deviations(page, report["deviations"])
+    for culprit in report["culprits"]:
+        page.line(f"{culprit['kind']} {culprit['name']}: {culprit['reason']}")
+    if again is not None:
+        page.line(again)
+    page.line(report["summary"])
+    page.line(f"verdict: {report['verdict']}")
+
+
+def _print_parts(page: Page, report: Mapping[str, Any]) -> None:
+    if report["norms"]:
+        page.line()
+        rows = []
+        for norm in report["norms"]:
+            worst = max(norm["inputs"], key=lambda row: (not row["passed"], _error(row)), default=None)
+            cells = _cells(worst)[1:] if worst is not None else ("-", "-", "-")
+            name = norm["path"] if not norm["call"] else f"{norm['path']} (call {norm['call'] + 1})"
+            rows.append((name, _verdict(norm), worst["kind"] if worst is not None else "-", *cells))
+        page.table(("norm, alone", "verdict", "worst on", "max error/row RMS", "max ULP", "mean ULP"), rows)
+    if report["segments"]:
+        page.line()
+        rows = [(row["name"], *_cells(row)) for row in report["segments"]]
+        page.table(("segment between norms", "verdict", "max error/row RMS", "max ULP", "mean ULP"), rows)
+    if report["depth"]:
+        page.line()
+        columns = ("as the whole model runs, at", "side", "error/row RMS", "introduced there")
+        page.table(columns, [_depth_row(point) for point in report["depth"]])
+    page.line()
+
+
+def _depth_row(point: Mapping[str, Any]) -> tuple[str, ...]:
+    introduced = "-"
+    if point["introduced"] is not None:
+        introduced = f"{float(point['introduced']):.3g} ({float(point['baseline_introduced']):.3g})"
+    error = f"{float(point['error']):.3g} ({float(point['baseline_error']):.3g})"
+    return point["path"], point["side"], error, introduced
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    return "pass" if row["passed"] else "fail"
+
+
+def _error(row: Mapping[str, Any]) -> float:
+    """The error of a kind of input, by which the one to show is chosen; least where PyTorch itself is lost."""
+    if row["figures"] is None:
+        return float("inf")
+    return float(row["figures"]["max_rel_row"]) if float(row["baseline_figures"]["max_rel_row"]) < 0.25 else -1.0
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    mine, theirs = row["figures"], row["baseline_figures"]
+    if mine is None:
+        return _verdict(row), "-", "-", "-"
+    pairs = (f"{float(mine[key]):.3g} ({float(theirs[key]):.3g})" for key in ("max_rel_row", "max_ulp", "mean_ulp"))
+    return _verdict(row), *pairs
+
+
+def _cosine(row: Mapping[str, Any]) -> str:
+    return "-" if row["figures"] is None else f"{float(row['figures']['cosine']):.9f}"
+
+
+def print_deviations(page: Page, deviations: Iterable[Mapping[str, Any]]) -> None:
+    """One line for each deviation."""
+    for row in deviations:
+        bound = "without a bound" if row["at_most_ulp"] is None else f"at most {row['at_most_ulp']:g} ULP"
+        page.line(f"not exact, {bound}: {row['reason']} ({counted(len(row['sites']), 'norm')})")
+
+
+def print_risk(page: Page, risk: Mapping[str, Any]) -> None:
+    """The table of a risk report, its notes, and the verdict on each dtype."""
+    columns = ("norm", "max |x|", "fp16 margin", "eps decides", "outliers", "weight", *_DTYPES.values())
+    page.table(columns, [_risk_row(norm) for norm in risk["norms"]])
+    page.line(
+        "fp16 margin: by what factor the norm's largest value fits its dtype; eps decides: rows whose mean square is "
+        "at most eps; outliers: channels of more than 6 times the median RMS; weight: largest by smallest"
+    )
+    for note in risk["notes"]:
+        page.line(f"Note: {note}.")
+    for dtype, verdict in risk["verdicts"].items():
+        where = (
+            "" if verdict["verdict"] == "safe" else f", {verdict['norm'] or 'the model itself'}: {verdict['reason']}"
+        )
+        page.line(f"{dtype}: {verdict['verdict']}{where}")
+
+
+def _risk_row(norm: Mapping[str, Any]) -> tuple[str, ...]:
+    weight = norm["weight"]
+    spread = (
+        "-"
+        if weight is None
+        else f"{float(weight['ratio']):.3g}" + (f", {weight['zeros']} zeros" * bool(weight["zeros"]))
+    )
+    return (
+        _shortened(norm["path"] or "the model itself"),
+        f"{norm['largest']:.3g}",
+        f"{float(norm['least_margin']['float16']):.3g}",
+        f"{100 * norm['eps_decides']:.3g}%",
+        str(norm["outliers"]),
+        spread,
+        *(norm["verdicts"][dtype]["verdict"] for dtype in _DTYPES),
+    )
+
+
+def _shortened(path: str) -> str:
+    return path if len(path) <= _PATH_LENGTH else f"...{path[3 - _PATH_LENGTH :]}"
+
+
+def print_comparison(page: Page, content: Mapping[str, Any]) -> None:
+    """What differs between two files of arrays or two reports, and the verdict."""
+    if content["kind"] == "arrays":
+        _print_arrays(page, content["outputs"])
+    else:
+        _print_reports(page, content)
+    page.line(f"{content['summary']}.")
+    page.line(f"verdict: {content['verdict']}")
+
+
+def _print_arrays(page: Page, rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = ("array", "verdict", "max error", "max error/row RMS", "max ULP", "mean ULP", "differing")
+    page.table(columns, [_array_row(row) for row in rows])
+    for row in rows:
+        if not row["passed"]:
+            page.line(f"{row['name']}: {row['reason']}")
+
+
+def _array_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    figures, verdict = row["figures"], "pass" if row["passed"] else "fail"
+    if figures is None:
+        return row["name"], verdict, "-", "-", "-", "-", "-"
+    numbers = (_short(figures[key]) for key in ("max_abs", "max_rel_row", "max_ulp", "mean_ulp"))
+    differing = "-" if figures["differing"] is None else f"{figures['differing']} of {figures['count']}"
+    return row["name"], verdict, *numbers, differing
+
+
+def _print_reports(page: Page, content: Mapping[str, Any]) -> None:
+    if content["verdicts"]:
+        rows = [(row["kind"], row["name"], row["before"], row["after"]) for row in content["verdicts"]]
+        page.table(("verdict of", "name", "before", "after"), rows)
+    for row in content["verdicts"]:
+        if row["after"] == "fail" and "reason" in row:
+            page.line(f"{row['name']}: {row['reason']}")
+    for title, key in (("missing", "missing"), ("new", "added")):
+        for row in content[key]:
+            page.line(f"{title}: {row['kind']} {row['name']}")
+    if content["figures"]:
+        columns = ("figure of", "name", "figure", "before", "after", "ratio")
+        page.table(columns, [_figure_row(row) for row in content["figures"]])
+    if content["settings"]:
+        rows = [(row["kind"], row["name"], row["before"], row["after"]) for row in content["settings"]]
+        page.table(("part", "key", "before", "after"), rows)
+
+
+def _figure_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return row["kind"], row["name"], row["figure"], *(_short(row[key]) for key in ("before", "after", "ratio"))
+
+
+def _short(number: float | str) -> str:
+    return f"{float(number):.3g}"
