@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from .companions import folder_named, folder_of
 from .dtypes import NORM_DTYPES, torch_dtype
 from .errors import EnvironmentMissingError, UsageError
 
@@ -29,9 +30,10 @@ class LoadedModel:
         model: the module.
         source: what the user named.
         kind: where it came from.
-        folder: the local folder it was read from, if any; config and tokenizer files are copied from there.
+        folder: a local folder with its config and tokenizer files, if there is one.
         example_inputs: keyword arguments that a Python factory returned beside its model.
         task: `addition` for the model that adds numbers, else None.
+        notes: what is missing of it, such as a tokenizer that could not be downloaded.
     """
 
     model: nn.Module
@@ -41,6 +43,43 @@ class LoadedModel:
     example_inputs: Mapping[str, Any] | None = None
     task: str | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What a manifest says of where the model came from; empty for a module that was not loaded by name."""
+        if not self.source:
+            return {}
+        details: dict[str, Any] = {"source": self.source}
+        if self.task is not None:
+            details["task"] = self.task
+        if self.task == "addition":
+            from .builtin.addition_task import TOKENIZER
+
+            details["tokenizer"] = TOKENIZER
+        return details
+
+
+def as_loaded(
+    model: nn.Module | str | Path | LoadedModel, *, dtype: str | None = None, trust_remote_code: bool = False
+) -> LoadedModel:
+    """A model from what Python code has of it: a module, or what names one.
+
+    Args:
+        model: a module, which stays in its dtype; or see `load_model`.
+        dtype: see `load_model`.
+        trust_remote_code: see `load_model`.
+
+    Raises:
+        UsageError: as `load_model`; or it is neither.
+    """
+    if isinstance(model, LoadedModel):
+        return model
+    if isinstance(model, str | Path):
+        return load_model(str(model), dtype=dtype, trust_remote_code=trust_remote_code)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"expected a PyTorch module, or the name or folder of a model, got {type(model).__name__}.")
+    folder, problem = folder_of(model)
+    return LoadedModel(model, "", "python", folder, notes=[problem] if problem else [])
 
 
 def load_model(source: str, *, dtype: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
@@ -143,7 +182,8 @@ def _transformers(source: str, folder: Path | None, dtype: str | None, trust_rem
         first = " ".join(str(error).split())[:300]
         where = f"the folder {source}" if folder is not None else f"the hub name {source!r}"
         raise UsageError(f"{where} could not be loaded by transformers: {first}") from error
-    return LoadedModel(model, source, "transformers", folder)
+    folder, problem = folder_named(name)
+    return LoadedModel(model, source, "transformers", folder, notes=[problem] if problem else [])
 
 
 def _architecture(transformers: ModuleType, config: Any) -> Any:

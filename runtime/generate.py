@@ -13,11 +13,11 @@ import numpy as np
 from ..models.errors import UnsupportedError, UsageError
 from .inputs.exported import Exported, open_exported
 from .inputs.synthetic import is_past, make_feeds, present_to_past
-from .inputs.tokenizer import ADDITION_TOKENIZER, Tokenizer, has_tokenizer, load_tokenizer, token_ids
+from .inputs.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, token_ids
 from .runners.base import Array, Runner
 from .runners.open import open_runner
 
-__all__ = ["ADDITION_TOKENIZER", "Generation", "generate"]
+__all__ = ["Generation", "generate"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from ...models.errors import UsageError
+from ...models.tensors import to_torch
 
 # At least 2 in every dim that is to be dynamic, all different, and no multiple of a usual chunk.
 _BATCH, _SEQUENCE, _DECODER_SEQUENCE = 2, 9, 5
@@ -45,6 +48,20 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = tokens(_DECODER_SEQUENCE)
     return inputs
+
+
+def as_tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A user's inputs with numpy arrays as tensors; everything else as it is.
+
+    Raises:
+        UsageError: expected a mapping of input name to value.
+    """
+    if not isinstance(inputs, Mapping):
+        raise UsageError(
+            f"inputs: expected a mapping of the forward's parameter names to tensors or arrays, got "
+            f"{type(inputs).__name__}."
+        )
+    return {name: to_torch(value) if isinstance(value, np.ndarray) else value for name, value in inputs.items()}
 
 
 def vocabulary_size(model: nn.Module) -> int | None:

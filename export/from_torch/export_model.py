@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import onnx_ir as ir
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...models.dtypes import NORM_DTYPES, torch_dtype, torch_name
 from ...models.errors import MismatchError, UsageError
+from ...models.loading import LoadedModel, as_loaded
 from ...models.recognition.find_norms import find_norms
 from ...models.recognition.site import Recognition
 from ..lowering.plugin_functions import PluginStyle, plugin_style, style_notes
@@ -22,7 +23,7 @@ from ..lowering.table import TARGETS, Environment, LoweringRefusal, opset_for, r
 from ..onnx_io.atomic_files import MANIFEST, check_destination, copy_companions, new_folder
 from ..onnx_io.manifest import tensor_rows, write_manifest
 from .capture import Capture, capture, detached
-from .example_inputs import example_inputs
+from .example_inputs import as_tensors, example_inputs
 from .lower import lower, site_rows
 from .swap import swapped
 
@@ -63,101 +64,153 @@ class PreparedModel:
     dtype: str
     details: dict[str, Any] = field(default_factory=dict)
     companions: Path | None = None
+    notes: list[str] = field(default_factory=list)
 
 
-def export_model(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    *,
-    inputs: Mapping[str, Any] | None = None,
-    target: str | Sequence[str] = "primitives",
-    dtype: str | None = None,
-    opset: int | None = None,
-    dynamic: bool | Mapping[str, Any] = True,
-    with_past: bool = False,
-    function: bool = True,
-    ort_trt: bool = False,
-    details: Mapping[str, Any] | None = None,
-    companions: Path | None = None,
-    progress: Progress | None = None,
-) -> list[ExportResult]:
-    """Export `model` with every RMSNorm in the form that `target` wants.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """How a model is exported.
 
-    Args:
-        model: any module; it is put back exactly as it was, also after an error.
-        path: the folder to make. With several targets each gets a subfolder of its name. An earlier export there is
-            replaced, anything else is refused.
-        inputs: keyword arguments of the forward; token inputs are made up where it reads `input_ids`. A dim of size 1
-            becomes static, so give at least 2 wherever it is to be dynamic.
-        target: one or several of `primitives`, `standard`, `ort`, `plugin`.
+    Attributes:
         dtype: `float32`, `float16`, `bfloat16` or `float64`; another dtype than the model's exports a converted copy.
         opset: opset import of the file, 18 to 23; None for the target's default (20; 23 for `standard`).
         dynamic: True lets every dim be dynamic that the model does not fix, False fixes all, a mapping is
             `torch.export`'s `dynamic_shapes`.
         with_past: export a decoder of transformers with its KV cache: one file for prefill and decode.
-        function: give the file of target `plugin` local functions that stand in for the plugin. TensorRT 10.6 and
-            before use them in place of the plugin; without them ONNX Runtime cannot run the file.
+        function: give the file of target `plugin` local functions that compute the same. TensorRT 10.6 and before use
+            them in place of the plugin; without them ONNX Runtime cannot run the file.
         ort_trt: write the file of target `plugin` for ONNX Runtime's TensorRT provider: plugin nodes in domain
             `trt.plugins`, without local functions.
-        details: more fields for the manifest, such as the model's name.
-        companions: a folder to copy config and tokenizer files from.
+    """
+
+    dtype: str | None = None
+    opset: int | None = None
+    dynamic: bool | Mapping[str, Any] = True
+    with_past: bool = False
+    function: bool = True
+    ort_trt: bool = False
+
+
+@overload
+def export_model(
+    model: nn.Module | str | Path | LoadedModel,
+    path: str | os.PathLike[str],
+    options: ExportOptions | None = ...,
+    *,
+    target: str = ...,
+    **changes: Any,
+) -> ExportResult: ...
+
+
+@overload
+def export_model(
+    model: nn.Module | str | Path | LoadedModel,
+    path: str | os.PathLike[str],
+    options: ExportOptions | None = ...,
+    *,
+    target: Sequence[str],
+    **changes: Any,
+) -> list[ExportResult]: ...
+
+
+def export_model(
+    model: nn.Module | str | Path | LoadedModel,
+    path: str | os.PathLike[str],
+    options: ExportOptions | None = None,
+    *,
+    target: str | Sequence[str] = "primitives",
+    inputs: Mapping[str, Any] | None = None,
+    details: Mapping[str, Any] | None = None,
+    companions: Path | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> ExportResult | list[ExportResult]:
+    """Export `model` with every RMSNorm in the form that `target` requires.
+
+    Args:
+        model: any module, which is put back exactly as it was, also after an error; or what names one, as for
+            `load_model`.
+        path: the folder to make. With several targets each gets a subfolder of its name. An earlier export there is
+            replaced, anything else is refused.
+        options: how; `ExportOptions()` when None.
+        target: one or several (a list) of `primitives`, `standard`, `ort`, `plugin`.
+        inputs: keyword arguments of the forward, as tensors or numpy arrays; those of the model's factory when None,
+            else token inputs are generated where it reads `input_ids`. A dim of size 1 becomes static, so give at
+            least 2 wherever it is to be dynamic.
+        details: more fields for the manifest.
+        companions: a folder to copy config and tokenizer files from; the model's own when None, also of a module that
+            `from_pretrained` loaded.
+        trust_remote_code: run Python code that comes with a transformers checkpoint.
         progress: called with a line of text at each step.
+        changes: fields of `ExportOptions` that differ from `options`, such as `dtype="float16"`.
 
     Returns:
-        One result for each target, in the order given.
+        The result; or for a list of targets a list of results, in the order given.
 
     Raises:
         UsageError: an argument is wrong or the folder cannot be written; nothing is left behind.
         UnsupportedError: the target, opset or dtype cannot do it, or the exporter cannot capture the model.
         MismatchError: the swapped model does not give the original's bits.
     """
+    options = replace(options or ExportOptions(), **changes)
     targets = [target] if isinstance(target, str) else list(target)
+    if not targets:
+        raise UsageError(f"target is empty; expected one or several of {', '.join(TARGETS)}.")
     for name in targets:
         if name not in TARGETS:
             raise UsageError(f"unknown target {name!r}; the targets are {', '.join(TARGETS)}.")
-        opset_for(name, opset)
-    style = plugin_style(function, ort_trt, targets)
+        opset_for(name, options.opset)
+    style = plugin_style(options.function, options.ort_trt, targets)
     folder = Path(path)
     places = [folder] if len(targets) == 1 else [folder / name for name in targets]
     for place in places:
         check_destination(place)
-    prepared = prepare(
-        model, inputs=inputs, targets=targets, dtype=dtype, opset=opset, dynamic=dynamic, with_past=with_past,
-        progress=progress,
-    )  # fmt: skip
-    prepared.details.update(details or {})
-    prepared.companions = companions
-    return [
-        save(prepared, place, name, opset=opset, style=style if name == "plugin" else "function", progress=progress)
+    if isinstance(model, str | Path) and progress is not None:
+        progress(f"loading {model}")
+    loaded = as_loaded(model, dtype=options.dtype, trust_remote_code=trust_remote_code)
+    feeds = loaded.example_inputs if inputs is None else inputs
+    prepared = prepare(loaded.model, options, inputs=feeds, targets=targets, progress=progress)
+    prepared.details.update({**loaded.details, **(details or {})})
+    prepared.companions = companions if companions is not None else loaded.folder
+    prepared.notes.extend(loaded.notes if companions is None else ())
+    results = [
+        save(
+            prepared,
+            place,
+            name,
+            opset=options.opset,
+            style=style if name == "plugin" else "function",
+            progress=progress,
+        )
         for name, place in zip(targets, places, strict=True)
     ]
+    return results[0] if isinstance(target, str) else results
 
 
 def prepare(
     model: nn.Module,
+    options: ExportOptions | None = None,
     *,
     inputs: Mapping[str, Any] | None = None,
     targets: Sequence[str] = (),
-    dtype: str | None = None,
-    opset: int | None = None,
-    dynamic: bool | Mapping[str, Any] = True,
-    with_past: bool = False,
     progress: Progress | None = None,
+    **changes: Any,
 ) -> PreparedModel:
     """Recognize, check and capture: all that does not depend on the target.
 
     Arguments as in `export_model`; what one of `targets` cannot do is refused before the slow part.
     """
-    progress = progress or _silent
-    converted = dtype is not None and dtype != _dtype_of(model)
-    model = _in_dtype(model, dtype)
-    feeds = dict(inputs) if inputs is not None else example_inputs(model)
+    options, progress = replace(options or ExportOptions(), **changes), progress or _silent
+    converted = options.dtype is not None and options.dtype != _dtype_of(model)
+    model = _in_dtype(model, options.dtype)
+    feeds = as_tensors(inputs) if inputs is not None else example_inputs(model)
     if converted:
-        feeds = {name: _cast(value, torch_dtype(str(dtype))) for name, value in feeds.items()}
+        feeds = {name: _cast(value, torch_dtype(str(options.dtype))) for name, value in feeds.items()}
     progress("finding the norms")
     recognition = find_norms(model)
     for target in targets:
-        _refuse_early(recognition, target, opset, _dtype_of(model))
+        _refuse_early(recognition, target, options.opset, _dtype_of(model))
     training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
@@ -165,7 +218,13 @@ def prepare(
         recognition = _checked(model, recognition, feeds)
         progress("capturing the graph")
         with swapped(model, recognition.sites):
-            captured = capture(model, detached(feeds), opset=opset, dynamic=dynamic, with_past=with_past)
+            captured = capture(
+                model,
+                detached(feeds),
+                opset=options.opset,
+                dynamic=options.dynamic,
+                with_past=options.with_past,
+            )
     finally:
         for name, module in model.named_modules():
             module.training = training[name]
@@ -200,7 +259,7 @@ def save(
         "outputs": tensor_rows(list(graph.outputs)),
         "sites": site_rows(prepared.recognition, sites),
         "refusals": [refusal.to_dict() for refusal in prepared.recognition.refusals],
-        "notes": [*prepared.capture.notes, *style_notes(lowered, style)],
+        "notes": [*prepared.notes, *prepared.capture.notes, *style_notes(lowered, style)],
     }
     with new_folder(path) as folder:
         progress("writing the model")

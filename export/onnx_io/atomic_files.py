@@ -11,15 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...models.companions import COMPANIONS
 from ...models.errors import UsageError
 
 MANIFEST = "manifest.json"
 # What a server or a tokenizer needs beside the graph; copied where the model has it.
-_COMPANIONS = (
-    "config.json", "generation_config.json", "genai_config.json", "tokenizer.json", "tokenizer_config.json",
-    "tokenizer.model", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model", "added_tokens.json",
-    "chat_template.jinja",
-)  # fmt: skip
 
 
 @contextmanager
@@ -92,7 +88,7 @@ def check_destination(path: str | os.PathLike[str]) -> None:
 
 def copy_companions(source: Path, folder: Path) -> None:
     """Copy the config and tokenizer files that lie in `source`."""
-    for name in _COMPANIONS:
+    for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copy(source / name, folder / name)
 

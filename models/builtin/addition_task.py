@@ -36,6 +36,9 @@ _IDS = {character: index for index, character in enumerate(VOCABULARY)}
 _HELD_OUT_ONE_IN = 10
 _PROMPT = re.compile(rf"[0-9]{{{DIGITS}}}\+[0-9]{{{DIGITS}}}=")
 
+# How a manifest names the tokenizer of this task.
+TOKENIZER = "rmsnorm_deploy.addition"
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:

@@ -12,8 +12,6 @@ import numpy as np
 from ...models.builtin import addition_task as addition
 from ...models.errors import EnvironmentMissingError, UsageError
 
-# How a manifest names the tokenizer of the addition task.
-ADDITION_TOKENIZER = "rmsnorm_deploy.addition"
 _ADDITION_MODEL = "builtin:addition"
 _FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -86,7 +84,7 @@ def _is_addition(folder: Path) -> bool:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(manifest, dict) and manifest.get("tokenizer") == ADDITION_TOKENIZER
+    return isinstance(manifest, dict) and manifest.get("tokenizer") == addition.TOKENIZER
 
 
 class _AdditionTokenizer:

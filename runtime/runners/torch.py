@@ -8,11 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import ml_dtypes
-import numpy as np
-
 from ...models.dtypes import torch_name
 from ...models.errors import EnvironmentMissingError, UnsupportedError, UsageError
+from ...models.tensors import to_numpy, to_torch
 from .base import ANY_DTYPE, Array, TensorInfo, check_feeds, describe_feeds
 
 if TYPE_CHECKING:
@@ -20,31 +18,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 _CACHE_KEYS = ("past_key_values", "cache_params")
-
-
-def to_torch(array: Array) -> torch.Tensor:
-    """A tensor with a copy of the array's values; bfloat16 goes over bit for bit."""
-    import torch
-
-    # A copy of our own: the array may be read-only, strided backwards or in use elsewhere.
-    own = np.array(array, dtype=array.dtype.newbyteorder("="), order="C", copy=True)
-    if own.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(own.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(own)
-
-
-def to_numpy(tensor: torch.Tensor) -> Array:
-    """An array with a copy of the tensor's values, from any device; bfloat16 goes over bit for bit.
-
-    Raises:
-        TypeError: numpy has no such dtype or layout (float8, quantized, sparse).
-    """
-    import torch
-
-    tensor = tensor.detach().to("cpu", copy=True).contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
 
 
 class TorchRunner:

@@ -10,7 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rmsnorm_deploy.export.from_torch.export_model import export_model
+    from rmsnorm_deploy.export.from_torch.export_model import (
+        ExportOptions,
+        ExportResult,
+        export_model,
+    )
+    from rmsnorm_deploy.export.lowering.table import TARGETS
     from rmsnorm_deploy.models.errors import (
         EnvironmentMissingError,
         MismatchError,
@@ -22,12 +27,20 @@ if TYPE_CHECKING:
     from rmsnorm_deploy.models.recognition.find_norms import find_norms
     from rmsnorm_deploy.models.reference import reference
     from rmsnorm_deploy.models.spec import NormSpec
+    from rmsnorm_deploy.runtime.accuracy.tolerances import Limits
     from rmsnorm_deploy.runtime.generate import generate
+    from rmsnorm_deploy.runtime.inputs.cases import Case
+    from rmsnorm_deploy.runtime.report.compare import compare
     from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
+    from rmsnorm_deploy.runtime.risk.report import RiskReport, risk
+    from rmsnorm_deploy.runtime.runners.base import Runner
     from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+    from rmsnorm_deploy.runtime.runners.open import open_runner
     from rmsnorm_deploy.runtime.runners.torch import TorchRunner
     from rmsnorm_deploy.runtime.tensorrt.build import build_engine
     from rmsnorm_deploy.runtime.validation.api import bisect, validate
+    from rmsnorm_deploy.runtime.validation.options import ValidationOptions
+    from rmsnorm_deploy.runtime.validation.result import ValidationReport
 
 __version__ = "0.1.0"
 
@@ -37,13 +50,25 @@ _HOME = {
     "find_norms": "models.recognition.find_norms",
     "load_model": "models.loading",
     "export_model": "export.from_torch.export_model",
+    "ExportOptions": "export.from_torch.export_model",
+    "ExportResult": "export.from_torch.export_model",
+    "TARGETS": "export.lowering.table",
     "rewrite_model": "runtime.rewriting.rewrite_file",
     "build_engine": "runtime.tensorrt.build",
+    "Runner": "runtime.runners.base",
+    "open_runner": "runtime.runners.open",
     "OrtRunner": "runtime.runners.onnxruntime",
     "TorchRunner": "runtime.runners.torch",
+    "generate": "runtime.generate",
     "validate": "runtime.validation.api",
     "bisect": "runtime.validation.api",
-    "generate": "runtime.generate",
+    "ValidationOptions": "runtime.validation.options",
+    "ValidationReport": "runtime.validation.result",
+    "Limits": "runtime.accuracy.tolerances",
+    "Case": "runtime.inputs.cases",
+    "compare": "runtime.report.compare",
+    "risk": "runtime.risk.report",
+    "RiskReport": "runtime.risk.report",
     "RmsnormDeployError": "models.errors",
     "UsageError": "models.errors",
     "UnsupportedError": "models.errors",
@@ -57,13 +82,25 @@ __all__ = [  # noqa: RUF022 - the order of a model's way through the house
     "find_norms",
     "load_model",
     "export_model",
+    "ExportOptions",
+    "ExportResult",
+    "TARGETS",
     "rewrite_model",
     "build_engine",
+    "Runner",
+    "open_runner",
     "OrtRunner",
     "TorchRunner",
+    "generate",
     "validate",
     "bisect",
-    "generate",
+    "ValidationOptions",
+    "ValidationReport",
+    "Limits",
+    "Case",
+    "compare",
+    "risk",
+    "RiskReport",
     "RmsnormDeployError",
     "UsageError",
     "UnsupportedError",

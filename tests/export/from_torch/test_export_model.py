@@ -165,7 +165,7 @@ def test_a_folder_with_other_files_is_not_touched(prepared: PreparedModel, tmp_p
 
 def test_a_model_without_norms_is_exported(tmp_path: Path) -> None:
     inputs = {"x": torch.ones(2, 3, 8)}
-    (result,) = export_model(WithoutNorm(), tmp_path / "out", inputs=inputs, target="plugin")
+    result = export_model(WithoutNorm(), tmp_path / "out", inputs=inputs, target="plugin")
     assert result.manifest["sites"] == []
     with OrtRunner(result.folder / "model.onnx") as runner:
         (got,) = runner.run({"x": np.zeros((4, 1, 8), np.float32)}).values()
@@ -192,7 +192,7 @@ def test_refused_arguments(model: Residual, tmp_path: Path) -> None:
 
 def test_another_dtype_exports_a_copy(tmp_path: Path) -> None:
     own = Residual()
-    (result,) = export_model(own, tmp_path / "out", inputs=residual_inputs(), dtype="float16")
+    result = export_model(own, tmp_path / "out", inputs=residual_inputs(), dtype="float16")
     assert result.manifest["dtype"] == "float16"
     assert all(parameter.dtype == torch.float32 for parameter in own.parameters())
     assert result.manifest["inputs"][0]["dtype"] == "float16"
@@ -208,7 +208,7 @@ def test_a_nondeterministic_model_is_refused() -> None:
 
 
 def test_static_export_fixes_every_dim(model: Residual, tmp_path: Path) -> None:
-    (result,) = export_model(model, tmp_path / "out", inputs=residual_inputs(), dynamic=False)
+    result = export_model(model, tmp_path / "out", inputs=residual_inputs(), dynamic=False)
     assert result.manifest["inputs"][0]["shape"] == [2, 3, 16]
 
 
@@ -235,7 +235,7 @@ def test_a_norm_called_several_times(tmp_path: Path) -> None:
 
 
 def test_weights_go_to_external_data(tmp_path: Path) -> None:
-    (result,) = export_model(Residual(32), tmp_path / "out", inputs={"x": torch.randn(2, 3, 32)})
+    result = export_model(Residual(32), tmp_path / "out", inputs={"x": torch.randn(2, 3, 32)})
     model = onnx.load(result.folder / "model.onnx", load_external_data=False)
     external = {t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
     sizes = {t.name: int(np.prod(t.dims)) for t in model.graph.initializer}

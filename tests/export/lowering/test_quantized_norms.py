@@ -511,7 +511,7 @@ def test_an_exported_norm_is_fused_for_the_plugin_only() -> None:
 def test_validation_says_what_it_could_not_check(all_of_them: bool, tmp_path: Path) -> None:
     """The outputs are far off, as 8 bits are; no norm with a quantized output counts as checked."""
     model = build_family("llama", torch.float32)
-    (export,) = export_model(model, tmp_path / "model", target="plugin")
+    export = export_model(model, tmp_path / "model", target="plugin")
     path = export.folder / "model.onnx"
     proto = onnx.load(path)
     norms = [node for node in proto.graph.node if node.op_type in contract.INPUTS]

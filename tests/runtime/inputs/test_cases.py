@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rmsnorm_deploy.models.builtin.addition_task import TOKENIZER
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, UsageError
 from rmsnorm_deploy.runtime.inputs.cases import load_cases, prompt_cases
 from rmsnorm_deploy.runtime.inputs.synthetic import DEFAULT_SHAPES, make_feeds
-from rmsnorm_deploy.runtime.inputs.tokenizer import ADDITION_TOKENIZER, load_tokenizer
+from rmsnorm_deploy.runtime.inputs.tokenizer import load_tokenizer
 from rmsnorm_deploy.runtime.runners.base import TensorInfo
 
 IDS = TensorInfo("input_ids", "int64", ("batch", "sequence"))
@@ -246,7 +247,7 @@ def test_prompts_for_a_module_that_says_no_dtypes(tokenizer: str) -> None:
 def test_prompts_of_the_addition_task(tmp_path: Path) -> None:
     (case,) = prompt_cases(["012+345="], "builtin:addition", [IDS])
     assert case.feeds["input_ids"].tolist() == [[0, 1, 2, 10, 3, 4, 5, 11]]
-    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": ADDITION_TOKENIZER}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": TOKENIZER}))
     assert load_tokenizer(tmp_path).decode([1, 10, 2]) == "1+2"
     with pytest.raises(UsageError, match="the vocabulary is"):
         prompt_cases(["one"], "builtin:addition", [IDS])

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rmsnorm_deploy.cli import options
-from rmsnorm_deploy.cli.commands.export import details_of
 from rmsnorm_deploy.cli.screen import Screen
 from rmsnorm_deploy.runtime.report.printed import print_deviations
 
@@ -65,7 +64,7 @@ def _proved(folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
     from rmsnorm_deploy.models.loading import load_model
 
     loaded = load_model(MODEL)
-    results = export_model(loaded.model, folder, target=TARGETS, details=details_of(loaded), progress=progress)
+    results = export_model(loaded, folder, target=TARGETS, progress=progress)
     asked = problems(_PROBLEMS)
     progress(f"asking PyTorch {_PROBLEMS} sums")
     own = accuracy(torch_step(loaded.model), asked)

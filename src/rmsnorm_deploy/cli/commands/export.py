@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,6 @@ from rmsnorm_deploy.runtime.report.printed import print_deviations
 
 if TYPE_CHECKING:
     from rmsnorm_deploy.export.from_torch.export_model import ExportResult
-    from rmsnorm_deploy.models.loading import LoadedModel
     from rmsnorm_deploy.models.outliers import OutlierReport
 
 SCHEMA = "rmsnorm_deploy.export/1"
@@ -86,7 +84,8 @@ def export(
         from rmsnorm_deploy.models.loading import load_model
 
         loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
-        details, injected = details_of(loaded), None
+        details: dict[str, Any] = {}
+        injected = None
         if injection is not None:
             from rmsnorm_deploy.models.outliers import inject_outliers
 
@@ -94,9 +93,9 @@ def export(
             injected = inject_outliers(loaded.model, *injection, outlier_seed)
             details |= injected.record()
         results = export_model(
-            loaded.model,
+            loaded,
             output,
-            inputs=_tensors(arrays) if arrays is not None else loaded.example_inputs,
+            inputs=arrays,
             target=targets,
             opset=opset,
             dynamic=not static,
@@ -104,29 +103,10 @@ def export(
             function=not no_function,
             ort_trt=ort_trt,
             details=details,
-            companions=loaded.folder,
             progress=progress,
         )
     payload = _payload(results, injected)
     screen.result(payload, lambda: _print(screen, model, payload))
-
-
-def details_of(loaded: LoadedModel) -> dict[str, Any]:
-    """What the manifest says of where the model came from."""
-    details: dict[str, Any] = {"source": loaded.source}
-    if loaded.task is not None:
-        details["task"] = loaded.task
-    if loaded.task == "addition":
-        from rmsnorm_deploy.runtime.generate import ADDITION_TOKENIZER
-
-        details["tokenizer"] = ADDITION_TOKENIZER
-    return details
-
-
-def _tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    from rmsnorm_deploy.runtime.runners.torch import to_torch
-
-    return {name: to_torch(array) for name, array in arrays.items()}
 
 
 def _injection(text: str | None) -> tuple[int, float] | None:
