@@ -303,7 +303,7 @@ def test_wrong_arrays(rmsnorm: CommandLine, copied: Path, tmp_path: Path) -> Non
     assert "missing: input_ids; unexpected: ids. The inputs are: input_ids." in message(ids=np.ones((1, 4), np.int64))
     assert "int64 is wanted" in message(input_ids=np.ones((1, 4), np.float32))
     assert "rank 2, is wanted" in message(input_ids=np.ones(4, np.int64))
-    assert "not an .npz file of plain arrays" in message(input_ids=np.array([{}]))
+    assert "expected an .npz file of plain arrays" in message(input_ids=np.array([{}]))
 
 
 def test_files_that_are_no_npz(rmsnorm: CommandLine, copied: Path, tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_files_that_are_no_npz(rmsnorm: CommandLine, copied: Path, tmp_path: Pat
     for path in (array, text, empty):
         outcome = rmsnorm("run", copied, "--inputs", path, "-o", tmp_path / "y.npz")
         assert outcome.code == 2
-        assert "not an .npz file of plain arrays" in outcome.err
+        assert "expected an .npz file of plain arrays" in outcome.err
     outcome = rmsnorm("run", copied, "--inputs", tmp_path / "nosuch.npz", "-o", tmp_path / "y.npz")
     assert "no such file" in outcome.err
 

@@ -105,7 +105,7 @@ def test_rows_that_come_and_go(rmsnorm: CommandLine, tmp_path: Path) -> None:
         (("a.npz", "r.json"), "not of one kind"),
         (("old.json", "r.json"), "its schema is 'rmsnorm_deploy.validate/1'; this version reads"),
         (("r.json", "r.json", "--ulp", "1"), "limits are for arrays"),
-        (("a.npz", "near.npz", "--ulp", "logits:much"), "--ulp logits:much: give a number"),
+        (("a.npz", "near.npz", "--ulp", "logits:much"), "--ulp logits:much: expected a number"),
         (("a.npz", "near.npz", "--atol", "logit:1"), "no such output. The outputs are: logits, ids"),
     ],
 )

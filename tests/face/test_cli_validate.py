@@ -255,7 +255,7 @@ def test_a_prompt_without_a_tokenizer(rmsnorm: CommandLine, exported: Path, mode
     arguments = ("validate", exported / "ort", "--against", f"{models}:net", "--prompt", "hi")
     outcome = rmsnorm(*arguments, "--tokenizer", tmp_path)
     assert outcome.code == 2
-    assert f"{tmp_path} holds no tokenizer" in outcome.err
+    assert f"{tmp_path} contains no tokenizer" in outcome.err
     outcome = rmsnorm(*arguments)
     assert outcome.code == 2
     assert "tokenizer" in outcome.err
@@ -271,8 +271,8 @@ def test_a_prompt_without_a_tokenizer(rmsnorm: CommandLine, exported: Path, mode
         (("--inputs", "nosuch.npz"), "nosuch.npz: there is no such file"),
         (("--inputs", "nosuch.py:made"), "no file nosuch.py"),
         (("--atol", "nosuch:1e-3"), "limits are given for nosuch, but there is no such output. The outputs are: out"),
-        (("--atol", "output:x"), "--atol output:x: give a number of at least 0"),
-        (("--ulp=-1",), "--ulp -1: give a number of at least 0"),
+        (("--atol", "output:x"), "--atol output:x: expected a number of at least 0"),
+        (("--ulp=-1",), "--ulp -1: expected a number of at least 0"),
         (("--window", "0"), "--window"),
         (("--shape", "3"), "3x33"),
         (("--seed", "-1"), "--seed"),

@@ -443,7 +443,7 @@ def test_a_norm_with_a_quantized_output_is_not_judged(tmp_path: Path) -> None:
     path = rewrite_model(tmp_path / "model.onnx", tmp_path / "out", target="plugin").model
     norms = GraphNorms(path)
     assert norms.norms == {}
-    reason = "its output is quantized, so there is no result of its own to compare"
+    reason = "its output is quantized, so it has no unquantized result to compare"
     assert norms.problems == {"layers.0.norm": reason, "layers.1.norm": reason}
     found = find_graph_norms(ir.load(path))
     assert found.sites == []

@@ -43,7 +43,7 @@ def test_a_file_is_one_case(tmp_path: Path) -> None:
 
 
 def test_a_folder_has_a_case_for_each_file_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"holds no \.npz and no \.safetensors file"):
+    with pytest.raises(UsageError, match=r"contains no \.npz or \.safetensors file"):
         load_cases(str(tmp_path), [HIDDEN])
     np.savez(tmp_path / "b.npz", x=FLOATS + 1)
     save_file({"x": torch.from_numpy(FLOATS + 2)}, tmp_path / "c.safetensors")
@@ -176,11 +176,11 @@ def test_python_code_in_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("function", "message"),
     [
         ("fails", "RuntimeError: no luck"),
-        ("nothing", "gave no case"),
-        ("lists", "x is a list; give a numpy array or a torch tensor"),
-        ("number", "case 1 is a int"),
-        ("arrays", "case 1 is a ndarray"),
-        ("quantized", "x is torch.float8_e4m3fn, which numpy has no dtype for"),
+        ("nothing", "returned no case"),
+        ("lists", "x: expected a numpy array or a torch tensor, got list"),
+        ("number", "such a dict, got int"),
+        ("arrays", "such a dict, got ndarray"),
+        ("quantized", "x is torch.float8_e4m3fn, a dtype that numpy does not support"),
         ("needs", "TypeError"),
         ("not_a_function", "TypeError"),
         ("nosuch", "no attribute 'nosuch'"),
@@ -193,7 +193,7 @@ def test_python_code_that_makes_no_cases(code: str, function: str, message: str)
 
 
 def test_sources_that_do_not_exist(code: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"name the function in it .*made_inputs\.py:function"):
+    with pytest.raises(UsageError, match=r"expected .*made_inputs\.py:function, with a function"):
         load_cases(code, [HIDDEN])
     with pytest.raises(UsageError, match="there is no such file"):
         load_cases(str(tmp_path / "nosuch.npz"), [HIDDEN])
@@ -253,19 +253,19 @@ def test_prompts_of_the_addition_task(tmp_path: Path) -> None:
 
 
 def test_prompts_that_cannot_be(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match=r"reads input_ids; this one reads x"):
+    with pytest.raises(UsageError, match=r"reads input_ids; this model reads x"):
         prompt_cases(["the"], tokenizer, [HIDDEN])
     with pytest.raises(UsageError, match="at least one"):
         prompt_cases([], tokenizer, [IDS])
     with pytest.raises(UsageError, match=r"prompt is empty"):
         prompt_cases([""], tokenizer, [IDS])
-    with pytest.raises(UsageError, match=r"holds no tokenizer \(no tokenizer\.json"):
+    with pytest.raises(UsageError, match=r"contains no tokenizer \(tokenizer\.json"):
         prompt_cases(["the"], str(tmp_path), [IDS])
     fixed = TensorInfo("input_ids", "int64", (1, 8))
     with pytest.raises(UsageError, match=r"case prompt 1 'the fox': input input_ids .* \(dim 1 must be 8\)"):
         prompt_cases(["the fox"], tokenizer, [fixed])
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UsageError, match="could not be loaded by transformers"):
+    with pytest.raises(UsageError, match="transformers could not load the tokenizer"):
         prompt_cases(["the"], str(tmp_path), [IDS])
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(EnvironmentMissingError, match=r"rmsnorm-deploy\[hf\]"):

@@ -315,7 +315,7 @@ def test_a_wrong_formula_in_the_reference_cannot_hide(
     assert report.verdict == "fail"
     (culprit,) = report.culprits
     assert (culprit.kind, culprit.name) == ("norm", "norm")
-    assert "there is no truth to go by" in culprit.reason
+    assert "there is no valid reference" in culprit.reason
     assert ZOO[name].spec.describe() in culprit.reason
 
 

@@ -318,13 +318,13 @@ def without_its_gate(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> Non
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (garble_values, "the names of its values in the file cannot be read"),
-        (drop_y, "the names of its values in the file cannot be read"),
-        (rename_x, "the file has no value 'nosuch' any more, which it names as the norm's"),
-        (no_core, "its nodes in the file hold 0 main nodes where there should be one"),
-        (two_cores, "its nodes in the file hold 2 main nodes where there should be one"),
-        (y_of_others, "the value that it names as its result is made elsewhere"),
-        (without_its_gate, "which the inputs decide"),
+        (garble_values, "the metadata rmsnorm_deploy.values on its node cannot be read"),
+        (drop_y, "the metadata rmsnorm_deploy.values on its node cannot be read"),
+        (rename_x, "its metadata name the value 'nosuch', which is missing in the file"),
+        (no_core, "expected one main node among its nodes in the file, got 0"),
+        (two_cores, "expected one main node among its nodes in the file, got 2"),
+        (y_of_others, "its metadata name a result that other nodes compute"),
+        (without_its_gate, "computed from the model's inputs"),
     ],
 )
 @pytest.mark.parametrize("target", TARGETS)

@@ -79,7 +79,7 @@ def test_safetensors_and_npz_are_compared(tmp_path: Path) -> None:
         ({"logits": VALUES[:, :63], "ids": IDS}, "shape mismatch: the candidate has (4, 63), the reference (4, 64)"),
         ({"logits": IDS.reshape(1, 6), "ids": IDS}, "shape mismatch"),
         ({"logits": VALUES.astype(np.int64), "ids": IDS}, "the candidate has integer elements, the reference floating"),
-        ({"logits": VALUES, "ids": IDS + 1}, "6 of 6 elements differ, the first at (0,): 1 for 0"),
+        ({"logits": VALUES, "ids": IDS + 1}, "6 of 6 elements differ, the first at (0,): expected 0, got 1"),
         ({"logits": np.where(VALUES > 3, np.nan, VALUES) * np.nan, "ids": IDS}, "NaN or infinity out of place"),
     ],
 )

@@ -158,7 +158,7 @@ def test_a_sum_that_is_wrong_is_found(target: str) -> None:
     node.replace_input_with(1, site.sum_of[0])  # type: ignore[index]
     (proof,) = proven(result).sites
     assert proof.verdict == "mismatch"
-    assert "sum: its sum is not that of its two inputs" in proof.reason
+    assert "sum: its second output is not the sum of its inputs" in proof.reason
 
 
 # What is right ----------------------------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ def test_a_wrong_reference_fails_an_export_that_is_right(
     monkeypatch.setattr("rmsnorm_deploy.runtime.norms.torch_norms.reference", wrong)
     report = validate(folder, model)
     assert report.verdict == "fail"
-    assert all("there is no truth to go by" in check.reason for check in report.norms)
+    assert all("there is no valid reference" in check.reason for check in report.norms)
 
 
 def test_a_wrong_reference_is_seen_without_the_norms_of_the_file_too(
@@ -247,7 +247,7 @@ def test_a_wrong_reference_is_seen_without_the_norms_of_the_file_too(
     monkeypatch.setattr("rmsnorm_deploy.runtime.norms.float64_model.reference", wrong)
     report = validate(folder, model, outputs_only=True)
     assert [(c.kind, c.name) for c in report.culprits] == [("norm", "norms.0"), ("norm", "norms.1")]
-    assert all("there is no truth to go by" in check.reason for check in report.norms)
+    assert all("there is no valid reference" in check.reason for check in report.norms)
 
 
 def test_a_large_file_is_opened_without_repacking_its_weights_again(
@@ -550,7 +550,7 @@ def test_explicit_limits_replace_the_baseline_for_the_output_named(folder: Path,
     assert validate(folder, model, limits={"*": Limits(atol=1.0)}).verdict == "pass"
     report = validate(folder, model, limits={"output": Limits(atol=0.0)})
     assert {c.kind for c in report.culprits} == {"output"}
-    assert all("miss |error| <= 0 + 0 x |truth|" in row.reason for _, row in report.rows if not row.passed)
+    assert all("violate |error| <= 0 + 0 x |reference|" in row.reason for _, row in report.rows if not row.passed)
     assert "nothing at a norm explains it" in report.summary
     assert validate(folder, model, limits={"*": Limits(atol=0.0), "output": Limits(ulp=1e6)}).verdict == "pass"
     with pytest.raises(UsageError, match=r"limits are given for logits.*The outputs are: output\."):
