@@ -71,7 +71,5 @@ def _tensor(path: Path, name: str, entry: dict[str, Any]) -> Array:
     import numpy as np
 
     if entry["dtype"] not in _DTYPES:
-        raise UsageError(
-            f"{path}: {name}: expected one of the dtypes {', '.join(_DTYPES)}, got {entry['dtype']}."
-        )
+        raise UsageError(f"{path}: {name}: expected one of the dtypes {', '.join(_DTYPES)}, got {entry['dtype']}.")
     return np.frombuffer(entry["data"], numpy_dtype(_DTYPES[entry["dtype"]])).reshape(entry["shape"])

@@ -269,7 +269,7 @@ def test_truncated_model(rmsnorm: CommandLine, copied: Path, feeds: Path, tmp_pa
     [
         (("nosuch",), "there is no nosuch"),
         (("{folder}",), "no manifest.json"),
-        (("{model}", "--provider", "nosuch"), "no execution provider 'nosuch'"),
+        (("{model}", "--provider", "nosuch"), "unknown execution provider 'nosuch'"),
     ],
 )
 def test_nothing_to_run(
@@ -301,8 +301,8 @@ def test_wrong_arrays(rmsnorm: CommandLine, copied: Path, tmp_path: Path) -> Non
         return outcome.err
 
     assert "missing: input_ids; unexpected: ids. The inputs are: input_ids." in message(ids=np.ones((1, 4), np.int64))
-    assert "int64 is wanted" in message(input_ids=np.ones((1, 4), np.float32))
-    assert "rank 2, is wanted" in message(input_ids=np.ones(4, np.int64))
+    assert "expected dtype int64" in message(input_ids=np.ones((1, 4), np.float32))
+    assert "of rank 2, got" in message(input_ids=np.ones(4, np.int64))
     assert "expected an .npz file of plain arrays" in message(input_ids=np.array([{}]))
 
 

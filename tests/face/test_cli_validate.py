@@ -276,7 +276,7 @@ def test_a_prompt_without_a_tokenizer(rmsnorm: CommandLine, exported: Path, mode
         (("--window", "0"), "--window"),
         (("--shape", "3"), "3x33"),
         (("--seed", "-1"), "--seed"),
-        (("--provider", "nosuch"), "no execution provider 'nosuch'"),
+        (("--provider", "nosuch"), "unknown execution provider 'nosuch'"),
     ],
 )
 def test_options_that_cannot_be(
@@ -293,7 +293,7 @@ def test_limits_by_output(rmsnorm: CommandLine, honest: Any) -> None:
     outcome = rmsnorm("validate", *honest, "--ulp", "output:0")
     assert outcome.code == 1
     assert "ULP error <= 0" in outcome.out
-    assert "nothing at a norm explains it: output of 2x5" in outcome.out
+    assert "no failed norm or segment explains output of 2x5" in outcome.out
 
 
 @pytest.mark.parametrize("command", ["validate", "bisect"])

@@ -537,7 +537,7 @@ def test_validation_says_what_it_could_not_check(all_of_them: bool, tmp_path: Pa
     report = validate(tmp_path / "fused", model)
     assert len(report.norms) == len(norms) - len(chosen)
     assert all(check.passed for check in report.norms)
-    unchecked = [note for note in report.notes if "could not be checked by itself: its output is quantized" in note]
+    unchecked = [note for note in report.notes if "could not be checked alone: its output is quantized" in note]
     assert len(unchecked) == len(chosen)
     inside = [name for segment in report.segments for name in segment.contains]
     assert inside == ([] if all_of_them else ["model.layers.0.post_attention_layernorm"])

@@ -79,8 +79,8 @@ def test_integers_are_exchanged_where_no_value_changes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("array", "infos", "message"),
     [
-        (FLOATS.astype(np.float64), of_dtype("float32"), "has dtype float64; float32 is wanted"),
-        (FLOATS.astype(np.float16), of_dtype("float32"), "has dtype float16; float32 is wanted"),
+        (FLOATS.astype(np.float64), of_dtype("float32"), "expected dtype float32, got float64"),
+        (FLOATS.astype(np.float16), of_dtype("float32"), "expected dtype float32, got float16"),
         (FLOATS[..., :3], [HIDDEN], "dim 2 must be 4"),
         (FLOATS, [HIDDEN, IDS], "missing: input_ids"),
     ],

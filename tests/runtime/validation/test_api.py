@@ -220,7 +220,7 @@ def test_a_norm_that_is_bypassed_is_wrong_though_it_computes_rightly(
     onnx.save(graph, tmp_path / "changed.onnx")
     report = validate(tmp_path / "changed.onnx", model)
     assert report.verdict == "fail"
-    assert ("norm", "norms.1", "nothing in the file reads its result") in {
+    assert ("norm", "norms.1", "its result is not read in the file") in {
         (c.kind, c.name, c.reason) for c in report.culprits
     }
 
@@ -342,7 +342,9 @@ def test_a_norm_that_the_file_lost_is_noted(folder: Path, model: Residual, tmp_p
     onnx.save(graph, tmp_path / "half.onnx")
     report = bisect(tmp_path / "half.onnx", model)
     assert (report.verdict, [check.norm.key for check in report.norms]) == ("pass", [("norms.1", 0)])
-    assert "norms.0 could not be checked by itself: none of its nodes names it" in report.notes
+    assert (
+        "norms.0 could not be checked alone: no node of the candidate names this norm in its metadata" in report.notes
+    )
     assert [(part.name, part.contains) for part in report.segments] == [
         ("the inputs ... norms.1", ["norms.0"]), ("norms.1 ... output", []),
     ]  # fmt: skip
@@ -380,7 +382,7 @@ def test_windows_change_nothing_but_the_memory(exports: dict[str, Path], model: 
 
 
 def test_a_window_of_nothing_is_refused(folder: Path, model: Residual) -> None:
-    with pytest.raises(UsageError, match="window is 0: expected at least 1 norm"):
+    with pytest.raises(UsageError, match="window: expected at least 1 norm, or None for all, got 0"):
         validate(folder, model, window=0)
 
 
@@ -399,7 +401,7 @@ def test_depth_shows_errors_as_they_grow(folder: Path, model: Residual) -> None:
         assert 0 <= point.introduced < 5e-6
     # What arrives at the first norm came from the first segment alone.
     assert report.depth[0].introduced == pytest.approx(report.depth[0].error, rel=0.5)
-    assert report.notes == ["exposing the values at the norms left every bit of the outputs as it is without"]
+    assert report.notes == ["exposing the values at the norms did not change the outputs"]
     assert all(math.isfinite(row["error"]) for row in report.to_dict()["depth"])
 
 
@@ -515,7 +517,7 @@ def test_too_many_outputs_are_a_usage_error(model: Residual) -> None:
 
 
 def test_a_runner_that_returns_nothing_is_a_usage_error(model: Residual) -> None:
-    with pytest.raises(UsageError, match="Stand did not return output on case 1x1; it returned nothing"):
+    with pytest.raises(UsageError, match="Stand: case 1x1: expected the outputs output, got none"):
         validate(Stand(model, lambda outputs: {}), model)
 
 
@@ -524,7 +526,7 @@ def test_an_output_that_is_announced_and_missing_is_a_usage_error(lost: str) -> 
     model = Returned(16).eval()
     (kept,) = {"output_0", "output_1"} - {lost}
     runner = Stand(model, lambda outputs: {kept: outputs[kept]}, "output_0", "output_1")
-    with pytest.raises(UsageError, match=f"Stand did not return {lost} on case 1x1; it returned {kept}"):
+    with pytest.raises(UsageError, match=f"Stand: case 1x1: expected the outputs {lost}, got {kept}"):
         validate(runner, model)
 
 
@@ -551,7 +553,7 @@ def test_explicit_limits_replace_the_baseline_for_the_output_named(folder: Path,
     report = validate(folder, model, limits={"output": Limits(atol=0.0)})
     assert {c.kind for c in report.culprits} == {"output"}
     assert all("violate |error| <= 0 + 0 x |reference|" in row.reason for _, row in report.rows if not row.passed)
-    assert "nothing at a norm explains it" in report.summary
+    assert "no failed norm or segment explains" in report.summary
     assert validate(folder, model, limits={"*": Limits(atol=0.0), "output": Limits(ulp=1e6)}).verdict == "pass"
     with pytest.raises(UsageError, match=r"limits are given for logits.*The outputs are: output\."):
         validate(folder, model, limits={"logits": Limits(atol=1.0)})

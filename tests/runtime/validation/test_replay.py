@@ -129,9 +129,9 @@ def test_a_report_on_objects_cannot_be_run_again(folder: Path, tmp_path: Path) -
     [
         ({"inputs": "x.npz", "prompts": ("hi",)}, "inputs and prompts are both given"),
         ({"shapes": ((0, 4),)}, "shape 0x4: expected a batch and a length of at least 1"),
-        ({"window": 0}, "window is 0: expected at least 1 norm"),
-        ({"seed": -1}, "seed is -1: expected a number of at least 0"),
-        ({"bisect": True, "outputs_only": True}, "bisect looks at norms and segments"),
+        ({"window": 0}, "window: expected at least 1 norm, or None for all, got 0"),
+        ({"seed": -1}, "seed: expected a number of at least 0, got -1"),
+        ({"bisect": True, "outputs_only": True}, "bisect checks norms and segments"),
     ],
 )
 def test_options_that_cannot_be_are_refused(values: dict[str, Any], message: str) -> None:
