@@ -40,7 +40,7 @@ def test_made_up_inputs_give_a_table_and_a_verdict_for_each_dtype(rmsnorm: Comma
     (row,) = [line.split() for line in lines if line.startswith("norm ") and "max" not in line]
     assert row[-3:] == ["safe", "safe", "safe"]
     assert lines[-3:] == ["float32: safe", "float16: safe", "bfloat16: safe"]
-    assert "Note: modules that are no recognized RMSNorm were not looked at: 1." in lines
+    assert "Note: modules that were not recognized as RMSNorm were not checked: 1." in lines
     content = rmsnorm("inspect", f"{models}:net", "--made-up", "--json").json
     (norm,) = content["risk"]["norms"]
     assert (content["risk"]["cases"], norm["path"], norm["calls"], norm["rows"]) == (3, "norm", 3, 1 + 7 + 99)

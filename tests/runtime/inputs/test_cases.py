@@ -72,7 +72,7 @@ def test_integers_are_exchanged_where_no_value_changes(tmp_path: Path) -> None:
     (case,) = load_cases(str(tmp_path / "a.npz"), [narrow])
     assert (case.feeds["input_ids"].dtype, case.feeds["input_ids"].tolist()) == (np.int32, [[1, 2]])
     np.savez(tmp_path / "a.npz", input_ids=np.array([[1, 2**40]]))
-    with pytest.raises(UsageError, match=r"case a\.npz: input input_ids has dtype int64; int32 is wanted"):
+    with pytest.raises(UsageError, match=r"case a\.npz: input input_ids: expected dtype int32, got int64"):
         load_cases(str(tmp_path / "a.npz"), [narrow])
 
 

@@ -106,7 +106,7 @@ def test_a_file_beside_the_original_refers_to_the_same_weights(tmp_path: Path) -
     with pytest.raises(UsageError, match=r"fast.onnx exists; name a new file"):
         rewrite_model(path, tmp_path / "fast.onnx")
     (tmp_path / "other").mkdir()
-    with pytest.raises(UsageError, match=r"external data of .* from the same folder only"):
+    with pytest.raises(UsageError, match=r"must be in the folder of .* refers to its external data"):
         rewrite_model(path, tmp_path / "other" / "fast.onnx")
     assert listing(tmp_path / "other") == set()
 
@@ -312,10 +312,10 @@ def test_a_file_that_did_not_run_must_run_now(tmp_path: Path) -> None:
     assert proof is not None
     assert proof.verdict == "pass"
     assert [(row.name, row.reason) for row in proof.model or ()] == [
-        (proof.model[0].name, "finite, where the file before does not load")  # type: ignore[index]
+        (proof.model[0].name, "finite; the original file cannot be loaded")  # type: ignore[index]
     ] * 2
     assert len(proof.notes) == 2
-    assert "PyTorch stood in" in proof.notes[0]
+    assert "PyTorch was the baseline" in proof.notes[0]
 
 
 def test_what_cannot_be_run_is_written_and_called_unproven(tmp_path: Path) -> None:

@@ -359,7 +359,7 @@ def test_a_model_that_gives_nothing_finite_is_not_proven(tmp_path: Path) -> None
     g.output(bad)
     proof = whole(*files(tmp_path, g.model()))
     assert proof.verdict == "unproven"
-    assert "nothing that is finite; give --inputs" in proof.reason
+    assert "returns no finite values on these inputs; give --inputs" in proof.reason
     g.output(y)
     proof = whole(*files(tmp_path, g.model()))
     assert proof.verdict == "pass"

@@ -276,7 +276,7 @@ def test_small_rows_become_subnormal() -> None:
     assert found["float32"] == found["bfloat16"] == ("safe", "")
     found = verdicts(of_one(NoUpcast(WIDTH), normal(8, WIDTH) * 1e-3))
     assert "x^2 of rows of RMS" in found["float16"][1]
-    assert "eps 1e-06 is subnormal in float16, and it matters in 100% of the rows" in found["float16"][1]
+    assert "eps 1e-06 is subnormal in float16, and it changes the result in 100% of the rows" in found["float16"][1]
 
 
 def test_weights_that_half_cannot_hold() -> None:
@@ -299,7 +299,7 @@ def test_one_plus_weight_cancels() -> None:
         norm.weight.fill_(0.1)
         norm.weight[5] = -0.99999
     found = verdicts(of_one(norm, normal(8, 64)))
-    assert "1 of 64 values of 1 + weight lose most of their digits in float16" in found["float16"][1]
+    assert "1 of 64 values of 1 + weight are inaccurate in float16 (cancellation)" in found["float16"][1]
     assert found["float16"][0] == "caution"
     assert found["float32"] == ("safe", "")
 
@@ -309,7 +309,7 @@ def test_inputs_that_are_not_finite_are_unsafe_everywhere() -> None:
     x[2, 1] = np.nan
     found = verdicts(of_one(Weighted(WIDTH), x))
     assert {row[0] for row in found.values()} == {"unsafe"}
-    assert "1 of 4 rows hold NaN or infinity already as the model runs" in found["float32"][1]
+    assert "1 of 4 input rows contain NaN or infinity in the running model" in found["float32"][1]
 
 
 # ---------------------------------------------------------------------------------------------------------- the whole
@@ -361,7 +361,7 @@ def test_what_was_not_looked_at_is_noted() -> None:
     model.centered = nn.LayerNorm(WIDTH)
     report = risk(model, [{"x": normal(2, WIDTH)}], targets=[])
     assert report.notes == [
-        "modules that are no recognized RMSNorm were not looked at: 1",
+        "modules that were not recognized as RMSNorm were not checked: 1",
         "unused was not called by any case",
     ]
     nothing = risk(Block(nn.Linear(4, 4)), [{"x": normal(2, 4)}])

@@ -198,7 +198,7 @@ def test_keyword_arguments_of_any_name() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(UsageError, match=r"nn\.Module, not a str"):
+    with pytest.raises(UsageError, match=r"expected an nn\.Module, got str"):
         TorchRunner("model")  # type: ignore[arg-type]
     for wrong in ("int64", "float99"):
         with pytest.raises(UsageError, match=wrong):
