@@ -178,7 +178,7 @@ def test_replay_that_cannot_be(rmsnorm: CommandLine, report: Path, tmp_path: Pat
         (json.dumps({**content, "settings": {**content["settings"], "trust_remote_code": True}}), "trust_remote_code"),
         (
             json.dumps({**content, "settings": {**content["settings"], "candidate": str(tmp_path / "gone")}}),
-            f"there is no {tmp_path / 'gone'}",
+            f"{tmp_path / 'gone'} does not exist",
         ),
     ):
         report.write_text(text)

@@ -374,7 +374,7 @@ def test_a_call_that_no_spec_covers_is_noted() -> None:
             return self.norm(x, mask=x)
 
     report = risk(Passing(ZOO["takes_more"].build()), [{"x": normal(2, 64)}] * 2, targets=[])
-    assert (report.norms, report.notes) == ([], ["norm is called with mask, which no spec covers"])
+    assert (report.norms, report.notes) == ([], ["norm is called with the arguments mask, which are not supported"])
 
 
 def test_the_model_is_put_back() -> None:

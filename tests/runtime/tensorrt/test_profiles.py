@@ -77,7 +77,7 @@ def test_fixed_dims_need_no_profile_and_take_none() -> None:
         ("input_idz:1x1,1x2,1x3", "no input or dim 'input_idz'; its inputs are input_ids, attention_mask"),
         ("input_ids:1,2,3", "input_ids has 2 dims .batch x sequence., got 1"),
         ("input_ids:1x1,1x2", "expected NAME:SMALLEST,USUAL,LARGEST"),
-        ("input_ids:1x1,1x2,1xn", "expected numbers with x between them"),
+        ("input_ids:1x1,1x2,1xn", "expected numbers separated by x"),
         ("input_ids:1x4,1x2,1x8", "expected smallest <= usual <= largest"),
         ("input_ids:1x1,1x2,1x4 attention_mask:1x1,1x2,1x8", "sequence is 1,2,4 and also 1,2,8"),
         ("", "got nothing"),
@@ -101,7 +101,7 @@ def test_fixed_dims_hold_in_a_text() -> None:
 
 
 def test_positions_end_where_the_model_says() -> None:
-    with pytest.raises(UsageError, match="goes up to 4096, and the model's positions end at 512"):
+    with pytest.raises(UsageError, match="expected at most the model's 512 positions, got 4096"):
         make_profiles(TOKENS, ["input_ids:1x1,1x1,1x4096"], longest=512)
 
 

@@ -170,15 +170,15 @@ def test_remote_code_is_trusted_by_who_runs_it_and_never_by_a_report(
     [
         ("{", "not a JSON report"),
         ("\udcff", "not a JSON report"),
-        ("[]", "its schema is None; this version reads rmsnorm_deploy.validate/3 and rmsnorm_deploy.bisect/2"),
-        ("{}", "its schema is None"),
-        ('{"schema": "rmsnorm_deploy.validate/1"}', "its schema is 'rmsnorm_deploy.validate/1'; this version reads"),
-        ('{"schema": "rmsnorm_deploy.validate/4"}', "its schema is 'rmsnorm_deploy.validate/4'; this version reads"),
+        ("[]", "expected the schema rmsnorm_deploy.validate/3 or rmsnorm_deploy.bisect/2, got None"),
+        ("{}", "rmsnorm_deploy.bisect/2, got None"),
+        ('{"schema": "rmsnorm_deploy.validate/1"}', "rmsnorm_deploy.bisect/2, got 'rmsnorm_deploy.validate/1'"),
+        ('{"schema": "rmsnorm_deploy.validate/4"}', "rmsnorm_deploy.bisect/2, got 'rmsnorm_deploy.validate/4'"),
         (json.dumps({"schema": VALIDATE_SCHEMA}), "expected settings, got None"),
         (json.dumps({"schema": VALIDATE_SCHEMA, "settings": {"seed": 0}}), "it does not name both sides"),
     ],
 )
-def test_what_is_no_report_of_this_version_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_not_a_report_of_this_version_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "report.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UsageError, match=message) as caught:
