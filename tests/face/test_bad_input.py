@@ -267,7 +267,7 @@ def test_truncated_model(rmsnorm: CommandLine, copied: Path, feeds: Path, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nosuch",), "there is no nosuch"),
+        (("nosuch",), "nosuch does not exist"),
         (("{folder}",), "no manifest.json"),
         (("{model}", "--provider", "nosuch"), "unknown execution provider 'nosuch'"),
     ],

@@ -379,7 +379,8 @@ def test_nan_in_one_row_fails_with_its_place(dtype: Any) -> None:
     candidate[2, 5, 9:] = np.nan
     verdict = judge("logits", candidate, reference, noisy(reference, dtype, 0.3, 3))
     assert not verdict.passed
-    assert "the first at (2, 5, 9): expected" in verdict.reason and "got nan" in verdict.reason
+    assert "the first at (2, 5, 9): expected" in verdict.reason
+    assert "got nan" in verdict.reason
     assert verdict.figures is not None
     assert verdict.figures.max_ulp == math.inf
 

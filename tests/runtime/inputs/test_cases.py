@@ -262,7 +262,7 @@ def test_prompts_that_cannot_be(tokenizer: str, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UsageError, match=r"contains no tokenizer \(tokenizer\.json"):
         prompt_cases(["the"], str(tmp_path), [IDS])
     fixed = TensorInfo("input_ids", "int64", (1, 8))
-    with pytest.raises(UsageError, match=r"case prompt 1 'the fox': input input_ids .* \(dim 1 must be 8\)"):
+    with pytest.raises(UsageError, match=r"case prompt 1 'the fox': input input_ids: .* \(dim 1 must be 8\)"):
         prompt_cases(["the fox"], tokenizer, [fixed])
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UsageError, match="transformers could not load the tokenizer"):

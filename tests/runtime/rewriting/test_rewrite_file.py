@@ -160,7 +160,11 @@ def test_wrong_arguments_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     (foreign / "notes.txt").write_text("mine")
     cases: list[tuple[type[RmsnormDeployError], str, Callable[[], object]]] = [
         (UsageError, "unknown target 'fast'", lambda: rewrite_model(path, tmp_path / "o", target="fast")),
-        (UsageError, "unknown choice 'move'", lambda: rewrite_model(path, tmp_path / "o", weights="move")),  # type: ignore[arg-type]
+        (
+            UsageError,
+            "weights: expected one of copy, link, got 'move'",
+            lambda: rewrite_model(path, tmp_path / "o", weights="move"),
+        ),  # type: ignore[arg-type]
         (UsageError, "is the folder of the model itself", lambda: rewrite_model(path, path.parent)),
         (UsageError, "holds files that no export wrote", lambda: rewrite_model(path, foreign)),
         (UsageError, "there is no such file", lambda: rewrite_model(tmp_path / "none.onnx", tmp_path / "o")),
@@ -262,7 +266,7 @@ def test_a_norm_that_was_recognized_wrongly_is_left_as_it_was(
     (refusal,) = result.rewritten.refusals
     assert refusal.path == "layers.1.norm"
     assert "its proof fails" in refusal.reason
-    assert "the formula that it was recognized by" in refusal.reason
+    assert "the formula that it was recognized as" in refusal.reason
     assert result.proof is not None
     assert result.proof.verdict == "pass"
     written = onnx.load(result.model)

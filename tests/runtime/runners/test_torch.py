@@ -217,9 +217,9 @@ def test_refusals() -> None:
             call()
 
 
-def test_outputs_that_are_no_tensors_are_refused() -> None:
+def test_outputs_that_are_not_tensors_are_refused() -> None:
     with TorchRunner(Returns({"logits": A, "note": "text"})) as runner:
-        with pytest.raises(UnsupportedError, match="output note is a str") as caught:
+        with pytest.raises(UnsupportedError, match="output note: expected a tensor.*, got str") as caught:
             runner.run({"x": X})
         assert caught.value.exit_code == 3
     eighth = Returns(torch.zeros(2, dtype=torch.float8_e4m3fn))

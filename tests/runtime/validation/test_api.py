@@ -587,7 +587,7 @@ def test_cases_are_mappings_of_arrays_and_tensors(folder: Path, model: Residual)
         ({"x": CASE.feeds["x"]}, "cases: expected a list of mappings of input name to array, got dict"),
         ([], "cases is empty"),
         ([CASE.feeds["x"]], "case 1: expected a mapping of input name to array, got ndarray"),
-        ([{"x": [1.0]}], "case 1: x is a list"),
+        ([{"x": [1.0]}], "case 1: x: expected a numpy array or a torch tensor, got list"),
     ):
         with pytest.raises(UsageError, match=message):
             validate(folder, model, cases=wrong)  # type: ignore[arg-type]
