@@ -109,7 +109,7 @@ def test_limits_are_for_arrays_by_name(tmp_path: Path) -> None:
 
 def test_files_without_arrays(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz")
-    with pytest.raises(UsageError, match="hold no arrays"):
+    with pytest.raises(UsageError, match="contain no arrays"):
         compare(tmp_path / "a.npz", tmp_path / "a.npz")
 
 

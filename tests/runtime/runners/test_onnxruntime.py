@@ -463,7 +463,7 @@ def test_providers_and_options_that_do_not_exist() -> None:
 
 def test_options_for_a_provider_that_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-    with pytest.raises(UsageError, match="provider_options: .*, got cuda"):
+    with pytest.raises(UsageError, match=r"provider_options: .*, got cuda"):
         OrtRunner(linear().SerializeToString(), provider_options={"cuda": {"device_id": 0}})
 
 

@@ -79,7 +79,7 @@ def test_fixed_dims_need_no_profile_and_take_none() -> None:
         ("input_ids:1x1,1x2", "expected NAME:SMALLEST,USUAL,LARGEST"),
         ("input_ids:1x1,1x2,1xn", "expected numbers separated by x"),
         ("input_ids:1x4,1x2,1x8", "expected smallest <= usual <= largest"),
-        ("input_ids:1x1,1x2,1x4 attention_mask:1x1,1x2,1x8", "sequence is 1,2,4 and also 1,2,8"),
+        ("input_ids:1x1,1x2,1x4 attention_mask:1x1,1x2,1x8", "sequence is both 1,2,4 and 1,2,8"),
         ("", "got nothing"),
         ("sequence:1x1,2x2,3x3", "sequence is one dim"),
     ],

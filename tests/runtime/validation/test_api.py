@@ -636,7 +636,7 @@ def test_the_model_is_as_it_was(dtype: torch.dtype) -> None:
 def test_what_does_not_fit_is_said(folder: Path, model: Residual, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"exported in float32, but the PyTorch model is in float16"):
         validate(folder, Residual().half())
-    with pytest.raises(UsageError, match="there is no"):
+    with pytest.raises(UsageError, match="nothing does not exist"):
         validate(tmp_path / "nothing", model)
     with pytest.raises(UsageError, match=r"manifest\.json"):
         validate(tmp_path, model)
