@@ -67,7 +67,7 @@ class FaultResult:
 
     @property
     def caught(self) -> bool:
-        """Whether the fault is alive and `validate` did not let it pass."""
+        """Whether the fault changed bits and `validate` detected it."""
         return self.alive != "dead" and self.verdict in ("fail", "error")
 
     @property

@@ -184,7 +184,7 @@ def set_attribute(edit: Edit, path: str, name: str, value: float) -> None:
     edit.norm(path).core.attributes[name] = attribute
 
 
-# ------------------------------------------------------------------------------------------------- a norm spelled anew
+# ------------------------------------------------------------------------------------------------- a norm rewritten
 
 
 class Spelling:

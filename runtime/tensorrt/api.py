@@ -52,7 +52,7 @@ FLAVORS: Final[dict[RuntimeName, Flavor]] = {
         ("tensorrt_libs",), 'pip install "rmsnorm-deploy[tensorrt]"', (10, 7), "trtexec",
         None, (), (),
     ),
-    # NVIDIA's documentation of 1.7 ("CPU-Only AOT"): unset is 8.0, 8.6, 8.9 and 12.0; 7.5 has to be asked for.
+    # NVIDIA's documentation of 1.7 ("CPU-Only AOT"): the default is 8.0, 8.6, 8.9 and 12.0; 7.5 must be requested.
     "rtx": Flavor(
         "TensorRT-RTX", "tensorrt_rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu12"),
         ("tensorrt_rtx_libs",), 'pip install "rmsnorm-deploy[rtx]"', (1, 4),

@@ -118,7 +118,7 @@ def _check_no_float64(model: ModelProto, where: str) -> None:
     if found:
         names = ", ".join(found[:_SHOWN]) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
         raise UnsupportedError(
-            f"{where}: float64 values, which TensorRT computes in float32 without saying so: {names}. Export the model "
+            f"{where}: float64 values, which TensorRT silently computes in float32: {names}. Export the model "
             "in float32, float16 or bfloat16, or accept float32 with --float64-as-float32."
         )
 
@@ -192,7 +192,7 @@ def _check_plugin_node(node: NodeProto, dtypes: Mapping[str, int], where: str) -
         if found != expected:
             raise UnsupportedError(
                 f"{where}: {label(node)}: {name}: expected {expected!r}, got {found!r}. TensorRT would find no plugin "
-                "and use the local function without saying so. Export again with --target plugin."
+                "and silently use the local function. Export again with --target plugin."
             )
     values = {
         name: attributes[name].f if kind == "FLOAT" else attributes[name].i

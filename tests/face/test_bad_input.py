@@ -306,7 +306,7 @@ def test_wrong_arrays(rmsnorm: CommandLine, copied: Path, tmp_path: Path) -> Non
     assert "expected an .npz file of plain arrays" in message(input_ids=np.array([{}]))
 
 
-def test_files_that_are_no_npz(rmsnorm: CommandLine, copied: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_npz(rmsnorm: CommandLine, copied: Path, tmp_path: Path) -> None:
     array, text, empty = tmp_path / "a.npy", tmp_path / "t.npz", tmp_path / "e.npz"
     np.save(array, np.ones(3))
     text.write_text("no archive")
@@ -381,7 +381,7 @@ def test_debugging_shows_the_traceback(
     assert "RuntimeError: no luck" in shown
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_a_reader_that_closes_the_pipe_is_not_an_error() -> None:
     process = start("targets", "--json")
     assert process.stdout is not None
     assert process.stderr is not None

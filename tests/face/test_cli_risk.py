@@ -30,7 +30,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_made_up_inputs_give_a_table_and_a_verdict_for_each_dtype(rmsnorm: CommandLine, models: Path) -> None:
+def test_generated_inputs_give_a_table_and_a_verdict_for_each_dtype(rmsnorm: CommandLine, models: Path) -> None:
     outcome = rmsnorm("inspect", f"{models}:net", "--made-up")
     assert outcome.code == 0
     lines = outcome.out.splitlines()
@@ -64,7 +64,7 @@ def test_inputs_from_a_file(rmsnorm: CommandLine, models: Path, tmp_path: Path) 
     assert found["verdicts"]["float32"]["verdict"] == "safe"
 
 
-def test_inputs_are_cast_to_the_model_and_run_with_made_up_ones(
+def test_inputs_are_cast_to_the_model_and_run_with_generated_ones(
     rmsnorm: CommandLine, models: Path, tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "x.npz", x=np.ones((5, 8), np.float32))

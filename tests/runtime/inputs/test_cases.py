@@ -186,7 +186,7 @@ def test_python_code_in_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("nosuch", "no attribute 'nosuch'"),
     ],
 )
-def test_python_code_that_makes_no_cases(code: str, function: str, message: str) -> None:
+def test_python_code_without_valid_cases(code: str, function: str, message: str) -> None:
     with pytest.raises(UsageError) as error:
         load_cases(f"{code}:{function}", [HIDDEN])
     assert message in str(error.value)
@@ -235,7 +235,7 @@ def test_prompts_fill_everything_that_a_decoder_reads(tokenizer: str) -> None:
     assert cases[1].feeds["input_ids"][0, :3].tolist() == [2, 0, 3]
 
 
-def test_prompts_for_a_module_that_says_no_dtypes(tokenizer: str) -> None:
+def test_prompts_for_a_module_without_dtypes(tokenizer: str) -> None:
     infos = [TensorInfo("input_ids", "any", None), TensorInfo("attention_mask", "any", None)]
     (case,) = prompt_cases(["quick fox"], tokenizer, infos)
     assert {name: (array.dtype, array.tolist()) for name, array in case.feeds.items()} == {

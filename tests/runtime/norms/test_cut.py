@@ -152,7 +152,7 @@ def test_control_flow_inside_is_refused() -> None:
         cut_out(model, [Cut("n", {"x": model.graph.inputs[0]}, {"y": node.outputs[0]})])
 
 
-def test_a_long_way_back_is_no_recursion() -> None:
+def test_a_long_chain_does_not_recurse() -> None:
     g = Graph()
     x = h = g.input("x", [WIDTH])
     for _ in range(3000):

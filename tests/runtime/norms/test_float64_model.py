@@ -48,7 +48,7 @@ def reference_of(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_own_code_in_float64_is_the_reference_and_no_plain_double_copy(name: str) -> None:
+def test_own_code_in_float64_is_the_reference_and_not_a_plain_double_copy(name: str) -> None:
     model = build(name)
     own, exact = reference_of(model, name)
     assert own.dtype == exact.dtype == torch.float64
@@ -292,7 +292,7 @@ BROKEN: dict[str, tuple[str, Callable[..., Any]]] = {
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in BROKEN.values()}))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_model_held_against_itself_passes(name: str, dtype: torch.dtype) -> None:
+def test_a_model_compared_with_itself_passes(name: str, dtype: torch.dtype) -> None:
     report = validated(name, dtype)
     assert (report.verdict, len(report.norms), report.culprits) == ("pass", 1, [])
 

@@ -196,7 +196,7 @@ def test_between_is_the_model_cut_at_its_norms(path: Path, x: np.ndarray) -> Non
         np.testing.assert_array_equal(value, inside[name], err_msg=name)
 
 
-def test_a_value_fed_at_a_cut_goes_to_the_next_cut_and_no_further(path: Path, x: np.ndarray) -> None:
+def test_a_value_fed_at_a_cut_reaches_only_the_next_cut(path: Path, x: np.ndarray) -> None:
     graph = GraphNorms(path)
     first, gated, second = (graph.norms[key] for key in KEYS)
     model = graph.between(KEYS, wanted=KEYS, with_outputs=True)

@@ -57,7 +57,7 @@ def test_the_floors_of_the_table_are_what_arrays_may_differ_by(dtype: Any, beyon
     assert "the rounded reference's own max 0, rms 0" in row.reason
 
 
-def test_arrays_of_two_dtypes_are_held_to_the_coarser(tmp_path: Path) -> None:
+def test_arrays_of_two_dtypes_are_compared_in_the_coarser(tmp_path: Path) -> None:
     half = VALUES.astype(np.float16)
     assert arrays(tmp_path, {"y": half}, y=VALUES).passed
     assert arrays(tmp_path, {"y": VALUES}, y=half).passed
@@ -207,7 +207,7 @@ def test_missing_rows_fail_and_new_ones_do_not(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_rows_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_rows_of_one_name_are_numbered(tmp_path: Path) -> None:
     def twice(report: dict[str, Any], passed: bool) -> None:
         report["outputs"].append({**report["outputs"][0], "passed": passed})
 

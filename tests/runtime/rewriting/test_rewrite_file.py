@@ -248,7 +248,7 @@ def test_honest_rewritings_pass(dtype: str, target: str) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"eps": 1e-3}, {"scale": "one_plus_weight"}])
-def test_a_norm_that_was_recognized_wrongly_is_left_as_it_was(
+def test_a_norm_that_was_recognized_wrongly_is_left_unchanged(
     wrong: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = saved(tmp_path / "model.onnx", block())

@@ -145,7 +145,7 @@ def test_groups_and_gates_count_as_they_are_computed() -> None:
     assert np.array_equal(rows.gate, gate.reshape(-1, WIDTH))
 
 
-def test_the_sample_is_bounded_and_holds_the_extremes() -> None:
+def test_the_sample_is_bounded_and_contains_the_extremes() -> None:
     spec = NormSpec(eps=1e-6, scale="none")
     x = normal(40, 50, WIDTH) + 10.0
     x[3, 7, 2], x[39, 49] = 900.0, 1e-3
@@ -262,7 +262,7 @@ def test_squares_overflow_where_statistics_are_in_half() -> None:
     assert "the sum of squares overflows float16, unless the runtime sums in a wider dtype" in near[1]
 
 
-def test_squares_overflow_float32_in_every_dtype_that_holds_x() -> None:
+def test_squares_overflow_float32_in_every_dtype_that_x_fits() -> None:
     found = verdicts(of_one(Weighted(WIDTH), np.full((4, WIDTH), 1e20, np.float32)))
     assert [found[dtype][0] for dtype in ("float32", "float16", "bfloat16")] == ["unsafe"] * 3
     assert "x^2 overflows float32" in found["float32"][1]
@@ -368,7 +368,7 @@ def test_what_was_not_looked_at_is_noted() -> None:
     assert (nothing.norms, nothing.verdicts) == ([], {})
 
 
-def test_a_call_that_no_spec_covers_is_noted() -> None:
+def test_a_call_with_unsupported_arguments_is_noted() -> None:
     class Passing(Block):
         def forward(self, x: Tensor) -> Tensor:
             return self.norm(x, mask=x)

@@ -102,7 +102,7 @@ def relocate(path: Path, **entries: str) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def test_it_is_a_runner_and_tells_its_inputs(tmp_path: Path) -> None:
+def test_it_is_a_runner_and_lists_its_inputs(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(linear(), path)
     with OrtRunner(path) as runner:
@@ -185,7 +185,7 @@ def test_wrong_feeds_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("io_binding", [False, True])
-def test_a_failing_run_tells_the_shapes(io_binding: bool, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_run_names_the_shapes(io_binding: bool, capfd: pytest.CaptureFixture[str]) -> None:
     node = helper.make_node("Reshape", ["x", "shape"], ["y"])
     model = build([node], [("x", T.FLOAT, ["a", "b"])], [("y", T.FLOAT, [2, 3])], {"shape": np.array([2, 3])})
     failure = pytest.raises(UsageError, match=r"failed on x float32\[2, 8\].*Reshape")
@@ -196,7 +196,7 @@ def test_a_failing_run_tells_the_shapes(io_binding: bool, capfd: pytest.CaptureF
     assert capfd.readouterr().err == ""
 
 
-def test_files_that_are_no_models(tmp_path: Path) -> None:
+def test_files_that_are_not_models(tmp_path: Path) -> None:
     garbage, empty, short = tmp_path / "garbage.onnx", tmp_path / "empty.onnx", tmp_path / "short.onnx"
     garbage.write_bytes(b"this is no model")
     empty.touch()
@@ -313,7 +313,7 @@ def test_bytes_find_their_external_data_in_the_folder_that_is_named(external: Pa
         OrtRunner(source, weights_folder=external.parent)
 
 
-def test_bytes_without_external_data_need_no_folder(tmp_path: Path) -> None:
+def test_bytes_without_external_data_require_no_folder(tmp_path: Path) -> None:
     source = linear().SerializeToString()
     with OrtRunner(source) as plain, OrtRunner(source, weights_folder=tmp_path) as runner:
         np.testing.assert_array_equal(runner.run({"x": X})["y"], plain.run({"x": X})["y"])
@@ -461,7 +461,7 @@ def test_providers_and_options_that_do_not_exist() -> None:
             OrtRunner(model, **arguments)
 
 
-def test_options_for_a_provider_that_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_for_a_provider_that_is_not_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(UsageError, match=r"provider_options: .*, got cuda"):
         OrtRunner(linear().SerializeToString(), provider_options={"cuda": {"device_id": 0}})

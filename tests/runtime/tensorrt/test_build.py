@@ -103,7 +103,7 @@ def test_the_engine_carries_its_kernels(files: Any, tmp_path: Path) -> None:
     assert images.pack() in content
 
 
-def test_the_command_line_tells_the_same(files: Any, tmp_path: Path, rmsnorm: Any) -> None:
+def test_the_command_line_prints_the_same(files: Any, tmp_path: Path, rmsnorm: Any) -> None:
     place = tmp_path / "m.engine"
     found = rmsnorm(
         "build", files.plugin(), "-o", place, "--arch", "sm_89", "--plugin", "python",
@@ -332,7 +332,7 @@ def test_flags_that_fail_without_a_gpu_say_so(files: Any, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("content", "message"), [
     (b"", "not an ONNX model"), (b"just a text\n", "not an ONNX model"), (b"\x00" * 64, "not an ONNX model"),
 ])  # fmt: skip
-def test_files_that_are_no_models(content: bytes, message: str, tmp_path: Path) -> None:
+def test_files_that_are_not_models(content: bytes, message: str, tmp_path: Path) -> None:
     source = tmp_path / "x.onnx"
     source.write_bytes(content)
     found = refused(UsageError, source, tmp_path)
@@ -357,7 +357,7 @@ def test_float64_is_refused_or_accepted(files: Any, tmp_path: Path) -> None:
     ]
     source = files.save(nodes, [numpy_helper.from_array(np.array(2.0), "factor")])
     message = refused(UnsupportedError, source, tmp_path)
-    assert "float64 values, which TensorRT computes in float32 without saying so: factor, Cast 'widen'." in message
+    assert "float64 values, which TensorRT silently computes in float32: factor, Cast 'widen'." in message
     assert "--float64-as-float32" in message
     assert build_engine(source, tmp_path / "m.engine", float64_as_float32=True, **FAST).record["bytes"] > 0
 
@@ -602,7 +602,7 @@ def test_a_library_that_brings_other_plugins(files: Any, tmp_path: Path) -> None
         requested(files.plugin(), tmp_path / "work", change)
 
 
-def test_a_worker_that_raises_tells_what(files: Any, tmp_path: Path) -> None:
+def test_a_worker_that_raises_reports_the_error(files: Any, tmp_path: Path) -> None:
     with pytest.raises(RmsnormDeployError, match="KeyError: 'plugin_nodes'"):
         requested(files.matmul(), tmp_path / "work", lambda request: request.pop("plugin_nodes"))
     assert "Traceback" in (tmp_path / "work" / "build.log").read_text()

@@ -148,7 +148,7 @@ def test_without_nvrtc_the_plugins_in_python_are_missing_something(
         build_engine(model, tmp_path / "e.engine", options)
 
 
-def test_files_that_are_no_library(tmp_path: Path) -> None:
+def test_files_that_are_not_a_library(tmp_path: Path) -> None:
     model = rms_norm_model(tmp_path / "model.onnx")
     text = tmp_path / "text.so"
     text.write_text("no library")
@@ -159,7 +159,7 @@ def test_files_that_are_no_library(tmp_path: Path) -> None:
     assert not (tmp_path / "e.engine").exists()
 
 
-def test_a_library_that_is_asked_for_and_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_is_requested_and_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     monkeypatch.delenv(library.LIBRARY_VARIABLE, raising=False)
     model = rms_norm_model(tmp_path / "model.onnx")

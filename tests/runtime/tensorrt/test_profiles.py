@@ -65,7 +65,7 @@ def test_names_of_other_exporters() -> None:
     assert profile.shapes["mask"] == ((1, 1), (1, 12), (1, 23))
 
 
-def test_fixed_dims_need_no_profile_and_take_none() -> None:
+def test_fixed_dims_have_no_profile() -> None:
     assert make_profiles([InputDims("x", (2, 3))]) == []
     with pytest.raises(UsageError, match="every dim of the model is fixed"):
         make_profiles([InputDims("x", (2, 3))], ["x:2x3,2x3,2x3"])
@@ -91,7 +91,7 @@ def test_wrong_texts_are_refused(text: str, message: str) -> None:
 
 def test_a_whole_length_below_past_and_new_is_refused() -> None:
     text = "input_ids:1x1,1x1,1x16 past_sequence:0,10,100 total_sequence:1,11,100"
-    with pytest.raises(UsageError, match=r"total_sequence is 1,11,100, and past_sequence .* is 1,11,116"):
+    with pytest.raises(UsageError, match=r"total_sequence: .* of past_sequence .* = 1,11,116, .*, got 1,11,100"):
         make_profiles(DECODER, [text])
 
 

@@ -565,7 +565,7 @@ def test_limits_do_not_excuse_a_norm(changed: Callable[..., Path], model: Residu
     assert [(c.kind, c.name) for c in report.culprits] == [("norm", "norms.1")]
 
 
-def test_given_cases_take_the_place_of_made_up_ones(folder: Path, model: Residual) -> None:
+def test_given_cases_replace_generated_ones(folder: Path, model: Residual) -> None:
     report = validate(folder, model, cases=[CASE, Case("ones", {"x": np.ones((1, 2, 16), np.float32)})])
     assert [case for case, _ in report.rows] == ["rows", "ones"]
     seen: list[str] = []
@@ -604,7 +604,7 @@ def test_equal_seeds_give_equal_reports(folder: Path, model: Residual) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_model_is_as_it_was(dtype: torch.dtype) -> None:
+def test_the_model_is_unchanged(dtype: torch.dtype) -> None:
     model = Residual().to(dtype)
     model.second.eval()
     model.norms[0].weight.requires_grad_(False)
@@ -633,7 +633,7 @@ def test_the_model_is_as_it_was(dtype: torch.dtype) -> None:
 # ---------------------------------------------------------------------------------------------------- what does not fit
 
 
-def test_what_does_not_fit_is_said(folder: Path, model: Residual, tmp_path: Path) -> None:
+def test_arguments_that_do_not_match_are_errors(folder: Path, model: Residual, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"exported in float32, but the PyTorch model is in float16"):
         validate(folder, Residual().half())
     with pytest.raises(UsageError, match="nothing does not exist"):

@@ -60,7 +60,7 @@ def again(replay: Replay) -> ValidationReport:
 # ----------------------------------------------------------------------------------------------------- run and kept
 
 
-def test_the_report_keeps_all_that_was_asked_for(folder: Path, source: str, tmp_path: Path) -> None:
+def test_the_report_contains_every_setting(folder: Path, source: str, tmp_path: Path) -> None:
     name = f"{source}:residual"
     options = ValidationOptions(seed=3, shapes=((2, 5),), limits={"*": Limits(atol=1.0)}, window=1, depth=True)
     report = validate(folder, name, options).to_dict()
@@ -227,7 +227,7 @@ def dtypes(model: nn.Module) -> set[torch.dtype]:
     return {parameter.dtype for parameter in model.parameters()}
 
 
-def test_the_model_is_loaded_in_the_exported_dtype_unless_told(folder: Path, source: str) -> None:
+def test_the_model_is_loaded_in_the_exported_dtype_by_default(folder: Path, source: str) -> None:
     exported = open_exported(folder)
     half = Exported(exported.model, exported.folder, {**exported.manifest, "dtype": "float16"})
     name = f"{source}:residual"
