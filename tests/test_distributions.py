@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NAME, VERSION = "rmsnorm_deploy", PYPROJECT["project"]["version"]
-# Links to the packages, which the Makefile makes anew.
+# Links to the packages, which the Makefile creates again.
 LINKS = ".typecheck/"
 
 

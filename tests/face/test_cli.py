@@ -305,7 +305,7 @@ def test_doctor_on_a_cpu_machine() -> None:
 
 
 def test_doctor_distinguishes_building_from_running() -> None:
-    """TensorRT-RTX builds without a GPU; that is no way to run a model."""
+    """TensorRT-RTX builds without a GPU; but it cannot run a model here."""
     problems = dict.fromkeys(HERE.providers, "onnxruntime is not installed")
     alone = dataclasses.replace(HERE, onnxruntime=None, providers=problems, compiled=[], rtx="1.7.1.116")
     diagnosis = diagnose(alone)
@@ -424,7 +424,7 @@ def test_demo(rmsnorm: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert {norm["precision"] for norm in engine["norms"]} == {"float32"}
         assert all(norm["layer"] for norm in engine["norms"])
         assert (tmp_path / "demo" / "engines" / "ort.engine").stat().st_size > 0
-    # A file that gets fewer sums right than PyTorch fails, whatever its numbers are.
+    # A file with fewer correct sums than PyTorch fails, even if its outputs pass.
     run = OrtRunner.run
     monkeypatch.setattr(OrtRunner, "run", lambda runner, feeds: _forgetful(run(runner, feeds)))
     outcome = rmsnorm("demo")

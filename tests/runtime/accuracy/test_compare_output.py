@@ -193,7 +193,9 @@ def test_figures_become_json() -> None:
     assert found["histogram"]["ulp_at_most"][-1] == "inf"
     assert found["worst"] == [{"index": [1], "value": "nan", "reference": 1.0, "baseline": None, "ulp": "inf"}]
     assert json_value({"a": (-math.inf, 1, None)}) == {"a": ["-inf", 1, None]}
-    assert figures(np.array([2**60 + 1]), np.array([2**60])).to_dict()["worst"] == []  # float64 cannot tell these
+    assert (
+        figures(np.array([2**60 + 1]), np.array([2**60])).to_dict()["worst"] == []
+    )  # float64 cannot distinguish these
     assert figures(np.array([7]), np.array([4])).to_dict()["worst"][0] == {
         "index": [0], "value": 7, "reference": 4, "baseline": None, "ulp": 3.0
     }  # fmt: skip

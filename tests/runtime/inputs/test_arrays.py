@@ -1,4 +1,4 @@
-"""Array files: every dtype comes back as it was, and what is no array file is refused."""
+"""Array files: every dtype is preserved, and files that are not array files are refused."""
 
 from __future__ import annotations
 

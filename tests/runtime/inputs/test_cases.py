@@ -1,4 +1,4 @@
-"""Inputs that a user gives: files, folders, Python code, prompts; and what the made-up floats cover."""
+"""Inputs that a user gives: files, folders, Python code, prompts; and what the generated floats cover."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def test_prompts_that_cannot_be(tokenizer: str, tmp_path: Path, monkeypatch: pyt
         prompt_cases(["the"], tokenizer, [IDS])
 
 
-# --------------------------------------------------------------------------------------------------- made-up inputs
+# --------------------------------------------------------------------------------------------------- generated inputs
 
 
 def floats(batch: int, length: int, seed: int = 0) -> Any:

@@ -249,7 +249,7 @@ class OneNorm(nn.Module):
 
 
 def validated(name: str, dtype: torch.dtype, **options: Any) -> ValidationReport:
-    """The model held against itself: a candidate that is right to the last bit."""
+    """The model compared with itself: a candidate that is correct bit for bit."""
     model = OneNorm(name, dtype).to(dtype).eval()
     x = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(6)).to(dtype).numpy()
     return validate(model, model, cases=[Case("x", {"x": x})], **options)

@@ -186,7 +186,7 @@ def test_between_is_the_model_cut_at_its_norms(path: Path, x: np.ndarray) -> Non
     names = list(dict.fromkeys(n for norm in norms for n in (norm.x, norm.y, norm.gate) if n not in (None, "x")))
     inside = {"x": x, **run(graph.exposed(list(map(str, names))), path, {"x": x})}
     model = graph.between(KEYS, wanted=KEYS, with_outputs=True)
-    # A fused add makes the sum that is computed anew; of the others nothing is left.
+    # A fused add computes the sum again; no node of the others is left.
     plain = [norm for norm in norms if len(norm.operands) == 1]
     assert {node.name for node in model.graph.node}.isdisjoint(name for norm in plain for name in norm.nodes)
     feeds = {name: inside[name.removesuffix("@fed")] for name in inputs_of(model)}

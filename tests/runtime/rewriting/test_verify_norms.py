@@ -209,7 +209,7 @@ def test_a_value_added_to_itself(target: str) -> None:
     assert proven(result).verdict == "pass"
 
 
-# What cannot be told ----------------------------------------------------------------------------------------------
+# Unproven models ---------------------------------------------------------------------------------------------------
 
 
 def test_the_weight_of_another_norm_is_found_where_weights_are_inputs() -> None:

@@ -1,4 +1,4 @@
-"""Engines built with TensorRT-RTX: what stands beside them, what is never replaced, and every trap with its message."""
+"""Engines built with TensorRT-RTX: the files beside them, files that are never replaced, and every trap with its message."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def refused(kind: type[RmsnormDeployError], source: Path, tmp_path: Path, **choi
     return str(caught.value)
 
 
-# What stands beside an engine -----------------------------------------------------------------------------------
+# Files beside an engine ----------------------------------------------------------------------------------------
 
 
 def test_an_engine_its_record_and_its_log(files: Any, tmp_path: Path) -> None:
