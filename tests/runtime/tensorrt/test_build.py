@@ -1,4 +1,4 @@
-"""Engines built with TensorRT-RTX: the files beside them, files that are never replaced, and every trap with its message."""
+"""Engines built with TensorRT-RTX: the files beside them, files that are never replaced, and every error message."""
 
 from __future__ import annotations
 
