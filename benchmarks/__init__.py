@@ -1,11 +1,11 @@
 """Measurements behind the README's claims, each run as a module from the root of the repository.
 
-rewrite: what rewriting costs, and norms fused beside two other optimizers.
-fuzz_rewrite: damaged files thrown at the rewriter.
-mutations: planted faults and honest runs, judged by `validate` and `bisect`.
-norm_in_model: norm kernels, model time, export time and memory against `torch.onnx.export`.
-residual_add: residual add and norm as two operators against ONNX Runtime's fused one.
+rewrite: time and memory of rewriting, and the number of fused norms compared with two other optimizers.
+fuzz_rewrite: the rewriter on damaged files.
+mutations: `validate` and `bisect` on planted faults and on runs without faults.
+norm_in_model: time of norm kernels and of the model, export time and memory, compared with `torch.onnx.export`.
+residual_add: residual add and norm as two operators, compared with ONNX Runtime's fused operator.
 validate_cost: memory and time of validating a model of 1.1e9 parameters.
 
-The models and files that they share with the tests are in `tests.helpers`.
+Models and files that they share with the tests are in `tests.helpers`.
 """

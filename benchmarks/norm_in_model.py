@@ -1,8 +1,8 @@
-"""What exporting with this package costs and brings, against plain `torch.onnx.export` of the same model.
+"""Compare exports of this package with plain `torch.onnx.export` of the same model: time, memory and latency.
 
-One run makes every figure: a Llama-shaped decoder (hidden 1024, 8 layers, fp32, random weights) is exported by
-`torch.onnx.export(dynamo=True)` at its default opset and by this package for each target, each in a process of its own
-(time and peak memory), then all files run in ONNX Runtime on the CPU, in turns.
+One run measures all values: a Llama-shaped decoder (hidden 1024, 8 layers, fp32, random weights) is exported by
+`torch.onnx.export(dynamo=True)` at its default opset and by this package for each target, each in a separate process
+(time and peak memory); then all files run in ONNX Runtime on the CPU, in turns.
 
     python -m benchmarks.norm_in_model                 # the table, about five minutes on two cores
     python -m benchmarks.norm_in_model --json out.json
@@ -31,7 +31,7 @@ VOCABULARY = 8192
 
 
 def build() -> Any:
-    """The model that everyone exports."""
+    """The model that is exported."""
     from rmsnorm_deploy.models.builtin.decoder import DecoderConfig, random_decoder
 
     return random_decoder(
@@ -43,7 +43,7 @@ def build() -> Any:
 
 
 def export_once(way: str, folder: Path) -> dict[str, float]:
-    """Export in this process. Seconds from the model in memory to the files on disk, and this process's peak MiB."""
+    """Export in this process; returns the seconds from the model in memory to the files on disk, and the peak MiB."""
     import torch
 
     model = build().eval()
@@ -64,7 +64,7 @@ def export_once(way: str, folder: Path) -> dict[str, float]:
 
 
 def export_all(root: Path, repeats: int) -> dict[str, dict[str, float]]:
-    """Each way in fresh processes, in turns; medians."""
+    """Export with each exporter in new processes, in turns; returns medians."""
     samples: dict[str, list[dict[str, float]]] = defaultdict(list)
     for repeat in range(repeats):
         for way in (PLAIN, *TARGETS):
@@ -93,7 +93,7 @@ def session(path: Path, profile: Path | None = None) -> Any:
 
 
 def norm_nodes(path: Path) -> set[str]:
-    """Names of the nodes that belong to a norm, by the module scope that the exporter wrote on each node."""
+    """Names of the nodes of norms, by the module scope in the metadata that the exporter wrote."""
     import onnx
 
     names = set()
@@ -105,7 +105,7 @@ def norm_nodes(path: Path) -> set[str]:
 
 
 def norm_time(path: Path, feeds: dict[str, np.ndarray], runs: int, is_norm: Any) -> tuple[float, Counter[str]]:
-    """Microseconds spent in norm kernels in one run (median), and which kernels those were."""
+    """Microseconds in norm kernels in one run (median), and the number of kernels by operator."""
     with tempfile.TemporaryDirectory() as scratch:
         running = session(path, Path(scratch) / "profile")
         for _ in range(runs + 2):
@@ -131,7 +131,7 @@ def run_all(root: Path, batch: int, length: int, runs: int) -> dict[str, dict[st
     times: dict[str, list[float]] = defaultdict(list)
     ways = list(sessions.items())
     for index in range(runs + 2):
-        first = index % len(ways)  # each in turn goes first, so that no way always runs behind the same other
+        first = index % len(ways)  # rotate the order, so that no file always runs after the same other file
         for way, running in ways[first:] + ways[:first]:
             start = time.perf_counter()
             running.run(None, {names[way]: feeds["input_ids"]})
@@ -177,8 +177,8 @@ def main() -> None:
         "python -m benchmarks.norm_in_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=15, help="timed runs of each file; 6 times as many for one token")
-    parser.add_argument("--repeats", type=int, default=3, help="exports of each way, median taken")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--repeats", type=int, default=3, help="exports with each exporter (median)")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--export-once", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.export_once:

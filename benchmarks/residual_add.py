@@ -1,4 +1,4 @@
-"""Add + norm against ONNX Runtime's one fused operator, on the CPU: what the `ort` target weighs.
+"""Compare residual add and norm as two operators with ONNX Runtime's fused operator on the CPU, for the `ort` target.
 
     python -m benchmarks.residual_add
 
@@ -27,7 +27,7 @@ WAYS = ("Add, SimplifiedLayerNormalization", "Add, RMSNormalization", "SkipSimpl
 
 
 def session(way: str, width: int, threads: int) -> Any:
-    """A graph of nothing but the residual add and the norm."""
+    """A session of a graph with only the residual add and the norm."""
     attributes = {"epsilon": EPS}
     if way.startswith("Skip"):
         outputs = ["y", "", "", "s"]

@@ -1,15 +1,15 @@
-"""What rewriting costs, and how many norms it fuses beside two other optimizers.
+"""Measure the time and memory of rewriting, and the number of fused norms compared with two other optimizers.
 
     python -m benchmarks.rewrite              all parts
     python -m benchmarks.rewrite --only nodes | large | fused | corpus
 
-nodes: seconds for graphs of 1e3, 1e4 and 1e5 nodes without the proof, from reading the file to having written it.
+nodes: seconds for graphs of 1e3, 1e4 and 1e5 nodes without the proof, from reading to writing the file.
 large: a file of 1.1e9 float32 parameters with external data (sparse on disk): seconds and memory without the proof.
-corpus: the same three on every spelling of the tests' corpus: files in which all norms are fused, those that go wrong,
-    and those that a tool fails on.
 fused: norms in ONNX Runtime's fused form after this package, after onnxscript's `optimize_for_ort`, and after
     `onnxruntime.transformers.optimizer`, on the same files, which `torch.onnx.export` writes at its default settings;
-    and whether the result still agrees with the file that it came from.
+    and the difference between the outputs of the result and of the original file.
+corpus: the same three tools on every spelling of the tests' corpus: the number of files in which all norms are fused,
+    of wrong results, and of failures.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def layer(index: int, x: str, weights: tuple[str, str]) -> tuple[list[onnx.NodeP
 
 
 def constants() -> list[TensorProto]:
-    """What every layer reads."""
+    """The constants that every layer reads."""
     values = {"two": np.float32(2), "eps": np.float32(1e-6), "axes": np.array([-1])}
     return [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
 
@@ -83,7 +83,7 @@ def model(nodes: list[onnx.NodeProto], last: str, width: int, initializers: list
 
 
 def large(folder: Path, parameters: float = 1.1e9, width: int = 4096) -> Path:
-    """A file whose linear layers hold `parameters` in all; the data file has holes for them, which read as zeros."""
+    """A file whose linear layers have `parameters` in total; the data file is sparse, and they are zeros."""
     layers = round(parameters / width**2)
     nodes, initializers, offset, x = [], constants(), 0, "x"
     data = folder / "large.onnx.data"
@@ -121,7 +121,7 @@ print(json.dumps({"import_s": imported - start, "s": end - imported, "import_mb"
 
 
 def measured(path: Path, folder: Path) -> dict[str, Any]:
-    """Seconds and peak memory of one rewriting, in a process of its own."""
+    """Seconds and peak memory of one rewriting in a separate process."""
     run = subprocess.run([sys.executable, "-c", MEASURED, str(path), str(folder)], capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(run.stderr)
@@ -174,14 +174,14 @@ def plain_exports(folder: Path) -> Iterator[tuple[str, str, Path, int]]:
 
 
 def fused_norms(path: Path) -> int:
-    """Operators that are a whole norm, in the file itself."""
+    """The number of fused norm operators in the file."""
     from rmsnorm_deploy.export.onnx_io.read_model import all_nodes
 
     return sum(node.op_type in NORM_OPS for node in all_nodes(onnx.load(path, load_external_data=False)))
 
 
 def outputs(path: Path, feeds: dict[str, Any] | None = None, rows: bool = False) -> tuple[list[Any], dict[str, Any]]:
-    """What a file gives: on made-up tokens, or on normal rows."""
+    """The outputs of a file on generated tokens or on normally distributed rows, and the feeds."""
     from rmsnorm_deploy.models.dtypes import numpy_dtype
     from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds
     from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
@@ -196,7 +196,7 @@ def outputs(path: Path, feeds: dict[str, Any] | None = None, rows: bool = False)
 
 
 def difference(path: Path, wanted: list[Any], feeds: dict[str, Any]) -> float:
-    """The largest difference from what the file before gives, by the size of the output."""
+    """The largest difference from the original file's outputs, relative to the largest value of the output."""
     got, _ = outputs(path, feeds)
     worst = 0.0
     for a, b in zip(wanted, got, strict=True):
@@ -206,7 +206,7 @@ def difference(path: Path, wanted: list[Any], feeds: dict[str, Any]) -> float:
 
 
 def agrees(path: Path, wanted: list[Any], feeds: dict[str, Any]) -> str:
-    """The difference for people, or why there is none."""
+    """The difference as text, or the reason why it is unknown."""
     try:
         return f"{difference(path, wanted, feeds):.1e}"
     except Exception as error:
@@ -241,7 +241,7 @@ def onnxruntimes(path: Path, folder: Path) -> Path:
 
 
 def quietly(optimize: Callable[[Path, Path], Path], path: Path, folder: Path) -> Path:
-    """The optimized file; what tools print goes nowhere."""
+    """The optimized file; the output of the tools is discarded."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return optimize(path, folder)
 
@@ -277,7 +277,7 @@ def corpus_table(folder: Path) -> None:
 
 
 def root_of(error: BaseException) -> BaseException:
-    """What an error was raised for in the first place."""
+    """The first error in the chain of causes."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -286,12 +286,12 @@ def root_of(error: BaseException) -> BaseException:
 WAYS: dict[str, Callable[[Path, Path], Path]] = {
     "rmsnorm rewrite": ours, "optimize_for_ort": onnxscripts, "onnxruntime.transformers": onnxruntimes,
 }  # fmt: skip
-# Of the outputs' size: some roundings of float16.
+# Relative to the outputs' largest value: a few roundings of float16.
 TOLERANCE = 5e-3
 
 
 def fused_table(folder: Path) -> None:
-    print("norms fused of all; in brackets the largest difference from the file before, by the outputs' size")
+    print("fused norms of all norms; in parentheses the largest difference from the original file's outputs (relative)")
     print(f"| file | {' | '.join(WAYS)} |\n|---|{'---|' * len(WAYS)}")
     for name, dtype, path, count in plain_exports(folder):
         wanted, feeds = outputs(path)

@@ -1,11 +1,11 @@
-"""What a validation costs: peak memory, and time beside the forward passes that it cannot do without.
+"""Measure a validation: peak memory, and time compared with the forward passes that it requires.
 
-A Llama with random weights (1.1e9 parameters, float32, as TinyLlama is shaped) is saved, exported and validated, each
-in a process of its own. The forward passes are then timed plainly, each alone: the file in ONNX Runtime, the model in
-PyTorch, and the model in float64, on every case; a validation does each of them once for the outputs, and once more on
-the largest case for the norms. Loading the model and the file is listed apart: whoever runs a model pays for it.
+A Llama with random weights (1.1e9 parameters, float32, the shape of TinyLlama) is saved, exported and validated, each
+in a separate process. The forward passes are then timed separately: the file in ONNX Runtime, the model in PyTorch, and
+the model in float64, on every case; a validation runs each of them once for the outputs, and once more on the largest
+case for the norms. The time to load the model and the file is listed separately, because every run requires it.
 
-    python -m benchmarks.validate_cost                # the table; needs 12 GB of disk and takes about ten minutes
+    python -m benchmarks.validate_cost                # the table; requires 12 GB of disk and about ten minutes
     python -m benchmarks.validate_cost --layers 2     # a quick look
 """
 
@@ -49,7 +49,7 @@ def export(folder: Path) -> dict[str, Any]:
 
 
 def validate(folder: Path) -> dict[str, Any]:
-    """Validate the export; every step's text goes to stderr with its time."""
+    """Validate the export; the text of every step is printed to stderr with its time."""
     from rmsnorm_deploy import load_model
     from rmsnorm_deploy.runtime.validation.api import validate as validate_model
 
@@ -70,7 +70,7 @@ def validate(folder: Path) -> dict[str, Any]:
 
 
 def forward(folder: Path) -> dict[str, Any]:
-    """Time the plain forward passes."""
+    """Time the forward passes."""
     from rmsnorm_deploy import OrtRunner, TorchRunner, load_model
     from rmsnorm_deploy.runtime.norms.float64_model import in_float64
     from rmsnorm_deploy.runtime.validation.run_cases import made_up_cases
@@ -99,7 +99,7 @@ def forward(folder: Path) -> dict[str, Any]:
 
 
 def step(name: str, folder: Path, layers: int) -> dict[str, Any]:
-    """Run one step in a process of its own, and add its peak memory."""
+    """Run one step in a separate process, and add its peak memory."""
     command = [
         sys.executable,
         "-m",
@@ -149,12 +149,8 @@ def show(done: dict[str, dict[str, Any]]) -> None:
     for side, times in forward_passes.items():
         print(f"  {side:20}" + "  ".join(f"{b}x{n} {t:6.2f} s" for (b, n), t in zip(CASES, times, strict=True)))
     print(f"peak memory: export {done['export']['peak_gib']:.1f} GiB, validate {done['validate']['peak_gib']:.1f} GiB")
-    print(
-        f"validate: {total:.1f} s in all; forward passes that it needs {needed:.1f} s; opening the file {opening:.1f} s"
-    )
-    print(
-        f"harness's own: {(total - needed - opening) / needed:.2f}x the forward passes ({total / needed:.2f}x in all)"
-    )
+    print(f"validate: {total:.1f} s in total; required forward passes {needed:.1f} s; opening the file {opening:.1f} s")
+    print(f"overhead: {(total - needed - opening) / needed:.2f}x the forward passes ({total / needed:.2f}x in total)")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,14 @@
-"""Running an exported model, comparing it with PyTorch, and measuring it."""
+"""Build, run, validate and report: everything that happens to a model after it has been exported.
+
+runners: run a model in PyTorch or ONNX Runtime.
+inputs: the inputs that a model runs on, generated or given by the user.
+accuracy: errors against a float64 reference, and the rules that decide whether they pass.
+norms: run and check the norms of a model one by one, and the segments between them.
+validation: compare an exported model with PyTorch (`validate`, `bisect`).
+rewriting: rewrite the norms of an .onnx file and prove the result (`rewrite_model`).
+risk: find the norms that are at risk in float32, float16 or bfloat16 (`risk`).
+tensorrt: build TensorRT engines (`build_engine`).
+report: write reports as HTML and JUnit XML, and compare two results.
+doctor: what this machine can export, build and run (`examine`).
+generate: greedy text generation with an exported decoder (`generate`).
+"""

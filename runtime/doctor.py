@@ -1,4 +1,4 @@
-"""What this machine can do: versions, providers, GPUs, and for each target what is missing and how to get it."""
+"""What this machine can export, build and run (`examine`): versions, providers, GPUs, and what each target lacks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .tensorrt.api import FLAVORS
 
 SCHEMA = "rmsnorm_deploy.doctor/1"
 
-# In the order in which they are shown; what is not installed is shown as missing.
+# In display order; a package that is not installed is shown as missing.
 _DISTRIBUTIONS = (
     "rmsnorm-deploy", "numpy", "ml_dtypes", "torch", "onnx", "onnx-ir", "onnxscript", "safetensors", "transformers",
     "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13",
@@ -31,7 +31,7 @@ _SMI_SECONDS = 10.0
 
 GET_ONNXRUNTIME = 'pip install "rmsnorm-deploy[cpu]"'
 GET_ONNXRUNTIME_GPU = 'pip uninstall onnxruntime && pip install "rmsnorm-deploy[gpu]"'
-# onnxruntime-gpu's provider loads libnvinfer.so.10; PyPI gives 11 when it is not told otherwise.
+# onnxruntime-gpu's provider loads libnvinfer.so.10; without a version, pip installs TensorRT 11.
 GET_TENSORRT_10 = 'pip install "tensorrt-cu13<11"'
 GET_TENSORRT = FLAVORS["tensorrt"].install
 GET_RTX = FLAVORS["rtx"].install
@@ -45,21 +45,21 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What was found on this machine. Problems are texts, empty where there is none.
+    """What was found on this machine. Problems are texts, empty if there is no problem.
 
     Attributes:
-        versions: installed versions by distribution, None for one that is not installed.
-        imports: problem of each module that export needs.
-        onnxruntime: onnxruntime's version, None where it cannot be imported.
-        providers: problem of each of ONNX Runtime's providers `cpu`, `cuda`, `tensorrt`, found by opening a session.
+        versions: installed versions by distribution, None if it is not installed.
+        imports: the problem of each module that export requires.
+        onnxruntime: onnxruntime's version, None if it cannot be imported.
+        providers: the problem of each ONNX Runtime provider `cpu`, `cuda`, `tensorrt`, found by opening a session.
         compiled: the providers that onnxruntime was built with, by their full names.
-        gpus: name, memory and driver of each GPU that nvidia-smi or torch sees.
+        gpus: name, memory and driver of each GPU that nvidia-smi or torch finds.
         torch_cuda: the CUDA version that torch was built for, None for a CPU build.
-        tensorrt: version of TensorRT's Python package, None where it cannot be imported.
-        tensorrt_problem: why it cannot.
-        rtx: version of TensorRT-RTX's Python package, None where it cannot be imported.
-        rtx_problem: why it cannot.
-        plugin_library: the TensorRT plugin's library that builds use, None without one.
+        tensorrt: version of TensorRT's Python package, None if it cannot be imported.
+        tensorrt_problem: why it cannot be imported.
+        rtx: version of TensorRT-RTX's Python package, None if it cannot be imported.
+        rtx_problem: why it cannot be imported.
+        plugin_library: the library of the TensorRT plugin that builds use, None if there is none.
         toolchain_problem: why that library cannot be built here.
     """
 
@@ -80,13 +80,13 @@ class Surroundings:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One thing to do with a target here.
+    """One use of a target on this machine.
 
     Attributes:
-        name: `export`, `tensorrt-rtx build`, or where to run: `onnxruntime cpu`, `onnxruntime cuda`,
+        name: `export`, `tensorrt-rtx build`, or a runtime: `onnxruntime cpu`, `onnxruntime cuda`,
             `onnxruntime tensorrt`, `tensorrt`.
-        missing: what stands in the way; empty when it can be done.
-        get: the commands that bring what is missing, in order.
+        missing: what is missing; empty if the use is possible.
+        get: the commands that install what is missing, in order.
     """
 
     name: str
@@ -99,24 +99,24 @@ class Way:
         return not self.missing
 
     def to_dict(self) -> dict[str, Any]:
-        """The way as the JSON interface shows it."""
+        """The use as JSON values."""
         return {"name": self.name, "possible": self.possible, "missing": self.missing, "get": self.get}
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What was found, and what it means for each target: its export first, then every way to run it."""
+    """What was found, and the possible uses of each target: export first, then build and run."""
 
     found: Surroundings
     targets: dict[str, list[Way]]
     warnings: list[str]
 
     def can_run(self, target: str) -> bool:
-        """Whether there is any way to run the target here."""
+        """Whether the target can be run here in any runtime."""
         return any(way.possible for way in self.targets[target] if way.name not in ("export", BUILD_RTX))
 
     def to_dict(self) -> dict[str, Any]:
-        """The diagnosis as the JSON interface shows it."""
+        """The diagnosis as JSON values."""
         found = self.found
         return {
             "schema": SCHEMA,
@@ -146,7 +146,7 @@ class Diagnosis:
 
 
 def examine(progress: Progress | None = None) -> Diagnosis:
-    """Look at this machine and say what it can do. Nothing that is missing or broken raises an error.
+    """Examine this machine. Missing or broken packages are reported and do not raise an error.
 
     Args:
         progress: called with a line of text at each step.
@@ -155,13 +155,13 @@ def examine(progress: Progress | None = None) -> Diagnosis:
 
 
 def diagnose(found: Surroundings) -> Diagnosis:
-    """What `found` means for each target."""
+    """The possible uses of each target, given what was found."""
     targets: dict[str, list[Way]] = {target: [_export_way(found), *_run_ways(found, target)] for target in TARGETS}
     return Diagnosis(found, targets, _warnings(found))
 
 
 def look(progress: Progress | None = None) -> Surroundings:
-    """Find out what is here, by trying it. `progress` is called with a line of text at each step."""
+    """Find out what is installed and works, by trying it. `progress` is called with a line of text at each step."""
     progress = progress or (lambda _: None)
     progress("importing the packages")
     imports = {name: _import_problem(name) for name in _EXPORT_MODULES}
@@ -215,7 +215,7 @@ def _onnxruntime_way(found: Surroundings, target: Target, provider: str) -> Way:
         return Way(name)
     missing, get = [problem], []
     if provider != "cpu" and not found.gpus:
-        missing.append("no NVIDIA GPU is seen")
+        missing.append("no NVIDIA GPU was found")
         get.append(GET_GPU)
     if not _is_compiled(provider, found.compiled):
         get.append(get_build)
@@ -230,7 +230,7 @@ def _tensorrt_way(found: Surroundings, target: Target) -> Way:
         return Way("tensorrt", unknown)
     missing, get = [], []
     if not found.gpus:
-        missing.append("no NVIDIA GPU is seen")
+        missing.append("no NVIDIA GPU was found")
         get.append(GET_GPU)
     if found.tensorrt is None:
         missing.append(found.tensorrt_problem)
@@ -243,7 +243,7 @@ def _tensorrt_way(found: Surroundings, target: Target) -> Way:
 
 
 def _rtx_way(found: Surroundings, target: Target) -> Way:
-    """Building needs no GPU."""
+    """The build, which does not require a GPU."""
     if found.rtx is None:
         return Way(BUILD_RTX, [found.rtx_problem or "tensorrt_rtx is not installed"], [GET_RTX])
     too_old = _obstacles(target, "tensorrt-rtx", found.rtx)
@@ -255,7 +255,7 @@ def _is_compiled(provider: str, compiled: list[str]) -> bool:
 
 
 def _obstacles(target: Target, runtime: str, version: str | None) -> list[str]:
-    """What the lowering table has against this runtime, for an ordinary norm."""
+    """The reasons why the lowering table refuses this runtime, for an ordinary norm."""
     environment = Environment(runtime=runtime, runtime_version=version)
     cell = resolve(NormSpec(eps=1e-6), "plain", target, environment)
     return list(cell.reasons) if isinstance(cell, LoweringRefusal) else []
@@ -269,7 +269,7 @@ def _warnings(found: Surroundings) -> list[str]:
             "then install one."
         )
     if found.gpus and found.torch_cuda is None and not found.imports["torch"]:
-        warnings.append("there is a GPU, but this torch was built without CUDA, so PyTorch runs on the CPU.")
+        warnings.append("a GPU was found, but this torch was built without CUDA, so PyTorch runs on the CPU.")
     if not found.versions.get("transformers"):
         warnings.append('models of transformers cannot be loaded: pip install "rmsnorm-deploy[hf]"')
     return warnings
@@ -283,8 +283,8 @@ def _import_problem(module: str) -> str:
         importlib.import_module(module)
     except ModuleNotFoundError:
         return f"{module} is not installed"
-    except Exception as error:  # a package that is there but does not load fails in its own way
-        return f"{module} does not load: {_first_line(error)}"
+    except Exception as error:  # an installed package that cannot be loaded may raise any error
+        return f"{module} is installed but cannot be loaded: {_first_line(error)}"
     return ""
 
 
@@ -297,7 +297,7 @@ def _onnxruntime() -> tuple[str | None, list[str]]:
 
 
 def _provider_problem(provider: str, compiled: list[str]) -> str:
-    """Open a session on the provider and run it: a provider that is compiled in may still fail to load."""
+    """Open a session on the provider and run it: a provider in the build may still fail to load."""
     problem = _import_problem("onnxruntime")
     if problem:
         return problem

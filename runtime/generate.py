@@ -1,4 +1,4 @@
-"""Greedy generation with an exported decoder in ONNX Runtime."""
+"""Greedy text generation with an exported decoder in ONNX Runtime (`generate`)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = ["Generation", "generate"]
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What was generated.
+    """The result of a generation.
 
     Attributes:
         ids: the new token ids.
         prompt_ids: the token ids of the prompt.
-        text: the new tokens as text, or None where there is no tokenizer.
-        tokens_per_second: new tokens over the time that the runs took, prefill included.
+        text: the new tokens as text, or None without a tokenizer.
+        tokens_per_second: new tokens divided by the time of all runs, prefill included.
         with_past: whether the KV cache was used.
     """
 
@@ -42,24 +42,24 @@ class Generation:
 def generate(
     folder: str | Path, prompt: str | Sequence[int], *, max_new_tokens: int = 32, provider: str = "cpu"
 ) -> Generation:
-    """Continue a prompt with the likeliest token at each step.
+    """Continue a prompt with the most likely token at each step.
 
-    With a KV cache in the exported file the prompt runs once and every further step runs one token; without, every
-    step runs the whole sequence. It ends at `max_new_tokens` or at the model's end-of-sequence token.
+    With a KV cache in the exported file, the prompt runs once and every further step runs one token; without a cache,
+    every step runs the whole sequence. It ends at `max_new_tokens` or at the model's end-of-sequence token.
 
     Args:
         folder: an exported folder of a decoder.
-        prompt: text, for which the folder must hold a tokenizer, or token ids.
+        prompt: text, which requires a tokenizer in the folder, or token ids.
         max_new_tokens: at least 1.
         provider: ONNX Runtime's execution provider.
 
     Raises:
         UsageError: the folder, the prompt or the number is wrong.
-        UnsupportedError: the model is no decoder that reads `input_ids` and returns `logits`.
-        EnvironmentMissingError: the tokenizer needs transformers, or ONNX Runtime or the provider is not there.
+        UnsupportedError: the model is not a decoder that reads `input_ids` and returns `logits`.
+        EnvironmentMissingError: the tokenizer requires transformers, or ONNX Runtime or the provider is not installed.
     """
     if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+        raise UsageError(f"max_new_tokens: expected at least 1, got {max_new_tokens}.")
     exported = open_exported(folder)
     tokenizer = _tokenizer(exported) if isinstance(prompt, str) else None
     prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) and tokenizer is not None else token_ids(prompt)
@@ -74,7 +74,9 @@ def generate(
 
 def _tokenizer(exported: Exported) -> Tokenizer:
     if exported.folder is None or not has_tokenizer(exported.folder):
-        raise UsageError(f"{exported.model.parent} holds no tokenizer, so give the prompt as ids: --prompt-ids 1,2,3")
+        raise UsageError(
+            f"{exported.model.parent} contains no tokenizer; give the prompt as token ids: --prompt-ids 1,2,3"
+        )
     return load_tokenizer(exported.folder)
 
 
@@ -106,14 +108,14 @@ def _check_decoder(runner: Runner, exported: Exported, prompt: list[int]) -> Non
     outputs = {info.name: info for info in runner.outputs()}
     if "input_ids" not in inputs or "logits" not in outputs or "decoder_input_ids" in inputs:
         raise UnsupportedError(
-            f"{exported.model} reads {', '.join(sorted(inputs))} and returns {', '.join(sorted(outputs))}; generation "
-            "needs a decoder that reads input_ids and returns logits."
+            f"{exported.model}: expected a decoder that reads input_ids and returns logits, got a model that reads "
+            f"{', '.join(sorted(inputs))} and returns {', '.join(sorted(outputs))}."
         )
     shape = outputs["logits"].shape
     vocabulary = shape[-1] if shape else None
     wrong = [token for token in prompt if token < 0 or (isinstance(vocabulary, int) and token >= vocabulary)]
     if wrong:
-        raise UsageError(f"prompt ids {wrong} are outside the model's vocabulary of {vocabulary} tokens.")
+        raise UsageError(f"prompt ids: expected ids in the model's vocabulary of {vocabulary} tokens, got {wrong}.")
 
 
 def _end_tokens(exported: Exported) -> set[int]:

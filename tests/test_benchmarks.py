@@ -45,7 +45,7 @@ def test_imports_are_followed() -> None:
     assert any(module.startswith("tests.helpers.") for module in _imported("benchmarks.rewrite"))
 
 
-def test_imports_run_in_no_circle() -> None:
+def test_imports_are_not_circular() -> None:
     order = list(TopologicalSorter({name: set(_imported(name)) for name in SOURCES}).static_order())
     assert sorted(order) == sorted(SOURCES)
 

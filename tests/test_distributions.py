@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NAME, VERSION = "rmsnorm_deploy", PYPROJECT["project"]["version"]
-# Links to the packages, which the Makefile makes anew.
+# Links to the packages, which the Makefile creates again.
 LINKS = ".typecheck/"
 
 
@@ -56,7 +56,7 @@ def _installed(tracked: set[str]) -> dict[str, str]:
     }
 
 
-def test_the_wheel_holds_every_file_of_the_packages_and_no_other(built: tuple[set[str], Path, Path]) -> None:
+def test_the_wheel_contains_every_file_of_the_packages_and_no_other(built: tuple[set[str], Path, Path]) -> None:
     tracked, _, wheel = built
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
@@ -68,7 +68,7 @@ def test_the_wheel_holds_every_file_of_the_packages_and_no_other(built: tuple[se
     assert {".py", ".typed", ".j2", ".cu", ".cpp", ".safetensors"} <= suffixes
 
 
-def test_the_sdist_holds_the_repository(built: tuple[set[str], Path, Path]) -> None:
+def test_the_sdist_contains_the_repository(built: tuple[set[str], Path, Path]) -> None:
     tracked, sdist, _ = built
     with tarfile.open(sdist) as archive:
         names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}

@@ -202,7 +202,7 @@ def test_no_place_guesses_at_a_member_that_it_does_not_know(place: str, field: s
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_a_spec_refuses_what_is_no_member(field: str) -> None:
+def test_a_spec_refuses_what_is_not_a_member(field: str) -> None:
     for make in (lambda: BASE.replace(**{field: INVENTED}), lambda: NormSpec.from_dict({"eps": 0.0, field: INVENTED})):
         with pytest.raises(UsageError, match=f"NormSpec.{field} is '{INVENTED}'; it must be one of"):
             make()

@@ -1,7 +1,7 @@
-"""Damaged files for the rewriter: `python -m benchmarks.fuzz_rewrite`.
+"""Run the rewriter on damaged files: `python -m benchmarks.fuzz_rewrite`.
 
 run: the command line, and the loop over the cases.
-sound_models: the models before the damage.
-damage: what is done to them.
-judging: what the rewriter makes of one file.
+sound_models: the valid models.
+damage: `damaged`, which damages a model.
+judging: `judged`, which runs the rewriter on one file and checks the result.
 """

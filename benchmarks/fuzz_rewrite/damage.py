@@ -14,7 +14,7 @@ NUMBERS = (-(1 << 63), -(1 << 31), -4, -2, -1, 0, 1, 2, 3, 4, 7, 8, 16, 1 << 31,
 
 
 def damaged(chance: random.Random, model: ModelProto) -> bytes:
-    """A copy of the model with one to three things wrong, as a file."""
+    """The bytes of a copy of the model with one to three defects."""
     if chance.random() < 0.25:
         return _damaged_bytes(chance, model.SerializeToString())
     copy = ModelProto()

@@ -1,4 +1,4 @@
-"""What the rewriter makes of one damaged file: a refusal, or a file that gives the same numbers."""
+"""Run the rewriter on one damaged file (`judged`): it must refuse it, or write a file with the same outputs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from rmsnorm_deploy.export.onnx_io.write_model import write_model
 from rmsnorm_deploy.models.errors import RmsnormDeployError
 
 SLOW = 10.0  # seconds
-# How far outputs may be apart, relative to the largest of them: a norm rounds a handful of times, and dims are small.
+# Allowed difference of outputs, relative to the largest value: a norm rounds a few times, and dims are small.
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 2e-2}
 
 
 class WrongError(Exception):
-    """The rewriter did something that it must never do."""
+    """The rewriter violated one of its guarantees."""
 
 
 def judged(data: bytes, target: str, folder: Path, seed: int) -> str:
@@ -32,15 +32,15 @@ def judged(data: bytes, target: str, folder: Path, seed: int) -> str:
 
     Args:
         data: the damaged file.
-        target: which the rewriter writes for.
-        folder: scratch, used again by the next case.
-        seed: of the numbers that both files get.
+        target: the target of the rewriter.
+        folder: a temporary folder, reused by the next case.
+        seed: seed of the inputs of both files.
 
     Returns:
-        How it ended, one of the ways in which it may.
+        The outcome, one of the allowed ones.
 
     Raises:
-        WrongError: it ended in another way.
+        WrongError: any other outcome.
     """
     path, out = folder / "damaged.onnx", folder / "out"
     out.mkdir(exist_ok=True)
@@ -56,11 +56,11 @@ def judged(data: bytes, target: str, folder: Path, seed: int) -> str:
         write_model(result.model, file, out, "new.onnx", "copy")
     except RmsnormDeployError as error:
         if not str(error).isprintable() or len(str(error)) > 2000:
-            raise WrongError(f"a message that nobody can read: {str(error)[:80]!r}") from error
+            raise WrongError(f"the error message is not readable: {str(error)[:80]!r}") from error
         return f"refused ({type(error).__name__})"
     finally:
         if time.perf_counter() - start > SLOW:
-            raise WrongError("too slow")
+            raise WrongError(f"took more than {SLOW:g} seconds")
         if path.read_bytes() != data:
             raise WrongError("the input changed")
     if not result.changed:
@@ -69,7 +69,7 @@ def judged(data: bytes, target: str, folder: Path, seed: int) -> str:
 
 
 def _compared(old: Path, new: Path, seed: int) -> str:
-    """Run both files, where they run at all, in a process of its own: damaged files bring ONNX Runtime down."""
+    """Run both files in a separate process, because damaged files may crash ONNX Runtime."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -83,7 +83,7 @@ def _compared(old: Path, new: Path, seed: int) -> str:
     if not lines:
         return "the original does not run"
     if lines[-1] != "same numbers":
-        raise WrongError("the rewritten file brings ONNX Runtime down" if lines[-1] == "runs" else lines[-1])
+        raise WrongError("the rewritten file crashes ONNX Runtime" if lines[-1] == "runs" else lines[-1])
     return lines[-1]
 
 
@@ -118,14 +118,14 @@ def _feeds(session: Any, seed: int) -> Iterator[tuple[str, np.ndarray[Any, Any]]
 
 
 def _difference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> str:
-    """How an output is another one; nothing where it is the same to rounding."""
+    """How two outputs differ; empty if they are equal up to rounding."""
     if a.shape != b.shape or a.dtype != b.dtype:
-        return f"outputs of another type: {a.dtype}{a.shape} and {b.dtype}{b.shape}"
+        return f"expected an output of type {a.dtype}{a.shape}, got {b.dtype}{b.shape}"
     if a.dtype.kind != "f":
-        return "" if np.array_equal(a, b) else "other whole numbers"
+        return "" if np.array_equal(a, b) else "integers differ"
     finite = np.isfinite(a)
     if not np.array_equal(finite, np.isfinite(b)):
-        return "NaN or infinity in one and not in the other"
+        return "NaN or infinity in one output only"
     left, right = a[finite].astype(np.float64), b[finite].astype(np.float64)
     far = left.size and np.abs(left - right).max() > TOLERANCE[a.dtype.name] * np.abs(left).max()
-    return "other numbers" if far else ""
+    return "values differ" if far else ""

@@ -1,11 +1,11 @@
-"""Throw damaged ONNX files at the rewriter: each must be rewritten to the same numbers, or refused with a clear error.
+"""Run the rewriter on damaged ONNX files: it must write a file with the same outputs, or refuse with a clear error.
 
     python -m benchmarks.fuzz_rewrite --seconds 600 --seed 0 --out fuzz
 
-Small sound models are damaged (bytes, lengths, nodes, edges, names, attributes, tensors, types), read, checked,
-rewritten for every target in turn, and written. Where both the damaged file and the rewritten one run in ONNX Runtime,
-their outputs must agree to rounding. Any other exception, a changed input file, other numbers, or a case that takes
-more than ten seconds is a crash: its file and what happened go to the output folder, and the exit code is 1.
+Small valid models are damaged (bytes, lengths, nodes, edges, names, attributes, tensors, types), read, checked,
+rewritten for every target in turn, and written. If both the damaged and the rewritten file run in ONNX Runtime, their
+outputs must be equal up to rounding. Any other exception, a changed input file, different outputs, or a case that takes
+more than ten seconds is a crash: its file and the traceback are written to the output folder, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from .damage import damaged
 from .judging import judged
 from .sound_models import sound_models
 
-MEMORY = 6 << 30  # bytes of address space: what asks for more gets an error in place of the machine
+MEMORY = 6 << 30  # bytes of address space: a case that allocates more fails and does not exhaust the machine
 
 
 @dataclass
 class Outcomes:
-    """How many cases ended how, and the files that ended in none of the ways they may."""
+    """The number of cases by outcome, and the files of crashes."""
 
     counts: Counter[str] = field(default_factory=Counter)
     crashes: dict[str, Path] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Outcomes:
 
 
 def fuzz(seed: int, out: Path, more: Callable[[int], bool]) -> Outcomes:
-    """Run cases for as long as `more(number of cases)` says; crashes go to `out`, one file for each kind."""
+    """Run cases while `more(number of cases)` is true; crashes are written to `out`, one file for each kind."""
     logging.getLogger("onnx_ir").setLevel(logging.CRITICAL)
     ort.set_default_logger_severity(4)
     outcomes, sound = Outcomes(), sound_models()
@@ -73,7 +73,7 @@ def fuzz(seed: int, out: Path, more: Callable[[int], bool]) -> Outcomes:
 
 
 def _kind(error: Exception, target: str) -> str:
-    """Cases that fail at the same place are of one kind."""
+    """The kind of a crash: cases that fail at the same place are of one kind."""
     place = next((f for f in reversed(traceback.extract_tb(error.__traceback__)) if "/export/" in f.filename), None)
     where = f" at {Path(place.filename).name}:{place.lineno}" if place is not None else ""
     text = str(error).splitlines()[0][:160] if str(error) else ""
@@ -88,7 +88,7 @@ def main() -> int:
     )
     arguments.add_argument("--seconds", type=float, default=60.0)
     arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--out", type=Path, default=Path("fuzz"), help="where files that crash are kept")
+    arguments.add_argument("--out", type=Path, default=Path("fuzz"), help="folder for files that crash")
     given = arguments.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     end = time.monotonic() + given.seconds

@@ -1,4 +1,4 @@
-"""Small sound models that hold norms: what is damaged."""
+"""Small valid models that contain norms, to be damaged (`sound_models`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEIGHT = "float[8] w = {0.5, 1.0, 1.5, 2.0, -0.5, 0.25, 3.0, 1.0}"
 
 
 def sound_models() -> list[ModelProto]:
-    """Sound models that hold norms, in several spellings, opsets and places."""
+    """Valid models that contain norms, in several spellings, opsets and places."""
     texts = [
         _text(17, "float[n, 8] x", "float[n, 8] y", WEIGHT, NORM.format(spelling=DIV)),
         _text(13, "float[2, 3, 8] x", "float[2, 3, 8] y", WEIGHT, NORM.format(spelling=RECIPROCAL)),

@@ -1,13 +1,13 @@
-"""The mutation suite: `python -m benchmarks.mutations`.
+"""The mutation suite, which plants faults and runs `validate` and `bisect`: `python -m benchmarks.mutations`.
 
 run: the command line and its tables.
-catalog: every fault that is planted in a file.
-faults: what a fault is.
+catalog: `FILE_FAULTS`, every fault that is planted in a file.
+faults: `Fault`, one fault.
 norm_faults, segment_faults, runner_faults: the faults.
-plants: how faults are planted.
-steps: wrong steps of a norm that is spelled anew.
-surgery: editing an exported file.
-subjects: the models, exported once for each target.
-honest: exports that must pass.
-judging: what becomes of one fault.
+plants: functions that plant faults.
+steps: wrong steps of a rewritten norm.
+surgery: `Edit`, which edits an exported file, and `respell`, which rewrites a norm with a wrong step.
+subjects: `Subject`, a model, and `Exports`, which exports it once for each target.
+honest: exports without faults, which must pass.
+judging: `judge_fault`, the result of one fault.
 """

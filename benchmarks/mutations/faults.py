@@ -1,4 +1,4 @@
-"""The faults: what each one breaks, where it is planted, and where `bisect` must find it."""
+"""A fault (`Fault`): what it changes, where it is planted, and where `bisect` must locate it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Fault:
     """One fault in an exported file.
 
     Attributes:
-        name: what is wrong.
-        model: which model it is planted in, see `Subject`.
-        target: in which of its four files.
-        plant: makes the fault in the open file.
+        name: description of the fault.
+        model: the model that it is planted in, see `Subject`.
+        target: the target of the file that it is planted in.
+        plant: plants the fault in the open file.
         norms: module paths that `bisect` must name; empty for a fault between norms.
-        before: the norm or output before which the segment lies that `bisect` must name; empty for a fault in norms.
-        dtype: of the model.
-        padded: whether it shows only where the attention mask hides something.
+        before: norm or output at the end of the segment that `bisect` must name; empty for a fault in norms.
+        dtype: dtype of the model.
+        padded: whether it has an effect only if the attention mask contains zeros.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Fault:
 
     @property
     def subject(self) -> Subject:
-        """The model as it was exported."""
+        """The exported model."""
         return Subject(self.model, self.dtype)
 
     def write(self, honest: Path, folder: Path) -> Path:
-        """Write the honest folder with the fault in it; returns `folder`."""
+        """Write a copy of the fault-free folder with the fault planted; returns `folder`."""
         edit = Edit(honest)
         self.plant(edit)
         return edit.save(folder)

@@ -1,4 +1,4 @@
-"""Honest runs: exports as they come, on many models, dtypes, targets and inputs; every one of them must pass."""
+"""Honest runs: validations of exports without faults, for many models, dtypes, targets and inputs; all must pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .subjects import TARGETS, Exports, Subject
 from .surgery import Edit, respell
 
 DTYPES = ("float32", "float16")
-# Each model in both dtypes, then what is special about some of them.
+# Each model in both dtypes, then special variants of some models.
 _PLAIN = ("addition", "llama", "gemma3", "olmo2", "assorted", "mamba2")
 _SPECIAL = (
     Subject("qwen3"),
@@ -29,7 +29,7 @@ _SPECIAL = (
     Subject("olmo2", "float16", "redrawn"),
 )
 SUBJECTS = (*(Subject(model, dtype) for dtype in DTYPES for model in _PLAIN), *_SPECIAL)
-# Norms that are spelled anew with no step changed: what the faults are made with is no fault itself.
+# Norms that are rewritten without a wrong step, to check that the rewriting itself is not a fault.
 RESPELLED = {
     "llama": "model.layers.1.input_layernorm",
     "addition": "layers.1.attention_norm",
@@ -42,7 +42,7 @@ RESPELLED = {
 
 @dataclass(frozen=True, slots=True)
 class HonestRun:
-    """One run: a model, a target, the seed of the inputs, and whether a norm is spelled anew."""
+    """One run: a model, a target, the seed of the inputs, and whether a norm is rewritten without a wrong step."""
 
     subject: Subject
     target: str
@@ -52,16 +52,16 @@ class HonestRun:
 
 @dataclass(frozen=True, slots=True)
 class HonestResult:
-    """What `validate` said of an honest run.
+    """The result of `validate` for an honest run.
 
     Attributes:
         model: the model and its variant.
-        dtype: of the model.
-        target: in which form.
-        seed: of the inputs.
+        dtype: dtype of the model.
+        target: target of the export.
+        seed: seed of the inputs.
         passed: whether the verdict was `pass`.
-        summary: the report's sentence, or the error's message.
-        reasons: what each failed part says.
+        summary: the report's summary, or the error's message.
+        reasons: the reason of each failed part.
     """
 
     model: str
@@ -98,14 +98,14 @@ def run_honest(run: HonestRun, exports: Exports) -> HonestResult:
     row = (label, run.subject.dtype, run.target, run.seed)
     try:
         report = validate(folder, exports.model(run.subject), seed=run.seed)
-    except Exception as error:  # whatever it is, it is an alarm, and the other runs go on
+    except Exception as error:  # any error is a false alarm; the other runs continue
         return HonestResult(*row, False, f"{type(error).__name__}: {error}")
     reasons = tuple(f"{culprit.name}: {culprit.reason}" for culprit in report.culprits)
     return HonestResult(*row, report.verdict == "pass", report.summary, reasons)
 
 
 def respelled(folder: Path, model: str, place: Path) -> Path:
-    """A copy of an exported folder with one norm spelled anew."""
+    """A copy of an exported folder in which one norm is rewritten without a wrong step."""
     shutil.rmtree(place, ignore_errors=True)
     edit = Edit(folder)
     respell(edit, RESPELLED[model])

@@ -1,4 +1,4 @@
-"""What becomes of one fault: whether it is alive, whether `validate` catches it, and whether `bisect` finds it."""
+"""The result of one fault (`judge_fault`): does it have an effect, is it detected, and does `bisect` locate it."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ _OPEN_DIM = 5  # size of a symbolic dim where a norm runs alone
 
 @dataclass(frozen=True, slots=True)
 class FaultResult:
-    """What became of one fault.
+    """The result of one fault.
 
     Attributes:
-        fault: its name.
-        model: the model it was planted in.
-        target: in which form.
-        dtype: of the model.
-        alive: where its bits showed: `outputs`, `norm` (on adversarial rows only), `error` (it raises), or `dead`.
-        verdict: `pass` or `fail`, `error` for a clear error, or `broken: ...` for any other exception.
-        summary: the report's sentence, or the error's message.
-        wanted: what bisect must name; empty where only outputs can be seen.
-        in_norm: whether that is norms.
-        named: whether bisect named all of it.
-        innocents: norms that bisect named and should not have.
-        culprits: all that bisect named.
-        seconds: that it took.
+        fault: name of the fault.
+        model: the model that it was planted in.
+        target: target of the export.
+        dtype: dtype of the model.
+        alive: where it changed bits: `outputs`, `norm` (on adversarial rows only), `error` (it raises), or `dead`.
+        verdict: `pass` or `fail`, `error` for an error of this package, or `broken: ...` for any other exception.
+        summary: the report's summary, or the error's message.
+        wanted: places that bisect must name; empty for a candidate with outputs only.
+        in_norm: whether these places are norms.
+        named: whether bisect named all of them.
+        innocents: correct norms that bisect named.
+        culprits: all places that bisect named.
+        seconds: duration.
     """
 
     fault: str
@@ -67,12 +67,12 @@ class FaultResult:
 
     @property
     def caught(self) -> bool:
-        """Whether the fault is alive and `validate` did not let it pass."""
+        """Whether the fault changed bits and `validate` detected it."""
         return self.alive != "dead" and self.verdict in ("fail", "error")
 
     @property
     def good(self) -> bool:
-        """Whether the tool did all that it should."""
+        """Whether the fault was detected and located as expected."""
         return self.caught and self.named and len(self.innocents) <= INNOCENTS_ALLOWED
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class FaultResult:
 
 
 def judge_fault(fault: Fault | RunnerFault, exports: Exports) -> FaultResult:
-    """Plant a fault, show that it is alive, and see what the tool says of it."""
+    """Plant a fault, check that it changes bits, and run `validate` and `bisect`."""
     start = time.perf_counter()
     honest = exports.folder(fault.subject, fault.target)
     if isinstance(fault, RunnerFault):
@@ -110,7 +110,7 @@ def judge_fault(fault: Fault | RunnerFault, exports: Exports) -> FaultResult:
 
 
 def aliveness(fault: Fault, exports: Exports, folder: Path) -> str:
-    """Whether the file with the fault gives other bits than the honest one, and where they show; see `FaultResult`."""
+    """Where the bits of the file with the fault differ from those of the fault-free one; see `FaultResult.alive`."""
     model = exports.model(fault.subject)
     honest = exports.folder(fault.subject, fault.target)
     if fault.padded:
@@ -136,7 +136,7 @@ def _judge_runner(fault: RunnerFault, exports: Exports, honest: Path) -> tuple[s
 
 
 def _ask(tool: Any, candidate: Any, model: Any) -> tuple[str, str, list[Mapping[str, str]]]:
-    """Verdict, sentence and culprits; an error that is not one of ours is the tool's failure, and must not end this."""
+    """Verdict, summary and culprits; an exception that is not of this package is recorded as a failure of the tool."""
     try:
         report = tool(candidate, model)
     except RmsnormDeployError as error:
@@ -158,7 +158,7 @@ def _differ(before: Outputs, after: Outputs) -> bool:
 
 
 def _padded(path: Path, model: Any) -> Outputs:
-    """Outputs for the made-up inputs with the first tokens of every row masked."""
+    """Outputs for the generated inputs with the first tokens of every row masked."""
     with OrtRunner(path) as runner:
         cases: Sequence[Case] = made_up_cases(runner.inputs(), model, None, 0)
         for case in cases:
@@ -167,7 +167,7 @@ def _padded(path: Path, model: Any) -> Outputs:
 
 
 def _norm_differs(path: str, honest: Path, folder: Path) -> bool:
-    """Whether a norm alone gives other bits on rows of every kind."""
+    """Whether the results of a norm alone differ on rows of every kind."""
     key = (path, 0)
     if key not in GraphNorms(folder / "model.onnx").norms:
         return False

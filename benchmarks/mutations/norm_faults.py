@@ -154,7 +154,7 @@ NORM_FAULTS: tuple[Fault, ...] = (
     # the fused residual add
     _add_body("residual dropped", dropped_residual),
     _add_body("residual added twice", doubled_residual),
-    _add_body("sum handed on without the residual", stale_sum),
+    _add_body("sum returned without the residual", stale_sum),
     _norm("residual dropped", "addition", "plugin", ADDITION, formula(ADDITION, add=x_alone)),
     _norm("residual added twice", "addition", "plugin", "norm", formula("norm", add=residual_twice), "float16"),
     _norm("sum and result swapped", "llama", "plugin", LLAMA, sum_and_result_swapped(LLAMA)),

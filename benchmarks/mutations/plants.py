@@ -1,4 +1,4 @@
-"""How faults are planted: each function returns what `Fault.plant` wants."""
+"""Functions that plant faults: each returns a function for `Fault.plant`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .surgery import Array, Edit, Spelling, change_weight, respell, scale_of, se
 
 
 def eps(path: str, change: Callable[[float], float]) -> Plant:
-    """Another epsilon, where the target holds it."""
+    """Another epsilon, in the place where the target stores it."""
     return lambda edit: set_eps(edit, path, change)
 
 
 def weight(path: str, change: Callable[[Array], Array]) -> Plant:
-    """Another weight (or 1 + weight), where the target holds it."""
+    """Another weight (or 1 + weight), in the place where the target stores it."""
     return lambda edit: change_weight(edit, path, change)
 
 
@@ -27,7 +27,7 @@ def weight_of_other(path: str, other: str) -> Plant:
 
 
 def formula(path: str, **options: Any) -> Plant:
-    """The norm spelled anew with wrong steps or a wrong spec; see `respell`."""
+    """The norm rewritten with wrong steps or a wrong spec; see `respell`."""
     return lambda edit: respell(edit, path, **options)
 
 
@@ -65,7 +65,7 @@ def sum_and_result_swapped(path: str) -> Plant:
 
 
 def results_swapped(first: str, second: str) -> Plant:
-    """Each of two norms makes the other's value."""
+    """Each of two norms computes the other's value."""
 
     def plant(edit: Edit) -> None:
         a, b = edit.norm(first).y, edit.norm(second).y
@@ -76,7 +76,7 @@ def results_swapped(first: str, second: str) -> Plant:
 
 
 def exchange(a: ir.Value, b: ir.Value) -> None:
-    """What reads one value reads the other from now on."""
+    """Exchange the readers of two values."""
     of_a, of_b = list(a.uses()), list(b.uses())
     for value, uses in ((b, of_a), (a, of_b)):
         for node, index in uses:
@@ -94,7 +94,7 @@ def skipped(path: str, *, deleted: bool) -> Plant:
 
 
 def twice(path: str) -> Plant:
-    """The norm's nodes once more behind it, metadata and all."""
+    """A second copy of the norm's nodes after it, with the same metadata."""
 
     def plant(edit: Edit) -> None:
         norm = edit.norm(path)

@@ -1,12 +1,12 @@
-"""Show that `validate` catches faults and raises no false alarm: plant every fault alone, and run honest exports.
+"""Check that `validate` detects faults without false alarms: plant every fault alone, and validate honest exports.
 
-    python -m benchmarks.mutations                  # everything, about 20 minutes on two cores
+    python -m benchmarks.mutations                  # all parts, about 20 minutes on two cores
     python -m benchmarks.mutations --faults-only
     python -m benchmarks.mutations --honest-only --runs 40
 
-Each fault must change bits (a dead one is an error of this suite), `validate` with its default settings must not let it
-pass, and `bisect` must name where it was planted. The exit code is 1 unless all are caught and found and no honest run
-fails.
+Each fault must change bits (otherwise it is an error of this suite), `validate` with its default settings must fail,
+and `bisect` must name the place of the fault. The exit code is 1 unless all faults are detected and located and every
+honest run passes.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def main() -> int:
         "python -m benchmarks.mutations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--faults-only", action="store_true", help="leave the honest runs out")
-    only.add_argument("--honest-only", action="store_true", help="leave the faults out")
-    parser.add_argument("--runs", type=int, default=200, help="how many honest runs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every result there")
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep the exports there, and use those it has")
+    only.add_argument("--faults-only", action="store_true", help="skip the honest runs")
+    only.add_argument("--honest-only", action="store_true", help="skip the faults")
+    parser.add_argument("--runs", type=int, default=200, help="number of honest runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every result to this file")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep the exports there, and reuse them")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # small models are slower on more
     with _work(arguments.work) as folder:
@@ -81,8 +81,8 @@ def run_all(exports: Exports, runs: int) -> list[HonestResult]:
 
 def _missed(faults: Sequence[FaultResult]) -> list[str]:
     return [
-        f"not as it should be: {r.fault} ({r.model}, {r.target}, {r.dtype}): {r.alive}, {r.verdict}: {r.summary} "
-        f"wanted {', '.join(r.wanted) or 'nothing'}; named {', '.join(r.culprits) or 'nothing'}"
+        f"missed: {r.fault} ({r.model}, {r.target}, {r.dtype}): {r.alive}, {r.verdict}: {r.summary} "
+        f"expected {', '.join(r.wanted) or 'no culprit'}, got {', '.join(r.culprits) or 'no culprit'}"
         for r in faults if not r.good
     ]  # fmt: skip
 

@@ -1,7 +1,7 @@
-"""Faults of runners: what comes out of a runtime is not what its model computed. Only outputs can show them.
+"""Faults of runners: a runtime returns outputs that its model did not compute. Only outputs are affected.
 
-Rounding a float16 model's outputs to bfloat16 is not among them: that error is of the size of PyTorch's own in float16,
-so by the rule that outputs are held to it is none.
+Rounding a float16 model's outputs to bfloat16 is not among them: that error is as large as PyTorch's own error in
+float16, so the rule for outputs allows it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .subjects import Subject
 from .surgery import Array
 
 Outputs = dict[str, Array]
-# Gets the feeds, the outputs of this run and those of the run before (None at the first).
+# Receives the feeds, the outputs of this run and those of the previous run (None in the first run).
 Spoil = Callable[[Mapping[str, Array], Outputs, Outputs | None], Outputs]
 
 
@@ -30,11 +30,11 @@ class RunnerFault:
     """One fault in what a runner returns.
 
     Attributes:
-        name: what is wrong.
+        name: description of the fault.
         model: the model that it runs, see `Subject`.
-        target: in which form.
-        spoil: what becomes of the outputs.
-        dtype: of the model.
+        target: target of the export.
+        spoil: changes the outputs.
+        dtype: dtype of the model.
     """
 
     name: str
@@ -45,7 +45,7 @@ class RunnerFault:
 
     @property
     def subject(self) -> Subject:
-        """The model as it was exported."""
+        """The exported model."""
         return Subject(self.model, self.dtype)
 
 
@@ -104,7 +104,7 @@ def at(index: Any, change: Callable[[Array], Any]) -> Callable[[Array], Array]:
 
 
 def largest_off(value: Array) -> Array:
-    """1% more in the largest element."""
+    """The largest element is 1% larger."""
     value.flat[np.argmax(np.abs(value))] *= 1.01
     return value
 
@@ -118,7 +118,7 @@ def second_batch(value: Array) -> Array:
 
 
 def stale(feeds: Mapping[str, Array], outputs: Outputs, before: Outputs | None) -> Outputs:
-    """What the buffer held before this run, of the shape of this run."""
+    """The outputs of the previous run, resized to the shapes of this run."""
     return {n: v if before is None else np.resize(before[n], v.shape) for n, v in outputs.items()}
 
 

@@ -1,4 +1,4 @@
-"""Faults between norms: Linear and embedding weights, residual adds, masks, wires."""
+"""Faults between norms: Linear and embedding weights, residual adds, masks, connections."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _one_channel(array: Array) -> Array:
 
 
 def embedding_rows_swapped(edit: Edit) -> None:
-    """Two tokens' rows; `validate`'s inputs have the first of them."""
+    """The rows of two tokens are swapped; the inputs of `validate` contain the first of them."""
 
     def swap(array: Array) -> Array:
         changed = array.copy()
@@ -41,7 +41,7 @@ def embedding_rows_swapped(edit: Edit) -> None:
 
 
 def residual(path: str, kind: str) -> Plant:
-    """The Add before a norm: it adds nothing, or twice, or the norm's result goes on in place of the sum."""
+    """A wrong residual add before a norm: dropped, added twice, or replaced by the norm's result for later readers."""
 
     def plant(edit: Edit) -> None:
         add = edit.residual_add(path)
@@ -60,7 +60,7 @@ def residual(path: str, kind: str) -> Plant:
 
 
 def consumers_swapped(first: str, second: str) -> Plant:
-    """What reads one norm's result reads the other's."""
+    """The readers of two norms' results are exchanged."""
     return lambda edit: exchange(edit.norm(first).y, edit.norm(second).y)
 
 
@@ -69,7 +69,7 @@ def causal_mask_ignored(edit: Edit) -> None:
 
 
 def attention_mask_ignored(edit: Edit) -> None:
-    """The mask that goes in counts as all ones."""
+    """The attention mask is treated as all ones."""
     mask = edit.value("attention_mask")
     uses = list(mask.uses())
     ones = edit.op("Or", *(edit.op("Equal", mask, edit.constant(np.array(n))) for n in (0, 1)))

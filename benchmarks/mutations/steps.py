@@ -42,7 +42,7 @@ def without_eps(s: Spelling, h: ir.Value, mean: ir.Value) -> ir.Value:
 
 
 def mean_in(dtype: int) -> Callable[[Spelling, ir.Value], ir.Value]:
-    """Squares and their mean in a half type: float32 operators between roundings, as a runtime cannot undo those."""
+    """Squares and their mean in a half type, written as float32 operators with roundings, which runtimes keep."""
 
     def step(s: Spelling, h: ir.Value) -> ir.Value:
         x = s.rounded(h, dtype)
@@ -90,7 +90,7 @@ def scaled_in_half(s: Spelling, h: ir.Value) -> ir.Value:
     """The cast before the scale, where the module scales before it casts.
 
     The product of two float16 numbers is exact in float32, so this rounds as a float16 product does; ONNX Runtime
-    would leave the first cast out before a float16 Mul, for which it has no kernel on a CPU.
+    would omit the first cast before a float16 Mul, for which it has no kernel on a CPU.
     """
     h = s.op("Mul", s.rounded(h, int(s.dtype)), s.parameter(scale_of(s.norm), FLOAT))
     return s.op("Cast", h, to=int(s.dtype))
@@ -110,7 +110,7 @@ def rounded_x(s: Spelling, x: ir.Value) -> ir.Value:
 
 
 def weighed_first(s: Spelling, x: ir.Value) -> ir.Value:
-    """The weight on x in place of the normalized value, so that the statistics see it."""
+    """The weight is applied to x before the statistics, not to the normalized value."""
     return s.op("Mul", s.op("Cast", x, to=FLOAT), s.parameter(scale_of(s.norm), FLOAT))
 
 
@@ -122,7 +122,7 @@ def unweighed(s: Spelling, h: ir.Value) -> ir.Value:
 
 
 def x_alone(s: Spelling, a: ir.Value, b: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The residual is left out."""
+    """The residual is omitted."""
     total = s.op("Add", a, s.op("Sub", b, b))
     return total, total
 
@@ -133,7 +133,7 @@ def residual_twice(s: Spelling, a: ir.Value, b: ir.Value) -> tuple[ir.Value, ir.
 
 
 def stale_sum(body: ir.Function, add: ir.Node) -> None:
-    """The function hands on X in place of the sum."""
+    """The function returns X in place of the sum."""
     node = ir.node("Identity", [body.inputs[0]])
     node.outputs[0].name = "stale"
     body.append(node)

@@ -27,7 +27,7 @@ Outputs = list[dict[str, np.ndarray[Any, Any]]]
 
 
 class Assorted(nn.Module):
-    """Norms that the decoders lack: a bias, groups, gates before and after, two of equal width, several epsilons.
+    """Norms that the decoders do not have: a bias, groups, gates before and after, equal widths, several epsilons.
 
     Takes x `[batch, sequence, WIDTH]` and returns two outputs of that shape.
     """
@@ -52,7 +52,7 @@ class Assorted(nn.Module):
 
 
 def assorted() -> nn.Module:
-    """`Assorted` with random weights that leave the size of its values about as it is."""
+    """`Assorted` with random weights that roughly preserve the size of the values."""
     model = randomized(Assorted(), seed=5)
     with torch.no_grad():
         for parameter in model.get_submodule("linears").parameters():
@@ -62,7 +62,7 @@ def assorted() -> nn.Module:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model as it is exported.
+    """A model to export.
 
     Attributes:
         model: `addition` (the trained checkpoint), `assorted`, or a family of tests/helpers/models/families.py.
@@ -92,7 +92,7 @@ class Subject:
 
 
 class Exports:
-    """Exported folders under one folder, and the models they came from; what is there already is used again."""
+    """Exported folders under one folder, and their models; existing exports are reused."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
@@ -114,13 +114,13 @@ class Exports:
         return subject.build()
 
     def _outputs(self, subject: Subject, target: str) -> Outputs:
-        """What the honest file gives for the inputs that `validate` makes up."""
+        """The outputs of the fault-free file for the inputs that `validate` generates."""
         with OrtRunner(self.folder(subject, target) / "model.onnx") as runner:
             return run_cases(runner, self.model(subject))
 
 
 def run_cases(runner: Any, model: nn.Module) -> Outputs:
-    """The runner's outputs for the inputs that `validate` makes up by default, one dict for each case."""
+    """The runner's outputs for the inputs that `validate` generates by default, one dict for each case."""
     return [runner.run(case.feeds) for case in made_up_cases(runner.inputs(), model, None, 0)]
 
 

@@ -1,4 +1,4 @@
-"""Editing an exported file: its norms, their weights and attributes, and any norm spelled anew with a wrong step."""
+"""Edit an exported file (`Edit`): weights, attributes, or a norm rewritten with a wrong step (`respell`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rmsnorm_deploy.export.graph.metadata import PATH_KEY, SPEC_KEY, VALUES_KEY
 from rmsnorm_deploy.models.spec import NormSpec
 
 FLOAT, FLOAT16, BFLOAT16 = (int(ir.DataType[name]) for name in ("FLOAT", "FLOAT16", "BFLOAT16"))
-# Where the exporter of PyTorch writes the module paths that a node comes from.
+# Metadata key for the module paths of a node, written by PyTorch's exporter.
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 Array = np.ndarray[Any, Any]
@@ -45,7 +45,7 @@ class Edit:
     """An exported folder opened for editing; `save` writes another folder.
 
     Args:
-        folder: the exported folder, which stays as it is.
+        folder: the exported folder, which is not changed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,7 +64,7 @@ class Edit:
         return Norm(path, spec, nodes, core, self.value(names["x"]), self.value(names["y"]), gate)
 
     def value(self, name: str) -> ir.Value:
-        """The value of a name."""
+        """The value with this name."""
         made = {v.name: v for node in self.graph for v in node.outputs}
         made.update({v.name: v for v in self.graph.inputs})
         return self.graph.initializers.get(name) or made[name]
@@ -79,7 +79,7 @@ class Edit:
         return next(node for node in products if f"'{scope}'" in node.metadata_props.get(_SCOPES, ""))
 
     def residual_add(self, path: str) -> ir.Node:
-        """The Add node that makes a norm's x."""
+        """The Add node that computes a norm's x."""
         x = self.norm(path).x
         return next(node for node in self.graph if node.op_type == "Add" and x in node.outputs)
 
@@ -94,7 +94,7 @@ class Edit:
     def op(
         self, op_type: str, *inputs: ir.Value | None, metadata: dict[str, str] | None = None, **attributes: Any
     ) -> ir.Value:
-        """A new node with one output; `save` puts it where it belongs."""
+        """A new node with one output; `save` sorts the nodes."""
         self._made += 1
         node = ir.node(op_type, inputs, attributes, name=f"edited/{op_type}_{self._made}", metadata_props=metadata)
         node.outputs[0].name = f"edited.{op_type}.{self._made}"
@@ -102,7 +102,7 @@ class Edit:
         return node.outputs[0]
 
     def change_constant(self, node: ir.Node, index: int, change: Callable[[Array], Array]) -> None:
-        """Give one node another constant in place of its input; other readers keep the old one."""
+        """Replace a constant input of one node; other readers keep the old constant."""
         array = constant_at(node, index)
         node.replace_input_with(index, self.constant(np.asarray(change(array)).astype(array.dtype)))
 
@@ -141,12 +141,12 @@ def _parameter(norm: Norm, name: str) -> tuple[ir.Node, int]:
 
 
 def _offset(node: ir.Node) -> float:
-    """What the plugin operator adds to its weight; elsewhere the file holds 1 + weight."""
+    """The offset that the plugin operator adds to its weight; for other operators the file contains 1 + weight."""
     return node.attributes["scale_offset"].as_float() if "scale_offset" in node.attributes else 0.0
 
 
 def scale_of(norm: Norm) -> Array:
-    """What a norm multiplies by, float64[width]: the weight, or 1 + weight."""
+    """The scale of a norm, float64[width]: the weight, or 1 + weight."""
     node, index = _parameter(norm, "weight")
     return constant_at(node, index).astype(np.float64) + _offset(node)
 
@@ -157,7 +157,7 @@ def bias_of(norm: Norm) -> Array:
 
 
 def change_weight(edit: Edit, path: str, change: Callable[[Array], Array]) -> None:
-    """Change what a norm multiplies by; other readers of the same tensor keep the old one."""
+    """Change the scale of a norm; other readers of the same tensor keep the old one."""
     norm = edit.norm(path)
     node, index = _parameter(norm, "weight")
     offset = _offset(node)
@@ -165,7 +165,7 @@ def change_weight(edit: Edit, path: str, change: Callable[[Array], Array]) -> No
 
 
 def set_eps(edit: Edit, path: str, change: Callable[[float], float]) -> None:
-    """Change a norm's epsilon where the target holds it: an attribute, or a constant of its Add."""
+    """Change a norm's epsilon where the target stores it: an attribute, or a constant of its Add."""
     norm = edit.norm(path)
     for node in norm.nodes:
         if "epsilon" in node.attributes:
@@ -184,20 +184,20 @@ def set_attribute(edit: Edit, path: str, name: str, value: float) -> None:
     edit.norm(path).core.attributes[name] = attribute
 
 
-# ------------------------------------------------------------------------------------------------- a norm spelled anew
+# ------------------------------------------------------------------------------------------------- a norm rewritten
 
 
 class Spelling:
-    """A norm in plain operators, every step of which can be replaced; nothing that a runtime would fuse.
+    """A norm in plain operators that no runtime fuses; every step can be replaced.
 
-    With no step replaced it computes what the norm's spec says.
+    Without replaced steps it computes the formula of the norm's spec.
 
     Args:
         edit: the open file.
-        norm: what is spelled.
-        spec: another formula than the norm's own.
-        scale: another weight, float64[width]; for `one_plus_weight` the one is in it.
-        steps: functions in place of the methods below, by name; each gets the spelling as its first argument.
+        norm: the norm.
+        spec: a formula that replaces the norm's own.
+        scale: another weight, float64[width]; for `one_plus_weight` it includes the one.
+        steps: functions that replace the methods below, by name; the first argument of each is the spelling.
     """
 
     def __init__(
@@ -220,11 +220,11 @@ class Spelling:
         return self.edit.constant(np.asarray(value, ir.DataType(dtype).numpy()))
 
     def rounded(self, value: ir.Value, dtype: int) -> ir.Value:
-        """A float32 value rounded to another dtype, and float32 again."""
+        """A float32 value rounded to another dtype and cast back to float32."""
         return self.op("Cast", self.op("Cast", value, to=dtype), to=FLOAT)
 
     def write(self, x: ir.Value) -> ir.Value:
-        """Every step; returns the result."""
+        """Write every step; returns the result."""
         h = self._step("enter", x)
         if self.spec.gate == "before":
             h = self.op("Mul", h, self._step("gate"))
@@ -265,7 +265,7 @@ class Spelling:
         return sigmoid if self.spec.activation == "sigmoid" else self.op("Mul", gate, sigmoid)
 
     def mean(self, value: ir.Value, axis: int = -1) -> ir.Value:
-        """The mean along an axis, which stays."""
+        """The mean along an axis, which is kept with size 1."""
         return self.op("ReduceMean", value, self.edit.constant(np.array([axis], np.int64)), keepdims=1)
 
     def parameter(self, array: Array, dtype: int | None = None) -> ir.Value:
@@ -287,14 +287,14 @@ class Spelling:
 def respell(
     edit: Edit, path: str, spec: dict[str, Any] | None = None, add: Callable[..., Any] | None = None, **options: Any
 ) -> None:
-    """Write a norm anew in place of its nodes, metadata and value names kept.
+    """Replace a norm's nodes by a spelling with the same metadata and value names.
 
     Args:
         edit: the open file.
         path: the norm's module path.
         spec: fields of the NormSpec to change.
-        add: for a fused residual add, makes (what is normalized, what is handed on) from the spelling and the two
-            operands; None adds them.
+        add: for a fused residual add, returns the value to normalize and the second output from the spelling and the
+            two operands; None adds them.
         options: see `Spelling`.
     """
     norm = edit.norm(path)
@@ -313,7 +313,7 @@ def respell(
 
 
 def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """Put one value in the place of another, its name included."""
+    """Replace one value by another, including its name."""
     name, new.type, new.shape = str(old.name), old.type, old.shape
     old.name = f"{name}.replaced"
     new.name = name

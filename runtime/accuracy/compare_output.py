@@ -1,9 +1,8 @@
-"""How far an output is from the truth, and whether that is as close as PyTorch gets.
+"""The verdict on one output: whether its error against the reference is comparable to PyTorch's own error.
 
-Three arrays meet here: the truth (float64), the baseline (PyTorch in the deployment dtype) and the candidate (a
-runtime's output). `figures` says how far one array is from the truth; `judge` gives the verdict on the candidate.
-Both go through the arrays a few rows at a time, so that outputs of many million elements need little memory besides
-their own.
+Three arrays are compared: the reference (float64), the baseline (PyTorch in the deployment dtype) and the candidate (a
+runtime's output). `figures` returns the error statistics of one array; `judge` returns the verdict on the candidate.
+Both process the arrays a few rows at a time, so that outputs of many million elements need little additional memory.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ __all__ = ["Figures", "OutputVerdict", "brief", "figures", "judge"]
 def figures(
     candidate: NDArray[Any], reference: NDArray[Any], baseline: NDArray[Any] | None = None, *, logits: bool = False
 ) -> Figures:
-    """How far `candidate` is from `reference`.
+    """The error statistics of `candidate` against `reference`.
 
     Args:
         candidate: float16, bfloat16, float32, float64, integers or booleans, any shape.
         reference: the same shape, float64 (integers and booleans where the candidate has them).
-        baseline: the same shape: what PyTorch gives in the deployment dtype; for `differing`, and to excuse
+        baseline: the same shape: PyTorch's result in the deployment dtype; for `differing`, and to excuse
             non-finite values that PyTorch has as well.
-        logits: the last dim holds scores of classes, at least one: the figures of logits are wanted too.
+        logits: the last dim holds class scores, at least one: compute the statistics of logits too.
 
     Returns:
-        The figures; all zero, with cosine 1, for an empty array.
+        The statistics; all zero, with cosine 1, for an empty array.
 
     Raises:
-        UsageError: the shapes differ, or the dtype is one that errors are not measured in.
+        UsageError: the shapes differ, or errors cannot be measured in the dtype.
     """
     for other, array in (("reference", reference), ("baseline", baseline)):
         if array is not None and array.shape != candidate.shape:
@@ -53,7 +52,7 @@ def figures(
 
 @dataclass(frozen=True, slots=True)
 class OutputVerdict:
-    """Whether one output passed, and why; the figures are None where the arrays could not be compared."""
+    """Whether one output passed, and why; the statistics are None if the arrays could not be compared."""
 
     name: str
     passed: bool
@@ -73,7 +72,7 @@ class OutputVerdict:
 
 
 def brief(verdict: OutputVerdict) -> dict[str, Any]:
-    """A verdict as JSON, with histogram and worst elements only where something is wrong: there are many of them."""
+    """A verdict as JSON values; histogram and worst elements are included only if it failed, to limit the size."""
     row = verdict.to_dict()
     if verdict.passed:
         for figures in (row["figures"], row["baseline_figures"]):
@@ -92,20 +91,20 @@ def judge(
 ) -> OutputVerdict:
     """The verdict on one output.
 
-    Floating-point outputs are held to the row of `TOLERANCES` for the baseline's dtype. Integers and booleans must
-    equal the baseline's. An output whose name ends with `logits` gets the figures of logits too.
+    Floating-point outputs are judged by the row of `TOLERANCES` for the baseline's dtype. Integers and booleans must
+    equal the baseline's. An output whose name ends with `logits` gets the statistics of logits too.
 
     Args:
         name: the output's name.
         candidate: the runtime's output.
-        reference: what PyTorch gives in float64.
-        baseline: what PyTorch gives in the deployment dtype.
-        limits: with any of them set, they replace the table. Integers and booleans are compared exactly all the same,
-            and NaN and infinities must be in place.
-        baseline_name: what the baseline is called in the reason.
+        reference: PyTorch's output in float64.
+        baseline: PyTorch's output in the deployment dtype.
+        limits: if any of them is set, they replace the table. Integers and booleans are still compared exactly, and
+            NaN and infinities must be in the same places.
+        baseline_name: the baseline's name in the reason.
 
     Returns:
-        The verdict; shapes or kinds of dtype that do not match are a failing one, not an exception.
+        The verdict. Shapes or kinds of dtype that differ give a failed verdict, not an exception.
     """
     limits = limits or Limits()
     problem = _incomparable(candidate, reference, baseline)

@@ -1,4 +1,4 @@
-"""How far an array is from the truth, in numbers that are gathered part by part."""
+"""Error statistics of an array against the reference (`Figures`), accumulated part by part (`FiguresOf`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WORST = 5
 
 @dataclass(frozen=True, slots=True)
 class Worst:
-    """One of the elements with the largest errors: where it is, what it is and should be, and the error in ULPs."""
+    """One of the elements with the largest errors: its index, its value, the expected value, and the error in ULPs."""
 
     index: tuple[int, ...]
     value: float
@@ -31,27 +31,29 @@ class Worst:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """How far an array is from the truth. Elements where the truth is NaN or infinite are compared in place only.
+    """Error statistics of an array. Where the reference is NaN or infinite, only `nonfinite_agree` is computed.
 
     Attributes:
-        max_ulp: largest error, in ULPs of the array's dtype at the truth (in whole numbers for integers).
+        max_ulp: largest error, in ULPs of the array's dtype at the reference (absolute for integers).
         mean_ulp: mean error in ULPs.
         p999_ulp: the error in ULPs that 99.9% of the elements do not exceed.
         max_abs: largest absolute error.
-        max_rel_row: largest absolute error divided by the RMS of the truth's row, a row being the last dim.
-        cosine: cosine of the angle between the two arrays, flattened, over the elements finite in both.
-        differing: elements whose bits differ from the baseline's (a NaN is a NaN); None without a baseline of the
+        max_rel_row: largest absolute error divided by the RMS of the reference's row (a row is the last dim).
+        cosine: cosine similarity of the two arrays, flattened, over the elements that are finite in both.
+        differing: elements whose bits differ from the baseline's (all NaNs are equal); None without a baseline of the
             same dtype.
-        nonfinite_agree: NaN and infinities stand in the same places, with the same signs, as in the truth. An
-            infinity also agrees where the truth rounds to it, and where the baseline has it too.
+        nonfinite_agree: NaN and infinities are in the same places, with the same signs, as in the reference. An
+            infinity also agrees where the reference rounds to it, and where the baseline has it too.
         count: elements in the array.
-        top1_agreement: share of rows whose largest element, the first of equals, stands where the truth's does; for
-            logits only, else None. Rows in which the truth has NaN or positive infinity are left out.
-        kl: mean of KL(softmax(truth) || softmax(array)) over the same rows, in nats; None as for top1_agreement.
-        histogram: how many errors fall in each bin of `HISTOGRAM_EDGES`; None when nothing was measured.
-        worst: the elements with the largest errors in ULPs, at most 5, largest first, those of equal error in order.
+        top1_agreement: share of rows whose largest element (the first of equal ones) has the same index as the
+            reference's; None unless the array holds logits. Rows in which the reference has NaN or positive infinity
+            are skipped.
+        kl: mean of KL(softmax(reference) || softmax(array)) over the same rows, in nats; None as for top1_agreement.
+        histogram: number of errors in each bin of `HISTOGRAM_EDGES`; None if nothing was measured.
+        worst: the elements with the largest errors in ULPs, at most 5, largest first, equal errors in index order.
 
-    An element that is not finite where it should be makes max_ulp, mean_ulp, max_abs and max_rel_row infinite.
+    An element that is not finite although a finite value is expected makes max_ulp, mean_ulp, max_abs and max_rel_row
+    infinite.
     """
 
     max_ulp: float
@@ -69,7 +71,7 @@ class Figures:
     worst: tuple[Worst, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Every figure as a JSON value; the histogram with its edges."""
+        """Every statistic as a JSON value; the histogram with its edges."""
         values = dataclasses.asdict(self)
         if self.histogram is not None:
             values["histogram"] = {"ulp_at_most": HISTOGRAM_EDGES, "count": self.histogram}
@@ -77,7 +79,7 @@ class Figures:
 
 
 def json_value(value: Any) -> Any:
-    """A value as JSON can hold it: numbers that are not finite become `inf`, `-inf` and `nan`, tuples lists."""
+    """A value as JSON: numbers that are not finite become the strings `inf`, `-inf` and `nan`, tuples become lists."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
@@ -88,19 +90,19 @@ def json_value(value: Any) -> Any:
 
 
 def is_logits(name: str, array: NDArray[Any]) -> bool:
-    """Whether an output holds scores of classes: its name, without what follows an `@`, ends with `logits`."""
+    """Whether an output holds class scores: its name, without a suffix that begins with `@`, ends with `logits`."""
     has_classes = array.ndim > 0 and array.shape[-1] >= 2 and kind_of(array.dtype) == "floating-point"
     return has_classes and name.partition("@")[0].endswith("logits")
 
 
 class FiguresOf:
-    """Gathers the figures of an array.
+    """Accumulates the error statistics of an array.
 
     Args:
-        array: what is measured.
-        reference: of the same shape.
-        baseline: of the same shape; for `differing` and to be shown beside the worst elements.
-        logits: whether the last dim holds scores of classes.
+        array: the array that is measured.
+        reference: of the same shape, float64 (or the array's dtype for integers and booleans).
+        baseline: of the same shape; for `differing`, and shown beside the worst elements.
+        logits: whether the last dim holds class scores.
     """
 
     def __init__(
@@ -111,19 +113,19 @@ class FiguresOf:
         self._reference = reference.reshape(-1)
         self._baseline = None if baseline is None else baseline.reshape(-1)
         self._row = row_width(array.shape, 1)
-        # Two dtypes have no bits in common to compare.
+        # Bits can be compared only if both arrays have the same dtype.
         self._differing = 0 if baseline is not None and baseline.dtype == array.dtype else None
         self._agree = True
         self._measured = 0
         self._sum_ulp = self._max_abs = self._max_relative = 0.0
         self._histogram = np.zeros(len(HISTOGRAM_EDGES), np.int64)
-        # As many as lie above the 99.9th percentile: it is exact without keeping all errors.
+        # Keeping all errors above the 99.9th percentile makes that percentile exact.
         self._largest = _Largest(max(_WORST, array.size // 1000 + 2))
         self._cosine = _Cosine()
         self._logits = _Logits(array.shape[-1]) if logits else None
 
     def add(self, part: slice, errors: Errors) -> None:
-        """Count a part of whole rows, given as a slice of the flattened array, with its errors."""
+        """Add a part of whole rows, given as a slice of the flattened array, with its errors."""
         array, reference = self._flat[part], self._reference[part]
         values, exact = array.astype(np.float64), reference.astype(np.float64, copy=False)
         self._agree &= bool(errors.agrees.all())
@@ -145,7 +147,7 @@ class FiguresOf:
         self._max_relative = max(self._max_relative, self._relative(errors))
 
     def result(self) -> Figures:
-        """The figures of all parts; all zero, with cosine 1, when there were none."""
+        """The statistics of all parts; all zero, with cosine 1, if there were none."""
         top1, kl = (None, None) if self._logits is None else self._logits.result()
         ulps, places = self._largest.result()
         nothing = not self._measured
@@ -168,11 +170,11 @@ class FiguresOf:
         )
 
     def _relative(self, errors: Errors) -> float:
-        """The largest error over the RMS of its row."""
+        """The largest error divided by the RMS of its row."""
         largest = np.fmax.reduce(errors.size.reshape(-1, self._row), axis=-1)
         scale = rms(errors.scale.reshape(-1, self._row))[:, 0]
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            # Without an error there is none to divide, and a row in which nothing is measured has NaN.
+            # A row without errors gives 0 / 0, and a row in which nothing is measured gives NaN.
             return float(np.max(np.where(largest > 0.0, largest / scale, 0.0)))
 
     def _worst(self, place: int, ulp: float) -> Worst:
@@ -182,12 +184,12 @@ class FiguresOf:
 
 
 def _number(value: Any) -> float:
-    """An element as Python's number; integers stay whole."""
+    """An element as a Python int or float."""
     return int(value) if is_exact(value.dtype) else float(value)
 
 
 def _differing(a: NDArray[Any], b: NDArray[Any]) -> int:
-    """Elements whose bits differ, of one dtype. Two NaNs are the same whatever their payload."""
+    """Number of elements whose bits differ, for arrays of one dtype. All NaNs are equal."""
     bits = np.dtype(f"u{a.dtype.itemsize}")
     different = np.ascontiguousarray(a).view(bits) != np.ascontiguousarray(b).view(bits)
     if not is_exact(a.dtype):
@@ -196,7 +198,7 @@ def _differing(a: NDArray[Any], b: NDArray[Any]) -> int:
 
 
 class _Largest:
-    """The largest values and their places; of equal values those that come first."""
+    """The largest values and their indices; of equal values the first ones."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -204,7 +206,7 @@ class _Largest:
         self._places = np.zeros(0, np.int64)
 
     def add(self, values: Float64, places: NDArray[np.int64]) -> None:
-        """Take in values that come after all earlier ones."""
+        """Add values; their indices must follow all earlier ones."""
         if len(self._values) == self._count:
             more = values > self._values.min()
             values, places = values[more], places[more]
@@ -218,15 +220,15 @@ class _Largest:
         self._values, self._places = values, places
 
     def result(self) -> tuple[Float64, NDArray[np.int64]]:
-        """Values from the largest down, and their places."""
+        """The values in descending order, and their indices."""
         order = np.argsort(-self._values, kind="stable")
         return self._values[order], self._places[order]
 
 
 class _Cosine:
-    """The cosine of two arrays over the elements finite in both.
+    """The cosine similarity of two arrays over the elements that are finite in both.
 
-    Both are divided by the largest magnitude so far, so that no square overflows or vanishes.
+    Both are divided by the largest magnitude so far, so that no square overflows or underflows.
     """
 
     def __init__(self) -> None:
@@ -235,7 +237,7 @@ class _Cosine:
         self._products = (0.0, 0.0, 0.0)
 
     def add(self, a: Float64, b: Float64) -> None:
-        """Take in the elements of a part."""
+        """Add the elements of a part."""
         both = np.isfinite(a) & np.isfinite(b)
         if not both.all():
             a, b = a[both], b[both]
@@ -244,7 +246,7 @@ class _Cosine:
         before = self._peaks
         top_a, top_b = (max(p, float(np.abs(x).max())) for p, x in zip(before, (a, b), strict=True))
         self._peaks = (top_a, top_b)
-        # 0 has no products to bring to the new scale.
+        # If the peak was 0, there are no earlier products to rescale.
         by_a, by_b = before[0] / (top_a or 1.0), before[1] / (top_b or 1.0)
         a, b = a / (top_a or 1.0), b / (top_b or 1.0)
         ab, aa, bb = self._products
@@ -263,7 +265,7 @@ class _Cosine:
 
 
 class _Logits:
-    """Agreement of the likeliest class, and the divergence of the two distributions."""
+    """Agreement of the most likely class, and the divergence of the two distributions."""
 
     def __init__(self, classes: int) -> None:
         self._classes = classes
@@ -271,7 +273,7 @@ class _Logits:
         self._divergence = 0.0
 
     def add(self, values: Float64, reference: Float64) -> None:
-        """Take in whole rows."""
+        """Add whole rows."""
         rows, true = values.reshape(-1, self._classes), reference.reshape(-1, self._classes)
         known = _has_softmax(true)
         if not known.all():
@@ -279,21 +281,21 @@ class _Logits:
         sound = _has_softmax(rows)
         self._rows += len(rows)
         if not sound.all():
-            # No distribution at all: as far away as can be.
+            # These rows have no softmax distribution: the divergence is infinite.
             self._divergence = math.inf
             rows, true = rows[sound], true[sound]
         self._same += int(np.count_nonzero(rows.argmax(axis=-1) == true.argmax(axis=-1)))
         self._divergence += _divergence(true, rows)
 
     def result(self) -> tuple[float | None, float | None]:
-        """Share of rows of one mind, and the mean divergence in nats; None without rows."""
+        """Share of rows with the same most likely class, and the mean divergence in nats; None without rows."""
         if not self._rows:
             return None, None
         return self._same / self._rows, self._divergence / self._rows
 
 
 def _has_softmax(rows: Float64) -> NDArray[np.bool_]:
-    """Which rows have no NaN, no positive infinity, and something besides negative infinity."""
+    """Which rows contain no NaN, no positive infinity, and at least one finite value."""
     return np.isfinite(rows.max(axis=-1))
 
 
@@ -303,9 +305,9 @@ def _divergence(true: Float64, rows: Float64) -> float:
     p = np.exp(log_p)
     with np.errstate(invalid="ignore"):
         terms = p * (log_p - log_q)
-    # What is impossible in the truth adds nothing, whatever the other makes of it.
+    # By definition, a class with probability 0 in the reference contributes 0.
     terms[p == 0.0] = 0.0
-    # Rounding may leave a sum of about -1e-17 where both are equal.
+    # Rounding may give a sum of about -1e-17 if both are equal.
     return float(np.maximum(terms.sum(axis=-1), 0.0).sum())
 
 

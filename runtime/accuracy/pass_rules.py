@@ -1,8 +1,8 @@
-"""The rules by which an output passes or fails; each gathers what it needs part by part.
+"""The rules that decide whether an output passes: `AsGood`, `Within`, `Equal` and `InPlace`.
 
-The default rule is not taken on ULPs of single elements: an output that is nearly zero because large terms canceled
-has an error of thousands of its own ULPs in every correct implementation. It is taken on errors in units of
-`eps(dtype) * max(|truth|, RMS of the truth's row)`: the rounding that the terms behind the output had to suffer.
+The default rule, `AsGood`, does not use ULPs of single elements: an output that is nearly zero because large terms
+cancel has an error of thousands of its own ULPs in every correct implementation. It uses errors in units of
+`eps(dtype) * max(|reference|, RMS of the reference's row)`: the unavoidable rounding of the terms behind the output.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from .errors import LEAST_ROW, Errors, Float64, Mask, row_scale_error, row_width
 from .float_formats import Format, format_of
 from .tolerances import TOLERANCES, Limits, Tolerance, small_sample
 
-# A row in which PyTorch is off by more than this share of the scale, or by this many times the typical row, says
-# nothing about the other rows: it is held to its own error, which may have as few as this many causes.
+# A row in which PyTorch's error exceeds this share of the scale, or this many times that of the typical row, is not
+# representative of the other rows: it is judged by its own error, which may have as few as this many causes.
 _LOST_SHARE = 0.25
 _ODD_RATIO = 16.0
 _ODD_CAUSES = 4
-# Errors in one row go together (a norm's factor errs for all of it), so it counts for this many of them at most.
+# Errors within one row are correlated (a norm's factor affects the whole row), so a row counts as at most this many
+# independent errors.
 _ROW_CAUSES = 16
 
 
 class Arrays(NamedTuple):
-    """What is judged: three arrays of one shape, and what the baseline is called in reasons."""
+    """The arrays of a verdict: three arrays of one shape, and the baseline's name in reasons."""
 
     candidate: NDArray[Any]
     reference: NDArray[Any]
@@ -38,7 +39,7 @@ class Rule(Protocol):
     """A condition on an output."""
 
     def add(self, part: slice, candidate: Errors, baseline: Errors) -> None:
-        """Take in a part of whole rows, a slice of the flattened arrays, with the errors of both."""
+        """Add a part of whole rows, a slice of the flattened arrays, with the errors of both."""
         ...
 
     def result(self) -> tuple[bool, str]:
@@ -47,7 +48,7 @@ class Rule(Protocol):
 
 
 class _Places:
-    """Counts the elements at which something is wrong, and remembers the first."""
+    """Counts wrong elements, and keeps the index of the first."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.count = 0
@@ -62,14 +63,14 @@ class _Places:
 
     @property
     def first(self) -> tuple[int, ...]:
-        """The index of the first; only when there is one."""
+        """The index of the first wrong element; empty if there is none."""
         if self._first is None or not self._shape:
             return ()
         return tuple(int(i) for i in np.unravel_index(self._first, self._shape))
 
 
 class Equal:
-    """Integers and booleans must be the baseline's."""
+    """Integers and booleans must equal the baseline's."""
 
     def __init__(self, arrays: Arrays) -> None:
         self._arrays = arrays
@@ -86,12 +87,12 @@ class Equal:
             return True, f"all {candidate.size} elements are equal"
         return False, (
             f"{count} of {candidate.size} elements differ, the first at {at}: "
-            f"{candidate[at]} for {self._arrays.baseline[at]}"
+            f"expected {self._arrays.baseline[at]}, got {candidate[at]}"
         )
 
 
 class InPlace:
-    """NaN and infinities must stand where the truth has them."""
+    """NaN and infinities must be where the reference has them."""
 
     def __init__(self, arrays: Arrays) -> None:
         self._arrays = arrays
@@ -104,13 +105,13 @@ class InPlace:
 
     @property
     def excuse(self) -> str:
-        """What is to be said of elements in which the baseline itself is not in place; empty when there are none."""
+        """A note on elements in which the baseline itself is not in place; empty if there are none."""
         if not self._excused:
             return ""
         baseline, name = self._arrays.baseline, self._arrays.baseline_name
         return (
-            f"; in {self._excused} of {baseline.size} elements {name} in {baseline.dtype.name} is not finite "
-            "though the truth is: there the candidate may be finite or do the same"
+            f"; {name} in {baseline.dtype.name} is not finite in {self._excused} of {baseline.size} elements where "
+            "the reference is finite: there the candidate may equal either"
         )
 
     def result(self) -> tuple[bool, str]:
@@ -119,7 +120,7 @@ class InPlace:
             return True, "NaN and infinities are in place"
         return False, (
             f"NaN or infinity out of place in {count} of {candidate.size} elements, the first at {at}: "
-            f"{candidate[at]} where the truth is {self._arrays.reference[at]:.6g}"
+            f"expected {self._arrays.reference[at]:.6g}, got {candidate[at]}"
         )
 
 
@@ -137,7 +138,7 @@ class Within:
         limits = self._limits
         beyond = np.zeros(candidate.size.shape, dtype=bool)
         if limits.is_absolute:
-            with np.errstate(invalid="ignore"):  # infinity times a truth of zero
+            with np.errstate(invalid="ignore"):  # infinity times a reference of zero
                 beyond |= candidate.size > (limits.atol or 0.0) + (limits.rtol or 0.0) * np.abs(candidate.scale)
         ulps = None
         if limits.ulp is not None:
@@ -151,15 +152,15 @@ class Within:
     def result(self) -> tuple[bool, str]:
         rule, count = self._limits.describe(), self._beyond.count
         if not count:
-            return True, f"every element meets {rule}"
+            return True, f"every element satisfies {rule}"
         return False, (
-            f"{count} of {self._size} elements miss {rule}, the first at {self._beyond.first}: "
+            f"{count} of {self._size} elements violate {rule}, the first at {self._beyond.first}: "
             f"an error of {self._first}"
         )
 
 
 class AsGood:
-    """The rule of `Tolerance`: as close to the truth as the baseline, by the row of its dtype."""
+    """The rule of `Tolerance`: an error comparable to the baseline's, by the row for the baseline's dtype."""
 
     def __init__(self, arrays: Arrays) -> None:
         self._dtype = arrays.baseline.dtype
@@ -181,13 +182,14 @@ class AsGood:
         if rows is None or not rows.counts.any():
             if self._any_finite:
                 return False, (
-                    f"nothing to judge by: {self._name} is finite nowhere that the truth is; give atol or rtol"
+                    f"there is no baseline: {self._name} is not finite wherever the reference is finite; "
+                    "give atol or rtol"
                 )
             return True, "there is no finite element to measure"
         return self._verdict(rows, TOLERANCES[self._dtype.name])
 
     def _units(self, errors: Errors) -> Float64:
-        """See `row_scale_error`; what overflows is the largest number, so that it can be summed."""
+        """See `row_scale_error`; an overflow becomes the largest number, so that the errors can be summed."""
         return np.minimum(row_scale_error(errors, self._width, self._form), np.finfo(np.float64).max)
 
     def _verdict(self, rows: _Rows, tolerance: Tolerance) -> tuple[bool, str]:
@@ -203,13 +205,13 @@ class AsGood:
         )
         if not sound.all():
             reason += (
-                f"; {np.count_nonzero(~sound)} rows in which {self._name} itself is far off are held to its error there"
+                f"; {np.count_nonzero(~sound)} rows in which {self._name} has a large error are judged by that error"
             )
         return bool(rows.worst[row] <= allowed[row] and mean <= allowed_mean), reason
 
 
 class _Rows(NamedTuple):
-    """What the default rule needs of each row: see `square_sums`."""
+    """The quantities of each row that the default rule uses; see `square_sums`."""
 
     worst: Float64
     squares: Float64
@@ -218,7 +220,7 @@ class _Rows(NamedTuple):
     own_squares: Float64
 
     def mean_squares(self, chosen: Mask) -> tuple[float, float]:
-        """Roots of the mean squares over the chosen rows, of the candidate and of the baseline; 0 without any."""
+        """Root mean square over the chosen rows, of the candidate and of the baseline; 0 if there are none."""
         count = max(int(self.counts[chosen].sum()), 1)
         sides = ((self.worst[chosen], self.squares[chosen]), (self.own_worst[chosen], self.own_squares[chosen]))
         mine, theirs = (_joined(peaks, squares, count) for peaks, squares in sides)
@@ -226,7 +228,7 @@ class _Rows(NamedTuple):
 
 
 def _joined(peaks: Float64, squares: Float64, count: int) -> float:
-    """The root mean square of joined rows, from their largest values and their sums of squares divided by those."""
+    """The root mean square of joined rows, from their largest values and their scaled sums of squares."""
     peak = float(peaks.max(initial=0.0))
     if peak == 0.0:
         return 0.0
@@ -234,7 +236,7 @@ def _joined(peaks: Float64, squares: Float64, count: int) -> float:
 
 
 def _allowed_max(theirs: Float64, few: float, form: Format, tolerance: Tolerance) -> tuple[Float64, Mask]:
-    """The largest error that each row may have, and which rows are sound, from the baseline's largest in each."""
+    """The largest error allowed in each row, and which rows are sound, from the baseline's largest error in each."""
     lost = theirs > _LOST_SHARE / form.eps
     typical = float(np.median(theirs[~lost])) if not lost.all() else 0.0
     sound = ~lost & (theirs <= _ODD_RATIO * typical + tolerance.floor_max)

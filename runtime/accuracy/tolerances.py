@@ -1,4 +1,4 @@
-"""How much worse than PyTorch an output may be: one row for each dtype, with its reason, or explicit limits."""
+"""How much worse than PyTorch an output may be: `TOLERANCES`, a row with its reason per dtype, or explicit `Limits`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 from ...models.errors import UsageError
 
-# Stands for every output that has no limits of its own.
+# The name that covers every output without limits of its own.
 EVERY_OUTPUT = "*"
 
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """How much worse than PyTorch an output of one dtype may be; errors in units of eps x max(|truth|, row RMS).
+    """How much worse than PyTorch an output of one dtype may be; errors in units of eps x max(|reference|, row RMS).
 
-    A candidate passes when `max <= factor_max * PyTorch's max + floor_max` and the same holds for the root mean
-    square. Both factors are widened for outputs of few elements, see `small_sample`.
+    A candidate passes if `max <= factor_max * PyTorch's max + floor_max` and the same holds for the root mean
+    square. Both factors are larger for outputs of few elements, see `small_sample`.
     """
 
     dtype: str
@@ -29,9 +29,9 @@ class Tolerance:
 
 
 _HALF = (
-    "Two correct evaluations differ in the order of their sums and in where they fuse, so their errors are independent "
-    "and of one size: over 1000 Gaussian errors the larger maximum exceeds 1.75 times the smaller once in 10000 pairs "
-    "(1.1 times for the root mean square). The rest covers errors that go together within a row. Runtimes accumulate "
+    "Two correct evaluations differ in summation order and in fused operations, so their errors are independent and of "
+    "similar size: over 1000 Gaussian errors the larger maximum exceeds 1.75 times the smaller once in 10000 pairs "
+    "(1.1 times for the root mean square). The rest covers correlated errors within a row. Runtimes accumulate "
     "in float32 as PyTorch does, or wider: Llama-shaped models of 2 to 8 layers ran in ONNX Runtime on CPU with 0.2 "
     "to 0.7 of PyTorch's float16 error. The floors are four roundings of the output at worst, and two on average."
 )
@@ -47,10 +47,10 @@ TOLERANCES: dict[str, Tolerance] = {
             32.0,
             2.0,
             2.0,
-            "Here the summation itself is what differs: Llama-shaped models of 2 to 8 layers ran in ONNX Runtime on "
+            "Summation order dominates in float32: Llama-shaped models of 2 to 8 layers ran in ONNX Runtime on "
             "CPU with 0.8 to 1.6 times PyTorch's largest error and 1.0 to 1.3 times its root mean square. The floors "
-            "are for single norms: ONNX Runtime sums squares in plain order, and one outlier among 4096 channels costs "
-            "it up to 20 units (0.3 rms) where PyTorch's cascade loses 2 (0.1 rms). 32 units are 4e-6 of the scale.",
+            "are for single norms: ONNX Runtime sums squares sequentially, and one outlier among 4096 channels causes "
+            "up to 20 units (0.3 rms), PyTorch's cascade summation 2 (0.1 rms). 32 units are 4e-6 of the scale.",
         ),
         Tolerance(
             "float64",
@@ -58,28 +58,28 @@ TOLERANCES: dict[str, Tolerance] = {
             1024.0,
             2.0,
             256.0,
-            "The truth is computed in float64 too, so its own error, a few hundred eps in a deep model, is the limit "
-            "of what can be told. 1024 units are 2e-13 of the scale, far below anything that a float32 step leaves.",
+            "The reference is computed in float64 too, so its own error, a few hundred eps in a deep model, limits "
+            "what can be measured. 1024 units are 2e-13 of the scale, far below the error of any float32 step.",
         ),
     )
 }
 
 
 def small_sample(count: int) -> float:
-    """By how much the allowed ratio to PyTorch's error grows when only `count` independent errors are compared.
+    """The factor by which the allowed ratio to PyTorch's error grows if only `count` independent errors are compared.
 
     The logarithm of the ratio of two root mean squares over n independent errors of one size has a standard deviation
-    of 1 / sqrt(n); 3.7 of them leave one false alarm in 10000. It is 1.06 for 4096 errors, 2.5 for 16, 40 for one.
+    of 1 / sqrt(n); 3.7 of them give one false alarm in 10000. It is 1.06 for 4096 errors, 2.5 for 16, 40 for one.
     """
     return math.exp(3.7 / math.sqrt(max(count, 1)))
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Explicit limits on the errors of an output, in place of the table; None where there is no limit of that kind.
+    """Explicit limits on the errors of an output, which replace the table; None means no limit of that kind.
 
-    Every element must have `|error| <= atol + rtol * |truth|` where atol or rtol is given (the other counts as 0), and
-    an error of at most `ulp` ULPs of the candidate's dtype where that is given.
+    Every element must have `|error| <= atol + rtol * |reference|` if atol or rtol is given (the other is 0 then), and
+    an error of at most `ulp` ULPs of the candidate's dtype if that is given.
 
     Raises:
         UsageError: a limit is negative or NaN.
@@ -92,11 +92,11 @@ class Limits:
     def __post_init__(self) -> None:
         for label, value in (("atol", self.atol), ("rtol", self.rtol), ("ulp", self.ulp)):
             if value is not None and not value >= 0.0:
-                raise UsageError(f"{label} is {value}; it must be a number of at least 0.")
+                raise UsageError(f"{label}: expected a number of at least 0, got {value}.")
 
     @property
     def is_absolute(self) -> bool:
-        """Whether the size of errors is limited."""
+        """Whether the absolute size of errors is limited."""
         return self.atol is not None or self.rtol is not None
 
     @property
@@ -106,22 +106,22 @@ class Limits:
 
     def describe(self) -> str:
         """The limits as a formula."""
-        parts = [f"|error| <= {self.atol or 0.0:g} + {self.rtol or 0.0:g} x |truth|"] if self.is_absolute else []
+        parts = [f"|error| <= {self.atol or 0.0:g} + {self.rtol or 0.0:g} x |reference|"] if self.is_absolute else []
         parts += [f"ULP error <= {self.ulp:g}"] if self.ulp is not None else []
         return " and ".join(parts)
 
 
 def parse_limits(atol: Sequence[str], rtol: Sequence[str], ulp: Sequence[str]) -> dict[str, Limits]:
-    """Limits by output, from texts.
+    """Parse limits by output.
 
     Each text is a number for every output, such as `1e-3`, or one for a single output, such as `logits:1e-3`, split at
-    the last colon. What an output has no limit of its own for, it takes from those for every output.
+    the last colon. An output without a limit of some kind takes the limit of that kind for every output.
 
     Returns:
         Limits by the name of the output, those for every output under `*`; see `limits_of`. Empty without any texts.
 
     Raises:
-        UsageError: a text is not of that form, its number is negative or NaN, or one output has two of a kind.
+        UsageError: a text is not of that form, its number is negative or NaN, or one output has two limits of a kind.
     """
     given = {label: _by_output(label, texts) for label, texts in (("atol", atol), ("rtol", rtol), ("ulp", ulp))}
     names = dict.fromkeys(name for by_output in given.values() for name in by_output)
@@ -132,12 +132,12 @@ def parse_limits(atol: Sequence[str], rtol: Sequence[str], ulp: Sequence[str]) -
 
 
 def limits_of(limits: Mapping[str, Limits], name: str) -> Limits | None:
-    """The limits of an output, or None when the table is what it is held to."""
+    """The limits of an output, or None if the tolerance table applies."""
     return limits.get(name, limits.get(EVERY_OUTPUT))
 
 
 def check_limits(limits: Mapping[str, Limits], names: Iterable[str]) -> None:
-    """Refuse limits on outputs that do not exist.
+    """Reject limits on outputs that do not exist.
 
     Raises:
         UsageError: an output named in the limits is not among `names`.
@@ -161,9 +161,9 @@ def _by_output(label: str, texts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             value = math.nan
         if not value >= 0.0 or not name:
-            raise UsageError(f"--{label} {text}: give a number of at least 0, such as 1e-3 or logits:1e-3.")
+            raise UsageError(f"--{label} {text}: expected a number of at least 0, such as 1e-3 or logits:1e-3.")
         if name in values:
             whose = "every output" if name == EVERY_OUTPUT else name
-            raise UsageError(f"--{label} {text}: {whose} has a limit of this kind already; give one.")
+            raise UsageError(f"--{label} {text}: {whose} already has a limit of this kind; give only one.")
         values[name] = value
     return values

@@ -1,1 +1,8 @@
-"""What a model is run with."""
+"""The inputs that a model runs on: generated with a seed, read from files, or made from prompts.
+
+cases: `Case`, one run's inputs, and its sources: `load_cases`, `prompt_cases`, `given_cases`, `made_up_for`.
+synthetic: `make_feeds`, which generates inputs, and `cast_feeds`, which casts given ones to the model's dtypes.
+arrays: `read_arrays`, for .npz and .safetensors files.
+tokenizer: `load_tokenizer` and `has_tokenizer`.
+exported: `open_exported`, which opens an exported folder or an .onnx file.
+"""

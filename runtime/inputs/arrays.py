@@ -1,4 +1,4 @@
-"""Reading named arrays from files."""
+"""Read named arrays from .npz and .safetensors files (`read_arrays`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SAFETENSORS = ".safetensors"
 ARRAY_SUFFIXES = (".npz", SAFETENSORS)
 
-# safetensors' names of the dtypes that numpy and ml_dtypes have.
+# Names in safetensors of the dtypes that numpy and ml_dtypes support.
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
@@ -23,13 +23,13 @@ _DTYPES = {
 
 
 def read_arrays(path: Path) -> dict[str, Array]:
-    """The arrays of a .safetensors file, or of an .npz file whatever it is called, by name.
+    """The arrays of a file by name: .safetensors by its suffix, .npz with any other suffix.
 
-    bfloat16 comes as the dtype of ml_dtypes. numpy writes such arrays without their dtype, as two bytes per element;
+    bfloat16 arrays have the dtype of ml_dtypes. numpy writes such arrays without their dtype, as two bytes per element;
     these are read back as bfloat16.
 
     Raises:
-        UsageError: there is no such file, it is cut short or of another format, or it holds something else than
+        UsageError: the file does not exist, is truncated or has another format, or it contains anything but
             arrays of numbers.
     """
     if not path.is_file():
@@ -49,9 +49,9 @@ def _npz(path: Path) -> dict[str, Array]:
             arrays = {name: archive[name] for name in archive.files}
     except OSError:
         raise
-    except Exception as error:  # numpy and zipfile raise many kinds; all mean that this is no archive of arrays
+    except Exception as error:  # numpy and zipfile raise many kinds; all mean that this is not an archive of arrays
         raise UsageError(
-            f"{path}: not an .npz file of plain arrays ({error}). Make one with numpy.savez(path, name=array)."
+            f"{path}: expected an .npz file of plain arrays ({error}). Write one with numpy.savez(path, name=array)."
         ) from error
     return {n: a.view(ml_dtypes.bfloat16) if a.dtype.str == "|V2" else a for n, a in arrays.items()}
 
@@ -62,8 +62,8 @@ def _safetensors(path: Path) -> dict[str, Array]:
     try:
         entries = deserialize(path.read_bytes())
     except SafetensorError as error:
-        raise UsageError(f"{path}: not a .safetensors file, or one cut short ({error}).") from error
-    # They come in no certain order.
+        raise UsageError(f"{path}: not a .safetensors file, or it is truncated ({error}).") from error
+    # deserialize returns them in no fixed order.
     return {name: _tensor(path, name, entry) for name, entry in sorted(entries, key=lambda item: item[0])}
 
 
@@ -71,7 +71,5 @@ def _tensor(path: Path, name: str, entry: dict[str, Any]) -> Array:
     import numpy as np
 
     if entry["dtype"] not in _DTYPES:
-        raise UsageError(
-            f"{path}: {name} has the dtype {entry['dtype']}, which is not read; the dtypes are {', '.join(_DTYPES)}."
-        )
+        raise UsageError(f"{path}: {name}: expected one of the dtypes {', '.join(_DTYPES)}, got {entry['dtype']}.")
     return np.frombuffer(entry["data"], numpy_dtype(_DTYPES[entry["dtype"]])).reshape(entry["shape"])

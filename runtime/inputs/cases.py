@@ -1,4 +1,4 @@
-"""The inputs that a user gives: arrays in files, Python code, or prompts."""
+"""The inputs of a run (`Case`): given by the user as arrays, files, Python code or prompts, or generated."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from .arrays import ARRAY_SUFFIXES, read_arrays
 from .synthetic import DEFAULT_SHAPES, cast_feeds, make_feeds, with_empty_cache
 from .tokenizer import load_tokenizer
 
-# Inputs that run along the tokens of a prompt, for models that say nothing of their shapes.
+# Inputs with one element per token of a prompt, for models that do not specify their shapes.
 _PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 _PROMPT_SHOWN = 24
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One run: what it is called, and what goes in."""
+    """The inputs of one run, and their name in reports."""
 
     name: str
     feeds: dict[str, Array]
 
 
 def load_cases(source: str, infos: Sequence[TensorInfo]) -> list[Case]:
-    """The cases that a user names.
+    """Load the cases from a file, a folder or Python code.
 
-    Arrays are brought to the dtypes of the inputs where that is safe, see `cast_feeds`; a KV cache that is not given
+    Arrays are cast to the dtypes of the inputs where that is safe, see `cast_feeds`; a KV cache that is not given
     starts empty.
 
     Args:
@@ -47,11 +47,11 @@ def load_cases(source: str, infos: Sequence[TensorInfo]) -> list[Case]:
             or Python code, `file.py:function` or `package.module:function`. The function takes no arguments and
             returns or yields dicts of input name to numpy array or torch tensor, or pairs of a case's name and such a
             dict.
-        infos: the model's inputs. Those of a PyTorch module, whose dtype is `any`, are not checked: the module is
-            what refuses them.
+        infos: the model's inputs. Inputs of a PyTorch module, whose dtype is `any`, are not checked here: the module
+            itself rejects them.
 
     Raises:
-        UsageError: there is no such source, it gives no case, or a case does not fit the inputs; the message names it.
+        UsageError: the source does not exist, it contains no case, or a case does not match the inputs.
     """
     cases = [Case(name, with_empty_cache(cast_feeds(feeds, infos), infos)) for name, feeds in _named_arrays(source)]
     for case in cases:
@@ -64,7 +64,7 @@ def prompt_cases(
 ) -> list[Case]:
     """One case of batch 1 for each prompt.
 
-    The mask, the positions and an empty KV cache come with the tokens, as in made-up inputs.
+    The mask, the positions and an empty KV cache are added to the tokens, as in generated inputs.
 
     Args:
         prompts: texts, at least one.
@@ -73,8 +73,8 @@ def prompt_cases(
         trust_remote_code: run Python code that comes with the tokenizer.
 
     Raises:
-        UsageError: the model has no `input_ids`, there is no tokenizer, a prompt gives no token, or the tokens do not
-            fit the inputs (a model of fixed shape).
+        UsageError: the model has no `input_ids`, there is no tokenizer, a prompt has no tokens, or the tokens do not
+            match the inputs (a model of fixed shape).
         EnvironmentMissingError: transformers is not installed.
     """
     if not prompts:
@@ -83,7 +83,9 @@ def prompt_cases(
     ids_info = next((info for info in inputs if info.name == "input_ids"), None)
     if ids_info is None:
         names = ", ".join(info.name for info in infos) or "nothing"
-        raise UsageError(f"a prompt needs a model that reads input_ids; this one reads {names}. Give arrays instead.")
+        raise UsageError(
+            f"a prompt requires a model that reads input_ids; this model reads {names}. Give arrays instead."
+        )
     reader = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
     cases = []
     for number, prompt in enumerate(prompts, start=1):
@@ -97,10 +99,10 @@ def prompt_cases(
 
 
 def inputs_of(loaded: LoadedModel) -> list[TensorInfo]:
-    """The inputs of a PyTorch model: those that its factory returned, else tokens, else its forward's.
+    """The inputs of a PyTorch model: those that its factory returned, else tokens, else the parameters of `forward`.
 
-    A forward alone tells neither dtypes nor which of its optional parameters are fed; the model itself refuses what
-    does not fit.
+    The signature of `forward` specifies neither dtypes nor the optional parameters that are used; the model itself
+    rejects inputs that do not match.
     """
     if loaded.example_inputs is not None:
         arrays = _given_arrays(loaded)
@@ -115,10 +117,10 @@ def made_up_for(loaded: LoadedModel, shapes: Sequence[tuple[int, int]] | None = 
     """Cases for a PyTorch model: the inputs that its factory returned, else tokens in several shapes.
 
     Raises:
-        UsageError: the model reads no tokens, and there are no inputs of its own.
+        UsageError: the model does not read tokens, and its factory returned no inputs.
     """
     if loaded.example_inputs is not None:
-        return [Case("the factory's own inputs", _given_arrays(loaded))]
+        return [Case("the factory's inputs", _given_arrays(loaded))]
     infos = [TensorInfo(name, "int64", ("batch", "sequence")) for name in example_inputs(loaded.model)]
     vocabulary = vocabulary_size(loaded.model)
     return [Case(f"{b}x{n}", make_feeds(infos, b, n, seed, vocabulary)) for b, n in shapes or DEFAULT_SHAPES]
@@ -130,19 +132,19 @@ def _given_arrays(loaded: LoadedModel) -> dict[str, Array]:
 
 
 def given_cases(items: Sequence[Case | Mapping[str, Any]], infos: Sequence[TensorInfo]) -> list[Case]:
-    """The cases that are given as objects.
+    """The cases that are given as Python objects.
 
     Args:
         items: a `Case`, or a mapping of input name to numpy array or torch tensor, for each run.
         infos: the model's inputs; see `load_cases`.
 
     Raises:
-        UsageError: there is no case, or one is neither of these or does not fit the inputs.
+        UsageError: there is no case, or one has another type or does not match the inputs.
     """
     if isinstance(items, Mapping | Case) or not isinstance(items, Sequence):
         raise UsageError(f"cases: expected a list of mappings of input name to array, got {type(items).__name__}.")
     if not items:
-        raise UsageError("cases is empty; give at least one, or None for made-up inputs.")
+        raise UsageError("cases is empty; give at least one, or None for generated inputs.")
     cases = []
     for number, item in enumerate(items, start=1):
         if isinstance(item, Case):
@@ -168,10 +170,10 @@ def _named_arrays(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in ARRAY_SUFFIXES and file.is_file())
         if not files:
-            raise UsageError(f"{source} holds no {' and no '.join(ARRAY_SUFFIXES)} file; put one for each case there.")
+            raise UsageError(f"{source} contains no {' or '.join(ARRAY_SUFFIXES)} file; put one for each case there.")
         yield from ((file.name, read_arrays(file)) for file in files)
     elif path.suffix == ".py" and path.is_file():
-        raise UsageError(f"{source}: name the function in it that makes the inputs, as {source}:function.")
+        raise UsageError(f"{source}: expected {source}:function, with a function that returns the inputs.")
     elif path.is_file() or not colon:
         yield path.name, read_arrays(path)
     else:
@@ -179,22 +181,22 @@ def _named_arrays(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _made(source: str, function: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """What a user's function returns or yields, each with a name."""
+    """The cases that a user's function returns or yields, each with a name."""
     try:
         made = function()
-        # A generator's own errors come while it is read.
+        # A generator raises its errors while it is iterated.
         items = [made] if isinstance(made, Mapping) or not isinstance(made, Iterable) else list(made)
     except (Exception, SystemExit) as error:
         raise UsageError(f"{source}: calling it failed: {type(error).__name__}: {error}") from error
     if not items:
-        raise UsageError(f"{source} gave no case; return or yield at least one dict of arrays.")
+        raise UsageError(f"{source} returned no case; return or yield at least one dict of arrays.")
     for number, item in enumerate(items, start=1):
         named = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
         name, feeds = item if named else (f"case {number}", item)
         if not isinstance(feeds, Mapping):
             raise UsageError(
-                f"{source}: case {number} is a {type(feeds).__name__}. Return or yield dicts of input name to array, "
-                "or pairs of a name and such a dict."
+                f"{source}: case {number}: expected a dict of input name to array, or a pair of a name and such a "
+                f"dict, got {type(feeds).__name__}."
             )
         yield name, {str(key): _array(source, str(key), value) for key, value in feeds.items()}
 
@@ -206,14 +208,14 @@ def _array(source: str, name: str, value: Any) -> Array:
         try:
             return to_numpy(value)
         except TypeError as error:
-            raise UsageError(f"{source}: {name} is {value.dtype}, which numpy has no dtype for.") from error
+            raise UsageError(f"{source}: {name} is {value.dtype}, a dtype that numpy does not support.") from error
     if not isinstance(value, np.ndarray):
-        raise UsageError(f"{source}: {name} is a {type(value).__name__}; give a numpy array or a torch tensor.")
+        raise UsageError(f"{source}: {name}: expected a numpy array or a torch tensor, got {type(value).__name__}.")
     return value
 
 
 def _per_token(info: TensorInfo) -> TensorInfo:
-    """An input with the shape and dtype that a prompt gives it, where the model says neither."""
+    """An input with the shape and dtype of a prompt's tokens, where the model does not specify them."""
     if info.name not in _PER_TOKEN:
         return info
     return dataclasses.replace(

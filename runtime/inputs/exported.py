@@ -1,4 +1,4 @@
-"""Opening what was exported: a folder with a manifest, or a single .onnx file."""
+"""Open an exported model (`open_exported`): a folder with a manifest, or a single .onnx file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Exported:
 
     @property
     def dtype(self) -> str | None:
-        """Dtype of the model that was exported, if the manifest tells."""
+        """Dtype of the exported model; None if the manifest does not contain it."""
         return self.manifest.get("dtype")
 
 
@@ -34,15 +34,15 @@ def open_exported(path: str | Path) -> Exported:
     """Open an exported folder or an .onnx file.
 
     Raises:
-        UsageError: there is nothing there, or it is neither.
+        UsageError: the path does not exist, or it is neither.
     """
     place = Path(path).expanduser()
     if place.is_dir():
         manifest = read_manifest(place)
         model = place / str(manifest.get("model", "model.onnx"))
         if not model.is_file():
-            raise UsageError(f"{place} has a manifest but not its model {model.name}; export again.")
+            raise UsageError(f"{place}: its manifest names the model {model.name}, which is missing; export again.")
         return Exported(model, place, manifest)
     if not place.is_file():
-        raise UsageError(f"there is no {place}; name an exported folder or an .onnx file.")
+        raise UsageError(f"{place} does not exist; name an exported folder or an .onnx file.")
     return Exported(place)

@@ -1,4 +1,4 @@
-"""Inputs for an exported model: seeded ones made from what its inputs say of themselves, and given ones cast."""
+"""Inputs for an exported model: generated from the names, dtypes and shapes of its inputs, or given ones cast."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ...models.dtypes import numpy_dtype
 from ...models.errors import UsageError
 from ..runners.base import ANY_DTYPE, Array, TensorInfo
 
-# Batch and length of the runs that a validation makes when it is not told others.
+# Default batch and length of the runs of a validation.
 DEFAULT_SHAPES: tuple[tuple[int, int], ...] = ((1, 1), (1, 7), (3, 33))
 _TOKENS = ("input_ids", "decoder_input_ids")
 _OUTLIER_CHANNELS, _OUTLIER_FACTOR = 2, 30.0
-# Of these most squares overflow float16, and of those eps outweighs the mean square.
+# Most squares of large values overflow float16; for tiny values, eps outweighs the mean square.
 _LARGE, _TINY = 1000.0, 1e-4
-# Padding in made-up masks, and the length from which there is any.
+# Padded tokens in generated masks, and the shortest length that is padded.
 _PADDING, _PADDED_FROM = 2, 8
 _HALVES, _INTEGERS = ("float16", "bfloat16"), ("int32", "int64")
 
@@ -26,35 +26,35 @@ _HALVES, _INTEGERS = ("float16", "bfloat16"), ("int32", "int64")
 def make_feeds(
     infos: Sequence[TensorInfo], batch: int, length: int, seed: int, vocabulary: int | None
 ) -> dict[str, Array]:
-    """Inputs of one shape.
+    """Generate inputs of one shape.
 
-    Token ids are uniform over the vocabulary, masks are ones (in a batch, the last one ends in padding), positions
+    Token ids are uniform over the vocabulary, masks are ones (in a batch, the last row ends in padding), positions
     count from 0 and a KV cache starts empty.
-    Floats are normal, with one of three characters, so that the default shapes have all of them:
+    Floats are normally distributed, in one of three kinds, so that the default shapes cover all of them:
 
-    - two outlier channels 30 times as large, which is what the inputs of deep layers look like;
+    - two outlier channels 30 times as large, as in the inputs of deep layers;
     - 1000 times as large, so that a square overflows float16;
-    - 1e-4 times as large, so that a norm's eps decides.
+    - 1e-4 times as large, so that a norm's eps dominates.
 
-    With seed 0 a shape of several batches gets the first, a single batch of up to two the third, and a longer one the
-    second; each seed above that moves every shape on by one.
+    With seed 0, a batch of two or more gets the first kind, a single sequence of at most two tokens the third, and a
+    longer single sequence the second; seed 1 gives each shape the next kind, and so on.
 
     Args:
         infos: the model's inputs.
-        batch: size of open dims that are called a batch, or come first and are not called a length.
-        length: size of every other open dim; one that is called past is 0.
+        batch: size of dynamic dims whose name contains `batch`, or that come first and are not named as a length.
+        length: size of every other dynamic dim; one that is named `past` is 0.
         seed: of the random numbers; equal seeds give equal inputs.
-        vocabulary: number of token ids, needed where there are tokens.
+        vocabulary: number of token ids, required if the model reads tokens.
 
     Raises:
-        UsageError: an input whose values cannot be guessed; it has to be given.
+        UsageError: no values can be generated for an input; the user has to give it.
     """
     rng = np.random.default_rng([seed, batch, length])
     return {info.name: _values(info, batch, length, seed, rng, vocabulary) for info in infos}
 
 
 def with_empty_cache(feeds: Mapping[str, Array], infos: Sequence[TensorInfo]) -> dict[str, Array]:
-    """The feeds, with an empty KV cache where the model reads one and none is given."""
+    """The feeds, with an empty KV cache added if the model reads one and none is given."""
     missing = [info for info in infos if is_past(info.name) and info.name not in feeds]
     ids = feeds.get("input_ids")
     if not missing or ids is None or ids.ndim != 2:
@@ -63,10 +63,10 @@ def with_empty_cache(feeds: Mapping[str, Array], infos: Sequence[TensorInfo]) ->
 
 
 def cast_feeds(feeds: Mapping[str, Array], infos: Iterable[TensorInfo]) -> dict[str, Array]:
-    """Given arrays in the dtypes of the inputs, where that is safe; the others as they are.
+    """Cast given arrays to the dtypes of the inputs where that is safe; leave the others unchanged.
 
-    float32 is rounded where float16 or bfloat16 is wanted (an .npz file cannot hold bfloat16), and int32 and int64 are
-    exchanged where no value changes.
+    float32 is rounded if the input is float16 or bfloat16 (an .npz file cannot contain bfloat16), and int32 and int64
+    are converted into each other if no value changes.
     """
     wanted = {info.name: info.dtype for info in infos}
     return {name: _cast(array, wanted.get(name, ANY_DTYPE)) for name, array in feeds.items()}
@@ -78,7 +78,7 @@ def is_past(name: str) -> bool:
 
 
 def present_to_past(outputs: Mapping[str, Array]) -> dict[str, Array]:
-    """The cache that came out, named as it goes in again."""
+    """The cache among the outputs of a run, under the names of the inputs of the next run."""
     return {PAST + name.removeprefix(PRESENT): value for name, value in outputs.items() if name.startswith(PRESENT)}
 
 
@@ -86,7 +86,7 @@ def _values(
     info: TensorInfo, batch: int, length: int, seed: int, rng: np.random.Generator, vocabulary: int | None
 ) -> Array:
     if info.shape is None:
-        raise UsageError(f"input {info.name!r} has no known rank, so no values can be made for it; give --inputs.")
+        raise UsageError(f"input {info.name!r} has an unknown rank, so no values can be generated; give --inputs.")
     shape = _sizes(info, batch, length)
     dtype = numpy_dtype(info.dtype)
     if is_past(info.name):
@@ -97,15 +97,15 @@ def _values(
         return _mask(shape, dtype)
     if info.name in _TOKENS or (np.issubdtype(dtype, np.integer) and vocabulary is not None):
         if vocabulary is None:
-            raise UsageError(f"the vocabulary behind input {info.name!r} is unknown; give --inputs.")
+            raise UsageError(f"input {info.name!r}: the size of the vocabulary is unknown; give --inputs.")
         return rng.integers(0, vocabulary, shape, dtype=dtype)
     if np.issubdtype(dtype, np.integer):
-        raise UsageError(f"input {info.name!r} is {info.dtype}, whose meaning cannot be guessed; give --inputs.")
+        raise UsageError(f"input {info.name!r} is {info.dtype}, and its meaning is unknown; give --inputs.")
     return _floats(shape, _character(batch, length, seed), rng).astype(dtype)
 
 
 def _mask(shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
-    """Ones; in a batch, the last one is padded at its end, so that a mask that nobody reads shows."""
+    """Ones; in a batch, the last row ends in padding, so that a model that ignores the mask is detected."""
     mask = np.ones(shape, dtype)
     if len(shape) == 2 and shape[0] > 1 and shape[1] >= _PADDED_FROM:
         mask[-1, -_PADDING:] = 0
@@ -123,7 +123,7 @@ def _cast(array: Array, dtype: str) -> Array:
 
 
 def _character(batch: int, length: int, seed: int) -> int:
-    """The index of the character of floats that `make_feeds` lists."""
+    """The index of the kind of floats, in the order in which `make_feeds` lists them."""
     own = 0 if batch > 1 else 1 if length > 2 else 2
     return (own + seed) % 3
 
@@ -144,7 +144,7 @@ def _sizes(info: TensorInfo, batch: int, length: int) -> list[int]:
 
 
 def _size(dim: str | None, index: int, batch: int, length: int) -> int:
-    """The size of an open dim by its name, such as `past_sequence_length + 1`: nothing is past yet."""
+    """The size of a dynamic dim by its name, such as `past_sequence_length + 1`: the past has length 0."""
     parts = [part.strip() for part in (dim or "").split("+")]
     if any("past" in part for part in parts):
         left = [part for part in parts if "past" not in part]

@@ -1,4 +1,4 @@
-"""Tokenizers: of an exported folder, of a model's folder, of the hub, and of the addition task."""
+"""Load tokenizers (`load_tokenizer`): from an exported folder, a model's folder, the hub, or the addition task."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Tokenizer(Protocol):
         """The token ids of a text; at least one.
 
         Raises:
-            UsageError: the text gives no token, or holds what the tokenizer cannot read.
+            UsageError: the text has no tokens, or it contains characters that the tokenizer does not support.
         """
         ...
 
@@ -33,7 +33,7 @@ class Tokenizer(Protocol):
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer, or an export whose manifest names the one of the addition task."""
+    """Whether a folder contains a tokenizer, or an export whose manifest names the addition task's tokenizer."""
     return _is_addition(folder) or any((folder / name).is_file() for name in _FILES)
 
 
@@ -41,7 +41,7 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> To
     """Load a tokenizer.
 
     Args:
-        source: a folder that holds one, a hub name, or `builtin:addition`.
+        source: a folder that contains one, a hub name, or `builtin:addition`.
         trust_remote_code: run Python code that comes with the tokenizer.
 
     Raises:
@@ -52,26 +52,26 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> To
     if str(source) == _ADDITION_MODEL or _is_addition(folder):
         return _AdditionTokenizer()
     if folder.exists() and not has_tokenizer(folder):
-        raise UsageError(f"{source} holds no tokenizer (no {' and no '.join(_FILES)}); name a folder that does.")
+        raise UsageError(f"{source} contains no tokenizer ({' or '.join(_FILES)}); name a folder that contains one.")
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise EnvironmentMissingError(
-            'reading a tokenizer needs transformers. Install it with: pip install "rmsnorm-deploy[hf]"'
+            'loading a tokenizer requires transformers. Install it with: pip install "rmsnorm-deploy[hf]"'
         ) from error
     name = str(folder) if folder.exists() else str(source)
     try:
         return _HubTokenizer(AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
-    except Exception as error:  # transformers raises many kinds; all mean that this name gives no tokenizer
+    except Exception as error:  # transformers raises many kinds; all mean that there is no tokenizer of this name
         first = " ".join(str(error).split())[:300]
-        raise UsageError(f"the tokenizer of {source} could not be loaded by transformers: {first}") from error
+        raise UsageError(f"transformers could not load the tokenizer of {source}: {first}") from error
 
 
 def token_ids(prompt: Iterable[Any]) -> list[int]:
-    """The ids of a prompt as Python's integers.
+    """The ids of a prompt as Python integers.
 
     Raises:
-        UsageError: there are none.
+        UsageError: the prompt is empty.
     """
     ids = [int(token) for token in prompt]
     if not ids:
@@ -88,7 +88,7 @@ def _is_addition(folder: Path) -> bool:
 
 
 class _AdditionTokenizer:
-    """Characters of the addition task."""
+    """The tokenizer of the addition task: one token per character."""
 
     def encode(self, text: str) -> list[int]:
         return token_ids(addition.encode([text])[0])
@@ -98,7 +98,7 @@ class _AdditionTokenizer:
 
 
 class _HubTokenizer:
-    """A tokenizer of transformers."""
+    """A tokenizer that transformers loaded."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

@@ -1,4 +1,4 @@
-"""What the checks need of either side: each norm alone, the segments between norms, and their values in a whole run."""
+"""The interface to a model's norms (`NormAccess`): run norms alone, the segments between norms, or the whole model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .activation_store import ActivationStore, Key
 
 @dataclass(frozen=True, slots=True)
 class NormFeed:
-    """What goes into one norm: x `[..., *normalized dims]`, and a gate of x's shape or None."""
+    """The inputs of one norm: x `[..., *normalized dims]`, and a gate of x's shape or None."""
 
     x: Array
     gate: Array | None = None
@@ -22,7 +22,7 @@ class NormFeed:
 
 @dataclass(frozen=True, slots=True)
 class NormResult:
-    """What comes out of one norm: y, and the sum where the norm adds a residual itself (None elsewhere)."""
+    """The outputs of one norm: y, and the sum if a residual add is fused into the norm, else None."""
 
     y: Array
     total: Array | None = None
@@ -30,17 +30,18 @@ class NormResult:
 
 @dataclass(frozen=True, slots=True)
 class CalledNorm:
-    """One call of a norm, as PyTorch makes it.
+    """One call of a norm in PyTorch.
 
     Attributes:
         key: module path and number of the call.
-        spec: what it computes, as called.
-        shape: of x.
+        spec: the formula that this call computes.
+        shape: shape of x.
         x_dtype: numpy's name of x's dtype.
-        y_dtype: of the result.
-        gate_dtype: of the gate, or None.
+        y_dtype: numpy's name of the result's dtype.
+        gate_dtype: numpy's name of the gate's dtype, or None.
         forced: whether its x can be replaced while the model runs.
-        off: how far PyTorch's result is from the float64 reference of its formula, in eps x max(|truth|, row RMS).
+        off: the largest error of PyTorch's result against the float64 reference of its formula, in
+            eps x max(|reference|, row RMS).
     """
 
     key: Key
@@ -55,12 +56,12 @@ class CalledNorm:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What goes into a segment.
+    """The inputs of a segment.
 
     Attributes:
-        keys: the norms whose values go in.
-        paths: modules of norms whose nodes lie inside the segment.
-        reads_inputs: whether the model's inputs go in too, or may do so.
+        keys: the norms whose values the segment reads.
+        paths: modules of norms whose nodes are inside the segment.
+        reads_inputs: whether the segment reads, or may read, the model's inputs too.
     """
 
     keys: list[Key]
@@ -69,12 +70,12 @@ class Sources:
 
 
 RunNorms = Callable[[Mapping[Key, NormFeed]], dict[Key, NormResult]]
-# Takes a norm's key, `x`, `y` or `gate`, and the value there; nothing is kept that it does not keep.
+# Receives a norm's key, the role (`x`, `y` or `gate`) and the value; it must copy what it keeps.
 Sink = Callable[[Key, str, Array], None]
 
 
 class NormAccess(Protocol):
-    """One side of a comparison, opened at its norms."""
+    """The norms of one side of a comparison."""
 
     @property
     def keys(self) -> list[Key]:
@@ -83,24 +84,24 @@ class NormAccess(Protocol):
 
     @property
     def problems(self) -> Mapping[str, str]:
-        """Module paths of norms that are there and cannot be opened, with the reason."""
+        """Module paths of norms that exist but cannot be accessed, with the reason."""
         ...
 
     @property
     def remarks(self) -> list[str]:
-        """How the parts are run otherwise than the whole is; for the report."""
+        """Notes for the report on differences between running the parts and running the whole model."""
         ...
 
     @property
     def unused(self) -> frozenset[Key]:
-        """Norms whose result nothing reads."""
+        """Norms whose result is not read."""
         ...
 
     def sources(self, keys: list[Key], end: Key | str) -> Sources:
-        """What goes into the segment that ends before the norm `end`, or before the output of that name.
+        """The inputs of the segment that ends at the input of the norm `end`, or at the output of that name.
 
         Args:
-            keys: the norms that are cut.
+            keys: the norms at which the model is cut.
             end: a norm, or the name of an output.
         """
         ...
@@ -117,8 +118,8 @@ class NormAccess(Protocol):
         Args:
             feeds: the model's inputs.
             keys: norms to cut at, in order of execution.
-            store: what goes in at the cuts.
-            sink: gets what arrives at each norm: `x`, and `gate` where it has one.
+            store: the values that replace each norm's x and y.
+            sink: receives the inputs of each norm: `x`, and `gate` if it has one.
 
         Returns:
             The model's outputs.
@@ -126,11 +127,11 @@ class NormAccess(Protocol):
         ...
 
     def trace(self, feeds: Mapping[str, Array], keys: list[Key], sink: Sink) -> dict[str, Array]:
-        """Run the whole model as it is; the sink gets `x` and `y` of each norm. Returns the model's outputs."""
+        """Run the whole model unchanged; the sink receives `x` and `y` of each norm. Returns the model's outputs."""
         ...
 
 
 def norm_name(key: Key) -> str:
-    """A norm's name for people: its path, with the call's number where it is not the first."""
+    """A norm's name in messages: its path, with the number of the call unless it is the first."""
     path = key[0] or "the model itself"
     return path if key[1] == 0 else f"{path} (call {key[1] + 1})"

@@ -1,4 +1,4 @@
-"""What a model has at its norms, kept on disk: a run over long inputs holds more of it than fits in memory."""
+"""Activations at a model's norms, stored on disk (`ActivationStore`), because long inputs may exceed the memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Key = tuple[str, int]
 
 
 class ActivationStore:
-    """Arrays by norm and role, in a temporary folder that goes when the context closes."""
+    """Arrays by norm and role, in a temporary folder that is removed when the context exits."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="rmsnorm-activations-")
@@ -33,18 +33,18 @@ class ActivationStore:
         self._folder.cleanup()
 
     def put(self, key: Key, role: str, array: Array) -> None:
-        """Keep an array."""
+        """Store an array."""
         path, _ = self._files.setdefault(
             (key, role), (Path(self._folder.name) / f"{len(self._files)}.npy", array.dtype == ml_dtypes.bfloat16)
         )
         np.save(path, array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array)
 
     def get(self, key: Key, role: str) -> Array:
-        """The array that was kept, mapped from its file."""
+        """The stored array, memory-mapped from its file."""
         path, is_bfloat16 = self._files[key, role]
         array = np.load(path, mmap_mode="r")
         return array.view(ml_dtypes.bfloat16) if is_bfloat16 else array
 
     def has(self, key: Key, role: str) -> bool:
-        """Whether there is such an array."""
+        """Whether an array is stored for this norm and role."""
         return (key, role) in self._files

@@ -1,4 +1,4 @@
-"""Inputs that bring out what a norm does wrong: rows of several kinds, each of which some fault cannot pass."""
+"""Adversarial inputs for a norm (`adversarial`): rows of several kinds, each of which exposes some faults."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _Maker = Callable[[np.random.Generator, int, int, NormSpec, Format], Rows]
 
 @dataclass(frozen=True, slots=True)
 class RowKind:
-    """A kind of row, and what may be asked of a norm on it.
+    """A kind of row, and the accuracy that a norm can reach on it.
 
     Attributes:
-        name: as reports show it.
-        shows: what a wrong norm does on it.
-        tame: neither overflow nor cancellation excuses an error: PyTorch's own norm must be near its formula.
-        sums_one_way: all squares are equal, or one outweighs the rest, so that the roundings of a sum taken in plain
-            order all go the same way.
+        name: the name in reports.
+        shows: the fault that it exposes.
+        tame: no overflow and no cancellation excuse an error: PyTorch's own norm must be close to its formula.
+        sums_one_way: all squares are equal, or one dominates, so that the rounding errors of a sequential sum all
+            have the same sign.
     """
 
     name: str
@@ -39,7 +39,7 @@ class RowKind:
 
 @dataclass(frozen=True, slots=True)
 class AdversarialKind(RowKind):
-    """A kind of row that is made up; `make` gives `[rows, width]` in float64."""
+    """A kind of row that is generated; `make` returns float64[rows, width]."""
 
     make: _Maker = field(kw_only=True)
 
@@ -55,7 +55,7 @@ def _outliers(rng: np.random.Generator, rows: int, width: int, spec: NormSpec, f
 
 
 def _large(rng: np.random.Generator, rows: int, width: int, spec: NormSpec, form: Format) -> Rows:
-    # 6e4 in float16; elsewhere as large as squares in float32 allow with room for their sum.
+    # 6e4 in float16; in other dtypes, so large that the sum of squares just fits float32.
     return rng.uniform(-1.0, 1.0, (rows, width)) * (6e4 if form.exponent_max == 15 else 1e15)
 
 
@@ -105,17 +105,17 @@ KINDS: tuple[AdversarialKind, ...] = (
     AdversarialKind("largest", "overflow at the edge of the dtype", make=_largest),
     AdversarialKind("NaN and Inf", "rows that leak into each other", make=_not_a_number),
 )
-# Not made up: what a norm gets while its model runs.
-AS_IT_RUNS = RowKind("as it runs", "whatever the model's own values bring out", tame=True, sums_one_way=True)
+# Not generated: the values that a norm receives while its model runs.
+AS_IT_RUNS = RowKind("as it runs", "any fault that affects the model's own values", tame=True, sums_one_way=True)
 
 
 def adversarial(norm: CalledNorm, turn: int, seed: int) -> tuple[NormFeed, Array]:
     """An input in which row r is of kind `(r + turn * rows) % len(KINDS)`.
 
     Args:
-        norm: what the input is for; a row is its normalized dims.
-        turn: as many turns as `turns(norm)` says show every kind at least once.
-        seed: of the random numbers.
+        norm: the norm that the input is for; a row is its normalized dims.
+        turn: number of the input, from 0; `turns(norm)` inputs contain every kind at least once.
+        seed: seed of the random numbers.
 
     Returns:
         The input, and the kind of each row, int64[rows].
@@ -138,12 +138,12 @@ def adversarial(norm: CalledNorm, turn: int, seed: int) -> tuple[NormFeed, Array
 
 
 def turns(norm: CalledNorm) -> int:
-    """How many inputs of the norm's shape it takes to show every kind."""
+    """The number of inputs of the norm's shape that contain every kind."""
     rows, _ = _rows(norm)
     return -(-len(KINDS) // rows) if rows else 0
 
 
 def _rows(norm: CalledNorm) -> tuple[int, int]:
-    """Rows and their width; groups of one row are of one kind."""
+    """Number of rows and their width; all groups of a row have the row's kind."""
     width = math.prod(norm.shape[len(norm.shape) - norm.spec.trailing_dims :])
     return (math.prod(norm.shape) // width if width else 0), width

@@ -1,4 +1,4 @@
-"""The check of one norm: its result on rows of every kind, held to the float64 reference beside a baseline's result."""
+"""Check one norm (`check_norm`): compare its error on rows of every kind with the error of a baseline."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from ..runners.base import Array
 from .access import CalledNorm, NormFeed
 from .adversarial_rows import AS_IT_RUNS, KINDS, RowKind
 
-# In half types a norm ends in one or two roundings, and what it does before them in float32 hardly shows; a candidate
-# that rounds once more than PyTorch does has half an ULP more. Three decimals of room are for the float32 statistics.
+# In half types the result is rounded once or twice, and errors of the float32 steps before that are negligible; a
+# candidate that rounds once more than PyTorch has half an ULP more. The margin is for the float32 statistics.
 _HALF_ULP_FACTOR, _HALF_ULP_FLOOR = 1.25, 0.6
-# Rows of each kind that are judged, at least, and elements where rows are short.
+# Minimum number of rows of each kind that are judged, and of elements if rows are short.
 _LEAST_ROWS, _ELEMENTS = 4, 1 << 13
-# Where squares are all equal, or one of them outweighs the rest, the roundings of a sum taken in plain order all go the
-# same way: ONNX Runtime's float32 norms were then off by width/128 eps, for widths of 2048 to 65,536, where PyTorch's
-# cascade loses next to nothing. Twice that is let pass.
+# If all squares are equal, or one dominates, the rounding errors of a sequential sum all have the same sign: ONNX
+# Runtime's float32 norms then had errors of width/128 eps, for widths of 2048 to 65,536, where PyTorch's cascade
+# summation has almost none. Twice that is allowed.
 _PLAIN_SUMS = 1 / 64
-# PyTorch's own norm is further from the reference than this many eps x max(|truth|, row RMS): the reference computes
-# something else. The RMS alone will not do: one of 4096 channels may be 64 times as large, and so is its rounding.
-# With float32 statistics a half type shows its roundings only; statistics in a half type add up their own.
+# If the error of PyTorch's own norm exceeds this many eps x max(|reference|, row RMS), the reference has another
+# formula. The RMS alone is too strict: one of 4096 channels may be 64 times as large, and so is its rounding error.
+# With float32 statistics, a half type has only the roundings of the result; statistics in a half type accumulate more.
 _SOUND = {"float16": 8.0, "bfloat16": 8.0, "float32": 512.0, "float64": 4096.0}
 _SOUND_IN_HALF = 128.0
 
-# A norm's result on some rows, by another way: the reference in float64, or another baseline.
+# Computes a norm's result on some rows in another way: the reference in float64, or another baseline.
 OnRows = Callable[[NormFeed], Array]
 
 
@@ -49,21 +49,21 @@ def check_norm(
 ) -> list[OutputVerdict]:
     """The verdicts on one norm's result, one for each kind of row.
 
-    As many rows of each kind are judged as say enough: rows of a norm do not depend on each other.
+    A sample of the rows of each kind is judged, because the rows of a norm are independent of each other.
 
     Args:
-        norm: what was called.
-        feed: what went in; x has the norm's shape.
-        kinds: the kind of each row, int64[rows], as `adversarial` gives it; None for what the model itself had there.
+        norm: the norm that was called.
+        feed: its inputs; x has the norm's shape.
+        kinds: the kind of each row, int64[rows], as `adversarial` returns it; None for the values of a running model.
         candidate: the result that is judged.
-        baseline: the result that it may be as far from the reference as, in x's shape.
-        reference: gives the float64 result of some rows, `[rows, *normalized dims]`.
-        baseline_name: what the baseline is called in reasons.
+        baseline: the result whose error limits the candidate's error, in x's shape.
+        reference: returns the float64 result of some rows, `[rows, *normalized dims]`.
+        baseline_name: the baseline's name in reasons.
         second_baseline: another result of some rows that is as good as the baseline's where squares overflow: a
-            candidate that fails on rows of a kind that is not tame is judged by this one.
+            candidate that fails on a kind of row that is not tame is compared with this one.
     """
     if candidate.shape != baseline.shape:
-        reason = f"expected the shape {list(baseline.shape)} that {baseline_name} gives, got {list(candidate.shape)}"
+        reason = f"expected the shape {list(baseline.shape)} of {baseline_name}, got {list(candidate.shape)}"
         return [OutputVerdict("shape", False, reason, None, None)]
     tail = norm.shape[len(norm.shape) - norm.spec.trailing_dims :]
     x, mine, own = (side.reshape(-1, *tail) for side in (feed.x, candidate, baseline))
@@ -83,30 +83,30 @@ def check_norm(
 
 
 def check_sum(total: Array, wanted: Array) -> list[OutputVerdict]:
-    """A verdict on the sum that a fused residual add hands on; none where it is right, to the bit."""
+    """A failed verdict on the sum that a fused residual add returns; an empty list if it is equal bit for bit."""
     same = total.shape == wanted.shape and np.array_equal(
         total.astype(np.float64), wanted.astype(np.float64), equal_nan=True
     )
-    return [] if same else [OutputVerdict("sum", False, "its sum is not that of its two inputs", None, None)]
+    return [] if same else [OutputVerdict("sum", False, "its second output is not the sum of its inputs", None, None)]
 
 
 def summary_of(verdicts: Sequence[OutputVerdict]) -> tuple[bool, str]:
-    """Whether a norm passed on all kinds of rows, and in one line why."""
+    """Whether a norm passed on all kinds of rows, and the reason in one line."""
     failed = [verdict for verdict in verdicts if not verdict.passed]
     if not failed:
-        return True, f"right on {len(verdicts)} kinds of rows"
+        return True, f"correct on {len(verdicts)} kinds of rows"
     names = ", ".join(dict.fromkeys(verdict.name for verdict in failed))
     return False, f"wrong on: {names}; {failed[0].name}: {failed[0].reason}"
 
 
 def _rows_by_kind(kinds: Array, width: int) -> dict[RowKind, Array]:
-    """The rows to judge of each kind; `kinds` is the kind of each row, `width` its elements."""
+    """The rows to judge, by kind; `kinds` is the kind of each row, `width` the number of elements in a row."""
     most = max(_LEAST_ROWS, _ELEMENTS // max(width, 1))
     return {kind: np.flatnonzero(kinds == number)[:most] for number, kind in enumerate(KINDS)}
 
 
 def _telling_rows(x: Array) -> Array:
-    """Rows of what a norm gets as the model runs: evenly spaced, and those with the largest and smallest values."""
+    """The rows to judge of a running model: evenly spaced ones, and those with the largest and smallest values."""
     count = len(x)
     most = max(4 * _LEAST_ROWS, 8 * _ELEMENTS // max(x[0].size, 1)) if count else 0
     if count <= most:
@@ -119,16 +119,16 @@ def _telling_rows(x: Array) -> Array:
 def judge_norm(
     kind: RowKind, norm: CalledNorm, candidate: Array, reference: Array, baseline: Array, baseline_name: str = "PyTorch"
 ) -> OutputVerdict:
-    """The verdict on one norm's result for one kind of input: that of `judge`, and for half types one on ULPs.
+    """The verdict on one norm's result for one kind of row: that of `judge`, and for half types a limit on ULPs.
 
-    It fails too when the baseline's own norm is not near the reference: then there is no truth to go by.
+    It also fails if the baseline's own norm is not close to the reference, because the reference is then not valid.
     """
     verdict = judge(kind.name, candidate, reference, baseline, baseline_name=baseline_name)
     mine, own = verdict.figures, verdict.baseline_figures
     if mine is None or own is None:
         return verdict
     dtype = baseline.dtype.name
-    # A wide weight makes a wide result of what was rounded to x's dtype.
+    # With a wide weight, the result is wide but was rounded to x's dtype before.
     rounded = norm.x_dtype if norm.spec.follows_weight and norm.x_dtype in HALF_DTYPES else dtype
     width = math.prod(norm.shape[len(norm.shape) - norm.spec.trailing_dims :])
     units = row_scale_error(errors_of(baseline, reference, None), width, format_of(rounded))
@@ -146,27 +146,27 @@ def judge_norm(
         ulp, own_ulp = (_large_ulp(side, reference) for side in (candidate, baseline))
         allowed = max(_HALF_ULP_FLOOR, _HALF_ULP_FACTOR * own_ulp)
         if ulp > allowed:
-            reason = f"error of {ulp:.3g} ULP where the result is not small, {allowed:.3g} allowed"
+            reason = f"error of {ulp:.3g} ULP in large elements, {allowed:.3g} allowed"
             return OutputVerdict(kind.name, False, f"{reason}; {baseline_name}'s own is {own_ulp:.3g} ULP", mine, own)
     return verdict
 
 
 def sound_limit(spec: NormSpec, dtype: str) -> float:
-    """How far PyTorch's own norm may be from the reference, in eps x max(|truth|, row RMS)."""
+    """The largest error that PyTorch's own norm may have against the reference, in eps x max(|reference|, row RMS)."""
     return _SOUND_IN_HALF if spec.sums_in_half and dtype in HALF_DTYPES else _SOUND[dtype]
 
 
 def no_reference(spec: NormSpec, off: float, whose: str = "PyTorch's own norm", unit: str = "eps x row scale") -> str:
-    """The reason why a norm cannot be judged: PyTorch, or whose it is, does not compute what it was recognized by."""
+    """The reason why a norm cannot be judged: PyTorch, or `whose`, does not compute the formula of the spec."""
     return (
-        f"{whose} is {off:.3g} {unit} from the formula that it was recognized by "
-        f"({spec.describe()}): there is no truth to go by"
+        f"{whose} differs by {off:.3g} {unit} from the formula that it was recognized as "
+        f"({spec.describe()}), so there is no valid reference"
     )
 
 
 def _large_ulp(array: Array, reference: Array) -> float:
-    """The largest error in ULPs among elements of at least their row's RMS: small ones may be what a bias left over,
-    or the product with a gate that is nearly shut, and have lost their digits before."""
+    """The largest error in ULPs among elements of at least their row's RMS: smaller ones may be the result of a
+    cancellation with a bias, or of a gate near zero, and may have lost their significant digits before."""
     rows = reference.reshape(len(reference), -1)
     with np.errstate(invalid="ignore"):
         large = np.isfinite(rows) & (np.abs(rows) >= np.sqrt(np.mean(np.square(rows), axis=1, keepdims=True)))
@@ -177,6 +177,6 @@ def _large_ulp(array: Array, reference: Array) -> float:
 
 
 def _size(reference: Array) -> float:
-    """The RMS of an array without what is not finite."""
+    """The RMS of the finite elements of an array."""
     finite = reference[np.isfinite(reference)]
     return float(np.sqrt(np.mean(np.square(finite)))) if finite.size else 0.0

@@ -1,4 +1,4 @@
-"""Norms cut out of a graph, wherever in it they stand: a flat model of their nodes alone, and what it is fed."""
+"""Extract norms from an ONNX graph (`cut_out`), subgraphs included, and run them alone (`run_alone`)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cut:
-    """What of a graph is cut out.
+    """The part of a graph to cut out.
 
     Attributes:
-        name: stands in the names of inputs and outputs; unique.
+        name: prefix of the names of inputs and outputs; unique.
         inputs: the values at which the cut begins, by role.
         outputs: the values that are computed, by role.
     """
@@ -40,8 +40,8 @@ class CutModel:
     """The cuts as one model.
 
     Attributes:
-        model: inputs and outputs are called `<cut>.<role>`; external data stay where they are.
-        given: the other inputs: values that come from outside of the cuts, such as weights that are graph inputs.
+        model: its inputs and outputs are named `<cut>.<role>`; external data stay where they are.
+        given: the other inputs: values from outside the cuts, such as weights that are graph inputs.
     """
 
     model: onnx.ModelProto
@@ -49,14 +49,14 @@ class CutModel:
 
 
 def cut_out(model: ir.Model, cuts: Sequence[Cut]) -> CutModel:
-    """A model of the nodes on the way back from the outputs of each cut to its inputs, each with its own copies.
+    """A model of the nodes between the inputs and the outputs of each cut; every cut has its own copies.
 
     Args:
-        model: the cuts may stand in its main graph or in bodies of control flow.
+        model: the cuts may be in its main graph or in bodies of control flow.
         cuts: any number.
 
     Raises:
-        UnsupportedError: control flow lies between the inputs and the outputs of a cut.
+        UnsupportedError: there is control flow between the inputs and the outputs of a cut.
     """
     graph = ir.Graph([], [], nodes=[], opset_imports=dict(model.opset_imports), name="cuts")
     work = _Copy(graph)
@@ -78,11 +78,11 @@ class NormPlace:
 
     Attributes:
         name: unique among the norms that are cut out together.
-        operands: x; or the two values that the norm itself sums to x.
-        gate: or None.
+        operands: x, or the two values whose sum is x if a residual add is fused into the norm.
+        gate: the gate, or None.
         y: the result.
-        total: the sum of the operands, where it is to be computed too.
-        gate_role: `x`, `x0` or `x1` where the gate is what is normalized or one of the operands; None elsewhere.
+        total: the sum of the operands if it is an output too, else None.
+        gate_role: `x`, `x0` or `x1` if the gate is the normalized value or one of the operands, else None.
         more: further values to compute, by role.
     """
 
@@ -107,10 +107,10 @@ class NormPlace:
         return Cut(self.name, inputs, {"y": self.y, **sums, **self.more})
 
     def split(self, feed: NormFeed) -> tuple[NormFeed, dict[str, Array]]:
-        """What the norm is run on, and the same by the roles of the cut's inputs.
+        """The inputs that the norm is run on, as a feed and by the roles of the cut's inputs.
 
-        Where the norm adds, x goes in as two parts whose sum is exact: every other element is in one part, and zero in
-        the other. Where it adds one value to itself, x is rounded to twice a half, which the norm's result then is for.
+        For a fused residual add, x is split into two parts whose sum is exact: each element is in one part, and zero in
+        the other. If the norm adds a value to itself, x is rounded to twice x / 2, and the feed has that x.
         """
         x, arrays = feed.x, {"x0": feed.x}
         if len(self.operands) == 2 and self.operands[0] is self.operands[1]:
@@ -127,7 +127,7 @@ class NormPlace:
 
 
 class RunCuts(Protocol):
-    """Runs norms that are cut out: arrays by role and by the cut's name, in and out."""
+    """Runs norms that are cut out; inputs and outputs are arrays by the cut's name and by role."""
 
     def __call__(self, feeds: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array]]: ...
 
@@ -139,10 +139,10 @@ def run_alone(
     """Open norms that are cut out, in one session.
 
     Args:
-        cut: of `cut_out`.
+        cut: result of `cut_out`.
         provider: see `open_runner`.
-        folder: where the external data of the graph lie, or None.
-        given: arrays for `cut.given`, by the name of the value outside.
+        folder: the folder of the graph's external data, or None.
+        given: arrays for `cut.given`, by the value's name in the original graph.
         options: see `open_runner`.
     """
     data = cut.model.SerializeToString()
@@ -170,14 +170,14 @@ class _Copy:
         self._count = 0
 
     def input(self, value: ir.Value, name: str) -> ir.Value:
-        """An input that stands for the value. Its dims are open: a cut may be run on fewer rows than the model is."""
+        """An input that replaces the value. Its dims are dynamic, because a cut may be run on fewer rows."""
         shape = None if value.shape is None else ir.Shape([None] * len(value.shape))
         made = ir.Value(name=name, type=value.type or ir.TensorType(ir.DataType.FLOAT), shape=shape)
         self._graph.inputs.append(made)
         return made
 
     def output(self, value: ir.Value, name: str) -> None:
-        """An output of its own: a copied value may be wanted twice, or be an input."""
+        """A separate output: a copied value may be an output twice, or be an input."""
         node = ir.node("Identity", [value], name=self._name("out"))
         node.outputs[0].name = name
         node.outputs[0].type = value.type
@@ -185,7 +185,7 @@ class _Copy:
         self._graph.outputs.append(node.outputs[0])
 
     def copy(self, value: ir.Value, copies: dict[ir.Value, ir.Value], cut: str) -> None:
-        """Copy what computes the value, back to values that are copied already."""
+        """Copy the nodes that compute the value, back to values that are copied already."""
         pending = [value]
         while pending:
             current = pending[-1]
@@ -205,7 +205,7 @@ class _Copy:
 
     def _node(self, node: ir.Node, copies: dict[ir.Value, ir.Value], cut: str) -> None:
         if any(attribute.type in _GRAPHS for attribute in node.attributes.values()):
-            raise UnsupportedError(f"{node.op_type} node {node.name!r} stands inside of norm {cut!r}.")
+            raise UnsupportedError(f"norm {cut!r} contains the control-flow node {node.name!r} ({node.op_type}).")
         made = ir.Node(
             node.domain, node.op_type, [None if v is None else copies[v] for v in node.inputs],
             list(node.attributes.values()), overload=node.overload, num_outputs=len(node.outputs), name=self._name("n"),
@@ -217,7 +217,7 @@ class _Copy:
         self._graph.append(made)
 
     def _outside(self, value: ir.Value) -> ir.Value:
-        """A constant by reference, or an input for what comes from elsewhere."""
+        """A constant by reference, or an input for any other value from outside the cut."""
         if value not in self._shared:
             name = self._name("given")
             if value.const_value is not None and not value.is_graph_input():
@@ -236,7 +236,7 @@ class _Copy:
 
 
 def _renamed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
-    """The tensor under another name: a tensor that stands in a graph must keep its own. External data stay external."""
+    """A copy of the tensor under another name, because the original belongs to a graph. External data stay external."""
     if isinstance(tensor, ir.ExternalTensor):
         return ir.ExternalTensor(
             tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name,
@@ -246,7 +246,7 @@ def _renamed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
 
 
 def _called(model: ir.Model, graph: ir.Graph) -> list[ir.Function]:
-    """Copies of the functions that the graph calls, directly or not."""
+    """Copies of the functions that the graph calls, directly or indirectly."""
     found: dict[ir.OperatorIdentifier, ir.Function] = {}
     pending = list(graph)
     while pending:

@@ -1,4 +1,4 @@
-"""The float64 truth of a model: the model itself, computing in float64 from end to end while a context is open."""
+"""The float64 reference of a model: `in_float64`, a context in which the model computes in float64 from end to end."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _WIDE: dict[torch.dtype, torch.dtype] = {
     torch.complex64: torch.complex128,
 }
 
-# Tensors of fewer elements are widened into memory of their own.
+# Smaller tensors are converted into newly allocated memory.
 _SMALL = 1 << 16
 
 
 class _InFloat64(TorchDispatchMode):
-    """Every operator computes in float64, whatever its operands and whatever dtype is asked for.
+    """Makes every operator compute in float64, for any dtype of its operands and any dtype that is requested.
 
-    Weights stay as they are and are widened one operator at a time, into memory that is used again: a second model in
-    float64 would need twice the memory of the first, and more time to be made than a pass through it takes. Models
-    also cast to float32 wherever they fear for half types (softmax, rotary embedding, routers, logits); in a model
-    that was merely widened these casts would throw away what the truth is for.
+    Weights are not changed; they are converted to float64 one operator at a time, into memory that is reused: a copy
+    of the model in float64 would take twice or four times its memory, and more time to make than a forward pass.
+    Models also cast to float32 where half types are not accurate enough (softmax, rotary embedding, routers, logits);
+    in a float64 copy of the model these casts would lose the precision of the reference.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class _InFloat64(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = {k: _WIDE.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
         if any(value.alias_info is not None for value in func._schema.returns):
-            return func(*args, **named)  # a view, or a write in place: nothing is computed, or in the target's dtype
+            return func(*args, **named)  # a view, or a write in place, which computes in the target's dtype
         if func is torch.ops.aten.embedding.default:
             return _wide_tensor(func(*args, **named))  # the rows that are read, not the whole table
         used = 0
@@ -64,18 +64,18 @@ class _InFloat64(TorchDispatchMode):
             used += 1
             return self._borrowed(used - 1, value)
 
-        # What takes no operand and names no dtype makes tensors of the default one.
+        # Operators without operands and without a dtype return tensors of the default dtype.
         result = tree_map(_wide_tensor, func(*tree_map(widened, args), **tree_map(widened, named)))
         return tree_map(self._own, result) if used else result
 
     def _own(self, value: Any) -> Any:
-        """The value, copied out of borrowed memory: some operators return a view and do not say so."""
+        """The value, copied out of reused memory: some operators return a view that their schema does not declare."""
         borrowed = {tensor.untyped_storage().data_ptr() for tensor in self._spare}
         is_view = isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in borrowed
         return value.clone() if is_view else value
 
     def _borrowed(self, slot: int, value: Tensor) -> Tensor:
-        """The values in float64, in memory that is free again after the operator."""
+        """The values in float64, in memory that is reused after the operator."""
         if slot == len(self._spare):
             self._spare.append(torch.empty(0, dtype=torch.float64))
         if self._spare[slot].numel() < value.numel():
@@ -86,7 +86,7 @@ class _InFloat64(TorchDispatchMode):
 
 
 class _Retried(TorchFunctionMode):
-    """Functions that refuse operands of different dtypes before any operator runs (convolutions do) get wide ones."""
+    """Retries functions that reject operands of different dtypes (such as convolutions) with float64 operands."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
@@ -105,7 +105,7 @@ def _wide_tensor(value: Any) -> Any:
 
 @contextmanager
 def in_float64(model: nn.Module) -> Iterator[None]:
-    """Let `model` compute in float64 while the context is open. Its tensors are not touched.
+    """Make `model` compute in float64 while the context is open. Its tensors are not changed.
 
     Norms still run their own code: see `exactly`.
 
@@ -113,19 +113,19 @@ def in_float64(model: nn.Module) -> Iterator[None]:
         model: in the deployment dtype, in eval mode.
     """
     with warnings.catch_warnings(), experts(model, "eager"), _Retried(), _InFloat64():
-        # (Experts: grouped products exist in float32 only.) Weights keep their dtype, and are meant to.
+        # Experts run eagerly because grouped products exist in float32 only. Weights keep their dtype on purpose.
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         yield
 
 
 def exact(call: NormCall) -> Array:
-    """The float64 reference of one call: float64 of x's shape, from the values that the call holds."""
+    """The float64 reference of one call: float64 of x's shape, computed from the call's tensors."""
     gate, weight, bias = (None if t is None else wide_array(t) for t in (call.gate, call.weight, call.bias))
     return reference(call.spec, wide_array(call.x), weight, bias, gate)
 
 
 def exactly(path: str, number: int, call: NormCall, original: Callable[[], Tensor]) -> Tensor:
-    """A visit in which every norm computes the float64 reference, which shares no code with any lowering."""
+    """A visitor for `at_norms` that replaces every norm by the float64 reference."""
     del path, number, original
     return torch.from_numpy(exact(call)).to(call.x.device)
 

@@ -1,9 +1,9 @@
-"""The norms inside an ONNX file: where each begins and ends, and the file cut apart there.
+"""The norms in an ONNX file (`GraphNorms`): locate them by the metadata on their nodes, and cut the graph at them.
 
-An exported file says on each norm's nodes which module they came from and what the norm's values are called. Two cuts
-follow from that, and neither touches the file: every norm alone, and everything between the norms. In both, a value
-that crosses a cut goes in as an input of its own and comes out as an output, so each part can be fed what PyTorch has
-there. Weights stay where they are; a part holds references to those that it reads.
+The metadata on a norm's nodes name its module and its values. The graph can be cut in two ways, without changing the
+file: every norm alone, and the segments between the norms. In both, a value that crosses a cut becomes an output of
+one part and an input of another, so that each part can be run on the values that PyTorch has there. Weights stay where
+they are; a part contains references to those that it reads.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class GraphNorm:
 
     Attributes:
         key: module path and number of the call.
-        form: `plain`, or `residual_add` where a residual add belongs to it.
+        form: `plain`, or `residual_add` if a residual add is fused into it.
         x: name of the value that is normalized.
         y: name of the result.
         gate: name of the gate, or None.
-        operands: names of what goes into its nodes as x: x itself, or the two values that a fused add sums to x.
+        operands: names of the inputs of its nodes: x itself, or the two values that a fused residual add sums to x.
         nodes: names of its nodes.
-        used: whether anything reads the result.
+        used: whether the result is read.
     """
 
     key: Key
@@ -54,12 +54,12 @@ class GraphNorm:
 
 @dataclass(slots=True)
 class Ancestry:
-    """What a value is computed from.
+    """The values that a value is computed from.
 
     Attributes:
-        values: names of cut values.
-        paths: modules that nodes on the way name as theirs.
-        reads_inputs: whether the model's inputs go in too.
+        values: names of the cut values.
+        paths: modules in the metadata of the nodes between them and the value.
+        reads_inputs: whether it depends on the model's inputs too.
     """
 
     values: set[str]
@@ -94,12 +94,12 @@ class GraphNorms:
         return [str(value.name) for value in self.model.graph.outputs]
 
     def dtype(self, name: str) -> str:
-        """numpy's name of a value's dtype; float32 where the file does not say."""
+        """numpy's name of a value's dtype; float32 if the file does not specify it."""
         dtype = self._values[name].dtype
         return "float32" if dtype is None else dtype.numpy().name
 
     def place(self, key: Key) -> NormPlace:
-        """Where a norm stands, to be cut out of `model`."""
+        """The place of a norm in `model`, for `cut_out`."""
         norm = self.norms[key]
         x, y = self._values[norm.x], self._values[norm.y]
         gate = None if norm.gate is None else self._values[norm.gate]
@@ -107,17 +107,17 @@ class GraphNorms:
         return NormPlace(cut_name(key), operands, gate, y, x if len(operands) > 1 else None)
 
     def between(self, keys: Iterable[Key], *, wanted: Iterable[Key], with_outputs: bool) -> onnx.ModelProto:
-        """What lies between the norms `keys`: their values go in as `fed_name`, and are computed anew.
+        """The segments between the norms `keys`, as a model whose inputs include their x and y, named by `fed_name`.
 
         Args:
             keys: norms whose x and y are cut.
-            wanted: of these norms, x and gate are computed.
-            with_outputs: compute the file's own outputs too.
+            wanted: norms whose x and gate are outputs of the model.
+            with_outputs: include the file's own outputs too.
         """
         model = self.model.clone()
         values = {v.name: v for v in _values(model.graph)}
         own = list(model.graph.outputs) if with_outputs else []
-        model.graph.outputs.clear()  # a cut value may be an output too; what comes out is what is computed
+        model.graph.outputs.clear()  # a cut value may be an output too: the computed value is returned then
         fed: dict[str, ir.Value] = {}
         for norm in (self.norms[key] for key in keys):
             for name in (norm.x, norm.y):
@@ -130,7 +130,7 @@ class GraphNorms:
         return _part(model, [*model.graph.inputs, *fed.values()], list(outputs.values()))
 
     def exposed(self, names: Sequence[str]) -> onnx.ModelProto:
-        """The whole model with more of its values as outputs."""
+        """The whole model with these values as additional outputs."""
         model = self.model.clone()
         values = {v.name: v for v in _values(model.graph)}
         present = set(self.output_names)
@@ -138,7 +138,7 @@ class GraphNorms:
         return ir.to_proto(model)
 
     def ancestry(self, keys: Iterable[Key], name: str) -> Ancestry:
-        """What the value `name` is computed from, when the norms `keys` are cut."""
+        """The values that the value `name` is computed from if the model is cut at the norms `keys`."""
         cut = {v for key in keys for v in (self.norms[key].x, self.norms[key].y)}
         found = Ancestry(set(), set(), False)
         pending, seen = [self._values[name]], set()
@@ -176,17 +176,17 @@ class GraphNorms:
     def _norm(self, path: str, number: int, nodes: list[ir.Node]) -> GraphNorm | str:
         cores = [node for node in nodes if VALUES_KEY in node.metadata_props and SPEC_KEY in node.metadata_props]
         if len(cores) != 1:
-            return f"its nodes in the file hold {len(cores)} main nodes where there should be one"
+            return f"expected one main node among its nodes in the file, got {len(cores)}"
         if is_quantized_norm(cores[0]):
-            return f"{QUANTIZED_OUTPUT}, so there is no result of its own to compare"
+            return f"{QUANTIZED_OUTPUT}, so it has no unquantized result to compare"
         try:
             names = json.loads(cores[0].metadata_props[VALUES_KEY])
             x, y, gate = names["x"], names["y"], names.get("gate")
         except (ValueError, KeyError, TypeError):
-            return "the names of its values in the file cannot be read"
+            return f"the metadata {VALUES_KEY} on its node cannot be read"
         lost = [name for name in (x, y, gate) if name is not None and name not in self._values]
         if lost:
-            return f"the file has no value {lost[0]!r} any more, which it names as the norm's"
+            return f"its metadata name the value {lost[0]!r}, which is missing in the file"
         group = set(nodes)
         made_here = self._values[x].producer() in group
         operands = tuple(str(v.name) for v in cores[0].inputs[:2] if v is not None) if made_here else (x,)
@@ -195,9 +195,9 @@ class GraphNorms:
             if v.producer() not in group and v.name not in (*operands, gate) and self._varies(v)
         }  # fmt: skip
         if outside:
-            return f"it also reads {', '.join(sorted(str(v.name) for v in outside))}, which the inputs decide"
+            return f"it also reads {', '.join(sorted(str(v.name) for v in outside))}, computed from the model's inputs"
         if self._values[y].producer() not in group:
-            return "the value that it names as its result is made elsewhere"
+            return "its metadata name a result that other nodes compute"
         used = bool(self._values[y].uses()) or self._values[y].is_graph_output()
         form = cores[0].metadata_props.get(FORM_KEY, "plain")
         return GraphNorm((path, number), form, x, y, gate, operands, frozenset(str(n.name) for n in nodes), used)
@@ -217,12 +217,12 @@ class GraphNorms:
 
 
 def cut_name(key: Key) -> str:
-    """What a norm is called in a model of norms alone."""
+    """The name of a norm in the model that `cut_out` returns."""
     return f"{key[0]}#{key[1]}"
 
 
 def fed_name(name: str) -> str:
-    """The input of `GraphNorms.between` that stands for the value `name`."""
+    """The name of the input that replaces the value `name` in the model of `GraphNorms.between`."""
     return name + FED
 
 
@@ -234,7 +234,7 @@ def _values(graph: ir.Graph) -> Iterable[ir.Value]:
 
 
 def _read(node: ir.Node) -> Iterable[ir.Value]:
-    """What a node reads, its subgraphs included."""
+    """The values that a node and its subgraphs read."""
     yield from (value for value in node.inputs if value is not None)
     for attribute in node.attributes.values():
         if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
@@ -245,7 +245,7 @@ def _read(node: ir.Node) -> Iterable[ir.Value]:
 
 
 def _connected(nodes: list[ir.Node]) -> list[list[ir.Node]]:
-    """Nodes in groups that hang together through their values, in graph order."""
+    """The connected components of the nodes, in graph order."""
     parent = {node: node for node in nodes}
 
     def root(node: ir.Node) -> ir.Node:
@@ -269,12 +269,12 @@ def _like(value: ir.Value, name: str) -> ir.Value:
 
 
 def _open(shape: ir.Shape | None) -> ir.Shape | None:
-    """The shape with every dim left open that is no number: cut values come from one run, whose names are gone."""
+    """The shape without the names of dynamic dims: cut values do not match the dims that the names refer to."""
     return None if shape is None else ir.Shape([dim if isinstance(dim, int) else None for dim in shape])
 
 
 def _part(model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> onnx.ModelProto:
-    """The model reduced to what `outputs` need; inputs that nothing reads go too."""
+    """The model reduced to the nodes that compute `outputs`; unused inputs are removed too."""
     graph = model.graph
     graph.outputs.clear()
     graph.outputs.extend(outputs)

@@ -1,4 +1,4 @@
-"""An ONNX model of one norm and nothing else, as a target writes it."""
+"""An ONNX model of a single norm, lowered for a target (`norm_model`)."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def norm_model(
     weight: Array | None = None,
     bias: Array | None = None,
 ) -> tuple[ir.Model, NormPlace]:
-    """An ONNX model with one norm and nothing else, lowered for `target`, and where the norm stands in it.
+    """An ONNX model of a single norm, lowered for `target`, and the norm's place in it.
 
-    Its inputs are `x` and, where the spec has a gate, `gate`, both `[rows, *width]`; its output is `y`.
+    Its inputs are `x` and, if the spec has a gate, `gate`, both `[rows, *width]`; its output is `y`.
 
     Args:
         spec: what the norm computes.
         width: the normalized trailing dims.
         dtype: of x, gate and y: `float32`, `float16`, `bfloat16` or `float64`.
         target: one of the lowering table's targets.
-        weight: of `dtype`, broadcastable to `width`; needed exactly when the spec has a weight.
-        bias: like weight; needed exactly when the spec has a bias.
+        weight: of `dtype`, broadcastable to `width`; required if and only if the spec has a weight.
+        bias: like weight; required if and only if the spec has a bias.
 
     Returns:
-        The model, and its norm, called `norm`.
+        The model, and its norm, named `norm`.
 
     Raises:
-        UsageError: unknown target.
-        UnsupportedError: the target cannot do this norm.
+        UsageError: the target is unknown.
+        UnsupportedError: the target does not support this norm.
     """
     import onnx_ir as ir
 

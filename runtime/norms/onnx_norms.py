@@ -1,4 +1,4 @@
-"""The norms of an ONNX file in ONNX Runtime: each alone, the segments between them, and their values as it runs."""
+"""`NormAccess` for an ONNX file in ONNX Runtime (`OnnxNorms`)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from .graph_norms import GraphNorms, cut_name, fed_name
 
 
 class OnnxNorms:
-    """An ONNX file opened at its norms; see `NormAccess`.
+    """The norms of an ONNX file; see `NormAccess`.
 
     Args:
         path: the file.
         provider: see `open_runner`.
-        window: norms whose values are held at a time; None for all. Fewer need less memory and more sessions.
+        window: number of norms whose values are in memory at a time; None for all. A smaller window takes less memory
+            and more sessions.
     """
 
     def __init__(self, path: Path, provider: str, window: int | None = None) -> None:
@@ -42,19 +43,19 @@ class OnnxNorms:
 
     @property
     def problems(self) -> Mapping[str, str]:
-        """Norms whose nodes are there but cannot be cut out."""
+        """Norms that are in the file but cannot be cut out, with the reason."""
         return self._graph.problems
 
     @property
     def remarks(self) -> list[str]:
-        """How the parts are run otherwise than the whole file is."""
+        """See `NormAccess.remarks`."""
         if not self._large:
             return []
-        return ["the file is large: its parts were run without repacking weights for the kernels, which opens at once"]
+        return ["the file is large: its parts were run without repacking weights for the kernels, to save time"]
 
     @property
     def unused(self) -> frozenset[Key]:
-        """Norms whose result nothing reads."""
+        """Norms whose result is not read."""
         return frozenset(key for key, norm in self._graph.norms.items() if not norm.used)
 
     def sources(self, keys: list[Key], end: Key | str) -> Sources:
@@ -66,7 +67,7 @@ class OnnxNorms:
 
     @contextmanager
     def alone(self, keys: Iterable[Key]) -> Iterator[RunNorms]:
-        """See `NormAccess.alone`. A fused residual add gets x in two parts that sum to it exactly."""
+        """See `NormAccess.alone`. A fused residual add receives x as two parts whose sum is exactly x."""
         places = {key: self._graph.place(key) for key in keys}
         cut = cut_out(self._graph.model, [place.cut() for place in places.values()])
         with run_alone(cut, self._provider, self._path.parent, **self._options) as run_cuts:
@@ -82,7 +83,7 @@ class OnnxNorms:
     def between(
         self, feeds: Mapping[str, Array], keys: list[Key], store: ActivationStore, sink: Sink
     ) -> dict[str, Array]:
-        """See `NormAccess.between`. Each window is a session that loads the weights of its part of the model only."""
+        """See `NormAccess.between`. Each window is one session, which loads only the weights of its part."""
         outputs: dict[str, Array] = {}
         for wanted in self._windows(keys):
             last = wanted[-1:] == keys[-1:]
@@ -96,7 +97,7 @@ class OnnxNorms:
         return outputs
 
     def trace(self, feeds: Mapping[str, Array], keys: list[Key], sink: Sink) -> dict[str, Array]:
-        """See `NormAccess.trace`. The whole file runs once for each window, with that window's values as outputs."""
+        """See `NormAccess.trace`. The whole file runs once per window, with the window's values as outputs."""
         outputs: dict[str, Array] = {}
         for part in self._windows(keys):
             norms = [self._graph.norms[key] for key in part]
@@ -109,7 +110,7 @@ class OnnxNorms:
         return outputs
 
     def _windows(self, keys: Sequence[Key]) -> list[list[Key]]:
-        """The norms in windows; one that is empty where there is no norm, so that the outputs are computed."""
+        """The norms in windows; one empty window if there are no norms, so that the outputs are computed."""
         size = self._window or max(len(keys), 1)
         return [list(keys[first : first + size]) for first in range(0, max(len(keys), 1), size)]
 

@@ -1,4 +1,4 @@
-"""The norms of a PyTorch model while it runs: seen, fed, and run alone."""
+"""`NormAccess` for a PyTorch model (`TorchNorms`), and the norms that a run calls (`survey_norms`)."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Survey:
 
 
 def survey_norms(model: nn.Module, runner: Runner, recognition: Recognition, feeds: Mapping[str, Array]) -> Survey:
-    """Run a model once and look at every call of a norm.
+    """Run a model once and record every call of a norm.
 
     Args:
-        model: in eval mode.
-        runner: runs it.
+        model: the module, in eval mode.
+        runner: a runner of the module.
         recognition: its norms.
         feeds: its inputs.
     """
@@ -64,13 +64,13 @@ def survey_norms(model: nn.Module, runner: Runner, recognition: Recognition, fee
 
 
 class TorchNorms:
-    """A PyTorch model opened at its norms; see `NormAccess`.
+    """The norms of a PyTorch model; see `NormAccess`.
 
     Args:
         model: the module, in eval mode.
-        runner: runs it.
+        runner: a runner of the module.
         recognition: its norms.
-        called: the norms that `survey_norms` met.
+        called: the norms that `survey_norms` recorded.
     """
 
     def __init__(
@@ -83,31 +83,31 @@ class TorchNorms:
 
     @property
     def keys(self) -> list[Key]:
-        """The norms that the survey met, in order of execution."""
+        """The norms that the survey recorded, in order of execution."""
         return list(self._called)
 
     @property
     def problems(self) -> Mapping[str, str]:
-        """None: every recognized norm can be opened."""
+        """Always empty: every recognized norm can be accessed."""
         return {}
 
     @property
     def remarks(self) -> list[str]:
-        """None: norms run in the model itself."""
+        """Always empty: norms run in the model itself."""
         return []
 
     @property
     def unused(self) -> frozenset[Key]:
-        """None are known: PyTorch does not tell who reads a result."""
+        """Always empty: in PyTorch it is unknown which modules read a result."""
         return frozenset()
 
     def sources(self, keys: list[Key], end: Key | str) -> Sources:
-        """PyTorch does not tell what a value was computed from: the norm before it in time."""
+        """The norm that ran before the end: in PyTorch the actual inputs of a segment are unknown."""
         at = keys.index(end) if not isinstance(end, str) else len(keys)
         return Sources(keys[max(at - 1, 0) : at])
 
     def trace_reference(self, feeds: Mapping[str, Array], keys: list[Key], sink: Sink) -> dict[str, Array]:
-        """As `trace`, with the float64 reference in the place of every norm; to be called inside `in_float64`."""
+        """Like `trace`, but every norm is replaced by the float64 reference; call it inside `in_float64`."""
 
         def visit(path: str, number: int, call: NormCall, original: Callable[[], Tensor]) -> Tensor:
             y = exact(call)
@@ -121,15 +121,15 @@ class TorchNorms:
     def write_reference(
         self, feeds: Mapping[str, Array], store: ActivationStore
     ) -> tuple[dict[str, Array], dict[Key, float]]:
-        """Run in float64, rounding at every norm to what the deployed model can hold there.
+        """Run in float64, and round each norm's values to the dtypes of the deployed model.
 
-        To be called inside `in_float64`. The store gets, for each norm, what arrives (`x`, `gate`) and
-        what it computes (`y`) in float64, and all three as rounded (`fed_x`, ...). The model goes on with the rounded
-        x and y: every segment starts from values that the deployment dtype holds exactly, so its truth is exact.
+        Call it inside `in_float64`. For each norm the store receives its inputs (`x`, `gate`) and its result (`y`) in
+        float64, and all three rounded (`fed_x`, ...). The model continues with the rounded x and y: every segment
+        starts from values that the deployment dtype represents exactly, so its reference is exact.
 
         Returns:
-            The outputs, computed from the last norms' rounded values; and how far each norm's own code in float64 is
-            from the reference, in max(|truth|, row RMS), beyond what its epsilon could account for.
+            The outputs, computed from the last norms' rounded values; and for each norm the difference between its own
+            code in float64 and the reference, in max(|reference|, row RMS), less what its epsilon could explain.
         """
         disagreements: dict[Key, float] = {}
 
@@ -178,7 +178,7 @@ class TorchNorms:
     def between(
         self, feeds: Mapping[str, Array], keys: list[Key], store: ActivationStore, sink: Sink
     ) -> dict[str, Array]:
-        """See `NormAccess.between`; one run does for any number of norms."""
+        """See `NormAccess.between`; a single run is enough for any number of norms."""
 
         def visit(path: str, number: int, call: NormCall, original: Callable[[], Tensor]) -> Tensor:
             key = (path, number)
@@ -212,7 +212,7 @@ class TorchNorms:
 
 
 def _force(call: NormCall, info: CalledNorm, store: ActivationStore) -> None:
-    """Let the model go on with the store's x: in place, so that a residual stream goes on with it too."""
+    """Replace x by the store's x, in place, so that the residual stream changes too."""
     if info.forced:
         call.x.copy_(to_torch(store.get(info.key, "fed_x")))
 
@@ -223,13 +223,13 @@ def _rounded(array: Array, dtype: str) -> Array:
 
 
 def _distance(spec: NormSpec, own: Array, wanted: Array, excused: Array | float = 0.0) -> float:
-    """The largest difference of what is finite in `own`, in eps(own's dtype) x max(|wanted|, row RMS); less `excused`.
+    """The largest difference in the finite elements of `own`, in eps(own's dtype) x max(|wanted|, row RMS).
 
     Args:
-        spec: says how many trailing dims are a row.
+        spec: specifies how many trailing dims are a row.
         own: a norm's result.
         wanted: the reference, of the same shape.
-        excused: a part of the result's size that each row may differ by, in the same units.
+        excused: a difference in the same units, by row, that is subtracted.
     """
     width = math.prod(own.shape[own.ndim - spec.trailing_dims :])
     units = row_scale_error(errors_of(own, wanted, None), width, format_of(own.dtype)).reshape(own.shape) - excused
@@ -238,9 +238,9 @@ def _distance(spec: NormSpec, own: Array, wanted: Array, excused: Array | float 
 
 
 def _disagreement(call: NormCall, own: Array, wanted: Array) -> float:
-    """How far a norm's own float64 result is from the reference, in max(|wanted|, row RMS).
+    """The difference between a norm's own float64 result and the reference, in max(|wanted|, row RMS).
 
-    Modules may take epsilon from their dtype, so what another epsilon could account for is left out.
+    Modules may take epsilon from their dtype, so a difference that another epsilon could explain is subtracted.
     """
     spec, eps = call.spec, float(np.finfo(np.float64).eps)
     if not spec.eps:
@@ -250,5 +250,5 @@ def _disagreement(call: NormCall, own: Array, wanted: Array) -> float:
         squares = squares.reshape(*squares.shape[:-1], squares.shape[-1] // spec.group_size, spec.group_size)
     mean = np.mean(squares, axis=tuple(range(-spec.trailing_dims, 0)), keepdims=True)
     if spec.group_size is not None:
-        mean = np.min(mean, axis=-2, initial=np.inf)  # the smallest group of a row feels epsilon most
+        mean = np.min(mean, axis=-2, initial=np.inf)  # epsilon affects the smallest group of a row most
     return eps * _distance(spec, own, wanted, spec.eps / (mean + spec.eps) / eps)

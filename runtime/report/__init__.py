@@ -1,1 +1,9 @@
-"""Validation reports as HTML and JUnit."""
+"""Write the report of a validation as HTML or JUnit XML, read it again, and compare two results.
+
+html: `render` and `write`, one HTML page.
+junit: `render` and `write`, JUnit XML for CI systems.
+plots: `depth` and `histogram`, the plots of the HTML page as SVG.
+text: numbers and names as text, and `write_text`.
+report_file: `read_report`, and the schemas of the reports.
+compare: `compare`, for two files of arrays or two reports.
+"""

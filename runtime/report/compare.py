@@ -1,4 +1,4 @@
-"""Holding two results against each other: two files of arrays, or two reports."""
+"""Compare two results (`compare`): two files of arrays, or two reports."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from .printed import print_comparison
 from .report_file import read_report
 
 SCHEMA = "rmsnorm_deploy.compare/1"
-# A figure is listed when it changed by more than this factor; each figure with the size below which it is rounding.
+# A statistic is listed if it changed by more than this factor; below the given size, a change is only rounding.
 FACTOR = 2.0
 _FIGURES = {"max_ulp": 0.0, "mean_ulp": 0.0, "p999_ulp": 0.0, "max_abs": 0.0, "max_rel_row": 0.0, "kl": 1e-12}
 _ABSENT = "-"
 
 
 class _Row(NamedTuple):
-    """What is compared of a row."""
+    """The compared parts of a row."""
 
     passed: bool
     reason: str | None
@@ -44,11 +44,11 @@ class _Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ArrayComparison(Shown):
-    """Arrays held against reference arrays.
+    """The comparison of arrays with reference arrays.
 
     Attributes:
-        reference: the file held to be right.
-        candidate: the file held against it.
+        reference: the file with the reference arrays.
+        candidate: the file that is compared with it.
         rows: one verdict for each array of either file, those of the reference first.
     """
 
@@ -80,16 +80,16 @@ class ArrayComparison(Shown):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One row, figure or setting that differs.
+    """One row, statistic or setting that differs.
 
     Attributes:
         kind: `output`, `norm`, `norm input`, `segment` or `report`; for settings the part of the report.
-        name: of the row, or the dotted key.
-        before: in the first report.
-        after: in the second.
-        figure: name of the figure, where one changed.
-        ratio: after over before, where a figure changed.
-        reason: the second report's, where a verdict changed.
+        name: name of the row, or the dotted key.
+        before: value in the first report.
+        after: value in the second report.
+        figure: name of the statistic, if one changed.
+        ratio: after divided by before, if a statistic changed.
+        reason: reason in the second report, if a verdict changed.
     """
 
     kind: str
@@ -101,7 +101,7 @@ class Change:
     reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What is known, as JSON values."""
+        """The fields that are not None, as JSON values."""
         known = {"kind": self.kind, "name": self.name, "before": self.before, "after": self.after}
         more = {"figure": self.figure, "ratio": self.ratio, "reason": self.reason}
         known.update({name: value for name, value in more.items() if value is not None})
@@ -110,15 +110,15 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class ReportComparison(Shown):
-    """A report held against an earlier one.
+    """The comparison of a report with an earlier one.
 
     Attributes:
         reference: the earlier report's file.
-        candidate: the later one's.
-        verdicts: rows whose verdict changed, and the report's own.
-        missing: rows of the reference that the candidate lacks.
+        candidate: the later report's file.
+        verdicts: rows whose verdict changed, and the report's own verdict.
+        missing: rows of the reference that are missing in the candidate.
         added: rows that only the candidate has.
-        figures: figures that became more than `FACTOR` times larger or smaller.
+        figures: statistics that became more than `FACTOR` times larger or smaller.
         settings: settings and provenance that differ.
     """
 
@@ -157,23 +157,23 @@ class ReportComparison(Shown):
 def compare(
     reference: str | Path, candidate: str | Path, limits: Mapping[str, Limits] | None = None
 ) -> ArrayComparison | ReportComparison:
-    """Hold a result against a reference.
+    """Compare a result with a reference.
 
     Arrays (.npz or .safetensors) are compared by name. Without limits, floating-point arrays of one dtype may differ
-    by the floors of `TOLERANCES`, a few roundings relative to the row; where the dtypes differ, the reference rounded
-    to the coarser of the two is the baseline, as PyTorch is in a validation. Integers and booleans must be equal.
-    bfloat16 that was widened to float32 to be stored counts as float32; give limits for it.
+    by the floors of `TOLERANCES`, a few roundings relative to the row; if the dtypes differ, the baseline is the
+    reference rounded to the coarser dtype. Integers and booleans must be equal. bfloat16 values that were stored as
+    float32 are treated as float32; give limits for them.
 
-    Reports (.json) are compared row by row: what passed must still pass, and no row may be missing.
+    Reports (.json) are compared row by row: a row that passed must still pass, and no row may be missing.
 
     Args:
-        reference: the file held to be right, or the earlier report.
-        candidate: the file held against it.
+        reference: the file with the reference arrays, or the earlier report.
+        candidate: the file that is compared with it.
         limits: explicit limits by the name of the array, see `parse_limits`; not for reports.
 
     Raises:
-        UsageError: a file cannot be read, the two are not of one kind, a report is of a version that is not read, or
-            the limits name an array that does not exist.
+        UsageError: a file cannot be read, the two are not of one kind, a report has an unsupported version, or the
+            limits name an array that does not exist.
     """
     paths = Path(reference).expanduser(), Path(candidate).expanduser()
     are_reports = [path.suffix == ".json" for path in paths]
@@ -185,7 +185,7 @@ def compare(
     if not are_reports[0]:
         return _compare_arrays(paths[0], paths[1], limits or {})
     if limits:
-        raise UsageError("limits are for arrays; reports hold verdicts that are taken already.")
+        raise UsageError("limits are for arrays; the verdicts of reports cannot be changed. Omit the limits.")
     return _compare_reports(*paths)
 
 
@@ -206,7 +206,7 @@ def _compare_arrays(reference: Path, candidate: Path, limits: Mapping[str, Limit
     wanted, found = read_arrays(reference), read_arrays(candidate)
     names = list(dict.fromkeys((*wanted, *found)))
     if not names:
-        raise UsageError(f"{reference} and {candidate} hold no arrays, so there is nothing to compare.")
+        raise UsageError(f"{reference} and {candidate} contain no arrays, so there is nothing to compare.")
     check_limits(limits, names)
     rows = []
     for name in names:
@@ -214,7 +214,7 @@ def _compare_arrays(reference: Path, candidate: Path, limits: Mapping[str, Limit
             rows.append(_compare_array(name, wanted[name], found[name], limits_of(limits, name)))
         else:
             lacking, other = (reference, candidate) if name in found else (candidate, reference)
-            rows.append(OutputVerdict(name, False, f"{lacking} lacks this array, which {other} has", None, None))
+            rows.append(OutputVerdict(name, False, f"missing in {lacking}, but present in {other}", None, None))
     return ArrayComparison(reference, candidate, rows)
 
 
@@ -245,8 +245,8 @@ def _compare_reports(reference: Path, candidate: Path) -> ReportComparison:
     before, after = _whole_report(reference), _whole_report(candidate)
     if before["schema"] != after["schema"]:
         raise UsageError(
-            f"{reference} is a report of {before['schema']}, {candidate} one of {after['schema']}; compare two of one "
-            "kind."
+            f"{reference} has the schema {before['schema']}, {candidate} has {after['schema']}; compare two reports of "
+            "one schema."
         )
     result = ReportComparison(reference, candidate)
     rows, new_rows = _rows(reference, before), _rows(candidate, after)
@@ -271,12 +271,12 @@ def _compare_reports(reference: Path, candidate: Path) -> ReportComparison:
 def _whole_report(path: Path) -> dict[str, Any]:
     content = read_report(path)
     if content.get("verdict") not in ("pass", "fail") or "outputs" not in content:
-        raise UsageError(f"{path} is no whole report: it lacks its verdict or its outputs. Write it again.")
+        raise UsageError(f"{path} is not a complete report: its verdict or its outputs are missing. Write it again.")
     return content
 
 
 def _rows(path: Path, report: Mapping[str, Any]) -> dict[tuple[str, str], _Row]:
-    """Every row of a report by its kind and name; names that come again are numbered."""
+    """Every row of a report by its kind and name; repeated names are numbered."""
     found: dict[tuple[str, str], _Row] = {}
     seen: Counter[tuple[str, str]] = Counter()
     try:
@@ -284,9 +284,7 @@ def _rows(path: Path, report: Mapping[str, Any]) -> dict[tuple[str, str], _Row]:
             seen[kind, name] += 1
             found[kind, name if seen[kind, name] == 1 else f"{name} ({seen[kind, name]})"] = _row(row)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"{path} has a row that is not as it was written ({error}); write the report again."
-        ) from error
+        raise UsageError(f"{path} contains an invalid row ({error}); write the report again.") from error
     return found
 
 

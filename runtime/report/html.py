@@ -1,6 +1,6 @@
-"""A validation report as one HTML file that opens from disk, without a network, and needs nothing beside it.
+"""Write a validation report as one self-contained HTML page (`render`, `write`), which can be opened offline.
 
-What is in the report is put in the page's order here; `report.html.j2` says how it looks.
+This module prepares the content of the page; the template `report.html.j2` defines its appearance.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _SHOWN = ("max_ulp", "mean_ulp", "p999_ulp", "max_rel_row", "differing", "top1_agreement", "kl")
 _HISTOGRAMS = 4
 _WORST = 30
-# Where PyTorch is off by more than this share of the row's RMS, its result has nothing to do with the truth.
+# If PyTorch's error exceeds this share of the row's RMS, its result is not meaningful.
 _LOST = 0.25
 
 Row = Mapping[str, Any]
@@ -34,7 +34,7 @@ def render(report: Mapping[str, Any]) -> str:
 
     Args:
         report: a report of schema `rmsnorm_deploy.validate/3` or `rmsnorm_deploy.bisect/2`. `schema`, `verdict` and
-            `outputs` must be there; sections that are missing or empty are left out.
+            `outputs` are required; sections that are missing or empty are omitted.
 
     Raises:
         EnvironmentMissingError: jinja2 or matplotlib is not installed.
@@ -54,7 +54,7 @@ def write(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def check_installed() -> None:
-    """Say now, and not after a long run, that a report cannot be written.
+    """Check before a long run that an HTML report can be written.
 
     Raises:
         EnvironmentMissingError: jinja2 or matplotlib is not installed.
@@ -91,20 +91,20 @@ def _plots() -> ModuleType:
 
 def _missing(package: str, error: ImportError) -> EnvironmentMissingError:
     return EnvironmentMissingError(
-        f"an HTML report needs {package}, which cannot be imported ({error}). Install it with: "
+        f"an HTML report requires {package}, which cannot be imported ({error}). Install it with: "
         'pip install "rmsnorm-deploy[report]", or write the report as JSON or JUnit.'
     )
 
 
 def _breakable(text: str) -> str:
-    """A path as HTML that a browser may break after dots, slashes and underscores."""
+    """A path as HTML that a browser may wrap after dots, slashes and underscores."""
     from markupsafe import Markup, escape
 
     return Markup(re.sub(r"([./_])(?=\w)", r"\1<wbr>", str(escape(text))))
 
 
 def _view(report: Mapping[str, Any], plots: ModuleType) -> dict[str, Any]:
-    """What the template shows, with every list there."""
+    """The variables of the template; missing lists are empty."""
     lists = ("norms", "segments", "depth", "culprits", "notes", "refusals", "deviations")
     view: dict[str, Any] = {name: report.get(name) or [] for name in ("outputs", *lists)}
     norms = [_norm(row) for row in view["norms"]]
@@ -136,12 +136,12 @@ def _view(report: Mapping[str, Any], plots: ModuleType) -> dict[str, Any]:
 
 
 def _figured(row: Row) -> dict[str, Any]:
-    """A judged row whose figures have every key that the page shows, None where nothing was measured."""
+    """A row whose statistics have every key that the page shows, None if it was not measured."""
     filled = {}
     for name in ("figures", "baseline_figures"):
         figures = row.get(name) or {}
         filled[name] = {key: figures.get(key) for key in _SHOWN}
-        # Three digits of a cosine near 1 say nothing; rounding may push it a little beyond.
+        # Three digits of a cosine near 1 are all 9, so 1 - cosine is shown; rounding may make it slightly negative.
         cosine = figures.get("cosine")
         filled[name]["apart"] = None if cosine is None else max(0.0, 1.0 - float(cosine))
     return {**row, **filled}
@@ -154,13 +154,13 @@ def _norm(row: Row) -> dict[str, Any]:
 
 
 def _telling(row: Row) -> tuple[bool, float]:
-    """By which the kind of input to show is chosen: one on which PyTorch itself is lost tells nothing."""
+    """The sort key for the kind of input to show: kinds on which PyTorch's result is meaningful come first."""
     own = (row.get("baseline_figures") or {}).get("max_rel_row")
     return own is None or float(own) < _LOST, _max_ulp(row)
 
 
 def _max_ulp(row: Row) -> float:
-    """The largest error, for sorting: what could not be measured comes before everything."""
+    """The largest error, for sorting: infinity if it could not be measured."""
     value = (row.get("figures") or {}).get("max_ulp")
     number = math.inf if value is None else float(value)
     return math.inf if math.isnan(number) else number
@@ -182,7 +182,7 @@ def _histograms(outputs: Sequence[Row], plots: ModuleType) -> list[dict[str, Any
 
 
 def _worst(view: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
-    """The elements furthest off: first those of what failed, then by ULP."""
+    """The elements with the largest errors: first those of failed rows, then in descending order of ULPs."""
     judged = [(f"{row['case']}, {row['name']}", row) for row in view["outputs"]]
     judged += [(f"{label(row)}, {kind['kind']}", kind) for row in view["norms"] for kind in row.get("inputs") or []]
     judged += [(row["name"], row) for row in view["segments"]]

@@ -1,8 +1,8 @@
-"""A validation report as JUnit XML, for CI systems: one test case for each output, norm and segment.
+"""Write a validation report as JUnit XML for CI systems (`render`, `write`): a test case per output, norm, segment.
 
-The file meets both schemas in use, the strict one of Ant's JUnitReport task (github.com/windyroad/JUnit-Schema) and
-junit-10 of Jenkins' xUnit plugin. The first is why `testsuites` has no attributes, why every suite has `package`,
-`id`, `hostname`, `system-out` and `system-err`, and why timestamps have no time zone.
+The file conforms to both common schemas, the strict one of Ant's JUnitReport task (github.com/windyroad/JUnit-Schema)
+and junit-10 of Jenkins' xUnit plugin. The first requires that `testsuites` has no attributes, that every suite has
+`package`, `id`, `hostname`, `system-out` and `system-err`, and that timestamps have no time zone.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from xml.etree import ElementTree as ET
 from .text import clean, command, label, plain, short, write_text
 
 _FIGURES = ("max_ulp", "mean_ulp", "p999_ulp", "max_abs", "max_rel_row", "cosine", "differing", "count")
-# Where a report has no time of its own: the schema wants one, and the same report must give the same file.
+# For a report without a time: the schema requires one, and the same report must give the same file.
 _NO_TIME = "1970-01-01T00:00:00+00:00"
 
 
 class _Case(NamedTuple):
-    """One test case; `failure` holds the message and the text of one that failed."""
+    """One test case; `failure` is the message and the text of a failed case, else None."""
 
     name: str
     failure: tuple[str, str] | None
@@ -34,9 +34,8 @@ def render(report: Mapping[str, Any]) -> str:
         report: a report of schema `rmsnorm_deploy.validate/3` or `rmsnorm_deploy.bisect/2`.
 
     Returns:
-        The XML with its declaration. Suites `outputs`, `norms` and `segments`, each left out when it has no case. A
-        failing report none of whose parts failed gets a failing case `verdict`, so that no CI system takes it for a
-        pass.
+        The XML with its declaration. Suites `outputs`, `norms` and `segments`, each omitted if it has no case. If the
+        report failed but none of its parts did, a failed case `verdict` is added, so that CI systems report a failure.
     """
     suites = {
         "outputs": [_output(row) for row in report["outputs"]],
@@ -84,7 +83,7 @@ def _add_suite(root: ET.Element, name: str, cases: list[_Case], report: Mapping[
     for key, value in _properties(report):
         ET.SubElement(properties, "property", {"name": clean(key), "value": clean(value)})
     for case in cases:
-        # Jenkins takes what is before the last dot of a class name for the package.
+        # Jenkins uses the part before the last dot of a class name as the package.
         attributes = {"classname": f"{title}.{name}", "name": clean(case.name), "time": "0"}
         element = ET.SubElement(suite, "testcase", attributes)
         if case.failure is not None:
@@ -130,7 +129,7 @@ def _case(name: str, row: Mapping[str, Any], details: str) -> _Case:
 
 
 def _figures(row: Mapping[str, Any]) -> str:
-    """The main figures, a line for the candidate and one for PyTorch; nothing where nothing was measured."""
+    """The main statistics, a line for the candidate and one for PyTorch; empty if nothing was measured."""
     lines = []
     for who, key in (("candidate", "figures"), ("PyTorch", "baseline_figures")):
         figures = row.get(key)
@@ -140,5 +139,5 @@ def _figures(row: Mapping[str, Any]) -> str:
 
 
 def _figure(key: str, value: float | str) -> str:
-    # Three digits would hide how far a cosine is from 1, and round a count.
+    # Three digits are too few for a cosine near 1, and would round a count.
     return f"{key} {plain(value) if key in ('cosine', 'differing', 'count') else short(value)}"

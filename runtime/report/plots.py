@@ -1,7 +1,7 @@
-"""Plots of a report as inline SVG: drawn by matplotlib, colored by the page's CSS variables.
+"""The plots of a report as inline SVG (`depth`, `histogram`), drawn by matplotlib, with the page's CSS colors.
 
-No text of a report goes through matplotlib (which would read `$` and `_` as mathematics); names of norms become
-`<title>` elements, the tooltips of browsers, afterwards.
+No text of a report is passed to matplotlib (which would interpret `$` and `_` as mathematics); names of norms are
+added afterwards as `<title>` elements, the tooltips of browsers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .text import clean, label, short
 
-# Colors that stand for a CSS variable of the page; matplotlib knows only literal ones.
+# Placeholder colors, each replaced by a CSS variable of the page; matplotlib accepts only literal colors.
 _CANDIDATE, _BASELINE, _INK, _LINE, _FAIL = "#010101", "#010102", "#010103", "#010104", "#010105"
 _VARIABLES = {
     _CANDIDATE: "var(--candidate)",
@@ -31,7 +31,7 @@ _VARIABLES = {
     _FAIL: "var(--fail)",
 }
 _STYLE = {
-    "svg.fonttype": "none",  # text stays text: it takes the page's font, and can be searched and copied
+    "svg.fonttype": "none",  # keep text as text: it uses the page's font, and can be searched and copied
     "svg.hashsalt": "rmsnorm-deploy",
     "path.simplify": False,
     "font.size": 11.0,
@@ -62,10 +62,10 @@ def depth(rows: Sequence[Mapping[str, Any]], culprits: Iterable[str], prefix: st
     Args:
         rows: the report's `depth`, at least one row.
         culprits: paths of norms to mark with a vertical line.
-        prefix: put before every id, so that several figures can share a page.
+        prefix: prefix of every id, so that a page can contain several figures.
 
     Returns:
-        An `<svg>` element. Every row has a band of full height whose tooltip names the norm and its figures.
+        An `<svg>` element. Every row has a band of full height whose tooltip shows the norm and its errors.
     """
     with style.context(["default", _STYLE]):
         figure = Figure(figsize=(13.0, 4.0), layout="constrained")
@@ -98,9 +98,9 @@ def histogram(candidate: Mapping[str, Any], baseline: Mapping[str, Any] | None, 
     """Shares of the elements by ULP error, candidate beside PyTorch, on a log scale.
 
     Args:
-        candidate: the `histogram` of the candidate's figures.
-        baseline: the same of PyTorch's figures, or None.
-        prefix: put before every id, so that several figures can share a page.
+        candidate: the `histogram` of the candidate's statistics.
+        baseline: the `histogram` of PyTorch's statistics, or None.
+        prefix: prefix of every id, so that a page can contain several figures.
 
     Returns:
         An `<svg>` element; the tooltip of a bar gives its count.
@@ -132,7 +132,7 @@ def histogram(candidate: Mapping[str, Any], baseline: Mapping[str, Any] | None, 
 
 
 def _marked(rows: Sequence[Mapping[str, Any]], culprits: Iterable[str]) -> Iterable[int]:
-    """The place of each culprit, counted from 1: where it introduces most."""
+    """The place of each culprit, counted from 1: the row with its largest introduced error."""
     for path in culprits:
         places = [place for place, row in enumerate(rows, 1) if row["path"] == path]
         if places:
@@ -144,9 +144,9 @@ def _points(axes: Axes, places: list[int], values: list[float], **look: Any) -> 
 
 
 def _decades(values: Iterable[float]) -> tuple[int, int]:
-    """The exponents of the powers of ten around the finite positive values: where the axis starts and ends.
+    """The limits of the axis: exponents of the powers of ten around the finite positive values.
 
-    The axes hold exponents, not values: a logarithmic axis of matplotlib overflows near the ends of float64.
+    The axes show exponents, not values: a logarithmic axis of matplotlib overflows near the limits of float64.
     """
     exponents = [math.log10(value) for value in values if 0.0 < value < math.inf]
     if not exponents:
@@ -156,7 +156,7 @@ def _decades(values: Iterable[float]) -> tuple[int, int]:
 
 
 def _exponent(value: float, low: int, high: int) -> float:
-    """Where a value is on the axis: zero on the lower edge, infinity on the upper one; NaN leaves a gap."""
+    """The position of a value on the axis: zero is on the lower edge, infinity on the upper one; NaN is a gap."""
     if math.isnan(value):
         return value
     return min(max(math.log10(value), low), high) if value > 0.0 else low
@@ -191,13 +191,13 @@ def _bucket(edges: Sequence[float], place: int) -> str:
 
 
 def _inline(figure: Figure, prefix: str, name: str, titles: Mapping[str, str]) -> str:
-    """The figure as an element of an HTML page: no size of its own, ids prefixed, colors and font the page's."""
+    """The figure as an element of an HTML page: without a fixed size, with prefixed ids and the page's style."""
     buffer = io.BytesIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     root = ET.fromstring(buffer.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):
-            # The stylesheet that matplotlib adds would apply to the whole page.
+            # matplotlib's stylesheet would apply to the whole page.
             if child.tag.endswith(("}metadata", "}style")):
                 parent.remove(child)
     used = {match for element in root.iter() for match in _references(element)}
@@ -213,7 +213,7 @@ def _references(element: ET.Element) -> list[str]:
 
 
 def _adopt(element: ET.Element, prefix: str, used: set[str], titles: Mapping[str, str]) -> None:
-    """Make one element of matplotlib's file one of the page."""
+    """Convert one element of matplotlib's SVG file to an element of the page."""
     element.tag = element.tag.rpartition("}")[2]  # HTML needs no namespaces
     element.tail = None
     attributes = element.attrib

@@ -1,4 +1,4 @@
-"""Reports of validations as files: the versions that are written, and read again."""
+"""Read the report of a validation from its file (`read_report`), and the schemas of reports."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ BISECT_SCHEMA = "rmsnorm_deploy.bisect/2"
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """A report from its file, as `ValidationReport.to_dict` wrote it.
+    """Read a report in the format of `ValidationReport.to_dict`.
 
     Raises:
-        UsageError: there is no such file, it is no report, or one of another version.
+        UsageError: the file does not exist, is not a report, or has another version.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
-        raise UsageError(f"{path}: not a JSON report ({error}). Make one with: rmsnorm validate --json") from error
+        raise UsageError(f"{path}: not a JSON report ({error}). Write one with: rmsnorm validate --json") from error
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema not in (VALIDATE_SCHEMA, BISECT_SCHEMA):
         raise UsageError(
-            f"{path}: its schema is {schema!r}; this version reads {VALIDATE_SCHEMA} and {BISECT_SCHEMA}. Write the "
-            "report again with this version."
+            f"{path}: expected the schema {VALIDATE_SCHEMA} or {BISECT_SCHEMA}, got {schema!r}. Write the report again "
+            "with this version."
         )
     return dict(content)

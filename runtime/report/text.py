@@ -1,4 +1,4 @@
-"""What both forms of a report share: its names, its numbers as text, and writing a file whole or not at all."""
+"""Helpers of the HTML and JUnit reports: names and numbers as text, and atomic writing (`write_text`)."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def command(report: Mapping[str, Any]) -> str:
 
 
 def label(row: Mapping[str, Any]) -> str:
-    """The path of a norm, with the call where it is not the first one."""
+    """The path of a norm, with the number of the call unless it is the first."""
     return f"{row['path']} (call {row['call']})" if row.get("call") else str(row["path"])
 
 
 def clean(text: str) -> str:
-    """The text with U+FFFD for every character that XML 1.0 forbids (and that UTF-8 cannot carry)."""
+    """The text with U+FFFD for every character that XML 1.0 forbids or UTF-8 cannot encode."""
     return _NOT_XML.sub("\ufffd", text)
 
 
 def plain(value: Any) -> str:
-    """A JSON value as text, as it would be written in JSON, but a string without quotes and null as a dash."""
+    """A JSON value as JSON text, except that strings have no quotes and null is a dash."""
     if value is None:
         return ABSENT
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def short(value: float | str | None) -> str:
-    """A figure with three significant digits: `1,230`, `0.0123`, `1.23e-6`, `inf`, `nan`, a dash for None."""
+    """A number with three significant digits: `1,230`, `0.0123`, `1.23e-6`, `inf`, `nan`, a dash for None."""
     if value is None:
         return ABSENT
     number = float(value)
@@ -54,12 +54,12 @@ def short(value: float | str | None) -> str:
 
 
 def exact(value: float | str | None) -> str:
-    """An element of an array with the nine digits that tell any two float32 apart; a dash for None."""
+    """An element of an array with nine digits, which distinguish any two float32 values; a dash for None."""
     return ABSENT if value is None else f"{float(value):.9g}"
 
 
 def percent(share: float | None) -> str:
-    """A share of 1 rounded down to hundredths of a percent, so that only all of it reads 100 %."""
+    """A share of 1 as a percentage, rounded down to hundredths, so that only 1 gives 100 %."""
     if share is None:
         return ABSENT
     return "100 %" if share == 1.0 else f"{math.floor(share * 1e4) / 100:.2f} %"
@@ -74,7 +74,7 @@ def write_text(text: str, path: str | os.PathLike[str]) -> None:
     """Write UTF-8 text under a temporary name beside `path`, then rename it.
 
     Raises:
-        UsageError: the place cannot be written to; nothing is left behind, and a file that was there is unharmed.
+        UsageError: the file cannot be written; no partial file is left behind, and an existing file is unchanged.
     """
     target = Path(path).expanduser().absolute()
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
@@ -83,8 +83,7 @@ def write_text(text: str, path: str | os.PathLike[str]) -> None:
         os.replace(partial, target)
     except OSError as error:
         raise UsageError(
-            f"cannot write the report {target}: {error.strerror or error}. Name a file in a folder that can be "
-            "written to; nothing was left behind."
+            f"cannot write the report {target}: {error.strerror or error}. Name a file in a writable folder."
         ) from error
     finally:
         with suppress(OSError):

@@ -1,1 +1,6 @@
-"""A rewritten file, and the proof that it computes what the file before did."""
+"""Rewrite the norms of an .onnx file for a target, and prove that the model computes the same.
+
+rewrite_file: `rewrite_model`.
+verify_norms: `prove_norms`, which compares each rewritten norm with the original one.
+verify_model: `prove_model`, which compares the whole rewritten model with the original one.
+"""

@@ -1,4 +1,4 @@
-"""From an .onnx file to a folder in which its norms are in a target's form, with the proof."""
+"""Rewrite the norms of an .onnx file for a target, and prove that the result computes the same (`rewrite_model`)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 Weights = Literal["copy", "link"]
 WEIGHTS: tuple[Weights, ...] = ("copy", "link")
 _LINKED = (
-    "the weights are hard links to the original's: ONNX Runtime reads them, but onnx and onnx_ir refuse files of "
-    "several names, the original too, until one of the two is gone"
+    "the weights are hard links to the original's: ONNX Runtime reads them, but onnx and onnx_ir refuse files with "
+    "several hard links, including the original, until one of the two is deleted"
 )
 
 
@@ -42,9 +42,9 @@ class RewriteResult:
     Attributes:
         model: the new .onnx file.
         files: every file that was written.
-        manifest: what was done; in a new folder also a file, `manifest.json`.
+        manifest: the record of the rewrite; a new folder contains it as `manifest.json`.
         rewritten: the graphs before and after.
-        proof: None where none was asked for.
+        proof: the proof; None with `verify=False`.
     """
 
     model: Path
@@ -55,7 +55,7 @@ class RewriteResult:
 
     @property
     def folder(self) -> Path:
-        """Where the new file lies."""
+        """The folder of the new file."""
         return self.model.parent
 
 
@@ -73,34 +73,37 @@ def rewrite_model(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> RewriteResult:
-    """Put every RMSNorm of an .onnx file into a target's form, and prove that it computes the same.
+    """Rewrite every RMSNorm of an .onnx file for a target, and prove that the result computes the same.
 
     Args:
-        path: the file, whoever exported it; it is never written to. Large weights are not read.
-        output: a folder to make, in which the file keeps its name: an earlier result there is replaced, anything else
-            is refused. Or a new .onnx file in the original's folder, which refers to the same external data.
+        path: the file, from any exporter; it is never changed. Large weights are not read.
+        output: a new folder, in which the file keeps its name: an earlier result there is replaced, any other content
+            is an error. Or a new .onnx file in the original's folder, which refers to the same external data.
         target: `primitives`, `standard`, `ort` or `plugin`.
-        opset: opset import of the result; None raises it only as far as the target needs.
-        function: give the file of target `plugin` local functions that stand in for the plugin, as in `export_model`.
-            The proof is made with them in any case: ONNX Runtime does not run the file without.
-        ort_trt: write the file of target `plugin` for ONNX Runtime's TensorRT provider.
-        weights: whether external data are copied to a new folder or get a second name there (a hard link), which takes
-            no time and no space, but which onnx and onnx_ir refuse to read.
+        opset: opset import of the result; None raises it only as far as the target requires.
+        function: for target `plugin`, add the local functions that replace the plugin, as in `export_model`. The proof
+            always uses them, because ONNX Runtime cannot run the file without them.
+        ort_trt: for target `plugin`, write the file for ONNX Runtime's TensorRT provider.
+        weights: `copy` copies external data to the new folder; `link` makes hard links there, which takes no time and
+            no space, but onnx and onnx_ir refuse to read them.
         verify: run every rewritten norm and the whole model, before and after, in ONNX Runtime. A norm whose proof
-            fails is left as it was.
-        inputs: inputs of the whole model for the proof; made up where left out.
-        seed: of the proof's random numbers.
+            fails is left unchanged.
+        inputs: inputs of the whole model for the proof; generated if None.
+        seed: seed of the proof's random numbers.
         progress: called with a line of text at each step.
 
+    Returns:
+        The files that were written, the manifest and the proof.
+
     Raises:
-        UsageError: the file is no sound ONNX model, or an argument is wrong; nothing is left behind.
-        UnsupportedError: the target or the opset cannot do it.
-        MismatchError: the whole model computes something else.
-        EnvironmentMissingError: onnxruntime is not installed; without `verify` it is not needed.
+        UsageError: the file is not a valid ONNX model, or an argument is wrong; no file is left behind.
+        UnsupportedError: the target or the opset does not support the model.
+        MismatchError: the outputs of the whole model differ.
+        EnvironmentMissingError: onnxruntime is not installed; it is not required without `verify`.
     """
     progress = progress or (lambda text: None)
     if weights not in WEIGHTS:
-        raise UsageError(f"unknown choice {weights!r} for the weights; choose one of {', '.join(WEIGHTS)}.")
+        raise UsageError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}.")
     style = plugin_style(function, ort_trt, [target])
     source, place = Path(path), Path(output).expanduser()
     beside = place.suffix == ".onnx"
@@ -114,8 +117,8 @@ def rewrite_model(
             and place.absolute().parent.resolve() != source.absolute().parent.resolve()
         ):
             raise UsageError(
-                f"{place}: a single file can refer to the external data of {source} from the same folder only. Name a "
-                "file there, or a folder to make."
+                f"{place}: a single file must be in the folder of {source}, because it refers to its external data. "
+                "Name a file there, or a new folder."
             )
         check_graph(original.model, original.where)
         graph = to_ir(original)
@@ -124,7 +127,7 @@ def rewrite_model(
         proof = None
         if verify:
             rewritten, proof = _proven(rewritten, graph, target, opset, source.parent, seed, progress)
-        fuse_quantized(rewritten, target, opset)  # each norm is proven by itself, and the whole model with the fused
+        fuse_quantized(rewritten, target, opset)  # norms are proven without the fusion, the whole model with it
         job = _Job(original, source, rewritten, proof, target, style, inputs, seed, progress)
         if beside:
             with new_file(place) as partial:
@@ -142,7 +145,7 @@ def rewrite_model(
 
 @dataclass(slots=True)
 class _Job:
-    """What writing and the last proof need."""
+    """The state that writing the file and proving the whole model require."""
 
     original: ModelFile
     source: Path
@@ -156,14 +159,14 @@ class _Job:
 
 
 def _write(job: _Job, folder: Path, name: str, weights: Literal["copy", "link", "reference"]) -> dict[str, Any]:
-    """Write the model, run it as a whole, and say what was done."""
+    """Write the model, prove it as a whole, and return the content of the manifest."""
     proves = job.proof is not None and job.rewritten.changed
     if not proves:
         _restyle(job)
     job.progress("writing the model")
     notes = write_model(job.rewritten.model, job.original, folder, name, weights)
     if not job.rewritten.sites and not job.rewritten.notes:
-        shutil.copyfile(job.source, folder / name)  # nothing was done: the very file
+        shutil.copyfile(job.source, folder / name)  # nothing was rewritten: copy the original file
     if weights == "link" and job.original.external_files and not notes:
         notes.append(_LINKED)
     if job.proof is not None and proves:
@@ -173,17 +176,17 @@ def _write(job: _Job, folder: Path, name: str, weights: Literal["copy", "link", 
             job.rewritten, job.source, folder / name, job.proof, feeds=job.inputs, seed=job.seed, progress=job.progress
         )
         if job.proof.verdict == "mismatch":
-            reason = f"written for {job.target}, it computes something else: {job.proof.reason}"
+            reason = f"the file that was written for target {job.target} differs: {job.proof.reason}"
             raise MismatchError(f"{job.source}: {reason}")
         if job.style != "function":
-            _restyle(job)  # only now: ONNX Runtime, which proves it, runs no file of another style
-            write_model(job.rewritten.model, job.original, folder, name, "reference")  # the weights are there
+            _restyle(job)  # after the proof: ONNX Runtime cannot run files of the other styles
+            write_model(job.rewritten.model, job.original, folder, name, "reference")  # the weights are written
     job.original.check_unchanged()
     return _content(job, [*notes, *style_notes(job.rewritten.model, job.style)])
 
 
 def _restyle(job: _Job) -> None:
-    """Put the custom operators into the style that was asked for; `rewrite` gives them functions."""
+    """Convert the custom operators to the requested style; `rewrite` writes them with functions."""
     if job.target == "plugin" and job.style != "function":
         style_plugin_nodes(job.rewritten.model, job.style)
 
@@ -191,7 +194,7 @@ def _restyle(job: _Job) -> None:
 def _proven(
     rewritten: Rewritten, graph: Any, target: str, opset: int | None, folder: Path, seed: int, progress: Any
 ) -> tuple[Rewritten, Proof]:
-    """The rewriting without the norms whose proof fails."""
+    """Prove the norms, and rewrite again without those whose proof fails."""
     from .verify_norms import prove_norms
 
     proof = prove_norms(rewritten, folder, seed=seed, progress=progress)
@@ -230,19 +233,19 @@ def _content(job: _Job, notes: list[str]) -> dict[str, Any]:
 
 
 def _check_place(source: Path, place: Path, beside: bool) -> None:
-    """Refuse a place that cannot be written to before slow work is done for it."""
+    """Check the output path before any slow work."""
     if beside:
         if place.exists() or place.is_symlink():
-            raise UsageError(f"{place} exists; name a new file.")
+            raise UsageError(f"{place} already exists; name a new file.")
         return
     if place.absolute() == source.absolute().parent:
-        raise UsageError(f"{place} is the folder of the model itself, which is never written to; name another.")
+        raise UsageError(f"{place} is the folder of the model itself, which is never changed; name another folder.")
     check_destination(place)
 
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Graphs are millions of small objects that live as long as the work does: looking for garbage takes half of it."""
+    """Disable garbage collection: a graph has millions of small objects, and collection takes half of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,7 +1,7 @@
-"""The proof that a rewritten file computes what the file before did, as a whole.
+"""Prove that a rewritten file as a whole computes the same as the original file (`prove_model`).
 
-The whole model has no float64 truth. It is held to the file before, and to what one rounding at each norm makes of
-that file's outputs: the baseline is the file before with each norm's result multiplied by 1 +- eps.
+There is no float64 reference for the whole model. Its outputs are compared with those of the original file; the
+baseline is the original file with each norm's result multiplied by 1 +- eps, that is, with one rounding at each norm.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ..runners.base import Array, TensorInfo
 from ..runners.open import has_large_weights, open_runner
 from .verify_norms import Progress, Proof
 
-# Batch and length of made-up inputs, and how often the baseline is rounded anew before a difference is a mismatch:
-# where a model chooses (top k, experts), each rounding shows a few of the choices that are near a tie.
+# Batch and length of generated inputs, and the number of baselines with other roundings that are tried before a
+# difference is a mismatch: where a model selects (top k, experts), each rounding changes a few selections near a tie.
 _SHAPES, _ROUNDINGS = ((1, 3), (2, 9)), 6
-# Two draws from the same near ties: the new file may differ in this many times the whole numbers that roundings change.
+# The new file may change this many times as many integers as the roundings do: both are samples of the same near ties.
 _CHOICES_FACTOR = 2
-_BEFORE, _ROUNDED = "the file before", "the file before with a rounding at each norm"
+_BEFORE, _ROUNDED = "the original file", "the original file with a rounding at each norm"
 
 Outputs = dict[str, Array]
 
@@ -48,16 +48,16 @@ def prove_model(
 
     Args:
         rewritten: both graphs.
-        before: the file that was rewritten.
-        after: the new one.
-        proof: of the norms alone.
-        feeds: inputs of the model; made up in two shapes where left out.
-        seed: of made-up inputs and of the baseline's roundings.
-        progress: progress.
+        before: the original file.
+        after: the rewritten file.
+        proof: the proof of the norms alone.
+        feeds: inputs of the model; generated in two shapes if None.
+        seed: seed of the generated inputs and of the baseline's roundings.
+        progress: called with a line of text at each step.
 
     Raises:
-        MismatchError: the new file does not run where the file before does.
-        UsageError: the file before does not run on the given inputs.
+        MismatchError: the original file runs, but the rewritten file does not.
+        UsageError: the original file does not run on the given inputs.
         EnvironmentMissingError: onnxruntime is not installed.
     """
     progress("running the whole model")
@@ -82,15 +82,15 @@ def prove_model(
         with open_runner(after, session_options=options) as runner:
             results = [runner.run(case) for case in cases]
     except RmsnormDeployError as error:
-        raise MismatchError(f"{_BEFORE} runs in ONNX Runtime, and the new one does not: {error}") from error
+        raise MismatchError(f"{_BEFORE} runs in ONNX Runtime, but the rewritten file does not: {error}") from error
     empty = [name for name in references[0] if not any(_says_something(case[name]) for case in references)]
     if empty and len(empty) == len(references[0]):
         proof.unproven = (
-            f"the whole model was not compared: on these inputs {_BEFORE} gives nothing that is finite; give --inputs"
+            f"the whole model was not compared: {_BEFORE} returns no finite values on these inputs; give --inputs"
         )
         return proof
     if empty:
-        proof.notes.append(f"nothing finite to compare in {', '.join(empty)}: {_BEFORE} gives none on these inputs")
+        proof.notes.append(f"{', '.join(empty)} not compared: {_BEFORE} returns no finite values on these inputs")
     try:
         proof.model = _compared(rewritten, before, cases, references, results, seed, options, progress)
     except RmsnormDeployError as error:
@@ -108,7 +108,7 @@ def _compared(
     options: Mapping[str, Any],
     progress: Progress,
 ) -> list[OutputVerdict]:
-    """A verdict for each output of each case, by as many roundings as it takes to pass; mostly none are needed."""
+    """A verdict for each output of each case; further roundings are tried until all pass, usually none is required."""
     keys = [(index, name) for index, reference in enumerate(references) for name in reference]
     baselines = {(index, name): references[index][name] for index, name in keys}
     verdicts = {
@@ -132,16 +132,16 @@ def _compared(
 
 
 def _worse(one: Array, other: Array, reference: Array) -> Array:
-    """Of two baselines, at each element the one that is further from the truth."""
+    """For each element, that of the two baselines which has the larger error."""
     if other.shape != reference.shape or kind_of(reference.dtype) == "unsupported":
-        return one  # how much comes out depends on the values: a rounding that changes it tells nothing of the rest
+        return one  # the shape depends on the values: a rounding that changes it gives no information on the elements
     wide = reference.astype(np.float64)
     sizes = [np.nan_to_num(errors_of(side, wide, None).size, nan=0.0, posinf=np.inf) for side in (one, other)]
     return np.where(sizes[1] > sizes[0], other, one)
 
 
 def _judged(name: str, candidate: Array, reference: Array, baseline: Array) -> OutputVerdict:
-    """The verdict on one output; whole numbers may differ where roundings make them differ too."""
+    """The verdict on one output; integers may differ if the roundings change integers too."""
     if not is_exact(reference.dtype):
         wide = reference.astype(np.float64) if kind_of(reference.dtype) == "floating-point" else reference
         return judge(name, candidate, wide, baseline, baseline_name=_ROUNDED)
@@ -155,7 +155,7 @@ def _judged(name: str, candidate: Array, reference: Array, baseline: Array) -> O
 
 
 def _says_something(array: Array) -> bool:
-    """Whether there is anything to compare."""
+    """Whether the array has any element that can be compared."""
     if kind_of(array.dtype) != "floating-point":
         return array.size > 0
     return bool(np.isfinite(array.astype(np.float64)).any())
@@ -170,20 +170,22 @@ def _prove_alone(
     options: Mapping[str, Any],
     rejected: str,
 ) -> Proof:
-    """The new file by itself, where the one before does not load: it must run, and give what is finite."""
+    """Check the rewritten file alone if the original one cannot be loaded: it must run and return finite values."""
     verdicts = []
     try:
         with open_runner(after, session_options=options) as runner:
             for case in _cases(rewritten.model, runner.inputs(), feeds, seed):
                 for name, array in runner.run(case).items():
                     finite = kind_of(array.dtype) != "floating-point" or np.isfinite(array.astype(np.float64)).all()
-                    reason = f"{'finite' if finite else 'not finite'}, where {_BEFORE} does not load"
+                    reason = f"{'finite' if finite else 'not finite'}; {_BEFORE} cannot be loaded"
                     verdicts.append(OutputVerdict(name, bool(finite), reason, None, None))
     except RmsnormDeployError as error:
         cause = _short(error)
-        proof.unproven = f"{_BEFORE} does not load in ONNX Runtime ({rejected}), and the new one does not run: {cause}"
+        proof.unproven = (
+            f"ONNX Runtime cannot load {_BEFORE} ({rejected}), and the rewritten file does not run: {cause}"
+        )
         return proof
-    proof.notes.append(f"{_BEFORE} does not load: {rejected}")
+    proof.notes.append(f"{_BEFORE} cannot be loaded: {rejected}")
     proof.model, proof.alone = verdicts, True
     return proof
 
@@ -202,7 +204,7 @@ def _cases(
 
 
 def _vocabulary(model: ir.Model) -> int | None:
-    """The number of token ids: rows of the smallest table that whole-number inputs look up."""
+    """The number of token ids: rows of the smallest table that is indexed by an input; None if there is none."""
     sizes = []
     for value in model.graph.inputs:
         reached = {value}
@@ -218,7 +220,7 @@ def _vocabulary(model: ir.Model) -> int | None:
 
 
 def _rounded(rewritten: Rewritten, seed: int) -> bytes:
-    """The model before, with each norm's result multiplied by 1 +- eps of its dtype."""
+    """The original model with each norm's result multiplied by 1 +- eps of its dtype."""
     original = rewritten.original
     model = original.clone()
     twins = dict(zip(original.graph.all_nodes(), model.graph.all_nodes(), strict=True))
@@ -231,7 +233,7 @@ def _rounded(rewritten: Rewritten, seed: int) -> bytes:
 
 
 def _free_name(model: ir.Model) -> str:
-    """The beginning of names that stand nowhere in the model."""
+    """A prefix that no name in the model has."""
     graphs = (model.graph, *model.graph.subgraphs())
     taken = {value.name or "" for graph in graphs for value in (*graph.inputs, *graph.initializers.values())}
     taken.update(value.name or "" for node in model.graph.all_nodes() for value in node.outputs)
@@ -242,7 +244,7 @@ def _free_name(model: ir.Model) -> str:
 
 
 def _round(root: ir.Graph, value: ir.Value, name: str, seed: Sequence[int]) -> None:
-    """Put a rounding behind a value, for all that reads it and where it is an output."""
+    """Insert a rounding after a value, for all its readers and for graph outputs."""
     node, dtype = value.producer(), value.dtype
     if node is None or not isinstance(node.graph, ir.Graph) or dtype is None:
         return

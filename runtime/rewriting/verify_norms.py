@@ -1,8 +1,8 @@
-"""The proof that rewritten norms compute what the norms before did: each alone, on rows of every kind.
+"""Prove that each rewritten norm computes the same as the original norm, on rows of every kind (`prove_norms`).
 
-Every rewritten norm is cut out of both graphs and run on rows of every kind in `adversarial_rows`. The truth is the
-float64 reference of the formula that the norm was recognized by, the baseline is the norm as it was: a norm that was
-recognized wrongly is far from its truth, and one that was written wrongly is worse than it was.
+Every rewritten norm is cut out of both graphs and run on rows of every kind in `adversarial_rows`. The reference is the
+float64 result of the recognized formula, the baseline is the original norm: a norm that was recognized wrongly differs
+from its reference, and one that was written wrongly has a larger error than the original.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from ..runners.base import Array
 
 Verdict = Literal["pass", "mismatch", "unproven"]
 Progress = Callable[[str], None]
-# What norms alone gave: arrays by role and by the name of the cut.
+# Results of norms run alone: arrays by the name of the cut and by role.
 Results = dict[str, dict[str, Array]]
 
-# Norms that are run in one session, elements of all their inputs, and elements from which a norm's input is made small.
+# Maximum number of norms in one session, of elements of all their inputs, and of elements of one norm's input.
 _WINDOW, _WINDOW_ELEMENTS, _MOST_ELEMENTS = 64, 1 << 24, 1 << 16
-# Sizes of dims that the file leaves open: the first, and the others. Ten rows show every kind once.
+# Sizes of dynamic dims: the first, and the others. Ten rows contain every kind once.
 _FIRST, _OTHERS = 2, 5
 
 
 @dataclass(frozen=True, slots=True)
 class SiteProof:
-    """One norm.
+    """The proof of one norm.
 
     Attributes:
-        number: which of `Rewritten.sites`.
-        path: its name for people.
-        verdict: `unproven` where the norm could not be run.
+        number: its index in `Rewritten.sites`.
+        path: its name in messages.
+        verdict: `unproven` if the norm could not be run.
         reason: why.
         kinds: a verdict for each kind of row.
     """
@@ -61,7 +61,7 @@ class SiteProof:
     kinds: list[OutputVerdict] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The proof as the JSON interface shows it."""
+        """The proof as JSON values."""
         worst = [v.figures.max_rel_row for v in self.kinds if v.figures is not None]
         return {
             "path": self.path,
@@ -74,14 +74,14 @@ class SiteProof:
 
 @dataclass(slots=True)
 class Proof:
-    """All of it.
+    """The proof of a rewritten model.
 
     Attributes:
-        sites: each norm that was written anew.
+        sites: the proof of each rewritten norm.
         model: a verdict for each output of the whole model, by shape; None before it ran.
-        alone: the file before does not load, so the new one ran by itself.
-        notes: what could not be done as usual.
-        unproven: why the whole model could not be compared; empty where it was.
+        alone: whether only the rewritten file ran, because the original file cannot be loaded.
+        notes: steps that could not be done as usual.
+        unproven: why the whole model could not be compared; empty if it was compared.
     """
 
     sites: list[SiteProof] = field(default_factory=list)
@@ -100,7 +100,7 @@ class Proof:
 
     @property
     def reason(self) -> str:
-        """One line on what was proven, or why not."""
+        """The result of the proof in one line."""
         for site in self.sites:
             if site.verdict == "mismatch":
                 return f"norm {site.path}: {site.reason}"
@@ -114,14 +114,14 @@ class Proof:
             return self.unproven
         if not self.sites:
             whole = f"; the whole model, {len(self.model)} outputs" if self.model else ""
-            return f"no norm was written anew{whole}"
+            return f"no norm was rewritten{whole}"
         norms = f"{len(self.sites)} norm{'s' * (len(self.sites) != 1)} alone on {len(KINDS)} kinds of rows"
         if self.alone:
-            return f"{norms}; the whole model runs and is finite, where the file before does not load"
+            return f"{norms}; the whole model runs and is finite; the original file cannot be loaded"
         return f"{norms}; the whole model, {len(self.model or ())} outputs"
 
     def to_dict(self) -> dict[str, Any]:
-        """The proof as the JSON interface and the manifest show it."""
+        """The proof as JSON values, for the JSON interface and the manifest."""
         outputs = [{"name": v.name, "passed": v.passed, "reason": v.reason} for v in self.model or ()]
         return {
             "verdict": self.verdict,
@@ -136,13 +136,13 @@ class Proof:
 
 
 def prove_norms(rewritten: Rewritten, folder: Path, *, seed: int, progress: Progress) -> Proof:
-    """Run every norm that was written anew, before and after, on rows of every kind.
+    """Run every rewritten norm and its original on rows of every kind.
 
     Args:
         rewritten: both graphs.
-        folder: where the external data of the original lie.
-        seed: of the rows.
-        progress: progress.
+        folder: the folder of the original's external data.
+        seed: seed of the rows.
+        progress: called with a line of text at each step.
     """
     proof = Proof()
     wanted = [(number, site) for number, site in enumerate(rewritten.sites) if site.changed]
@@ -153,13 +153,13 @@ def prove_norms(rewritten: Rewritten, folder: Path, *, seed: int, progress: Prog
         proof.sites += _prove_window(rewritten, window, folder, seed, rejected)
     for cause, names in rejected.items():
         which = f"{names[0]} and {len(names) - 1} more norms" if len(names) > 1 else names[0]
-        text = f"{which} did not run in ONNX Runtime as the file had them, so PyTorch stood in for them: {cause}"
+        text = f"{which} did not run in ONNX Runtime in their original form, so PyTorch was the baseline: {cause}"
         proof.notes.append(text)
     return proof
 
 
 def _windows(sites: Sequence[tuple[int, RewrittenSite]]) -> list[list[tuple[int, RewrittenSite]]]:
-    """As many norms at a time as fit: a shape that is fixed may be large."""
+    """The norms in windows that fit into memory: a fixed shape may be large."""
     windows: list[list[tuple[int, RewrittenSite]]] = []
     room = 0
     for number, site in sites:
@@ -179,7 +179,7 @@ def _prove_window(
     seed: int,
     rejected: dict[str, list[str]],
 ) -> list[SiteProof]:
-    """All in one session where they run together; each in its own where one of them does not."""
+    """Prove norms in one session; if that fails, each norm in its own session."""
     try:
         trials = [_Trial(number, site, seed) for number, site in sites]
         after = cut_out(rewritten.model, [trial.after.cut() for trial in trials])
@@ -199,7 +199,7 @@ def _prove_window(
 def _run_before(
     model: CutModel, trials: Sequence[_Trial], folder: Path, given: Mapping[str, Array], rejected: dict[str, list[str]]
 ) -> list[Results] | None:
-    """The norms as they were; None where ONNX Runtime does not run them, which is a reason to rewrite."""
+    """Run the original norms; None if ONNX Runtime cannot run them, which may be the reason to rewrite them."""
     try:
         return _run(model, trials, folder, given)
     except RmsnormDeployError as error:
@@ -216,21 +216,23 @@ def _run(model: CutModel, trials: Sequence[_Trial], folder: Path, given: Mapping
 
 
 def _given(values: Iterable[ir.Value], seed: int) -> dict[str, Array]:
-    """Values for what a norm reads from outside, such as a weight that is a graph input, by the value's name."""
+    """Generated arrays for values that a norm reads from outside (such as a weight that is a graph input), by name."""
     arrays: dict[str, Array] = {}
     for value in values:
         shape = [dim for dim in value.shape or () if isinstance(dim, int)]
         if value.shape is None or len(shape) != len(value.shape) or value.dtype is None:
-            raise UsageError(f"{value.name} goes into a norm, and its shape is not known.")
+            raise UsageError(f"a norm reads the value {value.name}, whose shape or dtype is unknown.")
         rng = np.random.default_rng([seed, crc32((value.name or "").encode())])
         if not value.dtype.is_floating_point():
-            raise UsageError(f"{value.name} goes into a norm, and is {value.dtype.name.lower()}.")
+            raise UsageError(
+                f"a norm reads the value {value.name}: expected floating-point, got {value.dtype.name.lower()}."
+            )
         arrays[value.name or ""] = (1 + 0.3 * rng.standard_normal(shape)).astype(value.dtype.numpy())
     return arrays
 
 
 class _Trial:
-    """One norm before and after, and what it is run on."""
+    """One norm before and after, and its inputs."""
 
     def __init__(self, number: int, site: RewrittenSite, seed: int) -> None:
         self.number, self.site, self.name = number, site.before, site.before.path or f"norm {number}"
@@ -250,11 +252,11 @@ class _Trial:
         return self.before.name
 
     def arrays(self, turn: int) -> dict[str, Array]:
-        """What goes in, by the roles of the cuts' inputs."""
+        """The inputs by the roles of the cuts' inputs."""
         return self._made(turn)[1]
 
     def _made(self, turn: int) -> tuple[NormFeed, dict[str, Array], Array]:
-        """What the norm is run on, the same by roles, and the kind of each row."""
+        """The inputs of the norm, the same by roles, and the kind of each row."""
         feed, kinds = adversarial(self.called, turn % self.turns, self._seed)
         return *self.before.split(feed), kinds
 
@@ -279,14 +281,14 @@ class _Trial:
         self, feed: NormFeed, kinds: Array, mine: Array, theirs: Array, tensors: Mapping[str, Array | None]
     ) -> list[OutputVerdict]:
         if mine.dtype != theirs.dtype:
-            reason = f"expected {theirs.dtype.name}, as the file before gives, got {mine.dtype.name}"
+            reason = f"expected {theirs.dtype.name} as in the original file, got {mine.dtype.name}"
             return [OutputVerdict("dtype", False, reason, None, None)]
         spec, as_rounded = _as_rounded(self.called.spec, tensors)
         return check_norm(
             self.called, feed, kinds, mine, theirs,
             lambda rows: reference(spec, rows.x, gate=rows.gate, **as_rounded),
-            baseline_name="the file before",
-            # Where squares overflow, ONNX Runtime's result goes by what it fused; PyTorch's own is as good.
+            baseline_name="the original file",
+            # Where squares overflow, ONNX Runtime's result depends on what it fused; PyTorch's result is as good.
             second_baseline=lambda rows: _in_torch(self.called, rows, tensors),
         )  # fmt: skip
 
@@ -301,18 +303,18 @@ class _Trial:
             return own[role]
         if value.name in given:
             return given[value.name]
-        raise UsageError(f"the {role} of {self.name} is computed by nodes that ONNX Runtime does not run.")
+        raise UsageError(f"the {role} of norm {self.name} is computed by nodes that ONNX Runtime cannot run.")
 
 
 def _places(name: str, site: RewrittenSite) -> tuple[NormPlace, NormPlace]:
-    """Where the norm stands in both graphs; both are fed the same."""
+    """The norm's place in both graphs, with the same inputs."""
     before = site.before
     operands: tuple[ir.Value, ...] = () if before.x is None else (before.x,)
     after: tuple[ir.Value, ...] = () if site.x is None else (site.x,)
     added = before.sum_of is not None and site.sum_of is not None
     if before.sum_of is not None and site.sum_of is not None:
         operands, after = before.sum_of, site.sum_of
-    # A norm may be gated by what it normalizes, or by one of the two that this is the sum of.
+    # The gate may be x itself, or one of the two operands whose sum is x.
     own = {**({"x": before.x} if added else {}), **{f"x{i}": value for i, value in enumerate(operands)}}
     gate_role = next((role for role, value in own.items() if value is not None and value is before.gate), None)
     has_sum = added and before.x is not None and site.x is not None
@@ -329,7 +331,7 @@ def _places(name: str, site: RewrittenSite) -> tuple[NormPlace, NormPlace]:
 
 
 def _as_rounded(spec: NormSpec, tensors: Mapping[str, Array | None]) -> tuple[NormSpec, Mapping[str, Array | None]]:
-    """The scale as the norm rounds it: where 1 is added in the weight's own half type, that is part of the norm."""
+    """The scale as the norm rounds it: if 1 is added in the weight's half type, that rounding is part of the norm."""
     weight = tensors["weight"]
     if weight is None or spec.scale_offset == 0.0 or spec.offset_in_float32:
         return spec, tensors
@@ -338,7 +340,7 @@ def _as_rounded(spec: NormSpec, tensors: Mapping[str, Array | None]) -> tuple[No
 
 
 def _shape(site: GraphSite) -> tuple[int, ...]:
-    """A shape for x: numbers for open dims, and small ones for large leading dims that no node of the norm fixes."""
+    """A shape for x, with sizes for dynamic dims; large leading dims are reduced unless the norm fixes them."""
     dims: list[int | None] = list(site.shape) if site.shape is not None else [None, None]
     count = site.spec.trailing_dims
     tail = dims[len(dims) - count :]

@@ -1,4 +1,4 @@
-"""How far one norm is off in a dtype, in PyTorch or as a target writes it, on rows that a model called it with."""
+"""Measure the error of one norm in a dtype, in PyTorch or in ONNX Runtime, on rows from a running model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ..runners.base import Array
 
 @dataclass(frozen=True, slots=True)
 class NormRows:
-    """A norm's tensors and some rows that it is called with.
+    """A norm's tensors and some rows of its input.
 
     Attributes:
-        spec: what it computes.
-        x: `[rows, *normalized dims]`, any floating dtype.
+        spec: the formula that it computes.
+        x: `[rows, *normalized dims]`, any floating-point dtype.
         weight: broadcastable to x's trailing dims, or None.
         bias: like weight.
         gate: x's shape, or None.
@@ -37,7 +37,7 @@ class NormRows:
     gate: Array | None = None
 
     def cast(self, dtype: str) -> NormRows:
-        """The same, with every array rounded to `dtype`."""
+        """A copy with every array rounded to `dtype`."""
         arrays = (self.x, self.weight, self.bias, self.gate)
         with np.errstate(over="ignore"):
             return NormRows(self.spec, *(a if a is None else a.astype(numpy_dtype(dtype)) for a in arrays))  # type: ignore[arg-type]
@@ -45,17 +45,17 @@ class NormRows:
 
 @dataclass(frozen=True, slots=True)
 class NormError:
-    """How far a norm's result is from the truth.
+    """The error of a norm's result against the reference.
 
     Attributes:
-        max_relative: largest error, relative to the root mean square of the truth's row.
-        mean_relative: mean of the same.
-        max_units: largest error in units of eps(dtype) x max(|truth|, RMS of the truth's row); a few for a norm that
-            does nothing but round.
-        max_ulp: largest error in ULPs of the dtype at the truth.
-        nonfinite: elements that are not finite where the truth is.
+        max_relative: largest error, relative to the root mean square of the reference's row.
+        mean_relative: mean error, relative to the same.
+        max_units: largest error in units of eps(dtype) x max(|reference|, RMS of the reference's row); a few units are
+            unavoidable rounding.
+        max_ulp: largest error in ULPs of the dtype at the reference.
+        nonfinite: number of elements that are not finite where the reference is finite.
 
-    A result that is not finite makes the first four infinite.
+    An element that is not finite where the reference is finite makes the first four infinite.
     """
 
     max_relative: float
@@ -66,7 +66,7 @@ class NormError:
 
 
 def reference_of(rows: NormRows) -> NDArray[np.float64]:
-    """The norm in float64 on the rows as they are, x's shape."""
+    """The float64 result of the norm on the rows, x's shape."""
     from ...models.reference import reference
 
     arrays = (rows.x, rows.weight, rows.bias, rows.gate)
@@ -74,7 +74,7 @@ def reference_of(rows: NormRows) -> NDArray[np.float64]:
 
 
 def error_in_torch(rows: NormRows, dtype: str, expected: NDArray[np.float64]) -> NormError:
-    """How far PyTorch in `dtype` is off, with x and the weights rounded to it first."""
+    """The error of PyTorch in `dtype`, with x and the weights rounded to it first."""
     from ...models.eager import eager
     from ..runners.torch import to_numpy, to_torch
 
@@ -84,10 +84,10 @@ def error_in_torch(rows: NormRows, dtype: str, expected: NDArray[np.float64]) ->
 
 
 def error_in_onnxruntime(rows: NormRows, dtype: str, target: str, expected: NDArray[np.float64]) -> NormError:
-    """How far ONNX Runtime on the CPU is off in `dtype` with what `target` writes.
+    """The error of ONNX Runtime on the CPU in `dtype`, with the norm lowered for `target`.
 
     Raises:
-        UnsupportedError: the target or ONNX Runtime cannot do this norm in this dtype.
+        UnsupportedError: the target or ONNX Runtime does not support this norm in this dtype.
         EnvironmentMissingError: onnxruntime is not installed.
     """
     cast = rows.cast(dtype)
@@ -99,9 +99,9 @@ def error_in_onnxruntime(rows: NormRows, dtype: str, target: str, expected: NDAr
 
 
 def _error(result: Array, expected: NDArray[np.float64], dtype: str) -> NormError:
-    """The result may be wider than `dtype`, where a wider scale promoted it; it is measured in `dtype` all the same.
+    """The error in `dtype`, even if a wider scale promoted the result to a wider dtype.
 
-    An overflow counts as an error, even where `dtype` rounds the truth to infinity.
+    An overflow counts as an error, even if `dtype` rounds the reference to infinity.
     """
     kind = numpy_dtype(dtype)
     errors = errors_of(result.astype(np.float64), expected, None)
@@ -111,7 +111,7 @@ def _error(result: Array, expected: NDArray[np.float64], dtype: str) -> NormErro
         return NormError(0.0, 0.0, 0.0, 0.0, 0)
     size = errors.size.reshape(-1, width)
     with np.errstate(divide="ignore", invalid="ignore"):
-        # Where the truth is a row of zeros, so is a right result.
+        # If the reference is a row of zeros, so is a correct result.
         relative = np.where(size == 0.0, 0.0, size / rms(errors.scale.reshape(-1, width)))[measured]
     units = row_scale_error(errors, width, format_of(kind))[measured]
     ulps = ulps_of(errors, kind).reshape(-1, width)[measured]

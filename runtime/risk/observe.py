@@ -1,4 +1,4 @@
-"""Watching one norm while its model runs: running figures of what goes in, and a bounded sample of its rows."""
+"""Observe one norm while its model runs (`NormWatch`): statistics of its inputs, and a sample of their rows."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
 
 Float64 = NDArray[np.float64]
 
-# What deployment may use, in the order of the reports.
+# The dtypes of a deployment, in the order of the reports.
 DTYPES = ("float32", "float16", "bfloat16")
-# At most so many rows of a norm are kept, and at most so many elements where rows are long.
+# Maximum number of rows in a norm's sample, of elements if rows are long, and the minimum number of rows then.
 _SAMPLE_ROWS, _SAMPLE_ELEMENTS, _LEAST_ROWS = 256, 1 << 18, 16
-# One part in so many of the sample is for the rows with the largest |x|, and another for those with the smallest RMS.
+# One eighth of the sample is for the rows with the largest |x|, and one for those with the smallest RMS.
 _EXTREME_SHARE = 8
-# Elements that are widened to float64 at a time.
+# Elements that are converted to float64 at a time.
 _CHUNK = 1 << 20
-# A channel whose RMS is this many times that of the median channel is an outlier (Dettmers et al. 2022 use 6 too).
+# A channel whose RMS exceeds this many times that of the median channel is an outlier (6 as in Dettmers et al. 2022).
 OUTLIER_RATIO = 6.0
 _OUTLIERS_LISTED = 8
-# A row in which eps changes the result by more than this share is one where eps matters.
+# eps matters in a row if it changes the result by more than this share.
 _EPS_SHARE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Margins:
-    """By what factor a dtype's largest finite value exceeds the largest value seen; below 1 it overflows.
+    """The factors by which a dtype's largest finite value exceeds the largest observed values; below 1 they overflow.
 
     Attributes:
         x: the norm's input.
-        square: the square of what is normalized.
+        square: the square of the normalized value.
         sum: the sum of those squares over a row (or a group).
         result: what the norm returned.
     """
@@ -54,7 +54,7 @@ class Margins:
 
 @dataclass(frozen=True, slots=True)
 class WeightRange:
-    """The effective weight (w, or 1 + w): its largest and smallest non-zero magnitude, and how many are zero."""
+    """The effective weight (w, or 1 + w): its largest and smallest non-zero magnitude, and the number of zeros."""
 
     largest: float
     smallest: float
@@ -62,27 +62,27 @@ class WeightRange:
 
     @property
     def ratio(self) -> float:
-        """Largest by smallest non-zero magnitude; 1 where all are zero."""
+        """Largest divided by smallest non-zero magnitude; 1 if all are zero."""
         return self.largest / self.smallest if self.smallest else 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class NormSeen:
-    """What a norm was called with.
+    """Statistics of the inputs of a norm.
 
     Attributes:
-        path: the module.
-        spec: what it computed.
+        path: path of the module.
+        spec: the formula that it computed.
         width: the normalized trailing dims.
-        calls: how often it was called.
-        rows: how many rows that made.
-        nonfinite_rows: rows with a NaN or an infinity in them; the other figures leave them out.
+        calls: number of calls.
+        rows: number of rows in all calls.
+        nonfinite_rows: rows that contain NaN or infinity; the other statistics ignore them.
         largest: largest |x|.
         smallest_rms: smallest root mean square of a row (or group) that is not all zeros; 0 if all are.
-        margins: by dtype.
+        margins: margins to overflow by dtype.
         eps_decides: share of rows (or groups) where eps is at least the mean (or sum) of squares.
         eps_matters: share of rows (or groups) where eps changes the result by more than 1%.
-        outliers: how many channels are outliers: their RMS over all rows exceeds 6 times the median channel's.
+        outliers: number of outlier channels: their RMS over all rows exceeds 6 times the median channel's.
         outlier_channels: up to 8 of them, as index and ratio to the median, largest first.
         weight: range of the effective weight, None without a weight.
     """
@@ -104,11 +104,11 @@ class NormSeen:
 
 
 class NormWatch:
-    """Running figures of one norm. Memory does not grow with the number of calls.
+    """Accumulates the statistics of one norm. Memory does not grow with the number of calls.
 
     Args:
-        path: the module.
-        call: its first call, for the spec, the width and the tensors. It is not counted yet.
+        path: path of the module.
+        call: its first call, for the spec, the width and the tensors. It is not counted; call `observe` for it too.
     """
 
     def __init__(self, path: str, call: NormCall) -> None:
@@ -128,11 +128,11 @@ class NormWatch:
         self._rng = np.random.default_rng(0)
 
     def observe(self, call: NormCall, result: Tensor) -> None:
-        """Take one call into the figures.
+        """Add one call to the statistics.
 
         Args:
-            call: of the spec and width that this watch was made with.
-            result: what the norm returned, x's shape.
+            call: a call with the spec and width of the first call.
+            result: the norm's result, x's shape.
         """
         self._calls += 1
         x, result = call.x.detach().reshape(-1, self._count), result.detach().reshape(-1, self._count)
@@ -143,8 +143,8 @@ class NormWatch:
             self._take(x[part].cpu(), None if gate is None else gate[part].cpu(), result[part].cpu())
 
     def seen(self) -> NormSeen:
-        """The figures so far."""
-        rms = np.sqrt(self._channels)  # up to one factor for all channels, which no ratio feels
+        """The statistics so far."""
+        rms = np.sqrt(self._channels)  # up to a common factor, which cancels in the ratios
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = np.nan_to_num(rms / np.median(rms), nan=0.0, posinf=np.inf)
         outliers = np.flatnonzero(ratios > OUTLIER_RATIO)
@@ -167,15 +167,15 @@ class NormWatch:
         )
 
     def sample(self) -> NormRows:
-        """At most 256 of the rows, fewer where they are long: those with the largest |x| and with the smallest RMS,
-        and a seeded uniform sample of all. Rows that are not finite are not among them."""
+        """At most 256 rows, fewer if they are long: those with the largest |x| and with the smallest RMS, and a seeded
+        uniform sample. Rows that contain NaN or infinity are excluded."""
         from ..runners.torch import to_numpy
 
         rows: dict[int, Array] = {}
         for pool in (self._large, self._small, self._any):
             if pool.rows is not None:
                 rows |= dict(zip(pool.serials.tolist(), to_numpy(pool.rows), strict=True))
-        # [rows, x and gate, width], in the order in which they came
+        # [rows, x and gate, width], in the order of observation
         planes = np.stack([rows[serial] for serial in sorted(rows)]) if rows else np.zeros((0, 2, self._count))
         x, gate = (planes[:, index].reshape(-1, *self._width) for index in (0, planes.shape[1] - 1))
         return NormRows(self._spec, x, self._weight, self._bias, gate if self._spec.has_gate else None)
@@ -204,7 +204,8 @@ class NormWatch:
         self._any.add(self._rng.random(len(serials)), serials, planes)
 
     def _take_statistics(self, entering: Float64) -> Float64:
-        """The figures of what is normalized, float64[rows, width]; returns the mean squares, `[rows, groups]`."""
+        """Add the normalized values, float64[rows, width], to the statistics; returns float64[rows, groups] means of
+        squares."""
         squares = np.square(entering)
         size = self._spec.group_size or self._count
         sums = squares.reshape(len(squares), -1, size).sum(axis=-1)
@@ -234,7 +235,7 @@ class NormWatch:
 
 
 def _gate_before(spec: NormSpec, gate: Tensor) -> Tensor | float:
-    """What a gate in float64 multiplies x by before it is normalized."""
+    """The factor of x before the normalization, from a gate in float64."""
     match spec.gate:
         case "none" | "after":
             return 1.0
@@ -266,7 +267,7 @@ class _Pool:
         self.rows: Tensor | None = None
 
     def add(self, keys: Float64, serials: NDArray[np.int64], rows: Tensor) -> None:
-        """Take more rows, `[n, ...]`, each with its key and its number."""
+        """Add rows, `[n, ...]`, each with its key and its serial number."""
         import torch
 
         best = np.argsort(-keys, kind="stable")[: self.size]

@@ -1,4 +1,4 @@
-"""Which norms of a model are at risk in which dtype, from what they are really called with."""
+"""Find the norms of a PyTorch model that are at risk in a dtype, on real inputs (`risk`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "rmsnorm_deploy.risk/1"
 _NOT_ON_CPU = {"bfloat16": "ONNX Runtime has no bfloat16 kernels on the CPU"}
-# A margin above this says nothing any more and is left out of the JSON, except in float16.
+# A larger margin is irrelevant and is null in the JSON, except in float16.
 _LARGEST_MARGIN = 1e6
 
 Progress = Callable[[str], None]
@@ -34,7 +34,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class TargetError:
-    """The error of ONNX Runtime with one target in one dtype, or why it is not known."""
+    """The error of ONNX Runtime with one target in one dtype, or the reason why it could not be measured."""
 
     error: NormError | None
     reason: str | None = None
@@ -42,13 +42,13 @@ class TargetError:
 
 @dataclass(frozen=True, slots=True)
 class NormRisk:
-    """One norm.
+    """The risk of one norm.
 
     Attributes:
-        seen: what it was called with.
-        errors: of PyTorch by dtype, on the sampled rows.
-        targets: of ONNX Runtime by target and dtype, on the same rows.
-        verdicts: by dtype.
+        seen: statistics of its inputs.
+        errors: errors of PyTorch by dtype, on the sampled rows.
+        targets: errors of ONNX Runtime by target and dtype, on the same rows.
+        verdicts: verdicts by dtype.
     """
 
     seen: NormSeen
@@ -57,11 +57,11 @@ class NormRisk:
     verdicts: dict[str, RiskVerdict]
 
     def least_margin(self, dtype: str) -> float:
-        """The smallest margin to overflow that counts for this norm in `dtype`."""
+        """The smallest margin to overflow that is relevant for this norm in `dtype`."""
         return min(row.margin for row in counting_margins(self.seen, dtype))
 
     def to_dict(self) -> dict[str, Any]:
-        """Every figure as JSON values; margins above 1e6 are null except in float16."""
+        """Every statistic as JSON values; margins above 1e6 are null except in float16."""
         seen = dataclasses.asdict(self.seen)
         margins = {dtype: _margin_values(dtype, row) for dtype, row in self.seen.margins.items()}
         outliers = [{"channel": index, "ratio": ratio} for index, ratio in self.seen.outlier_channels]
@@ -95,13 +95,12 @@ class DtypeRisk:
 
 @dataclass(frozen=True, slots=True)
 class RiskReport(Shown):
-    """Every norm's risk in every dtype.
+    """The risk of every norm in every dtype.
 
     Attributes:
-        cases: how many inputs the model ran on.
-        norms: in the order in which they were first called; one that computes several things, or is called with
-            several widths, has a row for each.
-        notes: what could not be looked at and why.
+        cases: number of inputs that the model ran on.
+        norms: in the order of their first calls; a norm with several formulas or widths has a row for each.
+        notes: what could not be measured, and why.
         recognition: every norm of the model, and every module that was refused.
     """
 
@@ -116,7 +115,7 @@ class RiskReport(Shown):
         return {dtype: self._worst(dtype) for dtype in DTYPES} if self.norms else {}
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as the JSON interface shows it; numbers that are not finite are texts."""
+        """The report as JSON values; numbers that are not finite are strings."""
         report = {
             "schema": SCHEMA,
             "cases": self.cases,
@@ -136,7 +135,7 @@ class RiskReport(Shown):
 
         worst = max(self.norms, key=gravity)
         verdict = worst.verdicts[dtype]
-        reason = verdict.reasons[0] if verdict.reasons else "it has the largest error, and nothing is near a limit"
+        reason = verdict.reasons[0] if verdict.reasons else "it has the largest error, and no value is near a limit"
         return DtypeRisk(verdict.verdict, worst.seen.path, reason)
 
 
@@ -147,19 +146,23 @@ def risk(
     targets: Sequence[str] = TARGETS,
     progress: Progress | None = None,
 ) -> RiskReport:
-    """Run a PyTorch model and say which of its norms are at risk in float32, float16 and bfloat16.
+    """Run a PyTorch model and find the norms that are at risk in float32, float16 and bfloat16.
 
-    The rules and thresholds are in `risk_rules`. What is measured in each dtype is measured on a sample of at most 256
-    rows of each norm, those with the largest values and the smallest among them.
+    The rules and thresholds are in `runtime/risk/rules.py`. The errors in each dtype are measured on a sample of at
+    most 256 rows of each norm, including those with the largest and the smallest values.
 
     Args:
-        model: in any dtype, best in the one whose values are trusted. It is put back as it was, also after an error.
-        cases: inputs by the names of the forward's parameters, one mapping for each run.
-        targets: whose lowerings are measured in ONNX Runtime on the CPU.
+        model: the model in any dtype, preferably the one it was trained in. It is restored afterwards, even after an
+            error.
+        cases: inputs by the names of the parameters of `forward`, one mapping for each run.
+        targets: targets whose lowerings are measured in ONNX Runtime on the CPU.
         progress: called with a line of text at each step.
 
+    Returns:
+        The verdict on each norm, and on the model in each dtype.
+
     Raises:
-        UsageError: there is no case, a target is unknown, or the inputs do not fit the model.
+        UsageError: there is no case, a target is unknown, or the inputs do not match the model.
     """
     for target in targets:
         opset_for(target, None)
@@ -170,7 +173,7 @@ def risk(
     recognition = find_norms(model)
     notes: list[str] = []
     if recognition.refusals:
-        notes.append(f"modules that are no recognized RMSNorm were not looked at: {len(recognition.refusals)}")
+        notes.append(f"modules that were not recognized as RMSNorm were not checked: {len(recognition.refusals)}")
     if not recognition.sites:
         return RiskReport(len(cases), [], notes, recognition)
     watches = _Watches(notes)
@@ -185,7 +188,7 @@ def risk(
 
 
 class _Watches:
-    """One watch for each norm, what it computes and the width it is called with; all in the order of first calls."""
+    """One watch for each norm, formula and width, in the order of their first calls."""
 
     def __init__(self, notes: list[str]) -> None:
         self.all: dict[tuple[Any, ...], NormWatch] = {}
@@ -204,7 +207,7 @@ class _Watches:
 
     def unknown(self, path: str, names: str) -> None:
         self.reached.add(path)
-        note = f"{path or 'the model itself'} is called with {names}, which no spec covers"
+        note = f"{path or 'the model itself'} is called with the arguments {names}, which are not supported"
         if note not in self._notes:
             self._notes.append(note)
 

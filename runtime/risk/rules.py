@@ -1,7 +1,7 @@
-"""When a norm is at risk in a dtype: the rules and their thresholds, with the reason for each.
+"""The rules that decide whether a norm is at risk in a dtype (`judge_norm`), and their thresholds with reasons.
 
-A norm is `unsafe` in a dtype where it gives wrong results on the inputs that were seen, `caution` where it is near
-that or where the result depends on how the runtime computes, and `safe` otherwise.
+A norm is `unsafe` in a dtype if its results on the observed inputs are wrong, `caution` if they are nearly wrong or
+depend on the runtime, and `safe` otherwise.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from .observe import NormSeen
 Level = Literal["safe", "caution", "unsafe"]
 LEVELS: tuple[Level, ...] = ("safe", "caution", "unsafe")
 
-# Inputs that were not seen may well be larger by this factor.
+# Other inputs may be larger than the observed ones by this factor.
 LEAST_MARGIN = 4.0
-# 1 + w may lose this many eps of its value; one rounding of w and one of the sum lose 1 where w does not cancel the 1.
+# 1 + w may have an error of this many eps; the roundings of w and of the sum give 1 eps if w does not cancel the 1.
 _WEIGHT_EPS = 4.0
 
 
 class ErrorLimits(NamedTuple):
-    """Errors from which a norm is at risk, in units of eps(dtype) x max(|truth|, RMS of the truth's row)."""
+    """Errors above which a norm is at risk, in units of eps(dtype) x max(|reference|, RMS of the reference's row)."""
 
     caution: float
     unsafe: float
 
 
-# A norm that does nothing but round is off by 1 to 2.5 units on normal inputs (PyTorch, every norm that the tests
-# know). float16 and bfloat16 are dominated by the rounding of x and of the result. In float32 the order of the sum
-# counts too: one outlier among 4096 channels costs up to 20 units. `unsafe` is 100 times the error of a safe norm;
-# bfloat16 has no room for that, there 32 units are a quarter of the value.
+# The unavoidable roundings of a norm give an error of 1 to 2.5 units on normal inputs (PyTorch, all norms in the
+# tests). In float16 and bfloat16 the rounding of x and of the result dominates. In float32 the summation order matters
+# too: one outlier among 4096 channels causes up to 20 units. `unsafe` is 100 times the error of a safe norm; bfloat16
+# is too coarse for that: 32 units are a quarter of the value.
 ERROR_LIMITS: dict[str, ErrorLimits] = {
     "float32": ErrorLimits(40.0, 400.0),
     "float16": ErrorLimits(20.0, 200.0),
@@ -48,7 +48,7 @@ ERROR_LIMITS: dict[str, ErrorLimits] = {
 
 @dataclass(frozen=True, slots=True)
 class RiskVerdict:
-    """Whether a norm is at risk in one dtype, and every reason, the gravest first."""
+    """Whether a norm is at risk in one dtype, and every reason, the most severe first."""
 
     verdict: Level
     reasons: list[str]
@@ -60,25 +60,25 @@ def judge_norm(
     """The verdict on one norm in one dtype.
 
     Args:
-        seen: what it was called with.
-        rows: its tensors, as they are in the model.
+        seen: statistics of its inputs.
+        rows: its tensors and sampled rows, in the model's dtype.
         dtype: `float32`, `float16` or `bfloat16`.
-        error: of PyTorch in that dtype, on the sampled rows.
-        targets: of ONNX Runtime in that dtype by target, where it could be measured.
+        error: error of PyTorch in that dtype, on the sampled rows.
+        targets: error of ONNX Runtime in that dtype by target, if it could be measured.
     """
     cast = rows.cast(dtype)
     unsafe = [*_wrong(seen, cast, dtype), *_too_far_off(error, dtype)]
     near = [*_near(seen, dtype), *_small(seen, dtype), *_weight(rows.spec, rows.weight, cast.weight, dtype)]
     limits = ERROR_LIMITS[dtype]
     if not unsafe and error.max_units > limits.caution:
-        near.append(f"PyTorch in {dtype} is off by {_off(error)}")
+        near.append(f"PyTorch in {dtype} has an error of {_off(error)}")
     near += _targets(error, targets, limits)
     level: Level = "unsafe" if unsafe else "caution" if near else "safe"
     return RiskVerdict(level, unsafe + near)
 
 
 class CountingMargin(NamedTuple):
-    """A value that must fit a dtype, and by what factor it does."""
+    """A value that must not overflow a dtype, and the factor by which the dtype's largest value exceeds it."""
 
     what: str
     dtype: str
@@ -86,10 +86,10 @@ class CountingMargin(NamedTuple):
 
 
 def counting_margins(seen: NormSeen, dtype: str) -> list[CountingMargin]:
-    """The margins that count for a norm that is deployed in `dtype`.
+    """The margins that are relevant for a norm that is deployed in `dtype`.
 
-    x and the result must fit `dtype`. The squares must fit the dtype of the statistics, and so must their sum where no
-    mean is taken; a mean may be summed in a wider dtype.
+    x and the result must fit `dtype`. The squares must fit the dtype of the statistics, and so must their sum if the
+    norm has no mean; a mean may be summed in a wider dtype.
     """
     statistics = dtype if seen.spec.sums_in_half else "float32"
     own, wide = seen.margins[dtype], seen.margins[statistics]
@@ -105,7 +105,7 @@ def counting_margins(seen: NormSeen, dtype: str) -> list[CountingMargin]:
 
 def _wrong(seen: NormSeen, cast: NormRows, dtype: str) -> Iterator[str]:
     if seen.nonfinite_rows:
-        yield f"{seen.nonfinite_rows} of {seen.rows} rows hold NaN or infinity already as the model runs"
+        yield f"{seen.nonfinite_rows} of {seen.rows} input rows contain NaN or infinity in the running model"
     for what, held_in, margin in counting_margins(seen, dtype):
         if margin < 1.0:
             yield f"{what} overflows {held_in}: it is {1 / margin:.3g} times the largest value"
@@ -117,9 +117,9 @@ def _wrong(seen: NormSeen, cast: NormRows, dtype: str) -> Iterator[str]:
 
 def _too_far_off(error: NormError, dtype: str) -> Iterator[str]:
     if error.nonfinite:
-        yield f"{error.nonfinite} elements of the result are not finite in {dtype} where the truth is"
+        yield f"{error.nonfinite} elements of the result are not finite in {dtype} where the reference is finite"
     elif error.max_units > ERROR_LIMITS[dtype].unsafe:
-        yield f"PyTorch in {dtype} is off by {_off(error)}"
+        yield f"PyTorch in {dtype} has an error of {_off(error)}"
 
 
 def _near(seen: NormSeen, dtype: str) -> Iterator[str]:
@@ -136,12 +136,12 @@ def _small(seen: NormSeen, dtype: str) -> Iterator[str]:
     """Rows so small that their values, or their squares, are rounded to subnormals or to zero."""
     tiny = math.ldexp(1.0, FORMATS[dtype].exponent_min)
     if 0.0 < seen.smallest_rms < tiny:
-        yield f"rows of RMS {seen.smallest_rms:.3g} become subnormal in {dtype}, where eps decides what is left"
+        yield f"rows of RMS {seen.smallest_rms:.3g} become subnormal in {dtype}, so that eps dominates"
     elif seen.spec.sums_in_half and 0.0 < seen.smallest_rms**2 < tiny:
-        yield f"x^2 of rows of RMS {seen.smallest_rms:.3g} becomes subnormal in {dtype}, and eps decides in its place"
+        yield f"x^2 of rows of RMS {seen.smallest_rms:.3g} becomes subnormal in {dtype}, so that eps dominates"
     if seen.spec.sums_in_half and 0.0 < seen.spec.eps < tiny and seen.eps_matters:
         share = 100 * seen.eps_matters
-        yield f"eps {seen.spec.eps:.3g} is subnormal in {dtype}, and it matters in {share:.3g}% of the rows"
+        yield f"eps {seen.spec.eps:.3g} is subnormal in {dtype}, and it changes the result in {share:.3g}% of the rows"
 
 
 def _weight(spec: NormSpec, weight: Array | None, cast: Array | None, dtype: str) -> Iterator[str]:
@@ -159,16 +159,16 @@ def _weight(spec: NormSpec, weight: Array | None, cast: Array | None, dtype: str
     rounded = 1.0 + cast.astype(np.float32) if spec.offset_in_float32 else cast + np.ones_like(cast)
     lost = np.abs(rounded.astype(np.float64) - scale) > _WEIGHT_EPS * FORMATS[dtype].eps * np.abs(scale)
     if lost.any():
-        yield f"{np.count_nonzero(lost)} of {scale.size} values of 1 + weight lose most of their digits in {dtype}"
+        yield f"{np.count_nonzero(lost)} of {scale.size} values of 1 + weight are inaccurate in {dtype} (cancellation)"
 
 
 def _targets(error: NormError, targets: Mapping[str, NormError], limits: ErrorLimits) -> Iterator[str]:
-    """Targets that are at risk where PyTorch is not."""
+    """Reasons for targets that are at risk although PyTorch is not."""
     for target, other in targets.items():
         if other.nonfinite > error.nonfinite:
             yield f"{other.nonfinite} elements are not finite in ONNX Runtime with target {target}"
         elif other.max_units > max(limits.caution, 2 * error.max_units):
-            yield f"ONNX Runtime with target {target} is off by {_off(other)}"
+            yield f"ONNX Runtime with target {target} has an error of {_off(other)}"
 
 
 def _off(error: NormError) -> str:

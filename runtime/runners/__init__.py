@@ -1,1 +1,8 @@
-"""What runs a model: PyTorch and ONNX Runtime."""
+"""Run a model: named arrays in, named arrays out, in PyTorch or ONNX Runtime.
+
+base: the `Runner` protocol, `TensorInfo`, and `check_feeds`, which validates the inputs of a run.
+open: `open_runner`, which chooses the backend for a model, and `has_large_weights`.
+onnxruntime: `OrtRunner` for ONNX models, and `optimized_op_counts`, the operators that ONNX Runtime runs.
+torch: `TorchRunner` for PyTorch modules, and the conversions `to_torch` and `to_numpy`.
+ort_graph: facts about an ONNX model: `file_record`, `op_counts`, `input_dtypes`.
+"""

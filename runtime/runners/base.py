@@ -1,4 +1,4 @@
-"""What every runner offers: named arrays in, named arrays out, and where they came from."""
+"""The interface of every runner (`Runner`): named arrays in, named arrays out, and the provenance of the results."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class TensorInfo:
     """An input or output of a model.
 
     Attributes:
-        name: as fed and as returned.
-        dtype: numpy's name, such as `float16`, `bfloat16` or `int64`; `any` where the model does not say.
-        shape: a number for a fixed dim, a text for a symbolic one, None for one that may be anything; None instead of
-            the tuple when the rank is open too.
+        name: the name in feeds and results.
+        dtype: numpy's name, such as `float16`, `bfloat16` or `int64`; `any` if the model does not specify it.
+        shape: for each dim a number (fixed), a name (symbolic) or None (unknown); None instead of the tuple if the rank
+            is unknown too.
     """
 
     name: str
@@ -36,7 +36,7 @@ class TensorInfo:
 
 @runtime_checkable
 class Runner(Protocol):
-    """Runs one model. The context manager holds the session or engine, and lets go of it at the end."""
+    """Runs one model. The session or engine is released when the context exits."""
 
     def __enter__(self) -> Self: ...
 
@@ -53,7 +53,7 @@ class Runner(Protocol):
         ...
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """One inference.
+        """Run one inference.
 
         Args:
             feeds: an array for every input; bfloat16 is the dtype of ml_dtypes.
@@ -62,7 +62,7 @@ class Runner(Protocol):
             Every output by name, owned by the caller.
 
         Raises:
-            UsageError: the feeds do not fit the inputs, or the model fails on them.
+            UsageError: the feeds do not match the inputs, or the model fails on them.
         """
         ...
 
@@ -77,16 +77,16 @@ def describe_feeds(feeds: Mapping[str, Array]) -> str:
 
 
 def check_feeds(infos: Iterable[TensorInfo], feeds: Mapping[str, Array], where: str) -> None:
-    """Refuse feeds that do not fit the inputs.
+    """Check that feeds match the inputs of a model.
 
     Args:
         infos: the inputs that must be fed.
-        feeds: what is fed.
-        where: what they are fed to, for the message (a file name, a class name).
+        feeds: the arrays by input name.
+        where: the model's name in the message (a file name, a class name).
 
     Raises:
-        UsageError: an input is missing, unknown, no array, or of the wrong dtype, rank or size, or two dims of one
-            symbolic name differ. The message names the input, what was given and what is wanted.
+        UsageError: an input is missing or unknown, is not an array, or has the wrong dtype, rank or size, or two dims
+            of one symbolic name differ. The message names the input, and the expected and the given value.
     """
     wanted = {info.name: info for info in infos}
     missing, unexpected = [n for n in wanted if n not in feeds], [n for n in feeds if n not in wanted]
@@ -102,11 +102,11 @@ def check_feeds(infos: Iterable[TensorInfo], feeds: Mapping[str, Array], where: 
 
 def _check_array(info: TensorInfo, array: Array, where: str) -> None:
     if not isinstance(array, np.ndarray):
-        raise UsageError(f"{where}: input {info.name} is a {type(array).__name__}; give a numpy array.")
+        raise UsageError(f"{where}: input {info.name}: expected a numpy array, got {type(array).__name__}.")
     if info.dtype != ANY_DTYPE and array.dtype != numpy_dtype(info.dtype):
-        # A byte order that is not the machine's does not show in the name.
+        # The name of a dtype does not show a foreign byte order.
         given = array.dtype.name if array.dtype.isnative else array.dtype.str
-        raise UsageError(f"{where}: input {info.name} has dtype {given}; {info.dtype} is wanted.")
+        raise UsageError(f"{where}: input {info.name}: expected dtype {info.dtype}, got {given}.")
 
 
 def _check_shape(info: TensorInfo, shape: tuple[int, ...], where: str, symbols: dict[str, tuple[int, str]]) -> None:
@@ -115,18 +115,18 @@ def _check_shape(info: TensorInfo, shape: tuple[int, ...], where: str, symbols: 
     wanted = "[" + ", ".join("?" if dim is None else str(dim) for dim in info.shape) + "]"
     if len(shape) != len(info.shape):
         raise UsageError(
-            f"{where}: input {info.name} has shape {list(shape)}, of rank {len(shape)}; "
-            f"{wanted}, of rank {len(info.shape)}, is wanted."
+            f"{where}: input {info.name}: expected shape {wanted} of rank {len(info.shape)}, "
+            f"got {list(shape)} of rank {len(shape)}."
         )
     for axis, (size, dim) in enumerate(zip(shape, info.shape, strict=True)):
         if isinstance(dim, int) and size != dim:
             raise UsageError(
-                f"{where}: input {info.name} has shape {list(shape)}; {wanted} is wanted (dim {axis} must be {dim})."
+                f"{where}: input {info.name}: expected shape {wanted}, got {list(shape)} (dim {axis} must be {dim})."
             )
         if isinstance(dim, str):
             known, owner = symbols.setdefault(dim, (size, info.name))
             if known != size:
                 raise UsageError(
-                    f"{where}: input {info.name} has shape {list(shape)}; {wanted} is wanted, and {dim} is already "
-                    f"{known} in {owner}."
+                    f"{where}: input {info.name}: expected shape {wanted}, got {list(shape)}, but {dim} is "
+                    f"{known} in input {owner}."
                 )

@@ -1,4 +1,4 @@
-"""Running a model in ONNX Runtime, on the providers that were asked for and no others."""
+"""Run a model in ONNX Runtime (`OrtRunner`), with an error if a requested provider is not used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .ort_graph import file_record, input_dtypes, op_counts
 
 CPU = "CPUExecutionProvider"
 
-# onnxruntime's names of the element types that this runner carries, and numpy's.
+# onnxruntime's names of the element types that this runner supports, and numpy's.
 _DTYPES = {
     "float": "float32",
     "double": "float64",
@@ -49,14 +49,14 @@ _OPTIONS = (
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _NO_PREPACKING = "session.disable_prepacking"
 _PLUGIN_OPS = {f"{domain}:{name}" for domain in (contract.DOMAIN, contract.ORT_DOMAIN) for name in contract.INPUTS}
-_SILENT = 4  # only fatal messages: every error is raised as well
+_SILENT = 4  # log fatal messages only: every error is raised as an exception as well
 
 
 def import_onnxruntime() -> ModuleType:
-    """The onnxruntime module.
+    """Import onnxruntime.
 
     Raises:
-        EnvironmentMissingError: it is not installed, or does not load.
+        EnvironmentMissingError: it is not installed, or it cannot be loaded.
     """
     try:
         import onnxruntime
@@ -74,21 +74,21 @@ class OrtRunner:
     Args:
         source: path of an ONNX file, or the bytes of one.
         providers: execution providers in order of preference, such as `cpu`, `cuda`, `tensorrt` or their full names;
-            None is the CPU provider. Nodes that none of them takes run on the CPU provider.
-        provider_options: options of a provider by its name.
+            None is the CPU provider. Nodes that none of them supports run on the CPU provider.
+        provider_options: options by the name of the provider.
         session_options: `graph_optimization_level` (disabled, basic, extended, all), `intra_op_num_threads`,
-            `inter_op_num_threads`, `optimized_model_path` where the optimized graph is written, and `repack_weights`
-            (True unless said otherwise: kernels get a copy of the weights in the order that suits them; without, a
-            large file opens at once and needs no memory for it, and runs slower).
+            `inter_op_num_threads`, `optimized_model_path` (the file for the optimized graph), and `repack_weights`
+            (default True: kernels get a copy of the weights in their own layout; if False, a large file opens faster
+            and takes less memory, and runs slower).
         io_binding: run through the session's IO binding, which places the inputs on the device before the run; the
             results are the same.
-        weights_folder: where the external data of a model given as bytes lie; None when it has none.
+        weights_folder: folder of the external data of a model given as bytes; None if it has none.
 
     Raises:
         UsageError: the model or its external data cannot be read, onnxruntime finds it invalid, or an option or
             provider name is unknown.
-        UnsupportedError: an op has no kernel for its dtype, or an input or output is no tensor of numbers.
-        EnvironmentMissingError: onnxruntime is not installed, or a provider is not there or not really used.
+        UnsupportedError: an op has no kernel for its dtype, or an input or output is not a tensor of numbers.
+        EnvironmentMissingError: onnxruntime is not installed, or a provider is not available or not used.
     """
 
     def __init__(
@@ -124,27 +124,27 @@ class OrtRunner:
         self.close()
 
     def close(self) -> None:
-        """Let go of the session and its memory."""
+        """Release the session and its memory."""
         self._session = None
 
     def inputs(self) -> list[TensorInfo]:
-        """The model's inputs, initializers left out."""
+        """The model's inputs, without initializers."""
         return list(self._inputs)
 
     def outputs(self) -> list[TensorInfo]:
-        """The model's outputs; an output of open rank shows as one of rank 0."""
+        """The model's outputs; an output of unknown rank is listed with rank 0."""
         return list(self._outputs)
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """One inference; see `Runner.run`.
+        """Run one inference; see `Runner.run`.
 
         Args:
             feeds: an array for every input.
-            outputs: names of the outputs that are wanted; None is all of them.
+            outputs: names of the outputs to compute; None is all of them.
 
         Raises:
-            UsageError: the feeds do not fit the inputs, or onnxruntime fails on them.
-            UnsupportedError: a kernel cannot do what the feeds ask for.
+            UsageError: the feeds do not match the inputs, or onnxruntime fails on them.
+            UnsupportedError: a kernel does not support these feeds.
         """
         session = self._opened()
         check_feeds(self._inputs, feeds, self._where)
@@ -160,7 +160,7 @@ class OrtRunner:
         return {name: _to_array(value) for name, value in zip(names, results, strict=True)}
 
     def provenance(self) -> dict[str, Any]:
-        """Versions, providers asked for and used, options, and the hash of every file.
+        """Versions, requested and used providers, options, and the hash of every file.
 
         Raises:
             UsageError: the runner is closed.
@@ -209,8 +209,8 @@ class OrtRunner:
         if unused:
             raise EnvironmentMissingError(
                 f"{file.where}: onnxruntime fell back from {', '.join(unused)} to {', '.join(used)}. The libraries "
-                f"behind it (CUDA, cuDNN, TensorRT) did not load in the versions that onnxruntime {ort.__version__} "
-                "was built for; install those, or ask for another provider."
+                f"(CUDA, cuDNN, TensorRT) could not be loaded in the versions that onnxruntime {ort.__version__} "
+                "was built for; install those versions, or choose another provider."
             )
         return session
 
@@ -218,9 +218,9 @@ class OrtRunner:
 def optimized_op_counts(
     path: str | os.PathLike[str], providers: Sequence[str] | None = None, level: str = "all"
 ) -> Counter[str]:
-    """Count the ops in the graph as onnxruntime optimized it, to see which norms it fused.
+    """Count the ops in the graph that onnxruntime optimized, to see which norms it fused.
 
-    External data stays where it is: the optimized graph, in a temporary folder, refers to it.
+    External data are not copied: the optimized graph, in a temporary folder, refers to them.
 
     Args:
         path: an ONNX file.
@@ -231,7 +231,7 @@ def optimized_op_counts(
         Counts by `Op` in the default domain and `domain::Op` elsewhere.
 
     Raises:
-        RmsnormDeployError: as `OrtRunner`.
+        RmsnormDeployError: as in `OrtRunner`.
     """
     import onnx
 
@@ -243,16 +243,16 @@ def optimized_op_counts(
 
 
 def _full_names(ort: ModuleType, names: Sequence[str] | None) -> list[str]:
-    """Full provider names for short or full ones in any case."""
+    """Full names of providers, given short or full names in upper or lower case."""
     known = {name.lower().removesuffix("executionprovider"): name for name in ort.get_all_providers()}
     available = ort.get_available_providers()
     if isinstance(names, str) or (names is not None and not names):
-        raise UsageError(f"providers is {names!r}; give a list of one provider or more.")
+        raise UsageError(f"providers: expected a list of one or more providers, got {names!r}.")
     found = []
     for name in names or [CPU]:
         full = known.get(name.lower().removesuffix("executionprovider"))
         if full is None:
-            raise UsageError(f"there is no execution provider {name!r}; the names are {', '.join(sorted(known))}.")
+            raise UsageError(f"unknown execution provider {name!r}: expected one of {', '.join(sorted(known))}.")
         if full not in available:
             raise EnvironmentMissingError(
                 f"{full} is not in this build of onnxruntime {ort.__version__}, which has {', '.join(available)}. "
@@ -268,26 +268,28 @@ def _options_by_provider(
     named = {name: _full_names(ort, [name])[0] for name in options or {}}
     unused = [name for name, full in named.items() if full not in providers]
     if unused:
-        raise UsageError(f"provider_options for {', '.join(unused)}, which is not among {', '.join(providers)}.")
+        raise UsageError(
+            f"provider_options: expected names among the providers {', '.join(providers)}, got {', '.join(unused)}."
+        )
     return {full: {k: str(v) for k, v in (options or {})[name].items()} for name, full in named.items()}
 
 
 @contextmanager
 def _session_options(ort: ModuleType, wanted: Mapping[str, Any], file: ModelFile) -> Iterator[Any]:
-    """Session options; the optimized model gets its name only when the session has been created."""
+    """Session options; the optimized model is renamed to its final name after the session has been created."""
     unknown = [name for name in wanted if name not in _OPTIONS]
     if unknown:
-        raise UsageError(f"unknown session_options {', '.join(unknown)}; there are {', '.join(_OPTIONS)}.")
+        raise UsageError(f"unknown session_options {', '.join(unknown)}: expected {', '.join(_OPTIONS)}.")
     options = ort.SessionOptions()
     options.log_severity_level = _SILENT
     level = wanted.get("graph_optimization_level", "all")
     if level not in _LEVELS:
-        raise UsageError(f"graph_optimization_level is {level!r}; it must be one of {', '.join(_LEVELS)}.")
+        raise UsageError(f"graph_optimization_level: expected one of {', '.join(_LEVELS)}, got {level!r}.")
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[level])
     for name in ("intra_op_num_threads", "inter_op_num_threads"):
         threads = wanted.get(name, 0)
         if not isinstance(threads, int) or threads < 0:
-            raise UsageError(f"{name} is {threads!r}; it must be a whole number, 0 for as many as there are cores.")
+            raise UsageError(f"{name}: expected an integer of at least 0 (0: one per core), got {threads!r}.")
         setattr(options, name, threads)
     if not wanted.get("repack_weights", True):
         options.add_session_config_entry(_NO_PREPACKING, "1")
@@ -296,7 +298,7 @@ def _session_options(ort: ModuleType, wanted: Mapping[str, Any], file: ModelFile
         return
     target = Path(wanted["optimized_model_path"])
     if not target.parent.is_dir():
-        raise UsageError(f"optimized_model_path {target}: there is no folder {target.parent}.")
+        raise UsageError(f"optimized_model_path {target}: the folder {target.parent} does not exist.")
     if file.path is not None and target.resolve() == file.path.resolve():
         raise UsageError(f"optimized_model_path {target} is the model itself; give another name.")
     partial = target.with_name(f".{target.name}.partial")
@@ -315,8 +317,8 @@ def _infos(arguments: Sequence[Any], where: str, open_rank: set[str]) -> list[Te
         dtype = _DTYPES.get(match.group(1)) if match else None
         if dtype is None:
             raise UnsupportedError(
-                f"{where}: {argument.name} is a {argument.type}; only tensors of {', '.join(_DTYPES.values())} can be "
-                "fed and returned."
+                f"{where}: {argument.name}: expected a tensor of one of {', '.join(_DTYPES.values())}, "
+                f"got {argument.type}."
             )
         shape = None if argument.name in open_rank else tuple(argument.shape)
         infos.append(TensorInfo(argument.name, dtype, shape))
@@ -324,7 +326,7 @@ def _infos(arguments: Sequence[Any], where: str, open_rank: set[str]) -> list[Te
 
 
 def _to_value(array: Array) -> Any:
-    """An OrtValue over the array's memory; bfloat16, which onnxruntime's numpy side lacks, goes in as its bits."""
+    """An OrtValue over the array's memory; bfloat16 is passed as raw bits, because onnxruntime's numpy API lacks it."""
     import onnxruntime
 
     array = np.asarray(array, order="C")
@@ -334,13 +336,13 @@ def _to_value(array: Array) -> Any:
 
 
 def _to_array(value: Any) -> Array:
-    """A copy of an OrtValue in host memory, where runs put every output."""
+    """A copy of an OrtValue; runs return every output in host memory."""
     if value.element_type() != _BFLOAT16:
         return np.array(value.numpy())
     shape = tuple(value.shape())
     if 0 in shape:
         return np.empty(shape, ml_dtypes.bfloat16)
-    # Neither numpy() nor DLPack hands out bfloat16, so its bits are read where they lie.
+    # Neither numpy() nor DLPack supports bfloat16, so its bits are read from memory.
     memory = (ctypes.c_uint16 * (value.tensor_size_in_bytes() // 2)).from_address(value.data_ptr())
     return np.array(memory, dtype=np.uint16).view(ml_dtypes.bfloat16).reshape(shape)
 
@@ -362,7 +364,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _load_error(error: Exception, ort: ModuleType, file: ModelFile, providers: list[str]) -> RmsnormDeployError:
-    """What a session that could not be created means for the user."""
+    """The error to raise for a session that could not be created."""
     cause, version = _cause(error), f"onnxruntime {ort.__version__}"
     missing = re.search(r"implementation for (\S+)\(\d+\) node with name '(.*?)'", cause)
     if missing:
@@ -376,10 +378,10 @@ def _load_error(error: Exception, ort: ModuleType, file: ModelFile, providers: l
     unknown = re.search(r"(\S+?)\(-?\d+\) is not a registered function/op|No Op registered for (\S+)", cause)
     if unknown:
         name = unknown.group(1) or unknown.group(2)
-        advice = "Install a newer onnxruntime, or export with a target whose ops it has"
+        advice = "Install a newer onnxruntime, or export for a target whose ops it supports"
         if name in _PLUGIN_OPS:
             advice = (
-                "The file has plugin nodes without the local functions that ONNX Runtime would run: it was written "
+                "The file has plugin nodes without the local functions that ONNX Runtime requires: it was written "
                 "with --no-function or --ort-trt, for TensorRT. Write it without that option to run it here"
             )
         return UnsupportedError(f"{file.where}: {version} does not know the op {name}: {cause}. {advice}.")

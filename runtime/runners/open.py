@@ -1,4 +1,4 @@
-"""Opening whatever runs a model: the only place that chooses a backend."""
+"""Open a runner for a model (`open_runner`), the only place that chooses a backend."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
     Source = str | os.PathLike[str] | bytes | nn.Module
 
-# Repacking more bytes of weights than this for the kernels takes longer than a run does.
+# If a model has more bytes of weights than this, repacking them for the kernels takes longer than a run.
 _LARGE_FILES = 1 << 30
 
 
 def open_runner(source: Source, provider: str | Sequence[str] = "cpu", **options: Any) -> Runner:
-    """A runner for a model, open until its context closes.
+    """A runner for a model, open until its context exits.
 
     Args:
         source: an .onnx file's path, an ONNX model's bytes, or a PyTorch module.
         provider: for ONNX, the execution provider (`cpu`, `cuda`, `tensorrt` or a full name), or several in order of
-            preference. A PyTorch module runs on the device that its parameters are on.
+            preference. A PyTorch module runs on the device of its parameters.
         options: further arguments of the backend's own runner, see `OrtRunner` and `TorchRunner`.
 
     Raises:
-        UsageError: expected one of these sources, or the model cannot be opened.
+        UsageError: `source` is not one of these, or the model cannot be opened.
         UnsupportedError: the backend cannot run the model.
         EnvironmentMissingError: the backend or the provider is not installed.
     """
@@ -50,5 +50,5 @@ def open_runner(source: Source, provider: str | Sequence[str] = "cpu", **options
 
 
 def has_large_weights(files: Sequence[Path]) -> bool:
-    """Whether these files hold more than 1 GiB, so that a single run should go without repacking the weights."""
+    """Whether these files are larger than 1 GiB in total, so that a single run is faster without repacked weights."""
     return sum(file.stat().st_size for file in files) > _LARGE_FILES

@@ -1,4 +1,4 @@
-"""What a run reports of an ONNX model: its ops, its dtypes, and the files it is made of."""
+"""Facts about an ONNX model for reports: its operators (`op_counts`), dtypes (`input_dtypes`) and files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def file_record(path: Path) -> dict[str, Any]:
 
 
 def op_counts(model: ModelProto) -> Counter[str]:
-    """How often each op occurs in the graph and its subgraphs.
+    """The number of occurrences of each op in the graph and its subgraphs.
 
     Returns:
         Counts by `Op` in the default domain and `domain::Op` elsewhere. A call of a local function counts as itself.
@@ -35,7 +35,7 @@ def op_counts(model: ModelProto) -> Counter[str]:
 
 
 def input_dtypes(model: ModelProto, op_type: str, node_name: str) -> list[str]:
-    """The dtypes that go into the first node of this op and name, as far as the model states them."""
+    """The input dtypes of the first node of this op and name, as far as the model specifies them."""
     import onnx
 
     for graph in graphs(model):

@@ -1,4 +1,4 @@
-"""Running a PyTorch module: the baseline in the deployment dtype, and the truth in float64."""
+"""Run a PyTorch module (`TorchRunner`): the baseline in the deployment dtype, and the reference in float64."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ _CACHE_KEYS = ("past_key_values", "cache_params")
 class TorchRunner:
     """Runs an `nn.Module` in eval mode and without gradients.
 
-    The module's parameters are never changed, and every submodule's training flag is restored by `close`. With `dtype`
-    or `device` a deep copy runs and the module is not touched at all.
+    The module's parameters are never changed, and `close` restores every submodule's training flag. With `dtype` or
+    `device`, a deep copy runs and the module is not changed at all.
 
-    A float64 copy holds the module's own parameters, widened: for the truth behind a half-precision deployment, give
-    the half-precision module. Modules that cast to float32 themselves still do.
+    A float64 copy has the module's own parameters, converted to float64: for the reference of a half-precision
+    deployment, give the half-precision module. Modules that cast to float32 themselves still do.
 
     Args:
         model: the module.
-        input_names: names of the feeds. When all are parameters of `forward` they go in by keyword, otherwise in the
-            order of its parameters. None: feeds are named as the parameters of `forward`.
+        input_names: names of the feeds. If all are parameters of `forward`, they are passed by keyword, otherwise in
+            the order of its parameters. None: feeds are named as the parameters of `forward`.
         output_names: names of the outputs in order, after None and caches are dropped. None: the keys of a mapping,
-            `output` for a tensor, `output_0`, `output_1` and so on for a tuple (`output_0_1` where nested).
-        dtype: a floating-point dtype that a deep copy is cast to; floating-point feeds are cast to it too.
-        device: where a deep copy runs, such as `cuda`.
-        include_cache: also return the tensors of key-value caches.
+            `output` for a tensor, `output_0`, `output_1` and so on for a tuple (`output_0_1` if nested).
+        dtype: a floating-point dtype to which a deep copy and the floating-point feeds are cast.
+        device: the device on which a deep copy runs, such as `cuda`.
+        include_cache: return the tensors of key-value caches too.
 
     Raises:
-        UsageError: the model is no module, cannot be copied, or names and `forward` do not fit.
-        EnvironmentMissingError: the device is not there.
+        UsageError: the model is not a module or cannot be copied, or the names do not match `forward`.
+        EnvironmentMissingError: the device is not available.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class TorchRunner:
         from torch import nn
 
         if not isinstance(model, nn.Module):
-            raise UsageError(f"TorchRunner runs an nn.Module, not a {type(model).__name__}.")
+            raise UsageError(f"TorchRunner: expected an nn.Module, got {type(model).__name__}.")
         self._where = type(model).__name__
         self._dtype = _floating_dtype(dtype)
         self._parameters = _Parameters(model, input_names)
@@ -78,27 +78,27 @@ class TorchRunner:
         self.close()
 
     def close(self) -> None:
-        """Restore the training flags and let go of the module."""
+        """Restore the training flags and release the module."""
         for module, flag in self._training:
             module.training = flag
         self._training, self._model = [], None
 
     def inputs(self) -> list[TensorInfo]:
-        """The `input_names`, or the parameters of `forward` without a default; a module tells no dtypes or shapes."""
+        """The `input_names`, or the parameters of `forward` without a default; dtypes and shapes are unknown."""
         return [TensorInfo(name, ANY_DTYPE, None) for name in self._parameters.required]
 
     def outputs(self) -> list[TensorInfo]:
-        """What the last run returned; before the first one, the `output_names` if they were given."""
+        """The outputs of the last run; before the first run, the `output_names` if they were given."""
         if self._last_outputs:
             return list(self._last_outputs)
         return [TensorInfo(name, ANY_DTYPE, None) for name in self._output_names or ()]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """One forward pass; see `Runner.run`.
+        """Run one forward pass; see `Runner.run`.
 
         Raises:
-            UsageError: the feeds do not fit `forward`, the module fails on them, or `output_names` is not as long as
-                the outputs are many.
+            UsageError: the feeds do not match `forward`, the module fails on them, or the number of outputs is not
+                that of `output_names`.
             UnsupportedError: the module returns something other than tensors.
         """
         import torch
@@ -108,7 +108,7 @@ class TorchRunner:
         keywords = self._parameters.keywords(feeds, self._where)
         device = _device_of(self._model)
         tensors = {name: self._placed(to_torch(array), device) for name, array in keywords.items()}
-        # At every run: another holder of the module may have changed it in between.
+        # Set it before every run: other code may have changed the mode in between.
         self._model.eval()
         try:
             with torch.no_grad():
@@ -120,7 +120,7 @@ class TorchRunner:
         return outputs
 
     def provenance(self) -> dict[str, Any]:
-        """Version, device, dtypes and numeric settings, and how many parameters the module has.
+        """Version, device, dtypes, numeric settings and the number of parameters.
 
         Raises:
             UsageError: the runner is closed.
@@ -160,7 +160,7 @@ class TorchRunner:
 
 
 class _Parameters:
-    """How feeds become keyword arguments of `forward`.
+    """Maps feeds to keyword arguments of `forward`.
 
     Attributes:
         required: names that must be fed, in order.
@@ -182,16 +182,18 @@ class _Parameters:
         self._keyword_of = dict(zip(input_names, names, strict=False))
         where = f"{type(model).__name__}.forward({', '.join(names)})"
         if len(input_names) > len(names):
-            raise UsageError(f"{where} does not take {len(input_names)} inputs: {', '.join(input_names)}.")
+            raise UsageError(
+                f"{where}: expected at most {len(names)} inputs, got {len(input_names)}: {', '.join(input_names)}."
+            )
         crossed = [name for name, keyword in self._keyword_of.items() if name != keyword and name in names]
         if crossed:
             raise UsageError(
-                f"{where}: input_names {', '.join(input_names)} go by position, yet {', '.join(crossed)} names "
-                "another parameter; give the parameters' own names, or names that are none of them."
+                f"{where}: input_names {', '.join(input_names)} are matched by position, but {', '.join(crossed)} is "
+                "the name of another parameter; give the parameters' names, or names that no parameter has."
             )
 
     def keywords(self, feeds: Mapping[str, Array], where: str) -> dict[str, Array]:
-        """The arguments of `forward`, for feeds that must fit."""
+        """The arguments of `forward`; raises UsageError if the feeds do not match."""
         known = [n for n in feeds if n in self._keyword_of or self._takes_any]
         infos = [TensorInfo(n, ANY_DTYPE, None) for n in dict.fromkeys([*self.required, *known])]
         check_feeds(infos, feeds, where)
@@ -205,7 +207,7 @@ def _floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         dtype = getattr(torch, dtype, dtype)
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         return dtype
-    raise UsageError(f"TorchRunner: dtype {dtype!r} is no floating-point dtype of PyTorch, such as float64.")
+    raise UsageError(f"TorchRunner: dtype: expected a floating-point dtype of PyTorch, such as float64, got {dtype!r}.")
 
 
 def _moved_copy(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Module:
@@ -214,11 +216,11 @@ def _moved_copy(model: nn.Module, dtype: torch.dtype | None, device: torch.devic
     try:
         target = None if device is None else torch.device(device)
     except RuntimeError as error:
-        raise UsageError(f"TorchRunner: {device!r} is no device: {error}") from error
+        raise UsageError(f"TorchRunner: {device!r} is not a device of PyTorch: {error}") from error
     if target is not None and target.type == "cuda" and not torch.cuda.is_available():
         raise EnvironmentMissingError(
-            f"TorchRunner: device {device} was asked for, but PyTorch {torch.__version__} finds no CUDA device. "
-            "Install the CUDA build of PyTorch on a machine with an NVIDIA GPU, or leave the device out."
+            f"TorchRunner: device {device} was requested, but PyTorch {torch.__version__} finds no CUDA device. "
+            "Install the CUDA build of PyTorch on a machine with an NVIDIA GPU, or omit the device."
         )
     try:
         duplicate = copy.deepcopy(model)
@@ -247,7 +249,7 @@ def _flatten(value: Any, name: str, include_cache: bool, where: str) -> Iterator
             yield name or "output", to_numpy(value)
         except (TypeError, RuntimeError) as error:
             raise UnsupportedError(
-                f"{where}: output {name or 'output'} is a {value.dtype} tensor that numpy cannot hold: {error}"
+                f"{where}: output {name or 'output'} is a {value.dtype} tensor, which numpy does not support: {error}"
             ) from error
         return
     if name in _CACHE_KEYS or type(value).__name__.endswith("Cache"):
@@ -266,8 +268,8 @@ def _flatten_container(value: Any, name: str, include_cache: bool, where: str) -
             yield from _flatten(item, f"{name or 'output'}_{index}", include_cache, where)
     else:
         raise UnsupportedError(
-            f"{where}: output {name or 'output'} is a {type(value).__name__}; outputs must be tensors, or tuples, "
-            "lists and mappings of them. Wrap the module in one that returns tensors only."
+            f"{where}: output {name or 'output'}: expected a tensor, or a tuple, list or mapping of tensors, "
+            f"got {type(value).__name__}. Wrap the module in one that returns tensors only."
         )
 
 

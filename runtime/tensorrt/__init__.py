@@ -1,15 +1,15 @@
-"""TensorRT engines: what the file needs, the build in a process of its own, and proof of what runs each norm.
+"""Build TensorRT engines in a worker process, and check which layer runs each norm.
 
-api: TensorRT 10, 11 and TensorRT-RTX, and everything in which they differ.
-options: what an engine is built with.
-build: `build_engine`.
-plan: everything that is decided before TensorRT runs.
-process: the worker started, listened to, limited, ended.
-worker: what the worker does: parse, check, build.
-engine_files: the engine, its record, its log.
-network: what a file asks of TensorRT, checked before it is parsed.
-profiles: optimization profiles from a file's dynamic dims.
-layers: which layer of an engine runs each norm.
-cache: engines kept by everything that they depend on.
-trtexec: the same build as a command line.
+build: `build_engine` and its result, `Engine`.
+options: `BuildOptions`, every option of a build.
+plan: `plan_build`, every decision that is made before TensorRT runs.
+api: `Api`, TensorRT 10, TensorRT 11 and TensorRT-RTX behind one interface.
+network: `read_network`, which reads and checks an ONNX file before TensorRT parses it.
+profiles: `make_profiles`, optimization profiles from the dynamic dims of a file.
+process: `run_worker`, which starts the worker process, limits its memory and reports its progress.
+worker: the worker process, which parses, checks and builds.
+layers: `norm_layers`, the layer of an engine that runs each norm.
+engine_files: the engine, its record and its log on disk.
+cache: `EngineCache`, engines of earlier builds.
+trtexec: `trtexec_command`, the same build as a command line.
 """

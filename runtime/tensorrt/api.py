@@ -1,4 +1,4 @@
-"""TensorRT 10.7 to 11.x and TensorRT-RTX behind one interface. Whatever differs between them stands here."""
+"""TensorRT 10.7 to 11.x and TensorRT-RTX behind one interface (`Api`), with all differences between them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ RUNTIMES: Final[tuple[RuntimeName, ...]] = get_args(RuntimeName)
 
 @dataclass(frozen=True, slots=True)
 class Flavor:
-    """One of the two products.
+    """One of the two products, TensorRT or TensorRT-RTX.
 
     Attributes:
-        title: for people.
+        title: its name in messages.
         module: its Python module.
-        distributions: packages of which it may be installed, whose versions tell one build from another.
-        library_modules: packages that hold its shared libraries, where pip brought them.
-        install: how to get it.
-        oldest: the lowest version that this package supports.
+        distributions: packages that may install it; their versions identify its build.
+        library_modules: packages that contain its shared libraries if pip installed it.
+        install: the command that installs it.
+        oldest: the lowest supported version.
         tool: the program that builds engines from the command line.
-        unversioned: a library that is opened by a name which the wheel does not have.
-        architectures: what it builds for without a GPU; empty where it always builds for the GPU at hand.
-        default_architectures: what it builds for where none is named.
+        unversioned: a library that is opened by a name without version, which the wheel does not contain.
+        architectures: architectures that it can build for without a GPU; empty if it always builds for the local GPU.
+        default_architectures: architectures that it builds for if none is named.
     """
 
     title: str
@@ -52,7 +52,7 @@ FLAVORS: Final[dict[RuntimeName, Flavor]] = {
         ("tensorrt_libs",), 'pip install "rmsnorm-deploy[tensorrt]"', (10, 7), "trtexec",
         None, (), (),
     ),
-    # NVIDIA's documentation of 1.7 ("CPU-Only AOT"): unset is 8.0, 8.6, 8.9 and 12.0; 7.5 has to be asked for.
+    # NVIDIA's documentation of 1.7 ("CPU-Only AOT"): the default is 8.0, 8.6, 8.9 and 12.0; 7.5 must be requested.
     "rtx": Flavor(
         "TensorRT-RTX", "tensorrt_rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu12"),
         ("tensorrt_rtx_libs",), 'pip install "rmsnorm-deploy[rtx]"', (1, 4),
@@ -62,10 +62,10 @@ FLAVORS: Final[dict[RuntimeName, Flavor]] = {
 
 
 def flavor_of(runtime: str) -> Flavor:
-    """The product of that name.
+    """The product of a name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the name is unknown.
     """
     for name, flavor in FLAVORS.items():
         if name == runtime:
@@ -79,10 +79,10 @@ def is_installed(runtime: str) -> bool:
 
 
 def check_installed(runtime: str) -> None:
-    """Make sure that the product's Python module can be found.
+    """Check that the product's Python module is installed.
 
     Raises:
-        EnvironmentMissingError: it cannot; the message says how to get it, and whether the other one is there.
+        EnvironmentMissingError: it is not installed; the message contains the command that installs it.
     """
     flavor = flavor_of(runtime)
     if is_installed(runtime):
@@ -93,7 +93,7 @@ def check_installed(runtime: str) -> None:
 
 
 def library_folders(runtime: str) -> list[Path]:
-    """Folders of the shared libraries that pip brought; empty where the system has them."""
+    """Folders of the shared libraries that pip installed; empty if they are installed in the system."""
     folders = []
     for name in flavor_of(runtime).library_modules:
         spec = importlib.util.find_spec(name)
@@ -102,10 +102,10 @@ def library_folders(runtime: str) -> list[Path]:
 
 
 def link_libraries(runtime: str, folder: Path) -> None:
-    """Put links into `folder` for libraries that are opened by a name which the wheel lacks.
+    """Create links in `folder` for libraries that are opened by a name that the wheel does not contain.
 
-    At the first plugin the parser of TensorRT-RTX opens `libtensorrt_rtx.so` without a version, and the process ends
-    where the loader does not find it.
+    At the first plugin the parser of TensorRT-RTX opens `libtensorrt_rtx.so` without a version, and the process is
+    terminated if the loader does not find it.
     """
     name = flavor_of(runtime).unversioned
     if name is None:
@@ -127,7 +127,7 @@ class Api:
         version: such as `1.7.1.116`.
 
     Raises:
-        EnvironmentMissingError: it is not installed, or its libraries do not load.
+        EnvironmentMissingError: it is not installed, or its libraries cannot be loaded.
         UnsupportedError: the version is too old.
     """
 
@@ -136,9 +136,9 @@ class Api:
         check_installed(runtime)
         try:
             self.trt: Any = importlib.import_module(self.flavor.module)
-        except Exception as error:  # a shared library that is missing fails in many ways
+        except Exception as error:  # a missing shared library may raise any error
             raise EnvironmentMissingError(
-                f"{self.flavor.title} is installed and does not load: {' '.join(str(error).split())}"
+                f"{self.flavor.title} is installed but cannot be loaded: {' '.join(str(error).split())}"
             ) from error
         self.version: str = self.trt.__version__
         if version_of(self.version) < self.flavor.oldest:
@@ -154,12 +154,12 @@ class Api:
         return self.flavor.module == "tensorrt_rtx"
 
     def network(self, builder: Any) -> Any:
-        """A strongly typed network: TensorRT 11 and RTX know no other; 10 has to be asked."""
+        """A strongly typed network: the only kind in TensorRT 11 and RTX, an option in TensorRT 10."""
         flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         return builder.create_network(0 if flag is None else 1 << int(flag))
 
     def set_architectures(self, config: Any, architectures: Sequence[int]) -> None:
-        """Say what the engine is for. The full TensorRT builds for the GPU at hand and has nothing to set."""
+        """Set the architectures of the engine. The full TensorRT always builds for the local GPU and has no setting."""
         if not self.is_rtx:
             return
         config.num_compute_capabilities = len(architectures)
@@ -178,7 +178,7 @@ class Api:
         config.set_flag(flag)
 
     def dtype_name(self, dtype: Any) -> str:
-        """The name of one of TensorRT's data types, as `float16`; TensorRT's own for those that no norm has."""
+        """The name of one of TensorRT's data types, such as `float16`; TensorRT's own name for dtypes without norms."""
         trt = self.trt
         names = {
             trt.float32: "float32", trt.float16: "float16", trt.bfloat16: "bfloat16", trt.int8: "int8",
@@ -188,17 +188,17 @@ class Api:
 
     @property
     def has_timing_cache(self) -> bool:
-        """RTX takes a timing cache and does nothing with it."""
+        """Whether a timing cache has an effect: RTX accepts one and ignores it."""
         return not self.is_rtx
 
     @property
     def can_read_engines(self) -> bool:
-        """Whether an engine can be opened here: `Runtime` must not be touched where there is no driver."""
+        """Whether an engine can be opened here: `Runtime` must not be used without a driver."""
         return cuda_device() is not None
 
 
 def cuda_device() -> tuple[str, int] | None:
-    """Name and architecture (compute capability without its point) of the first GPU, asked of CUDA's driver."""
+    """Name and architecture (compute capability without the point) of the first GPU, from the CUDA driver, or None."""
     import ctypes
 
     try:
@@ -219,16 +219,16 @@ def cuda_device() -> tuple[str, int] | None:
 
 
 def resolve_architectures(runtime: str, wanted: Sequence[int], elsewhere: bool = False) -> tuple[int, ...]:
-    """What an engine is built for: what was asked for, the GPU at hand, or what can be built without one.
+    """The architectures that an engine is built for: the requested ones, that of the local GPU, or the defaults.
 
     Args:
         runtime: `tensorrt` or `rtx`.
-        wanted: architectures that were asked for.
-        elsewhere: the engine is built on another machine, whose GPU is not known.
+        wanted: requested architectures.
+        elsewhere: the engine is built on another machine, whose GPU is unknown.
 
     Raises:
-        UnsupportedError: the product cannot build for an architecture that was asked for.
-        EnvironmentMissingError: it needs a GPU, and there is none.
+        UnsupportedError: the product cannot build for a requested architecture.
+        EnvironmentMissingError: it requires a GPU, and there is none.
     """
     flavor = flavor_of(runtime)
     device = cuda_device()
@@ -242,19 +242,19 @@ def resolve_architectures(runtime: str, wanted: Sequence[int], elsewhere: bool =
         return tuple(wanted)
     if device is None:
         raise EnvironmentMissingError(
-            f"{flavor.title} builds for the GPU at hand, and there is none. Build where there is one (see "
-            "--print-trtexec), or build with --runtime rtx, which needs no GPU."
+            f"{flavor.title} builds for the local GPU, and there is none. Build on a machine with a GPU (see "
+            "--print-trtexec), or build with --runtime rtx, which does not require a GPU."
         )
     others = [number for number in wanted if number != device[1]]
     if others:
         raise UnsupportedError(
-            f"{flavor.title} builds for the GPU at hand, {device[0]} (sm_{device[1]}), not for sm_{others[0]}. "
-            "Leave --arch out, or build on a machine that has such a GPU."
+            f"{flavor.title} builds for the local GPU, {device[0]} (sm_{device[1]}), not for sm_{others[0]}. "
+            "Omit --arch, or build on a machine that has such a GPU."
         )
     return (device[1],)
 
 
 def version_of(text: str) -> tuple[int, int]:
-    """Major and minor of a version's text."""
+    """Major and minor number of a version; (0, 0) if it contains no number."""
     numbers = [int(number) for number in re.findall(r"\d+", text)[:2]]
     return (numbers[0], numbers[1] if len(numbers) > 1 else 0) if numbers else (0, 0)

@@ -1,4 +1,4 @@
-"""Build a TensorRT engine from an exported folder or an .onnx file, and prove what runs its norms."""
+"""Build a TensorRT engine from an exported folder or an .onnx file (`build_engine`), and check what runs its norms."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Engine:
 
     Attributes:
         path: its file.
-        record: what stands in the JSON file beside it: norms, profiles, versions, hashes.
-        from_cache: whether it was there already.
+        record: the content of the JSON file beside it: norms, profiles, versions, hashes.
+        from_cache: whether it was copied from the cache.
     """
 
     path: Path
@@ -46,12 +46,12 @@ class Engine:
 
     @property
     def log(self) -> Path:
-        """TensorRT's messages."""
+        """The file of TensorRT's messages."""
         return log_of(self.path)
 
     @property
     def record_file(self) -> Path:
-        """The JSON file."""
+        """The JSON file of the record."""
         return record_of(self.path)
 
 
@@ -68,21 +68,21 @@ def build_engine(
 
     Args:
         source: an exported folder, or an .onnx file.
-        output: the engine's file. Beside it come `OUTPUT.json`, the record, and `OUTPUT.log`, TensorRT's messages. An
-            earlier engine of ours there is replaced, anything else is refused.
-        options: how to build; or its fields as further arguments, such as `runtime="rtx"`.
-        cache: a folder of engines that were built before; an equal one is copied from there, a new one is put there.
-        progress: called as the build goes on.
+        output: the engine's file. `OUTPUT.json`, the record, and `OUTPUT.log`, TensorRT's messages, are written beside
+            it. An earlier engine of this package there is replaced; any other file is an error.
+        options: the options of the build; or its fields as further arguments, such as `runtime="rtx"`.
+        cache: a folder of earlier engines; an equal engine is copied from there, a new one is added.
+        progress: called during the build.
 
     Returns:
-        The engine with its record. Nothing but the log is left where the build fails.
+        The engine with its record. If the build fails, only the log is left.
 
     Raises:
         UsageError: the file, a profile or the output is wrong.
-        UnsupportedError: TensorRT or the plugin cannot do the model; the message names node and cause.
+        UnsupportedError: TensorRT or the plugin does not support the model; the message names node and cause.
         EnvironmentMissingError: TensorRT or a GPU is missing.
-        MismatchError: a norm that belongs to the plugin is run by something else.
-        RmsnormDeployError: the builder failed; the message holds the end of its log.
+        MismatchError: a norm of the plugin is run by another layer in the engine.
+        RmsnormDeployError: the builder failed; the message contains the end of its log.
     """
     options = options or BuildOptions(**choices)
     tell = progress or (lambda _: None)
@@ -107,7 +107,7 @@ def _built(plan: BuildPlan, place: Path, cache: EngineCache | None, tell: Callab
 
 
 def _made(plan: BuildPlan, folder: Path, place: Path, tell: Callable[[Progress], None]) -> dict[str, Any]:
-    """Build the engine in `folder`; its record."""
+    """Build the engine in `folder`, and return its record."""
     try:
         result = run_worker(request_of(plan), folder, plan.options, tell)
         _check_norms(result["norms"], plan)
@@ -120,8 +120,8 @@ def _made(plan: BuildPlan, folder: Path, place: Path, tell: Callable[[Progress],
 def _cached(
     plan: BuildPlan, folder: Path, place: Path, cache: EngineCache, tell: Callable[[Progress], None]
 ) -> tuple[dict[str, Any], bool]:
-    """Take the engine from the cache, or build it and put it there; its record, and whether it was there."""
-    tell(Progress("looking into the cache"))
+    """Copy the engine from the cache, or build and add it; returns its record, and whether it was in the cache."""
+    tell(Progress("looking up the cache"))
     with cache.entry(engine_key(plan)) as entry:
         found = entry.read(folder)
         if found is not None:
@@ -132,7 +132,7 @@ def _cached(
 
 
 def _check_norms(rows: list[dict[str, Any]], plan: BuildPlan) -> None:
-    """Every norm that was given to the plugin must be run by it in the engine too."""
+    """Check that the plugin runs every norm of the plugin in the engine too."""
     if plan.plugin.kind == "none":
         return
     wanted = {norm.path for norm in plan.network.norms if norm.is_plugin}
@@ -140,7 +140,7 @@ def _check_norms(rows: list[dict[str, Any]], plan: BuildPlan) -> None:
     if lost:
         row = lost[0]
         raise MismatchError(
-            f"{len(lost)} of {len(wanted)} norms that belong to the plugin are run by something else in the engine; "
+            f"expected the plugin to run {len(wanted)} norms in the engine, but {len(lost)} are run by other layers; "
             f"the first is {row['path']}, run by {row['layer'] or 'no layer that names it'}."
         )
 
@@ -150,7 +150,7 @@ def _record(plan: BuildPlan, engine: Path, result: dict[str, Any]) -> dict[str, 
     flavor = flavor_of(plan.options.runtime)
     return {
         "schema": SCHEMA,
-        "engine": None,  # name of the file, and of the log below: where they end up
+        "engine": None,  # the file names of the engine and of the log below are set when they are final
         "bytes": engine.stat().st_size,
         "sha256": sha256(engine),
         "runtime": {"name": plan.options.runtime, "title": flavor.title, "version": result["version"]},

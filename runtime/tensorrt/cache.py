@@ -1,8 +1,8 @@
-"""Engines that were built before, by everything that they depend on.
+"""A cache of engines (`EngineCache`), keyed by a hash of everything that an engine depends on.
 
 A cache is a folder. Each entry is a folder in it, named by its key: the engine, its log, and its record with the
-engine's hash. An entry whose engine does not have that hash is built again. Whoever builds an entry holds its lock, so
-that two builds of one engine at once are one build.
+engine's hash. An entry whose engine does not have that hash is built again. An entry is locked during its build, so
+that two simultaneous builds of one engine build it once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 RECORD: Final = "record.json"
 _FILES: Final = (worker.ENGINE, worker.LOG, RECORD)
-# Options that change how a build goes, and not what comes of it.
+# Options that do not change the engine, or are part of the key in another form.
 _WITHOUT_EFFECT: Final = (
     "memory_limit",
     "verbose",
@@ -45,7 +45,7 @@ _WITHOUT_EFFECT: Final = (
 def engine_key(plan: BuildPlan) -> str:
     """A hash of what an engine depends on: model and weights, runtime, GPU, architectures, profiles, plugin, options.
 
-    The weights are read for it.
+    All weights are read to compute it.
     """
     flavor = flavor_of(plan.options.runtime)
     options = {name: value for name, value in plan.options.to_dict().items() if name not in _WITHOUT_EFFECT}
@@ -64,19 +64,19 @@ def engine_key(plan: BuildPlan) -> str:
 
 
 def _runtime_versions(flavor: Flavor) -> dict[str, str]:
-    """Versions of TensorRT's packages; of its module, where none of them is known to pip."""
+    """Versions of TensorRT's packages, or of its module if pip did not install it."""
     found = {name: version for name in flavor.distributions if (version := installed_version(name)) is not None}
     return found or {flavor.module: str(importlib.import_module(flavor.module).__version__)}
 
 
 class CacheEntry:
-    """One engine's place in the cache, while its lock is held."""
+    """The entry of one engine in the cache, while its lock is held."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def read(self, into: Path) -> dict[str, Any] | None:
-        """Copy the engine and its log into a folder; its record, or None where there is no sound engine."""
+        """Copy the engine and its log into a folder; returns its record, or None if there is no intact engine."""
         try:
             record: dict[str, Any] = json.loads((self._folder / RECORD).read_text(encoding="utf-8"))
             shutil.copyfile(self._folder / worker.ENGINE, into / worker.ENGINE)
@@ -91,7 +91,7 @@ class CacheEntry:
         return None
 
     def write(self, source: Path, record: dict[str, Any]) -> None:
-        """Take over the engine and log of a finished build; they stay where they are, too."""
+        """Copy the engine and log of a finished build into the cache."""
         parent = self._folder.parent
         partial = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}.partial-", dir=parent))
         try:
@@ -99,7 +99,7 @@ class CacheEntry:
                 shutil.copyfile(source / name, partial / name)
             (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             self._folder.mkdir(exist_ok=True)
-            for name in _FILES:  # the record last: it tells whether the engine is whole
+            for name in _FILES:  # the record last: it contains the engine's hash
                 (partial / name).replace(self._folder / name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -109,10 +109,10 @@ class EngineCache:
     """A folder of engines.
 
     Args:
-        folder: made where it is not there.
+        folder: the folder; it is created if it does not exist.
 
     Raises:
-        UsageError: the folder cannot be made.
+        UsageError: the folder cannot be created.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -120,11 +120,11 @@ class EngineCache:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"--cache: cannot make {self._folder}: {error.strerror or error}.") from error
+            raise UsageError(f"--cache: cannot create {self._folder}: {error.strerror or error}.") from error
 
     @contextmanager
     def entry(self, key: str) -> Iterator[CacheEntry]:
-        """The entry of a key; others who want the same one wait until the block ends."""
+        """The entry of a key; other processes that use the same entry wait until the block exits."""
         try:
             file = (self._folder / f".{key}.lock").open("w")
         except OSError as error:

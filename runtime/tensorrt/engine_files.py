@@ -1,4 +1,4 @@
-"""The three files of an engine: the engine, its record, TensorRT's log. Nothing that is not ours is replaced."""
+"""The three files of an engine: the engine, its record, TensorRT's log. Files of other programs are never replaced."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def log_of(place: Path) -> Path:
 
 
 def move_into_place(folder: Path, place: Path, record: dict[str, Any]) -> None:
-    """Put the three files in place; the record, which knows the engine's hash, comes last."""
+    """Move the three files into place; the record, which contains the engine's hash, comes last."""
     written = folder / _WRITTEN
     written.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     try:
@@ -51,7 +51,7 @@ def move_into_place(folder: Path, place: Path, record: dict[str, Any]) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Let no other build put files into the folder meanwhile: three files of one build belong together."""
+    """Lock the folder, so that no other build writes its files at the same time: the three files belong together."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         lock(opened)
@@ -61,22 +61,22 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def lock(descriptor: int) -> None:
-    """Wait for the lock of an open file or folder; who closes it lets it go. Some file systems have no locks."""
+    """Wait for the lock of an open file or folder; closing it releases the lock. Some file systems have no locks."""
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def keep_log(log: Path, place: Path) -> None:
-    """Put a failed build's log where the engine's would be."""
+    """Move the log of a failed build to the place of the engine's log."""
     with contextlib.suppress(OSError):
         log.replace(log_of(place))
 
 
 def check_place(place: Path) -> None:
-    """Make sure that nothing is replaced which an earlier build did not write.
+    """Check that only files of an earlier build would be replaced.
 
     Raises:
-        UsageError: something else is there.
+        UsageError: another file exists there.
     """
     if place.name in ("", ".", "..") or place.is_dir():
         raise UsageError(f"-o: expected the engine's file, such as model.engine, got the directory {place}.")
@@ -110,10 +110,10 @@ def _is_our_log(log: Path) -> bool:
 
 
 def check_not_input(place: Path, inputs: Iterable[Path]) -> None:
-    """Make sure that no file of an engine is one that it is built from.
+    """Check that no file of an engine is a file of the model.
 
     Raises:
-        UsageError: one is.
+        UsageError: a file of the engine is a file of the model.
     """
     known = {file.resolve() for file in inputs}
     for file in (place, record_of(place), log_of(place)):
@@ -123,12 +123,12 @@ def check_not_input(place: Path, inputs: Iterable[Path]) -> None:
 
 @contextmanager
 def partial_folder(place: Path) -> Iterator[Path]:
-    """A folder beside an engine's place for a build's files; it vanishes at the end.
+    """A temporary folder beside the engine for the files of a build; it is removed at the end.
 
-    What builds of this engine left that were killed at once is removed first.
+    Folders of killed builds of this engine are removed first.
 
     Raises:
-        UsageError: the place cannot be written to.
+        UsageError: the folder cannot be written to.
     """
     prefix = f".{place.name}.partial-"
     try:
@@ -146,7 +146,7 @@ def partial_folder(place: Path) -> Iterator[Path]:
 
 
 def _is_left(folder: Path) -> bool:
-    """Whether a folder holds a build's files and nothing else, and the process that made it is gone."""
+    """Whether a folder contains only files of a build whose process has ended."""
     if folder.is_symlink() or not folder.is_dir() or {file.name for file in folder.iterdir()} - _PARTIAL_FILES:
         return False
     try:
@@ -160,7 +160,7 @@ def _is_left(folder: Path) -> bool:
 
 
 def read_record(place: Path) -> dict[str, Any] | None:
-    """The record beside an engine; None where there is none of ours."""
+    """The record beside an engine; None if this package did not write one."""
     file = record_of(place)
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

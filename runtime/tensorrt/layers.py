@@ -1,8 +1,8 @@
-"""Which layer of an engine runs each norm, and in which precision.
+"""Find the layer of an engine that runs each norm, and its precision (`norm_layers`).
 
-Where an engine can be opened, TensorRT's inspector tells its layers. Without a GPU it cannot, and the builder's
-detailed log lists the same layers while the engine is made (measured with TensorRT-RTX 1.7): one message that begins
-with `Layers:` and has a line for each. Both name the ONNX nodes that a layer came from.
+If the engine can be opened, TensorRT's inspector lists its layers. Without a GPU it cannot be opened, but the builder's
+detailed log lists the same layers during the build (measured with TensorRT-RTX 1.7): one message that begins with
+`Layers:` and has a line for each layer. Both name the ONNX nodes of each layer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _DTYPE = re.compile(r"Datatype: (\w+)")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _WORDS: Final = {"Half": "float16", "Float": "float32", "BFloat16": "bfloat16", "BF16": "bfloat16", "FP16": "float16",
                  "FP32": "float32"}  # fmt: skip
-# A generated kernel's name spells its operations: these begin the statistics of a norm.
+# The name of a generated kernel contains its operations: these belong to the statistics of a norm.
 _STATISTICS = re.compile(r"Mean|ReduceSum|Norm|Sqrt")
 
 
@@ -34,11 +34,11 @@ class Layer:
     """One layer of an engine.
 
     Attributes:
-        name: TensorRT's.
+        name: TensorRT's name of the layer.
         kind: TensorRT's layer type, such as `kgen`, `gemm`, `custom_layer`.
-        dtypes: of its inputs, each once.
-        tactic: name of the kernel, where there is one.
-        nodes: names of the ONNX nodes that it came from.
+        dtypes: dtypes of its inputs, without repetition.
+        tactic: name of the kernel, or empty.
+        nodes: names of its ONNX nodes.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class NormDtypes:
-    """Of one norm in the network that was built: of its result, and of its statistics; None where not known."""
+    """Dtypes of a norm's result and of its statistics in the network; None if unknown."""
 
     result: str | None
     statistics: str | None
@@ -63,17 +63,17 @@ class NormDtypes:
 
 @dataclass(frozen=True, slots=True)
 class NormLayer:
-    """What runs one norm in an engine.
+    """The layer that runs one norm in an engine.
 
     Attributes:
-        path: the module it came from.
+        path: path of the norm's module.
         form: `plain`, or `residual_add`.
-        layer: the layer that computes its statistics; None where no layer names it.
+        layer: the layer that computes its statistics; None if no layer names it.
         kind: that layer's type.
-        plugin: whether it is our plugin.
-        precision: dtype of its result in the network that was built; None where that is not known.
-        statistics: dtype of its statistics in the network that was built; None where that is not known.
-        others: how many other layers have a part of it.
+        plugin: whether the layer is the plugin of this package.
+        precision: dtype of its result in the network; None if unknown.
+        statistics: dtype of its statistics in the network; None if unknown.
+        others: number of other layers that run a part of it.
     """
 
     path: str
@@ -91,7 +91,7 @@ class NormLayer:
 
 
 def layers_of_log(message: str) -> list[Layer]:
-    """The layers of the builder's message that begins with `Layers:`; several profiles list each layer once more."""
+    """The layers in the builder's message that begins with `Layers:`; layers are repeated for each profile."""
     found: dict[str, Layer] = {}
     for line in message.splitlines():
         head, tail = _FIELD.match(line), _TAIL.search(line)
@@ -104,7 +104,7 @@ def layers_of_log(message: str) -> list[Layer]:
 
 
 def layers_of_inspector(text: str) -> list[Layer]:
-    """The layers of an engine inspector's JSON, of an engine that was built with detailed profiling verbosity."""
+    """The layers in the JSON of the engine inspector, for an engine built with detailed profiling verbosity."""
     found = []
     for row in json.loads(text).get("Layers", []):
         if not isinstance(row, dict):  # an engine without details lists names only
@@ -126,12 +126,12 @@ def layers_of_inspector(text: str) -> list[Layer]:
 def norm_layers(
     norms: Sequence[FileNorm], layers: Sequence[Layer], dtypes: Mapping[str, NormDtypes]
 ) -> list[NormLayer]:
-    """For each norm the layer that runs it.
+    """The layer that runs each norm.
 
     Args:
-        norms: of the file.
-        layers: of the engine.
-        dtypes: of each norm in the network that was built, by path.
+        norms: norms of the file.
+        layers: layers of the engine.
+        dtypes: dtypes of each norm in the network, by path.
     """
     by_node: dict[str, list[Layer]] = {}
     for layer in layers:
@@ -154,7 +154,7 @@ def _rank(layer: Layer, norm: FileNorm) -> tuple[bool, bool, int]:
 
 
 def nodes_of(metadata: str) -> frozenset[str]:
-    """The ONNX nodes that a layer's metadata name; inside a local function they read `node | caller (Operator)`."""
+    """The ONNX nodes in a layer's metadata; a node of a local function is listed as `node | caller (Operator)`."""
     found = set()
     for entry in _NODE.findall(metadata):
         for part in entry.split(" | "):

@@ -1,8 +1,7 @@
-"""What an ONNX file asks of TensorRT, read and checked before TensorRT sees it.
+"""Read and check an ONNX file before TensorRT parses it (`read_network`).
 
-TensorRT's parser takes an empty file for an empty network, turns float64 into float32 and an unregistered plugin into
-its local function, all without a word. What is known of a file beforehand is checked here, so that each of these ends
-in an error that names the cause.
+TensorRT's parser silently accepts an empty file as an empty network, converts float64 to float32, and replaces a plugin
+that is not registered by its local function. The checks here turn each of these into an error that names the cause.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class InputDims:
-    """A graph input: its name, and each dim as a number, a name, or None where the file gives neither."""
+    """A graph input: its name, and each dim as a number, a name, or None if the file specifies neither."""
 
     name: str
     dims: tuple[int | str | None, ...]
@@ -42,8 +41,8 @@ class FileNorm:
     """One norm of a file.
 
     Attributes:
-        path: the module it came from, or its node's name.
-        form: `plain`, or `residual_add` with a residual add in front.
+        path: path of its module, or its node's name.
+        form: `plain`, or `residual_add` if a residual add is fused into it.
         node: name of its main node.
         nodes: names of all its nodes.
         is_plugin: whether its main node is one of the contract's operators.
@@ -58,15 +57,15 @@ class FileNorm:
 
 @dataclass(frozen=True, slots=True)
 class NetworkFile:
-    """A file that TensorRT may be given.
+    """An ONNX file that passed all checks.
 
     Attributes:
-        path: where it is.
-        inputs: inputs of the graph that are no initializers.
-        norms: in the graph's order.
+        path: its path.
+        inputs: inputs of the graph that are not initializers.
+        norms: its norms in the graph's order.
         plugin_nodes: names of the contract's nodes in the main graph.
-        functions: local functions of the contract's operators that stand in for the plugin.
-        external_files: weights outside the file.
+        functions: names of the local functions that can replace the plugin.
+        external_files: files of external data.
     """
 
     path: Path
@@ -78,20 +77,20 @@ class NetworkFile:
 
     @property
     def has_unnamed_plugins(self) -> bool:
-        """Whether a layer cannot be told by its node's name."""
+        """Whether some plugin nodes have no name, so that their layers cannot be identified."""
         return any(not name for name in self.plugin_nodes)
 
 
 def read_network(path: Path, allow_float64: bool = False) -> NetworkFile:
-    """Read a file and check what TensorRT would silently make something else of.
+    """Read a file and check for everything that TensorRT would silently change.
 
     Args:
         path: the .onnx file; its large weights are not read.
         allow_float64: let TensorRT compute float64 values in float32.
 
     Raises:
-        UsageError: the file is no sound ONNX model, or its weights are missing.
-        UnsupportedError: it holds float64 values, or the contract's nodes where no plugin can stand.
+        UsageError: the file is not a valid ONNX model, or its weights are missing.
+        UnsupportedError: it contains float64 values, or plugin nodes where TensorRT does not support plugins.
     """
     file = read_model(path)
     check_graph(file.model, file.where)
@@ -119,7 +118,7 @@ def _check_no_float64(model: ModelProto, where: str) -> None:
     if found:
         names = ", ".join(found[:_SHOWN]) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
         raise UnsupportedError(
-            f"{where}: float64 values, which TensorRT computes in float32 without saying so: {names}. Export the model "
+            f"{where}: float64 values, which TensorRT silently computes in float32: {names}. Export the model "
             "in float32, float16 or bfloat16, or accept float32 with --float64-as-float32."
         )
 
@@ -146,27 +145,27 @@ _DTYPE_ATTRIBUTES = {("Cast", "to"), ("EyeLike", "dtype"), ("RandomNormal", "dty
 
 
 def _plugin_nodes(model: ModelProto, where: str) -> list[str]:
-    """Names of the contract's nodes, checked: each in the main graph, with what the parser looks them up by."""
+    """Names of the contract's nodes, after checking their place and the attributes for the parser."""
     top = list(_ours(model.graph.node))
     inside = [node for graph in list(graphs(model))[1:] for node in _ours(graph.node)]
     in_functions = [(function, node) for function in model.functions for node in _ours(function.node)]
     if inside:
         raise UnsupportedError(
-            f"{where}: {label(inside[0])} stands in the body of a control-flow node, where TensorRT looks for no "
-            "plugin. Write this norm in another form: rmsnorm rewrite --target primitives."
+            f"{where}: {label(inside[0])} is in the body of a control-flow node, where TensorRT does not support "
+            "plugins. Write this norm in another form: rmsnorm rewrite --target primitives."
         )
     if in_functions:
         function, node = in_functions[0]
         raise UnsupportedError(
-            f"{where}: {label(node)} stands in the local function {function.name}, where TensorRT looks for no plugin. "
-            "Inline the function first: rmsnorm rewrite does."
+            f"{where}: {label(node)} is in the local function {function.name}, where TensorRT does not support "
+            "plugins. Inline the function first, for example with rmsnorm rewrite."
         )
     for name in contract.INPUTS:
         domains = sorted({function.domain for function in model.functions if function.name == name})
         if top and domains and (len(domains) > 1 or domains[0] not in PLUGIN_DOMAINS):
             raise UnsupportedError(
                 f"{where}: the local function {name} of domain {domains[0] or 'ai.onnx'!r} has the name of the "
-                f"plugin's operator, and TensorRT tells functions by their names only. Rename it."
+                f"plugin's operator, and TensorRT identifies functions by name only. Rename it."
             )
     dtypes = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     for node in top:
@@ -175,7 +174,7 @@ def _plugin_nodes(model: ModelProto, where: str) -> list[str]:
 
 
 def _ours(nodes: Any) -> Iterator[NodeProto]:
-    """Nodes of the contract. ONNX Runtime's domain holds the plugins of others too: their namespace tells."""
+    """Nodes of the contract. ONNX Runtime's domain may contain other plugins, which have another namespace."""
     for node in nodes:
         if node.op_type not in contract.INPUTS or node.domain not in PLUGIN_DOMAINS:
             continue
@@ -189,11 +188,11 @@ def _check_plugin_node(node: NodeProto, dtypes: Mapping[str, int], where: str) -
     for name, expected in contract.PARSER_ATTRIBUTES.items():
         found = attributes[name].s.decode(errors="replace") if name in attributes else None
         if name == "plugin_version" and found is None:
-            continue  # the parser takes "1" then
+            continue  # the parser's default is "1"
         if found != expected:
             raise UnsupportedError(
                 f"{where}: {label(node)}: {name}: expected {expected!r}, got {found!r}. TensorRT would find no plugin "
-                "and use the local function without saying so. Export again with --target plugin."
+                "and silently use the local function. Export again with --target plugin."
             )
     values = {
         name: attributes[name].f if kind == "FLOAT" else attributes[name].i
@@ -218,7 +217,7 @@ def _check_plugin_node(node: NodeProto, dtypes: Mapping[str, int], where: str) -
     if len(node.input) != len(wanted) or not all(node.input):
         problems.append(f"expected {len(wanted)} inputs, got {sum(map(bool, node.input))}")
     if problems:
-        raise UnsupportedError(f"{where}: {label(node)}: {'; '.join(problems)}. The plugin's kernel cannot do that.")
+        raise UnsupportedError(f"{where}: {label(node)}: {'; '.join(problems)}. The plugin does not support it.")
 
 
 def _norms(file: ModelFile) -> list[FileNorm]:
@@ -228,7 +227,7 @@ def _norms(file: ModelFile) -> list[FileNorm]:
     model = to_ir(file)
     for node in model.graph:
         if not node.name and node.outputs:
-            node.name = f"node_of_{node.outputs[0].name}"  # what TensorRT's parser calls it
+            node.name = f"node_of_{node.outputs[0].name}"  # the name that TensorRT's parser gives it
     annotate(model)
     nodes: dict[str, list[Any]] = {}
     for node in model.graph:
@@ -236,9 +235,9 @@ def _norms(file: ModelFile) -> list[FileNorm]:
             nodes.setdefault(node.metadata_props[PATH_KEY], []).append(node)
     mains = [(path, node) for path, found in nodes.items() for node in found if SPEC_KEY in node.metadata_props]
     calls = Counter(path for path, _ in mains)
-    # Nodes of a module that is called several times are not told apart: only the main nodes count then.
+    # Nodes of different calls of a module cannot be distinguished: only the main nodes are used then.
     found = [_norm(path, main, nodes[path] if calls[path] == 1 else [main]) for path, main in mains]
-    # Nothing recognizes a norm whose output is quantized but its operator's name.
+    # A norm whose output is quantized can only be recognized by its operator's name.
     bare = [node for node in model.graph if is_quantized_norm(node) and SPEC_KEY not in node.metadata_props]
     return [*found, *(_norm(node.name or "", node, [node]) for node in bare)]
 

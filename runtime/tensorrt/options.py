@@ -1,4 +1,4 @@
-"""What an engine is built with: the same for the command line, Python, the worker and the record beside the engine."""
+"""The options of a build (`BuildOptions`), shared by the command line, Python, the worker and the engine's record."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ class BuildOptions:
 
     Attributes:
         runtime: `tensorrt` or `rtx`.
-        profiles: one text for each optimization profile, or a text for one; none for sensible ranges. See
+        profiles: one text for each optimization profile, or a single text; empty for default ranges. See
             `runtime/tensorrt/profiles.py`.
-        norm: `plugin` runs every norm in the plugin, `native` none, `auto` those that the file gives to the plugin.
-        plugin: the C++ library, the plugins in Python, or the library where there is one.
-        plugin_library: the library's file; None for the one that `rmsnorm plugin path` names.
-        architectures: compute capabilities, as 89, `sm_89` or `8.9`; none for the GPU at hand, or with TensorRT-RTX for
-            what it builds for by default.
-        timing_cache: a file of kernel timings that the full TensorRT reads and writes; None for none.
-        workspace: most memory that one layer may use while it runs, in MiB; None for TensorRT's own limit.
-        memory_limit: most memory that the builder may use, in MiB; it is ended beyond. None for no limit.
-        float64_as_float32: build a file with float64 values, which TensorRT computes in float32.
-        version_compatible: an engine that later versions of TensorRT load too.
-        refit: an engine whose weights can be replaced.
-        verbose: keep every message of TensorRT in the log.
+        norm: `plugin` runs every norm in the plugin, `native` none, `auto` the norms that are plugin nodes in the file.
+        plugin: `library` (the C++ library), `python` (the plugins in Python), or `auto` (the library if it exists).
+        plugin_library: the library's file; None for the one that `rmsnorm plugin path` prints.
+        architectures: compute capabilities, as 89, `sm_89` or `8.9`; empty for the local GPU, or for the default
+            architectures of TensorRT-RTX.
+        timing_cache: a file of kernel timings that the full TensorRT reads and writes, or None.
+        workspace: maximum memory that one layer may use while it runs, in MiB; None for TensorRT's own limit.
+        memory_limit: maximum memory of the builder, in MiB, beyond which it is terminated; None for no limit.
+        float64_as_float32: accept a file with float64 values, which TensorRT computes in float32.
+        version_compatible: build an engine that later versions of TensorRT can load too.
+        refit: build an engine whose weights can be replaced.
+        verbose: write every message of TensorRT to the log.
 
     Raises:
-        UsageError: a value that is not one of these.
+        UsageError: a value is invalid.
     """
 
     runtime: RuntimeName = "rtx"
@@ -71,5 +71,5 @@ class BuildOptions:
                 raise UsageError(f"{name}: expected at least 1 MiB, got {value}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as JSON: with lists, as a record that was read has them."""
+        """The options as JSON values, with lists in place of tuples."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

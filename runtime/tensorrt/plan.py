@@ -1,4 +1,4 @@
-"""Everything about a build that is decided before TensorRT runs."""
+"""Plan a build (`plan_build`): every decision that is made before TensorRT runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .network import NetworkFile, read_network
 from .options import BuildOptions
 from .profiles import Profile, make_profiles
 
-# Keys of a model's config that tell how many positions it has.
+# Keys of a model's config that contain its number of positions.
 _LIMITS: Final = ("max_position_embeddings", "n_positions", "max_sequence_length")
 
 
@@ -32,8 +32,8 @@ class PluginUse:
 
     Attributes:
         kind: `library`, `python`, or `none`.
-        library: the C++ library's file.
-        reason: why, for people.
+        library: the C++ library's file, or None.
+        reason: the reason for the choice, for messages.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class PluginUse:
     reason: str
 
     def digest(self) -> str | None:
-        """SHA-256 of the library, or of what the plugins in Python are made of; None without plugins."""
+        """SHA-256 of the library, or of the sources of the plugins in Python; None without plugins."""
         if self.library is not None:
             return sha256(self.library)
         return library.python_digest() if self.kind == "python" else None
@@ -54,13 +54,13 @@ class PluginUse:
 
 @dataclass(frozen=True, slots=True)
 class BuildPlan:
-    """Everything that is decided before TensorRT runs.
+    """Every decision about a build.
 
     Attributes:
-        source: what was asked for.
-        network: the file that is built.
-        options: as given.
-        architectures: what the engine is for.
+        source: the exported model that the user named.
+        network: the ONNX file that is built.
+        options: the options that the user gave.
+        architectures: architectures that the engine is built for.
         profiles: its optimization profiles.
         plugin: which plugins are registered.
     """
@@ -75,15 +75,15 @@ class BuildPlan:
 
 @contextmanager
 def plan_build(source: str | os.PathLike[str], options: BuildOptions, elsewhere: bool = False) -> Iterator[BuildPlan]:
-    """Decide everything that can be decided without TensorRT. The plan's file may vanish at the end of the block.
+    """Make every decision that does not require TensorRT. The plan's file may be temporary.
 
     Args:
         source: an exported folder, or an .onnx file.
-        options: how to build.
-        elsewhere: plan a build on another machine: the GPU and the plugin need not be here.
+        options: the options of the build.
+        elsewhere: plan a build on another machine; a GPU and the plugin are not required here.
 
     Raises:
-        UsageError, UnsupportedError, EnvironmentMissingError: as `build_engine`.
+        UsageError, UnsupportedError, EnvironmentMissingError: as in `build_engine`.
     """
     exported = open_exported(Path(source))
     architectures = resolve_architectures(options.runtime, options.architectures, elsewhere)
@@ -92,66 +92,67 @@ def plan_build(source: str | os.PathLike[str], options: BuildOptions, elsewhere:
         if options.norm == "plugin" and not (network.plugin_nodes and _all_in_plugin(network)):
             if elsewhere:
                 raise UsageError(
-                    f"{exported.model}: not all of its norms are the plugin's yet. Make a file whose norms are, and "
-                    "name that: rmsnorm rewrite --target plugin"
+                    f"{exported.model}: some of its norms are not plugin nodes. Convert them first with "
+                    "rmsnorm rewrite --target plugin, and name the rewritten file."
                 )
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rmsnorm-build-")))
             network = _with_plugins(exported, folder / "model", options)
         longest = _longest(exported)
         profiles = make_profiles(network.inputs, options.profiles, longest)
-        # A library that will be there is not asked for here.
+        # On another machine the library may exist although it does not exist here.
         plugin = choose_plugin(dataclasses.replace(options, plugin="auto") if elsewhere else options, network)
         yield BuildPlan(exported, network, options, architectures, profiles, plugin)
 
 
 def choose_plugin(options: BuildOptions, network: NetworkFile) -> PluginUse:
-    """The one place that decides between the C++ library and the plugins in Python.
+    """Choose between the C++ library and the plugins in Python.
 
     Raises:
-        EnvironmentMissingError: the library was asked for and is not there.
-        UnsupportedError: every norm is to run natively, and the file has nothing but the plugin for it.
+        UsageError: the named library does not exist.
+        EnvironmentMissingError: the library was requested and does not exist.
+        UnsupportedError: `norm` is `native`, but the file contains only plugin nodes without local functions.
     """
     if options.norm == "native" and network.plugin_nodes and not network.functions:
         raise UnsupportedError(
-            f"{network.path}: its norms are the plugin's and the file has no local functions, so --norm native cannot "
-            "build it. Export it for the target standard or primitives."
+            f"{network.path}: its norms are plugin nodes and the file has no local functions, so --norm native cannot "
+            "build it. Export it for target standard or primitives."
         )
     if options.norm == "native" or not network.plugin_nodes:
         return PluginUse(
-            "none", None, "no norm of the file is the plugin's" if not network.plugin_nodes else "--norm native"
+            "none", None, "no norm of the file is a plugin node" if not network.plugin_nodes else "--norm native"
         )
     if options.plugin == "python":
         return PluginUse("python", None, "--plugin python")
     named = options.plugin_library
     place = Path(named).expanduser().absolute() if named is not None else library.find_library()
     if place is not None and not place.is_file():
-        raise UsageError(f"--plugin-library: there is no {place}. Make one with: rmsnorm plugin build")
+        raise UsageError(f"--plugin-library: {place} does not exist. Build it with: rmsnorm plugin build")
     if place is not None:
-        return PluginUse("library", place, "the library is there" if named is None else "--plugin-library")
+        return PluginUse("library", place, "the library exists" if named is None else "--plugin-library")
     if options.plugin == "library":
         raise EnvironmentMissingError(
-            f"the plugin's library is not there: expected {library.default_folder() / library.LIBRARY_NAME}, or the "
-            f"file that {library.LIBRARY_VARIABLE} names. Make it with: rmsnorm plugin build"
+            f"the plugin's library does not exist: expected {library.default_folder() / library.LIBRARY_NAME}, or the "
+            f"file that {library.LIBRARY_VARIABLE} names. Build it with: rmsnorm plugin build"
         )
     return PluginUse(
-        "python", None, "the library is not there (rmsnorm plugin build makes it); the engine needs Python to run"
+        "python", None, "the library does not exist (build it with rmsnorm plugin build); the engine requires Python"
     )
 
 
 def _with_plugins(exported: Exported, folder: Path, options: BuildOptions) -> NetworkFile:
-    """The file with its norms given to the plugin, as `rmsnorm rewrite --target plugin` would write it."""
+    """The file with its norms converted to plugin nodes, as `rmsnorm rewrite --target plugin` writes it."""
     from ..rewriting.rewrite_file import rewrite_model
 
     rewritten = rewrite_model(exported.model, folder, target="plugin", verify=False)
     network = read_network(rewritten.model, options.float64_as_float32)
     if not network.plugin_nodes:
-        raise UnsupportedError(f"{exported.model}: no norm was found that the plugin could run.")
+        raise UnsupportedError(f"{exported.model}: it contains no norm that the plugin supports.")
     if not _all_in_plugin(network):
         left = [norm.path for norm in network.norms if not norm.is_plugin]
         reasons = {refusal.path: refusal.reason for refusal in rewritten.rewritten.refusals}
         raise UnsupportedError(
-            f"{exported.model}: {len(left)} norms cannot be the plugin's; the first is {left[0]}: "
-            f"{reasons.get(left[0], 'the plugin does not compute its formula')}. Build it with --norm auto."
+            f"{exported.model}: the plugin cannot run {len(left)} of the norms; the first is {left[0]}: "
+            f"{reasons.get(left[0], 'the plugin does not support its formula')}. Build it with --norm auto."
         )
     return network
 
@@ -161,7 +162,7 @@ def _all_in_plugin(network: NetworkFile) -> bool:
 
 
 def _longest(exported: Exported) -> int | None:
-    """How many positions the model has, by the config beside it."""
+    """The model's number of positions, from the config beside it; None if unknown."""
     file = (exported.folder or exported.model.parent) / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -177,7 +178,7 @@ def _longest(exported: Exported) -> int | None:
 
 
 def request_of(plan: BuildPlan) -> dict[str, Any]:
-    """What the worker is asked to do."""
+    """The request to the worker, as JSON values."""
     network = plan.network
     return {
         "model": str(network.path.absolute()),

@@ -1,4 +1,4 @@
-"""The worker as a process: started, listened to, limited, ended."""
+"""Run the worker process (`run_worker`): start it, forward its progress, limit its memory and read its result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..tensorrt import worker
 from .api import flavor_of, library_folders, link_libraries
 from .options import BuildOptions
 
-# The first line of every log, by which it is known as ours.
+# The first line of every log, which identifies a log of this package.
 LOG_HEADER: Final = "# rmsnorm build"
 # The folder of links to TensorRT's libraries.
 LINKS: Final = "lib"
@@ -30,12 +30,12 @@ _POLL_SECONDS: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a build is.
+    """The progress of a build.
 
     Attributes:
-        phase: what is being done, in TensorRT's own words while it builds.
-        step: steps of the phase that are done, where it has any.
-        steps: how many it has.
+        phase: the current phase; during the build, TensorRT's name of it.
+        step: number of completed steps of the phase, or None.
+        steps: number of steps of the phase, or None.
     """
 
     phase: str
@@ -46,16 +46,19 @@ class Progress:
 def run_worker(
     request: dict[str, Any], folder: Path, options: BuildOptions, tell: Callable[[Progress], None]
 ) -> dict[str, Any]:
-    """Run one request in a process of its own.
+    """Run one request in a separate process.
 
     Args:
         request: see `request_of`.
-        folder: a new folder for the request, the log and the answer.
-        options: for the runtime and the memory limit.
-        tell: called as the build goes on.
+        folder: a new folder for the request, the log and the result.
+        options: the runtime and the memory limit.
+        tell: called with the progress of the build.
+
+    Returns:
+        The worker's result.
 
     Raises:
-        RmsnormDeployError: what the worker reports, or how it ended.
+        RmsnormDeployError: the worker reported an error, or it ended unexpectedly.
     """
     links = folder / LINKS
     links.mkdir()
@@ -89,7 +92,7 @@ def run_worker(
 
 
 class _Listener(threading.Thread):
-    """Hands the worker's progress on. What the receiver raises ends the build, and is raised there."""
+    """Forwards the worker's progress. An exception of the receiver ends the build and is raised by `run_worker`."""
 
     def __init__(self, reading: int, tell: Callable[[Progress], None]) -> None:
         super().__init__(daemon=True)
@@ -101,7 +104,7 @@ class _Listener(threading.Thread):
             for line in events:
                 try:
                     progress = Progress(**json.loads(line))
-                except (ValueError, TypeError):  # cut short: the worker was ended
+                except (ValueError, TypeError):  # an incomplete line: the worker was terminated
                     continue
                 if self.error is None:
                     try:
@@ -125,7 +128,7 @@ def _environment(request: dict[str, Any], runtime: str, links: Path) -> dict[str
 
 
 def _wait(process: subprocess.Popen[bytes], limit: int | None, listener: _Listener) -> int | None:
-    """Wait for the worker; the MiB that it took where that was too much, and it was ended."""
+    """Wait for the worker; returns its memory in MiB if that exceeded the limit and it was killed, else None."""
     while listener.error is None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_POLL_SECONDS)
@@ -138,7 +141,7 @@ def _wait(process: subprocess.Popen[bytes], limit: int | None, listener: _Listen
 
 
 def _resident(pid: int) -> int:
-    """MiB of memory that a process has."""
+    """Resident memory of a process in MiB; 0 if unknown."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (OSError, ValueError, IndexError):
@@ -150,7 +153,8 @@ def _answer(folder: Path, code: int, over: int | None, options: BuildOptions) ->
     title = flavor_of(options.runtime).title
     if over is not None:
         raise RmsnormDeployError(
-            f"{title}'s builder had {over} MiB of memory, and --memory-limit is {options.memory_limit}; it was ended."
+            f"{title}'s builder used {over} MiB of memory, more than --memory-limit {options.memory_limit}, and was "
+            "terminated. Raise the limit, or reduce the largest shapes of the profiles."
         )
     try:
         result: dict[str, Any] = json.loads((folder / worker.RESULT).read_text(encoding="utf-8"))
@@ -160,7 +164,7 @@ def _answer(folder: Path, code: int, over: int | None, options: BuildOptions) ->
         kind = getattr(errors, result["error"]["kind"], RmsnormDeployError)
         raise kind(result["error"]["message"])
     if code:
-        raise RmsnormDeployError(f"{title}'s builder {_ending(code)} after it had made the engine.")
+        raise RmsnormDeployError(f"{title}'s builder {_ending(code)} after it had built the engine.")
     return result
 
 
@@ -172,7 +176,7 @@ def _ending(code: int) -> str:
     except ValueError:
         name = f"signal {-code}"
     hint = " (out of memory?)" if name == "SIGKILL" else ""
-    return f"was ended by {name}{hint}"
+    return f"was terminated by {name}{hint}"
 
 
 def _last_lines(log: Path) -> str:

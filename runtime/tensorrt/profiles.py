@@ -1,8 +1,8 @@
-"""Optimization profiles: the smallest, the usual and the largest shape of every input that has dynamic dims.
+"""Optimization profiles (`make_profiles`): smallest, usual and largest shape of every input with dynamic dims.
 
-Dims that have one name are one number. What users give is the shape of one input (`input_ids:1x1,4x512,16x4096`) or
-the range of one dim (`past_sequence:0,128,4095`); the other inputs follow by the names of their dims, the KV cache's
-too. `past_sequence` plus `sequence` is `total_sequence`, whatever the file calls them.
+Dims of one name have one size. Users give the shapes of an input (`input_ids:1x1,4x512,16x4096`) or the range of a dim
+(`past_sequence:0,128,4095`); the shapes of other inputs, including the KV cache, follow from the names of their dims.
+`past_sequence` plus `sequence` is `total_sequence`; other common names of these dims are supported too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final
 from ...models.errors import UsageError
 from .network import InputDims
 
-# A position table of 131,072 makes an engine that reserves memory for all of them: longer only when asked for.
+# An engine reserves memory for the longest shape, so a model with 131,072 positions gets a shorter default.
 DEFAULT_LONGEST: Final = 4096
 DEFAULT_BATCH: Final = 8
 _USUAL_LENGTH: Final = 128
@@ -50,7 +50,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One optimization profile: of each input with dynamic dims the smallest, the usual and the largest shape."""
+    """One optimization profile: the smallest, the usual and the largest shape of each input with dynamic dims."""
 
     shapes: Mapping[str, tuple[Shape, Shape, Shape]]
 
@@ -63,21 +63,21 @@ def make_profiles(inputs: Sequence[InputDims], texts: Sequence[str] = (), longes
     """The profiles of an engine.
 
     Args:
-        inputs: of the graph.
-        texts: one for each profile, as users give it; where there is none, the file's dims are given sensible ranges:
-            one profile, or with a KV cache one for the prompt and one for the steps after it.
-        longest: the longest sequence that the model takes, where that is known.
+        inputs: inputs of the graph.
+        texts: one for each profile, in the format of the command line; without any, default ranges are used: one
+            profile, or with a KV cache one for the prompt and one for the decode steps.
+        longest: the longest sequence that the model supports, or None if unknown.
 
     Returns:
-        Nothing where every dim is fixed.
+        The profiles; an empty list if every dim is fixed.
 
     Raises:
-        UsageError: a text is wrong, names what is not there, contradicts itself or the graph's fixed dims.
+        UsageError: a text is invalid, names an unknown input or dim, or contradicts itself or the graph's fixed dims.
     """
     named = _dynamic_names(inputs)
     if not any(isinstance(dim, str) for given in inputs for dim in given.dims):
         if texts:
-            raise UsageError("--profile: every dim of the model is fixed, so it takes no profile.")
+            raise UsageError("--profile: every dim of the model is fixed, so it has no profiles. Omit --profile.")
         return []
     limit = min(longest or DEFAULT_LONGEST, DEFAULT_LONGEST)
     if not texts:
@@ -96,21 +96,21 @@ def make_profiles(inputs: Sequence[InputDims], texts: Sequence[str] = (), longes
 def _check_longest(ranges: Mapping[str, Range], longest: int | None) -> None:
     for name in _roles(list(ranges)):
         if name is not None and longest is not None and ranges[name].most > longest:
-            raise UsageError(f"{name} goes up to {ranges[name].most}, and the model's positions end at {longest}.")
+            raise UsageError(f"{name}: expected at most the model's {longest} positions, got {ranges[name].most}.")
 
 
 def _dynamic_names(inputs: Sequence[InputDims]) -> list[str]:
     for given in inputs:
         if None in given.dims:
             raise UsageError(
-                f"input {given.name}: dim {given.dims.index(None)} has neither a size nor a name. Give it one, such as "
-                "with onnx.tools.update_model_dims, so that equal dims can be told."
+                f"input {given.name}: dim {given.dims.index(None)} has neither a size nor a name. Name it, for example "
+                "with onnx.tools.update_model_dims, so that equal dims can be identified."
             )
     return list(dict.fromkeys(dim for given in inputs for dim in given.dims if isinstance(dim, str)))
 
 
 def _roles(names: Sequence[str]) -> tuple[str | None, str | None, str | None]:
-    """Names of the past, of the whole length, and of the new tokens; None for what is not there."""
+    """Names of the dims of the past, of the total length, and of the new tokens; None if there is no such dim."""
     total = next((name for name in names if _TOTAL.search(name.lower())), None)
     past = next((name for name in names if name != total and _PAST.search(name.lower())), None)
     new = next((name for name in names if name not in (total, past) and re.search(r"seq|len", name.lower())), None)
@@ -133,7 +133,7 @@ def _default_ranges(names: Sequence[str], limit: int) -> list[dict[str, Range]]:
 
 
 def _complete(names: Sequence[str], given: Mapping[str, Range], limit: int) -> dict[str, Range]:
-    """Ranges of all names from those that are given."""
+    """Ranges of all dims, derived from the given ones."""
     ranges = dict(given)
     past, total, new = _roles(names)
     for name in names:
@@ -157,7 +157,7 @@ def _complete(names: Sequence[str], given: Mapping[str, Range], limit: int) -> d
     if found.usual != whole.usual or found.least > whole.least or found.most < whole.most:
         parts = " plus ".join(f"{name} ({ranges[name]})" for name in (past, new) if name is not None)
         raise UsageError(
-            f"{total} is {found}, and {parts} is {whole}: expected the same usual value, and a range that covers it."
+            f"{total}: expected the usual value of {parts} = {whole}, and a range that covers it, got {found}."
         )
     return ranges
 
@@ -181,7 +181,7 @@ def _range_of(dim: int | str | None, ranges: Mapping[str, Range]) -> Range:
 
 
 def _parse(text: str, inputs: Sequence[InputDims]) -> dict[str, Range]:
-    """Ranges by name, from parts with semicolons or spaces between them."""
+    """Ranges by name, from parts that are separated by semicolons or spaces."""
     by_name = {given.name: given for given in inputs}
     names = {dim for given in inputs for dim in given.dims if isinstance(dim, str)}
     ranges: dict[str, Range] = {}
@@ -208,7 +208,7 @@ def _parse(text: str, inputs: Sequence[InputDims]) -> dict[str, Range]:
             )
         for dim, wanted in found.items():
             if ranges.setdefault(dim, wanted) != wanted:
-                raise UsageError(f"{dim} is {ranges[dim]} and also {wanted}; dims of one name are one number.")
+                raise UsageError(f"{dim} is both {ranges[dim]} and {wanted}; dims of one name have one range.")
     return ranges
 
 
@@ -225,14 +225,14 @@ def _ranges_of_input(given: InputDims, shapes: Sequence[Shape], part: str) -> di
             continue
         wanted = Range(*values)
         if found.setdefault(str(dim), wanted) != wanted:
-            raise UsageError(f"{dim} is {found[str(dim)]} and also {wanted}; dims of one name are one number.")
+            raise UsageError(f"{dim} is both {found[str(dim)]} and {wanted}; dims of one name have one range.")
     return found
 
 
 def _numbers(text: str, part: str) -> Shape:
     numbers = text.split("x")
     if not all(_INT.fullmatch(number) for number in numbers):
-        raise UsageError(f"expected numbers with x between them, such as 4x512, got {text!r} in {part!r}.")
+        raise UsageError(f"expected numbers separated by x, such as 4x512, got {text!r} in {part!r}.")
     return tuple(int(number) for number in numbers)
 
 

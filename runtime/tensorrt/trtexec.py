@@ -1,4 +1,4 @@
-"""The same build as a command line of TensorRT's own tool, for people who build elsewhere."""
+"""A build as a command line of TensorRT's own tool (`trtexec_command`), for builds on other machines."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def trtexec_command(plan: BuildPlan, engine: str) -> list[str]:
     """The words of the command.
 
     Args:
-        plan: what would be built. A plugin in Python cannot be used from the command line: the C++ library is named
-            where the plan has one, and else a place for it.
+        plan: the build. Plugins in Python cannot be used from the command line: the command contains the plan's C++
+            library, or a placeholder for it.
         engine: the engine's file.
 
     Flags are those of NVIDIA's documentation of trtexec (TensorRT 10.7 to 11) and of tensorrt_rtx (TensorRT-RTX 1.4
@@ -26,7 +26,7 @@ def trtexec_command(plan: BuildPlan, engine: str) -> list[str]:
     options, flavor = plan.options, flavor_of(plan.options.runtime)
     words = [flavor.tool, f"--onnx={plan.network.path}", f"--saveEngine={engine}", "--skipInference"]
     if not flavor.architectures:
-        words.append("--stronglyTyped")  # TensorRT 11 builds nothing else, and takes the flag
+        words.append("--stronglyTyped")  # TensorRT 11 always builds so, and accepts the flag
     several = len(plan.profiles) > 1
     for number, profile in enumerate(plan.profiles):
         if several:
@@ -48,12 +48,12 @@ def trtexec_command(plan: BuildPlan, engine: str) -> list[str]:
     return words
 
 
-# Where the library is not built yet: the shell fills it in.
+# The placeholder for a library that is not built yet: the shell replaces it.
 LIBRARY_PLACE: Final = "$(rmsnorm plugin path)"
 
 
 def shell_line(words: list[str]) -> str:
-    """The words as one line for a shell; the library's place is left for it to find."""
+    """The words as one line for a shell, which replaces the placeholder of the library."""
     return " ".join(
         shlex.quote(word) if LIBRARY_PLACE not in word else word.replace(LIBRARY_PLACE, f'"{LIBRARY_PLACE}"')
         for word in words
@@ -71,5 +71,5 @@ def _shapes(profile: Profile) -> list[str]:
 
 
 def _quoted(name: str) -> str:
-    """A name that holds what separates names and shapes stands in quotes."""
+    """The name, in quotes if it contains a separator of names and shapes."""
     return f"'{name}'" if ":" in name or "," in name else name

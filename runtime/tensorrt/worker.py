@@ -1,9 +1,9 @@
 """The process in which TensorRT parses and builds: `python -m rmsnorm_deploy.runtime.tensorrt.worker FOLDER`.
 
-The builder may end its process, swallow Ctrl-C, or be killed for its memory. Here that ends a worker and is an error
-message for whoever waits for it. `FOLDER/request.json` says what to do; `FOLDER/engine` and `FOLDER/result.json` are
-the answer. Standard output and error are the build's log; progress goes to the file descriptor that the request names,
-a JSON object a line.
+The builder may end its process, ignore Ctrl-C, or be killed because of its memory. In a separate process, that is only
+an error message for the process that started it. `FOLDER/request.json` is the request; `FOLDER/engine` and
+`FOLDER/result.json` are the result. Standard output and error are the build's log; progress is written to the file
+descriptor that the request names, one JSON object per line.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ REQUEST, RESULT, ENGINE, LOG = "request.json", "result.json", "engine", "build.l
 _SEVERITIES: Final = ("internal error", "error", "warning", "info", "verbose")
 _WARNING, _VERBOSE = 2, 4
 _KEPT_LINES: Final = 400
-# The one warning that every file with token ids gets.
+# A warning for every file with token ids.
 _EXPECTED_WARNING: Final = "has Int64 binding"
-# What every file gets whose local functions run more than one norm: the parser tells nodes by name alone, and a node in
-# a function has one name for all calls. Measured with TensorRT-RTX 1.7: names left out, names of their own, and a
-# function of the same name and another overload for each call all give the warning. Only a function of another name for
-# each call gives none, and then no plugin of that name is found. Nothing here asks the parser for a node's outputs.
+# A warning for every file whose local functions run several norms: the parser identifies nodes by name only, and a node
+# in a function has one name for all calls. Measured with TensorRT-RTX 1.7: nodes without names, unique node names,
+# and one overload of the function for each call all give the warning. Only functions with different names avoid it, and
+# then no plugin is found. The warning is harmless: this module does not look up a node's outputs in the parser.
 _REPEATED_NODE: Final = tuple(f"A node named {prefix}" for prefix in FUNCTION_NODE_PREFIXES.values())
 _PR_SET_PDEATHSIG: Final = 1
 
 
 def main(folder: Path) -> int:
-    """Do what the request in `folder` says. 0, or 1 with the error in the result."""
+    """Execute the request in `folder`; returns 0, or 1 with the error in the result."""
     request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
     _die_with_parent(request["parent"])
     try:
@@ -62,14 +62,14 @@ def main(folder: Path) -> int:
 
 
 def _die_with_parent(parent: int) -> None:
-    """Whoever waits for this process may be killed; nobody would end it then.
+    """End this process if its parent is killed.
 
-    Process 1 is no sign of that: it is who waits where a container was started for one build.
+    A parent with process id 1 does not mean that: it is the parent in a container that was started for one build.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        raise SystemExit("the process that asked for this build is gone.")
+        raise SystemExit("the process that requested this build has ended.")
 
 
 class _Build:
@@ -101,7 +101,7 @@ class _Build:
         serialized = builder.build_serialized_network(network, config)
         problems = self._problems()
         if serialized is None or problems:
-            raise RmsnormDeployError(self._failure("the builder made no engine", problems))
+            raise RmsnormDeployError(self._failure("the builder returned no engine", problems))
         built = time.monotonic()
         self._save_timings(config)
         with (self.folder / ENGINE).open("wb") as file:
@@ -121,7 +121,7 @@ class _Build:
         }
 
     def _is_expected(self, warning: str) -> bool:
-        """Whether a warning says nothing about this model."""
+        """Whether a warning is harmless for this model."""
         if _EXPECTED_WARNING in warning:
             return True
         return self.options["norm"] == "native" and any(text in warning for text in _REPEATED_NODE)
@@ -134,7 +134,7 @@ class _Build:
             from ...plugins.kernel.compiler import import_nvrtc
             from ...plugins.tensorrt.creators import Plugins
 
-            import_nvrtc()  # where it is missing, the error is of another kind than one of the build
+            import_nvrtc()  # fail with EnvironmentMissingError now, before the build
             self.plugins = Plugins(self.trt, tuple(self.request["architectures"]))
             self.plugins.register()
         elif plugin["kind"] == "library":
@@ -155,11 +155,11 @@ class _Build:
             *others, last = contract.INPUTS
             raise UsageError(
                 f"{library}: expected creators {', '.join(others)} and {last} of namespace {namespace!r}, version "
-                f"{version!r}; it brings {names or 'none'}. Build it again: rmsnorm plugin build."
+                f"{version!r}, got {names or 'none'}. Build it again: rmsnorm plugin build."
             )
         if not plugin_library.read_library(Path(library)).is_current:
             raise UsageError(
-                f"{library}: it was built by another version of rmsnorm-deploy, whose operators differ. Build it "
+                f"{library}: it was built by another version of rmsnorm-deploy with different operators. Build it "
                 "again: rmsnorm plugin build."
             )
 
@@ -186,13 +186,13 @@ class _Build:
         errors = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
         if not parsed or errors:
             raise UnsupportedError(
-                self._failure(f"{self.request['shown']}: TensorRT's parser refuses it", [*self._problems(), *errors])
+                self._failure(f"{self.request['shown']}: TensorRT's parser rejects it", [*self._problems(), *errors])
             )
         if network.num_layers == 0:
-            raise UsageError(f"{self.request['shown']}: TensorRT's parser finds no layer in it; is it an ONNX file?")
+            raise UsageError(f"{self.request['shown']}: TensorRT's parser found no layers; expected an ONNX model.")
 
     def _check_plugins(self, network: Any) -> int:
-        """Count our plugin layers against the file's nodes: the fall-back to the local function is silent."""
+        """Compare the plugin layers with the file's nodes, because TensorRT falls back to local functions silently."""
         trt = self.trt
         layers = [network.get_layer(index) for index in range(network.num_layers)]
         plugin_layers = [layer for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
@@ -226,10 +226,10 @@ class _Build:
         return ", ".join(ours) or f"no creator of {' or '.join(contract.QUANTIZED)}"
 
     def _layer_problems(self, layer: Any) -> list[str]:
-        """What the plugin cannot do: checked here, as a refusal while building can end the process."""
+        """The reasons why the plugin does not support a layer; an error during the build could end the process."""
         trt = self.trt
         inputs = [layer.get_input(index) for index in range(layer.num_inputs)]
-        # The dtype of its first output tells an operator with a y_scale.
+        # An operator has a y_scale if its first output is quantized.
         y_scale = inputs.pop() if layer.get_output(0).dtype in (trt.int8, trt.fp8) else None
         x, scale = inputs[0], inputs[-1]
         problems = []
@@ -253,7 +253,7 @@ class _Build:
         return problems
 
     def _dtypes(self, network: Any) -> dict[str, NormDtypes]:
-        """What a strongly typed network says of each norm: the dtype of its result, and that of its statistics."""
+        """The dtypes of each norm's result and statistics in the strongly typed network."""
         trt = self.trt
         by_node = {node: norm for norm in self.norms for node in norm.nodes}
         results: dict[str, str] = {}
@@ -265,11 +265,11 @@ class _Build:
                 continue
             word = self.api.dtype_name(layer.get_output(0).dtype)
             for norm in norms:
-                results[norm.path] = word  # the last one wins: layers stand in the graph's order
+                results[norm.path] = word  # the last layer's: layers are in the graph's order
                 if layer.type in (trt.LayerType.REDUCE, trt.LayerType.NORMALIZATION):
                     statistics.setdefault(norm.path, word)
                 elif norm.is_plugin and layer.type == trt.LayerType.PLUGIN_V3:
-                    statistics[norm.path] = "float32"  # the kernel's own, whatever x is
+                    statistics[norm.path] = "float32"  # the kernel always computes them in float32
         return {path: NormDtypes(word, statistics.get(path)) for path, word in results.items()}
 
     # Building
@@ -322,8 +322,8 @@ class _Build:
         if missing:
             raise UsageError(f"profile {number}: no shapes for input {missing[0]}, whose dims are dynamic.")
         if config.add_optimization_profile(profile) < 0:
-            # Wrong ranks and orders are noticed here only, by a number.
-            raise UsageError(self._failure(f"profile {number}: TensorRT refuses the shapes {json.dumps(shapes)}", []))
+            # TensorRT reports wrong ranks and orders only here, by a negative number.
+            raise UsageError(self._failure(f"profile {number}: TensorRT rejects the shapes {json.dumps(shapes)}", []))
 
     def _layers(self) -> tuple[list[Layer], Source]:
         if self.api.can_read_engines:
@@ -337,9 +337,9 @@ class _Build:
         return [layer for message in self.logger.layers for layer in layers_of_log(message)], "builder log"
 
     def _failure(self, what: str, causes: list[str]) -> str:
-        """An error's text: the causes that are known, else the last errors of TensorRT's log."""
+        """The text of an error with the known causes, or else the last errors of TensorRT's log."""
         causes = causes or self.logger.errors[-5:]
-        return f"{what}: {'; '.join(dict.fromkeys(causes))}" if causes else f"{what}, without saying why."
+        return f"{what}: {'; '.join(dict.fromkeys(causes))}" if causes else f"{what}, without a reason."
 
     def _tell(self, phase: str, step: int | None = None, steps: int | None = None) -> None:
         if self.events is not None:
@@ -361,7 +361,7 @@ def _parser_error(error: Any) -> str:
 
 def _logger_class(trt: Any) -> Any:
     class Logger(trt.ILogger):
-        """Writes the log, and keeps what the result speaks of. May be called from several threads."""
+        """Writes the log, and keeps the messages for the result. May be called from several threads."""
 
         def __init__(self, verbose: bool) -> None:
             super().__init__()
@@ -378,7 +378,7 @@ def _logger_class(trt: Any) -> Any:
                 self.layers.append(message)
             if level < _WARNING:
                 self.errors.append(" ".join(message.split()))
-                # What came before an error may be the only place that names a file.
+                # The messages before an error may be the only ones that name a file.
                 for earlier in self.latest:
                     print(earlier)
                 self.latest.clear()
@@ -394,7 +394,7 @@ def _logger_class(trt: Any) -> Any:
 
 def _monitor_class(trt: Any) -> Any:
     class Monitor(trt.IProgressMonitor):
-        """Tells how far the build is. An exception here would end it, so there is none."""
+        """Reports the progress of the build. It must not raise an exception, which would end the build."""
 
         def __init__(self, tell: Callable[[str, int | None, int | None], None]) -> None:
             super().__init__()
@@ -415,7 +415,7 @@ def _monitor_class(trt: Any) -> Any:
         def report(self, phase: str, step: int) -> None:
             try:
                 self.tell(phase, step, self.steps.get(phase))
-            except OSError:  # nobody listens any more
+            except OSError:  # the receiver has closed the pipe
                 self.tell = lambda *_: None
 
     return Monitor
@@ -423,5 +423,5 @@ def _monitor_class(trt: Any) -> Any:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        raise EnvironmentMissingError("expected the folder of one request.")
+        raise EnvironmentMissingError("worker: expected one argument, the folder of a request.")
     raise SystemExit(main(Path(sys.argv[1])))

@@ -1,1 +1,14 @@
-"""An exported model held against PyTorch."""
+"""Compare a deployed model with PyTorch: every output, every norm, and every segment between norms.
+
+api: `validate` and `bisect`.
+options: `ValidationOptions`, every option of a validation.
+result: `ValidationReport`, the verdict with its evidence.
+sides: `open_sides`, which loads the candidate and the PyTorch model.
+candidate: `Candidate`, the side that is checked, and `candidate_of`.
+pipeline: the stages of a validation, from `run_candidate` to `check_parts`.
+run_cases: `made_up_cases`, `run_guarded` and `judge_output`, for one case.
+norm_checks: `check_norms`, every norm alone.
+segment_checks: `check_segments`, every segment between norms.
+depth: `measure_depth`, errors along the depth of the model.
+replay: `read_replay`, the options of an earlier report.
+"""

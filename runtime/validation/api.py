@@ -1,4 +1,4 @@
-"""Hold a deployed model against PyTorch: errors against a float64 reference, beside PyTorch's own."""
+"""Compare a deployed model with PyTorch (`validate`), and locate where errors are introduced (`bisect`)."""
 
 from __future__ import annotations
 
@@ -59,25 +59,27 @@ def validate(
 ) -> ValidationReport:
     """Run a deployed model and PyTorch on the same inputs; judge every output, every norm, and every segment between.
 
-    A decoder exported with its KV cache runs twice for each case: over the prompt with an empty cache, and over one
-    more token with the cache that came out; both are held against PyTorch without a cache. Norms and segments are
+    A decoder exported with its KV cache runs twice for each case: on the prompt with an empty cache, and on one more
+    token with the returned cache; both results are compared with PyTorch without a cache. Norms and segments are
     checked on the largest case.
 
     Args:
-        candidate: an exported folder, an .onnx file, another PyTorch module (or what names one, as for `load_model`),
-            or an open runner.
-        model: the PyTorch model, in the dtype that is deployed, or what names it, as for `load_model`. It is not
-            changed.
-        options: how; `ValidationOptions()` when None.
-        cases: inputs in place of those of `options`: a `Case`, or a mapping of input name to numpy array or torch
-            tensor, for each run; or a function that makes them from the candidate's inputs.
+        candidate: an exported folder, an .onnx file, another PyTorch module (or its name, as for `load_model`), or an
+            open runner.
+        model: the PyTorch model, in the dtype that is deployed, or its name, as for `load_model`. It is not changed.
+        options: the options; `ValidationOptions()` if None.
+        cases: inputs that replace those of `options`: a `Case`, or a mapping of input name to numpy array or torch
+            tensor, for each run; or a function that returns them, given the candidate's inputs.
         trust_remote_code: run Python code that comes with a checkpoint or a tokenizer.
         progress: called with a line of text at each step.
         changes: fields of `ValidationOptions` that differ from `options`, such as `provider="cuda"`.
 
+    Returns:
+        The report, with the verdict.
+
     Raises:
-        UsageError: the candidate, its inputs and the model do not fit together.
-        EnvironmentMissingError: ONNX Runtime or the provider is not there.
+        UsageError: the candidate, its inputs and the model do not match.
+        EnvironmentMissingError: ONNX Runtime or the provider is not installed.
     """
     options = dataclasses.replace(options or ValidationOptions(), **changes)
     progress = progress or (lambda _: None)
@@ -117,9 +119,9 @@ def bisect(
     options: ValidationOptions | None = None,
     **more: Any,
 ) -> ValidationReport:
-    """Say which norm, or which segment between two norms, first introduces error, and how it grows from there.
+    """Locate the norm, or the segment between two norms, that first introduces error, and how the error grows.
 
-    Arguments and errors as `validate`'s. The report's `culprits` are the answer.
+    Arguments and errors are those of `validate`. The report's `culprits` are the result.
     """
     return validate(candidate, model, options, **{**more, "bisect": True})
 

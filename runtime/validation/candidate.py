@@ -1,4 +1,4 @@
-"""What is held against PyTorch: an exported file in ONNX Runtime, another PyTorch model, or any runner."""
+"""The side that is compared with PyTorch (`Candidate`): an exported file, another PyTorch model, or any runner."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One side of a comparison.
+    """The side that is compared with PyTorch.
 
     Attributes:
-        name: what reports call it.
-        opened: opens its runner, when it is needed and as often as it is.
-        norms: opens it at its norms, as they are called on some inputs; None where it cannot be opened at norms.
-        manifest: the manifest of an exported folder; empty elsewhere.
+        name: the name in reports.
+        opened: opens its runner; may be called several times.
+        norms: returns access to its norms, as they are called on the given inputs; None if that is not possible.
+        manifest: the manifest of an exported folder, else empty.
     """
 
     name: str
@@ -40,14 +40,14 @@ class Candidate:
 
 
 def candidate_of(thing: str | Path | Exported | nn.Module | Runner, options: ValidationOptions) -> Candidate:
-    """The candidate that `thing` stands for.
+    """The candidate for a path, a module or a runner.
 
     Args:
         thing: an exported folder or .onnx file, a PyTorch module, or an open runner.
         options: the provider and the window of norms, for files.
 
     Raises:
-        UsageError: expected one of these, or there is no such file.
+        UsageError: `thing` is not one of these, or the file does not exist.
     """
     from torch import nn
 
@@ -79,7 +79,7 @@ def _of_module(model: nn.Module) -> Candidate:
 
 
 def _of_runner(runner: Runner) -> Candidate:
-    """Its outputs are all that can be seen of a runner, which stays open."""
+    """A candidate without access to norms: a runner only returns outputs. It is not closed."""
 
     @contextmanager
     def opened() -> Iterator[Runner]:

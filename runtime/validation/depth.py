@@ -1,4 +1,4 @@
-"""Errors along the depth of a model, beside what each norm and each segment introduces by itself."""
+"""Errors at every norm along the depth of a model (`measure_depth`), and the part that each step introduces."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _SIDES: tuple[tuple[str, Side], ...] = (("x", "input"), ("y", "output"))
 
 @dataclass(frozen=True, slots=True)
 class DepthPoint:
-    """The error at one place along the depth, relative to the RMS of the truth's row (its largest).
+    """The largest error at one place along the depth, relative to the RMS of the reference's row.
 
     Attributes:
         key: the norm.
-        side: `input` or `output` of it.
-        error: of the candidate, as the whole model runs.
-        baseline_error: of PyTorch.
-        introduced: what the part that ends here adds by itself, None where it could not be measured.
-        baseline_introduced: the same of PyTorch.
+        side: `input` or `output` of the norm.
+        error: error of the candidate in a run of the whole model.
+        baseline_error: error of PyTorch.
+        introduced: error of the norm or segment that ends here, run alone; None if it could not be measured.
+        baseline_introduced: the same for PyTorch.
     """
 
     key: Key
@@ -43,7 +43,7 @@ class DepthPoint:
     baseline_introduced: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The point as the JSON interface shows it."""
+        """The point as JSON values."""
         numbers = {
             "error": self.error,
             "baseline_error": self.baseline_error,
@@ -62,19 +62,19 @@ def measure_depth(
     free: ActivationStore,
     introduced: Mapping[tuple[Key, str], tuple[float, float]],
 ) -> tuple[list[DepthPoint], str]:
-    """Errors of both sides at every norm, as the whole model runs.
+    """Errors of both sides at every norm, in a run of the whole model.
 
     Args:
-        candidate: opened once more, to see whether looking at its values changed them.
-        access: the candidate at its norms.
-        norms: PyTorch at its norms.
+        candidate: opened again, to check whether exposing its values changes its outputs.
+        access: the candidate's norms.
+        norms: PyTorch's norms.
         run: the case.
-        keys: the norms, in order.
-        free: what PyTorch has at them in float64.
+        keys: the norms, in order of execution.
+        free: PyTorch's values at the norms in float64.
         introduced: see `errors_introduced`.
 
     Returns:
-        A point for the input and the output of each norm; and a note on what looking at the values changed.
+        A point for the input and the output of each norm; and a note on the effect of exposing the values.
     """
 
     def errors_into(found: dict[tuple[Key, str], float]) -> Callable[[Key, str, Array], None]:
@@ -100,7 +100,7 @@ def measure_depth(
 def errors_introduced(
     norms: Sequence[NormCheck], segments: Sequence[SegmentCheck]
 ) -> dict[tuple[Key, str], tuple[float, float]]:
-    """What each norm and segment adds by itself: the candidate's error and PyTorch's, by the place where it ends."""
+    """The errors of each norm and segment run alone, the candidate's and PyTorch's, by the place where it ends."""
     found: dict[tuple[Key, str], tuple[float, float]] = {}
     for check in norms:
         for verdict in check.kinds:
@@ -115,14 +115,14 @@ def errors_introduced(
 
 
 def _exposure_note(exposed: Mapping[str, Array], plain: Mapping[str, Array]) -> str:
-    """Whether looking at the values at the norms changed what was looked at."""
+    """A note on whether exposing the values at the norms changed the outputs."""
     worst, changed = 0.0, 0
     for name, value in exposed.items():
         same = figures(value, wide(plain)[name], plain[name])
         worst, changed = max(worst, same.max_rel_row), changed + (same.differing or 0)
     if not changed:
-        return "exposing the values at the norms left every bit of the outputs as it is without"
+        return "exposing the values at the norms did not change the outputs"
     return (
-        f"exposing the values at the norms kept the runtime from some of its fusions and changed {changed} elements of "
-        f"the outputs, by {worst:.3g} of the row RMS at most; the depth shows the model so changed"
+        f"exposing the values at the norms prevented some fusions of the runtime and changed {changed} elements of "
+        f"the outputs by at most {worst:.3g} of the row RMS; the errors along the depth include that change"
     )

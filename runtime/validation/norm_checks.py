@@ -1,7 +1,7 @@
-"""The check of every norm alone: on what it gets as the model runs, and on adversarial rows.
+"""Check every norm alone (`check_norms`), on the inputs of a running model and on adversarial rows.
 
-Both sides get the same values, which the deployment dtype holds exactly, so that only what the norm itself introduces
-is measured, and nothing that came from further up.
+Both sides receive the same values, which the deployment dtype represents exactly, so that only the error of the norm
+itself is measured, without errors from earlier layers.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _SAME_FORMULA = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class NormCheck:
-    """One norm, alone.
+    """The check of one norm alone.
 
     Attributes:
         norm: the call.
-        form: `plain`, or `residual_add` where the candidate's norm adds the residual itself.
-        passed: on all kinds of rows.
+        form: `plain`, or `residual_add` if a residual add is fused into the candidate's norm.
+        passed: whether it passed on all kinds of rows.
         reason: why.
         kinds: a verdict for each kind of row.
     """
@@ -46,7 +46,7 @@ class NormCheck:
     kinds: list[OutputVerdict] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The check as the JSON interface shows it."""
+        """The check as JSON values."""
         inputs = []
         for verdict in self.kinds:
             row = brief(verdict)
@@ -70,14 +70,14 @@ def check_norms(
     seed: int,
     progress: Progress,
 ) -> list[NormCheck]:
-    """Run norms alone: on what each gets as the model runs, and on rows of every kind in `adversarial_rows.KINDS`.
+    """Run norms alone: on their inputs in the running model, and on rows of every kind in `adversarial_rows.KINDS`.
 
     Args:
         candidate: the side that is checked.
         baseline: PyTorch.
-        norms: those to check, present on both sides.
-        store: holds `fed_x` and `fed_gate` of the model as it runs.
-        seed: of the adversarial rows.
+        norms: the norms to check, present on both sides.
+        store: contains `fed_x` and `fed_gate` of the running model.
+        seed: seed of the adversarial rows.
         progress: called with a line of text for each input.
     """
     verdicts: dict[Key, list[OutputVerdict]] = {norm.key: [] for norm in norms}
@@ -100,11 +100,11 @@ def check_norms(
 
 
 def without_reference(checks: Iterable[NormCheck], disagreements: Mapping[Key, float]) -> list[NormCheck]:
-    """The checks, failed where the norm's own code in float64 does not compute the formula it was recognized by.
+    """The checks; those of norms whose own code in float64 does not compute the recognized formula are failed.
 
     Args:
-        checks: of norms.
-        disagreements: how far each norm's own float64 result is from the reference, in x row scale.
+        checks: checks of norms.
+        disagreements: difference between each norm's own float64 result and the reference, relative to the row scale.
     """
     found = []
     for check in checks:
@@ -116,9 +116,9 @@ def without_reference(checks: Iterable[NormCheck], disagreements: Mapping[Key, f
 
 
 def unsound_norms(called: Iterable[CalledNorm]) -> list[NormCheck]:
-    """Failed checks of the norms that do not compute, as the model runs, what they were recognized by.
+    """Failed checks of the norms that do not compute the recognized formula in the running model.
 
-    Norms whose statistics overflow in a half type do not either; those are PyTorch's own fault.
+    Norms with statistics in a half type are skipped: their statistics may overflow in PyTorch itself.
     """
     return [
         NormCheck(norm, "plain", False, no_reference(norm.spec, norm.off))
@@ -128,7 +128,7 @@ def unsound_norms(called: Iterable[CalledNorm]) -> list[NormCheck]:
 
 
 def failed(check: NormCheck, reason: str) -> NormCheck:
-    """The check, failed for another reason."""
+    """A failed copy of the check, with this reason."""
     return dataclasses.replace(check, passed=False, reason=reason)
 
 
@@ -139,7 +139,7 @@ def _reference_of(baseline: TorchNorms, key: Key) -> Callable[[NormFeed], Array]
 def _given(
     norms: Sequence[CalledNorm], store: ActivationStore, turn: int, seed: int
 ) -> dict[Key, tuple[NormFeed, Array | None]]:
-    """What goes into each norm, and the kind of each row; turn -1 is what the norm gets as the model runs."""
+    """The inputs of each norm, and the kind of each row; turn -1 returns the inputs in the running model."""
     made: dict[Any, tuple[NormFeed, Array]] = {}
     given: dict[Key, tuple[NormFeed, Array | None]] = {}
     for norm in norms:

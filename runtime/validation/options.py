@@ -1,4 +1,4 @@
-"""What a validation is asked for: the one set of options behind the command line, replay and `validate`."""
+"""The options of a validation (`ValidationOptions`), shared by the command line, replay and `validate`."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from ..accuracy.tolerances import Limits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationOptions:
-    """How a deployed model is held against PyTorch. Every field is kept in the report, which can be run again from it.
+    """How a deployed model is compared with PyTorch. The report contains every field, so that it can be run again.
 
     Attributes:
-        dtype: to load the PyTorch model in, where it is given by name; the exported one when None.
+        dtype: dtype to load the PyTorch model in if it is given by name; the exported dtype if None.
         provider: ONNX Runtime's execution provider: `cpu`, `cuda` or `tensorrt`.
-        seed: of made-up inputs and adversarial rows.
-        shapes: batch and length of each made-up input; `(1, 1), (1, 7), (3, 33)` when None.
-        inputs: inputs in place of made-up ones, see `load_cases`.
-        prompts: inputs in place of made-up ones: texts, see `prompt_cases`.
-        tokenizer: for prompts; when None it is looked for beside the candidate, then beside the PyTorch model.
-        limits: explicit limits by output name, `*` for all others, in place of the rule that compares with PyTorch's
-            own error. They are for outputs; norms and segments are held to the table of tolerances.
-        outputs_only: leave norms and segments out.
+        seed: seed of generated inputs and adversarial rows.
+        shapes: batch and length of each generated input; `(1, 1), (1, 7), (3, 33)` if None.
+        inputs: a source of inputs that replace generated ones, see `load_cases`.
+        prompts: texts that replace generated inputs, see `prompt_cases`.
+        tokenizer: tokenizer for prompts; if None, that of the candidate, or else that of the PyTorch model.
+        limits: explicit limits by output name, `*` for all others, which replace the comparison with PyTorch's own
+            error. They apply to outputs; norms and segments are judged by the tolerance table.
+        outputs_only: skip norms and segments.
         depth: measure how error grows along the depth.
-        window: norms that are looked at together: fewer need less memory. None looks at all together.
-        bisect: the report is one of bisect, which says where error is introduced.
+        window: number of norms that are processed together: a smaller number takes less memory. None means all.
+        bisect: the report is one of `bisect`, which locates where error is introduced.
 
     Raises:
-        UsageError: a value is out of range, or two exclude each other.
+        UsageError: a value is out of range, or two options exclude each other.
     """
 
-    # Read by pydantic, when a report is run again: types must match, and there are no other fields.
+    # Used by pydantic when a report is run again: types must match, and unknown fields are rejected.
     __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "extra": "forbid"}
 
     dtype: str | None = None
@@ -52,8 +52,8 @@ class ValidationOptions:
 
     def __post_init__(self) -> None:
         if isinstance(self.prompts, str):
-            raise UsageError(f"prompts is {self.prompts!r}: expected a list of texts.")
-        # Lists are what users write; tuples are equal after a way through JSON.
+            raise UsageError(f"prompts: expected a list of texts, got {self.prompts!r}.")
+        # Users may pass lists; tuples make the options equal after a round trip through JSON.
         object.__setattr__(self, "prompts", tuple(self.prompts))
         if self.shapes is not None:
             object.__setattr__(self, "shapes", tuple((batch, length) for batch, length in self.shapes))
@@ -61,17 +61,17 @@ class ValidationOptions:
             if batch < 1 or length < 1:
                 raise UsageError(f"shape {batch}x{length}: expected a batch and a length of at least 1.")
         if self.window is not None and self.window < 1:
-            raise UsageError(f"window is {self.window}: expected at least 1 norm, or None for all together.")
+            raise UsageError(f"window: expected at least 1 norm, or None for all, got {self.window}.")
         if self.seed < 0:
-            raise UsageError(f"seed is {self.seed}: expected a number of at least 0.")
+            raise UsageError(f"seed: expected a number of at least 0, got {self.seed}.")
         if self.inputs is not None and self.prompts:
-            raise UsageError("inputs and prompts are both given; give one of the two.")
+            raise UsageError("inputs and prompts are both given; give only one of them.")
         if self.bisect and self.outputs_only:
-            raise UsageError("bisect looks at norms and segments; it cannot be combined with outputs_only.")
+            raise UsageError("bisect checks norms and segments; it cannot be combined with outputs_only.")
 
     @property
     def with_depth(self) -> bool:
-        """Whether errors along the depth are measured: bisect needs them."""
+        """Whether errors along the depth are measured: bisect requires them."""
         return self.depth or self.bisect
 
     def to_dict(self) -> dict[str, Any]:

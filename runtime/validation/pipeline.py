@@ -1,4 +1,4 @@
-"""The stages of a validation. Each is a function that takes complete results of the stages before it, and changes none.
+"""The stages of a validation. Each stage is a function of the complete results of earlier stages.
 
 run_candidate -> run_baseline -> match_norms -> compute_references -> judge_outputs -> check_parts -> measure_depth
 """
@@ -34,7 +34,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class CandidateRuns:
-    """What the candidate made of every case.
+    """The candidate's outputs for every case.
 
     Attributes:
         runs: at least one, in the order of the cases.
@@ -46,13 +46,13 @@ class CandidateRuns:
 
     @property
     def largest(self) -> int:
-        """The case on which norms and segments are looked at."""
+        """The index of the case on which norms and segments are checked."""
         return max(range(len(self.runs)), key=lambda number: self.runs[number].size)
 
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """PyTorch: the model in the deployed dtype, what runs it, and its norms."""
+    """PyTorch: the model in the deployed dtype, its runner, and its norms."""
 
     model: nn.Module
     runner: Runner
@@ -61,7 +61,7 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class BaselineRuns:
-    """What PyTorch made of every case, and the norms that it called on the largest, in order."""
+    """PyTorch's outputs for every case, and the norms that it called in the largest case, in order."""
 
     outputs: tuple[Outputs, ...]
     called: Mapping[Key, CalledNorm]
@@ -69,11 +69,11 @@ class BaselineRuns:
 
 @dataclass(frozen=True, slots=True)
 class MatchedNorms:
-    """The norms of both sides.
+    """The norms that both sides have.
 
     Attributes:
-        keys: those on both, in PyTorch's order.
-        lost: those of which the candidate has no node at all.
+        keys: norms on both sides, in PyTorch's order.
+        lost: norms that have no node at all in the candidate.
         notes: what cannot be checked, and why.
     """
 
@@ -84,12 +84,12 @@ class MatchedNorms:
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """PyTorch in float64.
+    """The results of PyTorch in float64.
 
     Attributes:
-        outputs: for every case.
-        from_norms: outputs of the largest case, computed from the last norms' values as the deployed model holds them.
-        disagreements: how far each norm's own code in float64 is from the reference, in x row scale.
+        outputs: the outputs for every case.
+        from_norms: outputs of the largest case, computed from the last norms' values rounded to the deployed dtypes.
+        disagreements: difference between each norm's own code in float64 and the reference, relative to the row scale.
     """
 
     outputs: tuple[Outputs, ...]
@@ -107,7 +107,7 @@ class Stores:
 
 @dataclass(frozen=True, slots=True)
 class PartChecks:
-    """Every norm alone and every segment, and what could not be checked."""
+    """The checks of every norm and every segment, and notes on what could not be checked."""
 
     norms: list[NormCheck]
     segments: list[SegmentCheck] = field(default_factory=list)
@@ -118,7 +118,7 @@ def run_candidate(runner: Runner, name: str, cases: Sequence[Case], progress: Pr
     """Run every case.
 
     Raises:
-        UsageError: the candidate fails, or returns other outputs than it says.
+        UsageError: the candidate fails, or does not return the outputs that it declares.
     """
     runs = []
     for number, case in enumerate(cases, start=1):
@@ -129,7 +129,7 @@ def run_candidate(runner: Runner, name: str, cases: Sequence[Case], progress: Pr
 
 
 def run_baseline(baseline: Baseline, candidate: CandidateRuns, progress: Progress) -> BaselineRuns:
-    """Run every case in PyTorch; the largest with a look at its norms."""
+    """Run every case in PyTorch; record the norms of the largest case."""
     outputs, called = [], {}
     for number, run in enumerate(candidate.runs):
         progress(f"PyTorch: {run.case.name} ({number + 1} of {len(candidate.runs)})")
@@ -143,11 +143,11 @@ def run_baseline(baseline: Baseline, candidate: CandidateRuns, progress: Progres
 
 
 def match_norms(candidate: Candidate, access: NormAccess | None, called: Mapping[Key, CalledNorm]) -> MatchedNorms:
-    """Which norms are on both sides, and why the others are not."""
+    """The norms that both sides have, and why the others cannot be checked."""
     present = set(access.keys) if access is not None else set()
     problems = access.problems if access is not None else {}
     if not present and not problems:
-        note = f"{candidate.name} does not say which of its nodes are norms, so only its outputs were compared"
+        note = f"{candidate.name} has no metadata that identify its norms, so only its outputs were compared"
         return MatchedNorms(notes=[note] if called else [])
     refused = {row["path"]: row["reason"] for row in candidate.manifest.get("refusals", ())}
     lost, notes = set(), []
@@ -155,10 +155,10 @@ def match_norms(candidate: Candidate, access: NormAccess | None, called: Mapping
         reason = problems.get(key[0]) or refused.get(key[0])
         if reason is None:
             lost.add(key)
-            reason = "none of its nodes names it"
-        notes.append(f"{norm_name(key)} could not be checked by itself: {reason}")
+            reason = "no node of the candidate names this norm in its metadata"
+        notes.append(f"{norm_name(key)} could not be checked alone: {reason}")
     for key in sorted(present - set(called)):
-        notes.append(f"{norm_name(key)} was not reached by these inputs, so it was not checked")
+        notes.append(f"{norm_name(key)} was not called on these inputs, so it was not checked")
     return MatchedNorms([key for key in called if key in present], frozenset(lost), notes)
 
 
@@ -172,15 +172,15 @@ def compute_references(
     with_depth: bool,
     progress: Progress,
 ) -> References:
-    """Run every case in float64; the largest once more, norm by norm.
+    """Run every case in float64, and the largest case a second time with rounding at every norm.
 
     Args:
         baseline: PyTorch.
-        norms: the same, opened at its norms.
+        norms: its norms.
         candidate: the cases.
-        keys: the norms that are looked at.
-        stores: filled with what is at these norms, `free` only for the depth.
-        with_depth: keep what is at the norms as the model runs in float64 from end to end.
+        keys: the norms that are checked.
+        stores: receive the values at these norms; `free` only if `with_depth` is set.
+        with_depth: store the values at the norms of the run in float64 from end to end too.
         progress: called with a line of text for each case.
     """
     outputs = []
@@ -238,7 +238,7 @@ def check_parts(
     checked = {check.norm.key for check in checks}
     checks += [check for check in unsound_norms(called.values()) if check.norm.key not in checked]
     unused = access.unused
-    checks = [failed(c, "nothing in the file reads its result") if c.norm.key in unused else c for c in checks]
+    checks = [failed(c, "its result is not read in the file") if c.norm.key in unused else c for c in checks]
     cut = [key for key in matched.keys if called[key].forced]
     progress(f"the segments between {len(cut)} norms")
     describe = segment_names(access, called, matched.keys, matched.lost, cut)
@@ -253,7 +253,7 @@ def check_parts(
 
 
 def try_or_note(what: str, notes: list[str], run: Callable[[], list[Any]]) -> list[Any]:
-    """The checks of `run`; where a part of the model cannot be run by itself, none, and a note that says why."""
+    """The checks of `run`; if a part of the model cannot be run alone, an empty list, and a note with the reason."""
     try:
         return run()
     except RmsnormDeployError as error:
@@ -262,7 +262,7 @@ def try_or_note(what: str, notes: list[str], run: Callable[[], list[Any]]) -> li
 
 
 def missing_outputs(candidate: Candidate, runs: CandidateRuns, baseline: BaselineRuns) -> list[str]:
-    """Notes on what PyTorch returns and the candidate does not, where their outputs have names in common."""
+    """Notes on outputs of PyTorch that the candidate does not return, if their outputs have names in common."""
     returned = baseline.outputs[runs.largest]
     if not set(runs.names) & set(returned):
         return []

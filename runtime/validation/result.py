@@ -1,4 +1,4 @@
-"""The report of a validation: its verdict, what decided it, and how to run it again."""
+"""The report of a validation (`ValidationReport`): its verdict, the evidence for it, and the settings of the run."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ class Culprit:
     reason: str
 
     def to_dict(self) -> dict[str, str]:
-        """The culprit as the JSON interface shows it."""
+        """The culprit as JSON values."""
         return {"kind": self.kind, "name": self.name, "reason": self.reason}
 
 
 @dataclass(slots=True)
 class ValidationReport(Shown):
-    """The verdict and what it rests on.
+    """The verdict and the evidence for it.
 
     Attributes:
-        model: what was held against PyTorch.
+        model: name of the candidate.
         rows: one verdict for each case and output.
-        norms: every norm alone.
-        segments: everything between the norms.
-        depth: errors along the depth, where asked for.
+        norms: the check of every norm alone.
+        segments: the checks of the segments between the norms.
+        depth: errors along the depth, if requested.
         notes: what could not be checked, and why.
-        refusals: norms that the exporter left as they were, from the manifest.
-        deviations: where the target says it is not exact, from the manifest.
-        settings: what was asked for, enough to run it again.
+        refusals: norms that the exporter left unchanged, from the manifest.
+        deviations: known deviations of the target, from the manifest.
+        settings: the arguments of the validation, from which it can be run again.
         provenance: versions, files and options of both sides.
         schema: `rmsnorm_deploy.validate/3` or `rmsnorm_deploy.bisect/2`.
     """
@@ -65,13 +65,13 @@ class ValidationReport(Shown):
 
     @property
     def verdict(self) -> Literal["pass", "fail"]:
-        """`pass` when every output, norm and segment passed, else `fail`."""
+        """`pass` if every output, norm and segment passed, else `fail`."""
         sound = all(row.passed for _, row in self.rows) and all(norm.passed for norm in self.norms)
         return "pass" if self.rows and sound and all(s.verdict.passed for s in self.segments) else "fail"
 
     @property
     def culprits(self) -> list[Culprit]:
-        """Where error is introduced: norms first, then segments; the outputs only where neither explains them."""
+        """Where error is introduced: norms first, then segments; outputs only if no norm or segment failed."""
         found = [Culprit("norm", norm_name(n.norm.key), n.reason) for n in self.norms if not n.passed]
         for segment in (segment for segment in self.segments if not segment.verdict.passed):
             reason = segment.verdict.reason
@@ -86,7 +86,7 @@ class ValidationReport(Shown):
 
     @property
     def summary(self) -> str:
-        """One sentence that says what decided."""
+        """The result in one sentence."""
         counts = (
             _share("output", [row.passed for _, row in self.rows]),
             _share("norm", [norm.passed for norm in self.norms]),
@@ -100,7 +100,7 @@ class ValidationReport(Shown):
             return "Nothing was compared."
         more = f" and {len(culprits) - 1} more" if len(culprits) > 1 else ""
         if culprits[0].kind == "output":
-            return f"{text} as accurate as PyTorch; nothing at a norm explains it: {culprits[0].name}{more}."
+            return f"{text} as accurate as PyTorch; no failed norm or segment explains {culprits[0].name}{more}."
         return f"{text} as accurate as PyTorch; error is introduced in {culprits[0].name}{more}."
 
     def show(self, page: Page) -> None:
@@ -129,7 +129,7 @@ class ValidationReport(Shown):
         junit.write(self.to_dict(), path)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as the JSON interface shows it; all but `created` is the same when it is run again."""
+        """The report as JSON values; a second run on the same machine gives the same values except `created`."""
         return {
             "schema": self.schema,
             CREATED: datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat(),
@@ -150,7 +150,7 @@ class ValidationReport(Shown):
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The top-level parts in which two reports differ, timestamps apart."""
+    """The top-level parts in which two reports differ; timestamps are ignored."""
     names = dict.fromkeys([*old, *new])
     return [name for name in names if name != CREATED and old.get(name) != new.get(name)]
 

@@ -1,4 +1,4 @@
-"""A case as both sides run it: made up or given, run with the cache or without, and judged output by output."""
+"""Generate, run and judge the cases of a validation, with and without the KV cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..runners.base import Array, Runner, TensorInfo
 if TYPE_CHECKING:
     from torch import nn
 
-# What a decode step returns is called as the output, with this behind it.
+# Suffix of the names of a decode step's outputs.
 DECODE_SUFFIX = "@decode"
 
 Outputs = dict[str, Array]
@@ -29,29 +29,29 @@ Outputs = dict[str, Array]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A case, and what the candidate made of it."""
+    """A case, and the candidate's outputs for it."""
 
     case: Case
     got: Outputs
 
     @property
     def torch_feeds(self) -> dict[str, Array]:
-        """PyTorch runs without a cache."""
+        """The feeds of PyTorch, which runs without a cache."""
         return {name: value for name, value in self.case.feeds.items() if not is_past(name)}
 
     @property
     def size(self) -> int:
-        """Elements that go in."""
+        """Number of elements of all inputs."""
         return sum(value.size for value in self.torch_feeds.values())
 
 
 def made_up_cases(
     infos: Sequence[TensorInfo], model: nn.Module, shapes: Sequence[tuple[int, int]] | None, seed: int
 ) -> list[Case]:
-    """Seeded inputs in several shapes, one more token for a decoder with a cache.
+    """Generated inputs in several shapes; a decoder with a cache gets one more token.
 
     Raises:
-        UsageError: a shape is not positive, or an input's values cannot be made up.
+        UsageError: a shape is not positive, or no values can be generated for an input.
     """
     vocabulary = vocabulary_size(model)
     extra = 1 if any(is_past(info.name) for info in infos) else 0
@@ -65,7 +65,7 @@ def made_up_cases(
 
 
 def by_position(model: nn.Module, infos: Sequence[TensorInfo]) -> list[str] | None:
-    """The candidate's input names, where they are not those of PyTorch's parameters and go in by their order."""
+    """The candidate's input names if they are not PyTorch's parameter names and are matched by order, else None."""
     names = [info.name for info in infos if not is_past(info.name)]
     return None if set(names) <= set(inspect.signature(model.forward).parameters) else names
 
@@ -74,13 +74,13 @@ def run_guarded(runner: Runner, case: Case, name: str) -> Outputs:
     """The candidate's outputs.
 
     Raises:
-        UsageError: it fails, or returns other outputs than it says.
+        UsageError: it fails, or does not return the outputs that it declares.
     """
     try:
         outputs = _run_candidate(runner, case)
     except RmsnormDeployError:
         raise
-    except Exception as error:  # a runner of the user's own may raise anything
+    except Exception as error:  # a runner that the user wrote may raise any error
         raise UsageError(f"{name} failed on case {case.name}: {type(error).__name__}: {error}") from error
     returned = {output.removesuffix(DECODE_SUFFIX) for output in outputs}
     missing = [
@@ -88,8 +88,8 @@ def run_guarded(runner: Runner, case: Case, name: str) -> Outputs:
     ]
     if missing or not outputs:
         raise UsageError(
-            f"{name} did not return {', '.join(missing) or 'anything'} on case {case.name}; "
-            f"it returned {', '.join(outputs) or 'nothing'}."
+            f"{name}: case {case.name}: expected the outputs {', '.join(missing) or 'that it declares'}, "
+            f"got {', '.join(outputs) or 'none'}."
         )
     return outputs
 
@@ -102,7 +102,7 @@ def _run_candidate(runner: Runner, case: Case) -> Outputs:
 
 
 def _run_with_cache(runner: Runner, feeds: Mapping[str, Array]) -> Outputs:
-    """All tokens but the last with an empty cache, then the last one with the cache that came out."""
+    """Run all tokens but the last with an empty cache, then the last one with the returned cache."""
     length = feeds["input_ids"].shape[1]
     tokens = ("input_ids", "position_ids", "token_type_ids")
     first = {k: v[:, : length - 1] if k in (*tokens, "attention_mask") else v for k, v in feeds.items()}
@@ -127,24 +127,24 @@ def judge_output(
     if name.endswith(DECODE_SUFFIX):
         true, wanted = true[:, -1:], wanted[:, -1:]
     elif candidate.ndim == wanted.ndim and candidate.ndim > 1 and candidate.shape[1] == wanted.shape[1] - 1:
-        true, wanted = true[:, :-1], wanted[:, :-1]  # the prompt's part of a case that goes on with one more token
+        true, wanted = true[:, :-1], wanted[:, :-1]  # the prompt, without the token of the decode step
     found = limits_of(limits, key)
     verdict = judge(name, candidate, true, wanted, limits=found)
     if candidate.dtype != wanted.dtype and verdict.passed and found is None:
-        reason = f"it is {candidate.dtype.name} where PyTorch gives {wanted.dtype.name}; explicit limits let that pass"
+        reason = f"expected {wanted.dtype.name} as in PyTorch, got {candidate.dtype.name}; explicit limits allow that"
         return OutputVerdict(name, False, reason, verdict.figures, verdict.baseline_figures)
     return verdict
 
 
 def named(returned: Outputs, names: Sequence[str]) -> Outputs:
-    """PyTorch's outputs under the candidate's names: the same name where it has one, else in order."""
+    """PyTorch's outputs under the candidate's names: matched by name if all names exist, else by order."""
     wanted = [name for name in names if not name.startswith(PRESENT)]
     if set(wanted) <= set(returned):
         return {name: returned[name] for name in wanted}
     if len(wanted) != len(returned):
         raise UsageError(
             f"the candidate returns {len(wanted)} outputs ({', '.join(wanted)}), the PyTorch model {len(returned)} "
-            f"({', '.join(returned)}). Is it the model that was exported?"
+            f"({', '.join(returned)}). Make sure that it is the model that was exported."
         )
     return dict(zip(wanted, returned.values(), strict=True))
 

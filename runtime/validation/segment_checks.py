@@ -1,6 +1,6 @@
-"""The check of every segment between norms.
+"""Check every segment between norms (`check_segments`).
 
-Both sides are fed the same values at every norm, so that only what a segment itself introduces is measured.
+Both sides receive the same values at every norm, so that only the error of the segment itself is measured.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ..runners.base import Array
 
 @dataclass(frozen=True, slots=True)
 class SegmentCheck:
-    """What lies between norms, up to one norm's input or one output of the model.
+    """The check of a segment between norms, which ends at a norm's input or at an output of the model.
 
     Attributes:
-        name: from which norms to which.
-        verdict: on the value at its end.
-        contains: norms inside that could not be checked by themselves.
-        end: the norm whose x is at its end; None for a gate or an output.
+        name: its first and its last norm.
+        verdict: the verdict on the value at its end.
+        contains: norms inside it that could not be checked alone.
+        end: the norm whose x is its end; None for a gate or an output.
     """
 
     name: str
@@ -33,7 +33,7 @@ class SegmentCheck:
     end: Key | None = None
 
     def to_dict(self, index: int) -> dict[str, Any]:
-        """The check as the JSON interface shows it."""
+        """The check as JSON values."""
         row = brief(self.verdict)
         row.pop("name")
         return {"name": self.name, "index": index, "contains": self.contains, **row}
@@ -48,16 +48,16 @@ def check_segments(
     describe: Callable[[Key | str], tuple[str, list[str]]],
     outputs: SegmentOutputs,
 ) -> list[SegmentCheck]:
-    """Run the segments between norms, fed with the store's values at each of them.
+    """Run the segments between norms on the store's values.
 
     Args:
         candidate: the side that is checked.
         baseline: PyTorch.
         feeds: the inputs of the candidate, and those of PyTorch.
         keys: norms to cut at, in order of execution.
-        store: what `TorchNorms.write_reference` wrote; `own_x` and `own_gate` are added.
-        describe: the name of the segment before a norm or an output, and the norms inside it.
-        outputs: the reference's outputs, and how to name PyTorch's.
+        store: filled by `TorchNorms.write_reference`; `own_x` and `own_gate` are added.
+        describe: returns the name of the segment that ends at a norm or an output, and the norms inside it.
+        outputs: the reference's outputs, and the names of PyTorch's outputs.
     """
     found: dict[tuple[Key, str], SegmentCheck] = {}
 
@@ -79,11 +79,11 @@ def check_segments(
 
 @dataclass(frozen=True, slots=True)
 class SegmentOutputs:
-    """What the segments that end in outputs are held to.
+    """The outputs with which segments that end in outputs are compared.
 
     Attributes:
-        reference: what `TorchNorms.write_reference` returned, under the candidate's names.
-        named: gives PyTorch's outputs those names.
+        reference: the outputs that `TorchNorms.write_reference` returned, under the candidate's names.
+        named: renames PyTorch's outputs to the candidate's names.
     """
 
     reference: Mapping[str, Array]
@@ -93,17 +93,17 @@ class SegmentOutputs:
 def segment_names(
     candidate: NormAccess, called: Mapping[Key, CalledNorm], keys: list[Key], lost: frozenset[Key], cut: list[Key]
 ) -> Callable[[Key | str], tuple[str, list[str]]]:
-    """Gives, for the norm or output at its end, the name of a segment and the norms inside it.
+    """A function that returns the name of a segment, given the norm or output at its end, and the norms inside it.
 
-    A norm that could not be cut out is inside where its nodes are. One that has no node left may be anywhere between
-    what goes into the segment and its end.
+    A norm that could not be cut out is inside the segment that contains its nodes. A norm without nodes may be anywhere
+    between the inputs of the segment and its end.
 
     Args:
-        candidate: says what a segment is computed from.
+        candidate: the side that is checked.
         called: the norms that PyTorch called, in order.
-        keys: those that the candidate has too.
-        lost: those of which the candidate has no node at all.
-        cut: those at which the model is cut.
+        keys: norms that the candidate has too.
+        lost: norms that have no node at all in the candidate.
+        cut: norms at which the model is cut.
     """
     order = list(called)
 

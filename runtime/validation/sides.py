@@ -1,4 +1,4 @@
-"""Opening both sides of a validation, from objects or from what a user names, and the inputs that they run on."""
+"""Open both sides of a validation, given as objects or by name (`open_sides`), and their inputs (`cases_for`)."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """Both sides, opened.
+    """Both sides of a validation.
 
     Attributes:
-        candidate: what is held against PyTorch.
+        candidate: the side that is compared with PyTorch.
         model: the PyTorch model, in the dtype that is deployed.
-        against: what the user called it; None for a module.
-        loaded: the candidate, where it is a PyTorch model that was named.
+        against: the name by which the user gave the PyTorch model; None for a module.
+        loaded: the candidate if it is a PyTorch model that was given by name, else None.
         folder: the candidate's exported folder, or None.
-        named: whether both sides were named, so that a report can be run again.
+        named: whether both sides were given by name, so that the report can be run again.
     """
 
     candidate: Candidate
@@ -51,11 +51,11 @@ def open_sides(
     trust_remote_code: bool,
     progress: Callable[[str], None],
 ) -> Sides:
-    """Load what was named.
+    """Load both sides.
 
     Raises:
-        UsageError: expected a path, a PyTorch module or a runner as the candidate, and a module or a model's name as
-            the model; or there is no such file; or the two are of different dtypes.
+        UsageError: the candidate is not a path, a PyTorch module or a runner; the model is not a module or a model's
+            name; a file does not exist; or the two have different dtypes.
     """
     from torch import nn
 
@@ -84,7 +84,7 @@ def open_sides(
 def cases_for(
     sides: Sides, infos: Sequence[TensorInfo], options: ValidationOptions, trust_remote_code: bool
 ) -> list[Case]:
-    """The inputs that were asked for, else made-up ones.
+    """The inputs that the options specify, else generated ones.
 
     Args:
         sides: both sides.
@@ -93,7 +93,7 @@ def cases_for(
         trust_remote_code: run Python code that comes with the tokenizer.
 
     Raises:
-        UsageError: there are no such inputs, or they do not fit.
+        UsageError: the inputs do not exist, or they do not match the model.
     """
     known = infos if sides.loaded is None else inputs_of(sides.loaded)
     if options.inputs is not None:
@@ -113,7 +113,7 @@ def _tokenizer(sides: Sides, options: ValidationOptions) -> str:
     source = sides.against or str(getattr(sides.model, "name_or_path", ""))
     if not source:
         raise UsageError(
-            "prompts need a tokenizer, and neither the candidate nor the PyTorch model says where one is; name it "
+            "prompts require a tokenizer, and neither the candidate nor the PyTorch model has one; name it "
             "(--tokenizer MODEL, tokenizer=...)."
         )
     return source
@@ -128,17 +128,17 @@ def is_model_source(text: str) -> bool:
 
 
 def load_against(source: str, dtype: str | None, exported: Exported | None, trust_remote_code: bool) -> nn.Module:
-    """The PyTorch model in the dtype asked for, or else in the one that was exported, with the outliers that the
-    export put into its weights.
+    """Load the PyTorch model in the requested dtype, or else in the exported dtype, with the outliers that the export
+    injected into its weights.
 
     Raises:
-        UsageError: as `load_model`.
+        UsageError: as in `load_model`.
     """
     model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code).model
     own = _dtype_of(model)
     wanted = exported.dtype if exported is not None else None
     if dtype is None and own is not None and wanted not in (None, own):
-        # Only now: casting a model to the dtype it has already would change one that mixes dtypes.
+        # Load it again only if the dtype differs: a cast would change a model that mixes dtypes.
         model = load_model(source, dtype=wanted, trust_remote_code=trust_remote_code).model
     if exported is not None:
         apply_recorded(model, exported.manifest)
@@ -150,7 +150,7 @@ def _check_dtype(candidate: Candidate, model: nn.Module) -> None:
     if exported is not None and own is not None and own != exported:
         raise UsageError(
             f"{candidate.name} was exported in {exported}, but the PyTorch model is in {own}. Load it in "
-            f"{exported} (--dtype {exported}): the baseline must have the dtype that is deployed."
+            f"{exported} (--dtype {exported}): the baseline must have the deployed dtype."
         )
 
 

@@ -267,9 +267,9 @@ def test_truncated_model(rmsnorm: CommandLine, copied: Path, feeds: Path, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nosuch",), "there is no nosuch"),
+        (("nosuch",), "nosuch does not exist"),
         (("{folder}",), "no manifest.json"),
-        (("{model}", "--provider", "nosuch"), "no execution provider 'nosuch'"),
+        (("{model}", "--provider", "nosuch"), "unknown execution provider 'nosuch'"),
     ],
 )
 def test_nothing_to_run(
@@ -301,12 +301,12 @@ def test_wrong_arrays(rmsnorm: CommandLine, copied: Path, tmp_path: Path) -> Non
         return outcome.err
 
     assert "missing: input_ids; unexpected: ids. The inputs are: input_ids." in message(ids=np.ones((1, 4), np.int64))
-    assert "int64 is wanted" in message(input_ids=np.ones((1, 4), np.float32))
-    assert "rank 2, is wanted" in message(input_ids=np.ones(4, np.int64))
-    assert "not an .npz file of plain arrays" in message(input_ids=np.array([{}]))
+    assert "expected dtype int64" in message(input_ids=np.ones((1, 4), np.float32))
+    assert "of rank 2, got" in message(input_ids=np.ones(4, np.int64))
+    assert "expected an .npz file of plain arrays" in message(input_ids=np.array([{}]))
 
 
-def test_files_that_are_no_npz(rmsnorm: CommandLine, copied: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_npz(rmsnorm: CommandLine, copied: Path, tmp_path: Path) -> None:
     array, text, empty = tmp_path / "a.npy", tmp_path / "t.npz", tmp_path / "e.npz"
     np.save(array, np.ones(3))
     text.write_text("no archive")
@@ -314,7 +314,7 @@ def test_files_that_are_no_npz(rmsnorm: CommandLine, copied: Path, tmp_path: Pat
     for path in (array, text, empty):
         outcome = rmsnorm("run", copied, "--inputs", path, "-o", tmp_path / "y.npz")
         assert outcome.code == 2
-        assert "not an .npz file of plain arrays" in outcome.err
+        assert "expected an .npz file of plain arrays" in outcome.err
     outcome = rmsnorm("run", copied, "--inputs", tmp_path / "nosuch.npz", "-o", tmp_path / "y.npz")
     assert "no such file" in outcome.err
 
@@ -381,7 +381,7 @@ def test_debugging_shows_the_traceback(
     assert "RuntimeError: no luck" in shown
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_a_reader_that_closes_the_pipe_is_not_an_error() -> None:
     process = start("targets", "--json")
     assert process.stdout is not None
     assert process.stderr is not None

@@ -205,7 +205,7 @@ def test_run(rmsnorm: CommandLine, exported: Path, tmp_path: Path) -> None:
     assert "2x5x64" in rmsnorm(*arguments).out
 
 
-def test_npz_holds_any_name_and_widens_bfloat16(tmp_path: Path) -> None:
+def test_npz_supports_any_name_and_widens_bfloat16(tmp_path: Path) -> None:
     values = np.array([1.0, 2.5, -3.0])
     arrays = {"file": values, "a/b": values.astype(np.float16), "half": values.astype(ml_dtypes.bfloat16)}
     assert write_npz(tmp_path / "y.npz", arrays) == ["half"]
@@ -246,7 +246,7 @@ def test_generate(rmsnorm: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     "arguments", [(), ("--prompt", "a", "--prompt-ids", "1"), ("--prompt-ids", "1,x"), ("--prompt-ids", "")]
 )
-def test_generate_wants_one_prompt(rmsnorm: CommandLine, arguments: tuple[str, ...]) -> None:
+def test_generate_requires_one_prompt(rmsnorm: CommandLine, arguments: tuple[str, ...]) -> None:
     outcome = rmsnorm("generate", "out", *arguments)
     assert outcome.code == 2
     assert "--prompt" in outcome.err
@@ -304,8 +304,8 @@ def test_doctor_on_a_cpu_machine() -> None:
     assert "SimplifiedLayerNormalization" in _ways(diagnosis, "ort")["tensorrt"][1]
 
 
-def test_doctor_tells_building_from_running() -> None:
-    """TensorRT-RTX builds without a GPU; that is no way to run a model."""
+def test_doctor_distinguishes_building_from_running() -> None:
+    """TensorRT-RTX builds without a GPU; but it cannot run a model here."""
     problems = dict.fromkeys(HERE.providers, "onnxruntime is not installed")
     alone = dataclasses.replace(HERE, onnxruntime=None, providers=problems, compiled=[], rtx="1.7.1.116")
     diagnosis = diagnose(alone)
@@ -424,7 +424,7 @@ def test_demo(rmsnorm: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert {norm["precision"] for norm in engine["norms"]} == {"float32"}
         assert all(norm["layer"] for norm in engine["norms"])
         assert (tmp_path / "demo" / "engines" / "ort.engine").stat().st_size > 0
-    # A file that gets fewer sums right than PyTorch fails, whatever its numbers are.
+    # A file with fewer correct sums than PyTorch fails, even if its outputs pass.
     run = OrtRunner.run
     monkeypatch.setattr(OrtRunner, "run", lambda runner, feeds: _forgetful(run(runner, feeds)))
     outcome = rmsnorm("demo")

@@ -30,7 +30,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_made_up_inputs_give_a_table_and_a_verdict_for_each_dtype(rmsnorm: CommandLine, models: Path) -> None:
+def test_generated_inputs_give_a_table_and_a_verdict_for_each_dtype(rmsnorm: CommandLine, models: Path) -> None:
     outcome = rmsnorm("inspect", f"{models}:net", "--made-up")
     assert outcome.code == 0
     lines = outcome.out.splitlines()
@@ -40,7 +40,7 @@ def test_made_up_inputs_give_a_table_and_a_verdict_for_each_dtype(rmsnorm: Comma
     (row,) = [line.split() for line in lines if line.startswith("norm ") and "max" not in line]
     assert row[-3:] == ["safe", "safe", "safe"]
     assert lines[-3:] == ["float32: safe", "float16: safe", "bfloat16: safe"]
-    assert "Note: modules that are no recognized RMSNorm were not looked at: 1." in lines
+    assert "Note: modules that were not recognized as RMSNorm were not checked: 1." in lines
     content = rmsnorm("inspect", f"{models}:net", "--made-up", "--json").json
     (norm,) = content["risk"]["norms"]
     assert (content["risk"]["cases"], norm["path"], norm["calls"], norm["rows"]) == (3, "norm", 3, 1 + 7 + 99)
@@ -64,7 +64,7 @@ def test_inputs_from_a_file(rmsnorm: CommandLine, models: Path, tmp_path: Path) 
     assert found["verdicts"]["float32"]["verdict"] == "safe"
 
 
-def test_inputs_are_cast_to_the_model_and_run_with_made_up_ones(
+def test_inputs_are_cast_to_the_model_and_run_with_generated_ones(
     rmsnorm: CommandLine, models: Path, tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "x.npz", x=np.ones((5, 8), np.float32))

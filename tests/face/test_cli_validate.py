@@ -178,7 +178,7 @@ def test_replay_that_cannot_be(rmsnorm: CommandLine, report: Path, tmp_path: Pat
         (json.dumps({**content, "settings": {**content["settings"], "trust_remote_code": True}}), "trust_remote_code"),
         (
             json.dumps({**content, "settings": {**content["settings"], "candidate": str(tmp_path / "gone")}}),
-            f"there is no {tmp_path / 'gone'}",
+            f"{tmp_path / 'gone'} does not exist",
         ),
     ):
         report.write_text(text)
@@ -255,7 +255,7 @@ def test_a_prompt_without_a_tokenizer(rmsnorm: CommandLine, exported: Path, mode
     arguments = ("validate", exported / "ort", "--against", f"{models}:net", "--prompt", "hi")
     outcome = rmsnorm(*arguments, "--tokenizer", tmp_path)
     assert outcome.code == 2
-    assert f"{tmp_path} holds no tokenizer" in outcome.err
+    assert f"{tmp_path} contains no tokenizer" in outcome.err
     outcome = rmsnorm(*arguments)
     assert outcome.code == 2
     assert "tokenizer" in outcome.err
@@ -271,12 +271,12 @@ def test_a_prompt_without_a_tokenizer(rmsnorm: CommandLine, exported: Path, mode
         (("--inputs", "nosuch.npz"), "nosuch.npz: there is no such file"),
         (("--inputs", "nosuch.py:made"), "no file nosuch.py"),
         (("--atol", "nosuch:1e-3"), "limits are given for nosuch, but there is no such output. The outputs are: out"),
-        (("--atol", "output:x"), "--atol output:x: give a number of at least 0"),
-        (("--ulp=-1",), "--ulp -1: give a number of at least 0"),
+        (("--atol", "output:x"), "--atol output:x: expected a number of at least 0"),
+        (("--ulp=-1",), "--ulp -1: expected a number of at least 0"),
         (("--window", "0"), "--window"),
         (("--shape", "3"), "3x33"),
         (("--seed", "-1"), "--seed"),
-        (("--provider", "nosuch"), "no execution provider 'nosuch'"),
+        (("--provider", "nosuch"), "unknown execution provider 'nosuch'"),
     ],
 )
 def test_options_that_cannot_be(
@@ -293,7 +293,7 @@ def test_limits_by_output(rmsnorm: CommandLine, honest: Any) -> None:
     outcome = rmsnorm("validate", *honest, "--ulp", "output:0")
     assert outcome.code == 1
     assert "ULP error <= 0" in outcome.out
-    assert "nothing at a norm explains it: output of 2x5" in outcome.out
+    assert "no failed norm or segment explains output of 2x5" in outcome.out
 
 
 @pytest.mark.parametrize("command", ["validate", "bisect"])

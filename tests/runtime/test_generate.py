@@ -33,7 +33,7 @@ def test_tokens_are_those_of_pytorch(with_past: bool, tmp_path: Path) -> None:
     assert len(set(wanted)) > 1
     with pytest.raises(UsageError, match="--prompt-ids"):
         generate(tmp_path / "out", "hello")
-    with pytest.raises(UsageError, match=r"\[97\] are outside the model's vocabulary of 97"):
+    with pytest.raises(UsageError, match=r"expected ids in the model's vocabulary of 97 tokens, got \[97\]"):
         generate(tmp_path / "out", [97])
 
 
@@ -44,13 +44,13 @@ def test_the_trained_checkpoint_adds(tmp_path: Path) -> None:
         made = generate(tmp_path / "out", problem.prompt, max_new_tokens=addition.ANSWER_DIGITS)
         assert made.text is not None
         assert made.text[::-1] == problem.answer
-    with pytest.raises(UsageError, match="max_new_tokens is 0"):
+    with pytest.raises(UsageError, match="max_new_tokens: expected at least 1, got 0"):
         generate(tmp_path / "out", "001+002=", max_new_tokens=0)
     with pytest.raises(UsageError, match="empty"):
         generate(tmp_path / "out", [])
 
 
-def test_what_is_no_decoder_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_is_not_a_decoder_is_refused(tmp_path: Path) -> None:
     export_model(Residual(), tmp_path / "out", inputs=residual_inputs())
-    with pytest.raises(UnsupportedError, match="needs a decoder"):
+    with pytest.raises(UnsupportedError, match="expected a decoder"):
         generate(tmp_path / "out", [1, 2])

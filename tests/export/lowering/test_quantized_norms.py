@@ -443,7 +443,7 @@ def test_a_norm_with_a_quantized_output_is_not_judged(tmp_path: Path) -> None:
     path = rewrite_model(tmp_path / "model.onnx", tmp_path / "out", target="plugin").model
     norms = GraphNorms(path)
     assert norms.norms == {}
-    reason = "its output is quantized, so there is no result of its own to compare"
+    reason = "its output is quantized, so it has no unquantized result to compare"
     assert norms.problems == {"layers.0.norm": reason, "layers.1.norm": reason}
     found = find_graph_norms(ir.load(path))
     assert found.sites == []
@@ -537,7 +537,7 @@ def test_validation_says_what_it_could_not_check(all_of_them: bool, tmp_path: Pa
     report = validate(tmp_path / "fused", model)
     assert len(report.norms) == len(norms) - len(chosen)
     assert all(check.passed for check in report.norms)
-    unchecked = [note for note in report.notes if "could not be checked by itself: its output is quantized" in note]
+    unchecked = [note for note in report.notes if "could not be checked alone: its output is quantized" in note]
     assert len(unchecked) == len(chosen)
     inside = [name for segment in report.segments for name in segment.contains]
     assert inside == ([] if all_of_them else ["model.layers.0.post_attention_layernorm"])

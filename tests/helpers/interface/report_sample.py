@@ -24,7 +24,7 @@ def sample_report(passed: bool = True, norms: int = 9) -> dict[str, Any]:
         "created": "2026-11-23T04:00:00+00:00",
         "verdict": "pass" if passed else "fail",
         "summary": (
-            f"All 3 outputs, {norms} norms and 2 segments are as close to the truth as PyTorch."
+            f"All 3 outputs, {norms} norms and 2 segments are as accurate as PyTorch."
             if passed
             else f"{bad} is where the error enters: 3 outputs, 1 norm and 1 segment are further off than PyTorch."
         ),

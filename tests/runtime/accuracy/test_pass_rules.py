@@ -56,24 +56,24 @@ def test_limits_with_nothing_set_leave_the_rule() -> None:
 def test_the_reason_names_the_limits_and_the_first_element_beyond() -> None:
     verdict = judge("y", off_by(8), REFERENCE, EXACT, limits=Limits(atol=1e-7, ulp=2.0))
     assert verdict.reason == (
-        "1 of 4 elements miss |error| <= 1e-07 + 0 x |truth| and ULP error <= 2, the first at (1, 1): "
+        "1 of 4 elements violate |error| <= 1e-07 + 0 x |reference| and ULP error <= 2, the first at (1, 1): "
         "an error of 3.81e-06, 8 ULP"
     )
 
 
-def test_limits_want_integers_equal_and_nan_in_place() -> None:
+def test_limits_require_integers_equal_and_nan_in_place() -> None:
     loose = Limits(atol=1e9, rtol=1e9, ulp=1e9)
     ids = np.array([1, 2])
     assert not judge("ids", ids + 1, ids, ids, limits=loose).passed
     broken = EXACT.copy()
     broken[0, 1] = np.nan
-    assert "(0, 1): nan" in judge("y", broken, REFERENCE, EXACT, limits=loose).reason
+    assert "(0, 1): expected -1, got nan" in judge("y", broken, REFERENCE, EXACT, limits=loose).reason
 
 
 @pytest.mark.parametrize("label", ["atol", "rtol", "ulp"])
 @pytest.mark.parametrize("value", [-1.0, math.nan])
-def test_a_limit_is_no_negative_number(label: str, value: float) -> None:
-    with pytest.raises(UsageError, match=f"{label} is"):
+def test_a_limit_is_not_negative(label: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"{label}: expected a number of at least 0"):
         Limits(**{label: value})
 
 
@@ -92,16 +92,16 @@ def test_limits_from_texts() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "abc", "logits:", "logits:abc", ":1e-3", "-1", "logits:-1", "nan", "1e-3:logits"])
-def test_texts_that_are_no_limit(text: str) -> None:
+def test_texts_that_are_not_a_limit(text: str) -> None:
     with pytest.raises(UsageError) as error:
         parse_limits([], [text], [])
     assert f"--rtol {text}:" in str(error.value)
 
 
 def test_two_limits_of_a_kind() -> None:
-    with pytest.raises(UsageError, match=r"--ulp logits:2: logits has a limit"):
+    with pytest.raises(UsageError, match=r"--ulp logits:2: logits already has a limit"):
         parse_limits([], [], ["logits:1", "logits:2"])
-    with pytest.raises(UsageError, match=r"--atol 2: every output has a limit"):
+    with pytest.raises(UsageError, match=r"--atol 2: every output already has a limit"):
         parse_limits(["1", "2"], [], [])
 
 

@@ -1,4 +1,4 @@
-"""Inputs that a user gives: files, folders, Python code, prompts; and what the made-up floats cover."""
+"""Inputs that a user gives: files, folders, Python code, prompts; and what the generated floats cover."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_file_is_one_case(tmp_path: Path) -> None:
 
 
 def test_a_folder_has_a_case_for_each_file_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"holds no \.npz and no \.safetensors file"):
+    with pytest.raises(UsageError, match=r"contains no \.npz or \.safetensors file"):
         load_cases(str(tmp_path), [HIDDEN])
     np.savez(tmp_path / "b.npz", x=FLOATS + 1)
     save_file({"x": torch.from_numpy(FLOATS + 2)}, tmp_path / "c.safetensors")
@@ -73,15 +73,15 @@ def test_integers_are_exchanged_where_no_value_changes(tmp_path: Path) -> None:
     (case,) = load_cases(str(tmp_path / "a.npz"), [narrow])
     assert (case.feeds["input_ids"].dtype, case.feeds["input_ids"].tolist()) == (np.int32, [[1, 2]])
     np.savez(tmp_path / "a.npz", input_ids=np.array([[1, 2**40]]))
-    with pytest.raises(UsageError, match=r"case a\.npz: input input_ids has dtype int64; int32 is wanted"):
+    with pytest.raises(UsageError, match=r"case a\.npz: input input_ids: expected dtype int32, got int64"):
         load_cases(str(tmp_path / "a.npz"), [narrow])
 
 
 @pytest.mark.parametrize(
     ("array", "infos", "message"),
     [
-        (FLOATS.astype(np.float64), of_dtype("float32"), "has dtype float64; float32 is wanted"),
-        (FLOATS.astype(np.float16), of_dtype("float32"), "has dtype float16; float32 is wanted"),
+        (FLOATS.astype(np.float64), of_dtype("float32"), "expected dtype float32, got float64"),
+        (FLOATS.astype(np.float16), of_dtype("float32"), "expected dtype float32, got float16"),
         (FLOATS[..., :3], [HIDDEN], "dim 2 must be 4"),
         (FLOATS, [HIDDEN, IDS], "missing: input_ids"),
     ],
@@ -177,24 +177,24 @@ def test_python_code_in_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("function", "message"),
     [
         ("fails", "RuntimeError: no luck"),
-        ("nothing", "gave no case"),
-        ("lists", "x is a list; give a numpy array or a torch tensor"),
-        ("number", "case 1 is a int"),
-        ("arrays", "case 1 is a ndarray"),
-        ("quantized", "x is torch.float8_e4m3fn, which numpy has no dtype for"),
+        ("nothing", "returned no case"),
+        ("lists", "x: expected a numpy array or a torch tensor, got list"),
+        ("number", "such a dict, got int"),
+        ("arrays", "such a dict, got ndarray"),
+        ("quantized", "x is torch.float8_e4m3fn, a dtype that numpy does not support"),
         ("needs", "TypeError"),
         ("not_a_function", "TypeError"),
         ("nosuch", "no attribute 'nosuch'"),
     ],
 )
-def test_python_code_that_makes_no_cases(code: str, function: str, message: str) -> None:
+def test_python_code_without_valid_cases(code: str, function: str, message: str) -> None:
     with pytest.raises(UsageError) as error:
         load_cases(f"{code}:{function}", [HIDDEN])
     assert message in str(error.value)
 
 
 def test_sources_that_do_not_exist(code: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"name the function in it .*made_inputs\.py:function"):
+    with pytest.raises(UsageError, match=r"expected .*made_inputs\.py:function, with a function"):
         load_cases(code, [HIDDEN])
     with pytest.raises(UsageError, match="there is no such file"):
         load_cases(str(tmp_path / "nosuch.npz"), [HIDDEN])
@@ -236,7 +236,7 @@ def test_prompts_fill_everything_that_a_decoder_reads(tokenizer: str) -> None:
     assert cases[1].feeds["input_ids"][0, :3].tolist() == [2, 0, 3]
 
 
-def test_prompts_for_a_module_that_says_no_dtypes(tokenizer: str) -> None:
+def test_prompts_for_a_module_without_dtypes(tokenizer: str) -> None:
     infos = [TensorInfo("input_ids", "any", None), TensorInfo("attention_mask", "any", None)]
     (case,) = prompt_cases(["quick fox"], tokenizer, infos)
     assert {name: (array.dtype, array.tolist()) for name, array in case.feeds.items()} == {
@@ -254,26 +254,26 @@ def test_prompts_of_the_addition_task(tmp_path: Path) -> None:
 
 
 def test_prompts_that_cannot_be(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match=r"reads input_ids; this one reads x"):
+    with pytest.raises(UsageError, match=r"reads input_ids; this model reads x"):
         prompt_cases(["the"], tokenizer, [HIDDEN])
     with pytest.raises(UsageError, match="at least one"):
         prompt_cases([], tokenizer, [IDS])
     with pytest.raises(UsageError, match=r"prompt is empty"):
         prompt_cases([""], tokenizer, [IDS])
-    with pytest.raises(UsageError, match=r"holds no tokenizer \(no tokenizer\.json"):
+    with pytest.raises(UsageError, match=r"contains no tokenizer \(tokenizer\.json"):
         prompt_cases(["the"], str(tmp_path), [IDS])
     fixed = TensorInfo("input_ids", "int64", (1, 8))
-    with pytest.raises(UsageError, match=r"case prompt 1 'the fox': input input_ids .* \(dim 1 must be 8\)"):
+    with pytest.raises(UsageError, match=r"case prompt 1 'the fox': input input_ids: .* \(dim 1 must be 8\)"):
         prompt_cases(["the fox"], tokenizer, [fixed])
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UsageError, match="could not be loaded by transformers"):
+    with pytest.raises(UsageError, match="transformers could not load the tokenizer"):
         prompt_cases(["the"], str(tmp_path), [IDS])
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(EnvironmentMissingError, match=r"rmsnorm-deploy\[hf\]"):
         prompt_cases(["the"], tokenizer, [IDS])
 
 
-# --------------------------------------------------------------------------------------------------- made-up inputs
+# --------------------------------------------------------------------------------------------------- generated inputs
 
 
 def floats(batch: int, length: int, seed: int = 0) -> Any:

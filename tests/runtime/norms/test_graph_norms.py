@@ -186,7 +186,7 @@ def test_between_is_the_model_cut_at_its_norms(path: Path, x: np.ndarray) -> Non
     names = list(dict.fromkeys(n for norm in norms for n in (norm.x, norm.y, norm.gate) if n not in (None, "x")))
     inside = {"x": x, **run(graph.exposed(list(map(str, names))), path, {"x": x})}
     model = graph.between(KEYS, wanted=KEYS, with_outputs=True)
-    # A fused add makes the sum that is computed anew; of the others nothing is left.
+    # A fused add computes the sum again; no node of the others is left.
     plain = [norm for norm in norms if len(norm.operands) == 1]
     assert {node.name for node in model.graph.node}.isdisjoint(name for norm in plain for name in norm.nodes)
     feeds = {name: inside[name.removesuffix("@fed")] for name in inputs_of(model)}
@@ -196,7 +196,7 @@ def test_between_is_the_model_cut_at_its_norms(path: Path, x: np.ndarray) -> Non
         np.testing.assert_array_equal(value, inside[name], err_msg=name)
 
 
-def test_a_value_fed_at_a_cut_goes_to_the_next_cut_and_no_further(path: Path, x: np.ndarray) -> None:
+def test_a_value_fed_at_a_cut_reaches_only_the_next_cut(path: Path, x: np.ndarray) -> None:
     graph = GraphNorms(path)
     first, gated, second = (graph.norms[key] for key in KEYS)
     model = graph.between(KEYS, wanted=KEYS, with_outputs=True)
@@ -318,13 +318,13 @@ def without_its_gate(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> Non
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (garble_values, "the names of its values in the file cannot be read"),
-        (drop_y, "the names of its values in the file cannot be read"),
-        (rename_x, "the file has no value 'nosuch' any more, which it names as the norm's"),
-        (no_core, "its nodes in the file hold 0 main nodes where there should be one"),
-        (two_cores, "its nodes in the file hold 2 main nodes where there should be one"),
-        (y_of_others, "the value that it names as its result is made elsewhere"),
-        (without_its_gate, "which the inputs decide"),
+        (garble_values, "the metadata rmsnorm_deploy.values on its node cannot be read"),
+        (drop_y, "the metadata rmsnorm_deploy.values on its node cannot be read"),
+        (rename_x, "its metadata name the value 'nosuch', which is missing in the file"),
+        (no_core, "expected one main node among its nodes in the file, got 0"),
+        (two_cores, "expected one main node among its nodes in the file, got 2"),
+        (y_of_others, "its metadata name a result that other nodes compute"),
+        (without_its_gate, "computed from the model's inputs"),
     ],
 )
 @pytest.mark.parametrize("target", TARGETS)

@@ -155,7 +155,7 @@ def test_a_wrong_formula_shows_as_a_disagreement(store: ActivationStore, monkeyp
     assert {key: 0.9e-4 < off < 1e-3 for key, off in disagreements.items()} == {FIRST: True, SECOND: True}
 
 
-def test_an_epsilon_that_follows_the_dtype_is_no_disagreement(store: ActivationStore) -> None:
+def test_an_epsilon_that_follows_the_dtype_is_not_a_disagreement(store: ActivationStore) -> None:
     model = nn.Sequential(nn.RMSNorm(16)).eval()  # eps None: that of the dtype
     feeds = {"input": feeds_of()["x"] * 1e-3}
     feeds["input"][..., 5] *= 20  # nearly all of its row: up to 4 times the row's RMS

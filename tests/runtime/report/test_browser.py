@@ -228,7 +228,7 @@ def test_the_plots_follow_the_color_scheme(browser: Browser, page: Path) -> None
     assert colors[0] != colors[1]
 
 
-def test_a_place_in_the_depth_plot_tells_its_norm(browser: Browser, page: Path) -> None:
+def test_a_place_in_the_depth_plot_shows_its_norm(browser: Browser, page: Path) -> None:
     browser.open(page)
     found = browser.value("""(() => {
         const svg = document.querySelector('.wide svg');

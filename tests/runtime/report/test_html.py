@@ -132,7 +132,7 @@ def test_everything_is_escaped() -> None:
     assert hostile in "".join(document.xpath("//tbody[@id='norm-1']/tr[1]/th")[0].itertext())
 
 
-def test_characters_that_no_file_can_hold_are_replaced(tmp_path: Path) -> None:
+def test_characters_that_a_file_cannot_contain_are_replaced(tmp_path: Path) -> None:
     report = sample_report(norms=1)
     report["summary"] = "nul \x00 and half a surrogate pair \ud800"
     html.write(report, tmp_path / "r.html")
@@ -290,7 +290,7 @@ def test_a_missing_package_is_named(module: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delitem(sys.modules, f"{package.__name__}.plots", raising=False)
     monkeypatch.delattr(package, "plots", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(EnvironmentMissingError, match=rf'needs {module}.*pip install "rmsnorm-deploy\[report\]"'):
+    with pytest.raises(EnvironmentMissingError, match=rf'requires {module}.*pip install "rmsnorm-deploy\[report\]"'):
         html.render(sample_report(norms=1))
 
 

@@ -103,10 +103,10 @@ def test_a_file_beside_the_original_refers_to_the_same_weights(tmp_path: Path) -
     assert result.files == [tmp_path / "fast.onnx"]
     assert result.proof is not None
     assert result.proof.verdict == "pass"
-    with pytest.raises(UsageError, match=r"fast.onnx exists; name a new file"):
+    with pytest.raises(UsageError, match=r"fast.onnx already exists; name a new file"):
         rewrite_model(path, tmp_path / "fast.onnx")
     (tmp_path / "other").mkdir()
-    with pytest.raises(UsageError, match=r"external data of .* from the same folder only"):
+    with pytest.raises(UsageError, match=r"must be in the folder of .* refers to its external data"):
         rewrite_model(path, tmp_path / "other" / "fast.onnx")
     assert listing(tmp_path / "other") == set()
 
@@ -160,7 +160,11 @@ def test_wrong_arguments_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     (foreign / "notes.txt").write_text("mine")
     cases: list[tuple[type[RmsnormDeployError], str, Callable[[], object]]] = [
         (UsageError, "unknown target 'fast'", lambda: rewrite_model(path, tmp_path / "o", target="fast")),
-        (UsageError, "unknown choice 'move'", lambda: rewrite_model(path, tmp_path / "o", weights="move")),  # type: ignore[arg-type]
+        (
+            UsageError,
+            "weights: expected one of copy, link, got 'move'",
+            lambda: rewrite_model(path, tmp_path / "o", weights="move"),
+        ),  # type: ignore[arg-type]
         (UsageError, "is the folder of the model itself", lambda: rewrite_model(path, path.parent)),
         (UsageError, "holds files that no export wrote", lambda: rewrite_model(path, foreign)),
         (UsageError, "there is no such file", lambda: rewrite_model(tmp_path / "none.onnx", tmp_path / "o")),
@@ -244,7 +248,7 @@ def test_honest_rewritings_pass(dtype: str, target: str) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"eps": 1e-3}, {"scale": "one_plus_weight"}])
-def test_a_norm_that_was_recognized_wrongly_is_left_as_it_was(
+def test_a_norm_that_was_recognized_wrongly_is_left_unchanged(
     wrong: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = saved(tmp_path / "model.onnx", block())
@@ -262,7 +266,7 @@ def test_a_norm_that_was_recognized_wrongly_is_left_as_it_was(
     (refusal,) = result.rewritten.refusals
     assert refusal.path == "layers.1.norm"
     assert "its proof fails" in refusal.reason
-    assert "the formula that it was recognized by" in refusal.reason
+    assert "the formula that it was recognized as" in refusal.reason
     assert result.proof is not None
     assert result.proof.verdict == "pass"
     written = onnx.load(result.model)
@@ -288,7 +292,7 @@ def test_a_fault_elsewhere_is_found_in_the_whole_model(
         return notes
 
     monkeypatch.setattr(rewriting, "write_model", write_damaged)
-    with pytest.raises(MismatchError, match=r"it computes something else: output v\d+: error max"):
+    with pytest.raises(MismatchError, match=r"for target \w+ differs: output v\d+: error max"):
         rewrite_model(path, tmp_path / "out")
     assert listing(tmp_path) == {"in", "in/model.onnx"}
     assert rewrite_model(path, tmp_path / "out", verify=False).proof is None  # nobody looked
@@ -312,10 +316,10 @@ def test_a_file_that_did_not_run_must_run_now(tmp_path: Path) -> None:
     assert proof is not None
     assert proof.verdict == "pass"
     assert [(row.name, row.reason) for row in proof.model or ()] == [
-        (proof.model[0].name, "finite, where the file before does not load")  # type: ignore[index]
+        (proof.model[0].name, "finite; the original file cannot be loaded")  # type: ignore[index]
     ] * 2
     assert len(proof.notes) == 2
-    assert "PyTorch stood in" in proof.notes[0]
+    assert "PyTorch was the baseline" in proof.notes[0]
 
 
 def test_what_cannot_be_run_is_written_and_called_unproven(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_a_sum_that_is_wrong_is_found(target: str) -> None:
     node.replace_input_with(1, site.sum_of[0])  # type: ignore[index]
     (proof,) = proven(result).sites
     assert proof.verdict == "mismatch"
-    assert "sum: its sum is not that of its two inputs" in proof.reason
+    assert "sum: its second output is not the sum of its inputs" in proof.reason
 
 
 # What is right ----------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_a_value_added_to_itself(target: str) -> None:
     assert proven(result).verdict == "pass"
 
 
-# What cannot be told ----------------------------------------------------------------------------------------------
+# Unproven models ---------------------------------------------------------------------------------------------------
 
 
 def test_the_weight_of_another_norm_is_found_where_weights_are_inputs() -> None:
@@ -352,25 +352,25 @@ def test_the_rounded_model_differs_by_one_rounding(build: Callable[[], onnx.Mode
         assert off.max() <= 2
 
 
-def test_a_model_that_gives_nothing_finite_is_not_proven(tmp_path: Path) -> None:
+def test_a_model_without_finite_outputs_is_not_proven(tmp_path: Path) -> None:
     g = Graph()
     y, _ = norm(g, Way(), g.input("x", ["batch", "length", WIDTH]))
     bad = g.op("Log", g.op("Sub", g.op("Mul", y, g.constant(np.float32(0))), g.constant(np.float32(1))))
     g.output(bad)
     proof = whole(*files(tmp_path, g.model()))
     assert proof.verdict == "unproven"
-    assert "nothing that is finite; give --inputs" in proof.reason
+    assert "returns no finite values on these inputs; give --inputs" in proof.reason
     g.output(y)
     proof = whole(*files(tmp_path, g.model()))
     assert proof.verdict == "pass"
-    assert proof.notes == [f"nothing finite to compare in {bad}: the file before gives none on these inputs"]
+    assert proof.notes == [f"{bad} not compared: the original file returns no finite values on these inputs"]
 
 
 def test_a_new_file_that_does_not_run_is_a_mismatch(tmp_path: Path) -> None:
     g = Graph()
     x = g.input("x", ["batch", "length", WIDTH])
     g.output(g.reshape(x, [7, -1]))
-    with pytest.raises(MismatchError, match="the file before runs in ONNX Runtime, and the new one does not"):
+    with pytest.raises(MismatchError, match="the original file runs in ONNX Runtime, but the rewritten file does not"):
         whole(*files(tmp_path, one_norm(Way()), g.model()))
 
 

@@ -145,7 +145,7 @@ def test_groups_and_gates_count_as_they_are_computed() -> None:
     assert np.array_equal(rows.gate, gate.reshape(-1, WIDTH))
 
 
-def test_the_sample_is_bounded_and_holds_the_extremes() -> None:
+def test_the_sample_is_bounded_and_contains_the_extremes() -> None:
     spec = NormSpec(eps=1e-6, scale="none")
     x = normal(40, 50, WIDTH) + 10.0
     x[3, 7, 2], x[39, 49] = 900.0, 1e-3
@@ -262,7 +262,7 @@ def test_squares_overflow_where_statistics_are_in_half() -> None:
     assert "the sum of squares overflows float16, unless the runtime sums in a wider dtype" in near[1]
 
 
-def test_squares_overflow_float32_in_every_dtype_that_holds_x() -> None:
+def test_squares_overflow_float32_in_every_dtype_that_x_fits() -> None:
     found = verdicts(of_one(Weighted(WIDTH), np.full((4, WIDTH), 1e20, np.float32)))
     assert [found[dtype][0] for dtype in ("float32", "float16", "bfloat16")] == ["unsafe"] * 3
     assert "x^2 overflows float32" in found["float32"][1]
@@ -276,7 +276,7 @@ def test_small_rows_become_subnormal() -> None:
     assert found["float32"] == found["bfloat16"] == ("safe", "")
     found = verdicts(of_one(NoUpcast(WIDTH), normal(8, WIDTH) * 1e-3))
     assert "x^2 of rows of RMS" in found["float16"][1]
-    assert "eps 1e-06 is subnormal in float16, and it matters in 100% of the rows" in found["float16"][1]
+    assert "eps 1e-06 is subnormal in float16, and it changes the result in 100% of the rows" in found["float16"][1]
 
 
 def test_weights_that_half_cannot_hold() -> None:
@@ -299,7 +299,7 @@ def test_one_plus_weight_cancels() -> None:
         norm.weight.fill_(0.1)
         norm.weight[5] = -0.99999
     found = verdicts(of_one(norm, normal(8, 64)))
-    assert "1 of 64 values of 1 + weight lose most of their digits in float16" in found["float16"][1]
+    assert "1 of 64 values of 1 + weight are inaccurate in float16 (cancellation)" in found["float16"][1]
     assert found["float16"][0] == "caution"
     assert found["float32"] == ("safe", "")
 
@@ -309,7 +309,7 @@ def test_inputs_that_are_not_finite_are_unsafe_everywhere() -> None:
     x[2, 1] = np.nan
     found = verdicts(of_one(Weighted(WIDTH), x))
     assert {row[0] for row in found.values()} == {"unsafe"}
-    assert "1 of 4 rows hold NaN or infinity already as the model runs" in found["float32"][1]
+    assert "1 of 4 input rows contain NaN or infinity in the running model" in found["float32"][1]
 
 
 # ---------------------------------------------------------------------------------------------------------- the whole
@@ -361,20 +361,20 @@ def test_what_was_not_looked_at_is_noted() -> None:
     model.centered = nn.LayerNorm(WIDTH)
     report = risk(model, [{"x": normal(2, WIDTH)}], targets=[])
     assert report.notes == [
-        "modules that are no recognized RMSNorm were not looked at: 1",
+        "modules that were not recognized as RMSNorm were not checked: 1",
         "unused was not called by any case",
     ]
     nothing = risk(Block(nn.Linear(4, 4)), [{"x": normal(2, 4)}])
     assert (nothing.norms, nothing.verdicts) == ([], {})
 
 
-def test_a_call_that_no_spec_covers_is_noted() -> None:
+def test_a_call_with_unsupported_arguments_is_noted() -> None:
     class Passing(Block):
         def forward(self, x: Tensor) -> Tensor:
             return self.norm(x, mask=x)
 
     report = risk(Passing(ZOO["takes_more"].build()), [{"x": normal(2, 64)}] * 2, targets=[])
-    assert (report.norms, report.notes) == ([], ["norm is called with mask, which no spec covers"])
+    assert (report.norms, report.notes) == ([], ["norm is called with the arguments mask, which are not supported"])
 
 
 def test_the_model_is_put_back() -> None:

@@ -39,21 +39,21 @@ def test_feeds_that_fit() -> None:
     ("changes", "text"),
     [
         ({"extra": np.zeros(1)}, "m.onnx: inputs unexpected: extra. The inputs are: ids, mask, bias."),
-        ({"ids": np.zeros((2, 3), np.int32)}, "m.onnx: input ids has dtype int32; int64 is wanted."),
-        ({"ids": np.zeros((2, 3), ">i8")}, "m.onnx: input ids has dtype >i8; int64 is wanted."),
-        ({"bias": np.zeros((1, 9, 4), np.uint16)}, "m.onnx: input bias has dtype uint16; bfloat16 is wanted."),
-        ({"ids": [[1, 2]]}, "m.onnx: input ids is a list; give a numpy array."),
+        ({"ids": np.zeros((2, 3), np.int32)}, "m.onnx: input ids: expected dtype int64, got int32."),
+        ({"ids": np.zeros((2, 3), ">i8")}, "m.onnx: input ids: expected dtype int64, got >i8."),
+        ({"bias": np.zeros((1, 9, 4), np.uint16)}, "m.onnx: input bias: expected dtype bfloat16, got uint16."),
+        ({"ids": [[1, 2]]}, "m.onnx: input ids: expected a numpy array, got list."),
         (
             {"ids": np.zeros(3, np.int64)},
-            "m.onnx: input ids has shape [3], of rank 1; [batch, tokens], of rank 2, is wanted.",
+            "m.onnx: input ids: expected shape [batch, tokens] of rank 2, got [3] of rank 1.",
         ),
         (
             {"bias": np.zeros((1, 9, 5), ml_dtypes.bfloat16)},
-            "m.onnx: input bias has shape [1, 9, 5]; [1, ?, 4] is wanted (dim 2 must be 4).",
+            "m.onnx: input bias: expected shape [1, ?, 4], got [1, 9, 5] (dim 2 must be 4).",
         ),
         (
             {"mask": np.ones((2, 4), bool)},
-            "m.onnx: input mask has shape [2, 4]; [batch, tokens] is wanted, and tokens is already 3 in ids.",
+            "m.onnx: input mask: expected shape [batch, tokens], got [2, 4], but tokens is 3 in input ids.",
         ),
     ],
 )
@@ -72,7 +72,7 @@ def test_a_missing_input_is_named() -> None:
 
 
 def test_symbols_must_agree_inside_one_input_too() -> None:
-    with pytest.raises(UsageError, match="n is already 2 in x"):
+    with pytest.raises(UsageError, match="n is 2 in input x"):
         check_feeds([TensorInfo("x", "float32", ("n", "n"))], {"x": np.zeros((2, 3), np.float32)}, "m.onnx")
 
 

@@ -68,7 +68,7 @@ class Files:
         return path
 
     def function(self, op_type: str = contract.RMS_NORM) -> Any:
-        """The local function that stands in for the plugin."""
+        """The local function that replaces the plugin."""
         return ir.to_proto(plugin_function(op_type))
 
     def norm(self, op_type: str = contract.RMS_NORM, name: str = "norm", **changes: Any) -> Any:

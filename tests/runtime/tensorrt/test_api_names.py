@@ -87,7 +87,7 @@ STATE: Final = {
     "Plugin": {"plugin_name", "plugin_version", "plugin_namespace", "num_outputs"},
     "Creator": {"name", "plugin_version", "plugin_namespace", "field_names"},
 }
-# What every Python value or object has, whatever it is.
+# Attributes of every Python value or object.
 _PLAIN: Final = {
     name for kind in (str, bytes, list, dict, set, tuple, Path, Exception, type, np.ndarray) for name in dir(kind)
 } - {"data", "shape", "dtype"}

@@ -1,4 +1,4 @@
-"""Engines built with TensorRT-RTX: what stands beside them, what is never replaced, and every trap with its message."""
+"""Engines built with TensorRT-RTX: the files beside them, files that are never replaced, and every error message."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def refused(kind: type[RmsnormDeployError], source: Path, tmp_path: Path, **choi
     return str(caught.value)
 
 
-# What stands beside an engine -----------------------------------------------------------------------------------
+# Files beside an engine ----------------------------------------------------------------------------------------
 
 
 def test_an_engine_its_record_and_its_log(files: Any, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_the_engine_carries_its_kernels(files: Any, tmp_path: Path) -> None:
     assert images.pack() in content
 
 
-def test_the_command_line_tells_the_same(files: Any, tmp_path: Path, rmsnorm: Any) -> None:
+def test_the_command_line_prints_the_same(files: Any, tmp_path: Path, rmsnorm: Any) -> None:
     place = tmp_path / "m.engine"
     found = rmsnorm(
         "build", files.plugin(), "-o", place, "--arch", "sm_89", "--plugin", "python",
@@ -149,10 +149,10 @@ def test_every_norm_of_a_plain_file_can_go_to_the_plugin(files: Any, tmp_path: P
 
 def test_a_file_without_norms_has_none_for_the_plugin(files: Any, tmp_path: Path) -> None:
     source = files.matmul()
-    assert "no norm was found that the plugin could run" in refused(UnsupportedError, source, tmp_path, norm="plugin")
+    assert "contains no norm that the plugin supports" in refused(UnsupportedError, source, tmp_path, norm="plugin")
     record = build_engine(source, tmp_path / "m.engine", **FAST).record
     assert (record["norms"], record["plugin_layers"]) == ([], 0)
-    assert record["plugin"]["reason"] == "no norm of the file is the plugin's"
+    assert record["plugin"]["reason"] == "no norm of the file is a plugin node"
 
 
 def test_a_residual_add_in_the_plugin(files: Any, tmp_path: Path) -> None:
@@ -293,9 +293,9 @@ def test_a_plugin_library_that_is_not_there(files: Any, tmp_path: Path, monkeypa
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     message = refused(EnvironmentMissingError, files.plugin(), tmp_path, plugin="library")
     assert f"expected {tmp_path}/data/rmsnorm-deploy/plugin/librmsnorm_deploy.so" in message
-    assert message.endswith("Make it with: rmsnorm plugin build")
+    assert message.endswith("Build it with: rmsnorm plugin build")
     named = {"plugin": "library", "plugin_library": str(tmp_path / "no.so")}
-    assert f"there is no {tmp_path}/no.so" in refused(UsageError, files.plugin(), tmp_path, **named)
+    assert f"{tmp_path}/no.so does not exist" in refused(UsageError, files.plugin(), tmp_path, **named)
 
 
 def test_a_plugin_library_that_is_none(files: Any, tmp_path: Path) -> None:
@@ -303,18 +303,20 @@ def test_a_plugin_library_that_is_none(files: Any, tmp_path: Path) -> None:
     library.write_text("no library")
     message = refused(UsageError, files.plugin(), tmp_path, plugin="library", plugin_library=str(library))
     assert str(library) in message
-    assert "TensorRT cannot load it" in message or "it brings none" in message
+    assert "TensorRT cannot load it" in message or "got none" in message
 
 
 def test_a_limit_of_memory(files: Any, tmp_path: Path) -> None:
     message = refused(RmsnormDeployError, files.matmul(), tmp_path, memory_limit=50)
-    assert re.match(r"TensorRT-RTX's builder had \d+ MiB of memory, and --memory-limit is 50; it was ended.", message)
+    assert re.match(
+        r"TensorRT-RTX's builder used \d+ MiB of memory, more than --memory-limit 50, and was terminated.", message
+    )
     assert int(re.findall(r"\d+", message)[0]) > 50
 
 
 def test_flags_that_fail_without_a_gpu_say_so(files: Any, tmp_path: Path) -> None:
     message = refused(RmsnormDeployError, files.matmul(), tmp_path, version_compatible=True)
-    assert message.startswith("the builder made no engine: ")
+    assert message.startswith("the builder returned no engine: ")
     assert (tmp_path / "out" / "x.engine.log").read_text().startswith(LOG_HEADER)
     assert message.endswith(f"(log: {tmp_path}/out/x.engine.log)")
 
@@ -325,7 +327,7 @@ def test_flags_that_fail_without_a_gpu_say_so(files: Any, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("content", "message"), [
     (b"", "not an ONNX model"), (b"just a text\n", "not an ONNX model"), (b"\x00" * 64, "not an ONNX model"),
 ])  # fmt: skip
-def test_files_that_are_no_models(content: bytes, message: str, tmp_path: Path) -> None:
+def test_files_that_are_not_models(content: bytes, message: str, tmp_path: Path) -> None:
     source = tmp_path / "x.onnx"
     source.write_bytes(content)
     found = refused(UsageError, source, tmp_path)
@@ -339,7 +341,7 @@ def test_a_graph_without_nodes(files: Any, tmp_path: Path) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    assert f"there is no {tmp_path}/no.onnx" in refused(UsageError, tmp_path / "no.onnx", tmp_path)
+    assert f"{tmp_path}/no.onnx does not exist" in refused(UsageError, tmp_path / "no.onnx", tmp_path)
 
 
 def test_float64_is_refused_or_accepted(files: Any, tmp_path: Path) -> None:
@@ -350,7 +352,7 @@ def test_float64_is_refused_or_accepted(files: Any, tmp_path: Path) -> None:
     ]
     source = files.save(nodes, [numpy_helper.from_array(np.array(2.0), "factor")])
     message = refused(UnsupportedError, source, tmp_path)
-    assert "float64 values, which TensorRT computes in float32 without saying so: factor, Cast 'widen'." in message
+    assert "float64 values, which TensorRT silently computes in float32: factor, Cast 'widen'." in message
     assert "--float64-as-float32" in message
     assert build_engine(source, tmp_path / "m.engine", float64_as_float32=True, **FAST).record["bytes"] > 0
 
@@ -402,7 +404,7 @@ def test_external_data_builds(files: Any, tmp_path: Path) -> None:
 
 def test_external_data_that_vanishes_before_the_parser_reads_it(files: Any, tmp_path: Path) -> None:
     source = files.matmul(external=True)
-    with pytest.raises(UnsupportedError, match=r"model.onnx: TensorRT's parser refuses it: .*w"):
+    with pytest.raises(UnsupportedError, match=r"model.onnx: TensorRT's parser rejects it: .*w"):
         requested(source, tmp_path / "work", lambda _: Path(f"{source}.data").unlink())
     assert "model.onnx.data" in (tmp_path / "work" / "build.log").read_text()
 
@@ -410,7 +412,7 @@ def test_external_data_that_vanishes_before_the_parser_reads_it(files: Any, tmp_
 def test_an_operator_that_nobody_knows(files: Any, tmp_path: Path) -> None:
     source = files.save([helper.make_node("Frobnicate", ["x"], ["y"], "odd one", domain="mystery")], [])
     message = refused(UnsupportedError, source, tmp_path)
-    assert "TensorRT's parser refuses it: " in message
+    assert "TensorRT's parser rejects it: " in message
     assert "node odd one (Frobnicate): " in message
 
 
@@ -419,7 +421,7 @@ def test_a_text_that_vanishes_into_an_empty_network(files: Any, tmp_path: Path) 
         (tmp_path / "text.onnx").write_text("no model")
         request["model"] = str(tmp_path / "text.onnx")
 
-    with pytest.raises(RmsnormDeployError, match=r"finds no layer in it; is it an ONNX file\?|parser refuses it"):
+    with pytest.raises(RmsnormDeployError, match=r"found no layers; expected an ONNX model|parser rejects it"):
         requested(files.matmul(), tmp_path / "work", change)
 
 
@@ -439,7 +441,7 @@ def test_fp8_needs_an_architecture_that_has_it(files: Any, tmp_path: Path) -> No
     ]
     source = files.save(nodes, weights)
     message = refused(RmsnormDeployError, source, tmp_path, architectures=(80,))
-    assert message.startswith("the builder made no engine: ")
+    assert message.startswith("the builder returned no engine: ")
     assert "Cannot compile for target(s)" in message
     assert build_engine(source, tmp_path / "m.engine", **FAST).record["architectures"] == ["sm_89"]
 
@@ -483,9 +485,9 @@ def test_a_prompt_and_a_step_are_two_profiles(files: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("shapes", "message"), [
-    ({"x": [[4, 1, 32], [2, 1, 32], [1, 1, 32]]}, r'profile 0: TensorRT refuses the shapes \{"x"'),
+    ({"x": [[4, 1, 32], [2, 1, 32], [1, 1, 32]]}, r'profile 0: TensorRT rejects the shapes \{"x"'),
     ({"x": [[1, 1], [1, 1], [1, 1]]}, "tensor x has 3 dimensions but profile 0 has 2 dimensions"),
-    ({"x": [[1, 1, 31], [1, 1, 31], [1, 1, 31]]}, r"TensorRT refuses the shapes|the builder made no engine"),
+    ({"x": [[1, 1, 31], [1, 1, 31], [1, 1, 31]]}, r"TensorRT rejects the shapes|the builder returned no engine"),
     ({}, "profile 0: no shapes for input x, whose dims are dynamic"),
     ({"other": [[1], [1], [1]]}, "profile 0: the network has no input 'other'; it has x"),
 ])  # fmt: skip
@@ -536,7 +538,7 @@ def test_a_plugin_node_in_a_branch(files: Any, tmp_path: Path) -> None:
     weights = [numpy_helper.from_array(np.ones(32, "f4"), "scale"), numpy_helper.from_array(np.array(True), "flag")]
     node = helper.make_node("If", ["flag"], ["y"], "choice", **branches)
     message = refused(UnsupportedError, files.save([node], weights, functions=[files.function()]), tmp_path)
-    assert "RMSNorm 'norm' stands in the body of a control-flow node" in message
+    assert "RMSNorm 'norm' is in the body of a control-flow node" in message
     assert "rmsnorm rewrite --target primitives" in message
 
 
@@ -547,7 +549,7 @@ def test_a_plugin_node_in_a_local_function(files: Any, tmp_path: Path) -> None:
     weights = [numpy_helper.from_array(np.ones(32, "f4"), "scale")]
     source = files.save([node], weights, functions=[function, files.function()])
     message = refused(UnsupportedError, source, tmp_path)
-    assert "RMSNorm 'norm' stands in the local function Block" in message
+    assert "RMSNorm 'norm' is in the local function Block" in message
 
 
 def test_a_function_of_the_plugins_name_in_another_domain(files: Any, tmp_path: Path) -> None:
@@ -557,7 +559,7 @@ def test_a_function_of_the_plugins_name_in_another_domain(files: Any, tmp_path: 
     )
     message = refused(UnsupportedError, files.plugin(functions=[files.function(), other]), tmp_path)
     assert "the local function RMSNorm of domain 'rmsnorm_deploy'" in message or "of domain 'theirs'" in message
-    assert "tells functions by their names only" in message
+    assert "identifies functions by name only" in message
 
 
 def test_a_node_that_the_network_lacks(files: Any, tmp_path: Path) -> None:
@@ -595,7 +597,7 @@ def test_a_library_that_brings_other_plugins(files: Any, tmp_path: Path) -> None
         requested(files.plugin(), tmp_path / "work", change)
 
 
-def test_a_worker_that_raises_tells_what(files: Any, tmp_path: Path) -> None:
+def test_a_worker_that_raises_reports_the_error(files: Any, tmp_path: Path) -> None:
     with pytest.raises(RmsnormDeployError, match="KeyError: 'plugin_nodes'"):
         requested(files.matmul(), tmp_path / "work", lambda request: request.pop("plugin_nodes"))
     assert "Traceback" in (tmp_path / "work" / "build.log").read_text()

@@ -150,7 +150,7 @@ def test_the_worker_ends_with_its_parent(slow: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "hint"), [
-    (signal.SIGKILL, "was ended by SIGKILL (out of memory?)"), (signal.SIGSEGV, "was ended by SIGSEGV"),
+    (signal.SIGKILL, "was terminated by SIGKILL (out of memory?)"), (signal.SIGSEGV, "was terminated by SIGSEGV"),
 ])  # fmt: skip
 def test_a_worker_that_is_killed(number: signal.Signals, hint: str, slow: Path, tmp_path: Path) -> None:
     place = tmp_path / "m.engine"
@@ -177,7 +177,7 @@ def test_a_failed_build_leaves_the_earlier_engine(files: Any, slow: Path, tmp_pa
             for worker in workers_of(place):
                 os.kill(worker, signal.SIGKILL)
 
-    with pytest.raises(RmsnormDeployError, match="was ended by SIGKILL"):
+    with pytest.raises(RmsnormDeployError, match="was terminated by SIGKILL"):
         build_engine(slow, place, architectures=(89,), progress=kill)
     assert read_record(place) == before
     assert hashlib.sha256(place.read_bytes()).hexdigest() == before["sha256"]

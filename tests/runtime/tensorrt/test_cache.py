@@ -107,5 +107,5 @@ def test_two_builds_at_once_are_one(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_cache_that_cannot_be_made_is_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--cache: cannot make"):
+    with pytest.raises(UsageError, match="--cache: cannot create"):
         build_engine(model, tmp_path / "a.engine", OPTIONS, cache=model / "cache")

@@ -131,7 +131,7 @@ def test_a_library_for_something_else_is_named(
 
 def test_a_library_of_another_contract_is_named(built_library: BuiltLibrary, tmp_path: Path) -> None:
     old = variant(built_library, tmp_path / "variant", f'digest[] = "{contract_digest()}"', 'digest[] = "older"')
-    with pytest.raises(UsageError, match="it was built by another version of rmsnorm-deploy, whose operators differ"):
+    with pytest.raises(UsageError, match="it was built by another version of rmsnorm-deploy with different operators"):
         build_engine(rms_norm_model(tmp_path / "model.onnx"), tmp_path / "e.engine", with_library(old))
     assert not (tmp_path / "e.engine").exists()
 
@@ -148,7 +148,7 @@ def test_without_nvrtc_the_plugins_in_python_are_missing_something(
         build_engine(model, tmp_path / "e.engine", options)
 
 
-def test_files_that_are_no_library(tmp_path: Path) -> None:
+def test_files_that_are_not_a_library(tmp_path: Path) -> None:
     model = rms_norm_model(tmp_path / "model.onnx")
     text = tmp_path / "text.so"
     text.write_text("no library")
@@ -159,15 +159,15 @@ def test_files_that_are_no_library(tmp_path: Path) -> None:
     assert not (tmp_path / "e.engine").exists()
 
 
-def test_a_library_that_is_asked_for_and_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_is_requested_and_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     monkeypatch.delenv(library.LIBRARY_VARIABLE, raising=False)
     model = rms_norm_model(tmp_path / "model.onnx")
-    with pytest.raises(EnvironmentMissingError, match="Make it with: rmsnorm plugin build"):
+    with pytest.raises(EnvironmentMissingError, match="Build it with: rmsnorm plugin build"):
         build_engine(model, tmp_path / "e.engine", dataclasses.replace(OPTIONS, plugin="library"))
     with plan_build(model, OPTIONS) as plan:
         assert plan.plugin.kind == "python"
-        assert "the library is not there" in plan.plugin.reason
+        assert "the library does not exist" in plan.plugin.reason
 
 
 def test_the_library_that_was_built_is_found(

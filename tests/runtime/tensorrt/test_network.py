@@ -94,7 +94,7 @@ def test_weights_outside_are_listed_and_not_read(files: Any) -> None:
     assert [norm.node for norm in found.norms] == ["n"]
 
 
-def test_the_scale_type_is_held_to_the_scales_dtype(files: Any) -> None:
+def test_the_scale_type_must_match_the_scales_dtype(files: Any) -> None:
     def read(dtype: int, scale_type: int) -> NetworkFile:
         return read_network(files.plugin(dtype=dtype, scale_type=scale_type))
 

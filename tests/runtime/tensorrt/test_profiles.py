@@ -65,7 +65,7 @@ def test_names_of_other_exporters() -> None:
     assert profile.shapes["mask"] == ((1, 1), (1, 12), (1, 23))
 
 
-def test_fixed_dims_need_no_profile_and_take_none() -> None:
+def test_fixed_dims_have_no_profile() -> None:
     assert make_profiles([InputDims("x", (2, 3))]) == []
     with pytest.raises(UsageError, match="every dim of the model is fixed"):
         make_profiles([InputDims("x", (2, 3))], ["x:2x3,2x3,2x3"])
@@ -77,9 +77,9 @@ def test_fixed_dims_need_no_profile_and_take_none() -> None:
         ("input_idz:1x1,1x2,1x3", "no input or dim 'input_idz'; its inputs are input_ids, attention_mask"),
         ("input_ids:1,2,3", "input_ids has 2 dims .batch x sequence., got 1"),
         ("input_ids:1x1,1x2", "expected NAME:SMALLEST,USUAL,LARGEST"),
-        ("input_ids:1x1,1x2,1xn", "expected numbers with x between them"),
+        ("input_ids:1x1,1x2,1xn", "expected numbers separated by x"),
         ("input_ids:1x4,1x2,1x8", "expected smallest <= usual <= largest"),
-        ("input_ids:1x1,1x2,1x4 attention_mask:1x1,1x2,1x8", "sequence is 1,2,4 and also 1,2,8"),
+        ("input_ids:1x1,1x2,1x4 attention_mask:1x1,1x2,1x8", "sequence is both 1,2,4 and 1,2,8"),
         ("", "got nothing"),
         ("sequence:1x1,2x2,3x3", "sequence is one dim"),
     ],
@@ -91,7 +91,7 @@ def test_wrong_texts_are_refused(text: str, message: str) -> None:
 
 def test_a_whole_length_below_past_and_new_is_refused() -> None:
     text = "input_ids:1x1,1x1,1x16 past_sequence:0,10,100 total_sequence:1,11,100"
-    with pytest.raises(UsageError, match=r"total_sequence is 1,11,100, and past_sequence .* is 1,11,116"):
+    with pytest.raises(UsageError, match=r"total_sequence: .* of past_sequence .* = 1,11,116, .*, got 1,11,100"):
         make_profiles(DECODER, [text])
 
 
@@ -101,7 +101,7 @@ def test_fixed_dims_hold_in_a_text() -> None:
 
 
 def test_positions_end_where_the_model_says() -> None:
-    with pytest.raises(UsageError, match="goes up to 4096, and the model's positions end at 512"):
+    with pytest.raises(UsageError, match="expected at most the model's 512 positions, got 4096"):
         make_profiles(TOKENS, ["input_ids:1x1,1x1,1x4096"], longest=512)
 
 

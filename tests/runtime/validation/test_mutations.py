@@ -87,7 +87,7 @@ def test_a_fault_of_tiny_rows_only_is_alive_in_its_norm(exports: Any, tmp_path: 
     assert judging.aliveness(fault, exports, folder) == "norm"
 
 
-def test_honest_runs_are_as_many_as_asked_for_and_differ() -> None:
+def test_honest_runs_have_the_requested_number_and_differ() -> None:
     runs = honest.honest_runs(200)
     assert len(set(runs)) == 200
     assert {r.subject.variant for r in runs} == {"plain", "past", "outliers", "redrawn"}

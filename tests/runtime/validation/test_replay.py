@@ -60,7 +60,7 @@ def again(replay: Replay) -> ValidationReport:
 # ----------------------------------------------------------------------------------------------------- run and kept
 
 
-def test_the_report_keeps_all_that_was_asked_for(folder: Path, source: str, tmp_path: Path) -> None:
+def test_the_report_contains_every_setting(folder: Path, source: str, tmp_path: Path) -> None:
     name = f"{source}:residual"
     options = ValidationOptions(seed=3, shapes=((2, 5),), limits={"*": Limits(atol=1.0)}, window=1, depth=True)
     report = validate(folder, name, options).to_dict()
@@ -129,9 +129,9 @@ def test_a_report_on_objects_cannot_be_run_again(folder: Path, tmp_path: Path) -
     [
         ({"inputs": "x.npz", "prompts": ("hi",)}, "inputs and prompts are both given"),
         ({"shapes": ((0, 4),)}, "shape 0x4: expected a batch and a length of at least 1"),
-        ({"window": 0}, "window is 0: expected at least 1 norm"),
-        ({"seed": -1}, "seed is -1: expected a number of at least 0"),
-        ({"bisect": True, "outputs_only": True}, "bisect looks at norms and segments"),
+        ({"window": 0}, "window: expected at least 1 norm, or None for all, got 0"),
+        ({"seed": -1}, "seed: expected a number of at least 0, got -1"),
+        ({"bisect": True, "outputs_only": True}, "bisect checks norms and segments"),
     ],
 )
 def test_options_that_cannot_be_are_refused(values: dict[str, Any], message: str) -> None:
@@ -170,15 +170,15 @@ def test_remote_code_is_trusted_by_who_runs_it_and_never_by_a_report(
     [
         ("{", "not a JSON report"),
         ("\udcff", "not a JSON report"),
-        ("[]", "its schema is None; this version reads rmsnorm_deploy.validate/3 and rmsnorm_deploy.bisect/2"),
-        ("{}", "its schema is None"),
-        ('{"schema": "rmsnorm_deploy.validate/1"}', "its schema is 'rmsnorm_deploy.validate/1'; this version reads"),
-        ('{"schema": "rmsnorm_deploy.validate/4"}', "its schema is 'rmsnorm_deploy.validate/4'; this version reads"),
+        ("[]", "expected the schema rmsnorm_deploy.validate/3 or rmsnorm_deploy.bisect/2, got None"),
+        ("{}", "rmsnorm_deploy.bisect/2, got None"),
+        ('{"schema": "rmsnorm_deploy.validate/1"}', "rmsnorm_deploy.bisect/2, got 'rmsnorm_deploy.validate/1'"),
+        ('{"schema": "rmsnorm_deploy.validate/4"}', "rmsnorm_deploy.bisect/2, got 'rmsnorm_deploy.validate/4'"),
         (json.dumps({"schema": VALIDATE_SCHEMA}), "expected settings, got None"),
         (json.dumps({"schema": VALIDATE_SCHEMA, "settings": {"seed": 0}}), "it does not name both sides"),
     ],
 )
-def test_what_is_no_report_of_this_version_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_not_a_report_of_this_version_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "report.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UsageError, match=message) as caught:
@@ -227,7 +227,7 @@ def dtypes(model: nn.Module) -> set[torch.dtype]:
     return {parameter.dtype for parameter in model.parameters()}
 
 
-def test_the_model_is_loaded_in_the_exported_dtype_unless_told(folder: Path, source: str) -> None:
+def test_the_model_is_loaded_in_the_exported_dtype_by_default(folder: Path, source: str) -> None:
     exported = open_exported(folder)
     half = Exported(exported.model, exported.folder, {**exported.manifest, "dtype": "float16"})
     name = f"{source}:residual"
