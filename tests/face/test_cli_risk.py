@@ -142,7 +142,7 @@ def test_outliers_for_people(rmsnorm: CommandLine, models: Path, tmp_path: Path)
 def test_outliers_that_cannot_be_injected_are_refused(rmsnorm: CommandLine, models: Path, tmp_path: Path) -> None:
     for name, text, message in (
         ("net", "4by50", "such as 4x50"),
-        ("net", "17x50", "choose from 1 to 16"),
+        ("net", "17x50", "expected 1 to 16, the hidden size, got 17"),
         ("floats", "2x50", "no embedding of its hidden size 16"),
         ("without_norms", "2x50", "no recognized norm with a weight"),
     ):
