@@ -252,7 +252,7 @@ def test_truncated_external_data(rmsnorm: CommandLine, copied: Path, feeds: Path
     data.write_bytes(data.read_bytes()[:-100])
     outcome = rmsnorm("run", copied, "--inputs", feeds, "-o", tmp_path / "y.npz")
     assert outcome.code == 2
-    assert "model.onnx.data is cut short" in outcome.err
+    assert "model.onnx.data is truncated" in outcome.err
     assert not (tmp_path / "y.npz").exists()
 
 
@@ -261,7 +261,7 @@ def test_truncated_model(rmsnorm: CommandLine, copied: Path, feeds: Path, tmp_pa
     model.write_bytes(model.read_bytes()[: model.stat().st_size // 2])
     outcome = rmsnorm("run", model, "--inputs", feeds, "-o", tmp_path / "y.npz")
     assert outcome.code == 2
-    assert "not an ONNX model, or one cut short" in outcome.err
+    assert "not an ONNX model, or a truncated one" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_a_result_of_another_dtype_is_refused() -> None:
     model = graph()
     (site,) = sites(model)
     site.y.dtype = ir.DataType.FLOAT16
-    with pytest.raises(UnsupportedError, match="gives float16, and written for standard it would give float"):
+    with pytest.raises(UnsupportedError, match="returns float16, but in target standard would return float"):
         NormWriter(model.graph, "standard", 23).write(site)
 
 
@@ -160,7 +160,7 @@ def test_a_norm_outside_of_any_graph_is_an_error() -> None:
     model = graph()
     (site,) = sites(model)
     node = ir.node("Neg", [site.x])
-    with pytest.raises(ValueError, match="stands outside of any graph"):
+    with pytest.raises(ValueError, match="is outside of any graph"):
         NormWriter(model.graph, "standard", 23).write(GraphSite(
             "p", site.spec, "plain", site.x, None, None, None, node.outputs[0], None, (node,), "", None, site.dtype
         ))  # fmt: skip

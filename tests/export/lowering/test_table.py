@@ -126,9 +126,9 @@ def test_every_spec_resolves_or_is_refused_with_a_reason_and_the_nearest_choice(
 def test_refusals_say_which_dtype_which_opset_and_which_place() -> None:
     found = refusal(TORCH, "plain", "plugin", Environment(opset=17, dtype="float64", top_level=False))
     assert found.reasons == (
-        "rmsnorm_deploy::RMSNorm does not exist for float64 (it has float32, float16, bfloat16)",
+        "rmsnorm_deploy::RMSNorm does not support float64 (it supports float32, float16, bfloat16)",
         "rmsnorm_deploy::RMSNorm needs opset 18, and the file has opset 17",
-        "TensorRT finds plugins in the main graph only, and this norm stands in a control-flow body",
+        "TensorRT finds plugins in the main graph only, and this norm is in a control-flow subgraph",
         "the plugin's statistics are float32",
     )
     assert found.nearest == "primitives"
@@ -145,7 +145,7 @@ def test_only_the_plugin_must_stand_at_the_top_level(target: str, form: Form) ->
         return
     assert isinstance(found, LoweringRefusal)
     assert found.nearest == "primitives"
-    assert "control-flow body" in found.reasons[0]
+    assert "control-flow subgraph" in found.reasons[0]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_every_opset_is_taken_or_refused(target: str, opset: int) -> None:
         assert "needs opset 23" in str(raised.value)
         assert "--target primitives" in str(raised.value)
     else:
-        assert "choose one from 18 to 23" in str(raised.value)
+        assert "expected 18 to 23, got" in str(raised.value)
 
 
 # deviations -----------------------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
     [
         ("no json", r"manifest\.json cannot be read"),
         ("\xff", r"manifest\.json cannot be read"),
-        ("[]", r"has schema 'list'; this version reads rmsnorm_deploy\.manifest/2"),
+        ("[]", r"expected schema 'rmsnorm_deploy\.manifest/2', got 'list'"),
         ("{}", r"has schema None"),
         (json.dumps({"schema": "rmsnorm_deploy.manifest/1"}), r"has schema 'rmsnorm_deploy\.manifest/1'.*Export again"),
     ],

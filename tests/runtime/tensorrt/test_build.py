@@ -279,7 +279,7 @@ def test_architectures_that_rtx_does_not_know(architecture: int, files: Any, tmp
 def test_architectures_that_are_none(text: str, files: Any, tmp_path: Path, rmsnorm: Any) -> None:
     found = rmsnorm("build", files.matmul(), "-o", tmp_path / "m.engine", "--arch", text)
     assert found.code == 2
-    assert f"architecture: expected something like sm_86, got {text!r}" in found.err
+    assert f"architecture: expected a text such as sm_86, got {text!r}" in found.err
 
 
 def test_a_product_that_is_not_installed(
@@ -300,7 +300,7 @@ def test_a_plugin_library_that_is_not_there(files: Any, tmp_path: Path, monkeypa
     assert f"expected {tmp_path}/data/rmsnorm-deploy/plugin/librmsnorm_deploy.so" in message
     assert message.endswith("Make it with: rmsnorm plugin build")
     named = {"plugin": "library", "plugin_library": str(tmp_path / "no.so")}
-    assert f"there is no {tmp_path}/no.so" in refused(UsageError, files.plugin(), tmp_path, **named)
+    assert f"{tmp_path}/no.so does not exist" in refused(UsageError, files.plugin(), tmp_path, **named)
 
 
 def test_a_plugin_library_that_is_none(files: Any, tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def test_external_data_that_is_not_all_there(damage: str, files: Any, tmp_path: 
         data.write_bytes(data.read_bytes()[:-1])
     message = refused(UsageError, source, tmp_path)
     assert str(data) in message
-    assert {"missing": "is missing", "short": "is cut short"}[damage] in message
+    assert {"missing": "is missing", "short": "is truncated"}[damage] in message
 
 
 def test_external_data_builds(files: Any, tmp_path: Path) -> None:
