@@ -227,7 +227,7 @@ def test_export_interrupted_while_it_captures(tmp_path_factory: pytest.TempPathF
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert (out, err.splitlines()[-1]) == ("", "error: interrupted; nothing was left half done.")
+    assert (out, err.splitlines()[-1]) == ("", "error: interrupted; no incomplete files were left behind.")
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
@@ -323,7 +323,7 @@ def test_outputs_that_cannot_be_written(
     rmsnorm: CommandLine, copied: Path, feeds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "is a folder" in rmsnorm("run", copied, "--inputs", feeds, "-o", tmp_path).err
-    assert "there is no folder" in rmsnorm("run", copied, "--inputs", feeds, "-o", tmp_path / "no" / "y.npz").err
+    assert "does not exist" in rmsnorm("run", copied, "--inputs", feeds, "-o", tmp_path / "no" / "y.npz").err
     before = sorted(path.name for path in tmp_path.iterdir())
     monkeypatch.setattr("numpy.lib.format.write_array", lambda *_, **__: _disk_full())
     outcome = rmsnorm("run", copied, "--inputs", feeds, "-o", tmp_path / "y.npz")
@@ -350,7 +350,7 @@ def test_validate_in_another_dtype(rmsnorm: CommandLine, models: Path, exported:
         (MismatchError("differs"), 1, "differs"),
         (RmsnormDeployError("other"), 2, "other"),
         (SystemExit(3), 2, "exited with 3"),
-        (KeyboardInterrupt(), 130, "interrupted; nothing was left half done."),
+        (KeyboardInterrupt(), 130, "interrupted; no incomplete files were left behind."),
         (OSError(errno.EIO, "Input/output error", "some/file"), 2, "some/file: Input/output error"),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 4, "torch is not installed"),
         (ValueError("odd\nvalue"), 70, "ValueError: odd value (this is a bug; run with RMSNORM_DEBUG=1"),

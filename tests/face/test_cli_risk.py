@@ -89,10 +89,10 @@ def test_inputs_need_a_model_that_runs(rmsnorm: CommandLine, exported: Path, mod
             outcome = rmsnorm("inspect", place, *option)
             assert outcome.code == 2
             assert "is an exported model" in outcome.err
-            assert "Give the PyTorch model" in outcome.err
+            assert "require a PyTorch model. Give the model that it was exported from" in outcome.err
     outcome = rmsnorm("inspect", f"{models}:net", "--prompt", "hello")
     assert outcome.code == 2
-    assert "--prompt needs a tokenizer" in outcome.err
+    assert "--prompt requires a tokenizer" in outcome.err
     outcome = rmsnorm("inspect", f"{models}:net", "--inputs", tmp_path / "nothing.npz")
     assert outcome.code == 2
     assert "nothing.npz" in outcome.err

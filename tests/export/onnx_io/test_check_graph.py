@@ -145,7 +145,7 @@ def test_the_same_opset_twice_is_one() -> None:
     check_graph(made, WHERE)
 
 
-def test_a_text_that_is_no_utf8() -> None:
+def test_a_text_that_is_not_utf8() -> None:
     data = model(node("Neg", "x", "y")).SerializeToString().replace(b"n_y", b"n\xff\xfe")
     made = ModelProto()
     made.ParseFromString(data)

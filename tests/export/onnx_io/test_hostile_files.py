@@ -281,7 +281,7 @@ def _same_functions(model: ModelProto) -> None:
         (_dangling, "Add 'make shifted' reads 'nowhere', which the graph does not define"),
         (_no_initializer, "Mul 'make y' reads 'w', which the graph does not define.*an initializer is missing"),
         (_dangling_in_branch, "If 'make z' reads 'nowhere', which the graph does not define"),
-        (_out_of_a_branch, "Neg 'make v' reads 'inside', which nothing"),
+        (_out_of_a_branch, "Neg 'make v' reads 'inside', which the graph does not define"),
         (_dangling_in_function, "reads 'x', which function F does not define"),
         (_output, "'nothing' is an output of the graph, which does not define it"),
         (_branch_output, "'x' is an output of a subgraph of If 'make z', which does not define it"),
@@ -335,9 +335,9 @@ def test_names_of_any_kind_are_fine_and_never_spoil_a_message(tmp_path: Path, na
 
 @pytest.mark.parametrize(
     ("place", "text"),
-    [(b"root", "of a NodeProto is no text"), (b"Sqrt", "op_type .* is no text"), (b"main", "name .* of a GraphProto")],
+    [(b"root", "of a NodeProto is not UTF-8"), (b"Sqrt", "op_type .* is not UTF-8"), (b"main", "name .* of a GraphProto")],
 )
-def test_names_that_are_no_text_are_refused(tmp_path: Path, place: bytes, text: str) -> None:
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path, place: bytes, text: str) -> None:
     refused(tmp_path, norm_model().SerializeToString().replace(place, b"\xff" * len(place)), UsageError, text)
 
 

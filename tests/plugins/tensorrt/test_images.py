@@ -124,7 +124,7 @@ def test_architectures_that_nvrtc_does_not_know() -> None:
     kernel = kernel_of("RMSNorm", "float32", 64, 1e-6, 0.0, 1)
     with pytest.raises(UsageError, match="expected sm_75 or later, got sm_70"):
         compile_images(kernel, (70,))
-    with pytest.raises(UsageError, match="NVRTC supports sm_75.*, not sm_99"):
+    with pytest.raises(UsageError, match=r"NVRTC supports sm_75.*, not sm_99"):
         compile_images(kernel, (80, 99))
 
 

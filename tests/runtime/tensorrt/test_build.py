@@ -300,7 +300,7 @@ def test_a_plugin_library_that_is_not_there(files: Any, tmp_path: Path, monkeypa
     assert f"expected {tmp_path}/data/rmsnorm-deploy/plugin/librmsnorm_deploy.so" in message
     assert message.endswith("Make it with: rmsnorm plugin build")
     named = {"plugin": "library", "plugin_library": str(tmp_path / "no.so")}
-    assert f"{tmp_path}/no.so does not exist" in refused(UsageError, files.plugin(), tmp_path, **named)
+    assert f"there is no {tmp_path}/no.so" in refused(UsageError, files.plugin(), tmp_path, **named)
 
 
 def test_a_plugin_library_that_is_none(files: Any, tmp_path: Path) -> None:
