@@ -114,7 +114,7 @@ def export_model(
     targets = [target] if isinstance(target, str) else list(target)
     for name in targets:
         if name not in TARGETS:
-            raise UsageError(f"unknown target {name!r}; the targets are {', '.join(TARGETS)}.")
+            raise UsageError(f"target: expected one of {', '.join(TARGETS)}, got {name!r}.")
         opset_for(name, opset)
     style = plugin_style(function, ort_trt, targets)
     folder = Path(path)

@@ -98,7 +98,7 @@ def test_no_model(rmsnorm: CommandLine, models: Path, tmp_path: Path, model: str
         (("--target", "nosuch"), 2, "primitives, standard, ort, plugin"),
         (("--opset", "17"), 3, "18 to 23"),
         (("--opset", "24"), 3, "18 to 23"),
-        (("--opset", "20", "--target", "standard"), 3, "needs opset 23"),
+        (("--opset", "20", "--target", "standard"), 3, "requires opset 23"),
         (("--dtype", "float8"), 2, "float32, float16, bfloat16, float64"),
         (("--dtype", "float64", "--target", "plugin"), 3, "--target primitives"),
         (("--with-past",), 3, "KV cache"),

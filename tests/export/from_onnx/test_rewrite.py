@@ -172,7 +172,7 @@ def test_a_file_of_a_higher_opset_keeps_it() -> None:
     [
         ("ort", HIGHEST_OPSET + 1, UnsupportedError, "expected at most 23, got 24"),
         ("ort", 18, UsageError, "expected at least 20, the opset of the file, got 18"),
-        ("standard", 20, UnsupportedError, "target 'standard' needs opset 23, but opset 20 was asked for"),
+        ("standard", 20, UnsupportedError, "target 'standard' requires opset 23, got opset 20"),
         ("elsewhere", None, UsageError, "elsewhere"),
     ],
 )

@@ -176,8 +176,8 @@ def test_refused_arguments(model: Residual, tmp_path: Path) -> None:
     inputs = residual_inputs()
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"target": "tensorflow"}, UsageError, "target: expected one of primitives, .*, got 'tensorflow'"),
-        ({"opset": 17}, UnsupportedError, "opset 17 is not written"),
-        ({"target": "standard", "opset": 20}, UnsupportedError, "needs opset 23"),
+        ({"opset": 17}, UnsupportedError, "opset: expected 18 to 23, got 17"),
+        ({"target": "standard", "opset": 20}, UnsupportedError, "requires opset 23"),
         ({"dtype": "int8"}, UsageError, "dtype: expected one of .*, got 'int8'"),
         ({"dtype": "float64", "target": "plugin"}, UnsupportedError, "does not support float64.*primitives"),
         ({"with_past": True}, UnsupportedError, "no KV cache"),

@@ -151,8 +151,8 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda out: out.write_text("1"), "name another"),
-        (lambda out: out.symlink_to(out.parent / "nowhere"), "name another"),
+        (lambda out: out.write_text("1"), "give another path"),
+        (lambda out: out.symlink_to(out.parent / "nowhere"), "give another path"),
         (lambda out: (out.mkdir(), (out / "f").write_text("1")), "holds files that no export wrote"),
     ],
     ids=["file", "link", "folder of others"],

@@ -150,7 +150,7 @@ def test_a_text_that_is_not_utf8() -> None:
     made = ModelProto()
     made.ParseFromString(data)
     text = refusal(made)
-    assert "of a NodeProto is no text" in text
+    assert "of a NodeProto is not UTF-8" in text
     assert "The file is damaged" in text
 
 

@@ -335,7 +335,7 @@ def test_names_of_any_kind_are_fine_and_never_spoil_a_message(tmp_path: Path, na
 
 @pytest.mark.parametrize(
     ("place", "text"),
-    [(b"root", "of a NodeProto is not UTF-8"), (b"Sqrt", "op_type .* is not UTF-8"), (b"main", "name .* of a GraphProto")],
+    [(b"root", "NodeProto is not UTF-8"), (b"Sqrt", "op_type .* is not UTF-8"), (b"main", "name .* of a GraphProto")],
 )
 def test_names_that_are_not_utf8_are_refused(tmp_path: Path, place: bytes, text: str) -> None:
     refused(tmp_path, norm_model().SerializeToString().replace(place, b"\xff" * len(place)), UsageError, text)
@@ -345,7 +345,7 @@ def test_nodes_without_names_are_named_by_what_they_make(tmp_path: Path) -> None
     model = norm_model()
     _dangling(model)
     model.graph.node[2].name = ""
-    refused(tmp_path, model, UsageError, "Add without a name, which makes 'shifted' reads 'nowhere'")
+    refused(tmp_path, model, UsageError, "Add without a name, which computes 'shifted' reads 'nowhere'")
 
 
 def test_nodes_in_any_order_are_rewritten(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_a_norm_gives_the_same_numbers_at_every_opset(target: str, opset: int) -
     model = norm_model(norm, module, torch.float32)
     model.graph.opset_imports[""] = 18
     if target == "standard" and opset < 23:
-        with pytest.raises(UnsupportedError, match="needs opset 23"):
+        with pytest.raises(UnsupportedError, match="requires opset 23"):
             lower(model, target, opset)
         return
     lowered, _ = lower(model, target, opset)

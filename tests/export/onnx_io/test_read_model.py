@@ -167,7 +167,7 @@ def test_texts_are_counted() -> None:
     tensor = helper.make_tensor("t", T.STRING, [2], [b"a", b"b"])
     read_model(model_of(tensor).SerializeToString())
     del tensor.string_data[0]
-    with pytest.raises(UsageError, match="tensor t holds 1 values"):
+    with pytest.raises(UsageError, match="tensor t has 1 values"):
         read_model(model_of(tensor).SerializeToString())
 
 

@@ -165,7 +165,11 @@ def test_wrong_arguments_are_refused_and_leave_nothing(tmp_path: Path) -> None:
         (UsageError, "holds files that no export wrote", lambda: rewrite_model(path, foreign)),
         (UsageError, "the file does not exist", lambda: rewrite_model(tmp_path / "none.onnx", tmp_path / "o")),
         (UsageError, "never lowered", lambda: rewrite_model(path, tmp_path / "o", opset=13)),
-        (UnsupportedError, "needs opset 23", lambda: rewrite_model(path, tmp_path / "o", target="standard", opset=21)),
+        (
+            UnsupportedError,
+            "requires opset 23",
+            lambda: rewrite_model(path, tmp_path / "o", target="standard", opset=21),
+        ),
         (UnsupportedError, "expected at most 23, got 99", lambda: rewrite_model(path, tmp_path / "o", opset=99)),
     ]
     for kind, message, call in cases:
