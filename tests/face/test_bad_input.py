@@ -70,11 +70,11 @@ def test_wrong_command_line(rmsnorm: CommandLine, arguments: tuple[str, ...], me
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("nosuch/folder/here", "no such folder"),
-        ("./nosuch", "no such folder"),
+        ("nosuch/folder/here", "neither an existing folder nor a hub name"),
+        ("./nosuch", "neither an existing folder nor a hub name"),
         ("builtin:nosuch", "builtin:addition"),
         ("nosuch_module:make", "nosuch_module"),
-        ("nosuch.py:make", "no file nosuch.py"),
+        ("nosuch.py:make", "the file nosuch.py does not exist"),
         ("{models}:nosuch", "nosuch"),
         ("{models}:broken", "no luck"),
         ("{models}:torch", "torch"),

@@ -135,7 +135,7 @@ def test_outliers_are_injected_and_recorded(rmsnorm: CommandLine, models: Path, 
 
 def test_outliers_for_people(rmsnorm: CommandLine, models: Path, tmp_path: Path) -> None:
     outcome = rmsnorm("export", f"{models}:net", "-o", tmp_path / "out", "--outliers", "2x50")
-    wanted = "Outlier channels: 2 of 16, 50 times larger in embed (norms touched: 1; seed 0)."
+    wanted = "Outlier channels: 2 of 16, 50 times larger in embed (norms changed: 1; seed 0)."
     assert wanted in outcome.out.splitlines()
 
 

@@ -269,7 +269,7 @@ def test_a_prompt_without_a_tokenizer(rmsnorm: CommandLine, exported: Path, mode
     [
         (("--inputs", "x.npz", "--prompt", "hi"), "inputs and prompts are both given"),
         (("--inputs", "nosuch.npz"), "nosuch.npz: there is no such file"),
-        (("--inputs", "nosuch.py:made"), "no file nosuch.py"),
+        (("--inputs", "nosuch.py:made"), "the file nosuch.py does not exist"),
         (("--atol", "nosuch:1e-3"), "limits are given for nosuch, but there is no such output. The outputs are: out"),
         (("--atol", "output:x"), "--atol output:x: give a number of at least 0"),
         (("--ulp=-1",), "--ulp -1: give a number of at least 0"),
