@@ -355,7 +355,7 @@ def test_doctor_finds_old_versions_and_clashes() -> None:
     )
     diagnosis = diagnose(old)
     assert "requires onnxruntime 1.23, and this is 1.20.1" in _ways(diagnosis, "ort")["onnxruntime cpu"][1]
-    assert "needs tensorrt 10.15, and this is 10.9.0" in _ways(diagnosis, "standard")["tensorrt"][1]
+    assert "requires tensorrt 10.15, and this is 10.9.0" in _ways(diagnosis, "standard")["tensorrt"][1]
     assert _ways(diagnosis, "plugin")["tensorrt"][0]
     assert _ways(diagnosis, "plugin")["export"][1] == "torch is not installed"
     assert len(diagnosis.warnings) == 2

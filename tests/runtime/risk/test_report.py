@@ -392,5 +392,5 @@ def test_the_model_is_put_back() -> None:
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(UsageError, match="at least one case"):
         risk(Block(Weighted(WIDTH)), [])
-    with pytest.raises(UsageError, match="target: expected one of .*, got 'onnx'"):
+    with pytest.raises(UsageError, match=r"target: expected one of .*, got 'onnx'"):
         risk(Block(Weighted(WIDTH)), [{"x": normal(2, WIDTH)}], targets=["onnx"])
