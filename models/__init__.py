@@ -1,1 +1,13 @@
-"""What a norm is, and the models that have them."""
+"""What an RMSNorm computes, and the PyTorch models that contain one.
+
+spec: NormSpec, the definition of one norm.
+reference: reference, the norm in float64 with NumPy.
+eager: eager, the norm in PyTorch, bit for bit what the module computes; statistics_dtype.
+errors: RmsnormDeployError and its kinds, each with an exit code.
+dtypes: Dtype and DTYPES, the names of each dtype in PyTorch, NumPy and ONNX.
+loading: load_model, a model from a built-in, Python code, a local folder or the Hugging Face hub; LoadedModel.
+outliers: inject_outliers, outlier channels in a model's weights; apply_recorded.
+experts: experts, which implementation of mixture-of-experts layers runs.
+recognition: finding the norms of a model.
+builtin: the models shipped with this package.
+"""

@@ -1,6 +1,6 @@
-"""The dtypes that this package handles: one table of what each library calls them, and how large they are.
+"""The dtypes that this package supports: one table of their names in each library, and their sizes.
 
-Importing this loads no library; the functions load the one whose dtype they give.
+Importing this module loads no library; each function imports the library whose dtype it returns.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Dtype:
     """One dtype.
 
     Attributes:
-        name: as this package calls it, on the command line and in files.
-        library_name: as PyTorch, numpy and ml_dtypes call it.
-        onnx_name: as ONNX calls it; the member of `TensorProto.DataType` and of `onnx_ir.DataType`.
+        name: this package's name, on the command line and in files.
+        library_name: its name in PyTorch, NumPy and ml_dtypes.
+        onnx_name: its name in ONNX, a member of `TensorProto.DataType` and of `onnx_ir.DataType`.
         onnx_number: the number of that member.
-        bytes: size of one element.
-        has_norms: whether norms are computed in it; otherwise it is only an output's, after quantization.
+        bytes: size of one element in bytes.
+        has_norms: whether norms are computed in it; otherwise it occurs only as the dtype of a quantized output.
     """
 
     name: str
@@ -46,7 +46,7 @@ TABLE: Final = (
     Dtype("float8_e4m3", "float8_e4m3fn", "FLOAT8E4M3FN", 17, 1, False),
 )
 DTYPES: Final[dict[str, Dtype]] = {dtype.name: dtype for dtype in TABLE}
-# The dtypes that a model may have, and those of two bytes among them.
+# The dtypes that a model may have, and those of them with two bytes.
 NORM_DTYPES: Final = tuple(dtype.name for dtype in TABLE if dtype.has_norms)
 HALF_DTYPES: Final = tuple(dtype.name for dtype in TABLE if dtype.has_norms and dtype.bytes == 2)
 BYTES: Final[dict[str, int]] = {dtype.name: dtype.bytes for dtype in TABLE}
@@ -57,7 +57,7 @@ _BY_ONNX_NUMBER: Final = {dtype.onnx_number: dtype.name for dtype in TABLE}
 
 
 def dtype_named(name: str) -> Dtype:
-    """The table's row.
+    """The table's row for a name.
 
     Raises:
         UsageError: there is no dtype of this name.
@@ -80,13 +80,13 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def torch_name(dtype: torch.dtype) -> str:
-    """The name of one of PyTorch's dtypes: the table's, or PyTorch's own of a dtype that the table does not have."""
+    """This package's name for a PyTorch dtype; PyTorch's own name where the table does not contain it."""
     name = str(dtype).removeprefix("torch.")
     return _BY_LIBRARY_NAME.get(name, name)
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """numpy's dtype of this name, the table's or numpy's own, such as `int64`; ml_dtypes has what numpy lacks.
+    """The NumPy dtype of this name, the table's or NumPy's own, such as `int64`; ml_dtypes adds what NumPy lacks.
 
     Raises:
         UsageError: there is no dtype of this name.
@@ -100,7 +100,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     try:
         return np.dtype(name)
     except TypeError:
-        raise UsageError(f"dtype: expected one of {', '.join(DTYPES)} or a name of numpy's, got {name!r}.") from None
+        raise UsageError(f"dtype: expected one of {', '.join(DTYPES)} or a NumPy name, got {name!r}.") from None
 
 
 def onnx_dtype(name: str) -> ir.DataType:
@@ -115,5 +115,5 @@ def onnx_dtype(name: str) -> ir.DataType:
 
 
 def onnx_name(dtype: ir.DataType) -> str:
-    """The name of one of onnx_ir's dtypes: the table's, or ONNX's own in lower case of one that the table lacks."""
+    """This package's name for an onnx_ir dtype; ONNX's own name in lower case where the table does not contain it."""
     return _BY_ONNX_NUMBER.get(int(dtype), dtype.name.lower())

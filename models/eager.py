@@ -39,22 +39,22 @@ def eager(
     Args:
         spec: what to compute.
         x: `[..., *normalized dims]`, any floating dtype.
-        weight: broadcastable to x's trailing dims; needed exactly when `spec.has_weight`.
-        bias: like weight; needed exactly when `spec.bias`.
-        gate: x's shape; needed exactly when `spec.gate` is not `none`.
+        weight: broadcastable to x's trailing dims; required exactly when `spec.has_weight`.
+        bias: like weight; required exactly when `spec.bias`.
+        gate: x's shape; required exactly when `spec.gate` is not `none`.
 
     Returns:
         A tensor of x's shape. Its dtype is x's, unless the weight is wider and is multiplied after the cast.
 
     Raises:
-        UsageError: an input that the spec needs is missing, or one that it does not know is given.
+        UsageError: an input that the spec requires is missing, or one that it does not read is given.
     """
     _check_inputs(spec, weight, bias, gate)
     stats = statistics_dtype(spec, x.dtype)
     h, after = _gated(spec, x.to(stats), gate)
     shape = h.shape
     if spec.group_size is not None:
-        h = h.reshape(*shape[:-1], shape[-1] // spec.group_size, spec.group_size)  # -1 would not do for no rows
+        h = h.reshape(*shape[:-1], shape[-1] // spec.group_size, spec.group_size)  # -1 fails for zero rows
     h = _normalize(spec, h, x.dtype).reshape(shape)
     if weight is not None:
         h = h * _scale(spec, weight, stats)
@@ -72,7 +72,7 @@ def eager(
 
 
 def _gated(spec: NormSpec, h: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What is normalized, and what multiplies the result, both in the statistics dtype, which is h's."""
+    """The value to normalize, and the factor of the result or None, both in the statistics dtype (h's)."""
     if gate is None:
         return h, None
     activated = _ACTIVATIONS[spec.activation](gate.to(h.dtype))
@@ -88,7 +88,7 @@ def _gated(spec: NormSpec, h: Tensor, gate: Tensor | None) -> tuple[Tensor, Tens
 
 
 def _normalize(spec: NormSpec, h: Tensor, dtype: torch.dtype) -> Tensor:
-    """The normalized value, cast to x's `dtype` where the order has it cast before the scale."""
+    """The normalized value, cast to x's `dtype` where the order casts before the scale."""
     dims = tuple(range(-spec.trailing_dims, 0))
     under_root = _reduced(spec, h.pow(2), dims) + spec.eps
     match spec.root:
@@ -138,5 +138,5 @@ def _check_inputs(spec: NormSpec, weight: Tensor | None, bias: Tensor | None, ga
         ("gate", gate, spec.has_gate),
     ):
         if (given is not None) != wanted:
-            state = "is missing, but the spec needs it" if wanted else "was given, but the spec has none"
+            state = "is missing, but the spec requires it" if wanted else "was given, but the spec does not read it"
             raise UsageError(f"norm input {name!r} {state} ({spec.describe()}).")

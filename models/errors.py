@@ -1,6 +1,6 @@
-"""Errors that a user can act on, and the exit code that each one becomes on the command line.
+"""Errors that a user can act on, and the exit code of each on the command line.
 
-They live in the lowest package so that every other one can raise them; the face re-exports them.
+They are defined in the lowest package so that every other one can raise them; `rmsnorm_deploy` re-exports them.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ class RmsnormDeployError(Exception):
     """Base of every error raised on purpose.
 
     Attributes:
-        exit_code: what the command line exits with.
+        exit_code: the exit code of the command line.
 
-    The message says what was wrong, where, and what to do.
+    The message says what is wrong, where, and what to do.
     """
 
     exit_code = 2
@@ -25,18 +25,18 @@ class UsageError(RmsnormDeployError):
 
 
 class UnsupportedError(RmsnormDeployError):
-    """The combination asked for (target, opset, dtype, model) cannot be done: exit code 3."""
+    """The requested combination (target, opset, dtype, model) is not supported: exit code 3."""
 
     exit_code = 3
 
 
 class EnvironmentMissingError(RmsnormDeployError):
-    """A package, provider, library or device is not there: exit code 4."""
+    """A package, provider, library or device is missing: exit code 4."""
 
     exit_code = 4
 
 
 class MismatchError(RmsnormDeployError):
-    """Two computations that had to agree do not: exit code 1."""
+    """Two computations that must agree differ: exit code 1."""
 
     exit_code = 1

@@ -1,4 +1,4 @@
-"""Mixtures of experts in transformers: which of its implementations runs them."""
+"""Mixture-of-experts layers in transformers: which implementation runs them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def has_experts(model: Any) -> bool:
-    """Whether `model` is one of transformers whose experts have several implementations."""
+    """Whether `model` is a transformers model whose experts have several implementations."""
     can_set = getattr(model, "_can_set_experts_implementation", None)
     return bool(can_set is not None and can_set())
 

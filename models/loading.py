@@ -1,4 +1,4 @@
-"""Load a model from whatever the user named: a built-in, Python code, a local folder or a hub name."""
+"""Load a model from a built-in, Python code, a local folder or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class LoadedModel:
 
     Attributes:
         model: the module.
-        source: what the user named.
-        kind: where it came from.
+        source: the name that the user gave; empty for a module.
+        kind: what kind of source that was.
         folder: a local folder with its config and tokenizer files, if there is one.
-        example_inputs: keyword arguments that a Python factory returned beside its model.
+        example_inputs: keyword arguments that a Python factory returned with its model.
         task: `addition` for the model that adds numbers, else None.
         notes: what is missing of it, such as a tokenizer that could not be downloaded.
     """
@@ -89,15 +89,15 @@ def load_model(source: str, *, dtype: str | None = None, trust_remote_code: bool
         source: `builtin:addition` or `builtin:small`; `package.module:factory` or `file.py:factory`, a callable that
             returns a module, or a module and a dict of example inputs; a folder saved by this package or by
             `save_pretrained`; or a hub name such as `Qwen/Qwen3-0.6B`.
-        dtype: `float32`, `float16`, `bfloat16` or `float64`; None keeps the checkpoint's own.
-        trust_remote_code: run Python code that comes with a transformers checkpoint.
+        dtype: `float32`, `float16`, `bfloat16` or `float64`; None keeps the checkpoint's dtype.
+        trust_remote_code: run Python code that is part of a transformers checkpoint.
 
     Raises:
-        UsageError: the source does not exist or is no model; the message says what was looked for and where.
-        EnvironmentMissingError: transformers is needed and not installed.
+        UsageError: the source does not exist or is not a model; the message says what was searched for and where.
+        EnvironmentMissingError: transformers is required and not installed.
     """
     if dtype is not None and dtype not in NORM_DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}; choose one of {', '.join(NORM_DTYPES)}.")
+        raise UsageError(f"dtype: expected one of {', '.join(NORM_DTYPES)}, got {dtype!r}.")
     loaded = _dispatch(source, dtype, trust_remote_code)
     if dtype is not None and loaded.kind != "transformers":
         loaded.model = loaded.model.to(torch_dtype(dtype))
@@ -114,20 +114,20 @@ def _dispatch(source: str, dtype: str | None, trust_remote_code: bool) -> Loaded
     path = Path(source).expanduser()
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
-    except OSError as error:  # a name too long, or a parent folder that may not be read
-        raise UsageError(f"{source[:80]!r} cannot be looked up: {error.strerror or error}.") from error
+    except OSError as error:  # a name that is too long, or a parent folder without read permission
+        raise UsageError(f"{source[:80]!r} cannot be opened: {error.strerror or error}.") from error
     if is_folder and source:
         return _folder(source, path, dtype, trust_remote_code)
     if is_file:
         raise UsageError(
-            f"{source} is a file. Name a folder with config.json and safetensors weights, or Python code as "
-            f"{path.stem}.py:factory. An exported .onnx file is validated with: rmsnorm validate {path.name} "
+            f"{source} is a file. Give a folder with config.json and safetensors weights, or Python code as "
+            f"{path.stem}.py:factory. Validate an exported .onnx file with: rmsnorm validate {path.name} "
             "--against MODEL"
         )
     if colon and not (len(name) == 1 and rest[:1] in "\\/"):
         return _python(source, name, rest)
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source:
-        raise UsageError(f"{source!r}: there is no such folder, and it is no hub name (owner/model).")
+        raise UsageError(f"{source!r} is neither an existing folder nor a hub name (owner/model).")
     return _transformers(source, None, dtype, trust_remote_code)
 
 
@@ -139,22 +139,22 @@ def _builtin(source: str, name: str) -> LoadedModel:
         return LoadedModel(addition(), source, "decoder", task="addition")
     if name == "small":
         return LoadedModel(small_decoder(), source, "decoder")
-    raise UsageError(f"unknown built-in model {name!r}; there are {', '.join(f'builtin:{n}' for n in BUILTINS)}.")
+    raise UsageError(f"unknown built-in model {name!r}; expected one of {', '.join(f'builtin:{n}' for n in BUILTINS)}.")
 
 
 def _folder(source: str, path: Path, dtype: str | None, trust_remote_code: bool) -> LoadedModel:
     config = path / "config.json"
     has_weights = any(file.suffix in (".safetensors", ".bin") for file in path.iterdir())
     if (path / "manifest.json").is_file() and not has_weights:  # config.json is copied beside an exported model
-        raise UsageError(f"{source} is an exported folder, not a PyTorch model. Name the model it was exported from.")
+        raise UsageError(f"{source} is an exported folder, not a PyTorch model. Give the model it was exported from.")
     if not config.is_file():
-        raise UsageError(f"{source} holds no config.json, so it is no saved model. Save one with save_pretrained.")
+        raise UsageError(f"{source} has no config.json, so it is not a saved model. Save one with save_pretrained.")
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{config} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
-        raise UsageError(f"{config} holds a {type(values).__name__} and not the fields of a model's config.")
+        raise UsageError(f"{config}: expected an object with a model's config, got {type(values).__name__}.")
     from .builtin.checkpoint import FORMAT, load_decoder
 
     if values.get("format") == FORMAT:
@@ -178,7 +178,7 @@ def _transformers(source: str, folder: Path | None, dtype: str | None, trust_rem
         cls = _architecture(transformers, config)
         extra = {"trust_remote_code": True} if trust_remote_code else {}
         model = cls.from_pretrained(name, dtype=dtype or "auto", **extra)
-    except Exception as error:  # transformers raises many kinds; all mean that this name gives no model
+    except Exception as error:  # transformers raises many kinds of errors for a source that it cannot load
         first = " ".join(str(error).split())[:300]
         where = f"the folder {source}" if folder is not None else f"the hub name {source!r}"
         raise UsageError(f"{where} could not be loaded by transformers: {first}") from error
@@ -187,7 +187,7 @@ def _transformers(source: str, folder: Path | None, dtype: str | None, trust_rem
 
 
 def _architecture(transformers: ModuleType, config: Any) -> Any:
-    """The class that the checkpoint names, else the nearest auto class."""
+    """The class that the checkpoint names, else an auto class."""
     for name in getattr(config, "architectures", None) or []:
         if hasattr(transformers, name):
             return getattr(transformers, name)
@@ -205,22 +205,22 @@ def _python(source: str, name: str, attribute: str) -> LoadedModel:
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module) or not (inputs is None or isinstance(inputs, Mapping)):
         raise UsageError(
-            f"{source}: {attribute}() returned {type(made).__name__}. It must return a torch.nn.Module, or one and a "
-            "dict of example inputs."
+            f"{source}: expected {attribute}() to return a torch.nn.Module, or a tuple of a module and a dict of "
+            f"example inputs, got {type(made).__name__}."
         )
     return LoadedModel(model, source, "python", example_inputs=inputs)
 
 
 def python_attribute(source: str, name: str, attribute: str) -> Any:
-    """What a user's Python code calls `attribute`.
+    """An attribute of a user's Python module.
 
     Args:
-        source: what the user wrote, for the message.
-        name: a module such as `package.module`, looked up beside the working directory too, or a file `file.py`.
-        attribute: a name in it.
+        source: the source that the user gave, for the message.
+        name: a module such as `package.module`, also searched for in the working directory, or a file `file.py`.
+        attribute: name of the attribute.
 
     Raises:
-        UsageError: there is no such file, module or attribute, or importing it failed.
+        UsageError: the file, module or attribute does not exist, or importing it failed.
     """
     found = getattr(_import(source, name), attribute, None)
     if found is None:
@@ -232,14 +232,14 @@ def _import(source: str, name: str) -> ModuleType:
     try:
         if not name.endswith(".py"):
             if "" not in sys.path:
-                sys.path.insert(0, "")  # the command line is run beside the user's own code
+                sys.path.insert(0, "")  # the user's code is in the working directory
             return importlib.import_module(name)
         path = Path(name).expanduser()
         if not path.is_file():
-            raise UsageError(f"{source}: there is no file {name}.")
+            raise UsageError(f"{source}: the file {name} does not exist.")
         spec = importlib.util.spec_from_file_location(_module_name(path), path)
         if spec is None or spec.loader is None:
-            raise UsageError(f"{source}: {name} is no Python file.")
+            raise UsageError(f"{source}: {name} is not a Python file.")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         try:
@@ -255,7 +255,7 @@ def _import(source: str, name: str) -> ModuleType:
 
 
 def _module_name(path: Path) -> str:
-    """The file's own name, unless it belongs to a module that others import: a user's json.py must not hide json."""
+    """The file's name, unless an importable module has that name: a user's json.py must not replace json."""
     try:
         known = importlib.util.find_spec(path.stem)
     except (ImportError, ValueError):

@@ -1,6 +1,6 @@
-"""The norm in float64 with NumPy: the truth that every implementation is measured against.
+"""The norm in float64 with NumPy: the reference that every implementation is measured against.
 
-It shares no code with `eager` or with any lowering, and takes the spec's meaning only: casts do not exist here.
+It shares no code with `eager` or with any lowering, and ignores the casts of the spec.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def reference(
     """RMSNorm(x) = x / sqrt(mean(x^2) + eps) * scale, in float64 (Zhang and Sennrich 2019, arXiv:1910.07467).
 
     Args:
-        spec: what to compute; its casts, statistics dtype and spelling of the root do not matter here.
+        spec: what to compute; its casts, statistics dtype and form of the root are ignored.
         x: `[..., *normalized dims]`, any real dtype.
         weight: broadcastable to x's trailing dims, read when the spec has a weight.
         bias: like weight, read when the spec has a bias.
         gate: x's shape, read when the spec has a gate.
 
     Returns:
-        float64, x's shape. Rows whose statistics are zero (x = 0 with eps = 0) are NaN, as the formula says.
+        float64, x's shape. Rows whose statistics are zero (x = 0 with eps = 0) are NaN, which the formula gives.
     """
     values = np.asarray(x, dtype=np.float64)
     before = after = np.ones(())

@@ -38,7 +38,7 @@ _KINDS: dict[str, type | UnionType] = {
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
-    """What one RMSNorm computes, down to the order of its roundings.
+    """What one RMSNorm computes, including the order of its roundings.
 
     With S the statistics dtype, D the dtype of x and `factor = 1 / sqrt(reduce(x^2) + eps)` in S::
 
@@ -62,9 +62,9 @@ class NormSpec:
         root: `rsqrt` multiplies by rsqrt(.), `sqrt` divides by sqrt(.), `reciprocal` multiplies by 1 / sqrt(.). They
             differ in the last bit only.
         reduction: `mean` of the squares (RMS norm) or their `sum` (L2 norm with eps inside the root).
-        group_size: the last dim is cut into groups of this many elements, each normalized alone.
+        group_size: the last dim is split into groups of this many elements, each normalized separately.
         gate: a second input multiplies before the norm, after it, or not at all.
-        activation: what is applied to the gate in S.
+        activation: the function applied to the gate in S.
         bias: whether a bias is added after the scale.
         offset_in_float32: `one_plus_weight` adds 1 in S (True) or in the weight's own dtype (False).
     """
@@ -90,15 +90,17 @@ class NormSpec:
             raise UsageError(f"NormSpec.eps is {self.eps!r}; it must be a number of at least 0.")
         for name, kind in _KINDS.items():
             if not isinstance(getattr(self, name), kind):
-                raise UsageError(f"NormSpec.{name} is {getattr(self, name)!r}, which is of the wrong type.")
+                raise UsageError(
+                    f"NormSpec.{name}: expected {getattr(kind, '__name__', kind)}, got {getattr(self, name)!r}."
+                )
         if self.trailing_dims < 1:
             raise UsageError(f"NormSpec.trailing_dims is {self.trailing_dims}; it must be at least 1.")
         if self.group_size is not None and (self.group_size < 1 or self.trailing_dims != 1):
-            raise UsageError("NormSpec.group_size must be at least 1, and groups cut exactly one trailing dim.")
+            raise UsageError("NormSpec.group_size must be at least 1, and requires trailing_dims to be 1.")
         if (self.gate == "none") != (self.activation == "none"):
             raise UsageError("NormSpec.gate and NormSpec.activation must both be given, or neither.")
         if (self.order == "no_upcast") != (self.statistics == "input"):
-            raise UsageError("NormSpec.order 'no_upcast' goes with statistics 'input', and with nothing else.")
+            raise UsageError("NormSpec.order 'no_upcast' and NormSpec.statistics 'input' require each other.")
 
     @property
     def has_weight(self) -> bool:
@@ -113,7 +115,7 @@ class NormSpec:
 
     @property
     def scale_offset(self) -> float:
-        """What is added to the weight before it multiplies."""
+        """The number added to the weight before it multiplies."""
         match self.scale:
             case "none" | "weight":
                 return 0.0
@@ -146,7 +148,7 @@ class NormSpec:
 
     @property
     def sums_in_half(self) -> bool:
-        """Whether the statistics of an x of a half dtype are of that dtype."""
+        """Whether the statistics of an x of a half dtype have that dtype."""
         match self.statistics:
             case "float32" | "promoted":
                 return False
@@ -168,7 +170,7 @@ class NormSpec:
 
     @property
     def follows_weight(self) -> bool:
-        """Whether a weight that is wider than x makes the result wider: nothing is cast after it multiplies."""
+        """Whether a weight wider than x makes the result wider, because no cast follows the multiplication by it."""
         match self.order:
             case "scale_then_cast":
                 return False
@@ -190,13 +192,13 @@ class NormSpec:
         """The spec written by `to_dict`.
 
         Raises:
-            UsageError: a field is unknown or has a value that no spec may have.
+            UsageError: a field is unknown or has an invalid value.
         """
         if not isinstance(values, dict) or "eps" not in values:
             raise UsageError(f"not a NormSpec: {str(values)[:80]!r}; it must be an object with at least eps.")
         unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
-            raise UsageError(f"unknown NormSpec fields: {', '.join(sorted(unknown))}; written by a newer version?")
+            raise UsageError(f"unknown NormSpec fields: {', '.join(sorted(unknown))}; expected those of this version.")
         return cls(**values)
 
     def to_json(self) -> str:
@@ -208,7 +210,7 @@ class NormSpec:
         """The spec written by `to_json`.
 
         Raises:
-            UsageError: the text is no spec.
+            UsageError: the text is not a spec.
         """
         try:
             values = json.loads(text)
@@ -217,7 +219,7 @@ class NormSpec:
         return cls.from_dict(values)
 
     def describe(self) -> str:
-        """A short line for people, such as `weight, cast-then-scale, eps 1e-06`."""
+        """A short readable line, such as `weight, cast-then-scale, eps 1e-06`."""
         parts = [_SCALE_TEXTS[self.scale]]
         parts.append(self.order.replace("_", "-"))
         parts.append(f"eps {self.eps:.3g}")

@@ -1,9 +1,9 @@
-"""The custom operators: names, attributes and inputs. Export, both kinds of plugin and the tests read them from here.
+"""The custom operators: names, attributes and inputs, for export, both kinds of plugin and the tests.
 
 The operators compute, with S = float32 and T the dtype of X::
 
     RMSNorm(X, scale) -> Y
-    AddRMSNorm(X, residual, scale) -> (Y, sum)        sum = X + residual in T, normalized in place of X
+    AddRMSNorm(X, residual, scale) -> (Y, sum)        sum = X + residual in T, normalized instead of X
     RMSNormQuant(X, scale, y_scale) -> Y
     AddRMSNormQuant(X, residual, scale, y_scale) -> (Y, sum)
 
@@ -11,10 +11,10 @@ The operators compute, with S = float32 and T the dtype of X::
     Y = cast(cast(n, scale_type) * cast(scale + scale_offset, scale_type), T)
 
 `scale_type` is the ONNX data type in which the scale is multiplied: FLOAT multiplies before the cast back to T, T
-itself multiplies after it. X, residual and scale have the same dtype; every attribute is always present.
+multiplies after it. X, residual and scale have the same dtype; every attribute is required.
 
-`RMSNormQuant` and `AddRMSNormQuant` give QuantizeLinear(cast(Y, S), y_scale) in place of Y: y_scale is one float32
-number for the whole tensor, there is no zero point, and what is out of range saturates. `quant_type` is the ONNX data
+`RMSNormQuant` and `AddRMSNormQuant` return QuantizeLinear(cast(Y, S), y_scale) instead of Y: y_scale is one float32
+number for the whole tensor, there is no zero point, and values out of range saturate. `quant_type` is the ONNX data
 type of the result: INT8 (rounded to nearest, ties to even) or FLOAT8E4M3FN.
 """
 
@@ -36,7 +36,7 @@ ADD_RMS_NORM_QUANT: Final = "AddRMSNormQuant"
 PLUGIN_NAMESPACE: Final = "rmsnorm_deploy"
 # Version of the TensorRT plugin creators; quick deployable plugins can only be "1".
 PLUGIN_VERSION: Final = "1"
-# Where ONNX Runtime's TensorRT provider puts every plugin of TensorRT's registry.
+# The domain in which ONNX Runtime's TensorRT provider registers every plugin of TensorRT's registry.
 ORT_DOMAIN: Final = "trt.plugins"
 
 INPUTS: Final = {
@@ -51,27 +51,27 @@ OUTPUTS: Final = {
     RMS_NORM_QUANT: ("Y",),
     ADD_RMS_NORM_QUANT: ("Y", "sum"),
 }
-# The operator with a quantized output for each one without.
+# The operator with a quantized output for each operator without one.
 QUANTIZED: Final = {RMS_NORM: RMS_NORM_QUANT, ADD_RMS_NORM: ADD_RMS_NORM_QUANT}
 UNQUANTIZED: Final = {quantized: op_type for op_type, quantized in QUANTIZED.items()}
 
-# What every kernel reads, and the ONNX type of each attribute.
+# The attributes that every kernel reads, with their ONNX types.
 KERNEL_ATTRIBUTES: Final = {"epsilon": "FLOAT", "scale_offset": "FLOAT", "scale_type": "INT"}
-# The same for each operator, with what only some of them have.
+# The same for each operator, with the attributes that only some have.
 OPERATOR_ATTRIBUTES: Final = {
     op_type: {**KERNEL_ATTRIBUTES, "quant_type": "INT"} if op_type in UNQUANTIZED else KERNEL_ATTRIBUTES
     for op_type in INPUTS
 }
-# What TensorRT's parser reads to find the plugin.
+# The attributes by which TensorRT's parser finds the plugin.
 PARSER_ATTRIBUTES: Final = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
 ATTRIBUTES: Final = (*KERNEL_ATTRIBUTES, *PARSER_ATTRIBUTES)
 DTYPES: Final = ("float32", "float16", "bfloat16")
 
-# The TensorRT field type that the parser makes of each ONNX attribute type.
+# The TensorRT field type that the parser creates for each ONNX attribute type.
 FIELD_TYPES: Final = {"FLOAT": "FLOAT32", "INT": "INT32", "STRING": "CHAR"}
-# A field that only serialized plugins have: the compiled kernels, see `plugins/tensorrt/images.py`.
+# A field that only serialized plugins have: the compiled kernels; see `plugins/tensorrt/images.py`.
 KERNELS_FIELD: Final = "kernels"
-# The kernel's name in its source, for each operator.
+# The name of each operator's kernel in the CUDA source.
 KERNEL_OPS: Final = {
     RMS_NORM: "rms_norm",
     ADD_RMS_NORM: "add_rms_norm",
@@ -79,7 +79,7 @@ KERNEL_OPS: Final = {
     ADD_RMS_NORM_QUANT: "add_rms_norm",
 }
 
-# Values of `scale_offset` that the kernel can do, and ONNX's number for each dtype (TensorProto.DataType).
+# The values of `scale_offset` that the kernel supports, and ONNX's number of each dtype (TensorProto.DataType).
 SCALE_OFFSETS: Final = (0.0, 1.0)
 ONNX_TYPES: Final = {name: ONNX_NUMBERS[name] for name in DTYPES}
 # The same for the dtypes of a quantized output.
@@ -87,7 +87,7 @@ QUANT_TYPES: Final = {name: ONNX_NUMBERS[name] for name in ("int8", "float8_e4m3
 
 
 def attribute_problems(values: Mapping[str, float | int], op_type: str = RMS_NORM) -> list[str]:
-    """What is wrong with the kernel attributes of a node or the fields of a plugin; empty where nothing is.
+    """Problems with the kernel attributes of a node or the fields of a plugin; empty if there are none.
 
     Args:
         values: the operator's `OPERATOR_ATTRIBUTES` by name; others are ignored.
@@ -112,7 +112,7 @@ def attribute_problems(values: Mapping[str, float | int], op_type: str = RMS_NOR
 
 
 def scale_type_problem(scale_type: int, dtype: str) -> str | None:
-    """Why a scale cannot be multiplied in ONNX type `scale_type` where X has `dtype`; None where it can."""
+    """Why a scale cannot be multiplied in ONNX type `scale_type` if X has `dtype`; None if it can."""
     allowed = dict.fromkeys((ONNX_TYPES["float32"], ONNX_TYPES[dtype]))
     if scale_type in allowed:
         return None

@@ -67,7 +67,7 @@ def test_what_the_exporter_cannot_do_names_model_cause_and_way_out() -> None:
 
 @pytest.mark.parametrize("name", ["t5", "mamba2"])
 def test_a_model_without_kv_cache_is_refused_with_past(name: str) -> None:
-    with pytest.raises(UnsupportedError, match="Leave --with-past out"):
+    with pytest.raises(UnsupportedError, match="Omit --with-past"):
         prepare(build(name), with_past=True)
 
 

@@ -1,4 +1,4 @@
-"""Say on the nodes of a graph which norm they belong to, as an export does; for files that others made."""
+"""Record in the metadata of a graph's nodes which norm they belong to, for files that this package did not write."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _CASTS = ("Cast", "CastLike", "Identity")
 
 
 def annotate(model: ir.Model) -> None:
-    """Recognize the norms of the main graph and note on their nodes what `write_norm` would.
+    """Recognize the norms of the main graph and record them in the nodes' metadata, as `NormWriter` does.
 
-    A model whose nodes have such notes already is left as it is. Nodes without a name get one: they are told by it.
+    A model whose nodes already have this metadata is not changed. Nodes without a name get one, because they are
+    identified by it.
     """
     if any(SPEC_KEY in node.metadata_props for node in model.graph):
         return
@@ -39,7 +40,7 @@ def annotate(model: ir.Model) -> None:
 
 
 def _with_casts(site: GraphSite) -> list[ir.Node]:
-    """The norm's nodes, and the casts between x or the gate and them."""
+    """The norm's nodes, and the casts between x or the gate and these nodes."""
     nodes = list(site.nodes)
     ends, inside = {site.x, site.gate}, set(nodes)
     for node in site.nodes:

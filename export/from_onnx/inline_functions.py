@@ -1,4 +1,4 @@
-"""Model-local functions that hold norms, or parts of one, are taken apart: a norm can only be seen in one graph."""
+"""Inline the model-local functions that contain norms or parts of one: recognition reads a single graph."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _TAG = "rmsnorm_deploy.function"
 
 
 def inline_norm_functions(model: ir.Model) -> tuple[ir.Model, list[str]]:
-    """The model with every function inlined that takes part in a norm.
+    """The model with every function inlined that contains a norm or a part of one.
 
-    Which ones do is found out on a copy in which all are inlined; functions without norms, and the stand-ins for our
-    own plugin, stay as they are.
+    These functions are determined on a copy in which all functions are inlined. Functions without norms are not
+    inlined, and neither are the functions that replace the plugin where it is not registered.
 
     Returns:
-        The model itself where there is nothing to inline, or a copy; and the names of the functions that went.
+        The model itself where there is nothing to inline, else a copy; and the names of the inlined functions.
     """
     opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
-    # What has another opset than the model cannot be inlined as it is; ONNX Runtime reads it with the model's.
+    # A function with another opset than the model cannot be inlined unchanged.
     own = [
         function for function in model.functions.values()
         if not stands_in_for_plugin(function) and function.opset_imports.get("", opset) == opset
@@ -52,7 +52,7 @@ def _key(function: ir.Function) -> str:
 
 
 def _with_callers(functions: list[ir.Function], wanted: set[str]) -> set[str]:
-    """These functions and all that call them, directly or not."""
+    """These functions and all that call them, directly or indirectly."""
     calls = {_key(f): {"::".join(node.op_identifier()) for node in f.all_nodes()} for f in functions}
     found, grown = set(wanted), True
     while grown:

@@ -1,4 +1,4 @@
-"""From any ONNX graph to one whose norms are in a target's form; everything else stays as it is."""
+"""Rewrite the norms of any ONNX graph in a target's form; all other nodes are unchanged."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ from ..onnx_io.raise_opset import raise_opset
 from ..recognition.find_norms import find_norms
 from .inline_functions import inline_norm_functions
 
-# Before this IR version every initializer had to be an input too.
+# In earlier IR versions every initializer must also be a graph input.
 _CONSTANTS_SINCE = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RewrittenSite:
-    """One norm, before and after.
+    """One norm, before and after the rewrite.
 
     Attributes:
-        before: in the original model.
-        lowered: what it became; None where it was left as it is.
-        changed: False where it stood in the target's form already.
-        x: in the rewritten model: what is normalized; None where one operator adds, normalizes and keeps the sum.
-        y: in the rewritten model: the result.
-        gate: in the rewritten model.
-        sum_of: in the rewritten model: the two values that x is the sum of, where it is a residual add's.
+        before: the norm in the original model.
+        lowered: the written norm; None where the norm was refused or skipped.
+        changed: False where the norm was in the target's form already.
+        x: the normalized value in the rewritten model; None where one operator adds, normalizes and does not output
+            the sum.
+        y: the result in the rewritten model.
+        gate: the gate in the rewritten model, or None.
+        sum_of: the operands of the residual add in the rewritten model, or None.
     """
 
     before: GraphSite
@@ -55,7 +56,7 @@ class RewrittenSite:
 
     @property
     def stood(self) -> bool:
-        """Whether it was in the target's form before."""
+        """Whether the norm was in the target's form already."""
         return not self.changed and (self.lowered is not None or self.before.target is not None)
 
 
@@ -64,13 +65,13 @@ class Rewritten:
     """A rewritten model.
 
     Attributes:
-        model: the new one.
-        original: the given one; with functions that held norms inlined, where there were any.
+        model: the rewritten model.
+        original: the given model, in which functions that contain norms are inlined.
         sites: every norm, in graph order.
-        refusals: what looks like a norm, or is one, and was left as it is.
-        notes: what else was done.
-        quantized: norms whose result is quantized, once `fuse_quantized` was called; see there.
-        split: how many operators with a quantized output were taken apart.
+        refusals: norms, and what looks like a norm, that were not rewritten, with the reason.
+        notes: other changes, for the user.
+        quantized: norms whose result is quantized; filled by `fuse_quantized`.
+        split: number of operators with a quantized output that were split.
     """
 
     model: ir.Model
@@ -83,37 +84,37 @@ class Rewritten:
 
     @property
     def changed(self) -> bool:
-        """Whether any norm was written anew, or with its quantization."""
+        """Whether any norm was rewritten, split or fused with its quantization."""
         return bool(self.split) or any(site.changed for site in self.sites) or any(q.dtype for q in self.quantized)
 
 
 def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Container[int] = ()) -> Rewritten:
-    """Put every norm of a graph into a target's form.
+    """Rewrite every norm of a graph in a target's form.
 
-    For target `plugin` the result has local functions, so ONNX Runtime runs it; see `style_plugin_nodes`. Norms with a
-    quantized output are taken apart into a norm and a QuantizeLinear, in `original` too, so that each can be proven by
-    itself; `fuse_quantized` makes one operator of both again.
+    For target `plugin` the result has local functions, so ONNX Runtime can run it; see `style_plugin_nodes`. Norms with
+    a quantized output are split into a norm and a QuantizeLinear, in `original` too, so that each can be verified
+    separately; `fuse_quantized` joins both into one operator again.
 
     Args:
-        model: any model; it stays as it is, but for dtypes and shapes that are inferred, and the order of its nodes
-            where that was not topological. Weights are not read, except those of norms.
+        model: any model. Inferred dtypes and shapes are added to it, and its nodes are sorted topologically where they
+            are not; nothing else changes. Of the weights, only those of norms are read.
         target: one of the lowering table's targets.
-        opset: opset import of the result; None raises it only as far as the target needs.
-        skip: numbers of norms, in graph order, to leave as they are.
+        opset: opset import of the result; None raises it only as far as the target requires.
+        skip: indices of norms, in graph order, that are not rewritten.
 
     Raises:
-        UsageError: unknown target.
-        UnsupportedError: the opset cannot be raised without changing what another operator means, or the target can
-            do none of the norms.
+        UsageError: the target is unknown.
+        UnsupportedError: the opset cannot be raised without changing the meaning of another operator, or the target
+            supports none of the norms.
     """
     lowest = cell(target, "plain").opset
     _sort(model)
     original, inlined = inline_norm_functions(model)
-    notes = [f"inlined, because norms stand in them: {', '.join(inlined)}"] if inlined else []
+    notes = [f"inlined, because they contain norms: {', '.join(inlined)}"] if inlined else []
     split: list[str] = []
     if any(map(is_quantized_norm, original.graph)):
         original = original.clone() if original is model else original
-        if _opset_import(original) < QUANTIZED_OPSET:  # only a file without functions has them then
+        if _opset_import(original) < QUANTIZED_OPSET:  # then the file has no local functions
             notes.append(f"opset import raised from {_opset_import(original)} to {QUANTIZED_OPSET}")
             raise_opset(original, QUANTIZED_OPSET)
         split = split_quantized_outputs(original)
@@ -124,7 +125,7 @@ def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Contai
     copies = _copies(original.graph, rewritten.graph)
     current = _opset_import(rewritten)
     wanted = _wanted_opset(target, opset, current, lowest if found.sites else current)
-    # Plugin nodes of another style stand in the target's form too, once they have their functions.
+    # Plugin nodes of another style are in the target's form as soon as they have their local functions.
     restyled = target == "plugin" and move_to_contract_domain(rewritten, _plugin_nodes(found.sites, copies))
     writer = NormWriter(rewritten.graph, target, wanted)
     refusals = list(found.refusals)
@@ -161,14 +162,14 @@ def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Contai
 
 
 def fuse_quantized(result: Rewritten, target: str, opset: int | None = None) -> None:
-    """Make one operator of each norm and the QuantizeLinear behind it, where the target has such an operator.
+    """Fuse each norm with the QuantizeLinear behind it, where the target has an operator for both.
 
-    The values of `result.sites` are those before: prove the norms first.
+    `result.sites` keeps the values from before the fusion, so verify the norms first.
 
     Args:
-        result: what `rewrite` gave.
-        target: as it was given there.
-        opset: as it was given there.
+        result: the result of `rewrite`; it is changed.
+        target: the target that `rewrite` was called with.
+        opset: the opset that `rewrite` was called with.
     """
     if target != "plugin":
         return
@@ -176,7 +177,7 @@ def fuse_quantized(result: Rewritten, target: str, opset: int | None = None) -> 
     result.quantized = fuse_quantized_outputs(result.model, may_raise_opset=opset is None)
     for row in result.quantized:
         if row.dtype is None:
-            result.notes.append(f"the quantization of {row.path or row.node} stays a node of its own: {row.reason}")
+            result.notes.append(f"the quantization of {row.path or row.node} remains a separate node: {row.reason}")
     if any(row.dtype for row in result.quantized):
         style_plugin_nodes(result.model, "function")
         after = _opset_import(result.model)
@@ -190,16 +191,16 @@ def _opset_import(model: ir.Model) -> int:
 
 
 def _refuse_other_epsilon(site: GraphSite, target: str) -> None:
-    """A file has to compute what it computed: an epsilon in float64 must not become the nearest float32."""
+    """Refuse a target whose operator would round a float64 epsilon to float32: the result must not change."""
     inexact = [d for d in deviations(cell(target, site.form), site.spec, onnx_name(site.dtype)) if d.order == "any"]
     if inexact:
         raise UnsupportedError(
-            f"{inexact[0].reason}, and this one, {site.spec.eps!r}, is none. Use --target primitives."
+            f"{inexact[0].reason}, which cannot represent {site.spec.eps!r} exactly. Use --target primitives."
         )
 
 
 def _copies(graph: ir.Graph, clone: ir.Graph) -> dict[ir.Value, ir.Value]:
-    """Each value of a graph, and of the bodies in it, with its copy."""
+    """Each value of a graph and its subgraphs, mapped to its copy."""
     copies: dict[ir.Value, ir.Value] = {}
     pending = [(graph, clone)]
     while pending:
@@ -213,7 +214,7 @@ def _copies(graph: ir.Graph, clone: ir.Graph) -> dict[ir.Value, ir.Value]:
 
 
 def _plugin_nodes(sites: list[GraphSite], copies: Mapping[ir.Value, ir.Value]) -> Iterator[ir.Node]:
-    """The custom operators of the copied model that are norms."""
+    """The nodes of the copied model that are norms as custom operators."""
     for site in sites:
         for node in site.nodes:
             copy = copies[node.outputs[0]].producer() if is_plugin_node(node) else None
@@ -222,7 +223,7 @@ def _plugin_nodes(sites: list[GraphSite], copies: Mapping[ir.Value, ir.Value]) -
 
 
 def _copied(site: GraphSite, copies: Mapping[ir.Value, ir.Value]) -> GraphSite:
-    """The site in the copied model. A constant that stands in no graph serves both."""
+    """The site in the copied model. A constant outside of any graph is shared by both models."""
 
     def copy(value: ir.Value | None) -> ir.Value | None:
         return None if value is None else copies.get(value, value)
@@ -235,7 +236,7 @@ def _copied(site: GraphSite, copies: Mapping[ir.Value, ir.Value]) -> GraphSite:
 
 
 def _rewritten(writer: NormWriter, before: GraphSite, site: GraphSite, written: Written | None) -> RewrittenSite:
-    """The site with its values as they are when every norm is written."""
+    """The site with its values after all norms are written."""
     x, y = (site.x, site.y) if written is None else (written.x, written.y)
     lowered, changed = (None, False) if written is None else (written.lowered, written.changed)
     operands = [value for value in map(writer.current, site.sum_of or ()) if value is not None]
@@ -248,16 +249,16 @@ def _wanted_opset(target: str, opset: int | None, current: int, lowest: int) -> 
     if opset is None:
         return max(current, lowest)
     if opset > max(HIGHEST_OPSET, current):
-        raise UnsupportedError(f"opset {opset} is not written; the highest is {HIGHEST_OPSET}.")
+        raise UnsupportedError(f"opset: expected at most {HIGHEST_OPSET}, got {opset}.")
     if opset < current:
-        raise UsageError(f"the file has opset {current}; opsets are raised, never lowered. Leave --opset out.")
+        raise UsageError(f"opset: expected at least {current}, the opset of the file, got {opset}. Omit --opset.")
     if opset < lowest:
-        raise UnsupportedError(f"target {target!r} needs opset {lowest}, but opset {opset} was asked for.")
+        raise UnsupportedError(f"target {target!r} requires opset {lowest}, got opset {opset}.")
     return opset
 
 
 def _sort(model: ir.Model) -> None:
-    """Put nodes in topological order where they are not; a cycle has been refused before."""
+    """Sort the nodes topologically where they are not; `check_graph` has refused cycles before."""
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
         made: set[ir.Value] = set()
         pending: list[Iterator[ir.Node]] = [iter(graph)]
@@ -284,7 +285,7 @@ def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
 
 
 def _untype(result: Rewritten, filled: list[tuple[ir.Value, Filled]]) -> None:
-    """Take back the dtypes and shapes that the file did not have, except where norms begin and end."""
+    """Remove the inferred dtypes and shapes, except those of the inputs and outputs of norms."""
     kept = {value for site in result.sites for value in (site.x, site.y, site.gate, *(site.sum_of or ()))}
     for value, before in filled:
         if value not in kept:

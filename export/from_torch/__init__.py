@@ -1,1 +1,9 @@
-"""PyTorch to ONNX: swap the norms, capture the model, lower the norms, save."""
+"""PyTorch to ONNX: swap the norms for single nodes, capture the graph, lower the norms, save the files.
+
+export_model: export_model, the whole export; prepare and save, its two halves; ExportResult, PreparedModel.
+swap: swapped, which replaces the forward of every norm while a model is captured.
+capture: capture, a swapped model as an ONNX graph; Capture.
+lower: lower, a captured graph with its norms in a target's form.
+example_inputs: example_inputs, inputs to capture a model with; vocabulary_size.
+cache_names: PAST and PRESENT, the names of a KV cache's tensors.
+"""

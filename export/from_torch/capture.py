@@ -1,4 +1,4 @@
-"""Capture a swapped model as an ONNX graph, once; lowering it for a target is quick and comes afterwards."""
+"""Capture a model whose norms are swapped as an ONNX graph, which can then be lowered for any target."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Capture:
     Attributes:
         model: the graph, with one `rmsnorm_deploy.capture::Norm` for each call of a norm. Its weights are the torch
             tensors themselves, not copies.
-        with_past: whether the KV cache goes in and out.
-        notes: what had to be done to capture the model, for the manifest.
-        fixed_dims: symbols of the graph's shapes that stand for one number after all.
+        with_past: whether the KV cache is an input and an output.
+        notes: changes that were required to capture the model, for the manifest.
+        fixed_dims: symbols in the graph's shapes that the model fixes, with their values.
     """
 
     model: ir.Model
@@ -49,7 +49,7 @@ class Capture:
 
 
 def capture_opset(opset: int | None) -> int:
-    """The opset to capture at: never above 20, because later ones rewrite other operators too."""
+    """The opset to capture at: at most 20, because later opsets change other operators too."""
     return DEFAULT_OPSET if opset is None else min(opset, DEFAULT_OPSET)
 
 
@@ -66,19 +66,18 @@ def capture(
     Args:
         model: in eval mode, its norms swapped.
         inputs: keyword arguments of its forward, tensors of at least 2 in every dim that is to be dynamic.
-        opset: the opset that the finished file will have.
-        dynamic: True lets every dim be dynamic that the model does not fix; False fixes all; a mapping is passed to
-            `torch.export` as `dynamic_shapes`.
-        with_past: take and return the KV cache (decoders of transformers).
+        opset: opset import of the exported file.
+        dynamic: True makes every dim dynamic that the model does not fix; False makes all static; a mapping is passed
+            to `torch.export` as `dynamic_shapes`.
+        with_past: make the KV cache an input and an output (decoders of transformers).
 
     Raises:
-        UnsupportedError: the upstream exporter cannot capture the model; the message has its cause.
+        UnsupportedError: the upstream exporter cannot capture the model; the message contains the cause.
     """
     is_transformers = is_pretrained(model)
     if with_past and not is_transformers:
         raise UnsupportedError(
-            f"{type(model).__name__} is no transformers model, so there is no KV cache to export. "
-            "Leave --with-past out."
+            f"{type(model).__name__} is not a transformers model, so there is no KV cache to export. Omit --with-past."
         )
     with _quiet():
         try:
@@ -113,7 +112,7 @@ def _capture_transformers(
     )
     notes = []
     if has_experts(model):
-        notes.append("experts were captured with their batched_mm implementation, the one that exports")
+        notes.append("experts were captured with their batched_mm implementation, the only one that can be exported")
     with experts(model, "batched_mm"), torch.no_grad():
         target, sample = (model, {**inputs, "use_cache": False}) if not with_past else _decode_step(model, inputs)
         program = exporter.export(target, sample, config).program
@@ -127,36 +126,36 @@ def _capture_transformers(
 
 
 def _transformers_exporter() -> tuple[Any, Any]:
-    """transformers' ONNX exporter; the only place that touches it."""
+    """The exporter and config classes of transformers' ONNX exporter, which only this function imports."""
     try:
         from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
     except ImportError as error:
         raise EnvironmentMissingError(
-            f"exporting a transformers model needs transformers with its ONNX exporter ({error}). "
+            f"exporting a transformers model requires transformers with its ONNX exporter ({error}). "
             'Install it with: pip install "rmsnorm-deploy[hf]"'
         ) from error
     return OnnxExporter(), OnnxConfig
 
 
 def _decode_step(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """One step over several tokens with a cache of any length, which serves as prefill too when the cache is empty."""
+    """One decode step of several tokens with a cache of any length; with an empty cache it is the prefill step."""
     from transformers.exporters.utils import decompose_prefill_decode
 
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) or not getattr(model, "can_generate", lambda: False)():
         raise UnsupportedError(
-            f"{type(model).__name__} is no decoder with a KV cache of transformers' own. Leave --with-past out."
+            f"{type(model).__name__} is not a decoder with a KV cache of transformers. Omit --with-past."
         )
     mask = inputs.get("attention_mask")
     if mask is not None and bool(mask.all()):
-        # A mask of ones alone is optimized away while capturing; one padded position keeps it an input.
+        # The exporter removes a mask of only ones; with one padded position the mask remains an input.
         mask = mask.clone()
         mask[0, 0] = 0
     sample = {"input_ids": inputs["input_ids"], "attention_mask": mask}
     target, step = decompose_prefill_decode(model, sample, multi_token_decode=True)["decode"]
     cache = step.get("past_key_values")
     if cache is None or "cache_params" in step or not hasattr(cache, "layers"):
-        raise UnsupportedError(f"{type(model).__name__} keeps no KV cache (it is recurrent). Leave --with-past out.")
+        raise UnsupportedError(f"{type(model).__name__} has no KV cache (it is recurrent). Omit --with-past.")
     return target, step
 
 
@@ -171,7 +170,7 @@ def _rename_cache(program: ir.Model) -> None:
 
 
 def _drop_cache_outputs(program: ir.Model) -> None:
-    """Without a cache going in, the cache coming out is nobody's: T5 returns one all the same."""
+    """Remove the cache outputs of a model without cache inputs, which T5 returns nevertheless."""
     _drop_outputs(program, "past_key_values")
 
 
@@ -183,10 +182,12 @@ def _drop_outputs(program: ir.Model, prefix: str) -> None:
 
 
 def _refuse_overflowed_mask(model: nn.Module, program: ir.Model) -> None:
-    """The lowest float64, which masks attention, passes through float32 upstream and arrives as -inf; 0 * -inf is NaN.
+    """Refuse a float64 graph whose attention mask is infinite: 0 * -inf is NaN.
+
+    The mask is the lowest float64 value, and the upstream exporter converts it to float32, which gives -inf.
 
     Raises:
-        UnsupportedError: this happened.
+        UnsupportedError: the graph contains an infinite mask.
     """
     for node in program.graph.all_nodes():
         for value in node.inputs if node.op_type == "Mul" else ():
@@ -194,12 +195,12 @@ def _refuse_overflowed_mask(model: nn.Module, program: ir.Model) -> None:
             if constant is not None and constant.size == 1 and np.isinf(constant.numpy()).all():
                 raise UnsupportedError(
                     f"{type(model).__name__} in float64: transformers' exporter writes the attention mask as infinity, "
-                    "and the file would give NaN. Export in float32."
+                    "so the results would be NaN. Export in float32."
                 )
 
 
 def _freeze_scalars(program: ir.Model, sample: Mapping[str, Any]) -> None:
-    """Turn scalars that a cache carries along (its window) into constants: no caller could know them."""
+    """Make constants of the scalar inputs that belong to a cache (its window), which a caller cannot know."""
     for value in list(program.graph.inputs):
         if value.shape is None or len(value.shape) != 0:
             continue
@@ -213,7 +214,7 @@ def _freeze_scalars(program: ir.Model, sample: Mapping[str, Any]) -> None:
 
 
 def _at_path(value: Any, path: Sequence[str]) -> Any:
-    """What stands at a dotted path of keys, indices and attributes, or None."""
+    """The value at a dotted path of keys, indices and attributes, or None."""
     for part in path:
         if isinstance(value, Mapping):
             value = value.get(part)
@@ -248,7 +249,7 @@ def _capture_module(model: nn.Module, inputs: dict[str, Any], opset: int, dynami
 
 
 def _output_names(model: nn.Module, program: torch.export.ExportedProgram) -> list[str]:
-    """The module's own `output_names`; else keys of a mapping, `output` for one tensor, `output_0` ... for several."""
+    """The module's `output_names`; else the keys of a mapping, `output` for one tensor, `output_0` ... for several."""
     spec = program.call_spec.out_spec
     if spec is None:
         return []
@@ -263,7 +264,7 @@ def _output_names(model: nn.Module, program: torch.export.ExportedProgram) -> li
 
 
 def _fixed_dims(program: torch.export.ExportedProgram | None) -> dict[str, str]:
-    """Dims that were asked to be dynamic and that the model turned out to fix; the graph still shows their symbols."""
+    """Symbols of the dims that were requested as dynamic and that the model fixes, with their values."""
     constraints = program.range_constraints if program is not None else {}
     return {str(symbol): str(int(r.lower)) for symbol, r in constraints.items() if r.lower == r.upper}
 
@@ -282,7 +283,7 @@ def _auto_dims(value: Any) -> Any:
 
 
 def _name_dims(model: ir.Model, fixed: Mapping[str, str]) -> None:
-    """Give dynamic dims names that say what they are, everywhere in the graph, and fixed ones their number."""
+    """Replace the symbols in all shapes of the graph: dynamic dims by descriptive names, fixed dims by their values."""
     names = {**fixed, **_fixed_cache_dims(model)}
     for value in model.graph.inputs:
         for index, dim in enumerate(value.shape or ()):
@@ -307,7 +308,7 @@ def _name_dims(model: ir.Model, fixed: Mapping[str, str]) -> None:
 
 
 def _fixed_cache_dims(model: ir.Model) -> dict[str, str]:
-    """Heads and head size of a cache input: the cache that comes out says that they are fixed, and how large."""
+    """Symbols for the heads and the head size of a cache input, with the values that the cache outputs have."""
     outputs = {value.name: value for value in model.graph.outputs}
     fixed = {}
     for value in model.graph.inputs:
@@ -342,7 +343,7 @@ def _explained(model: nn.Module, error: Exception) -> UnsupportedError:
     advice = "Try other example inputs, a newer torch or transformers, or an attention implementation of 'eager'."
     if "complex" in text.lower():
         advice = (
-            "The model computes with complex numbers (its rotary embedding does), which ONNX does not have. Try a "
+            "The model uses complex numbers (usually in its rotary embedding), which ONNX does not support. Try a "
             "version of the model that rotates with cos and sin, or replace that module before exporting."
         )
     elif "grouped_mm" in text or "experts" in text.lower():
@@ -352,7 +353,7 @@ def _explained(model: nn.Module, error: Exception) -> UnsupportedError:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Upstream exporters print and log on their own; here that would only hide our messages, or spoil a JSON output."""
+    """Silence the upstream exporters, whose output would hide this package's messages and corrupt JSON output."""
     before = logging.root.manager.disable
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

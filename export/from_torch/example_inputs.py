@@ -1,4 +1,4 @@
-"""Example inputs: what a model is called with while it is captured, when the user gave nothing."""
+"""Example inputs to capture a model with, where the user gives none."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch import nn
 from ...models.errors import UsageError
 from ...models.tensors import to_torch
 
-# At least 2 in every dim that is to be dynamic, all different, and no multiple of a usual chunk.
+# At least 2, so that the dims can be dynamic; all different, and not multiples of a common chunk size.
 _BATCH, _SEQUENCE, _DECODER_SEQUENCE = 2, 9, 5
 
 
 def example_inputs(model: nn.Module) -> dict[str, Any]:
-    """Token inputs for a model that reads tokens, on the model's device.
+    """Token inputs for a model that reads token ids, on the model's device.
 
     Returns:
         `input_ids` and, where the forward takes it, `attention_mask` (int64, `[2, 9]`); `decoder_input_ids` (`[2, 5]`)
         for an encoder-decoder.
 
     Raises:
-        UsageError: the model reads something else; the message says how to give inputs.
+        UsageError: the model does not read token ids; the message says how to give inputs.
     """
     parameters = inspect.signature(model.forward).parameters
     if "input_ids" not in parameters:
         raise UsageError(
-            f"{type(model).__name__} does not read input_ids (it takes {', '.join(parameters) or 'nothing'}), so its "
+            f"{type(model).__name__} does not read input_ids (it reads {', '.join(parameters) or 'nothing'}), so its "
             "example inputs must be given: --inputs FILE.npz, or a factory that returns (model, inputs)."
         )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -65,7 +65,7 @@ def as_tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
-    """How many token ids the model knows: its config's word, else its first embedding's size, else None."""
+    """The size of the model's vocabulary: from its config, else the size of its first embedding, else None."""
     config = getattr(model, "config", None)
     for owner in (config, getattr(config, "text_config", None)):
         size = getattr(owner, "vocab_size", None)

@@ -1,4 +1,4 @@
-"""From a PyTorch model to a folder with an ONNX file: recognize, swap, check, capture, lower, save."""
+"""Export a PyTorch model to a folder with an ONNX file: recognize, swap, check, capture, lower, save."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .lower import lower, site_rows
 from .swap import swapped
 
 MODEL_FILE = "model.onnx"
-# Weights above this many bytes go to model.onnx.data, so no file meets protobuf's limit of 2 GB.
+# Weights above this many bytes are stored in model.onnx.data, because protobuf files are limited to 2 GB.
 _EXTERNAL_BYTES = 1024
 Progress = Callable[[str], None]
 
@@ -38,9 +38,9 @@ class ExportResult:
     """One exported folder.
 
     Attributes:
-        folder: where it is.
-        target: what it was lowered for.
-        manifest: the manifest's content; the file is `folder / "manifest.json"`.
+        folder: path of the folder.
+        target: the target of the lowering.
+        manifest: content of the manifest; the file is `folder / "manifest.json"`.
         recognition: the norms that were found and those that were refused.
     """
 
@@ -51,13 +51,13 @@ class ExportResult:
 
     @property
     def files(self) -> list[str]:
-        """Names of all files, the manifest among them."""
+        """Names of all files, including the manifest."""
         return [*self.manifest["files"], MANIFEST]
 
 
 @dataclass(slots=True)
 class PreparedModel:
-    """A model whose norms are known and which was captured once; it can be lowered for any number of targets."""
+    """A model that was recognized and captured; it can be lowered for any number of targets."""
 
     capture: Capture
     recognition: Recognition
@@ -74,11 +74,11 @@ class ExportOptions:
     Attributes:
         dtype: `float32`, `float16`, `bfloat16` or `float64`; another dtype than the model's exports a converted copy.
         opset: opset import of the file, 18 to 23; None for the target's default (20; 23 for `standard`).
-        dynamic: True lets every dim be dynamic that the model does not fix, False fixes all, a mapping is
-            `torch.export`'s `dynamic_shapes`.
+        dynamic: True makes every dim dynamic that the model does not fix; False makes all static; a mapping is passed
+            to `torch.export` as `dynamic_shapes`.
         with_past: export a decoder of transformers with its KV cache: one file for prefill and decode.
-        function: give the file of target `plugin` local functions that compute the same. TensorRT 10.6 and before use
-            them in place of the plugin; without them ONNX Runtime cannot run the file.
+        function: write local functions of the custom operators into the file of target `plugin`. ONNX Runtime requires
+            them to run the file; TensorRT up to 10.6 runs them instead of the plugin.
         ort_trt: write the file of target `plugin` for ONNX Runtime's TensorRT provider: plugin nodes in domain
             `trt.plugins`, without local functions.
     """
@@ -129,10 +129,10 @@ def export_model(
     """Export `model` with every RMSNorm in the form that `target` requires.
 
     Args:
-        model: any module, which is put back exactly as it was, also after an error; or what names one, as for
+        model: any module, whose original state is restored, also after an error; or what names one, as for
             `load_model`.
-        path: the folder to make. With several targets each gets a subfolder of its name. An earlier export there is
-            replaced, anything else is refused.
+        path: the folder to create. With several targets, each gets a subfolder with its name. An earlier export there
+            is replaced; a folder with other files is refused.
         options: how; `ExportOptions()` when None.
         target: one or several (a list) of `primitives`, `standard`, `ort`, `plugin`.
         inputs: keyword arguments of the forward, as tensors or numpy arrays; those of the model's factory when None,
@@ -149,9 +149,9 @@ def export_model(
         The result; or for a list of targets a list of results, in the order given.
 
     Raises:
-        UsageError: an argument is wrong or the folder cannot be written; nothing is left behind.
-        UnsupportedError: the target, opset or dtype cannot do it, or the exporter cannot capture the model.
-        MismatchError: the swapped model does not give the original's bits.
+        UsageError: an argument is wrong or the folder cannot be written to; nothing is left behind.
+        UnsupportedError: the target, opset or dtype does not support a norm, or the exporter cannot capture the model.
+        MismatchError: the outputs of the swapped model are not bit for bit those of the original.
     """
     options = replace(options or ExportOptions(), **changes)
     targets = [target] if isinstance(target, str) else list(target)
@@ -159,7 +159,7 @@ def export_model(
         raise UsageError(f"target is empty; expected one or several of {', '.join(TARGETS)}.")
     for name in targets:
         if name not in TARGETS:
-            raise UsageError(f"unknown target {name!r}; the targets are {', '.join(TARGETS)}.")
+            raise UsageError(f"target: expected one of {', '.join(TARGETS)}, got {name!r}.")
         opset_for(name, options.opset)
     style = plugin_style(options.function, options.ort_trt, targets)
     folder = Path(path)
@@ -197,9 +197,10 @@ def prepare(
     progress: Progress | None = None,
     **changes: Any,
 ) -> PreparedModel:
-    """Recognize, check and capture: all that does not depend on the target.
+    """Recognize, check and capture a model: the steps that do not depend on the target.
 
-    Arguments as in `export_model`; what one of `targets` cannot do is refused before the slow part.
+    The arguments are those of `export_model`. A norm that one of `targets` does not support is refused before the
+    capture.
     """
     options, progress = replace(options or ExportOptions(), **changes), progress or _silent
     converted = options.dtype is not None and options.dtype != _dtype_of(model)
@@ -240,9 +241,9 @@ def save(
     style: PluginStyle = "function",
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Lower a prepared model for one target and write its folder, whole or not at all.
+    """Lower a prepared model for one target and write its folder, completely or not at all.
 
-    Arguments as in `export_model`; `style` is how the file has the custom operators of target `plugin`.
+    The arguments are those of `export_model`; `style` is how the file contains the custom operators of target `plugin`.
     """
     progress = progress or _silent
     progress(f"lowering for {target}")
@@ -280,7 +281,7 @@ def _write_model(model: ir.Model, folder: Path) -> None:
 
 
 def _checked(model: nn.Module, recognition: Recognition, feeds: Mapping[str, Any]) -> Recognition:
-    """Run the model with its norms swapped, drop every norm that differs here, and compare the outputs bit by bit."""
+    """Run the model with its norms swapped, refuse every norm that differs, and compare the outputs bit for bit."""
     if not recognition.sites:
         return recognition
     with torch.no_grad():
@@ -291,13 +292,13 @@ def _checked(model: nn.Module, recognition: Recognition, feeds: Mapping[str, Any
     if refused:
         paths = {refusal.path for refusal in refused}
         kept = [site for site in recognition.sites if site.path not in paths]
-        # Once more without them: what is kept has to give the whole model's outputs.
+        # Repeat without them: the remaining norms must give the outputs of the whole model.
         return _checked(model, Recognition(kept, [*recognition.refusals, *refused]), feeds)
     for index, (a, b) in enumerate(zip(wanted, got, strict=True)):
         if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(a.nan_to_num(), b.nan_to_num()):
             raise MismatchError(
                 f"output {index} of {type(model).__name__} is not bit for bit the same with its norms swapped, though "
-                "each norm is. Is the model deterministic in eval mode?"
+                "each norm is. Check that the model is deterministic in eval mode."
             )
     return recognition
 
@@ -320,7 +321,7 @@ def _run(model: nn.Module, feeds: Mapping[str, Any]) -> Any:
     except Exception as error:
         shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in feeds.items()}
         first = " ".join(str(error).split())[:300]
-        raise UsageError(f"{type(model).__name__} fails on the example inputs {shapes}: {first}") from error
+        raise UsageError(f"{type(model).__name__} failed on the example inputs {shapes}: {first}") from error
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -332,7 +333,7 @@ def _in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:
     if dtype is None or dtype == _dtype_of(model):
         return model
     if dtype not in NORM_DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}; choose one of {', '.join(NORM_DTYPES)}.")
+        raise UsageError(f"dtype: expected one of {', '.join(NORM_DTYPES)}, got {dtype!r}.")
     return copy.deepcopy(model).to(torch_dtype(dtype))
 
 

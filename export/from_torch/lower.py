@@ -1,4 +1,4 @@
-"""Lower a captured graph: every norm node becomes what the target wants, every other node stays as it is."""
+"""Lower a captured graph: replace every norm node by the operators of the target."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..lowering.table import opset_for
 from ..onnx_io.raise_opset import raise_opset
 from .swap import CAPTURE_DOMAIN, CAPTURE_OP
 
-# The exporter's notes hold the source paths of the machine that exported; the module names stay.
+# This metadata of the exporter contains source paths of the exporting machine; module names are kept.
 _DROPPED_METADATA = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
 
 
@@ -29,18 +29,18 @@ def lower(
     """Lower every captured norm of `model` for `target`.
 
     Args:
-        model: a captured graph; it is copied (weights are shared) and stays as it is.
+        model: a captured graph; it is copied (weights are shared) and not changed.
         target: one of the lowering table's targets.
         opset: the opset import of the result, or None for the target's default.
-        style: how the file has the custom operators of target `plugin`. A QuantizeLinear behind a norm becomes part of
-            its operator, for which the opset import rises to 21 unless another was asked for.
+        style: how the file contains the custom operators of target `plugin`. A QuantizeLinear behind a norm is fused
+            into its operator; this raises the opset import to 21, unless `opset` is given.
 
     Returns:
         The lowered model and its norms in graph order.
 
     Raises:
-        UsageError: unknown target, or a style for another target than `plugin`.
-        UnsupportedError: the target cannot do one of the norms, or the opset.
+        UsageError: the target is unknown, or a style was given for another target than `plugin`.
+        UnsupportedError: the target does not support one of the norms, or the opset.
     """
     wanted = opset_for(target, opset)
     check_style(style, [target])
@@ -61,25 +61,25 @@ def _captured(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 def _site(node: ir.Node) -> GraphSite:
-    """A captured norm."""
+    """The norm of a captured node."""
     spec = NormSpec.from_json(node.attributes["spec"].as_string())
     path = node.attributes["path"].as_string()
     x, weight, bias, gate = (*node.inputs, None, None, None)[:4]
     if x is None or x.dtype is None:
-        raise ValueError(f"norm {path!r} has no typed input")
+        raise ValueError(f"norm {path!r}: expected an input with a known dtype")
     _fix_width(x, node)
     operands = residual_operands(x, node.outputs[0])
     if weight is not None and weight.producer() is not None:
         operands = None
     form: Form = "residual_add" if operands is not None else "plain"
-    node.outputs[0].type = None  # what the capture says is a guess; the lowered nodes tell
+    node.outputs[0].type = None  # the dtype in the captured graph is a guess; the lowered nodes determine it
     return GraphSite(
         path, spec, form, x, weight, bias, gate, node.outputs[0], operands, (node,), node.name or "", None, x.dtype
     )
 
 
 def _fix_width(x: ir.Value, node: ir.Node) -> None:
-    """The normalized dims are those that the module was recognized with, also where the graph lost track of them."""
+    """Set the normalized dims of x to those of the recognized module, because the graph may not contain them."""
     width = node.attributes["width"].as_string() if "width" in node.attributes else ""
     sizes = [int(size) for size in width.split("x") if size]
     if sizes and x.shape is not None and len(x.shape) >= len(sizes):

@@ -1,4 +1,4 @@
-"""Swap every norm of a model for one node that carries its spec, and put everything back afterwards."""
+"""Swap every norm of a model for a single node that contains its spec, and restore the model afterwards."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from ...models.eager import eager
 from ...models.recognition.intercept import NormCall, replace_forward
 from ...models.recognition.site import Recognition, Refusal, Site
 
-# The node in a captured graph, before it is lowered. Its inputs are x, weight, bias, gate.
+# The node of a norm in a captured graph, before lowering. Its inputs are x, weight, bias, gate.
 CAPTURE_DOMAIN = "rmsnorm_deploy.capture"
 CAPTURE_OP = "Norm"
 
 
 @dataclass(slots=True)
 class SwapReport:
-    """What happened while a swapped model ran.
+    """Which norms of a swapped model did not follow their spec while it ran.
 
     Attributes:
-        differing: why the original forward was used at a module path after all.
+        differing: the reason, by module path.
     """
 
     differing: dict[str, str] = field(default_factory=dict)
 
     def refusals(self, recognition: Recognition) -> list[Refusal]:
-        """The sites that turned out not to follow their spec in this model."""
+        """A refusal for each site that did not follow its spec."""
         return [
             Refusal(site.path, site.class_name, self.differing[site.path])
             for site in recognition.sites
@@ -42,12 +42,12 @@ def swapped(model: nn.Module, sites: list[Site], *, check: bool = False) -> Iter
     """Replace the forward of every site while the context is open.
 
     In PyTorch a swapped norm computes `eager(spec, ...)`; under `torch.export` it becomes one node of
-    `rmsnorm_deploy.capture`. Parameters, hooks and submodules stay where they are.
+    `rmsnorm_deploy.capture`. Parameters, hooks and submodules are not changed.
 
     Args:
-        model: the model that `sites` were recognized in.
+        model: the model in which `sites` were recognized.
         sites: the norms to swap.
-        check: run the original forward beside each swapped one and record every site whose bits differ.
+        check: also run the original forward of each norm, and record every site whose bits differ.
     """
     report = SwapReport()
     replaced: list[nn.Module] = []
@@ -70,7 +70,7 @@ def _swap(module: nn.Module, site: Site, report: SwapReport, check: bool) -> Non
         if check and not _same(result, original()):
             weight = f", weight {call.weight.dtype}" if call.weight is not None else ""
             report.differing[site.path] = (
-                f"as this model calls it (x {tuple(call.x.shape)} {call.x.dtype}{weight}), its result is not the spec's"
+                f"as this model calls it (x {tuple(call.x.shape)} {call.x.dtype}{weight}), it differs from its spec"
             )
         return result
 
@@ -81,7 +81,7 @@ def _swap(module: nn.Module, site: Site, report: SwapReport, check: bool) -> Non
 
 
 def _node(site: Site, call: NormCall) -> Tensor:
-    # The node says nothing of the width that the norm wants, so the capture has to be told.
+    # The node does not constrain the width of the norm, so this check does.
     x, spec = call.x, call.spec
     for dim, size in zip(x.shape[-len(site.width) :] if site.width else (), site.width or (), strict=True):
         torch._check(dim == size)

@@ -1,1 +1,8 @@
-"""What the other rooms ask of an ONNX graph: its norms, constants, dtypes and shapes."""
+"""Norms, constants, dtypes and shapes of an ONNX graph, as the other packages of export read them.
+
+site: GraphSite, GraphRefusal and GraphRecognition, the norms of a graph.
+constants: constant, scalar, integers and dims of a value; widens, is_half, is_floating for dtypes.
+infer_types: fill_types, which infers missing dtypes and shapes.
+residual: residual_operands, the residual add in front of a norm.
+shape_checks: fits, may_fit, reshapes_back and other checks of the shapes around a norm.
+"""

@@ -1,4 +1,4 @@
-"""What can be said of a single value of a graph: small constants, dims, and where a widened value comes from."""
+"""Properties of single values and dtypes of a graph: small constants, dims, regrouped dims, widening casts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ...models.dtypes import BYTES, HALF_DTYPES, NORM_DTYPES, onnx_dtype
 
-# Beyond this many elements a constant is a weight matrix, which nothing here needs to read.
+# A constant with more elements is a weight matrix, which is not read.
 _MOST_ELEMENTS = 1 << 20
 HALF_TYPES = tuple(map(onnx_dtype, HALF_DTYPES))
 _WIDTH = {onnx_dtype(name): BYTES[name] for name in NORM_DTYPES}
@@ -25,13 +25,13 @@ Dim = int | ir.SymbolicDim
 
 
 def constant(value: ir.Value | None) -> NDArray[Any] | None:
-    """The array of a small constant that nothing can override, or None."""
+    """The array of a small constant, or None. An initializer that is also a graph input is not constant."""
     if value is None:
         return None
     node = value.producer()
     if node is not None:
         return _of_node(node) if node.op_type == "Constant" and node.domain in DEFAULT_DOMAINS else None
-    # An initializer that is a graph input as well is only a default.
+    # The initializer of a graph input is only its default.
     if value.const_value is None or value.is_graph_input() or value.const_value.size > _MOST_ELEMENTS:
         return None
     return _read(value.const_value)
@@ -46,7 +46,7 @@ def scalar(value: ir.Value | None) -> float | None:
 
 
 def _folded(value: ir.Value | None, deepest: int = 4) -> NDArray[Any] | None:
-    """`constant`, also behind nodes that only cast or reshape it, as exporters leave them; the shape may be another."""
+    """`constant`, also through nodes that only cast or reshape it, which exporters write; the shape may differ."""
     array = constant(value)
     node = None if value is None else value.producer()
     if array is not None or node is None or node.domain not in DEFAULT_DOMAINS:
@@ -63,7 +63,7 @@ def _folded(value: ir.Value | None, deepest: int = 4) -> NDArray[Any] | None:
 
 
 def _of_shape(gather: ir.Node) -> NDArray[Any] | None:
-    """The one dim that is taken out of a value's shape, where it is fixed."""
+    """A static dim that a Gather node reads from a Shape node, or None."""
     taken = gather.inputs[0].producer() if gather.inputs and gather.inputs[0] is not None else None
     if taken is None or taken.op_type != "Shape" or taken.domain not in DEFAULT_DOMAINS or taken.attributes:
         return None
@@ -75,7 +75,7 @@ def _of_shape(gather: ir.Node) -> NDArray[Any] | None:
 
 
 def integers(value: ir.Value | None) -> list[int] | None:
-    """The whole numbers in a constant, or None."""
+    """The integers in a constant, or None."""
     array = _folded(value)
     if array is None or array.dtype.kind not in "iu" or array.size > 64:
         return None
@@ -102,7 +102,7 @@ def same_dims(a: Sequence[Dim] | None, b: Sequence[Dim] | None) -> bool:
 
 
 def static(shape: Sequence[Dim] | None, count: int) -> list[int] | None:
-    """The last `count` dims where they are all numbers, and such as a norm can have."""
+    """The last `count` dims if all are static, positive and small enough for a norm, or None."""
     if shape is None or len(shape) < count:
         return None
     tail = [dim for dim in shape[len(shape) - count :] if isinstance(dim, int) and dim > 0]
@@ -110,7 +110,7 @@ def static(shape: Sequence[Dim] | None, count: int) -> list[int] | None:
 
 
 def regrouping(before: ir.Value | None, after: ir.Value, axes: int) -> tuple[int | None, int] | None:
-    """Group size and trailing dims, where a Reshape cuts the last dim in groups or makes one of several."""
+    """Group size and trailing dims, where a Reshape splits the last dim into groups or joins several; or None."""
     whole, cut = dims(before), dims(after)
     if before is None or whole is None or cut is None or axes != 1 or not whole:
         return None
@@ -130,19 +130,19 @@ def regrouping(before: ir.Value | None, after: ir.Value, axes: int) -> tuple[int
 
 
 def is_half(dtype: ir.DataType | None) -> bool:
-    """Whether a dtype is one of two bytes."""
+    """Whether a dtype is float16 or bfloat16."""
     return dtype in HALF_TYPES
 
 
 def widens(narrow: ir.DataType | None, wide: ir.DataType | None) -> bool:
-    """Whether a cast between two floating dtypes loses nothing."""
+    """Whether a cast between two floating dtypes is lossless."""
     if narrow is None or wide is None or narrow not in _WIDTH or wide not in _WIDTH:
         return False
     return narrow == wide or _WIDTH[narrow] < _WIDTH[wide]
 
 
 def is_floating(dtype: ir.DataType | None) -> bool:
-    """Whether norms are computed in this dtype."""
+    """Whether a dtype is a floating dtype in which norms are computed."""
     return dtype in _WIDTH
 
 
@@ -158,9 +158,9 @@ def _read(tensor: ir.TensorProtocol) -> NDArray[Any] | None:
     if not isinstance(tensor, ir.ExternalTensor):
         try:
             return tensor.numpy()
-        except (AssertionError, TypeError, ValueError):  # values in a field that its dtype does not have
+        except (AssertionError, TypeError, ValueError):  # the values are in a field that does not belong to the dtype
             return None
-    if tensor.dtype == ir.DataType.STRING or tensor.dtype.bitwidth % 8:  # texts, or several values to a byte
+    if tensor.dtype == ir.DataType.STRING or tensor.dtype.bitwidth % 8:  # strings, or several values per byte
         return None
     kind = tensor.dtype.numpy()
     with open(tensor.path, "rb") as file:

@@ -1,7 +1,7 @@
-"""Dtypes and shapes that a file leaves out, worked out by ONNX's own shape inference.
+"""Infer the dtypes and shapes that a file does not contain, with ONNX's shape inference.
 
-Weights stay where they are: only small constants take part. Operators that ONNX does not know are stood in for by one
-that hands its input's type on, where that is what they do.
+Only small constants are read; weights are not. An operator that ONNX does not know is replaced by Identity where its
+output has the type of its first input.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import onnx_ir as ir
 
 # Constants of at most this many elements may hold a shape.
 _SMALL = 1024
-# A vector of more elements than this is no vector of a sound model's.
+# A vector with more elements occurs only in a damaged file.
 _LONGEST = 1 << 24
 _GRAPH = onnx.AttributeProto.GRAPH
-# Operators of ONNX Runtime, TensorRT and of our own whose outputs of these numbers have the first input's type.
+# Operators that ONNX does not define, with the indices of the outputs that have the first input's type.
 _LIKE_FIRST_INPUT: dict[tuple[str, str], tuple[int, ...]] = {
     ("", "SimplifiedLayerNormalization"): (0,),
     ("com.microsoft", "SimplifiedLayerNormalization"): (0,),
@@ -37,7 +37,7 @@ _LIKE_FIRST_INPUT: dict[tuple[str, str], tuple[int, ...]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Filled:
-    """A value that was given a dtype or a shape, and what it had before."""
+    """A value whose dtype or shape was inferred, with its previous type and shape."""
 
     value: ir.Value
     type: ir.TypeProtocol | None
@@ -45,19 +45,19 @@ class Filled:
 
 
 def fill_types(model: ir.Model) -> list[Filled]:
-    """Give every value of the model's graphs the dtype and shape that can be inferred, where it has none.
+    """Infer the missing dtypes and shapes of all values in the model's graphs, in place.
 
-    Where the file says one shape and its operators give another, theirs counts: a file whose inputs were changed by
-    hand often keeps old shapes inside, and still runs.
+    Where the stated shape contradicts the inferred one, the inferred one replaces it: files whose inputs were edited
+    often contain outdated shapes, and still run.
 
     Returns:
-        The values that were given something.
+        The values that were changed.
     """
     filled: list[Filled] = []
     skeleton = _skeleton(model)
     try:
         inferred = _inferred(skeleton)
-    except Exception:  # a graph that contradicts itself; what the file says is then all there is
+    except Exception:  # the graph contradicts itself, so only the stated types are known
         return filled
     known = {info.name: info.type for info in (*inferred.graph.value_info, *inferred.graph.output)}
     with_graphs = (node for node in inferred.graph.node if any(a.type == _GRAPH for a in node.attribute))
@@ -79,9 +79,9 @@ def fill_types(model: ir.Model) -> list[Filled]:
 
 
 def _inferred(skeleton: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with shapes, also those that nodes compute.
+    """The model with inferred shapes, including those that depend on computed values.
 
-    Following computed shapes, onnx makes as many entries as a vector has elements: absurd ones would fill the memory.
+    For the latter, onnx allocates one entry per element of a vector, so a damaged file could fill the memory.
     """
     plain = onnx.shape_inference.infer_shapes(skeleton)
     graph = plain.graph
@@ -97,7 +97,7 @@ def _inner(graph: ir.Graph, proto: onnx.GraphProto) -> tuple[ir.Graph, dict[str,
 
 
 def _skeleton(model: ir.Model) -> onnx.ModelProto:
-    """The model as a proto, with large constants as inputs of their type."""
+    """The model as a proto in which large constants are replaced by inputs of the same type."""
     proto = onnx.ModelProto(ir_version=10)
     for domain, version in model.opset_imports.items():
         proto.opset_import.add(domain=domain, version=version)

@@ -8,11 +8,11 @@ from .constants import DEFAULT_DOMAINS, dims, same_dims
 
 
 def residual_operands(x: ir.Value, y: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-    """The two values that x is the sum of, where both have x's own shape: a broadcast is no residual.
+    """The operands of the residual add that computes x, or None. Both must have x's shape, without broadcasting.
 
     Args:
-        x: what a norm normalizes.
-        y: the norm's result, which must stand in the graph of the Add.
+        x: the value that a norm normalizes.
+        y: the norm's result, which must be in the same graph as the Add.
     """
     add, last = x.producer(), y.producer()
     if add is None or last is None or add.op_type != "Add" or add.domain not in DEFAULT_DOMAINS:

@@ -1,4 +1,4 @@
-"""Questions about the nodes around a norm: what has which shape, and what was made of what."""
+"""Checks of the shapes and nodes around a norm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BROADCASTS = ("Add", "Sub", "Mul", "Div", "Pow")
 
 
 def unreshaped(root: ir.Value) -> ir.Value | None:
-    """What a Reshape node made this value of, or None."""
+    """The input of the Reshape node that computes this value, or None."""
     node = root.producer()
     if node is None or node.op_type != "Reshape" or node.domain not in DEFAULT_DOMAINS:
         return None
@@ -21,16 +21,16 @@ def unreshaped(root: ir.Value) -> ir.Value | None:
 
 
 def reshapes_back(node: ir.Node, before: ir.Value, root: Callable[[ir.Value], ir.Value]) -> bool:
-    """Whether a Reshape node gives back the shape that `before` has."""
+    """Whether a Reshape node restores the shape of `before`."""
     wanted, got = dims(before), dims(node.outputs[0])
     if same_dims(wanted, got):
         return True
     if wanted is not None and got is not None and len(wanted) == len(got):
-        # Both have as many elements: where all dims but one are the same, the last one is too.
+        # Both have the same number of elements: if all dims but one are equal, so is the last one.
         open_dims = [dim for dim, like in zip(got, wanted, strict=True) if not same_dims([dim], [like])]
         if len(open_dims) == 1 and not isinstance(open_dims[0], int):
             return True
-    # The shape of the value itself, taken by a Shape node.
+    # The target shape is that of the value itself, read by a Shape node.
     shape_node = node.inputs[1].producer() if len(node.inputs) > 1 and node.inputs[1] is not None else None
     if shape_node is not None and shape_node.op_type == "Shape" and not shape_node.attributes:
         read = shape_node.inputs[0]
@@ -39,7 +39,7 @@ def reshapes_back(node: ir.Node, before: ir.Value, root: Callable[[ir.Value], ir
 
 
 def subtracts_mean(root: ir.Value) -> bool:
-    """Whether x is something minus one number for each row."""
+    """Whether x is a difference whose second operand has one number per row."""
     node = root.producer()
     while node is not None and node.op_type in ("Cast", "Identity") and node.inputs[0] is not None:
         node = node.inputs[0].producer()
@@ -60,7 +60,7 @@ def subtracts_mean(root: ir.Value) -> bool:
 
 
 def fits(value: ir.Value | None, like: ir.Value, axes: int) -> bool:
-    """Whether a value has the shape of the trailing dims of `like`, one element, or leading dims of 1 before."""
+    """Whether a value has one element, or the shape of the trailing dims of `like`, with optional leading dims of 1."""
     if value is None or not is_floating(value.dtype):
         return False
     shape, whole = dims(value), dims(like)
@@ -76,7 +76,7 @@ def fits(value: ir.Value | None, like: ir.Value, axes: int) -> bool:
 
 
 def may_fit(scale: ir.Value, like: ir.Value, axes: int) -> bool:
-    """As `fits`, also where the trailing dims are not known."""
+    """As `fits`, but True where unknown dims may match."""
     shape, whole = dims(scale), dims(like)
     if fits(scale, like, axes) or shape is None:
         return True
@@ -87,7 +87,7 @@ def may_fit(scale: ir.Value, like: ir.Value, axes: int) -> bool:
 
 
 def raises_rank(node: ir.Node) -> bool:
-    """Whether a constant of one element has more dims than the value it meets, and so gives its own to the result."""
+    """Whether a constant operand of one element has more dims than the other, so that the result has more dims too."""
     if len(node.inputs) != 2 or node.op_type not in _BROADCASTS:
         return False
     for value, other in both_ways(node):
@@ -105,12 +105,12 @@ def both_ways(node: ir.Node) -> Iterator[tuple[ir.Value | None, ir.Value | None]
 
 
 def other_input(node: ir.Node, value: ir.Value) -> ir.Value | None:
-    """The input of a node of two that is not this one."""
+    """The other input of a node with two inputs."""
     return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
 
 
 def result_dtype(node: ir.Node) -> ir.DataType:
-    """The dtype of a node's result: its first typed input's where the file does not say."""
+    """The dtype of a node's result; if unknown, that of its first typed input."""
     out = node.outputs[0]
     if out.dtype is None:
         out.type = next((v.type for v in node.inputs if v is not None and v.dtype is not None), None)
@@ -118,7 +118,7 @@ def result_dtype(node: ir.Node) -> ir.DataType:
 
 
 def is_ones(value: ir.Value) -> bool:
-    """Whether a value is a constant of nothing but ones."""
+    """Whether a value is a constant of only ones."""
     array = constant(value)
     return array is not None and bool((array == 1).all())
 
@@ -129,7 +129,7 @@ def copies_dims(node: ir.Node, shape: list[int | ir.SymbolicDim] | None) -> bool
 
 
 def _reads_reduce(value: ir.Value) -> bool:
-    """Whether a value comes from a Reduce node by way of a few scalar operations."""
+    """Whether a value is computed from a Reduce node by at most a few operations."""
     for _ in range(4):
         node = value.producer()
         if node is None:

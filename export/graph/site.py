@@ -1,4 +1,4 @@
-"""What recognition on a graph returns: the norms that stand in it, and what looks like one and was left alone."""
+"""The result of recognition on an ONNX graph: its norms, and the nodes that were refused, with the reason."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from .metadata import Form
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GraphSite:
-    """One norm as it stands in a graph.
+    """One norm in a graph.
 
     Attributes:
-        path: the module path where the file tells it, else a name for people; several calls share one.
-        spec: what it computes, as far as a graph can show it.
-        form: `plain`, or `residual_add` when a residual add stands in front.
-        x: what is normalized, before any cast that widens it. None where one operator adds, normalizes and keeps
-            the sum to itself.
-        weight: a constant or a value of the graph; None without one.
+        path: the module path if the file contains it, else a readable name; several calls share one path.
+        spec: what the norm computes, as far as the graph shows it.
+        form: `plain`, or `residual_add` when a residual add precedes the norm.
+        x: the value to normalize, before any cast that widens it. None where one operator adds, normalizes and does
+            not output the sum.
+        weight: a constant or a value of the graph, or None.
         bias: like weight.
-        gate: x's shape, or None.
+        gate: a value of x's shape, or None.
         y: the result.
         sum_of: the two operands of the residual add, where `form` is `residual_add`.
-        nodes: those that compute y from x, in graph order, without constants and without the residual add.
+        nodes: the nodes that compute y from x, in graph order, without constants and without the residual add.
         node: name of the main node.
-        shape: of x; None for a dim, or altogether, where the file does not tell.
-        dtype: of x.
-        target: the target whose operator it is already, for those whose spelling is not ours to replace.
+        shape: shape of x; None for an unknown dim or an unknown rank.
+        dtype: dtype of x.
+        target: the target that the norm's single operator belongs to, or None.
     """
 
     path: str
@@ -64,7 +64,7 @@ class GraphSite:
 
 @dataclass(frozen=True, slots=True)
 class GraphRefusal:
-    """Nodes that look like a norm and were left as they are."""
+    """Nodes that look like a norm and were not recognized or rewritten; `reason` says why."""
 
     node: str
     path: str
@@ -72,13 +72,13 @@ class GraphRefusal:
     op_type: str = ""
 
     def to_dict(self) -> dict[str, str]:
-        """The refusal as the JSON interface shows it; the operator stands where a module's class does."""
+        """The refusal as JSON values; `class` is the operator."""
         return {"path": self.path, "class": self.op_type, "reason": self.reason, "node": self.node}
 
 
 @dataclass(frozen=True, slots=True)
 class GraphRecognition:
-    """Every norm of a graph, in graph order, and what was refused."""
+    """Every norm of a graph, and every refusal, in graph order."""
 
     sites: list[GraphSite] = field(default_factory=list)
     refusals: list[GraphRefusal] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Whether nodes that are to be written stand in the graph already."""
+"""Determine whether a graph already contains the nodes that are to be written."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..graph.constants import DEFAULT_DOMAINS, constant
 
 
 def counterparts(written: Sequence[ir.Node], new: ir.Value, old: ir.Value) -> dict[ir.Node, ir.Node] | None:
-    """The nodes in the graph that are the same as those written, where all of them are there.
+    """The nodes of the graph that are equal to the written nodes, if the graph contains all of them.
 
     Args:
-        written: nodes in no graph yet.
-        new: the result of the last of them.
-        old: the value in the graph that it would take the place of.
+        written: new nodes, which are not in a graph yet.
+        new: the result of the last new node.
+        old: the value in the graph that `new` would replace.
 
     Returns:
-        Each written node's counterpart, or None.
+        The counterpart of each written node; None if one is missing.
     """
     inside = set(written)
     found: dict[ir.Node, ir.Node] = {}
@@ -56,7 +56,7 @@ def _same_operator(a: ir.Node, b: ir.Node) -> bool:
 
 
 def _attribute(node: ir.Node, name: str) -> object:
-    """An attribute's value, or its default where it is left out."""
+    """An attribute's value, or its default where the node does not have it."""
     if name in node.attributes:
         value = node.attributes[name].value
         return float(np.float32(value)) if isinstance(value, float) else value

@@ -1,4 +1,4 @@
-"""Writing nodes into an ONNX graph: values with dtypes and shapes, shared constants, and nothing else."""
+"""Build new nodes of an ONNX graph, whose values have dtypes and shapes, and share their constants."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..graph.metadata import METADATA_PREFIX
 
 
 class Builder:
-    """Collects new nodes for one place of a graph; `insert_before` puts them there.
+    """Collects new nodes for one place in a graph; `insert_before` inserts them.
 
     Args:
-        graph: the graph that the nodes go to.
-        root: the main graph, which holds the constants.
-        metadata: written on every node.
-        constants: constants already made for this model, shared between builders.
+        graph: the graph to insert the nodes into.
+        root: the main graph, which contains the constants.
+        metadata: metadata of every node.
+        constants: constants that exist already for this model, shared between builders.
         opset: opset import of the finished file.
     """
 
@@ -62,7 +62,7 @@ class Builder:
         return node.outputs[0]
 
     def constant(self, array: NDArray[Any], dtype: ir.DataType, hint: str) -> ir.Value:
-        """An initializer of the main graph with this value; equal ones are made once."""
+        """An initializer of the main graph with this value; equal ones are shared."""
         cast = np.asarray(array).astype(dtype.numpy())
         key = (cast.tobytes(), cast.shape, dtype)
         if key not in self._constants:
@@ -91,11 +91,11 @@ class Builder:
         return self.op(op_type, [self.cast(a, dtype), self.cast(b, dtype)], dtype=dtype, shape=shape)
 
     def insert_before(self, node: ir.Node) -> None:
-        """Put the collected nodes in front of `node`."""
+        """Insert the collected nodes before `node`."""
         self.graph.insert_before(node, self.nodes)
 
     def withdraw(self) -> None:
-        """Take back what was collected, and the constants made for it."""
+        """Discard the collected nodes, and the constants that were added for them."""
         for node in reversed(self.nodes):
             node.resize_inputs(0)
         self.nodes.clear()
@@ -111,7 +111,7 @@ class Builder:
 
 
 def _stem(hint: str) -> str:
-    """A name without what an earlier constant of ours added to it."""
+    """A name without the prefix and suffixes of a constant that this package added."""
     if not hint.startswith(METADATA_PREFIX):
         return hint
     parts = hint.removeprefix(METADATA_PREFIX).split(".")

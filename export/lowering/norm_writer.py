@@ -1,4 +1,4 @@
-"""Write one norm of a graph in a target's form: the one way down, for captured graphs and for files of others."""
+"""Write one norm of a graph in a target's form; exports and rewrites both use this."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class LoweredSite:
     """One norm of the finished graph.
 
     Attributes:
-        path: the module it came from.
-        spec: what it computes, as called here (a gated norm called without a gate has none).
-        form: `plain`, or `residual_add` when a residual add stands in front.
+        path: path of its module.
+        spec: what it computes in this call (a gated norm called without a gate has none).
+        form: `plain`, or `residual_add` when a residual add precedes the norm.
         node: name of its main node.
         dtype: dtype of its input.
-        deviations: where the target is not exact for it.
+        deviations: the cases in which the target is not exact for it.
     """
 
     path: str
@@ -58,9 +58,9 @@ class Written:
     """A norm that was written.
 
     Attributes:
-        lowered: what it became.
-        changed: False where it stood in the target's form already; then only notes were added.
-        x: what is normalized; None where one operator adds and normalizes and keeps the sum to itself.
+        lowered: the written norm.
+        changed: False where the norm was in the target's form already; then only metadata was added.
+        x: the value to normalize; None where one operator adds, normalizes and does not output the sum.
         y: the result.
     """
 
@@ -74,7 +74,7 @@ class NormWriter:
     """Writes the norms of one model.
 
     Args:
-        root: the main graph, which gets the constants.
+        root: the main graph, to which constants are added.
         target: one of the lowering table's targets.
         opset: opset import of the finished file.
     """
@@ -88,25 +88,25 @@ class NormWriter:
         self._numbers: Counter[str] = Counter()
 
     def current(self, value: ir.Value | None) -> ir.Value | None:
-        """The value that stands for this one now: norms that were written have new results."""
+        """The value that has replaced this one, or the value itself; every written norm has a new result."""
         while value is not None and value in self._successors:
             value = self._successors[value]
         return value
 
     def write(self, site: GraphSite, notes: Mapping[str, str] | None = None) -> Written:
-        """Put the norm into the target's form, unless it has it already.
+        """Write the norm in the target's form, unless it has that form already.
 
         Args:
-            site: the norm; its nodes go, as far as nothing else reads them.
-            notes: more metadata for each new node.
+            site: the norm; those of its nodes that nothing else reads are removed.
+            notes: additional metadata of each new node.
 
         Raises:
-            UnsupportedError: the target cannot do this norm; the graph is as it was.
+            UnsupportedError: the target does not support this norm; the graph is unchanged.
         """
         site = self._now(site)
         spec, target, last = site.spec, self._target, site.y.producer()
         if last is None or not isinstance(last.graph, ir.Graph):
-            raise ValueError(f"norm {site.path!r} stands outside of any graph")
+            raise ValueError(f"norm {site.path!r} is outside of any graph")
         graph, dtype = last.graph, onnx_name(site.dtype)
         environment = Environment(opset=self._opset, dtype=dtype, top_level=graph is self._root)
         cell = resolve(spec, site.form, target, environment)
@@ -123,7 +123,7 @@ class NormWriter:
             builder.withdraw()
             raise
         form = site.form
-        if inputs.sum_of is not None and emitted.total is None:  # a gate or a bias stands between the add and the norm
+        if inputs.sum_of is not None and emitted.total is None:  # a gate or a bias is between the add and the norm
             form = "plain"
             for node in builder.nodes:
                 node.metadata_props[FORM_KEY] = form
@@ -151,7 +151,7 @@ class NormWriter:
         sum_of = tuple(value for value in map(self.current, site.sum_of or ()) if value is not None)
         form = site.form
         if site.target is None and x is not None and residual_operands(x, site.y) is None:
-            form, sum_of = "plain", ()  # another norm of the same sum has taken the Add in
+            form, sum_of = "plain", ()  # the Add was fused into another norm of the same sum
         return replace(
             site,
             form=form,
@@ -163,18 +163,18 @@ class NormWriter:
         )
 
     def _inputs(self, builder: Builder, site: GraphSite, composite: ir.Node | None) -> tuple[NormInputs, ir.Value]:
-        """What the emitter reads. Where one operator added and normalized, the sum is made anew or stood in for."""
+        """The inputs of `emit`, and x. Where one operator added and normalized, x is a new Add or a placeholder."""
         weight, bias = (self._registered(builder, value) for value in (site.weight, site.bias))
-        # A fused node stands where the Add stood, and a weight that is computed may come after that.
+        # A fused node takes the position of the Add, and a computed weight may be computed after it.
         early = weight is None or weight.producer() is None
         operands = site.sum_of if self._target == "plugin" and early and site.form == "residual_add" else None
         if composite is None:
             if site.x is None:
-                raise ValueError(f"norm {site.path!r} has no input")
+                raise ValueError(f"norm {site.path!r} does not have an input")
             return NormInputs(site.x, weight, bias, site.gate, operands), site.x
         a, b = site.sum_of or (None, None)
         if a is None or b is None:
-            raise ValueError(f"norm {site.path!r} adds nothing")
+            raise ValueError(f"norm {site.path!r}: expected two operands of a residual add")
         if operands is not None:
             x = ir.Value(name=None, shape=a.shape, type=ir.TensorType(site.dtype))
         else:
@@ -198,13 +198,13 @@ class NormWriter:
     def _replace(
         self, builder: Builder, site: GraphSite, emitted: Emitted, composite: ir.Node | None, x: ir.Value
     ) -> ir.Value | None:
-        """Put the new nodes in, hand the uses of the old values over, and take out what nothing reads any more."""
+        """Insert the new nodes, replace the old values, and remove the nodes that nothing reads any more."""
         old_sum, last = site.x, site.y.producer()
         assert last is not None
         total = emitted.total if emitted.total is not None else x
         add = old_sum.producer() if old_sum is not None and composite is None else None
         if emitted.total is not None and add is not None and old_sum is not None:
-            # The sum is needed from the Add on, so the fused node stands where the Add stood.
+            # Nodes after the Add read the sum, so the fused node takes the position of the Add.
             builder.insert_before(add)
             self._take_over(old_sum, emitted.total)
             self._take_over(site.y, emitted.output)
@@ -226,7 +226,7 @@ class NormWriter:
         self._successors[old] = new
 
     def _remove_unread(self, nodes: list[ir.Node]) -> None:
-        """Remove these nodes where nothing reads them, and then what only they read."""
+        """Remove these nodes if nothing reads them, and then the nodes that only they read."""
         pending = list(nodes)
         while pending:
             node = pending.pop()
@@ -243,20 +243,20 @@ class NormWriter:
                     self._left.add(value)
 
     def finish(self) -> None:
-        """Drop the initializers that only removed nodes read."""
+        """Remove the initializers that only removed nodes read. Call this after the last `write`."""
         for value in self._left:
             owner = value.graph
             if not value.uses() and not value.is_graph_input() and not value.is_graph_output() and owner is not None:
                 owner.initializers.pop(str(value.name), None)
-        for value in self._constants.values():  # made for a norm that was refused after all
+        for value in self._constants.values():  # added for a norm that was then refused
             if not value.uses():
                 self._root.initializers.pop(str(value.name), None)
         self._left.clear()
 
     def _name(self, builder: Builder, path: str) -> None:
-        """Nodes are called after the module they came from, so that a profile or an engine can be read.
+        """Name the nodes after their module, so that profiles and engines are readable.
 
-        A norm called several times has nodes of several numbers: node names are unique.
+        Node names are unique: those of a norm that is called several times end in a number.
         """
         for node in builder.nodes:
             base = name = f"{path or 'norm'}/{node.op_type}"

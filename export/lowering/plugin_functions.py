@@ -1,4 +1,4 @@
-"""The custom operators in a file: their domain, and the local functions that stand in where no plugin is registered."""
+"""The custom operators in a file: their domain, and the local functions that replace them without a plugin."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ...models.errors import UsageError
 from ...plugins import contract
 from ..graph.plugin_nodes import PLUGIN_DOMAINS, is_plugin_node
 
-# How a file has the custom operators: `function` beside local functions, which ONNX Runtime runs; `bare` without them,
-# for TensorRT 10.6 and before, where a function always wins over the plugin; `ort_trt` without them in the domain where
+# How a file contains the custom operators: `function` with local functions, which ONNX Runtime runs; `bare` without
+# them, for TensorRT up to 10.6, which prefers a function to the plugin; `ort_trt` without them, in the domain in which
 # ONNX Runtime's TensorRT provider looks for plugins.
 PluginStyle = Literal["function", "bare", "ort_trt"]
-# The domain of the operators, and what a user of the file has to know.
+# The domain of the operators, and notes for the user of the file.
 _DOMAINS: Final[dict[PluginStyle, str]] = {
     "function": contract.DOMAIN,
     "bare": contract.DOMAIN,
@@ -25,31 +25,35 @@ _DOMAINS: Final[dict[PluginStyle, str]] = {
 _NOTES: Final[dict[PluginStyle, list[str]]] = {
     "function": [],
     "bare": [
-        "the norms are plugin nodes without a local function (--no-function): TensorRT runs the file where the plugin "
-        "is registered, and ONNX Runtime does not run it"
+        "the norms are plugin nodes without a local function (--no-function): TensorRT runs the file if the plugin is "
+        "registered; ONNX Runtime cannot run it"
     ],
     "ort_trt": [
         f"the norms are plugin nodes of domain {contract.ORT_DOMAIN} without a local function (--ort-trt): ONNX "
-        "Runtime runs the file with its TensorRT provider and the plugin's library only, and TensorRT where the plugin "
-        "is registered"
+        "Runtime runs the file only with its TensorRT provider and the plugin's library; TensorRT runs it if the "
+        "plugin is registered"
     ],
 }
-# How the names of a function's nodes begin. TensorRT's parser repeats them at each call, whatever they are.
+# Prefix of the names of a function's nodes. TensorRT's parser repeats these names for every call.
 FUNCTION_NODE_PREFIXES: Final = {op_type: f"{contract.DOMAIN}::{op_type}/" for op_type in contract.INPUTS}
 
-# Cast, Pow, ReduceMean with axes as input, CastLike: all there from opset 18.
+# Cast, Pow, ReduceMean with axes as input, CastLike: all exist since opset 18.
 _FUNCTION_OPSET = 18
-# The first opset in which QuantizeLinear has output_dtype, as the function of a quantized norm needs it.
+# The first opset in which QuantizeLinear has output_dtype, which the function of a quantized norm requires.
 QUANTIZED_OPSET = 21
 # The first IR version with model-local functions.
 _FUNCTIONS_SINCE = 8
 
 
 def plugin_function(op_type: str, opset: int | None = None) -> ir.Function:
-    """The function of one of the contract's operators, with every attribute that it has there.
+    """The local function of one of the contract's operators, with all its attributes.
 
-    ONNX Runtime inlines it, folds what is constant and fuses what is left into one kernel. TensorRT uses it only when
+    ONNX Runtime inlines it, folds its constants and fuses the remaining nodes into one kernel. TensorRT uses it only if
     the plugin is not registered.
+
+    Args:
+        op_type: the operator.
+        opset: opset import of the function; None for the lowest possible one.
     """
     given = {name: ir.Value(name=name) for name in contract.INPUTS[op_type]}
     quantized = op_type in contract.UNQUANTIZED
@@ -83,10 +87,10 @@ def plugin_function(op_type: str, opset: int | None = None) -> ir.Function:
 
 
 def plugin_style(function: bool, ort_trt: bool, targets: Iterable[str]) -> PluginStyle:
-    """The style that the options of the same names ask for.
+    """The style that the options of the same names select.
 
     Raises:
-        UsageError: a style was asked for, and `plugin` is not among the targets.
+        UsageError: a style was selected, and `plugin` is not among the targets.
     """
     style: PluginStyle = "ort_trt" if ort_trt else "function" if function else "bare"
     check_style(style, targets)
@@ -94,25 +98,23 @@ def plugin_style(function: bool, ort_trt: bool, targets: Iterable[str]) -> Plugi
 
 
 def check_style(style: PluginStyle, targets: Iterable[str]) -> None:
-    """Refuse a style for targets that write no custom operators.
+    """Refuse a style for targets without custom operators.
 
     Raises:
         UsageError: the style is unknown, or is not `function` and `plugin` is not among the targets.
     """
     if style not in _DOMAINS:
-        raise UsageError(f"unknown plugin style {style!r}; the styles are {', '.join(_DOMAINS)}.")
+        raise UsageError(f"plugin style: expected one of {', '.join(_DOMAINS)}, got {style!r}.")
     if style != "function" and "plugin" not in (targets := list(targets)):
         option = {"bare": "--no-function", "ort_trt": "--ort-trt"}[style]
-        raise UsageError(
-            f"{option} is for --target plugin, whose file has plugin nodes; expected plugin, got {', '.join(targets)}."
-        )
+        raise UsageError(f"{option} requires --target plugin, whose file has plugin nodes; got {', '.join(targets)}.")
 
 
 def move_to_contract_domain(model: ir.Model, nodes: Iterable[ir.Node]) -> bool:
-    """Put custom operators where their functions can be: out of ONNX Runtime's domain.
+    """Move custom operators from ONNX Runtime's domain to the domain of their local functions.
 
     Returns:
-        Whether any was elsewhere, or has no function yet.
+        Whether any was in another domain, or does not have a function yet.
     """
     missing = False
     for node in nodes:
@@ -122,9 +124,9 @@ def move_to_contract_domain(model: ir.Model, nodes: Iterable[ir.Node]) -> bool:
 
 
 def style_plugin_nodes(model: ir.Model, style: PluginStyle) -> None:
-    """Put the custom operators of the main graph into the style's domain, with functions or without.
+    """Move the custom operators of the main graph to the style's domain, and add or remove their functions.
 
-    Functions of ours that nothing calls go, and so do imports of domains of ours that no node has.
+    Functions of the contract that nothing calls are removed, and so are imports of its domains that no node uses.
     """
     nodes = [node for node in model.graph if is_plugin_node(node)]
     for node in nodes:
@@ -149,15 +151,15 @@ def style_plugin_nodes(model: ir.Model, style: PluginStyle) -> None:
 
 
 def style_notes(model: ir.Model, style: PluginStyle) -> list[str]:
-    """What a user of the file has to know; nothing where it has no custom operator."""
+    """Notes for the user of the file; empty if it has no custom operator."""
     nodes = [node for node in model.graph if is_plugin_node(node)]
     quantized = sum(node.op_type in contract.UNQUANTIZED for node in nodes)
-    notes = [f"{quantized} of its norms give a quantized result: the QuantizeLinear behind them is part of the plugin"]
+    notes = [f"{quantized} of its norms have a quantized output: the QuantizeLinear behind them is part of the plugin"]
     return [*_NOTES[style], *notes * bool(quantized)] if nodes else []
 
 
 def stands_in_for_plugin(function: ir.Function) -> bool:
-    """Whether a function of a file is one of ours."""
+    """Whether a local function is that of one of the contract's operators."""
     return function.domain in PLUGIN_DOMAINS and function.name in contract.INPUTS
 
 
@@ -182,7 +184,7 @@ def _constant(nodes: list[ir.Node], array: np.ndarray, name: str) -> ir.Value:
 
 
 def _attribute(nodes: list[ir.Node], name: str) -> ir.Value:
-    """A float attribute of the function as a value."""
+    """A value that holds a float attribute of the function."""
     attribute = ir.RefAttr("value_float", name, ir.AttributeType.FLOAT)
     node = ir.Node("", "Constant", [], [attribute], num_outputs=1)
     node.outputs[0].name = f"{name}_value"
@@ -195,7 +197,7 @@ def _cast_to_scale_type(nodes: list[ir.Node], value: ir.Value) -> ir.Value:
 
 
 def _referring(nodes: list[ir.Node], op_type: str, inputs: list[ir.Value], name: str, **attributes: str) -> ir.Value:
-    """A node whose whole-number attributes are those of the function, by their names there."""
+    """A node whose integer attributes refer to attributes of the function, by name."""
     refs = [ir.RefAttr(own, of_function, ir.AttributeType.INT) for own, of_function in attributes.items()]
     node = ir.Node("", op_type, inputs, refs, num_outputs=1)
     node.outputs[0].name = name

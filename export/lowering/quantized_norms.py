@@ -1,4 +1,4 @@
-"""Norms of the plugin whose result is quantized: as one operator, or as a norm and a QuantizeLinear behind it."""
+"""Norms of the plugin with a quantized output: as one operator, or as a norm followed by a QuantizeLinear."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class QuantizedOutput:
     """A norm whose result a QuantizeLinear reads.
 
     Attributes:
-        path: the module that the norm came from.
+        path: path of the norm's module.
         node: name of the norm's node.
-        dtype: `int8` or `float8_e4m3`; None where the norm was left as it is.
-        reason: why it was left; empty where it was not.
+        dtype: `int8` or `float8_e4m3`; None where the norm was not fused.
+        reason: why it was not fused, or empty.
     """
 
     path: str
@@ -42,7 +42,7 @@ class QuantizedOutput:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Quantization:
-    """A norm's result and what quantizes it: `way` are the nodes that go, the QuantizeLinear last."""
+    """A norm and what quantizes its result: `way` are the nodes to remove, the QuantizeLinear last."""
 
     norm: ir.Node
     way: tuple[ir.Node, ...]
@@ -51,20 +51,21 @@ class _Quantization:
 
 
 def fuse_quantized_outputs(model: ir.Model, *, may_raise_opset: bool = True) -> list[QuantizedOutput]:
-    """Make one operator of each norm of the plugin and the QuantizeLinear behind it.
+    """Fuse each norm of the plugin with the QuantizeLinear behind it.
 
-    The QuantizeLinear must be all that reads the norm's result, at most with a Cast to float32 between them; several
-    that are equal (one for each of query, key and value) become one. It must quantize to int8 or float8e4m3fn with one
-    constant scale and no zero point (or one of 0). What reads it stays.
+    Only the QuantizeLinear may read the norm's result, optionally through a Cast to float32; several equal ones (for
+    query, key and value) are merged into one. It must quantize to int8 or float8e4m3fn with one constant scale, and
+    without a zero point or with a zero point of 0. The nodes that read its output are unchanged.
 
-    The nodes get no functions here; see `style_plugin_nodes`. The opset import is raised to 21 where a norm is fused.
+    The functions of the new operators are added by `style_plugin_nodes`. The opset import is raised to 21 if a norm is
+    fused.
 
     Args:
-        model: its norms are in the form of target `plugin`.
-        may_raise_opset: whether the opset import may be raised; if not, norms of a file before 21 are left.
+        model: a model whose norms are in the form of target `plugin`; it is changed.
+        may_raise_opset: whether the opset import may be raised; if not, a file below opset 21 is not changed.
 
     Returns:
-        Every norm whose result is quantized, in the graph's order, with the reason where it was left as it is.
+        Every norm whose result is quantized, in graph order, with the reason where it was not fused.
     """
     rows: list[QuantizedOutput] = []
     found: list[_Quantization] = []
@@ -88,9 +89,9 @@ def fuse_quantized_outputs(model: ir.Model, *, may_raise_opset: bool = True) -> 
 
 
 def split_quantized_outputs(model: ir.Model) -> list[str]:
-    """The way back: a norm, and a QuantizeLinear behind it, of each operator that is both.
+    """Split each norm with a quantized output into a norm and a QuantizeLinear behind it.
 
-    Operators whose y_scale is computed at run time stay, as `fuse_quantized_outputs` would not make them again.
+    Operators whose y_scale is computed at run time are not split, because `fuse_quantized_outputs` could not fuse them.
 
     Returns:
         Names of the nodes that were split.
@@ -118,12 +119,12 @@ def _opset(model: ir.Model) -> int | None:
 
 
 def _reach_opset(model: ir.Model, may_raise: bool) -> str:
-    """Raise the opset import as far as the operators' functions need it; why it cannot be, or nothing."""
+    """Raise the opset import as far as the operators' functions require; returns why it cannot be raised, or `""`."""
     opset = _opset(model) or 1
     if opset >= QUANTIZED_OPSET:
         return ""
     if not may_raise:
-        return f"the function of a quantized norm needs opset {QUANTIZED_OPSET}, and opset {opset} was asked for"
+        return f"the function of a quantized norm requires opset {QUANTIZED_OPSET}, and the requested opset is {opset}"
     try:
         raise_opset(model, QUANTIZED_OPSET)
     except UnsupportedError as error:
@@ -132,19 +133,19 @@ def _reach_opset(model: ir.Model, may_raise: bool) -> str:
 
 
 def _quantization(norm: ir.Node, root: ir.Graph) -> _Quantization | str | None:
-    """What quantizes a norm's result; why it cannot be part of the norm, or None where nothing does."""
+    """What quantizes a norm's result; or why the two cannot be fused; or None where the result is not quantized."""
     value, way = norm.outputs[0], []
     if not any(map(_is_quantizer, _readers_behind_casts(value))):
         return None
     for _ in range(2):
         if value.is_graph_output():
-            return "its result is an output of the graph too"
+            return "its result is also an output of the graph"
         uses = list(value.uses())
         if len(uses) != 1:
             return f"its result has {len(uses)} readers"
         reader = uses[0].node
         if reader.graph is not root:
-            return "its result is quantized in the body of a control-flow node"
+            return "its result is quantized in a subgraph of a control-flow node"
         way.append(reader)
         if _is_quantizer(reader):
             return _checked(norm, tuple(way), uses[0].idx)
@@ -153,7 +154,7 @@ def _quantization(norm: ir.Node, root: ir.Graph) -> _Quantization | str | None:
 
 
 def _merge_equal_readers(value: ir.Value, root: ir.Graph) -> None:
-    """Make one node of all readers of a norm's result, where all quantize it alike, or all cast it to float32."""
+    """Merge all readers of a norm's result if they are equal QuantizeLinear nodes, or all casts to float32."""
     nodes = [use.node for use in value.uses()]
     if value.is_graph_output() or any(node.graph is not root or node.outputs[0].is_graph_output() for node in nodes):
         return
@@ -167,7 +168,7 @@ def _merge_equal_readers(value: ir.Value, root: ir.Graph) -> None:
 
 
 def _merged(nodes: list[ir.Node], root: ir.Graph) -> ir.Node:
-    """The first of equal nodes, which takes the readers of the others over; the others go."""
+    """The first of equal nodes, which replaces the others."""
     others = set(nodes)
     first = nodes[0] if len(others) == 1 else next(node for node in root if node in others)
     for node in others - {first}:
@@ -177,7 +178,7 @@ def _merged(nodes: list[ir.Node], root: ir.Graph) -> ir.Node:
 
 
 def _quantizer_key(node: ir.Node, value: ir.Value) -> tuple[object, ...] | None:
-    """What two QuantizeLinear of one value must have in common to be one; None where that cannot be told."""
+    """A key that is equal for equal QuantizeLinear nodes of one value; None where that is unknown."""
     if not _is_quantizer(node) or not node.inputs or node.inputs[0] is not value:
         return None
     parts: list[object] = [(name, node.attributes[name].value) for name in sorted(node.attributes)]
@@ -206,21 +207,21 @@ def _is_widening(node: ir.Node) -> bool:
 
 
 def _checked(norm: ir.Node, way: tuple[ir.Node, ...], index: int) -> _Quantization | str:
-    """The quantization, or what about it the kernel cannot do."""
+    """The quantization, or why the kernel does not support it."""
     node = way[-1]
     scale = node.inputs[1] if len(node.inputs) > 1 else None
     zero_point = node.inputs[2] if len(node.inputs) > 2 else None
     if index != 0 or not all(map(_is_widening, way[:-1])):
-        return "its result is not what is quantized"
+        return "its result is not the value that is quantized"
     if node.attributes.get_int("block_size", 0) or node.attributes.get_int("saturate", 1) != 1:
         return "it is quantized in blocks, or without saturation"
     if node.attributes.get_int("precision", 0) not in (0, int(ir.DataType.FLOAT)):
-        return "the quantization divides in another dtype than float32"
+        return "its quantization divides in another dtype than float32"
     array = constant(scale)
     if scale is None or array is None:
-        return "the scale of its quantization is no constant"
+        return "the scale of its quantization is not constant"
     if array.size != 1 or array.ndim > 1:
-        return f"it is quantized by {array.size} scales, and the kernel knows one for the whole tensor"
+        return f"it is quantized by {array.size} scales, but the kernel supports one for the whole tensor"
     number = float(array.reshape(()))
     if scale.dtype not in _SCALE_TYPES or not (np.isfinite(number) and number > 0):
         return f"the scale of its quantization is {number:g}; expected a finite number above 0"
@@ -228,12 +229,12 @@ def _checked(norm: ir.Node, way: tuple[ir.Node, ...], index: int) -> _Quantizati
     if zero_point is not None:
         zero = constant(zero_point)
         if zero is None or zero_point.dtype is None:
-            return "the zero point of its quantization is no constant"
+            return "the zero point of its quantization is not constant"
         if zero.astype(np.float32).any():
             return "the zero point of its quantization is not 0"
         dtype = zero_point.dtype
     if dtype not in _NAMES:
-        return f"it is quantized to {dtype.name.lower()}, and the kernel gives {' or '.join(_NAMES.values())}"
+        return f"it is quantized to {dtype.name.lower()}, but the kernel supports {' and '.join(_NAMES.values())}"
     return _Quantization(norm, way, scale, dtype)
 
 
@@ -296,12 +297,12 @@ def _split(node: ir.Node) -> None:
 
 
 def _note_result(norm: ir.Node) -> None:
-    """The norm's notes name its result, which has another name now."""
+    """Update the name of the norm's result in its metadata."""
     try:
         names = json.loads(norm.metadata_props[VALUES_KEY])
         norm.metadata_props[VALUES_KEY] = json.dumps({**names, "y": norm.outputs[0].name}, sort_keys=True)
     except (KeyError, ValueError, TypeError):
-        return  # it has no notes, or none of ours
+        return  # no metadata, or not that of this package
 
 
 def _is_one_number(value: ir.Value | None) -> bool:

@@ -1,7 +1,7 @@
 """Write one norm as ONNX operators.
 
-Every NormSpec is cut into steps around a *core*: casts, gate and groups before it; scale, bias, gate and casts after
-it, in the module's own order. Only the core differs from target to target.
+Every NormSpec is split into steps around a *core*: casts, gate and groups before it; scale, bias, gate and casts after
+it, in the order of the module. Only the core differs between targets.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .builder import Builder, promote
 
 FLOAT = ir.DataType.FLOAT
 DOUBLE = ir.DataType.DOUBLE
-# Whether the normalized value is cast to x's dtype before the scale multiplies; the last cast is then not needed.
+# Whether the normalized value is cast to x's dtype before the scale multiplies; then the last cast is not required.
 _CASTS_FIRST: dict[Order, bool] = {
     "scale_then_cast": False,
     "cast_then_scale": True,
@@ -37,13 +37,13 @@ _CASTS_FACTOR: dict[Order, bool] = {
     "cast_factor": True,
     "no_upcast": False,
 }
-# A dim beyond this is a damaged file's.
+# A larger dim occurs only in a damaged file.
 _WIDEST = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class NormInputs:
-    """The values that a captured norm reads. `sum_of` are the two operands when x is their sum and is to be fused."""
+    """The values that a norm reads. `sum_of` are the operands of a residual add that is to be fused, or None."""
 
     x: ir.Value
     weight: ir.Value | None
@@ -54,7 +54,7 @@ class NormInputs:
 
 @dataclass(frozen=True, slots=True)
 class Emitted:
-    """The values that take over: the normalized output, and the sum where the residual add was fused."""
+    """The new values and the main node: the normalized output, and the sum where the residual add was fused."""
 
     output: ir.Value
     total: ir.Value | None
@@ -66,15 +66,15 @@ class Core:
     """A norm without gate, groups or bias over the last `dims` dims, X and scale of one dtype.
 
     Attributes:
-        x: what is normalized.
+        x: the value to normalize.
         scale: weight of the normalized dims' shape, or None.
         offset: added to the scale in float32 before it multiplies; only the plugin sees a value other than 0.
         eps: added to the mean of squares.
-        dims: how many trailing dims.
+        dims: number of normalized trailing dims.
         cast_first: cast to X's dtype before the scale multiplies (True) or after (False).
         cast_factor: round the factor to X's dtype before it multiplies X.
-        use_sum: sum of squares in place of their mean.
-        sum_of: operands of a residual add to fuse.
+        use_sum: use the sum of squares instead of their mean.
+        sum_of: operands of a residual add to fuse, or None.
     """
 
     x: ir.Value
@@ -94,12 +94,12 @@ def emit(builder: Builder, spec: NormSpec, inputs: NormInputs, target: str, path
     Args:
         builder: collects the nodes.
         spec: what to compute.
-        inputs: the values it reads, with dtypes; x's rank must be known where dims are regrouped.
+        inputs: the values it reads, with dtypes; the rank of x must be known where dims are regrouped.
         target: one of the lowering table's targets.
         path: the module's path, for messages.
 
     Raises:
-        UnsupportedError: a shape or dtype that the lowering needs is not known, or norms are not computed in the dtype.
+        UnsupportedError: a shape or dtype that the lowering requires is unknown, or x is not of a dtype of norms.
     """
     dtype = inputs.x.dtype
     if dtype is None:
@@ -111,7 +111,7 @@ def emit(builder: Builder, spec: NormSpec, inputs: NormInputs, target: str, path
         )
     match spec.root:
         case "rsqrt" | "sqrt" | "reciprocal":
-            pass  # every core divides by the root: these spellings differ in the last bit only
+            pass  # every core divides by the root: these forms differ in the last bit only
         case _:
             assert_never(spec.root)
     direct = _direct_core(builder, spec, inputs, target)
@@ -126,7 +126,7 @@ def statistics_type(spec: NormSpec, dtype: ir.DataType) -> ir.DataType:
 
 
 def _direct_core(builder: Builder, spec: NormSpec, inputs: NormInputs, target: str) -> Core | None:
-    """The core that is the whole norm, where there is one."""
+    """The core that is the whole norm, or None."""
     x, weight = inputs.x, inputs.weight
     dtype = promote(x.dtype, x.dtype)
     stats = statistics_type(spec, dtype)
@@ -144,13 +144,13 @@ def _direct_core(builder: Builder, spec: NormSpec, inputs: NormInputs, target: s
         if target == "plugin" and (spec.offset_in_float32 != cast_first or dtype == FLOAT):
             return Core(x, weight, spec.scale_offset, spec.eps, spec.trailing_dims, cast_first, sum_of=inputs.sum_of)
         if dtype in HALF_TYPES and (spec.offset_in_float32 or not cast_first):
-            return None  # 1 + weight does not fit a half type: the steps keep it in float32
+            return None  # 1 + weight is not exact in a half type, so the steps compute it in float32
         weight = _scale(builder, spec, weight, stats)
     return Core(x, weight, 0.0, spec.eps, spec.trailing_dims, cast_first, sum_of=inputs.sum_of)
 
 
 def _emit_steps(builder: Builder, spec: NormSpec, inputs: NormInputs, target: str, path: str) -> Emitted:
-    """The general way, step by step as `NormSpec` defines it, with a core that has no scale or a scale in S."""
+    """The general case, step by step as `NormSpec` defines it, with a core without a scale or with a scale in S."""
     x, shape = inputs.x, inputs.x.shape
     dtype = promote(x.dtype, x.dtype)
     stats = statistics_type(spec, dtype)
@@ -184,7 +184,7 @@ def _emit_steps(builder: Builder, spec: NormSpec, inputs: NormInputs, target: st
 def _gates(
     builder: Builder, spec: NormSpec, gate: ir.Value | None, stats: ir.DataType
 ) -> tuple[ir.Value | None, ir.Value | None]:
-    """What multiplies before the norm, and what multiplies after it."""
+    """The activated gate that multiplies before the norm, or None, and the one that multiplies after it, or None."""
     if gate is None:
         return None, None
     match spec.gate:
@@ -213,7 +213,7 @@ def _activated(builder: Builder, spec: NormSpec, gate: ir.Value, stats: ir.DataT
 
 
 def _scale(builder: Builder, spec: NormSpec, weight: ir.Value, stats: ir.DataType) -> ir.Value:
-    """The weight, or 1 + weight in the dtype in which the module adds it; folded where the weight is a constant."""
+    """The weight, or 1 + weight in the dtype in which the module adds 1; folded if the weight is constant."""
     if spec.scale_offset == 0.0:
         return weight
     dtype = stats if spec.offset_in_float32 else promote(weight.dtype, weight.dtype)
@@ -229,7 +229,7 @@ def _scale(builder: Builder, spec: NormSpec, weight: ir.Value, stats: ir.DataTyp
 def _grouped_core(
     builder: Builder, spec: NormSpec, h: ir.Value, scale: ir.Value | None, target: str, path: str, dtype: ir.DataType
 ) -> Emitted:
-    """The core, with x's last dims regrouped into one where the spec has groups or the plugin needs a single dim."""
+    """The core, with x's last dims regrouped where the spec has groups or the plugin requires a single dim."""
     dims = spec.trailing_dims
     eps, after = spec.eps, None
     if not spec.has_mean and target != "primitives":
@@ -258,7 +258,7 @@ def _grouped_core(
 
 
 def _regrouped(value: ir.Value, dims: int, group_size: int | None) -> list[int]:
-    """The dims that take the place of the last `dims`: groups and their size, or all in one. -1 where unknown."""
+    """The dims that replace the last `dims`: number of groups and their size, or a single dim. -1 where unknown."""
     tail = _static_tail(value.shape, dims)
     count = math.prod(tail) if tail is not None else -1
     if group_size is None:
@@ -269,7 +269,7 @@ def _regrouped(value: ir.Value, dims: int, group_size: int | None) -> list[int]:
 def _reshape_tail(builder: Builder, value: ir.Value, dims: int, tail: list[int], path: str) -> ir.Value:
     """The value with its last `dims` dims replaced by `tail`; the dims before them are kept, also where they are 0."""
     if value.shape is None:
-        raise UnsupportedError(f"norm {path!r}: the rank of its input is unknown, so its groups cannot be written.")
+        raise UnsupportedError(f"norm {path!r}: the rank of its input is unknown, so its groups cannot be lowered.")
     kept = len(value.shape) - dims
     target = builder.constant(np.array([0] * kept + tail), ir.DataType.INT64, "shape")
     shape = ir.Shape([*value.shape[:kept], *(size if size >= 0 else None for size in tail)])
@@ -286,7 +286,7 @@ def _emit_core(builder: Builder, core: Core, target: str, dtype: ir.DataType | N
 
 
 def _primitives(builder: Builder, core: Core, factor_dtype: ir.DataType | None = None) -> Emitted:
-    """x / sqrt(mean(x^2) + eps) spelled so that ONNX Runtime's fusion knows it: Pow by 2, Sqrt, Div."""
+    """x / sqrt(mean(x^2) + eps) in the form that ONNX Runtime fuses: Pow by 2, Sqrt, Div."""
     dtype = _type(core.x)
     stats = FLOAT if dtype in HALF_TYPES else dtype
     h = builder.cast(core.x, stats)
@@ -313,7 +313,7 @@ def _primitives(builder: Builder, core: Core, factor_dtype: ir.DataType | None =
 
 
 def _reduced(builder: Builder, op_type: str, value: ir.Value, dims: int, shape: ir.Shape | None) -> ir.Value:
-    """The sum or mean over the last dims, whose axes became an input with opset 13 and 18."""
+    """The sum or mean over the last dims. The axes are an input since opset 13 (ReduceSum) and 18 (ReduceMean)."""
     axes = list(range(-dims, 0))
     if builder.opset < (13 if op_type == "ReduceSum" else 18):
         return builder.op(op_type, [value], {"axes": axes, "keepdims": 1}, dtype=_type(value), shape=shape)
@@ -322,7 +322,7 @@ def _reduced(builder: Builder, op_type: str, value: ir.Value, dims: int, shape: 
 
 
 def _standard(builder: Builder, core: Core) -> Emitted:
-    """RMSNormalization. By its definition it casts before it scales, so the other order runs in float32."""
+    """RMSNormalization. It casts before it scales, so for the other order it runs in float32."""
     dtype = _type(core.x)
     inner = FLOAT if dtype in HALF_TYPES and not core.cast_first and core.scale is not None else dtype
     x = builder.cast(core.x, inner)
@@ -333,7 +333,7 @@ def _standard(builder: Builder, core: Core) -> Emitted:
 
 
 def _ort(builder: Builder, core: Core) -> Emitted:
-    """ONNX Runtime's fused operator. It has lived in the default domain since opset 1 of ONNX Runtime."""
+    """ONNX Runtime's fused operator, which is in the default domain since opset 1."""
     dtype = _type(core.x)
     scale = core.scale if core.scale is not None else _ones(builder, core, dtype)
     attributes = {"axis": -core.dims, "epsilon": core.eps, "stash_type": _stash(dtype)}
@@ -372,7 +372,7 @@ _CORES: dict[str, Callable[[Builder, Core], Emitted]] = {
 
 
 def _ones(builder: Builder, core: Core, dtype: ir.DataType) -> ir.Value | None:
-    """A scale of ones for operators that must have one; None where the width is not fixed."""
+    """A scale of ones for operators that require one; None where the width is not static."""
     shape = core.x.shape
     tail = _static_tail(shape, core.dims)
     return builder.constant(np.ones(tail), dtype, "ones") if tail is not None else None
@@ -381,14 +381,14 @@ def _ones(builder: Builder, core: Core, dtype: ir.DataType) -> ir.Value | None:
 def _needed(scale: ir.Value | None) -> ir.Value:
     if scale is None:
         raise UnsupportedError(
-            "the dims that a norm normalizes are not fixed, and this target's operator needs a scale of their shape. "
+            "the dims that a norm normalizes are dynamic, and this target's operator requires a scale of their shape. "
             "Make them static in the example inputs or in the file, or use --target primitives."
         )
     return scale
 
 
 def _spans(weight: ir.Value, x: ir.Value, dims: int) -> bool:
-    """Whether the weight has exactly the shape of x's normalized dims."""
+    """Whether the weight has the shape of x's normalized dims."""
     if weight.shape is None or x.shape is None or len(weight.shape) != dims or len(x.shape) < dims:
         return False
     return list(weight.shape) == list(x.shape[len(x.shape) - dims :])
@@ -402,7 +402,7 @@ def _count(value: ir.Value, dims: int, path: str) -> int:
 
 
 def _static_tail(shape: ir.Shape | None, dims: int) -> list[int] | None:
-    """The last `dims` dims where they are all numbers."""
+    """The last `dims` dims if all are static, or None."""
     if shape is None or len(shape) < dims:
         return None
     tail = [dim for dim in shape[len(shape) - dims :] if isinstance(dim, int) and 0 < dim <= _WIDEST]

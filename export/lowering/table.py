@@ -1,8 +1,7 @@
-"""The lowering table: what each target emits for each form of a norm, what that needs, and how exact it is.
+"""The lowering table: what each target emits for each form of a norm, what that requires, and how exact it is.
 
-This is the one place that says so: export, `rmsnorm targets`, the README's table and the tests are generated from it.
-"Exact" speaks of the order of roundings: an exact cell rounds where the module rounds. Sums taken in another order
-still differ in the last bits.
+Export, `rmsnorm targets`, the table in the README and the tests are generated from it. "Exact" refers to the order of
+roundings: an exact cell rounds where the module rounds. Sums in another order still differ in the last bits.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ class Deviation:
     Attributes:
         order: the order of casts it applies to, or `any`.
         dtypes: the dtypes it applies to.
-        runtime: where it shows: a runtime's name, or `any`.
+        runtime: the runtime in which it occurs, or `any`.
         ulp: largest difference from the module's own result, in ULP of the output dtype; None if it has no bound
             because the module itself is inaccurate.
-        reason: why.
+        reason: why the result differs.
     """
 
     order: Order | Literal["any"]
@@ -48,17 +47,17 @@ class Deviation:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One target's way to write one form.
+    """How one target writes one form.
 
     Attributes:
-        target: whom the file is for.
+        target: the target.
         form: `plain`, or `residual_add` for a residual add in front of the norm whose sum is used elsewhere too.
         emits: the operators, in order.
         opset: lowest opset import of the finished file.
-        dtypes: dtypes of x that it can do.
-        runtimes: lowest versions that run it.
-        deviations: where it is not exact.
-        note: what else a reader should know.
+        dtypes: supported dtypes of x.
+        runtimes: lowest version of each runtime that runs it.
+        deviations: the cases in which it is not exact.
+        note: a remark for the reader.
     """
 
     target: Target
@@ -76,7 +75,7 @@ _HALF_STATISTICS = Deviation(
     HALF_DTYPES,
     "any",
     None,
-    "statistics are float32 where the module's are half: nearer the truth than it",
+    "statistics are float32 where the module's are half: more accurate than the module",
 )
 _ORT_SCALES_FIRST = Deviation(
     "cast_then_scale",
@@ -87,12 +86,12 @@ _ORT_SCALES_FIRST = Deviation(
 )
 _FACTOR_NOT_CAST = Deviation("cast_factor", HALF_DTYPES, "any", 1.5, "the factor is not rounded before it multiplies x")
 _ORT_FACTOR_NOT_CAST = Deviation(
-    "cast_factor", HALF_DTYPES, "onnxruntime", 1.5, "ONNX Runtime may fuse the norm, and then does not round the factor"
+    "cast_factor", HALF_DTYPES, "onnxruntime", 1.5, "ONNX Runtime may fuse the norm and then does not round the factor"
 )
-_ROUNDED_EPS = Deviation("any", ("float64",), "any", None, "the operator holds epsilon as float32")
+_ROUNDED_EPS = Deviation("any", ("float64",), "any", None, "the operator stores epsilon as float32")
 _ALL = ("float32", "float16", "bfloat16", "float64")
 
-# The version whose engines the tests build. Its parser knows SimplifiedLayerNormalization too.
+# The version with which the tests build engines. Its parser also supports SimplifiedLayerNormalization.
 _RTX = ("tensorrt-rtx", "1.7")
 
 # fmt: off
@@ -100,11 +99,11 @@ TABLE: tuple[Cell, ...] = (
     Cell("primitives", "plain", "Cast, Pow, ReduceMean, Add, Sqrt, Div, Mul, Cast", 7, _ALL,
          (("onnxruntime", "1.23"), ("tensorrt", "10.7"), _RTX),
          (_ORT_SCALES_FIRST, _ORT_FACTOR_NOT_CAST, _HALF_STATISTICS),
-         "the spelling that ONNX Runtime fuses into one kernel at load"),
+         "the form that ONNX Runtime fuses into one kernel when it loads the file"),
     Cell("primitives", "residual_add", "Add, then as plain", 7, _ALL,
          (("onnxruntime", "1.23"), ("tensorrt", "10.7"), _RTX),
          (_ORT_SCALES_FIRST, _ORT_FACTOR_NOT_CAST, _HALF_STATISTICS),
-         "the Add stays: its sum is the second output"),
+         "the Add remains: its sum is the second output"),
     Cell("standard", "plain", "RMSNormalization", 23, _ALL,
          (("onnxruntime", "1.23"), ("tensorrt", "10.15"), _RTX),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
@@ -112,11 +111,11 @@ TABLE: tuple[Cell, ...] = (
     Cell("standard", "residual_add", "Add, RMSNormalization", 23, _ALL,
          (("onnxruntime", "1.23"), ("tensorrt", "10.15"), _RTX),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
-         "the Add stays: its sum is the second output"),
+         "the Add remains: its sum is the second output"),
     Cell("ort", "plain", "SimplifiedLayerNormalization", 7, _ALL,
          (("onnxruntime", "1.23"), _RTX),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
-         "ONNX Runtime's own fused operator; nothing else runs it"),
+         "ONNX Runtime's own fused operator"),
     Cell("ort", "residual_add", "Add, SimplifiedLayerNormalization", 7, _ALL,
          (("onnxruntime", "1.23"), _RTX),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS, _ROUNDED_EPS),
@@ -124,7 +123,7 @@ TABLE: tuple[Cell, ...] = (
     Cell("plugin", "plain", "rmsnorm_deploy::RMSNorm", 18, ("float32", "float16", "bfloat16"),
          (("tensorrt", "10.7"), _RTX, ("onnxruntime", "1.23")),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS),
-         "a local function of the same name holds the primitives, so the file runs without the plugin too"),
+         "a local function of the same name contains the primitives, so the file also runs without the plugin"),
     Cell("plugin", "residual_add", "rmsnorm_deploy::AddRMSNorm", 18, ("float32", "float16", "bfloat16"),
          (("tensorrt", "10.7"), _RTX, ("onnxruntime", "1.23")),
          (_ORT_SCALES_FIRST, _FACTOR_NOT_CAST, _HALF_STATISTICS),
@@ -138,11 +137,11 @@ class Environment:
     """What the file is written for.
 
     Attributes:
-        opset: the opset import wanted, or None for the lowest that the target can use.
+        opset: the requested opset import, or None for the lowest that the target supports.
         dtype: dtype of x, such as `float16`.
         runtime: `onnxruntime`, `tensorrt`, or None when unknown.
         runtime_version: its version, such as `1.24.1`, or None when unknown.
-        top_level: whether the norm stands in the main graph, not in a control-flow body.
+        top_level: whether the norm is in the main graph, not in a subgraph of a control-flow node.
     """
 
     opset: int | None = None
@@ -154,11 +153,12 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class LoweringRefusal:
-    """Why a cell cannot be used, and what can.
+    """Why a cell cannot be used, and which target can.
 
     Attributes:
-        reasons: never empty.
-        nearest: the target that is nearest to the one asked for and legal, or None.
+        target: the requested target.
+        reasons: why it cannot be used; never empty.
+        nearest: the nearest target that can be used, or None.
     """
 
     target: str
@@ -172,15 +172,15 @@ class LoweringRefusal:
 
 
 def cell(target: str, form: Form) -> Cell:
-    """The table's cell.
+    """The table's cell for a target and a form.
 
     Raises:
-        UsageError: no such target.
+        UsageError: the target is unknown.
     """
     for row in TABLE:
         if row.target == target and row.form == form:
             return row
-    raise UsageError(f"unknown target {target!r}; the targets are {', '.join(TARGETS)}.")
+    raise UsageError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}.")
 
 
 def resolve(spec: NormSpec, form: Form, target: str, environment: Environment) -> Cell | LoweringRefusal:
@@ -188,12 +188,12 @@ def resolve(spec: NormSpec, form: Form, target: str, environment: Environment) -
 
     Args:
         spec: the norm.
-        form: whether a residual add stands in front of it.
+        form: whether a residual add precedes it.
         target: one of `TARGETS`.
         environment: what the file is written for.
 
     Raises:
-        UsageError: no such target.
+        UsageError: the target is unknown.
     """
     chosen = cell(target, form)
     reasons = _obstacles(chosen, spec, environment)
@@ -205,7 +205,7 @@ def resolve(spec: NormSpec, form: Form, target: str, environment: Environment) -
 
 
 def deviations(chosen: Cell, spec: NormSpec, dtype: str, runtime: str | None = None) -> list[Deviation]:
-    """Where `chosen` is not exact for this norm; with a runtime, only what shows there."""
+    """The cases in which `chosen` is not exact for this norm; with a runtime, only those that occur there."""
     return [
         dataclasses.replace(d, ulp=_bound(d.ulp, spec))
         for d in chosen.deviations
@@ -214,7 +214,7 @@ def deviations(chosen: Cell, spec: NormSpec, dtype: str, runtime: str | None = N
 
 
 def _concerns(deviation: Deviation, spec: NormSpec) -> bool:
-    if deviation.order == "any":  # an epsilon that float32 cannot hold, where the statistics are wider
+    if deviation.order == "any":  # float32 cannot represent the epsilon, and the statistics are wider
         return spec.sums_in_double and not _is_float32(spec.eps)
     match spec.order:
         case "scale_then_cast":
@@ -235,10 +235,10 @@ def _is_float32(value: float) -> bool:
 
 
 def _bound(ulp: float | None, spec: NormSpec) -> float | None:
-    """The table's bound is for one rounding that is left out, with at most one behind it.
+    """The table's bound holds for one omitted rounding with at most one rounding behind it.
 
-    A bias may cancel what the rounding is measured against; each further rounding (a gate's, a weight's behind a
-    rounded factor) hands on the error of the one before, which a change of binade can double.
+    A bias may cancel the value that the error is relative to. Each further rounding (of a gate, or of a weight behind
+    a rounded factor) passes on the error of the previous one, which a change of binade can double.
     """
     if ulp is None or spec.bias:
         return None
@@ -246,7 +246,7 @@ def _bound(ulp: float | None, spec: NormSpec) -> float | None:
 
 
 def _gate_rounds(spec: NormSpec) -> bool:
-    """Whether a gate rounds the result once more."""
+    """Whether the multiplication by a gate rounds the result once more."""
     match spec.gate:
         case "none" | "before":
             return False
@@ -270,18 +270,18 @@ def opset_for(target: str, opset: int | None) -> int:
     """The opset import of a finished file.
 
     Raises:
-        UsageError: no such target.
-        UnsupportedError: the opset asked for is outside what is written, or too low for the target.
+        UsageError: the target is unknown.
+        UnsupportedError: the requested opset is out of range, or too low for the target.
     """
     lowest = cell(target, "plain").opset
     if opset is None:
         return max(lowest, DEFAULT_OPSET)
     if not LOWEST_OPSET <= opset <= HIGHEST_OPSET:
-        raise UnsupportedError(f"opset {opset} is not written; choose one from {LOWEST_OPSET} to {HIGHEST_OPSET}.")
+        raise UnsupportedError(f"opset: expected {LOWEST_OPSET} to {HIGHEST_OPSET}, got {opset}.")
     if opset < lowest:
         raise UnsupportedError(
-            f"target {target!r} needs opset {lowest}, but opset {opset} was asked for. Leave --opset out, or use "
-            f"--target primitives, which needs opset {LOWEST_OPSET}."
+            f"target {target!r} requires opset {lowest}, got opset {opset}. Omit --opset, or use --target primitives, "
+            f"which requires opset {LOWEST_OPSET}."
         )
     return opset
 
@@ -289,21 +289,21 @@ def opset_for(target: str, opset: int | None) -> int:
 def _obstacles(row: Cell, spec: NormSpec, environment: Environment) -> list[str]:
     reasons = []
     if environment.dtype not in row.dtypes:
-        reasons.append(f"{row.emits} does not exist for {environment.dtype} (it has {', '.join(row.dtypes)})")
+        reasons.append(f"{row.emits} does not support {environment.dtype} (it supports {', '.join(row.dtypes)})")
     if environment.opset is not None and environment.opset < row.opset:
-        reasons.append(f"{row.emits} needs opset {row.opset}, and the file has opset {environment.opset}")
+        reasons.append(f"{row.emits} requires opset {row.opset}, and the file has opset {environment.opset}")
     if row.target == "plugin" and not environment.top_level:
-        reasons.append("TensorRT finds plugins in the main graph only, and this norm stands in a control-flow body")
+        reasons.append("TensorRT finds plugins in the main graph only, and this norm is in a control-flow subgraph")
     if row.target == "plugin" and spec.sums_in_double and environment.dtype == "float64":
         reasons.append("the plugin's statistics are float32")
     lowest = dict(row.runtimes)
     if environment.runtime is not None and environment.runtime not in lowest:
-        reasons.append(f"{environment.runtime} does not know {row.emits}")
+        reasons.append(f"{environment.runtime} does not support {row.emits}")
     elif environment.runtime is not None and environment.runtime_version is not None:
         needed = lowest[environment.runtime]
         older = _version(environment.runtime_version) < _version(needed)
         reasons += [
-            f"{row.emits} needs {environment.runtime} {needed}, and this is {environment.runtime_version}"
+            f"{row.emits} requires {environment.runtime} {needed}, and this is {environment.runtime_version}"
         ] * older
     return reasons
 

@@ -1,1 +1,9 @@
-"""ONNX models as files: read, checked, raised to another opset, written, described by a manifest."""
+"""ONNX models as files: read, check and write them, raise their opset, and describe them in a manifest.
+
+read_model: read_model, a file without its weights; to_ir, its graph in onnx_ir; ModelFile.
+check_graph: check_graph, which refuses damaged and oversized graphs.
+raise_opset: raise_opset, which raises the opset import without changing what operators compute.
+write_model: write_model, a rewritten model beside its weights; graft.
+atomic_files: new_folder and new_file, written completely or not at all.
+manifest: write_manifest and read_manifest, and the rows of a manifest.
+"""

@@ -1,4 +1,4 @@
-"""Writing a folder whole or not at all."""
+"""Write folders and files completely or not at all, and check destinations before slow work."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from ...models.companions import COMPANIONS
 from ...models.errors import UsageError
 
 MANIFEST = "manifest.json"
-# What a server or a tokenizer needs beside the graph; copied where the model has it.
 
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name when the block ends well, and vanishes when it does not.
+    """A temporary folder beside `path` that is renamed to it when the block succeeds, and is deleted when it fails.
 
-    An earlier export of ours at `path` is replaced; any other folder with files in it is refused and not touched.
+    An earlier export at `path` is replaced; any other folder with files in it is refused and not changed.
 
     Raises:
-        UsageError: the place cannot be written to, is full, or holds something else.
+        UsageError: the path cannot be written to, the disk is full, or the path holds something else.
     """
     target = Path(path).expanduser().absolute()
     _check_replaceable(target)
@@ -51,17 +50,17 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file in the folder of `path` that takes its name when the block ends well, and vanishes otherwise.
+    """A temporary file beside `path` that is renamed to it when the block succeeds, and is deleted when it fails.
 
     Raises:
-        UsageError: there is a file of that name, or the folder cannot be written to.
+        UsageError: the file exists, or the folder cannot be written to.
     """
     target = Path(path).expanduser().absolute()
     partial = target.with_name(f".{target.stem}.partial{target.suffix}")
     try:
         yield partial
         if target.exists():
-            raise UsageError(f"{target} exists; name a new file.")
+            raise UsageError(f"{target} exists; give a new file name.")
         partial.rename(target)
     except OSError as error:
         if isinstance(error, IsADirectoryError):
@@ -72,10 +71,10 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_destination(path: str | os.PathLike[str]) -> None:
-    """Find out whether `new_folder(path)` could be made, before slow work is done for it; nothing is left there.
+    """Check that `new_folder(path)` can be created, before slow work; nothing is left behind.
 
     Raises:
-        UsageError: the place cannot be written to, or holds something else.
+        UsageError: the path cannot be written to, or holds something else.
     """
     target = Path(path).expanduser().absolute()
     _check_replaceable(target)
@@ -87,27 +86,27 @@ def check_destination(path: str | os.PathLike[str]) -> None:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy the config and tokenizer files that lie in `source`."""
+    """Copy the config and tokenizer files of a model's folder `source` to `folder`."""
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copy(source / name, folder / name)
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
+    """Hexadecimal SHA-256 of a file, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_replaceable(target: Path) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UsageError(f"{target} exists and is no folder; name another.")
+        raise UsageError(f"{target} exists and is not a folder; give another path.")
     try:
         occupied = target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file()
     except OSError as error:
         raise UsageError(f"cannot read {target}: {error.strerror or error}") from error
     if occupied:
-        raise UsageError(f"{target} holds files that no export wrote; name another folder, or empty it.")
+        raise UsageError(f"{target} holds files that no export wrote; give another folder, or empty it.")
 
 
 def _move_into_place(partial: Path, target: Path) -> None:
@@ -127,13 +126,13 @@ def _move_into_place(partial: Path, target: Path) -> None:
 
 
 def _missing_parents(target: Path) -> list[Path]:
-    """The parent folders that would have to be made, innermost first."""
+    """The parent folders that do not exist, innermost first."""
     return [parent for parent in target.parents if not parent.exists()]
 
 
 def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
-        with contextlib.suppress(OSError):  # not empty: something of ours, or of others, lives there now
+        with contextlib.suppress(OSError):  # not empty: it holds other files now
             folder.rmdir()
 
 

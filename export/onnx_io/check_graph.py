@@ -1,6 +1,6 @@
-"""Whether a file's graph is one: every name made once, nothing waiting for itself, and no more than can be handled.
+"""Check the graph of a file: every name is defined once, there are no cycles, and its size is within the limits.
 
-ONNX's own checker needs the nodes in order and names that it likes, and takes neither circles nor size into account.
+ONNX's own checker requires sorted nodes and restricts names, and does not check for cycles or size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .read_model import label, shorten, subgraphs, with_subgraphs
 # A node takes about 5 KB of memory, and 10 to 30 microseconds in each step of a rewrite.
 MOST_NODES = 500_000
 DEEPEST_GRAPH = 100
-# Types of attributes for operators of which ONNX knows nothing, or at another opset only.
+# Types of attributes, for operators without an ONNX schema at the opset.
 _NORM_ATTRIBUTES = {
     **dict.fromkeys(("axis", "keepdims", "stash_type", "to"), AttributeProto.INT),
     "axes": AttributeProto.INTS,
@@ -36,7 +36,7 @@ _DTYPES = ("to", "dtype", "output_dtype", "stash_type")
 
 @dataclass(slots=True)
 class _Scope:
-    """A graph or a function's body, and what its nodes read beyond their inputs: for their own subgraphs."""
+    """A graph or a function's body. `reads` are the names that each node reads, also in its subgraphs."""
 
     opset: int
     body: GraphProto | FunctionProto
@@ -49,14 +49,18 @@ class _Scope:
 
 
 def check_graph(model: ModelProto, where: str) -> None:
-    """Check that the graph is one: every name that is read is made, once, and nothing waits for itself.
+    """Check that the graph is valid: every name that is read is defined exactly once, and there are no cycles.
 
-    Nodes may stand in any order, and names may be any text. Takes time linear in the size of the graph.
+    Nodes may be in any order, and names may be any text. The time is linear in the size of the graph.
+
+    Args:
+        model: the graph.
+        where: the file's name for messages.
 
     Raises:
-        UsageError: a name is read that nothing makes, or is made twice; nodes wait for each other in a circle;
-            functions call themselves; a node has no op, or other inputs, outputs or attributes than its op can have;
-            the default opset is missing, or imported twice; a text is none.
+        UsageError: a name is read and not defined, or is defined twice; nodes form a cycle; functions call themselves;
+            a node has no operator, or inputs, outputs or attributes that its operator does not have; the default opset
+            is missing, or imported twice; a string is not UTF-8.
         UnsupportedError: more than 500,000 nodes, counted with functions inlined, or subgraphs more than 100 deep.
     """
     _check_size(len(model.graph.node), 0, where)
@@ -72,7 +76,7 @@ def check_graph(model: ModelProto, where: str) -> None:
 
 
 def _check_texts(model: ModelProto, where: str) -> None:
-    """protobuf hands out a text that is no UTF-8 as bytes, and takes it back from nobody."""
+    """Refuse strings that are not UTF-8, which protobuf returns as bytes and cannot write."""
     pending: list[Any] = [model]
     while pending:
         message = pending.pop()
@@ -83,8 +87,8 @@ def _check_texts(model: ModelProto, where: str) -> None:
                 for text in [value] if isinstance(value, str | bytes) else value:
                     if isinstance(text, bytes):
                         raise UsageError(
-                            f"{where}: {descriptor.name} {shorten(text)} of a {type(message).__name__} is no text. The "
-                            "file is damaged; export it again."
+                            f"{where}: {descriptor.name} {shorten(text)} of a {type(message).__name__} is not UTF-8. "
+                            "The file is damaged; export it again."
                         )
 
 
@@ -101,7 +105,7 @@ def _check_opsets(model: ModelProto, where: str) -> None:
             if len(found) > 1:
                 raise UsageError(
                     f"{where}: {shorten(name)} imports domain {shorten(domain)!r} at opsets "
-                    f"{', '.join(map(str, sorted(found)))}; there can be only one."
+                    f"{', '.join(map(str, sorted(found)))}; expected one opset for each domain."
                 )
         if not all(1 <= version < 1000 for version in versions[""] or {1}) or (
             name == "the model" and not versions[""]
@@ -110,7 +114,7 @@ def _check_opsets(model: ModelProto, where: str) -> None:
 
 
 def _check_calls(model: ModelProto, where: str) -> Counter[tuple[str, str, str]]:
-    """Check that functions do not call themselves. Returns how many nodes each becomes where it is inlined."""
+    """Check that functions do not call themselves. Returns the number of nodes of each when inlined."""
     functions = {(f.domain, f.name, f.overload): f for f in model.functions}
     if len(functions) < len(model.functions):
         raise UsageError(f"{where}: two functions have the same domain and name.")
@@ -126,7 +130,7 @@ def _check_calls(model: ModelProto, where: str) -> Counter[tuple[str, str, str]]
             callers[callee].append(key)
             waiting[key] += 1
     ready = [key for key in functions if not waiting[key]]
-    for key in ready:  # grows: functions whose callees are all sized
+    for key in ready:  # the list grows: functions whose callees are all counted
         sizes[key] = min(sizes[key] + sum(sizes[callee] for callee in called[key]), 10 * MOST_NODES)
         for caller in callers[key]:
             waiting[caller] -= 1
@@ -139,13 +143,13 @@ def _check_calls(model: ModelProto, where: str) -> Counter[tuple[str, str, str]]
 
 
 def _scopes(model: ModelProto, calls: Counter[tuple[str, str, str]], where: str) -> list[_Scope]:
-    """Every graph and function body, holders before what they hold."""
+    """Every graph and function body, each before its subgraphs."""
     opset = _opset(model)
     functions = {(f.domain, f.name, f.overload): f for f in model.functions}
     scopes = [_Scope(opset, model.graph, "the graph", None, 0, 0)]
     scopes += [_Scope(_opset(f) or opset, f, f"function {shorten(f.name)}", None, 0, 0) for f in model.functions]
     total = 0
-    for scope in scopes:  # grows
+    for scope in scopes:  # the list grows
         total += len(scope.body.node)
         _check_size(total, scope.depth, where)
         for index, node in enumerate(scope.body.node):
@@ -163,9 +167,9 @@ def _scopes(model: ModelProto, calls: Counter[tuple[str, str, str]], where: str)
 
 
 def _check_node(node: NodeProto, opset: int, where: str) -> None:
-    """Check what ONNX says of the op: how many inputs and outputs, and the types of attributes."""
+    """Check a node against its ONNX schema: number of inputs and outputs, types of attributes."""
     if not node.op_type:
-        raise UsageError(f"{where}: node {node.name!r} has no op.")
+        raise UsageError(f"{where}: node {node.name!r} has no operator.")
     schema = _schema(node.op_type, opset) if node.domain in ("", "ai.onnx") else None
     if schema is not None and not _fits(node, schema.min_input, schema.max_input, schema.max_output):
         raise _other_count(node, f"opset {opset}", where)
@@ -179,7 +183,7 @@ def _check_node(node: NodeProto, opset: int, where: str) -> None:
         wanted = _NORM_ATTRIBUTES.get(name) if stated is None else _TYPES.get(stated.type)
         bad_dtype = name in _DTYPES and kind == AttributeProto.INT and attribute.i not in _KNOWN_DTYPES
         if (wanted not in (None, kind) and kind != AttributeProto.UNDEFINED) or bad_dtype:
-            raise UsageError(f"{where}: attribute {shorten(name)} of {label(node)} is not of the type that it must be.")
+            raise UsageError(f"{where}: attribute {shorten(name)} of {label(node)} has the wrong type.")
 
 
 def _fits(node: NodeProto, least: int, inputs: int, outputs: int) -> bool:
@@ -188,8 +192,8 @@ def _fits(node: NodeProto, least: int, inputs: int, outputs: int) -> bool:
 
 def _other_count(node: NodeProto, definition: str, where: str) -> UsageError:
     return UsageError(
-        f"{where}: {label(node)} has {len(node.input)} inputs and {len(node.output)} outputs, which is not what "
-        f"{definition} says of it."
+        f"{where}: {label(node)} has {len(node.input)} inputs and {len(node.output)} outputs, "
+        f"which does not match its definition in {definition}."
     )
 
 
@@ -207,14 +211,14 @@ def _check_size(nodes: int, depth: int, where: str) -> None:
             f"{where}: more than {MOST_NODES} nodes; a rewrite would take too much memory. Split the model."
         )
     if depth > DEEPEST_GRAPH:
-        raise UnsupportedError(f"{where}: subgraphs inside each other more than {DEEPEST_GRAPH} deep.")
+        raise UnsupportedError(f"{where}: subgraphs are nested more than {DEEPEST_GRAPH} deep. Flatten the model.")
 
 
 def _note_makers(scope: _Scope, where: str) -> None:
-    """Note which node makes each name of a graph; -1 for inputs and initializers."""
+    """Record the index of the node that computes each name of a graph; -1 for inputs and initializers."""
     for name in _given(scope.body):
         if name in scope.made:
-            raise UsageError(f"{where}: {shorten(name)!r} is given twice as an input or initializer of {scope.name}.")
+            raise UsageError(f"{where}: {shorten(name)!r} is defined twice as an input or initializer of {scope.name}.")
         scope.made[name] = -1
     for index, node in enumerate(scope.body.node):
         for name in node.output:
@@ -228,7 +232,7 @@ def _given(body: GraphProto | FunctionProto) -> Iterable[str]:
     if isinstance(body, FunctionProto):
         return list(body.input)
     inputs = [info.name for info in body.input]
-    known = set(inputs)  # an initializer may be an input's default
+    known = set(inputs)  # an initializer may be the default of an input
     tensors = [t.name for t in body.initializer] + [sparse.values.name for sparse in body.sparse_initializer]
     if len(set(tensors)) < len(tensors):
         return [*inputs, *tensors]
@@ -236,7 +240,7 @@ def _given(body: GraphProto | FunctionProto) -> Iterable[str]:
 
 
 def _check_reads(scope: _Scope, where: str) -> None:
-    """Check that what a graph reads is made in it, or hand it to the graph that holds it."""
+    """Check that every name that a graph reads is defined in it, or pass the name to the enclosing graph."""
     for index, node in enumerate(scope.body.node):
         read = scope.reads[index]
         read.update(node.input)
@@ -244,8 +248,8 @@ def _check_reads(scope: _Scope, where: str) -> None:
         missing = [name for name in read if name not in scope.made]
         if missing and scope.parent is None:
             raise UsageError(
-                f"{where}: {label(node)} reads {shorten(repr(min(missing)))}, which nothing in {scope.name} "
-                "makes. The file is damaged, or an initializer was left out; export it again."
+                f"{where}: {label(node)} reads {shorten(repr(min(missing)))}, which {scope.name} does not "
+                "define. The file is damaged, or an initializer is missing; export it again."
             )
         if missing and scope.parent is not None:
             scope.parent.reads[scope.holder].update(missing)
@@ -253,13 +257,11 @@ def _check_reads(scope: _Scope, where: str) -> None:
     outputs = [o if isinstance(o, str) else o.name for o in scope.body.output]
     for name in outputs:
         if name not in scope.made:
-            raise UsageError(
-                f"{where}: {shorten(repr(name))} is an output of {scope.name}, and nothing in it makes it."
-            )
+            raise UsageError(f"{where}: {shorten(repr(name))} is an output of {scope.name}, which does not define it.")
 
 
 def _check_order(scope: _Scope, where: str) -> None:
-    """Check that the nodes of a graph can be put in an order in which each finds what it reads."""
+    """Check that the nodes of a graph can be sorted topologically."""
     made, nodes = scope.made, scope.body.node
     waiting = [0] * len(nodes)
     readers: dict[int, list[int]] = defaultdict(list)
@@ -268,11 +270,11 @@ def _check_order(scope: _Scope, where: str) -> None:
             waiting[index] += 1
             readers[maker].append(index)
     ready = [index for index, count in enumerate(waiting) if not count]
-    for maker in ready:  # grows
+    for maker in ready:  # the list grows
         for index in readers[maker]:
             waiting[index] -= 1
             if not waiting[index]:
                 ready.append(index)
     if len(ready) < len(nodes):
         stuck = next(index for index, count in enumerate(waiting) if count > 0)
-        raise UsageError(f"{where}: {label(nodes[stuck])} needs its own result, directly or through other nodes.")
+        raise UsageError(f"{where}: {label(nodes[stuck])} depends on its own result, directly or through other nodes.")

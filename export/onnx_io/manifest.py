@@ -1,4 +1,4 @@
-"""The manifest beside an exported model: what was done, to which norms, with which versions, and every file's hash."""
+"""The manifest of an exported model: target, norms, notes, versions, and the hash of every file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _VERSIONS = ("rmsnorm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "transf
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of every package that shapes the result, as far as they are installed."""
+    """Versions of Python and of the installed packages that affect the result."""
     installed = {name: installed_version(name) for name in _VERSIONS}
     return {"python": platform.python_version(), **{name: text for name, text in installed.items() if text is not None}}
 
@@ -33,11 +33,11 @@ def installed_version(distribution: str) -> str | None:
 
 
 def deviation_rows(manifest: dict[str, Any], runtime: str | None = None) -> list[dict[str, Any]]:
-    """Where an exported model does not round as its modules do: each case once, with the paths of its norms.
+    """The cases in which an exported model does not round as its modules do, each once, with the paths of its norms.
 
     Args:
-        manifest: of the exported folder.
-        runtime: only what shows there; None for every runtime.
+        manifest: manifest of the exported folder.
+        runtime: only cases that occur in this runtime; None for every runtime.
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for site in manifest.get("sites", ()):
@@ -65,8 +65,8 @@ def write_manifest(folder: Path, content: dict[str, Any], unchanged: Collection[
 
     Args:
         folder: the new folder.
-        content: the rest of the manifest.
-        unchanged: files that are another file's bytes: large weights, which are not read to be hashed.
+        content: the other fields of the manifest.
+        unchanged: copies or links of large weight files, which are not read and get no hash.
     """
     files = {
         path.relative_to(folder).as_posix(): {
@@ -82,7 +82,7 @@ def write_manifest(folder: Path, content: dict[str, Any], unchanged: Collection[
 
 
 def _json_lines(content: dict[str, Any]) -> str:
-    """JSON with a line for each entry and for each item of a list: there may be thousands of norms."""
+    """JSON with one line for each entry and for each item of a list, because there may be thousands of norms."""
     entries = []
     for key, value in content.items():
         items = ",\n    ".join(json.dumps(item) for item in value) if isinstance(value, list) and value else None
@@ -94,16 +94,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an exported folder.
 
     Raises:
-        UsageError: there is none, or it is not ours.
+        UsageError: there is none, or it has another schema.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise UsageError(f"{folder} holds no {MANIFEST}, so it is no exported folder. Make one with: rmsnorm export")
+        raise UsageError(f"{folder} has no {MANIFEST}, so it is not an exported folder. Make one with: rmsnorm export")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
-        raise UsageError(f"{path} has schema {found!r}; this version reads {SCHEMA}. Export again.")
+        raise UsageError(f"{path}: expected schema {SCHEMA!r}, got {found!r}. Export again.")
     return manifest

@@ -1,8 +1,8 @@
-"""Raising the opset import of a graph without changing what any operator computes.
+"""Raise the opset import of a graph without changing what any operator computes.
 
-Most operators only gain from one opset to the next and stay as they are. Those whose axes, limits or sizes moved from
-attributes to inputs are rewritten one by one by ONNX's own version converter, as far as it is right: it silently
-hands on some that it should change, so only those proven equal in ONNX Runtime are left to it.
+Most operators are only extended from one opset to the next and remain unchanged. Operators whose axes, limits or sizes
+became inputs are converted one by one by ONNX's version converter. It silently passes some operators through that it
+should change, so only operators whose conversion was verified in ONNX Runtime are converted.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from onnx import version_converter
 
 from ...models.errors import UnsupportedError
 
-# Broadcasting and test modes meant something else before.
+# Broadcasting and test modes had another meaning in earlier opsets.
 LOWEST_READ = 7
 _REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
-# What ONNX's converter turns into the same computation. It does not for Resize and Upsample (asymmetric coordinates
-# become half-pixel ones), Hardmax, GroupNormalization and GridSample (it leaves them as they are).
+# Operators that ONNX's converter converts correctly. It fails for Resize and Upsample (asymmetric coordinates become
+# half-pixel ones), and for Hardmax, GroupNormalization and GridSample (it does not change them).
 CONVERTED = frozenset(
     {"BatchNormalization", "Clip", "Dropout", "LogSoftmax", "Pad", "Scatter", "Slice", "Softmax", "Split", "Squeeze"}
     | {"TopK", "Unsqueeze"}
@@ -34,7 +34,7 @@ def _always(node: ir.Node) -> bool:
 
 
 def _not_last_axis(node: ir.Node) -> bool:
-    """Dims from the axis on were normalized together; now it is the axis alone."""
+    """All dims from the axis on were normalized together; since then only the axis is."""
     axis = node.attributes.get_int("axis", 1)
     shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
     return axis != -1 and (shape is None or axis != len(shape) - 1)
@@ -45,12 +45,12 @@ def _second_output(node: ir.Node) -> bool:
 
 
 def _ceil_mode(node: ir.Node) -> bool:
-    """Windows that start in the padding at the end no longer count."""
+    """Windows that start in the padding at the end are no longer computed."""
     return node.attributes.get_int("ceil_mode", 0) != 0
 
 
 def _odd_padding(node: ir.Node) -> bool:
-    """The odd element of padding that is worked out moved from one side to the other."""
+    """The odd element of computed padding moved to the other side."""
     return "output_shape" in node.attributes or node.attributes.get_string("auto_pad", "NOTSET").startswith("SAME")
 
 
@@ -59,25 +59,25 @@ def _old_resize(node: ir.Node) -> bool:
 
 
 def _equal_parts(node: ir.Node) -> bool:
-    """The number of parts has to be said, where their sizes are not."""
+    """The number of parts became required where their sizes are not given."""
     return (len(node.inputs) < 2 or node.inputs[1] is None) and "num_outputs" not in node.attributes
 
 
-# What the comparison of two definitions cannot see: the opset from which on an operator means something else, and for
-# which nodes. From ONNX's operator changelog, opsets 7 to 23.
+# Changes that a comparison of two schemas does not show: the opset from which on an operator has another meaning, and
+# for which nodes. From ONNX's operator changelog, opsets 7 to 23.
 MEANING_CHANGED: dict[str, tuple[tuple[int, Callable[[ir.Node], bool]], ...]] = {
     "AveragePool": ((19, _ceil_mode), (22, _ceil_mode)),
     "BatchNormalization": ((14, _second_output),),  # training, by the number of outputs
     "ConvTranspose": ((11, _odd_padding),),
-    "DFT": ((20, _always),),  # an axis that became an input with another default
-    "Dropout": ((10, _second_output), (12, _second_output)),  # the mask became bool, and then true where kept
+    "DFT": ((20, _always),),  # the axis became an input with another default
+    "Dropout": ((10, _second_output), (12, _second_output)),  # the mask became bool, and then true for kept elements
     "GridSample": ((20, _always),),  # modes have other names
     "GroupNormalization": ((21, _always),),  # scales per channel instead of per group
     "Hardmax": ((13, _not_last_axis),),
     "LogSoftmax": ((13, _not_last_axis),),
     "LpPool": ((18, _ceil_mode), (22, _ceil_mode)),
     "MaxPool": ((22, _ceil_mode),),
-    "OneHot": ((11, _always),),  # negative indices were off, now they count from the end
+    "OneHot": ((11, _always),),  # negative indices now count from the end
     "Resize": ((11, _always), (13, _old_resize)),  # other coordinates
     "RoiAlign": ((16, _always),),  # other coordinates
     "Softmax": ((13, _not_last_axis),),
@@ -87,44 +87,45 @@ MEANING_CHANGED: dict[str, tuple[tuple[int, Callable[[ir.Node], bool]], ...]] = 
 
 @dataclass(slots=True)
 class _Plan:
-    """What raising does to a model: the nodes to convert, and those that cannot be."""
+    """The nodes to convert, and the operators that cannot be converted, with the reason."""
 
     converted: list[tuple[ir.Node, list[onnx.NodeProto]]] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     known: dict[bytes, list[onnx.NodeProto] | str] = field(default_factory=dict)
 
     def refuse(self, node: ir.Node, reason: str) -> None:
-        """Remember the first node of each operator that stands in the way."""
+        """Record the first node of each operator that cannot be converted."""
         self.refused.setdefault(node.op_type, f"{node.name or node.outputs[0].name!r}: {reason}")
 
 
 def raise_opset(model: ir.Model, opset: int) -> None:
     """Set the default domain's import to `opset`, in local functions too, after checking every operator.
 
-    An operator keeps its meaning when its newer definition takes the same inputs and every attribute it had keeps its
-    default; new attributes must have a default, be optional, or be absent from the node. Others are converted, keeping
-    their name, metadata and outputs; what else they need is put before them. Nothing changes where one cannot be.
+    An operator keeps its meaning if its newer definition has the same inputs and every attribute keeps its default; new
+    attributes must have a default, be optional, or be absent from the node. Other operators are converted. They keep
+    their name, metadata and outputs; additional nodes are inserted before them. If one cannot be converted, nothing
+    changes.
 
     Raises:
-        UnsupportedError: the import would have to be lowered, is older than opset 7, or an operator means something
-            else at `opset` and cannot be converted.
+        UnsupportedError: the import is above `opset` or below 7, or an operator has another meaning at `opset` and
+            cannot be converted.
     """
     current = _import(model.graph.opset_imports) or 1
     if opset < current:
-        raise UnsupportedError(f"the graph was captured at opset {current} and cannot be lowered to {opset}.")
+        raise UnsupportedError(f"the graph has opset {current}, which cannot be lowered to {opset}.")
     if opset == current:
         return
     if current < LOWEST_READ:
-        raise UnsupportedError(f"opset {current} is not read; save the model at opset {LOWEST_READ} or later.")
+        raise UnsupportedError(f"opset of the model: expected at least {LOWEST_READ}, got {current}.")
     plan = _Plan()
     _plan_nodes(plan, model.graph.all_nodes(), current, opset, convert=True)
     for function in model.functions.values():
         own = _import(function.opset_imports) or current
-        # ONNX says that a function's own import counts, and ONNX Runtime goes by the model's: no node may care.
+        # ONNX applies a function's own import, but ONNX Runtime the model's: the nodes must be equal in both.
         _plan_nodes(plan, function.graph.all_nodes(), min(own, current), opset, convert=own == current)
     if plan.refused:
         raise UnsupportedError(
-            f"opset {current} cannot be raised to {opset}: {', '.join(sorted(plan.refused))} would change in meaning "
+            f"opset {current} cannot be raised to {opset}: {', '.join(sorted(plan.refused))} would change meaning "
             f"({'; '.join(reason for _, reason in sorted(plan.refused.items()))}). Use a target that needs no newer "
             f"opset, such as primitives, or export the model at opset {opset}."
         )
@@ -162,14 +163,14 @@ def _plan_nodes(plan: _Plan, nodes: Iterable[ir.Node], current: int, opset: int,
 
 
 def _change(node: ir.Node, current: int, opset: int) -> str | None:
-    """What is different about the operator at `opset`, as far as it concerns this node; None if nothing is."""
+    """How the operator of this node differs at `opset`; None if it does not."""
     if node.domain != "":
         return None
     try:
         old = onnx.defs.get_schema(node.op_type, current, "")
         new = onnx.defs.get_schema(node.op_type, opset, "")
     except onnx.defs.SchemaError:
-        return None  # an operator that onnx does not know (ONNX Runtime's own) has no versions to differ
+        return None  # an operator without an ONNX schema (ONNX Runtime's own) has no versions
     if old.since_version == new.since_version:
         return None
     if new.deprecated:
@@ -193,7 +194,7 @@ def _change(node: ir.Node, current: int, opset: int) -> str | None:
 
 
 def _lost(node: ir.Node, current: int, opset: int) -> bool:
-    """Whether the converter would leave out that an output means something else."""
+    """Whether the converter would ignore that an output has another meaning."""
     changes = MEANING_CHANGED.get(node.op_type, ())
     return any(current < since <= opset and test is _second_output and test(node) for since, test in changes)
 
@@ -201,13 +202,13 @@ def _lost(node: ir.Node, current: int, opset: int) -> bool:
 def _convert(
     node: ir.Node, current: int, opset: int, known: dict[bytes, list[onnx.NodeProto] | str]
 ) -> list[onnx.NodeProto] | str:
-    """The nodes that do at `opset` what this one does, its inputs called i0, i1, ... and its outputs o0, o1, ...
+    """Nodes that compute the same at `opset`, with inputs i0, i1, ... and outputs o0, o1, ...
 
     Returns:
         The nodes, or why there are none.
     """
     if any(attribute.is_ref() for attribute in node.attributes.values()):
-        return "its attributes are those of the function that it stands in"
+        return "its attributes refer to those of the function that contains it"
     model = _alone(node, current)
     key = model.SerializeToString(deterministic=True)
     if key not in known:
@@ -217,7 +218,7 @@ def _convert(
 
 
 def _alone(node: ir.Node, opset: int) -> onnx.ModelProto:
-    """A model of this node and nothing else. Types that are not known are left to be float of any shape."""
+    """A model with only this node. Unknown types are float of any shape."""
     model = onnx.ModelProto(ir_version=8)
     model.opset_import.add(domain="", version=opset)
     model.graph.name = "node"
@@ -245,7 +246,7 @@ def _converted(model: onnx.ModelProto, opset: int, typed: bool) -> list[onnx.Nod
         inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)  # the outputs' types, for the checker
         result = version_converter.convert_version(inferred, opset)
         _check(result, opset)
-    except Exception as error:  # the converter's and the checker's have no common base
+    except Exception as error:  # the errors of the converter and the checker have no common base class
         return f"ONNX cannot convert it ({str(error).splitlines()[0][:120]})"
     parts = []
     for tensor in result.graph.initializer:
@@ -253,15 +254,15 @@ def _converted(model: onnx.ModelProto, opset: int, typed: bool) -> list[onnx.Nod
     parts.extend(result.graph.node)
     constants = [a.t for part in parts if part.op_type == "Constant" for a in part.attribute]
     if not typed and any(t.data_type != onnx.TensorProto.INT64 for t in constants):
-        return "the dtype of its inputs is not known; let onnx infer the model's shapes first"
+        return "the dtype of its inputs is unknown; run onnx.shape_inference on the model first"
     outputs = [name for name in model.graph.node[0].output if name]
     if not set(outputs) <= set(parts[-1].output):
-        return "its outputs would come from more than one node"
+        return "its outputs would be computed by more than one node"
     return parts
 
 
 def _check(model: onnx.ModelProto, opset: int) -> None:
-    """As the checker does for a whole model, which would want the rank of every input too."""
+    """Check each node as ONNX's checker does for a whole model, where it also requires the rank of every input."""
     context = onnx.checker.C.CheckerContext()
     context.ir_version = model.ir_version
     context.opset_imports = {"": opset}
@@ -288,7 +289,7 @@ def _free_name(wanted: str, taken: set[str | None]) -> str:
 
 
 def _splice(node: ir.Node, parts: list[onnx.NodeProto], taken: set[str | None]) -> None:
-    """Make of the node the last of its parts, which has its outputs, and put the others before it."""
+    """Change the node into the last of its parts, which has its outputs, and insert the others before it."""
     values = {f"i{index}": value for index, value in enumerate(node.inputs) if value is not None}
     base = node.name or node.outputs[0].name or node.op_type
     *before, last = parts
@@ -306,7 +307,7 @@ def _splice(node: ir.Node, parts: list[onnx.NodeProto], taken: set[str | None]) 
         made.append(new)
     graph = node.graph
     if graph is None:
-        raise ValueError("a node stands outside any graph")
+        raise ValueError("a node is outside of any graph")
     graph.insert_before(node, made)
     node.op_type = last.op_type
     node.resize_inputs(len(last.input))

@@ -1,7 +1,6 @@
-"""An ONNX model as files: reading the graph without its weights, and checking that the weights are all there.
+"""Read an ONNX model without its weights, and check that its weights are complete.
 
-Nothing that a file says is believed: sizes are checked before anything is made of them, names before they are looked
-up, and places before they are opened.
+Files are not trusted: sizes are checked before memory is allocated, and paths before files are opened.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
-# Values of less than a byte are packed in files, though not in numpy; a text has no fixed size.
+# Bits per element. Elements below a byte are packed in files, but not in NumPy; a string has no fixed size.
 _BITS = {
     "INT4": 4,
     "UINT4": 4,
@@ -35,7 +34,7 @@ LARGEST_MODEL = (1 << 31) - 1
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """What tells one state of a file from another: its size in bytes, time of change in ns, and inode."""
+    """The state of a file, to detect changes: its size in bytes, modification time in ns, and inode."""
 
     path: Path
     size: int
@@ -44,20 +43,24 @@ class FileStamp:
 
     @classmethod
     def of(cls, path: Path) -> FileStamp:
-        """The file's state now; OSError where there is none."""
+        """The file's current state.
+
+        Raises:
+            OSError: the file does not exist.
+        """
         status = path.stat()
         return cls(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A model without the weights that it keeps in other files.
+    """A model without the weights that it stores in other files.
 
     Attributes:
         model: the graph; external data is not loaded.
-        path: where it was read from; None for bytes.
-        external_files: the files that hold external data, each once.
-        stamps: every file's state from before it was read.
+        path: the file it was read from; None for bytes.
+        external_files: the files with external data, each once.
+        stamps: the state of every file before it was read.
     """
 
     model: ModelProto
@@ -71,10 +74,10 @@ class ModelFile:
         return "the model given as bytes" if self.path is None else str(self.path)
 
     def check_unchanged(self) -> None:
-        """Make sure that no file was written to since it was read.
+        """Check that no file changed since it was read.
 
         Raises:
-            UsageError: one was changed, replaced or removed.
+            UsageError: a file was changed, replaced or removed.
         """
         for stamp in self.stamps:
             try:
@@ -83,8 +86,8 @@ class ModelFile:
                 same = False
             if not same:
                 raise UsageError(
-                    f"{self.where}: {stamp.path} changed while it was in use, so nothing that was read can be trusted. "
-                    "Wait until whatever writes it is done, and start again."
+                    f"{self.where}: {stamp.path} changed while it was in use, so the result is not reliable. "
+                    "Wait until no other program writes it, and start again."
                 )
 
 
@@ -93,11 +96,11 @@ def read_model(source: str | os.PathLike[str] | bytes, weights_folder: Path | No
 
     Args:
         source: path of an ONNX file, or the bytes of one.
-        weights_folder: where the external data of bytes lie; None when they must not have any.
+        weights_folder: the folder with the external data of a model given as bytes; None if it must not have any.
 
     Raises:
-        UsageError: there is no such file, it is no ONNX model, a tensor has impossible dims or fewer values than its
-            dims say, or external data is missing, too short, or outside the model's folder (also through a link).
+        UsageError: the file does not exist or is not an ONNX model; a tensor has impossible dims or the wrong number of
+            values; or external data is missing, too short, or outside of the model's folder (also through a link).
     """
     import onnx
 
@@ -110,21 +113,21 @@ def read_model(source: str | os.PathLike[str] | bytes, weights_folder: Path | No
         raise UsageError(f"{where}: cannot be read: {error.strerror or error}.") from error
     try:
         model = onnx.load_model_from_string(data)
-    except Exception as error:  # protobuf's DecodeError, which has no public home in onnx
-        raise UsageError(f"{where}: not an ONNX model, or one cut short: {error}.") from error
+    except Exception as error:  # protobuf's DecodeError, for which onnx has no public name
+        raise UsageError(f"{where}: not an ONNX model, or a truncated one: {error}.") from error
     if not model.HasField("graph"):
-        raise UsageError(f"{where}: not an ONNX model: it holds no graph.")
+        raise UsageError(f"{where}: not an ONNX model: it has no graph.")
     folder = weights_folder if path is None else path.parent
     external = _check_tensors(model, _allowed_folders(path, folder), where)
     return ModelFile(model, path, tuple(s.path for s in external), (*stamp, *external))
 
 
 def to_ir(file: ModelFile) -> ir.Model:
-    """The model for rewriting; external tensors stay references to the files beside it.
+    """The model in onnx_ir, for rewriting; external tensors remain references to files.
 
     Raises:
-        UnsupportedError: it holds something that cannot be carried through a rewrite unharmed.
-        UsageError: it contradicts itself.
+        UnsupportedError: the model contains something that onnx_ir cannot represent.
+        UsageError: the model contradicts itself.
     """
     import onnx_ir as ir
 
@@ -134,12 +137,12 @@ def to_ir(file: ModelFile) -> ir.Model:
     for graph in graphs(file.model):
         for sparse in graph.sparse_initializer:
             raise UnsupportedError(
-                f"{file.where}: initializer {shorten(sparse.values.name)} is a sparse tensor, which cannot be carried "
-                "through a rewrite. Make it a dense one."
+                f"{file.where}: initializer {shorten(sparse.values.name)} is a sparse tensor, which a rewrite does "
+                "not support. Make it dense."
             )
     try:
         model = ir.from_proto(file.model)
-    except Exception as error:  # whatever the file makes onnx_ir stumble over
+    except Exception as error:  # onnx_ir raises many kinds of errors for damaged files
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
@@ -166,7 +169,7 @@ def all_nodes(model: ModelProto) -> Iterator[NodeProto]:
 
 
 def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
-    """The graphs that a node holds itself, such as the two branches of an If."""
+    """The graphs in a node's attributes, such as the two branches of an If."""
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g
@@ -174,15 +177,15 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
 
 
 def shorten(text: str | bytes, length: int = 80) -> str:
-    """A name or message out of a file, fit for one line of a message. Bytes are names that are no UTF-8."""
+    """A name or text from a file, shortened and escaped for a message. Bytes are names that are not UTF-8."""
     text = text if isinstance(text, str) else repr(text)
     line = text.encode("unicode_escape", "replace").decode() if not text.isprintable() else text
     return line if len(line) <= length else line[: length - 3] + "..."
 
 
 def label(node: NodeProto) -> str:
-    """What a message calls a node: its op and its name, or else what it makes."""
-    made = next((f", which makes {str(name)!r}" for name in node.output if name), "")
+    """A node in a message: its operator and its name, or else its first output."""
+    made = next((f", which computes {str(name)!r}" for name in node.output if name), "")
     return f"{shorten(str(node.op_type))} {shorten(repr(node.name) if node.name else 'without a name' + made, 120)}"
 
 
@@ -199,11 +202,11 @@ def _stamp(path: Path | None, where: str) -> tuple[FileStamp, ...]:
     if path is None:
         return ()
     if not path.is_file():
-        raise UsageError(f"{where}: there is no such file." if not path.exists() else f"{where}: not a file.")
+        raise UsageError(f"{where}: the file does not exist." if not path.exists() else f"{where}: not a file.")
     stamp = FileStamp.of(path)
     if stamp.size > LARGEST_MODEL:
         raise UsageError(
-            f"{where}: {stamp.size} bytes; an ONNX file has at most {LARGEST_MODEL}. Keep the weights in external data."
+            f"{where}: expected at most {LARGEST_MODEL} bytes, got {stamp.size}. Store the weights as external data."
         )
     return (stamp,)
 
@@ -211,18 +214,18 @@ def _stamp(path: Path | None, where: str) -> tuple[FileStamp, ...]:
 def _check_attribute(attribute: AttributeProto, node: NodeProto, where: str) -> None:
     if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
         raise UnsupportedError(
-            f"{where}: attribute {shorten(str(attribute.name))} of {label(node)} is a sparse tensor, which cannot be "
-            "carried through a rewrite. Make it a dense one."
+            f"{where}: attribute {shorten(str(attribute.name))} of {label(node)} is a sparse tensor, which a "
+            "rewrite does not support. Make it dense."
         )
     if attribute.type == attribute.UNDEFINED:
         raise UnsupportedError(
-            f"{where}: attribute {shorten(str(attribute.name))} of {label(node)} does not say its type, as files of IR "
-            "version 1 do not. Export the model again with a newer exporter."
+            f"{where}: attribute {shorten(str(attribute.name))} of {label(node)} has no type, as in files of IR "
+            "version 1. Export the model again with a newer exporter."
         )
 
 
 def _tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """Every tensor that may keep its values elsewhere: initializers, and attributes of nodes."""
+    """Every tensor that may be external: initializers, and attributes of nodes and functions."""
     inner = [g for function in model.functions for node in function.node for g in subgraphs(node)]
     for graph in with_subgraphs([model.graph, *inner]):
         yield from graph.initializer
@@ -238,7 +241,7 @@ def _tensors(model: ModelProto) -> Iterator[TensorProto]:
 
 
 def _check_tensors(model: ModelProto, folders: Sequence[Path], where: str) -> list[FileStamp]:
-    """Check every tensor. Returns the state of the files of external data."""
+    """Check every tensor. Returns the states of the files with external data."""
     import onnx
 
     files: dict[str, FileStamp] = {}
@@ -249,8 +252,8 @@ def _check_tensors(model: ModelProto, folders: Sequence[Path], where: str) -> li
             continue
         if not folders:
             raise UsageError(
-                f"{where}: tensor {shorten(tensor.name)} keeps its values in another file, which bytes cannot point "
-                "to; give the path of the model."
+                f"{where}: tensor {shorten(tensor.name)} is external data, which a model given as bytes "
+                "cannot refer to; give the path of the model."
             )
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
@@ -259,14 +262,14 @@ def _check_tensors(model: ModelProto, folders: Sequence[Path], where: str) -> li
         file, end = files[location], _end_of(entries, size, tensor, where)
         if end > file.size:
             raise UsageError(
-                f"{where}: external data file {file.path} is cut short: tensor {shorten(tensor.name)} ends at byte "
-                f"{end}, the file at {file.size}. Export or copy it again."
+                f"{where}: external data file {file.path} is truncated: tensor {shorten(tensor.name)} ends at byte "
+                f"{end}, and the file has {file.size} bytes. Export or copy it again."
             )
     return list({stamp.path: stamp for stamp in files.values()}.values())
 
 
 def _size(tensor: TensorProto, where: str) -> int:
-    """How many elements a tensor has."""
+    """The number of elements of a tensor."""
     elements = 1
     for dim in tensor.dims:
         elements *= dim
@@ -284,11 +287,11 @@ def _bits(tensor: TensorProto, where: str) -> int:
         name = onnx.TensorProto.DataType.Name(tensor.data_type)
         return _BITS[name] if name in _BITS else 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{where}: tensor {shorten(tensor.name)} has no known dtype ({tensor.data_type}).") from error
+        raise UsageError(f"{where}: tensor {shorten(tensor.name)} has unknown dtype {tensor.data_type}.") from error
 
 
 def _check_inline(tensor: TensorProto, size: int, where: str) -> None:
-    """A tensor in the file itself has as many values as its dims say."""
+    """Check that a tensor in the file itself has as many values as its dims require."""
     import onnx
 
     bits = _bits(tensor, where)
@@ -301,16 +304,16 @@ def _check_inline(tensor: TensorProto, size: int, where: str) -> None:
         needed = 2 * size if tensor.data_type in complex_types else -(-size // packed)
     if held != needed:
         raise UsageError(
-            f"{where}: tensor {shorten(tensor.name)} holds {held} {unit}, and its dims "
-            f"{shorten(str(list(tensor.dims)))} need {needed}. Export or copy the file again."
+            f"{where}: tensor {shorten(tensor.name)} has {held} {unit}; its dims "
+            f"{shorten(str(list(tensor.dims)))} require {needed}. Export or copy the file again."
         )
 
 
 def _allowed_folders(path: Path | None, folder: Path | None) -> list[Path]:
-    """The folder to look in, and then those that the real files may lie in.
+    """The folder that external data is relative to, followed by the folders that the resolved files may be in.
 
-    Both may be links to elsewhere, and a model may be one into a store that keeps its weights beside it, as the
-    Hugging Face hub's cache does. ONNX Runtime has the same rule.
+    The folder and the model may be links: the cache of the Hugging Face hub links a model to a store with its weights.
+    ONNX Runtime applies the same rule.
     """
     if folder is None:
         return []
@@ -321,9 +324,9 @@ def _allowed_folders(path: Path | None, folder: Path | None) -> list[Path]:
 
 
 def _located(location: str | bytes, folders: Sequence[Path], tensor: str, where: str) -> FileStamp:
-    if isinstance(location, bytes):  # no UTF-8
-        raise UsageError(f"{where}: tensor {shorten(tensor)} keeps its values in {location!r}, which is no file name.")
-    # Both kinds of path, because a model may come from another system than this one.
+    if isinstance(location, bytes):  # not UTF-8
+        raise UsageError(f"{where}: external data of {shorten(tensor)} is in {location!r}, which is not a file name.")
+    # Both kinds of path, because the model may have been written on another operating system.
     parts = PurePosixPath(location).parts + PureWindowsPath(location).parts
     absolute = PurePosixPath(location).is_absolute() or PureWindowsPath(location).drive or location.startswith("\\")
     outside = not location or absolute or ".." in parts or "\0" in location
@@ -331,13 +334,13 @@ def _located(location: str | bytes, folders: Sequence[Path], tensor: str, where:
     file = folder / ("" if outside else location)
     if outside or not any(Path(os.path.realpath(file)).is_relative_to(place) for place in allowed):
         raise UsageError(
-            f"{where}: tensor {shorten(tensor)} keeps its values in {shorten(repr(location))}, which is not inside "
-            "the model's folder; external data must lie beside the model."
+            f"{where}: tensor {shorten(tensor)} has its external data in {shorten(repr(location))}, which is "
+            "outside of the model's folder; move it beside the model."
         )
     try:
         if file.is_file():
             return FileStamp.of(file)
-    except OSError as error:  # such as a name that is too long
+    except OSError as error:  # for example, the name is too long
         raise UsageError(
             f"{where}: external data file {shorten(str(file))} of tensor {shorten(tensor)} cannot be opened: "
             f"{error.strerror or error}."
@@ -346,13 +349,13 @@ def _located(location: str | bytes, folders: Sequence[Path], tensor: str, where:
 
 
 def _end_of(entries: dict[str, str], size: int, tensor: TensorProto, where: str) -> int:
-    """Where the values of an external tensor end in their file, in bytes."""
+    """The offset in bytes at which an external tensor ends in its file."""
     try:
         offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
     except ValueError:
         offset = length = -1
     if offset < 0 or length < 0:
         raise UsageError(
-            f"{where}: the offset or length of tensor {shorten(tensor.name)}'s external data is no whole number."
+            f"{where}: the offset or length of tensor {shorten(tensor.name)}'s external data is not a valid number."
         )
     return offset + max(length, -(-size * _bits(tensor, where) // 8))

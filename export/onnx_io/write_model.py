@@ -1,6 +1,6 @@
-"""Writing a rewritten graph as a file, its weights left where they are on the disk.
+"""Write a rewritten graph to a file without reading its weights, which are copied, linked or referred to.
 
-A graph that goes through onnx_ir and back loses what onnx_ir does not hold; `graft` puts it back.
+The conversion to onnx_ir and back loses what onnx_ir does not represent; `graft` restores it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
-# What says where an external tensor lies; other entries, such as a checksum, say something about it.
+# The entries that locate an external tensor; other entries, such as a checksum, describe it.
 _PLACE = ("location", "offset", "length")
 
 
@@ -31,21 +31,20 @@ def write_model(
 
     Args:
         model: the rewritten graph; its external tensors are those of `original`, and none is read.
-        original: the file that it came from.
+        original: the file that it was read from.
         folder: an existing folder.
         name: the model's file name in it.
-        weights: `link` makes each data file of `original` a hard link, the same file under a second name, and copies
-            where the file system cannot; `copy` makes another file; `reference` leaves them where they are, for a model
-            in the original's own folder. A symbolic link is no choice: ONNX Runtime refuses data that really lie
-            outside of the model's folder.
+        weights: `link` creates a hard link to each data file of `original`, or a copy where the file system does not
+            support links; `copy` creates copies; `reference` creates nothing, for a model in the folder of `original`.
+            Symbolic links are not supported, because ONNX Runtime refuses data outside of the model's folder.
 
     Returns:
-        What a user should know about how the weights were placed.
+        Notes for the user on how the weights were placed.
 
     Raises:
         UsageError: a data file has the model's name, or a file of `original` changed since it was read.
-        UnsupportedError: the graph is larger than a protobuf message can be.
-        OSError: the disk refuses.
+        UnsupportedError: the graph exceeds the size limit of protobuf.
+        OSError: writing failed.
     """
     import onnx_ir as ir
 
@@ -53,8 +52,8 @@ def write_model(
     graft(original.model, proto)
     if proto.ByteSize() > LARGEST_MODEL:
         raise UnsupportedError(
-            f"{original.where}: the rewritten graph is larger than the {LARGEST_MODEL} bytes that an ONNX file can "
-            "have. Save the model with its weights as external data first."
+            f"{original.where}: the rewritten graph exceeds {LARGEST_MODEL} bytes, the limit of an ONNX file. "
+            "Save the model with its weights as external data first."
         )
     notes = [] if weights == "reference" else _place_weights(original, folder, name, weights)
     (folder / name).write_bytes(proto.SerializeToString(deterministic=True))
@@ -66,17 +65,17 @@ def _place_weights(original: ModelFile, folder: Path, name: str, weights: Litera
     if not original.external_files:
         return []
     if original.path is None:
-        raise UsageError("a model given as bytes has no folder that its external data could be taken from.")
+        raise UsageError("a model given as bytes has no folder to read its external data from.")
     copied = []
     for file in original.external_files:
         place = Path(os.path.normpath(folder / file.relative_to(original.path.parent)))
         if place == folder / name:
             raise UsageError(
-                f"{original.where}: its external data lie in a file called {shorten(name)}, as the new model is to be. "
-                "Save the model with data under another name."
+                f"{original.where}: its external data file has the name of the new model, {shorten(name)}. "
+                "Save the model with external data under another name."
             )
         place.parent.mkdir(parents=True, exist_ok=True)
-        source = Path(os.path.realpath(file))  # a link would be linked to, not followed
+        source = Path(os.path.realpath(file))  # os.link does not follow symbolic links
         if weights == "copy" or not _linked(source, place):
             shutil.copyfile(source, place)
             copied.append(file.name)
@@ -88,16 +87,16 @@ def _place_weights(original: ModelFile, folder: Path, name: str, weights: Litera
 def _linked(source: Path, place: Path) -> bool:
     try:
         os.link(source, place)
-    except OSError:  # another file system, one without links, or a file of another user
+    except OSError:  # another file system, one without hard links, or a file of another user
         return False
     return True
 
 
 def graft(original: ModelProto, rewritten: ModelProto) -> None:
-    """Put back into `rewritten` what the way through onnx_ir lost, where what it belongs to is still there.
+    """Restore in `rewritten` what the conversion through onnx_ir lost, where the nodes and values still exist.
 
-    That is: training information, fields that this version of ONNX does not know, types that onnx_ir does not, what
-    tensors say besides their values, and the types of inputs and outputs word for word.
+    That is: training information, fields that this version of ONNX does not know, types that onnx_ir does not know,
+    additional fields of tensors, and the exact types of inputs and outputs.
     """
     rewritten.training_info.extend(original.training_info[len(rewritten.training_info) :])
     _keep_unknown(original, rewritten)
@@ -164,7 +163,7 @@ def _graft_tensor(original: TensorProto, rewritten: TensorProto) -> None:
 
 
 def _values(tensor: TensorProto) -> tuple[Any, ...]:
-    """What a tensor holds, or where: two tensors with the same are the same but for what they say about it."""
+    """The values of a tensor or their location: equal for tensors that differ only in additional fields."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     held = [(d.name, v) for d, v in tensor.ListFields() if d.name == "raw_data" or d.name.endswith("_data")]
     held = [(name, value if name == "raw_data" else list(value)) for name, value in held if name != "external_data"]
@@ -172,7 +171,7 @@ def _values(tensor: TensorProto) -> tuple[Any, ...]:
 
 
 def _keep_unknown(original: Any, rewritten: Any) -> None:
-    """Copy the fields that a newer version of ONNX wrote."""
+    """Copy the fields that this version of ONNX does not know."""
     if len(UnknownFieldSet(original)) == 0:
         return
     unknown = type(original)()

@@ -24,10 +24,10 @@ If `y` had no spec, the formulas before it (`previous`: `narrow`, then `normed`)
 result no norm uses so is in `GraphReader.refusals`, with the reason.
 
 find_norms:
-    find_graph_norms: every norm of a model, after its types were filled in, and what looks like one and is none.
-    find_norms: the same for a model whose types are filled in.
+    find_graph_norms: every norm of a model, after its missing types are inferred, and what was refused.
+    find_norms: the same for a model whose types are known.
 dataflow:
-    GraphReader: reads a graph node by node and keeps the formula of every value that may belong to a norm.
+    GraphReader: reads a graph node by node and records the formula of every value that may belong to a norm.
 terms:
     is_vector: whether a value can be a norm's weight or bias.
     Squares: x^2, element by element.
@@ -36,10 +36,10 @@ terms:
     Step: what happens to a normalized value: a cast, scale, bias, gate or reshape.
     Normed: a normalized value and the steps since.
 fused_ops:
-    fused_norm: the norm that one operator is as a whole (ONNX's, ONNX Runtime's, ours), or why it is none.
+    fused_norm: the norm that a single operator computes (ONNX's, ONNX Runtime's, the plugin's), or why it was refused.
 to_spec:
     reading: the NormSpec of a normalized value and the values that it reads, or why there is none.
-    Reading: what `reading` found.
+    Reading: the result of `reading`.
     unfolded: the weight to which 1 was added to give a constant.
     shortest: the shortest decimal of an epsilon's float32 value.
 """

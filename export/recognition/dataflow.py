@@ -1,4 +1,4 @@
-"""Reads a graph node by node and writes down the formula of every value that may belong to a norm."""
+"""GraphReader: read a graph node by node and record the formula of every value that may belong to a norm."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from .fused_ops import FUSED, fused_norm
 from .terms import MOST_NODES, Activated, Normed, Squares, Statistic, Step, Term, is_vector
 
 _LAYER_NORM = "the mean is subtracted first, so it is a LayerNorm"
-_OUTSIDE = "epsilon is added outside of the root, which no RMSNorm does"
-_DIVIDED = "it is divided by what the file does not fix"
-_BOUND = "a bound is put on the statistic (as L2 normalization does), where RMSNorm adds epsilon to the mean of squares"
+_OUTSIDE = "epsilon is added outside of the root, not to the mean of squares"
+_DIVIDED = "the statistic is divided by a value that is not constant"
+_BOUND = "the statistic is clamped (as in L2 normalization), where RMSNorm adds epsilon to the mean of squares"
 _POWER = "x is multiplied by another power of the statistic than -1/2"
-_GONE = "the reduced dims are gone when x is scaled, so rows and factors do not meet"
-_OTHER = "what is squared is not what is scaled"
-_ADDED = "something that is no constant is added to the statistic"
+_GONE = "the reduced dims are removed before x is scaled, so the factors do not broadcast over rows"
+_OTHER = "the value that is squared is not the value that is scaled"
+_ADDED = "a value that is not constant is added to the statistic"
 
 
 class GraphReader:
@@ -51,8 +51,8 @@ class GraphReader:
 
     Attributes:
         terms: the formula of each value that has one.
-        refusals: why the nodes around a Reduce node are no norm, by that node.
-        continued: normalized values that a later one goes on from.
+        refusals: why the nodes around a Reduce node are not a norm, by Reduce node.
+        continued: normalized values that a longer formula continues.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class GraphReader:
         self._roots: dict[ir.Value, ir.Value] = {}
 
     def read(self, graph: ir.Graph) -> None:
-        """Read a graph and the bodies inside it, in order."""
+        """Read a graph and its subgraphs, in order."""
         pending: list[Iterator[ir.Node]] = [iter(graph)]
         while pending:
             node = next(pending[-1], None)
@@ -105,7 +105,7 @@ class GraphReader:
         return None if value is None else self.terms.get(value)
 
     def _open(self, value: ir.Value | None) -> Normed | None:
-        """The normalized value, where nothing but one node reads it: only then may that node be part of the norm."""
+        """The normalized value if exactly one node reads it, because only then that node can be part of the norm."""
         term = self._term(value)
         if value is None or not isinstance(term, Normed) or value.is_graph_output() or len(value.uses()) != 1:
             return None
@@ -122,13 +122,13 @@ class GraphReader:
         if out.dtype is None and node.op_type == "Cast" and "to" in node.attributes:
             out.dtype = ir.DataType(node.attributes["to"].as_int())
         root = self.root(value)
-        # A value that was widened and is narrowed again to what it was is the same value.
+        # A value that is widened and then narrowed to its original dtype is the same value.
         if node.op_type == "Identity" or widens(value.dtype, out.dtype) or (out.dtype and root.dtype == out.dtype):
             self._roots[out] = root
         term, to = self._term(value), out.dtype
         if node.op_type == "Identity" and to is None:
             to = value.dtype
-        if not is_floating(to):  # whole numbers and eight-bit floats are no rounding that a spec knows
+        if not is_floating(to):  # no spec rounds to integers or eight-bit floats
             return None
         if isinstance(term, Squares):
             return Squares(term.root, term.taken, term.half or is_half(to), (*term.nodes, node))
@@ -190,12 +190,12 @@ class GraphReader:
         if axes is None:
             noop = "noop_with_empty_axes" in node.attributes and node.attributes["noop_with_empty_axes"].as_int() != 0
             if rank != 1 or len(node.inputs) > 1 or noop:
-                self._refuse(node, "it reduces over dims that the file does not fix")
+                self._refuse(node, "it reduces over axes that are not constant")
                 return None
             axes = [0]
         if any(axis >= 0 for axis in axes):
             if rank is None:
-                self._refuse(node, "the rank of its input is unknown, so its axes cannot be told")
+                self._refuse(node, "the rank of its input is unknown, so its axes are unknown")
                 return None
             axes = [axis - rank if axis >= 0 else axis for axis in axes]
         count = len(axes)
@@ -206,7 +206,7 @@ class GraphReader:
         if node.op_type != "ReduceMean":
             tail = static(taken, count)
             if tail is None:
-                self._refuse(node, "it sums squares over a width that the file does not fix")
+                self._refuse(node, "it sums squares over a dynamic width")
                 return None
             size = float(math.prod(tail))
         keep = node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1
@@ -362,7 +362,7 @@ class GraphReader:
         if number is not None and number > 0 and off:
             return normed.then(node, None, number)
         if is_vector(other, normed):
-            # Our own ones are there for an operator or a fusion that wants a scale; they are no weight.
+            # The scales of ones that this package adds for operators and fusions are not weights.
             ours = (other.name or "").startswith(ONES) and is_ones(other)
             return normed.then(node, None if ours else Step("scale", dtype, other))
         return None
@@ -423,7 +423,7 @@ class GraphReader:
         return term.with_node(node) if same_dims(dims(node.outputs[0]), dims(term.taken)) else None
 
 
-# The handlers belong to the class; the table names the operators that each one reads.
+# The method of GraphReader that reads each operator.
 _HANDLERS: dict[str, Callable[[GraphReader, ir.Node], Term | None]] = {
     "Cast": GraphReader._cast,
     "CastLike": GraphReader._cast,

@@ -1,4 +1,4 @@
-"""Find every RMSNorm in an ONNX graph, by what its nodes compute and whoever wrote them."""
+"""Find every RMSNorm in an ONNX graph by what its nodes compute, independent of the exporter."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ _SUM_OUTPUT = {SKIP: 3, **dict.fromkeys(ADD_NORMS, 1)}
 _WEIGHT_ENDINGS = (".weight", ".gamma", ".scale", ".g")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
-# Whether a weight is read more than once: asked for once, as the answer takes as long as there are readers.
+# Whether a weight is read more than once: cached, because counting takes time linear in the number of readers.
 _Shared = dict[ir.Value, bool]
 
 
 def find_graph_norms(model: ir.Model) -> GraphRecognition:
-    """Every norm in the model's main graph and in the bodies of its control flow.
+    """Every norm in the model's main graph and in the subgraphs of its control flow.
 
-    Norms inside of model-local functions are found after inlining (see `inline_norm_functions`). Nothing in the model
-    changes, except that values get the dtypes and shapes that can be inferred.
+    Norms in model-local functions are found only after inlining (see `inline_norm_functions`). The model does not
+    change, except that missing dtypes and shapes are inferred.
 
     Args:
-        model: nodes in topological order.
+        model: a model with nodes in topological order.
 
     Returns:
-        The norms in graph order, and what looks like one and is none.
+        The norms in graph order, and the refusals.
     """
     fill_types(model)
     return find_norms(model)
 
 
 def find_norms(model: ir.Model) -> GraphRecognition:
-    """`find_graph_norms` for a model whose types are filled in."""
+    """`find_graph_norms` for a model whose types are known."""
     reader = GraphReader()
     reader.read(model.graph)
     found: dict[ir.Node, GraphSite] = {}
@@ -62,7 +62,7 @@ def find_norms(model: ir.Model) -> GraphRecognition:
         if isinstance(read, Reading) and len({node.graph for node in read.normed.nodes}) == 1:
             found[_last(read)] = _site(read, shared)
         else:
-            reason = read if isinstance(read, str) else "it stands in several bodies of control flow"
+            reason = read if isinstance(read, str) else "it is spread over several subgraphs of control flow"
             refusals[main] = _refusal(main, term.nodes, reason)
     for node in _composites(model):
         site = _composite(node, shared)
@@ -110,25 +110,25 @@ def _composites(model: ir.Model) -> Iterator[ir.Node]:
 
 
 def _composite(node: ir.Node, shared: _Shared) -> GraphSite | str:
-    """The norm in an operator that adds and normalizes."""
+    """The norm of an operator that adds and normalizes, or why it was refused."""
     kind = (node.domain, node.op_type)
     if kind in ADD_NORMS and not is_plugin_node(node):
         return OTHER_PLUGIN
     a, b, scale = (*node.inputs, None, None, None)[:3]
     bias = node.inputs[3] if kind == SKIP and len(node.inputs) > 3 else None
     if a is None or b is None or scale is None or a.dtype is None or not is_floating(a.dtype):
-        return "its inputs have no known dtype"
+        return "the dtype of its inputs is unknown"
     if not same_dims(dims(a), dims(b)):
         return "the shapes of its two inputs are not known to be equal"
     used = [output for index, output in enumerate(node.outputs[1:], 1) if output.uses() and index != _SUM_OUTPUT[kind]]
     if used:
         return "its statistics are used elsewhere"
     if bias is not None:
-        return "it adds a bias to the sum, which no operator here does"
+        return "it adds a bias to the sum, which no target supports"
     if len(dims(scale) or ()) != 1 or not _same_width(scale, a):
-        return "its scale has another shape than the dim that it normalizes"
+        return "the shape of its scale differs from the dim that it normalizes"
     if scale.dtype != a.dtype:
-        return "its scale is of another dtype than its input"
+        return "the dtype of its scale differs from that of its input"
     number = _SUM_OUTPUT[kind]
     total = node.outputs[number] if len(node.outputs) > number and node.outputs[number].name else None
     attributes = node.attributes
@@ -157,7 +157,7 @@ def _composite(node: ir.Node, shared: _Shared) -> GraphSite | str:
 
 
 def _same_width(scale: ir.Value, like: ir.Value) -> bool:
-    """Whether a scale may have the size of the last dim: an operator does not segment a scale of one element."""
+    """Whether a scale may have the size of the last dim. The operators do not broadcast a scale of one element."""
     shape, whole = dims(scale), dims(like)
     if not shape or not whole:
         return True
@@ -165,10 +165,10 @@ def _same_width(scale: ir.Value, like: ir.Value) -> bool:
 
 
 def _refined(spec: NormSpec, nodes: tuple[ir.Node, ...], weight: ir.Value | None) -> tuple[NormSpec, ir.Value | None]:
-    """The spec that the file's own notes give, where the graph says the same, and the weight that goes with it.
+    """The spec in the nodes' metadata, if it agrees with the graph, and its weight; else `spec` and `weight`.
 
-    A graph does not show everything: in float32 casts are gone, a fused operator hides their order, and 1 + weight is
-    one constant. What the notes say beyond the graph is taken over when all that the graph does show agrees.
+    A graph does not show everything: in float32 there are no casts, a fused operator hides their order, and 1 + weight
+    is a single constant. The metadata adds these if it agrees with everything that the graph shows.
     """
     noted = {node.metadata_props[SPEC_KEY] for node in nodes if SPEC_KEY in node.metadata_props}
     if len(noted) != 1:
@@ -192,9 +192,9 @@ def _refined(spec: NormSpec, nodes: tuple[ir.Node, ...], weight: ir.Value | None
 
 
 def _path(nodes: tuple[ir.Node, ...], weight: ir.Value | None, shared: _Shared) -> str:
-    """The module that a norm came from: by the nodes' notes, its weight's name, or the scope in the nodes' own names.
+    """The path of a norm's module, from the nodes' metadata, the name of its weight, or the names of its nodes.
 
-    Equal weights of several norms may have become one, whose name is then that of one norm only.
+    An exporter may have merged equal weights of several norms; the name of such a weight is not used.
     """
     for node in nodes:
         if PATH_KEY in node.metadata_props:
@@ -215,7 +215,7 @@ def _path(nodes: tuple[ir.Node, ...], weight: ir.Value | None, shared: _Shared) 
 
 
 def _owner(name: str) -> str:
-    """The module that a weight's name begins with."""
+    """The module path at the beginning of a weight's name."""
     for ending in _WEIGHT_ENDINGS:
         head, found, _ = name.partition(ending)
         if found:
@@ -224,7 +224,7 @@ def _owner(name: str) -> str:
 
 
 def _scopes(node: ir.Node) -> str | None:
-    """The module in the notes of torch's exporter: a list of nested scopes, the last of which is the operation."""
+    """The module path in the metadata of torch's exporter, a list of nested scopes that ends with the operation."""
     text = node.metadata_props.get(_SCOPES, "")
     names = [part.strip().strip("'\"") for part in text.strip("[]").split(",")]
     return names[-2] if len(names) > 2 and names[-2] else None

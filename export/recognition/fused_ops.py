@@ -1,4 +1,4 @@
-"""Operators that are a whole norm: ONNX's own, ONNX Runtime's and ours."""
+"""Operators that are a whole norm: those of ONNX, of ONNX Runtime and of this package."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ FUSED = {
     ("com.microsoft", "SimplifiedLayerNormalization"),
     *((domain, op_type) for domain in PLUGIN_DOMAINS for op_type in (contract.RMS_NORM, *contract.UNQUANTIZED)),
 }
-OTHER_PLUGIN = f"its plugin is of another namespace than {contract.PLUGIN_NAMESPACE!r}"
+OTHER_PLUGIN = f"its plugin is not in namespace {contract.PLUGIN_NAMESPACE!r}"
 QUANTIZED_OUTPUT = "its output is quantized"
-# More trailing dims than this are none of a norm's.
+# A norm has at most this many trailing dims.
 _MOST_DIMS = 8
 _FLOAT = ir.DataType.FLOAT
 
 
 def fused_norm(node: ir.Node, root: Callable[[ir.Value], ir.Value]) -> Normed | str | None:
-    """The norm that an operator is; or why it is none, or None where its input is of no dtype that norms have."""
+    """The norm of an operator; or why it is refused; or None where the dtype of its input is not one of norms."""
     ours = is_plugin_node(node)
     if node.domain in PLUGIN_DOMAINS and not ours:
         return OTHER_PLUGIN
@@ -41,13 +41,13 @@ def fused_norm(node: ir.Node, root: Callable[[ir.Value], ir.Value]) -> Normed | 
     axis = attributes["axis"].as_int() if "axis" in attributes else -1
     if axis >= 0:
         if shape is None:
-            return "the rank of its input is unknown, so its axis cannot be told"
+            return "the rank of its input is unknown, so its axis is unknown"
         axis -= len(shape)
     if not -_MOST_DIMS <= axis < 0 or (shape is not None and -axis > len(shape)):
-        return "its axis is none of its input's dims"
+        return "its axis is out of range for the rank of its input"
     epsilon = attributes["epsilon"].as_float() if "epsilon" in attributes else 1e-5
     if scale is not None and not may_fit(scale, x, -axis):
-        return "its scale has another shape than the dims that it normalizes"
+        return "the shape of its scale differs from the dims that it normalizes"
     offset = attributes["scale_offset"].as_float() if "scale_offset" in attributes else 0.0
     stash, scale_type = (
         ir.DataType(attributes[name].as_int()) if name in attributes else _FLOAT
@@ -57,7 +57,7 @@ def fused_norm(node: ir.Node, root: Callable[[ir.Value], ir.Value]) -> Normed | 
     if offset not in (0.0, 1.0):
         return f"it adds {offset:g} to its scale"
     if is_half(stash) or (len(node.outputs) > 1 and any(extra.uses() for extra in node.outputs[1:])):
-        return "its statistics are in a half type, or are used elsewhere"
+        return "its statistics have a half type, or are used elsewhere"
     if out.dtype is None:
         out.type = scale.type if scale is not None and node.op_type == "RMSNormalization" else x.type
     wide = stash if widens(dtype, stash) else dtype

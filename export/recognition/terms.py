@@ -1,7 +1,7 @@
-"""What the values around a norm are, as formulas: squares, a statistic, an activation, a normalized value.
+"""The formulas of the values around a norm: squares, a statistic, an activation, a normalized value.
 
-A graph is read once, node by node. Each value gets the formula that follows from those of the node's inputs, so every
-spelling with one meaning ends in one formula: `Pow(ReduceMean(Mul(x, x)) + eps, -0.5)` and
+A graph is read once, node by node. The formula of each value follows from those of its node's inputs, so equivalent
+nodes give the same formula: `Pow(ReduceMean(Mul(x, x)) + eps, -0.5)` and
 `Reciprocal(Sqrt(ReduceSum(Pow(x, 2)) / n + eps))` are both `(mean(x^2) + eps)^(-1/2)`.
 """
 
@@ -17,7 +17,7 @@ from ..graph.constants import regrouping
 from ..graph.shape_checks import fits, unreshaped
 
 StepKind = Literal["cast", "scale", "bias", "gate", "reshape"]
-# A formula that took more nodes than this is none of a norm's.
+# A formula with more nodes is not that of a norm.
 MOST_NODES = 64
 
 
@@ -29,7 +29,7 @@ class Squares:
         root: x before any cast that widens it.
         taken: x as it was squared.
         half: whether the squares are rounded to a half type.
-        nodes: what computes it.
+        nodes: the nodes that compute it.
     """
 
     root: ir.Value
@@ -45,13 +45,13 @@ class Statistic:
     Attributes:
         root: x before any cast that widens it.
         taken: x as it was squared.
-        axes: how many trailing dims a row has.
-        reduced: shape of the row's dims: kept with size 1 (True) or gone (False).
-        half: whether it was rounded to a half type before the root was taken.
-        factor_half: whether the finished factor was rounded to a half type, and nothing before.
-        scale: a weight that was multiplied in already.
+        axes: number of trailing dims of a row.
+        reduced: whether the row's dims are kept with size 1 (True) or removed (False).
+        half: whether it was rounded to a half type before the root.
+        factor_half: whether only the finished factor was rounded to a half type.
+        scale: a weight that it was multiplied by already, or None.
         reduce: the node that sums the squares.
-        nodes: what computes it.
+        nodes: the nodes that compute it.
     """
 
     root: ir.Value
@@ -79,7 +79,7 @@ class Statistic:
         return replace(self, c=self.c * number)
 
     def power(self, exponent: float) -> Statistic | None:
-        """The statistic raised to a constant; None where that is no longer real or a half's rounding hides inside."""
+        """The statistic raised to a constant power; None where c is not positive or a weight was multiplied already."""
         if self.c <= 0 or self.scale is not None:
             return None
         return replace(self, c=self.c**exponent, p=self.p * exponent)
@@ -93,7 +93,7 @@ class Activated:
         root: z before any cast that widens it.
         taken: z as the activation reads it.
         kind: which activation.
-        nodes: what computes it.
+        nodes: the nodes that compute it.
     """
 
     root: ir.Value
@@ -104,7 +104,7 @@ class Activated:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """What happens to a normalized value: a cast to `dtype`, or a product, sum or gate with `operand`."""
+    """An operation on a normalized value: a cast to `dtype`, or a product, sum or gate with `operand`."""
 
     kind: StepKind
     dtype: ir.DataType
@@ -114,24 +114,24 @@ class Step:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Normed:
-    """A normalized value and what has been done to it since.
+    """A normalized value and the operations on it.
 
     Attributes:
-        value: where it stands in the graph.
+        value: the value in the graph after all steps.
         root: x before any cast that widens it.
         operand: x as it was multiplied or divided.
         inner: dtype of the product, before any step.
         eps: added to the mean of squares.
-        coefficient: a constant that it is still multiplied by.
-        axes: how many trailing dims a row has.
+        coefficient: a constant factor that remains.
+        axes: number of trailing dims of a row.
         divided: whether x was divided by the root.
         half: whether the statistics were rounded to a half type.
-        factor_half: whether the factor was, and nothing before it.
-        offset: what an operator that is the whole norm adds to its scale.
-        reduce: the node that the norm is known by.
-        steps: what has been done since.
-        nodes: what computes it.
-        previous: the same before the last step.
+        factor_half: whether only the finished factor was.
+        offset: the number that an operator that is the whole norm adds to its scale.
+        reduce: the main node, which identifies the norm.
+        steps: the operations on the normalized value, in order.
+        nodes: the nodes that compute it.
+        previous: the normalized value before the last node.
     """
 
     value: ir.Value

@@ -1,4 +1,4 @@
-"""From a normalized value and its steps to the NormSpec that says the same, or to none."""
+"""Convert a normalized value and its steps to the NormSpec that describes them, if there is one."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _STATISTICS: dict[Order, Statistics] = {
     "no_upcast": "input",
     "cast_factor": "float32",
 }
-# Whether nothing is cast after the scale multiplies, so that a float32 weight makes a float32 result.
+# Whether no cast follows the scale, so that a float32 weight gives a float32 result.
 _SCALES_LAST: dict[Order, bool] = {
     "scale_then_cast": False,
     "cast_then_scale": True,
     "no_upcast": True,
     "cast_factor": True,
 }
-# Whether x may be divided by the root; a factor that is rounded by itself multiplies.
+# Whether x may be divided by the root; a factor that is rounded separately multiplies.
 _MAY_DIVIDE: dict[Order, bool] = {
     "scale_then_cast": True,
     "cast_then_scale": True,
     "no_upcast": True,
     "cast_factor": False,
 }
-# The coefficient that is left must be 1, but for roundings of constants such as sqrt(n) in float16.
+# The remaining coefficient must be 1, up to the rounding of constants such as sqrt(n) in float16.
 _COEFFICIENT = 2e-3
 _COEFFICIENT_WIDE = 1e-5
 
@@ -59,7 +59,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Input:
-    """One way to say what x is: the value, its dtype in the spec's sense, and what stands between it and the root."""
+    """A candidate for x: the value, its gate and groups, and the nodes between it and the statistic."""
 
     x: ir.Value
     gate: ir.Value | None
@@ -70,7 +70,7 @@ class _Input:
 
 
 def reading(normed: Normed, reader: GraphReader) -> Reading | str:
-    """The longest part of a norm, from its statistic on, that a spec can express; or why there is none."""
+    """The longest part of a norm, from its statistic on, that a spec can describe; or why there is none."""
     current: Normed | None = normed
     reason = ""
     while current is not None:
@@ -82,7 +82,7 @@ def reading(normed: Normed, reader: GraphReader) -> Reading | str:
         elif not reason:
             reason = _l2(current)
         current = current.previous
-    return reason or "its casts, scales and gates are in an order that no formula here has"
+    return reason or "its casts, scales and gates are in an order that no NormSpec describes"
 
 
 def _is_whole(normed: Normed) -> bool:
@@ -98,7 +98,7 @@ def _l2(normed: Normed) -> str:
 
 
 def _inputs(normed: Normed, reader: GraphReader) -> list[_Input]:
-    """Ways to say what x is, the one that takes in most first."""
+    """Candidates for x, the one that includes most nodes first."""
     reshaped = any(step.kind == "reshape" for step in normed.steps)
     root = normed.root
     nodes: tuple[ir.Node, ...] = ()
@@ -128,7 +128,7 @@ def _inputs(normed: Normed, reader: GraphReader) -> list[_Input]:
 def _gated(
     root: ir.Value, reader: GraphReader, norm_nodes: set[ir.Node]
 ) -> tuple[ir.Value, ir.Value, Activated, ir.Node] | None:
-    """x, gate, activation and product where x * act(gate) is what is normalized, and nothing else reads the product."""
+    """x, gate, activation and product if x * act(gate) is normalized and nothing else reads the product; or None."""
     node = root.producer()
     if node is None or node.op_type != "Mul" or node.domain not in DEFAULT_DOMAINS or root.is_graph_output():
         return None
@@ -185,7 +185,7 @@ def _read(normed: Normed, given: _Input, reader: GraphReader) -> Reading | None:
 
 
 def _order(normed: Normed, dtype: ir.DataType) -> Order | None:
-    """Where the casts stand, or None where no spec has them there."""
+    """The order of casts, or None if no spec has it."""
     kinds = [step.kind for step in normed.steps if step.kind not in ("cast", "reshape")]
     if kinds != [kind for kind in ("scale", "bias", "gate") if kind in kinds]:
         return None
@@ -204,7 +204,7 @@ def _order(normed: Normed, dtype: ir.DataType) -> Order | None:
 
 
 def _walk(steps: Sequence[Step], dtype: ir.DataType, start: ir.DataType) -> Order | None:
-    """The order of casts of a norm of a half dtype whose product is in `start`."""
+    """The order of casts of a norm of a half dtype whose product has dtype `start`, or None."""
     current, rounded, done = start, start == dtype, False
     multiplied = False
     for step in steps:
@@ -215,7 +215,7 @@ def _walk(steps: Sequence[Step], dtype: ir.DataType, start: ir.DataType) -> Orde
                 return None
             gated = multiplied and any(s.kind == "gate" for s in steps)
             if multiplied and rounded and not gated:
-                return None  # after the scale of a rounded value only a gate brings another cast
+                return None  # after the scale of a rounded value, only a gate adds another cast
             if step.dtype == dtype and multiplied and (not rounded or step is steps[-1]):
                 done = True
             rounded = rounded or (step.dtype == dtype and not multiplied)
@@ -254,7 +254,7 @@ def _weight(
 
 
 def _narrowed(value: ir.Value, dtype: ir.DataType, reader: GraphReader) -> ir.Value:
-    """A weight of x's own dtype that was widened; any other weight as it is."""
+    """The value before it was widened if that has dtype `dtype`, else the value itself."""
     root = reader.root(value)
     return root if root.dtype == dtype else value
 
@@ -273,7 +273,7 @@ def _plain(value: ir.Value) -> ir.Value:
 
 
 def _unfolded(value: ir.Value, array: NDArray[Any], dtype: ir.DataType) -> tuple[ir.Value, bool, bool]:
-    """A float32 constant as the half weight that gives exactly it: itself, or one to which 1 is added."""
+    """A float32 constant as the half weight that is exactly equal to it, directly or after 1 is added."""
     half = dtype.numpy()
     for offset in (np.float32(0), np.float32(1)):
         with np.errstate(over="ignore", invalid="ignore"):
@@ -285,7 +285,7 @@ def _unfolded(value: ir.Value, array: NDArray[Any], dtype: ir.DataType) -> tuple
 
 
 def unfolded(value: ir.Value, dtype: ir.DataType) -> ir.Value | None:
-    """The constant to which 1 is added, in `dtype`, to give exactly this constant; None where there is none."""
+    """The constant that gives exactly this constant when 1 is added in `dtype`; None if there is none."""
     array = constant(value)
     if array is None or value.dtype is None:
         return None
@@ -298,7 +298,7 @@ def unfolded(value: ir.Value, dtype: ir.DataType) -> ir.Value | None:
 
 
 def _shaped(value: ir.Value | None, x: ir.Value, count: int) -> ir.Value | None:
-    """A weight in the shape of x's trailing dims; None where it has another."""
+    """A weight in the shape of x's trailing dims; None if it has another shape."""
     if value is None:
         return None
     tail, array = static(dims(x), count), constant(value)
@@ -314,7 +314,7 @@ def _shaped(value: ir.Value | None, x: ir.Value, count: int) -> ir.Value | None:
 
 
 def _computed(value: ir.Value, tail: list[int] | None) -> ir.Value | None:
-    """A weight that nodes compute, or that is an input: as it is, or before a reshape, where that has the shape."""
+    """A weight that is computed or a graph input: the value, or the input of its reshape if that has the shape."""
     shape = static(dims(value), len(dims(value) or ()))
     node = value.producer()
     before = node.inputs[0] if node is not None and node.op_type in _RESHAPES and node.inputs else None
@@ -328,11 +328,11 @@ def _computed(value: ir.Value, tail: list[int] | None) -> ir.Value | None:
 
 
 def _made(array: NDArray[Any], dtype: ir.DataType, name: str) -> ir.Value:
-    """A constant that stands in no graph yet."""
+    """A constant that is not in a graph yet."""
     tensor = ir.Tensor(array, dtype=dtype, name=name)
     return ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype), const_value=tensor)
 
 
 def shortest(eps: float) -> float:
-    """The shortest decimal of an epsilon's float32 value, which is what a person wrote."""
+    """The shortest decimal number with an epsilon's float32 value, such as 1e-05."""
     return float(str(np.float32(eps)))

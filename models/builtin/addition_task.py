@@ -1,10 +1,10 @@
 """The task of the shipped checkpoint: adding two numbers, written as text, one character per token.
 
-A problem reads `012+345=` and its answer `0357`. The model writes the answer's digits last first (`7530`), because a
-sum is computed from the right: then every digit needs only the carry of the one written before it. `solve` turns the
-digits round again, so that people only ever see answers the right way round.
+A problem is `012+345=` and its answer is `0357`. The model generates the digits of the answer in reverse (`7530`): a
+sum is computed from the right, so each digit needs only the carry of the digit generated before it. `solve` reverses
+them back.
 
-Needs numpy only: any runtime that maps token ids to logits can be asked.
+Needs only NumPy: any runtime that maps token ids to logits can be evaluated.
 """
 
 from __future__ import annotations
@@ -58,22 +58,22 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        """What the model is given, such as `012+345=`."""
+        """The model's input, such as `012+345=`."""
         return f"{self.left:0{DIGITS}d}+{self.right:0{DIGITS}d}="
 
     @property
     def answer(self) -> str:
-        """The sum as people write it, padded with zeros, such as `0357`."""
+        """The sum in the usual order of digits, padded with zeros, such as `0357`."""
         return f"{self.left + self.right:0{ANSWER_DIGITS}d}"
 
 
 @dataclass(frozen=True, slots=True)
 class TaskAccuracy:
-    """How many problems were answered without a single wrong digit.
+    """How many problems were answered with every digit right.
 
     Attributes:
         correct: problems whose whole answer is right.
-        total: problems asked, at least 1.
+        total: number of problems, at least 1.
     """
 
     correct: int
@@ -86,16 +86,16 @@ class TaskAccuracy:
 
 
 def encode(texts: Sequence[str]) -> Ids:
-    """Token ids of texts of one length, int64 [batch, seq].
+    """Token ids of texts of equal length, int64 [batch, seq].
 
     Raises:
-        UsageError: there is no text, they differ in length, or a character is not in the vocabulary.
+        UsageError: there is no text, the texts differ in length, or a character is not in the vocabulary.
     """
     if not texts:
         raise UsageError("there is no text to encode; give at least one.")
     for text in texts:
         if len(text) != len(texts[0]):
-            raise UsageError(f"{text!r} and {texts[0]!r} differ in length; a batch has one length.")
+            raise UsageError(f"{text!r} and {texts[0]!r} differ in length; expected texts of equal length.")
         unknown = sorted(set(text) - _IDS.keys())
         if unknown:
             raise UsageError(f"{text!r} has {', '.join(map(repr, unknown))}; the vocabulary is {VOCABULARY!r}.")
@@ -106,21 +106,21 @@ def decode(ids: Ids) -> list[str]:
     """The texts of token ids [batch, seq], the inverse of `encode`.
 
     Raises:
-        UsageError: the ids are not of two dims or not in the vocabulary.
+        UsageError: the ids do not have two dims, or are not in the vocabulary.
     """
     if ids.ndim != 2:
-        raise UsageError(f"token ids have shape {list(ids.shape)}; they must be [batch, seq].")
+        raise UsageError(f"token ids: expected shape [batch, seq], got {list(ids.shape)}.")
     if ids.size and not (ids.min() >= 0 and ids.max() < len(VOCABULARY)):
-        raise UsageError(f"token ids run from {ids.min()} to {ids.max()}; they must be 0 to {len(VOCABULARY) - 1}.")
+        raise UsageError(f"token ids: expected 0 to {len(VOCABULARY) - 1}, got {ids.min()} to {ids.max()}.")
     return ["".join(VOCABULARY[index] for index in row) for row in ids]
 
 
 def held_out(left: npt.NDArray[np.int64], right: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Which problems are kept from training, bool in the shape of the two arrays of numbers.
+    """Which problems are held out of training, bool in the shape of the two arrays of numbers.
 
-    One in ten is, by a fixed hash (multiplication by an odd constant near 2³² / golden ratio; Knuth, The Art of
-    Computer Programming, vol. 3, 6.4) of the unordered pair: a + b and b + a are on the same side, or training on one
-    would give the other away.
+    One in ten is held out, by a fixed hash of the unordered pair (multiplication by an odd constant near 2³² / golden
+    ratio; Knuth, The Art of Computer Programming, vol. 3, 6.4): a + b and b + a are both held out or both trained on,
+    because training on one would leak the other.
     """
     pair = (np.minimum(left, right) * LIMIT + np.maximum(left, right)).astype(np.uint64)
     mixed = (pair * np.uint64(2_654_435_769)) & np.uint64(0xFFFF_FFFF)
@@ -128,9 +128,9 @@ def held_out(left: npt.NDArray[np.int64], right: npt.NDArray[np.int64]) -> npt.N
 
 
 def draw(rng: np.random.Generator, count: int, *, test: bool) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The two numbers of `count` random problems, each int64 [count]; held-out ones if `test`, else all others.
+    """The two numbers of `count` random problems, each int64 [count]; held-out ones if `test`, else the others.
 
-    They are drawn evenly and independently, so that a problem may come twice.
+    They are drawn uniformly and independently, so a problem may occur twice.
     """
     numbers = np.empty((2, 0), dtype=np.int64)
     while numbers.shape[1] < count:
@@ -144,19 +144,19 @@ def problems(count: int, seed: int = 0) -> list[Problem]:
 
     Args:
         count: how many, at least 1.
-        seed: of the drawing.
+        seed: seed of the random numbers.
 
     Raises:
         UsageError: count is below 1.
     """
     if count < 1:
-        raise UsageError(f"{count} problems were asked for; ask for at least 1.")
+        raise UsageError(f"count: expected at least 1 problem, got {count}.")
     left, right = draw(np.random.default_rng(seed), count, test=True)
     return [Problem(int(a), int(b)) for a, b in zip(left, right, strict=True)]
 
 
 def solve(step: Step, prompts: Sequence[str]) -> list[str]:
-    """Answers by greedy decoding, the right way round; four calls of `step`, each one token longer.
+    """Answers by greedy decoding, in the usual order of digits; calls `step` four times, each time one token longer.
 
     Args:
         step: the model, see `Step`; the logits of the last position are read.
@@ -166,37 +166,37 @@ def solve(step: Step, prompts: Sequence[str]) -> list[str]:
         One text of four characters per prompt, such as `0357`. A bad model may answer with `+` or `=`.
 
     Raises:
-        UsageError: a prompt is no problem, or `step` gives something else than logits.
+        UsageError: a prompt is not a problem, or `step` does not return logits.
     """
     for prompt in prompts:
         if not _PROMPT.fullmatch(prompt):
-            raise UsageError(f"{prompt!r} is no problem; write two numbers of {DIGITS} digits, such as '012+345='.")
+            raise UsageError(f"prompt: expected two numbers of {DIGITS} digits, such as '012+345=', got {prompt!r}.")
     ids = encode(prompts)
     for _ in range(ANSWER_DIGITS):
         logits = np.asarray(step(ids))
         expected = (*ids.shape, len(VOCABULARY))
         if logits.shape != expected:
-            raise UsageError(f"the model gave shape {list(logits.shape)} for logits; {list(expected)} was expected.")
+            raise UsageError(f"logits of the model: expected shape {list(expected)}, got {list(logits.shape)}.")
         token = logits[:, -1].astype(np.float32).argmax(axis=-1)
         ids = np.concatenate((ids, token[:, None].astype(np.int64)), axis=1)
     return [written[::-1] for written in decode(ids[:, -ANSWER_DIGITS:])]
 
 
 def accuracy(step: Step, asked: Sequence[Problem], batch_size: int = 256) -> TaskAccuracy:
-    """Exact match: the share of problems whose every digit is right.
+    """Exact match: how many problems are answered with every digit right.
 
     Args:
         step: the model, see `Step`.
-        asked: at least one problem, as from `problems`.
+        asked: the problems, at least one; see `problems`.
         batch_size: problems per call of `step`; the last batch may be smaller.
 
     Raises:
-        UsageError: there is no problem, batch_size is below 1, or `step` gives something else than logits.
+        UsageError: there is no problem, batch_size is below 1, or `step` does not return logits.
     """
     if not asked:
         raise UsageError("there is no problem to solve; give at least one.")
     if batch_size < 1:
-        raise UsageError(f"batch_size is {batch_size}; it must be at least 1.")
+        raise UsageError(f"batch_size: expected at least 1, got {batch_size}.")
     correct = 0
     for batch in _batches(asked, batch_size):
         answers = solve(step, [problem.prompt for problem in batch])
@@ -205,7 +205,7 @@ def accuracy(step: Step, asked: Sequence[Problem], batch_size: int = 256) -> Tas
 
 
 def torch_step(model: torch.nn.Module) -> Step:
-    """A PyTorch model as a `Step`, without gradients, on the device of its parameters; the logits come as float32."""
+    """A PyTorch model as a `Step`, without gradients, on the device of its parameters; the logits are float32."""
     import torch
 
     device = next(model.parameters()).device

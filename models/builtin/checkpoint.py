@@ -1,4 +1,4 @@
-"""Decoders on disk: a config and safetensors weights, written whole, and the checkpoint that is shipped."""
+"""Saving and loading decoders (a config and safetensors weights), and the shipped checkpoint."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
 
 def addition() -> Decoder:
-    """The shipped float32 checkpoint that adds two three-digit numbers, see `addition.py`.
+    """The shipped float32 checkpoint that adds two three-digit numbers; see `addition_task`.
 
     Raises:
-        UsageError: the checkpoint is missing from the installation or damaged.
+        UsageError: the checkpoint is missing from the installation, or is damaged.
     """
     return load_decoder(CHECKPOINTS / "addition")
 
 
 def save_decoder(model: Decoder, folder: str | os.PathLike[str]) -> None:
-    """Write `config.json` and `model.safetensors` into a folder, which is made if need be.
+    """Write `config.json` and `model.safetensors` into a folder, which is created if it does not exist.
 
-    Both files are complete under a temporary name before either gets its own; the config comes last. On an error the
-    files of an earlier save are still there, and no temporary file is left.
+    Both files are complete under a temporary name before either is renamed; the config is renamed last. On an error
+    the files of an earlier save are unchanged, and no temporary file remains.
 
     Args:
         model: a decoder on any device, with parameters of one dtype.
-        folder: where to.
+        folder: the folder to write to.
 
     Raises:
-        UsageError: the folder cannot be made or written.
+        UsageError: the folder cannot be created or written to.
     """
     config = json.dumps({"format": FORMAT, **model.config.to_dict()}, indent=2) + "\n"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -55,7 +55,7 @@ def save_decoder(model: Decoder, folder: str | os.PathLike[str]) -> None:
             os.replace(path, target / name)
     except OSError as error:
         raise UsageError(
-            f"cannot write the decoder to {target}: {error.strerror or error}; choose a folder that can be written."
+            f"cannot write the decoder to {target}: {error.strerror or error}; choose a folder that is writable."
         ) from error
     finally:
         if target.is_dir():
@@ -67,19 +67,19 @@ def load_decoder(folder: str | os.PathLike[str]) -> Decoder:
     """The decoder written by `save_decoder`, on the CPU, in the dtype it was saved in and in evaluation mode.
 
     Args:
-        folder: with `config.json` and `model.safetensors`.
+        folder: a folder with `config.json` and `model.safetensors`.
 
     Raises:
-        UsageError: the folder or a file is missing, is no decoder's, or does not fit the config.
+        UsageError: the folder or a file is missing, is not a decoder's, or does not fit the config.
     """
     source = Path(folder)
     if not source.is_dir():
-        raise UsageError(f"{source} is no folder; give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}.")
+        raise UsageError(f"{source} is not a folder; give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}.")
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (source / name).is_file():
             raise UsageError(f"{source} has no file {name}; save the decoder again.")
     config = _read_config(source / CONFIG_NAME)
-    with torch.device("meta"):  # the parameters are replaced by those of the file, never initialized
+    with torch.device("meta"):  # the parameters are replaced by those of the file
         model = Decoder(config)
     tensors = _read_weights(source / WEIGHTS_NAME)
     _check_weights(source / WEIGHTS_NAME, tensors, model.state_dict())
@@ -94,7 +94,7 @@ def _read_config(path: Path) -> DecoderConfig:
         raise UsageError(f"{path} cannot be read as JSON ({error}); save the decoder again.") from error
     found = values.pop("format", None) if isinstance(values, dict) else None
     if found != FORMAT:
-        raise UsageError(f'{path} has "format" {found!r}, not {FORMAT!r}; give a folder written by save_decoder.')
+        raise UsageError(f'{path}: expected "format" {FORMAT!r}, got {found!r}; give a folder written by save_decoder.')
     try:
         return DecoderConfig.from_dict(values)
     except UsageError as error:
@@ -109,7 +109,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _check_weights(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Refuse tensors that are not exactly the ones wanted; reports at most three of a kind."""
+    """Refuse tensors that are not exactly those of the config; the message names at most three of each kind."""
     problems = []
     for what, names in (("missing", wanted.keys() - found.keys()), ("unexpected", found.keys() - wanted.keys())):
         if names:
@@ -123,7 +123,7 @@ def _check_weights(path: Path, found: dict[str, Tensor], wanted: dict[str, Tenso
         problems.append(f"misshaped tensors: {_some(misshaped)}")
     dtypes = {tensor.dtype for tensor in found.values()}
     if len(dtypes) > 1 or any(not dtype.is_floating_point for dtype in dtypes):
-        problems.append(f"one floating dtype is needed, not {', '.join(sorted(map(str, dtypes)))}")
+        problems.append(f"expected one floating dtype, got {', '.join(sorted(map(str, dtypes)))}")
     if problems:
         raise UsageError(f"{path} does not fit its {CONFIG_NAME}: {'; '.join(problems)}. Save the decoder again.")
 

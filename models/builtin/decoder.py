@@ -1,7 +1,7 @@
 """The readable reference model: a plain pre-norm decoder-only transformer in the style of Llama.
 
 RMSNorm, rotary position embedding, grouped-query attention, SwiGLU; no cache and no dropout. Every residual add is
-written out right before the norm that reads it, and one export serves any batch and any sequence length.
+written explicitly right before the norm that reads it, and one export serves any batch and any sequence length.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class DecoderConfig:
             )
         if self.num_heads % self.num_kv_heads:
             raise UsageError(
-                f"DecoderConfig.num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}; "
+                f"DecoderConfig.num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; "
                 "every key and value head serves the same number of query heads."
             )
 
@@ -96,7 +96,7 @@ class DecoderConfig:
         """The config written by `to_dict`.
 
         Raises:
-            UsageError: a field is unknown, missing, or has a value that no decoder may have.
+            UsageError: a field is unknown, is missing, or has an invalid value.
         """
         fields = dataclasses.fields(cls)
         unknown = sorted(values.keys() - {f.name for f in fields})
@@ -218,10 +218,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_mask(seq: int, like: Tensor) -> Tensor:
-    """What is added to the attention scores: 0 where a query may look, -inf at every later position.
+    """The mask added to the attention scores: 0 where a query may attend, -inf at every later position.
 
-    Explicit, because is_causal leaves how to build it at a dynamic length to each exporter version; added, because a
-    boolean mask becomes two selections per layer in ONNX.
+    Explicit, because with is_causal each version of the exporter builds it differently at a dynamic length; additive,
+    because a boolean mask becomes two Where nodes per layer in ONNX.
 
     Args:
         seq: sequence length.
@@ -256,7 +256,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        # The key and value heads are repeated here, not by enable_gqa, which has no ONNX form below opset 23.
+        # enable_gqa, which would repeat the key and value heads, has no ONNX form below opset 23.
         key, value = (h.repeat_interleave(self.queries_per_kv, dim=1) for h in (key, value))
         heads = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.o_proj(heads.transpose(1, 2).flatten(2))
@@ -298,10 +298,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids in, logits out; see `DecoderConfig` for its shape.
+    """The whole decoder, from token ids to logits; see `DecoderConfig` for its shape.
 
     Attributes:
-        config: what it was built from.
+        config: the config it was built from.
     """
 
     output_names = ("logits",)
@@ -312,7 +312,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = NORMS[config.norm](config.hidden_size, config.eps)
-        # A tied model has no second name for the table, so that a checkpoint holds every tensor once.
+        # A tied model has one name for the table, so that a checkpoint holds every tensor once.
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -341,14 +341,14 @@ def random_decoder(config: DecoderConfig, seed: int, norm_spread: float = 0.2) -
     """A float32 decoder with random weights; the same config and seed give the same bits.
 
     Matrices are normal with variance 1 / fan-in, so that every block adds activations of the order of 1. The embedding
-    has variance 1 / hidden_size: at variance 1 it drowns what the blocks add, and the decoder trains badly. torch's
+    has variance 1 / hidden_size: at variance 1 it dominates what the blocks add, and the decoder trains badly. torch's
     global random state is neither read nor changed.
 
     Args:
         config: the shape.
-        seed: of the random weights.
-        norm_spread: standard deviation of the norm scales around 1. An untrained norm is all ones, and then a lost or
-            swapped norm weight would not show in the result.
+        seed: seed of the random weights.
+        norm_spread: standard deviation of the norm scales around 1. In an untrained norm all are 1, and a lost or
+            swapped norm weight would not change the result.
     """
     with torch.device("meta"):  # no default initialization, which would draw from the global generator
         model = Decoder(config)
@@ -372,11 +372,11 @@ def small_decoder(norm: NormKind = "llama", seed: int = 0, **changes: Any) -> De
 
     Args:
         norm: which norm, see `NORMS`.
-        seed: of the random weights.
-        **changes: other fields of `DecoderConfig`, in place of the defaults here.
+        seed: seed of the random weights.
+        **changes: other fields of `DecoderConfig`; they replace the defaults here.
 
     Raises:
-        UsageError: a field is unknown or has a value that no decoder may have.
+        UsageError: a field is unknown or has an invalid value.
     """
     fields = {
         "vocab_size": 64,

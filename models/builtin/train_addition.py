@@ -1,6 +1,6 @@
 """Train the addition checkpoint: `python -m rmsnorm_deploy.models.builtin.train_addition --output DIR`.
 
-Minutes on two CPU cores. The same arguments on the same machine give the same checkpoint, bit for bit.
+This takes minutes on two CPU cores. The same arguments on the same machine give the same checkpoint, bit for bit.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ WARMUP_STEPS = 100
 WEIGHT_DECAY = 0.05
 REPORT_EVERY = 100
 TEST_PROBLEMS = 5000
-# Fixed, because the number of threads decides the order of the sums and with it the last bits of the weights.
+# Fixed, because the number of threads determines the order of sums, and thus the last bits of the weights.
 THREADS = 2
 
 Report = Callable[[str], None]
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up to the peak, then half a cosine down to a hundredth of it, at `step` of 0 to steps - 1."""
+    """The learning rate at `step`, 0 to steps - 1: linear warm-up, then a cosine decay to a hundredth of the peak."""
     if step < WARMUP_STEPS:
         return PEAK_LEARNING_RATE * (step + 1) / WARMUP_STEPS
     progress = (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)
@@ -54,18 +54,18 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def training_batch(rng: np.random.Generator, size: int) -> Tensor:
-    """Problems with their answers as the model writes them, last digit first: int64 [size, seq]; none is held out."""
+    """Problems with their answers, last digit first, as int64 [size, seq]; none is a held-out problem."""
     left, right = draw(rng, size, test=False)
     drawn = [Problem(int(a), int(b)) for a, b in zip(left, right, strict=True)]
     return torch.from_numpy(encode([problem.prompt + problem.answer[::-1] for problem in drawn]))
 
 
 def answer_loss(model: Decoder, ids: Tensor) -> Tensor:
-    """Mean cross-entropy in nats over the answer's digits; the digits of the prompt are random and teach nothing.
+    """Mean cross-entropy in nats over the answer's digits; the digits of the prompt are random.
 
     Args:
         model: the decoder.
-        ids: int64 [batch, seq], as from `training_batch`.
+        ids: int64 [batch, seq], see `training_batch`.
 
     Returns:
         A scalar with a gradient.
@@ -79,8 +79,8 @@ def train(steps: int = STEPS, seed: int = 0, report: Report = lambda line: None)
 
     Args:
         steps: optimizer steps, at least 1.
-        seed: of the weights and of the problems.
-        report: is given a progress line every `REPORT_EVERY` steps.
+        seed: seed of the weights and of the problems.
+        report: called with a line of text every `REPORT_EVERY` steps.
 
     Returns:
         The model in evaluation mode, and the loss of every step.
@@ -90,7 +90,7 @@ def train(steps: int = STEPS, seed: int = 0, report: Report = lambda line: None)
         RmsnormDeployError: the loss is no longer finite.
     """
     if steps < 1:
-        raise UsageError(f"--steps is {steps}; it must be at least 1.")
+        raise UsageError(f"--steps: expected at least 1, got {steps}.")
     model = random_decoder(CONFIG, seed, norm_spread=0.0).train()
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
@@ -113,7 +113,7 @@ def train(steps: int = STEPS, seed: int = 0, report: Report = lambda line: None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: train, ask held-out problems, save. Progress goes to stderr.
+    """The command: train, evaluate on held-out problems, save. Progress goes to stderr.
 
     Returns:
         The exit code: 0, or that of the error that was printed.
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train_and_save(output: Path, steps: int, seed: int) -> None:
-    if output.exists() and not output.is_dir():  # said now, not after minutes of training
+    if output.exists() and not output.is_dir():  # fail before training, not after it
         raise UsageError(f"--output {output} is a file; give a folder.")
     model, _ = train(steps, seed, _to_stderr)
     result = accuracy(torch_step(model), problems(TEST_PROBLEMS, seed))

@@ -1,6 +1,6 @@
-"""The specs that a module may be described by, in the order in which they are tried.
+"""The candidates for a module's NormSpec, in the order in which they are tried.
 
-Of specs that give the same bits the first is taken. Every member of every field of NormSpec stands in a table here.
+Of specs that give the same bits, the first is chosen. The tables here contain every value of every field of NormSpec.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import nn
 from ..dtypes import NORM_DTYPES, torch_dtype
 from ..spec import Activation, Gate, NormSpec, Order, Reduction, Root, Scale, Statistics
 
-# By whether there is a weight.
+# By whether the module has a weight.
 SCALES: dict[bool, tuple[Scale, ...]] = {False: ("none",), True: ("weight", "one_plus_weight")}
-# By whether a second input is given; a module may take one and not use it as a gate.
+# By whether the module takes a second input, which it may not use as a gate.
 GATES: dict[bool, tuple[Gate, ...]] = {False: ("none",), True: ("none", "after", "before")}
 ACTIVATIONS: dict[Gate, tuple[Activation, ...]] = {
     "none": ("none",),
@@ -33,19 +33,19 @@ ORDERS: dict[Order, Statistics] = {
     "cast_factor": "float32",
     "no_upcast": "input",
 }
-# The statistics that give the same bits in float32 and in half types, and that float64 tells apart.
+# The statistics that give the same bits in float32 and in half types, and differ for float64.
 SAME_IN_HALF: dict[Statistics, tuple[Statistics, ...]] = {
     "float32": ("float32", "promoted"),
     "promoted": ("float32", "promoted"),
     "input": ("input",),
 }
-# A factor that is rounded by itself multiplies x as it came: nothing divides by the root, and no gate is before it.
+# A factor that is rounded separately multiplies x itself: nothing divides by the root, and no gate precedes it.
 _MULTIPLIES: dict[Root, bool] = {"rsqrt": True, "sqrt": False, "reciprocal": True}
 _GATES_BEFORE: dict[Gate, bool] = {"none": False, "before": True, "after": False}
 
 
 def stated_eps(module: nn.Module, measured: float | None) -> list[float]:
-    """Numbers that eps may be: the module's own floats, the machine epsilons, the measured value rounded."""
+    """Candidates for eps: the module's float attributes, the machine epsilons, the measured value rounded."""
     stated = [float(v) for v in vars(module).values() if isinstance(v, float) and 0 <= v < 1]
     stated += [float(b) for b in module._buffers.values() if b is not None and b.numel() == 1]
     stated += [torch.finfo(torch_dtype(name)).eps for name in NORM_DTYPES]
@@ -65,7 +65,7 @@ def in_float32(base: NormSpec, has_weight: bool, has_bias: bool, gated: bool) ->
 
 
 def in_half(spec: NormSpec) -> Iterator[NormSpec]:
-    """The specs that give the results of `spec` in float32, and may give others in half types."""
+    """The specs that give the same results as `spec` in float32, and may differ in half types."""
     for order, statistics in ORDERS.items():
         if _is_possible(spec, order):
             for offset in (True, False) if spec.scale_offset else (True,):

@@ -1,4 +1,4 @@
-"""Find every RMSNorm of a model, and say exactly what each one computes."""
+"""Find every RMSNorm of a PyTorch model, and determine exactly what each one computes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..dtypes import torch_name
 from .probe import NotANormError, RefusedError, own_tensors, probe
 from .site import Recognition, Refusal, Site
 
-# What these compute is known and is no RMS norm; asking them would only cost time.
+# These are known not to be RMS norms; probing them would only cost time.
 _KNOWN_OTHER_NORMS: dict[type[nn.Module], str] = {
     nn.LayerNorm: "it subtracts the mean (LayerNorm): not an RMS norm",
     nn.GroupNorm: "it subtracts the mean of each group (GroupNorm): not an RMS norm",
@@ -25,15 +25,15 @@ _LARGEST_WEIGHT = 1 << 20
 
 
 def find_norms(model: nn.Module) -> Recognition:
-    """Find the norms of `model` by what they do, not by what they are called.
+    """Find the norms of `model` by what they compute, not by their names.
 
-    Every module that could be a norm is called on copies of itself with inputs chosen to show its formula, its eps,
-    its statistics dtype and its order of casts. It becomes a site when one NormSpec reproduces its output bit for bit
-    in float32, float16 and bfloat16 (and in its own dtype); otherwise it is refused with the reason, or, where it does
-    not normalize at all, passed over.
+    A copy of every module that could be a norm is called with inputs chosen to reveal its formula, its eps, its
+    statistics dtype and its order of casts. It becomes a site when one NormSpec reproduces its output bit for bit in
+    float32, float16 and bfloat16 (and in its own dtype). Otherwise it is refused with the reason, or skipped where it
+    does not normalize at all.
 
     Args:
-        model: any module, in any dtype, on one device or several. It is not changed in any way.
+        model: any module, in any dtype, on one or several devices. It is not changed.
 
     Returns:
         Sites and refusals, in the order of `model.named_modules()`. A module reachable by several paths is listed
@@ -78,8 +78,8 @@ def _decide(path: str, module: nn.Module, model_dtype: torch.dtype) -> Site | Re
         if not named_norm or isinstance(module, nn.Identity):
             return None
         detail = f" ({str(error).splitlines()[0]})" if str(error) else ""
-        return Refusal(path, name, f"it is called a norm, but does not normalize a single input{detail}")
-    except Exception as error:  # the module's own code failed on a probe: it is not one of ours, and says why
+        return Refusal(path, name, f"its name contains 'norm', but it does not normalize a single input{detail}")
+    except Exception as error:  # the module's own code failed on a probe, so it is not recognized
         return Refusal(path, name, f"it failed when probed: {type(error).__name__}: {error}") if named_norm else None
     weight = getattr(module, probed.weight) if probed.weight else None
     dtype = weight.dtype if weight is not None else model_dtype
@@ -87,7 +87,7 @@ def _decide(path: str, module: nn.Module, model_dtype: torch.dtype) -> Site | Re
 
 
 def _own_name(module: nn.Module) -> str:
-    """The class's own name; a TorchScript module still knows that of the class it was made from."""
+    """The class's name; a TorchScript module keeps the name of the class it was made from."""
     return str(getattr(module, "original_name", "")) or type(module).__name__
 
 
@@ -101,21 +101,21 @@ def _known_reason(module: nn.Module) -> str | None:
 
 
 def _obstacle(module: nn.Module) -> str | None:
-    """Why the module cannot be a candidate: a reason to report for a norm, `""` when there is nothing to say."""
+    """Why the module cannot be probed: the reason to report, or `""` for one that is not reported; None if it can."""
     cls = type(module)
     if cls.__module__.startswith("torch.nn.modules") and cls is not nn.RMSNorm:
         return ""
     if isinstance(module, torch.jit.ScriptModule):
-        return "it is a TorchScript module, whose code cannot be replaced; export from the original module"
+        return "it is a TorchScript module, whose code cannot be replaced; export the original module"
     if nn.utils.parametrize.is_parametrized(module):
-        return "its tensors are parametrized; make them plain with torch.nn.utils.parametrize.remove_parametrizations"
+        return "its tensors are parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
     tensors = own_tensors(module)
     if any(t.is_meta for t in tensors.values()):
-        return "its parameters are on the meta device and hold no values; load the weights before inspecting"
+        return "its parameters are on the meta device and hold no values; load the weights first"
     if any(True for child in module.children() for _ in child.parameters()):
-        return "it keeps parameters in child modules" if tensors else ""
+        return "its child modules have parameters" if tensors else ""
     if "forward" in vars(module):
-        return "its forward was replaced on the instance (by a kernel or an offload hook); load the model without"
+        return "its forward was replaced on the instance (by a kernel or an offload hook); load the model without that"
     if any(t.numel() > _LARGEST_WEIGHT for t in tensors.values()) or len(tensors) > 2:
         return "it holds more or larger tensors than a weight and a bias"
     return None

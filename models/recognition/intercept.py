@@ -1,4 +1,4 @@
-"""How a recognized norm is called: reading the arguments of its forward, and putting another forward in its place."""
+"""Intercept the calls of recognized norms: read the arguments of forward, and run other code in its place."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class NormCall:
     """One call of a norm.
 
     Attributes:
-        spec: what this call computes: the site's spec, without a gate where none was given.
-        x: what is normalized.
+        spec: what this call computes: the site's spec, without the gate where the call passes none.
+        x: the tensor to normalize.
         weight: the module's weight, or None.
         bias: the module's bias, or None.
         gate: the gate, or None.
@@ -39,15 +39,15 @@ def replace_forward(
     compute: Callable[[NormCall, Callable[[], Tensor]], Tensor],
     unknown: Callable[[str], None],
 ) -> None:
-    """Put `compute` in the place of the module's forward, under the same signature.
+    """Replace the module's forward by `compute`, under the same signature.
 
-    `vars(module).pop("forward")` puts the original back. Hooks, parameters and submodules stay where they are.
+    `vars(module).pop("forward")` restores the original. Hooks, parameters and submodules are not changed.
 
     Args:
         module: the module of `site`.
-        site: where the norm keeps its tensors, and what it computes.
+        site: which tensors the norm reads, and what it computes.
         compute: gets the call and a function that runs the original forward on the same arguments.
-        unknown: told the names of arguments that no spec covers; the original forward then answers.
+        unknown: called with the names of arguments that no spec covers; the original forward runs then.
     """
     original = module.forward
     signature = inspect.signature(original)
@@ -70,7 +70,7 @@ def replace_forward(
     object.__setattr__(module, "forward", forward)
 
 
-# Gets a module's path, how often it was called before, the call, and a function that runs the module's own code.
+# Called with a module's path, the number of earlier calls, the call, and a function that runs the original forward.
 Visit = Callable[[str, int, NormCall, Callable[[], Tensor]], Tensor]
 
 
@@ -78,13 +78,13 @@ Visit = Callable[[str, int, NormCall, Callable[[], Tensor]], Tensor]
 def at_norms(
     model: nn.Module, sites: Sequence[Site], visit: Visit, unknown: Callable[[str, str], None] | None = None
 ) -> Iterator[None]:
-    """Let `visit` answer for every norm while the context is open.
+    """Call `visit` in place of every norm while the context is open.
 
     Args:
         model: where the sites were recognized.
         sites: the norms.
-        visit: returns the norm's result. A call that no spec covers goes to the module and is not visited.
-        unknown: told the module's path and the names of arguments that no spec covers.
+        visit: returns the norm's result. A call that no spec covers runs the module itself and is not visited.
+        unknown: called with the module's path and the names of arguments that no spec covers.
     """
     modules = {site.path: model.get_submodule(site.path) for site in sites}
     counts = dict.fromkeys(modules, 0)

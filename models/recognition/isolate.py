@@ -1,4 +1,4 @@
-"""Calling a module without leaving a trace on it, on its children or on the random state."""
+"""Call a module without side effects on it, on its children or on the random state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# A tensor with more elements is no state that a norm's forward changes in place; stand-ins share it.
+# A norm's forward changes no tensor with more elements in place; copies share it.
 _LARGEST_COPY = 1 << 20
 _HOOKS = (
     "_forward_hooks",
@@ -27,20 +27,20 @@ _HOOKS = (
 
 
 def stand_in(module: nn.Module) -> nn.Module:
-    """A copy of a small module to call in its place.
+    """A copy of a small module that can be called without changing the original.
 
-    It is in eval mode, its children too, has no hooks, and shares no tensor and no container with the original, so
-    that a forward which counts its calls or changes a buffer in place does so on the copy. Objects of other kinds are
-    shared, and so are tensors too large to be a norm's.
+    The copy and its children are in eval mode and have no hooks. They share no tensor and no container with the
+    original, so a forward that counts its calls or changes a buffer in place does so on the copy. Objects of other
+    types are shared, and so are tensors too large to belong to a norm.
     """
     return _stand_in(module, {})
 
 
 @contextmanager
 def untouched_random_state(devices: list[torch.device]) -> Iterator[None]:
-    """Give the random state of torch (on the CPU and `devices`), NumPy and Python back as it was.
+    """Restore the random state of torch (on the CPU and `devices`), NumPy and Python when the context closes.
 
-    Inside, all three start from the same numbers each time, so that a module which draws some is judged alike.
+    Inside, all three start from the same seed each time, so that a module that draws random numbers is reproducible.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
@@ -56,7 +56,7 @@ def untouched_random_state(devices: list[torch.device]) -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Probes are tiny: handing them to several threads only costs."""
+    """Run torch on one thread: for the small probe inputs, several threads only cost time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

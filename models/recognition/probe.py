@@ -1,7 +1,7 @@
-"""Probing one module: measure what it does, then prove that a NormSpec reproduces it bit for bit.
+"""Probe one module: measure what it computes, then prove that a NormSpec reproduces it bit for bit.
 
-Nothing here looks at names. A module is called on copies of itself, in several dtypes, with random weights as well as
-its own; its parameters, buffers, hooks, training mode and the random state are never touched.
+Names are not used. Copies of the module are called in several dtypes, with random weights as well as its own; the
+module's parameters, buffers, hooks and training mode and the random state are not changed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WIDTHS_WITHOUT_WEIGHT = (64, 96)
 
 
 class NotANormError(Exception):
-    """The module does not normalize its input: nothing to report."""
+    """The module does not normalize its input, so it is not reported."""
 
 
 class RefusedError(Exception):
@@ -37,7 +37,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """A proven spec, and where the module keeps its tensors."""
+    """A proven spec, its width, and the attributes that hold the weight and the bias."""
 
     spec: NormSpec
     width: tuple[int, ...] | None
@@ -47,7 +47,7 @@ class Probed:
 
 @dataclass(frozen=True, slots=True)
 class _Roles:
-    """Which tensors of the module play which part."""
+    """Which tensors of the module are the weight and the bias."""
 
     weight: str | None
     bias: str | None
@@ -64,11 +64,11 @@ def probe(module: nn.Module, default_dtype: torch.dtype = torch.float32) -> Prob
 
     Args:
         module: a module without children that hold parameters; not on the meta device.
-        default_dtype: the dtype that the module works in where it has no tensor of its own to tell.
+        default_dtype: the dtype of a module without tensors of its own.
 
     Raises:
         NotANormError: it does not normalize.
-        RefusedError: it does, in a way that no spec covers.
+        RefusedError: it normalizes in a way that no spec covers.
     """
     device = next((t.device for t in own_tensors(module).values()), torch.device("cpu"))
     devices = [device] if device.type == "cuda" else []
@@ -86,7 +86,7 @@ class _Prober:
         self.module = module
         self.device = device
         self.tensors = own_tensors(module)
-        # Plain attributes are no parameters: nobody says when they change, so no norm may depend on them.
+        # Plain tensor attributes may change at any time without notice, so a norm must not depend on them.
         self.loose = {
             name: t for name, t in vars(module).items() if isinstance(t, Tensor) and t.is_floating_point()
         }  # fmt: skip
@@ -116,7 +116,7 @@ class _Prober:
     # Calling ------------------------------------------------------------------------------------------------------
 
     def _copy(self, dtype: torch.dtype, tensors: dict[str, Tensor]) -> nn.Module:
-        """A stand-in of the module with other tensors and no hooks; the original is not touched."""
+        """A copy of the module with other tensors and without hooks; the original is not changed."""
         clone = stand_in(self.module)
         for name, tensor in tensors.items():
             if name in clone._parameters:
@@ -126,7 +126,7 @@ class _Prober:
         return clone
 
     def _random_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Values that show how a weight enters: no ones, no zeros, both signs, exact in every dtype's range."""
+        """Values that reveal how a weight is used: no ones, no zeros, both signs, in the range of every dtype."""
         return {name: (self._randn(*t.shape) * 0.7 + 0.2).to(dtype) for name, t in self.tensors.items()}
 
     def _call(self, module: nn.Module, x: Tensor, gate: Tensor | None) -> Tensor:
@@ -144,7 +144,8 @@ class _Prober:
     def _callable_width(self, module: nn.Module) -> tuple[tuple[int, ...], bool]:
         """The trailing shape that the module accepts, and whether it takes a gate.
 
-        Raises NotANormError where no call works or where the output does not look normalized.
+        Raises:
+            NotANormError: no call works, or the output is not normalized.
         """
         last = NotANormError()
         for gated in [True] * self.accepts_gate + [False] * (not self.needs_gate):
@@ -156,7 +157,7 @@ class _Prober:
                     raise
                 except NotANormError as error:
                     last = error
-                except Exception as error:  # any error at all only means that this call is not how it is used
+                except Exception as error:  # any error means that the module is not called this way
                     last = NotANormError(str(error))
                 else:
                     return width, gated
@@ -165,7 +166,7 @@ class _Prober:
     def _works_without_gate(self, width: tuple[int, ...]) -> bool:
         try:
             self._call(self._copy(torch.float32, self.tensors), self._randn(2, 3, *width), None)
-        except Exception:  # the second input has a default, but the module cannot do without it
+        except Exception:  # the second input has a default, but the module requires it
             return False
         return True
 
@@ -191,7 +192,7 @@ class _Prober:
                 yield tuple(tensor.shape)
 
     def _declared_width(self, fallback: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        """The width a norm without a weight states, where it accepts no other."""
+        """The `normalized_shape` of a norm without a weight, if the module has that attribute."""
         shape = getattr(self.module, "normalized_shape", None)
         if isinstance(shape, int):
             return (shape,)
@@ -200,7 +201,7 @@ class _Prober:
         return None
 
     def _check_normalizes(self, module: nn.Module, width: tuple[int, ...], gated: bool) -> None:
-        """Scale invariance is what makes a norm; shift invariance is what makes it a LayerNorm."""
+        """Check that the output is invariant to the scale of the input (a norm), but not to a shift (a LayerNorm)."""
         x = self._randn(2, 3, *width)
         gate = self._gate_like(x) if gated else None
         y = self._call(module, x, gate)
@@ -213,29 +214,29 @@ class _Prober:
             raise NotANormError
         flat = self._call(module, torch.sign(big), gate).double()
         if math.prod(width) > 1 and (flat != 0).all() and torch.equal(flat, reference):
-            raise NotANormError  # sign-like, no statistics at all
+            raise NotANormError  # depends only on signs, so there are no statistics
         shifted = self._call(module, big + 4096, gate).double()
         if (reference - shifted).abs().max() <= 2e-2 * peak and x.shape[-1] > 2:
             raise RefusedError("it subtracts the mean (LayerNorm): not an RMS norm")
 
     def _check_unit_dims(self, module: nn.Module, width: tuple[int, ...], gated: bool) -> None:
-        """A weight's dims of size 1 may be spread over any width; then nothing tells what is normalized."""
+        """Refuse a weight whose dims of size 1 broadcast over any width: the normalized dims are then unknown."""
         if not self.tensors or 1 not in width:
             return
         try:
             self._check_normalizes(module, tuple(8 if size == 1 else size for size in width), gated)
         except RefusedError:
             raise
-        except Exception:  # these dims are fixed at 1, as wanted, or it is no norm
+        except Exception:  # these dims are fixed at 1, or it is not a norm
             return
         raise RefusedError(
-            "its weight is spread over a width that the module does not fix (a scalar, or a norm over channels)"
+            "its weight broadcasts over a width that the module does not fix (a scalar, or a norm over channels)"
         )
 
     # Measuring ----------------------------------------------------------------------------------------------------
 
     def _extent(self, module: nn.Module, width: tuple[int, ...], gated: bool) -> tuple[int, int | None]:
-        """How many trailing dims are normalized together, and the group size, from which outputs one input moves."""
+        """The number of trailing dims normalized together, and the group size: by which outputs one input changes."""
         if math.prod(width) == 1:
             return len(width), None
         x = self._randn(2, 3, *width)
@@ -244,7 +245,7 @@ class _Prober:
         moved[(0, 0, *([0] * len(width)))] += 8.0
         changed = self._call(module, x, gate) != self._call(module, moved, gate)
         if changed[1:].any() or changed[0, 1:].any():
-            raise RefusedError("it normalizes over a dim that is not trailing (rows influence each other)")
+            raise RefusedError("it normalizes over a dim that is not trailing (rows depend on each other)")
         changed = changed[0, 0]
         for trailing in range(1, len(width) + 1):
             inside = changed[(0,) * (len(width) - trailing)]
@@ -261,7 +262,7 @@ class _Prober:
     def _eps(
         self, module: nn.Module, width: tuple[int, ...], trailing: int, group: int | None, gated: bool
     ) -> list[float]:
-        """Candidates for eps, best first: measured from how small inputs shrink, then snapped to a stated number.
+        """Candidates for eps, best first: measured on small inputs, then matched to the module's own numbers.
 
         With y(t) the output for t * u: (y(t) / y(large))^2 = t^2 q / (t^2 q + eps), q the mean (or sum) of u^2.
         """
@@ -278,7 +279,7 @@ class _Prober:
         else:
             return [0.0]
         if not ratio > 1e-3:
-            raise RefusedError("small inputs vanish: eps is not added to the mean of squares inside the root")
+            raise RefusedError("small inputs give 0: eps is not added to the mean of squares inside the root")
         squares = t * t
         if gated and self._gate_is_before(module, width):
             return stated_eps(self.module, None)
@@ -306,7 +307,7 @@ class _Prober:
     def _match_float32(
         self, base: NormSpec, eps: list[float], tensors: dict[str, Tensor], width: tuple[int, ...], gated: bool
     ) -> list[tuple[NormSpec, _Roles]]:
-        """Every spec that gives the module's bits in float32, where the order of casts cannot show."""
+        """Every spec that gives the module's bits in float32, where the order of casts has no effect."""
         x, gate = self._inputs(torch.float32, width, gated)
         wanted = self._call(self._copy(torch.float32, tensors), x, gate)
         found = []
@@ -322,7 +323,7 @@ class _Prober:
     def _match_casts(
         self, found: list[tuple[NormSpec, _Roles]], tensors: dict[str, Tensor], width: tuple[int, ...], gated: bool
     ) -> tuple[NormSpec, _Roles]:
-        """Among the float32 matches, the spec whose casts give the module's bits in every other dtype too."""
+        """Among the float32 matches, the spec whose casts also give the module's bits in every other dtype."""
         probes = [(dtype, *self._inputs(dtype, width, gated)) for dtype in _HALF_DTYPES]
         outputs = [self._call(self._copy(dtype, tensors), x, gate) for dtype, x, gate in probes]
         for spec, roles in found:
@@ -338,9 +339,9 @@ class _Prober:
     def _settle_float64(
         self, spec: NormSpec, roles: _Roles, tensors: dict[str, Tensor], width: tuple[int, ...], gated: bool
     ) -> NormSpec:
-        """Tell statistics that stay float32 from those that follow a float64 input.
+        """Distinguish statistics that stay float32 from those that are float64 for a float64 input.
 
-        An eps of None follows the dtype, so a module in float64 may have another one there.
+        An eps of None depends on the dtype, so a module may have another eps in float64.
         """
         alternatives = SAME_IN_HALF[spec.statistics]
         if len(alternatives) == 1:
@@ -367,19 +368,19 @@ class _Prober:
     ) -> None:
         for dtype in dtypes:
             if dtype != self.own_dtype and self.own_dtype == torch.float64:
-                continue  # eps may follow the dtype; the module's own is what counts
+                continue  # eps may depend on the dtype; only the module's own dtype matters
             cast = {name: t.to(dtype) for name, t in tensors.items()}
             module = self._copy(dtype, tensors)
             for leading in ((), (1,), (2, 2)):
                 x, gate = self._inputs(dtype, width, spec.has_gate, leading)
                 try:
                     wanted = self._call(module, x, gate)
-                except Exception:  # a rank that the module does not accept is never used
+                except Exception:  # the module does not accept this rank, so it is never called with it
                     if leading:
                         continue
                     raise
                 if not same_bits(wanted, self._expected(spec, roles, cast, x, gate)):
-                    raise RefusedError(f"its behavior with its own weights or other shapes differs in {dtype}")
+                    raise RefusedError(f"with its own weights or other shapes it differs from the spec in {dtype}")
 
     def _prove_other_widths(self, spec: NormSpec, roles: _Roles, width: tuple[int, ...]) -> None:
         if self._declared_width(None) is not None:
@@ -391,7 +392,7 @@ class _Prober:
                 raise RefusedError(f"it has no weight, works at width {width[-1]} and fails at {size}") from error
 
     def _prove_independent(self, spec: NormSpec, roles: _Roles, width: tuple[int, ...]) -> None:
-        """Whether plain tensor attributes leave the result alone, whatever they hold."""
+        """Refuse a module whose result depends on plain tensor attributes."""
         if not self.loose:
             return
         module = self._copy(self.own_dtype, self.tensors)
@@ -400,7 +401,7 @@ class _Prober:
         cast = {name: t.to(self.own_dtype) for name, t in self.tensors.items()}
         if not same_bits(self._call(module, x, gate), self._expected(spec, roles, cast, x, gate)):
             names = ", ".join(self.loose)
-            raise RefusedError(f"it reads a tensor that is neither parameter nor buffer ({names}); register it as one")
+            raise RefusedError(f"it reads a tensor that is not a parameter or buffer ({names}); register it as one")
 
     def _expected(
         self, spec: NormSpec, roles: _Roles, tensors: dict[str, Tensor], x: Tensor, gate: Tensor | None
@@ -412,7 +413,7 @@ class _Prober:
     def _inputs(
         self, dtype: torch.dtype, width: tuple[int, ...], gated: bool, leading: tuple[int, ...] = ()
     ) -> tuple[Tensor, Tensor | None]:
-        """Rows that make every rounding and every eps show: `[rows, *width]`, or with leading dims before it.
+        """Rows that reveal every rounding and every eps: `[rows, *width]`, or with leading dims before it.
 
         A weight with leading dims of size 1 gets an x of at least its rank.
         """
@@ -425,10 +426,10 @@ class _Prober:
 
 
 def _second_input(module: nn.Module) -> tuple[bool, bool]:
-    """Whether `forward` may take, and whether it must take, a second positional input.
+    """Whether `forward` accepts, and whether it requires, a second positional input.
 
     Raises:
-        NotANormError: it needs more than two inputs, or none.
+        NotANormError: it requires more than two inputs, or takes none.
     """
     try:
         parameters = list(inspect.signature(module.forward).parameters.values())

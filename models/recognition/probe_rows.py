@@ -1,4 +1,4 @@
-"""Inputs that tell specs apart, and the comparison that tells them apart by: bit for bit."""
+"""Inputs on which different specs give different results, and the comparison of results bit for bit."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def adversarial_rows(dtype: torch.dtype, width: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Inputs chosen to tell specs apart, `[rows, *width]` of `dtype` on the CPU.
+    """Inputs on which different specs give different results, `[rows, *width]` of `dtype` on the CPU.
 
-    Normal, outlier channels, large (squares overflow float16), tiny (eps decides), zeros, constants, subnormals,
-    the largest finite value, NaN and infinities; at least 2,048 elements of them normal.
+    Normally distributed values (at least 2,048 elements), outlier channels, large values (squares overflow float16),
+    tiny values (eps dominates), zeros, constants, subnormals, the largest finite value, NaN and infinities.
     """
     count = math.prod(width)
     finfo = torch.finfo(dtype)
@@ -32,7 +32,7 @@ def adversarial_rows(dtype: torch.dtype, width: tuple[int, ...], generator: torc
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal dtype, shape and bits; any NaN equals any NaN."""
+    """Whether dtype, shape and bits are equal; any NaN equals any NaN."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]

@@ -1,4 +1,4 @@
-"""What recognition returns: the norms it found, and those it left alone with the reason."""
+"""The result of recognition: the norms that were found, and the modules that were refused, with the reason."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Site:
         class_name: the module's class, with its Python module.
         spec: what it computes.
         width: the normalized trailing dims, or None where any width is accepted (a norm without a weight).
-        dtype: dtype of the weight, or the module's default dtype where it has none, such as `float16`.
-        weight: attribute that holds the weight, or None.
-        bias: attribute that holds the bias, or None.
+        dtype: dtype of the weight, or the model's dtype where there is none, such as `float16`.
+        weight: name of the attribute that holds the weight, or None.
+        bias: name of the attribute that holds the bias, or None.
     """
 
     path: str
@@ -37,7 +37,7 @@ class Site:
         return [prefix + name for name in (self.weight, self.bias) if name is not None]
 
     def to_dict(self) -> dict[str, Any]:
-        """The site as the JSON interface shows it."""
+        """The site as JSON values."""
         width = self.width[0] if self.width is not None and len(self.width) == 1 else self.width
         return {
             "path": self.path,
@@ -51,26 +51,30 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A module that normalizes, or says that it does, and was left as it is."""
+    """A module that normalizes, or is named like a norm, and is left unchanged; `reason` says why."""
 
     path: str
     class_name: str
     reason: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The refusal as the JSON interface shows it."""
+        """The refusal as JSON values."""
         return {"path": self.path, "class": self.class_name, "reason": self.reason}
 
 
 @dataclass(frozen=True, slots=True)
 class Recognition:
-    """Every norm of a model: those with a spec, and those refused."""
+    """Every norm of a model: `sites` have a spec, `refusals` do not."""
 
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
 
     def site(self, path: str) -> Site:
-        """The site at a module path. Raises KeyError where there is none."""
+        """The site at a module path.
+
+        Raises:
+            KeyError: there is no site at this path.
+        """
         for site in self.sites:
             if site.path == path:
                 return site

@@ -1,1 +1,8 @@
-"""The CUDA kernel: its source, its layout over threads, and its compiler."""
+"""The CUDA kernel: what it computes, its layout over threads, and its compilation with NVRTC.
+
+norm_kernel: NormKernel, what one kernel computes.
+launch_config: LaunchConfig, the layout over threads; choose, the layout for a kernel.
+macros: macros, the preprocessor macros that configure the source.
+compiler: compile_kernel, a kernel as cubin or PTX; CompiledKernel.
+cuda: the CUDA sources.
+"""

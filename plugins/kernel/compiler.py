@@ -1,4 +1,4 @@
-"""The kernel's source compiled by NVRTC, for one architecture, without a CUDA toolkit, a driver or a GPU."""
+"""Compile the kernel with NVRTC for one architecture, without the CUDA toolkit, a driver or a GPU."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _RESOURCES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class CompiledKernel:
-    """A kernel as the driver loads it.
+    """A compiled kernel, as the CUDA driver loads it.
 
     Attributes:
-        name: of the entry.
+        name: name of the entry point.
         kind: `ptx` or `cubin`.
         image: the PTX text, in UTF-8, or the cubin.
-        architecture: compute capability without its point, such as 90.
-        registers: of one thread.
-        shared_bytes: static shared memory of one block.
-        stack_bytes: local memory that one thread's frame takes.
-        spilled_bytes: registers that were stored to local memory.
+        architecture: compute capability without the point, such as 90.
+        registers: registers of one thread.
+        shared_bytes: static shared memory of one block, in bytes.
+        stack_bytes: stack frame of one thread, in bytes of local memory.
+        spilled_bytes: registers spilled to local memory, in bytes.
     """
 
     name: str
@@ -50,25 +50,25 @@ def compile_kernel(kernel: NormKernel, config: LaunchConfig, architecture: int, 
     """Compile one kernel in one layout.
 
     Args:
-        kernel: what is computed.
-        config: the layout, as `choose` gives it.
-        architecture: compute capability without its point: 75 and later.
-        kind: `cubin` for this architecture alone, `ptx` for it and later ones.
+        kernel: what the kernel computes.
+        config: the layout, see `choose`.
+        architecture: compute capability without the point, at least 75.
+        kind: `cubin` for this architecture only, `ptx` for it and later ones.
 
     Raises:
-        UsageError: the layout cannot run on the architecture, or NVRTC does not know it.
+        UsageError: the architecture does not support the layout, or NVRTC does not support the architecture.
         EnvironmentMissingError: cuda-bindings or NVRTC is not installed.
-        RmsnormDeployError: NVRTC refused the source; the message holds its log.
+        RmsnormDeployError: compilation failed; the message contains NVRTC's log.
     """
     if kind not in ("ptx", "cubin"):
-        raise UsageError(f"a kernel is compiled to ptx or cubin, not to {kind!r}.")
+        raise UsageError(f"kind of a compiled kernel: expected ptx or cubin, got {kind!r}.")
     if architecture < OLDEST:
-        raise UsageError(f"sm_{architecture}: the kernel needs sm_{OLDEST} or later.")
+        raise UsageError(f"architecture: expected sm_{OLDEST} or later, got sm_{architecture}.")
     config.check(kernel, architecture)
     nvrtc = import_nvrtc()
     known = _call(nvrtc, nvrtc.nvrtcGetSupportedArchs())
     if architecture not in known:
-        raise UsageError(f"sm_{architecture}: this NVRTC compiles for {', '.join(f'sm_{a}' for a in sorted(known))}.")
+        raise UsageError(f"NVRTC supports {', '.join(f'sm_{a}' for a in sorted(known))}, not sm_{architecture}.")
     name = kernel.op
     defined = {"RMSNORM_NAME": name, **macros(kernel, config)}
     options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", "--ptxas-options=-v"]
@@ -84,7 +84,7 @@ def compile_kernel(kernel: NormKernel, config: LaunchConfig, architecture: int, 
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         log = _text(nvrtc, program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).decode(errors="replace")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise RmsnormDeployError(f"NVRTC did not compile {name} for sm_{architecture} ({status.name}):\n{log}")
+            raise RmsnormDeployError(f"NVRTC failed to compile {name} for sm_{architecture} ({status.name}):\n{log}")
         if kind == "ptx":
             image = _text(nvrtc, program, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX).rstrip(b"\0")
         else:
@@ -105,7 +105,7 @@ def import_nvrtc() -> Any:
         from cuda.bindings import nvrtc
     except ImportError as error:
         raise EnvironmentMissingError(
-            "compiling the kernel needs cuda-bindings and NVRTC; install: pip install 'rmsnorm-deploy[kernel]'"
+            "compiling the kernel requires cuda-bindings and NVRTC; install: pip install 'rmsnorm-deploy[kernel]'"
         ) from error
     return nvrtc
 
@@ -113,7 +113,7 @@ def import_nvrtc() -> Any:
 def _call(nvrtc: Any, result: tuple[Any, ...]) -> Any:
     status, *values = result
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise RmsnormDeployError(f"NVRTC answers {status.name}.")
+        raise RmsnormDeployError(f"NVRTC returned {status.name}.")
     return values[-1]
 
 

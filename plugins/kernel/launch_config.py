@@ -1,4 +1,4 @@
-"""How a kernel is laid out over threads: a pure choice by width, rows, dtypes and architecture."""
+"""The layout of a kernel over threads, chosen by width, rows, dtypes and architecture."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ...models.dtypes import BYTES
 from ...models.errors import UsageError
 from .norm_kernel import NormKernel
 
-# Multiprocessors of the GPU that is chosen for where none is named (H200); fewer rows than this leave some idle.
+# Multiprocessors of the default GPU (H200); with fewer rows than this, some are idle.
 MULTIPROCESSORS: Final = 132
 MOST_THREADS: Final = 1024
 WIDEST_ACCESS: Final = 16
-# Registers that a thread may fill with what it loads, in bytes: with more, 1024 threads do not fit, or values spill.
+# Bytes of registers that a thread may use for loaded values, by threads per block: with more, registers spill.
 _HELD: Final = {1024: 96, 512: 192, 256: 320}
-# One warp reads a row of up to this many bytes by itself.
+# A row of up to this many bytes is read by a single warp.
 _WARP_BYTES: Final = 1024
 _BLOCK_OF_WARPS: Final = 128
 CLUSTER_ARCHITECTURE: Final = 90
@@ -28,12 +28,12 @@ class LaunchConfig:
     """The layout of one kernel.
 
     Attributes:
-        threads: of one block that read one row together: 1 to 16 a power of two, or a multiple of 32.
-        vectors: that one thread holds at a time.
-        elements: of one vector, a power of two up to 16; accesses are of up to 16 bytes.
-        rows: that one block reads.
-        cluster: blocks that read one row together; above 1 from sm_90 on.
-        prefetch: the weight is loaded before the statistics are known.
+        threads: threads of a block that read one row together: a power of two up to 16, or a multiple of 32.
+        vectors: vectors that one thread holds at a time.
+        elements: elements of one vector, a power of two up to 16; one memory access has at most 16 bytes.
+        rows: rows that one block reads.
+        cluster: blocks that read one row together; more than 1 requires sm_90.
+        prefetch: whether the weight is loaded before the statistics are computed.
     """
 
     threads: int
@@ -49,50 +49,50 @@ class LaunchConfig:
         return self.threads * self.rows
 
     def tiles(self, width: int) -> int:
-        """How often a row is read in parts; above 1 it is read again for the second half of the formula."""
+        """Number of tiles of a row; with more than 1, it is read again for the second half of the formula."""
         return -(-width // (self.cluster * self.threads * self.vectors * self.elements))
 
     def is_whole(self, width: int) -> bool:
-        """Whether every thread always has something to read."""
+        """Whether every thread always reads a full set of vectors."""
         return width % (self.cluster * self.threads * self.vectors * self.elements) == 0
 
     def grid(self, rows: int) -> int:
-        """Blocks for this many rows."""
+        """Number of blocks for this many rows."""
         return -(-rows // self.rows) * self.cluster
 
     def check(self, kernel: NormKernel, architecture: int) -> None:
-        """Hold the layout to what hardware and source can do.
+        """Check that the hardware and the source support the layout.
 
         Raises:
-            UsageError: it cannot be run; the message says why.
+            UsageError: the layout is not supported; the message says why.
         """
         threads, width = self.threads, kernel.width
         if threads < 1 or (threads % 32 if threads > 32 else threads & (threads - 1)):
-            raise UsageError(f"{threads} threads for a row: give a power of two up to 32, or a multiple of 32.")
+            raise UsageError(f"threads for a row: expected a power of two or a multiple of 32, got {threads}.")
         if self.block % 32 or not 32 <= self.block <= MOST_THREADS or self.rows < 1:
-            raise UsageError(f"{self.rows} rows of {threads} threads: a block has a multiple of 32, at most 1024.")
+            raise UsageError(f"threads of a block: expected a multiple of 32 up to 1024, got {self.rows}x{threads}.")
         if self.elements not in (1, 2, 4, 8, 16) or width % self.elements or self.vectors < 1:
-            raise UsageError(f"vectors of {self.elements} elements do not cut a width of {width} into whole ones.")
+            raise UsageError(f"vectors of {self.elements} elements do not divide a width of {width}.")
         if self.cluster not in (1, 2, 4, 8) or (self.cluster > 1 and (self.rows > 1 or architecture < 90)):
-            raise UsageError(f"a cluster of {self.cluster} blocks needs sm_90 and one row a block, and is 2, 4 or 8.")
+            raise UsageError(f"cluster of {self.cluster}: expected 1, or 2, 4 or 8 with sm_90 and one row a block.")
 
 
 def choose(kernel: NormKernel, rows: int | None, architecture: int, alignment: int = WIDEST_ACCESS) -> LaunchConfig:
     """The layout for a kernel.
 
-    Few rows get one vector a thread, so that a row is spread over as much of a multiprocessor as it fills; many get
-    two. Of thread counts that cover a width, one that covers it exactly is preferred. Narrow rows are read by a warp
-    or a part of one, several to a block. Where a row does not fit in the registers of a block it is spread over a
-    cluster, where the architecture has them, or read twice.
+    With few rows each thread reads one vector, so that a row uses as much of a multiprocessor as possible; with many
+    rows it reads two. Of the thread counts that cover a width, one that covers it exactly is preferred. A narrow row is
+    read by a warp or a part of one, several rows by one block. A row that does not fit in the registers of a block is
+    read by a cluster if the architecture has clusters, else it is read twice.
 
     Args:
-        kernel: what is computed.
-        rows: how many rows; None where they are not known.
-        architecture: compute capability without its point, such as 90.
-        alignment: in bytes, of every pointer and row stride: a power of two, at least the widest dtype's.
+        kernel: what the kernel computes.
+        rows: number of rows; None if unknown.
+        architecture: compute capability without the point, such as 90.
+        alignment: alignment of every pointer and row stride in bytes: a power of two, at least the widest dtype's size.
 
     Raises:
-        UsageError: the alignment does not allow whole values.
+        UsageError: the alignment is smaller than an element or is not a power of two.
     """
     elements = _elements(kernel, alignment)
     vectors = kernel.width // elements
@@ -111,10 +111,10 @@ def choose(kernel: NormKernel, rows: int | None, architecture: int, alignment: i
 
 
 def _elements(kernel: NormKernel, alignment: int) -> int:
-    """Values of one vector: 16 bytes of the narrowest input, as far as width and alignment allow."""
+    """Elements of one vector: 16 bytes of the narrowest input, if width and alignment allow it."""
     widest = max(BYTES[dtype] for dtype in kernel.dtypes)
     if alignment < widest or alignment & (alignment - 1):
-        raise UsageError(f"an alignment of {alignment} bytes; it must be a power of two and at least {widest}.")
+        raise UsageError(f"alignment in bytes: expected a power of two of at least {widest}, got {alignment}.")
     narrowest = min(BYTES[dtype] for dtype in (kernel.dtype, kernel.residual_dtype or kernel.dtype))
     elements = WIDEST_ACCESS // (1 if narrowest == 2 and kernel.quantized != "none" else narrowest)
     while elements > 1 and (kernel.width % elements or not _aligned(kernel, elements, alignment)):
@@ -127,7 +127,7 @@ def _aligned(kernel: NormKernel, elements: int, alignment: int) -> bool:
 
 
 def _held(kernel: NormKernel) -> int:
-    """Bytes that a thread holds for each value: x, and the residual while it is added; float32 where nothing packs."""
+    """Bytes of registers per element: x, the residual while it is added, and the gate; float32 if not packed."""
     gate = BYTES[kernel.dtype] if kernel.has_gate else 0
     residual = BYTES[kernel.residual_dtype or kernel.dtype] if kernel.adds else 0
     wide = 4 if kernel.gates_first or (kernel.adds and kernel.exact_sum) else 0
@@ -135,7 +135,7 @@ def _held(kernel: NormKernel) -> int:
 
 
 def _narrow(elements: int, vectors: int, few: bool) -> LaunchConfig:
-    """A warp or a part of one for each row; with few rows one warp a block, so that they spread."""
+    """A warp or a part of one for each row; with few rows one warp per block, to use more multiprocessors."""
     threads = 1
     while threads < vectors:
         threads *= 2
@@ -143,7 +143,7 @@ def _narrow(elements: int, vectors: int, few: bool) -> LaunchConfig:
 
 
 def _layouts(kernel: NormKernel, elements: int, vectors: int) -> Iterator[tuple[int, int]]:
-    """Thread counts, and the vectors that each thread holds, within the registers that there are."""
+    """Thread counts, and vectors per thread, within the limit of registers."""
     bytes_held = _held(kernel) * elements
     for threads in range(32, MOST_THREADS + 1, 32):
         limit = next(held for most, held in sorted(_HELD.items()) if threads <= most)
@@ -156,7 +156,7 @@ def _layouts(kernel: NormKernel, elements: int, vectors: int) -> Iterator[tuple[
 
 
 def _cost(layout: tuple[int, int], vectors: int, few: bool) -> tuple[float, ...]:
-    """Less is better: idle threads first, then the distance from the thread count that suits the number of rows."""
+    """Lower is better: tiles, then idle threads and the distance from the best thread count for the number of rows."""
     threads, held = layout
     tiles = -(-vectors // (threads * held))
     idle = tiles * threads * held / vectors - 1

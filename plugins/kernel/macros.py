@@ -1,4 +1,4 @@
-"""How the kernel's source is told what to compute, and in which layout: macros of `cuda/kernel.cu`."""
+"""The preprocessor macros that configure `cuda/kernel.cu`: what it computes, and in which layout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...models.spec import Gate, Scale
 from .launch_config import LaunchConfig
 from .norm_kernel import Activation, NormKernel, Quantization
 
-# What the source calls each dtype.
+# The source's name of each dtype.
 FORMATS: Final[dict[str, str]] = {
     "float32": "Float32", "float16": "Float16", "bfloat16": "BFloat16", "int8": "Int8", "float8_e4m3": "Float8E4M3",
 }  # fmt: skip
@@ -21,7 +21,7 @@ QUANTIZATIONS: Final[dict[Quantization, int]] = {"none": 0, "static": 1, "per_ro
 
 
 def macros(kernel: NormKernel, config: LaunchConfig) -> dict[str, str]:
-    """The macros that `cuda/kernel.cu` reads, but for the kernel's name."""
+    """The macros that `cuda/kernel.cu` reads, except the kernel's name."""
     bits = struct.unpack("<I", struct.pack("<f", kernel.epsilon))[0]
     values: dict[str, object] = {
         "X": FORMATS[kernel.dtype],

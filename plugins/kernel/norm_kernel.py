@@ -1,4 +1,4 @@
-"""What one CUDA kernel computes."""
+"""NormKernel: what one CUDA kernel computes."""
 
 from __future__ import annotations
 
@@ -31,29 +31,30 @@ _CHOICES = {
 
 @dataclass(frozen=True, slots=True)
 class NormKernel:
-    """One kernel's meaning; statistics are always float32. See `cuda/rms_norm.cuh` for the formula.
+    """What one kernel computes; statistics are always float32. See `cuda/rms_norm.cuh` for the formula.
 
     Attributes:
-        op: `rms_norm`, or `add_rms_norm`, which normalizes x + residual and writes that sum too.
-        width: values normalized together, 1 to 65,536.
+        op: `rms_norm`, or `add_rms_norm`, which normalizes x + residual and also writes the sum.
+        width: elements normalized together, 1 to 65,536.
         epsilon: added to the mean of squares.
-        dtype: of x and the gate.
-        residual_dtype: of the residual and the sum; x's where it is None.
-        weight_dtype: of the weight; x's where it is None.
-        y_dtype: of the result before it is quantized; x's where it is None.
+        dtype: dtype of x and the gate.
+        residual_dtype: dtype of the residual and the sum; None for x's.
+        weight_dtype: dtype of the weight; None for x's.
+        y_dtype: dtype of the result before quantization; None for x's.
         scale: no scale, the weight, or 1 + weight (added in float32).
-        cast_first: the normalized value is rounded to y's dtype before it is scaled, and so is the scale.
-        exact_sum: the statistics are those of x + residual as it is in float32, not rounded to the sum's dtype.
+        cast_first: whether the normalized value and the scale are rounded to y's dtype before they are multiplied.
+        exact_sum: whether x + residual is normalized in float32, without rounding to the sum's dtype.
         gate: a second input of x's shape multiplies before the norm, after it, or not at all.
-        activation: of the gate.
-        quantized: dtype of the output where it is quantized. int8 goes from -128 to 127, e4m3 to ±448; both saturate.
-        quantization: by one float32 scale that is given, or by one for each row that is written, largest / 127 or 448.
-        inner: how many rows share an outer stride: heads of a token, or groups of a row.
-        weight_rows: rows of the weight, that rows of x go through in turn: `inner` for groups, else 1.
-        strided: x, residual and gate have strides, in elements, of outer and inner rows; otherwise all is contiguous.
+        activation: activation of the gate.
+        quantized: dtype of a quantized output, or none. int8 saturates at -128 and 127, e4m3 at ±448.
+        quantization: `static`: by one given float32 scale; `per_row`: by the largest absolute value of the row / 127 or
+            448, which is an output.
+        inner: number of rows with a common outer stride: heads of a token, or groups of a row.
+        weight_rows: rows of the weight, which rows of x use in turn: `inner` for groups, else 1.
+        strided: whether x, residual and gate have strides of outer and inner rows, in elements; else all is contiguous.
 
     Raises:
-        UsageError: a value that no kernel may have.
+        UsageError: a field has an invalid value.
     """
 
     width: int
@@ -91,10 +92,10 @@ class NormKernel:
             raise UsageError("a kernel's quantized and quantization must both be given, or neither.")
         if self.inner < 1 or self.weight_rows not in (1, self.inner):
             raise UsageError(
-                f"a kernel has {self.inner} inner rows and {self.weight_rows} of the weight; give 1 or all."
+                f"weight_rows of a kernel: expected 1 or inner ({self.inner}, at least 1), got {self.weight_rows}."
             )
         if self.op == "rms_norm" and (self.exact_sum or self.residual_dtype != self.dtype):
-            raise UsageError("exact_sum and residual_dtype are for add_rms_norm.")
+            raise UsageError("exact_sum and residual_dtype require op add_rms_norm.")
 
     @property
     def adds(self) -> bool:
@@ -136,7 +137,7 @@ class NormKernel:
 
     @property
     def out_dtype(self) -> str:
-        """Of the output as it is stored."""
+        """Dtype of the output in memory."""
         return self.y_dtype_ if self.quantized == "none" else self.quantized
 
     @property
@@ -146,12 +147,12 @@ class NormKernel:
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """Of everything that has x's shape, as it is stored: x, residual and sum, gate, output."""
+        """Dtypes in memory of all tensors of x's shape: x and gate, residual and sum, output."""
         residual = (self.residual_dtype or self.dtype,) if self.adds else ()
         return (self.dtype, *residual, self.out_dtype)
 
     def row_bytes(self) -> int:
-        """Bytes read and written for each row; the weight, which stays in the cache, is left out."""
+        """Bytes read and written per row, without the weight, which stays in the cache."""
         read = BYTES[self.dtype] * (2 if self.has_gate else 1)
         streamed = 2 * BYTES[self.residual_dtype or self.dtype] if self.adds else 0
         return self.width * (read + streamed + BYTES[self.out_dtype]) + (4 if self.quantization == "per_row" else 0)

@@ -1,7 +1,9 @@
 """RMSNorm and AddRMSNorm as TensorRT plugins, each also with a quantized output.
 
-creators: the plugins in Python, for a machine without the library.
-images: the compiled kernels that a plugin takes with it into an engine.
-launcher: a packed kernel run on a GPU through CUDA's driver.
-library: where the C++ library is, how it is built, what one holds.
+creators: Plugins, the plugins in Python, for a machine without the C++ library; read_fields.
+images: KernelImages, the compiled kernels that an engine contains; compile_images, unpack, kernel_of.
+launcher: Launcher, which runs a compiled kernel on a GPU through the CUDA driver.
+library: find_library, build_library and read_library, for the C++ library.
+header: contract_header, the contract as a C++ header.
+cpp: the C++ sources of the library.
 """

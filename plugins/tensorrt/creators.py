@@ -1,9 +1,9 @@
-"""The plugins in Python: for a machine without the C++ library. They parse, build, and run where there is a GPU.
+"""The TensorRT plugins in Python, for a machine without the C++ library. Running an engine with them requires a GPU.
 
 TensorRT holds no references to Python objects, and an exception in some of these methods ends the process or leaves an
-engine without the plugin's fields. So every object is kept for as long as the process lives, what can be wrong is
-checked in `create_plugin` (whose exception is a parser error), and the other methods record what went wrong in
-`Plugins.problems` and give the answer that fails cleanly.
+engine without the plugin's fields. Therefore every object is kept until the process ends, `create_plugin` checks all
+values (its exception becomes a parser error), and the other methods record errors in `Plugins.problems` and return a
+value with which the build fails.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Plugins:
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
-        architectures: that kernels are compiled for, without their point.
-        driver: gives `cuda.bindings.driver`; called when a kernel is launched for the first time.
-        without_kernels: serialize no kernels, for tests of everything else and for machines without NVRTC.
+        architectures: compute capabilities to compile kernels for, without the point.
+        driver: returns `cuda.bindings.driver`; called at the first launch of a kernel.
+        without_kernels: do not serialize kernels, for tests and for machines without NVRTC.
 
     Attributes:
-        problems: what went wrong in a method that may not raise.
-        images: the kernels that were compiled, by operator, dtype, width and attributes.
-        packed: the same as bytes. A network configures each plugin thousands of times, and all plugins share these.
+        problems: errors in methods that must not raise.
+        images: the compiled kernels, by operator, dtype, width and attributes.
+        packed: the same as bytes, which all plugins share: TensorRT configures each plugin thousands of times.
     """
 
     def __init__(
@@ -56,21 +56,21 @@ class Plugins:
         self.creators = [creator_class(self, name) for name in contract.INPUTS]
 
     def register(self) -> None:
-        """Put the creators into the registry.
+        """Register the creators in the plugin registry.
 
         Raises:
-            RmsnormDeployError: the registry refuses: others of the same name are there.
+            RmsnormDeployError: creators of the same name are registered already.
         """
         registry = self.trt.get_plugin_registry()
         for creator in self.creators:
             if not registry.register_creator(creator, contract.PLUGIN_NAMESPACE):
                 raise RmsnormDeployError(
-                    f"TensorRT's registry refuses {creator.name}: another creator of namespace "
+                    f"TensorRT's registry refused {creator.name}: another creator of namespace "
                     f"{contract.PLUGIN_NAMESPACE}, version {contract.PLUGIN_VERSION} is registered already."
                 )
 
     def compiled(self, name: str, dtype: str, width: int, values: Mapping[str, float | int]) -> bytes:
-        """The kernels of a norm, packed; compiled once for all that are equal."""
+        """The packed kernels of a norm, compiled once for equal norms."""
         key = (name, dtype, width, *sorted(values.items()))
         if key not in self.images:
             quant_type = int(values["quant_type"]) if name in contract.UNQUANTIZED else None
@@ -82,7 +82,7 @@ class Plugins:
         return self.packed[key]
 
     def report(self) -> list[dict[str, Any]]:
-        """The compiled kernels as JSON: operator, width, dtype, architectures, bytes; a quantized y's dtype."""
+        """The compiled kernels as JSON: operator, width, dtype, dtype of a quantized y, architectures, bytes."""
         names = {number: name for name, number in contract.QUANT_TYPES.items()}
         return [
             {
@@ -101,16 +101,16 @@ class Plugins:
 def read_fields(
     op_type: str, fields: Any, runtime: bool, where: str = ""
 ) -> tuple[dict[str, float | int], bytes | None]:
-    """The values of a plugin's fields, and the packed kernels where there are any.
+    """The values of a plugin's fields, and the packed kernels or None.
 
     Args:
         op_type: the operator.
         fields: a `PluginFieldCollection`.
-        runtime: whether they come from an engine, where each must be there.
-        where: what messages call the node; the operator's name where it is left out.
+        runtime: whether the fields are read from an engine, which must have kernels.
+        where: the node's name for messages; empty for the operator's name.
 
     Raises:
-        UsageError: a value is missing or not one of the contract's.
+        UsageError: a value is missing or violates the contract.
     """
     kinds = contract.OPERATOR_ATTRIBUTES[op_type]
     values: dict[str, float | int] = {}
@@ -123,17 +123,17 @@ def read_fields(
             values[field.name] = float(value) if kinds[field.name] == "FLOAT" else int(value)
     problems = contract.attribute_problems(values, op_type)
     if runtime and kernels is None:
-        problems.append(f"field {contract.KERNELS_FIELD} is missing, so the engine carries no kernel")
+        problems.append(f"field {contract.KERNELS_FIELD} is missing, so the engine has no kernel")
     if problems:
         raise UsageError(f"{where or op_type}: {'; '.join(problems)}.")
     return values, kernels
 
 
 def _creator_class(trt: Any) -> Any:
-    """The creators' class, which makes plugins; both are derived from the classes of this TensorRT."""
+    """The class of the creators; it and the class of the plugins are derived from classes of `trt`."""
 
     class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
-        """One norm; copies share everything but what depends on the shapes at hand."""
+        """One norm; clones share everything except what depends on the current shapes."""
 
         def __init__(self, owner: Plugins, name: str, values: dict[str, float | int], kernels: bytes | None) -> None:
             for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
@@ -179,11 +179,11 @@ def _creator_class(trt: Any) -> Any:
             return bool(described.type == first.type)
 
         def configure_plugin(self, inputs: list[Any], outputs: list[Any]) -> None:
-            """Called thousands of times for one network: equal norms are compiled once."""
+            """Compile the kernels. TensorRT calls this thousands of times; equal norms are compiled once."""
             described = inputs[0].desc
             width = list(described.dims)[-1]
             if width < 1:
-                self._failed(f"the width of x is {width}: the plugin needs one that is known when the engine is built")
+                self._failed(f"width of x: expected a static width when the engine is built, got {width}")
                 return
             if self.owner.without_kernels:
                 return
@@ -235,7 +235,7 @@ def _creator_class(trt: Any) -> Any:
         ) -> None:
             if self._launcher is None:
                 if self.kernels is None:
-                    raise RmsnormDeployError(f"{self.name}: the engine carries no kernel.")
+                    raise RmsnormDeployError(f"{self.name}: the engine has no kernel. Build it again.")
                 images = unpack(self.kernels)
                 if images.quant_type != self.values.get("quant_type", 0):
                     raise RmsnormDeployError(f"{self.name}: the engine's kernels are for another quantized data type.")
@@ -249,13 +249,13 @@ def _creator_class(trt: Any) -> Any:
                 self.owner.problems.append(text)
 
     class Creator(trt.IPluginCreatorV3One):
-        """Makes the plugins of one operator, from a node's attributes or from an engine's fields."""
+        """Creates the plugins of one operator, from a node's attributes or an engine's fields."""
 
         def __init__(self, owner: Plugins, name: str) -> None:
             super().__init__()
             self.owner, self.name = owner, name
             self.plugin_version, self.plugin_namespace = contract.PLUGIN_VERSION, contract.PLUGIN_NAMESPACE
-            # What the parser looks for on the node; the kernels are a field of serialized plugins only.
+            # The attributes that the parser reads; the kernels are a field of serialized plugins only.
             self._fields = [
                 trt.PluginField(field, np.array([]), getattr(trt.PluginFieldType, contract.FIELD_TYPES[kind]))
                 for field, kind in contract.OPERATOR_ATTRIBUTES[name].items()
@@ -263,7 +263,7 @@ def _creator_class(trt: Any) -> Any:
             self.field_names = trt.PluginFieldCollection(self._fields)
 
         def create_plugin(self, node: str, fields: Any, phase: Any) -> Any:
-            """`node` is the ONNX node's name when a file is parsed, and the operator's when an engine is loaded."""
+            """Create a plugin. `node` is the ONNX node's name in parsing, and the operator's name in an engine."""
             where = self.name if node == self.name else f"{node} ({self.name})"
             try:
                 values, kernels = read_fields(self.name, fields, phase == trt.TensorRTPhase.RUNTIME, where)

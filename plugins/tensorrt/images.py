@@ -1,24 +1,24 @@
-"""The compiled kernels of one norm, packed into the bytes that an engine carries in the plugin's field `kernels`.
+"""The compiled kernels of one norm, and the bytes in which an engine stores them (the plugin's field `kernels`).
 
 A kernel is specialized by width, dtypes and layout. It is compiled when the engine is built, in two layouts (for few
-rows and for many) and for each architecture wanted, and read again when the engine is loaded. The C++ library writes
-and reads the same bytes (`cpp/images.h`). All numbers are little-endian and unsigned:
+rows and for many) and for each requested architecture, and is read when the engine is loaded. The C++ library writes
+and reads the same format (`cpp/images.h`). All numbers are little-endian and unsigned:
 
     8 bytes  "RMSNORM1"
     u32      width
     u32      ONNX data type of x
     u32      number of images
-    u32      ONNX data type of a quantized y, 0 where y has x's
+    u32      ONNX data type of a quantized y, or 0 if y has that of x
     for each image:
         u32  kind: 0 cubin, 1 PTX
-        u32  architecture: compute capability without its point, such as 89
-        u32  1 for at most as many rows as the GPU has multiprocessors, 0 for any number
+        u32  architecture: compute capability without the point, such as 89
+        u32  1: for at most as many rows as the GPU has multiprocessors; 0: for any number
         u32  threads of a block
         u32  rows that one block reads
         u32  blocks of a cluster
         u32  bytes of the image
         u32  0
-        the image, filled up with zeros to a multiple of 8 bytes
+        the image, padded with zeros to a multiple of 8 bytes
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ _SCALES: Final[dict[float, Scale]] = {0.0: "weight", 1.0: "one_plus_weight"}  # 
 
 @dataclass(frozen=True, slots=True)
 class KernelImage:
-    """One compiled kernel and how it is launched.
+    """One compiled kernel and its launch parameters.
 
     Attributes:
         kind: `cubin` runs on its own major architecture, `ptx` on it and all later ones.
-        architecture: compute capability without its point, such as 89.
-        few: laid out for at most as many rows as the GPU has multiprocessors.
+        architecture: compute capability without the point, such as 89.
+        few: whether the layout is for at most as many rows as the GPU has multiprocessors.
         block: threads of a block.
-        rows: that one block reads.
+        rows: rows that one block reads.
         cluster: blocks that read one row together.
-        image: the cubin, or the PTX text with a zero at its end.
+        image: the cubin, or the PTX text with a terminating zero.
     """
 
     kind: Kind
@@ -70,7 +70,7 @@ class KernelImage:
     image: bytes
 
     def grid(self, rows: int) -> int:
-        """Blocks for this many rows."""
+        """Number of blocks for this many rows."""
         return -(-rows // self.rows) * self.cluster
 
     def runs_on(self, architecture: int) -> bool:
@@ -84,8 +84,8 @@ class KernelImage:
 class KernelImages:
     """All images of one norm, with the width and dtype of x that they were compiled for.
 
-    `quant_type` is the ONNX data type of a quantized y, or 0. What else the kernels were compiled for (the operator,
-    epsilon, and how the scale multiplies) stands in the plugin's name and its other fields.
+    `quant_type` is the ONNX data type of a quantized y, or 0. The other parameters of the kernels (operator, epsilon,
+    and how the scale multiplies) are in the plugin's name and its other fields.
     """
 
     width: int
@@ -95,11 +95,11 @@ class KernelImages:
 
     @property
     def architectures(self) -> list[int]:
-        """Architectures that there is a cubin for."""
+        """Architectures with a cubin, in ascending order."""
         return sorted({image.architecture for image in self.images if image.kind == "cubin"})
 
     def choose(self, architecture: int, rows: int, multiprocessors: int) -> KernelImage | None:
-        """The image to launch: a cubin before PTX, the nearest architecture, the layout for this many rows."""
+        """The image to launch: cubin before PTX, nearest architecture, the layout for the number of rows; or None."""
         fitting = [image for image in self.images if image.runs_on(architecture)]
         few = rows <= multiprocessors
         return max(
@@ -124,12 +124,12 @@ def unpack(content: bytes) -> KernelImages:
     """Read the bytes of the field.
 
     Raises:
-        UsageError: they were cut short, or nobody of this project wrote them.
+        UsageError: the bytes are truncated, damaged, or of another format.
     """
     try:
         magic, width, dtype, count, quant_type = _HEADER.unpack_from(content)
         if magic != MAGIC:
-            raise UsageError(f"packed kernels: expected {MAGIC!r} at their beginning, got {magic!r}")
+            raise UsageError(f"packed kernels: expected {MAGIC!r} at the beginning, got {magic!r}")
         if quant_type not in (0, *contract.QUANT_TYPES.values()):
             raise UsageError(f"packed kernels: unknown quantized data type {quant_type}")
         names = {number: name for name, number in contract.ONNX_TYPES.items()}
@@ -144,7 +144,7 @@ def unpack(content: bytes) -> KernelImages:
             position += size + -size % 8
         return KernelImages(width, names[dtype], tuple(images), quant_type)
     except (struct.error, IndexError, KeyError) as error:
-        raise UsageError(f"packed kernels: {len(content)} bytes that are cut short or damaged: {error}") from error
+        raise UsageError(f"packed kernels: the {len(content)} bytes are truncated or damaged: {error}") from error
 
 
 def kernel_of(
@@ -156,19 +156,19 @@ def kernel_of(
     scale_type: int,
     quant_type: int | None = None,
 ) -> NormKernel:
-    """The kernel of one node of the contract.
+    """The kernel of one custom operator.
 
     Args:
         op_type: the operator.
-        dtype: of x.
-        width: of a row of x.
-        epsilon: the attribute, as the following ones.
+        dtype: dtype of x.
+        width: elements in a row of x.
+        epsilon: the attribute of this name, like the following arguments.
         scale_offset: 0 or 1.
         scale_type: ONNX data type in which the scale is multiplied.
-        quant_type: ONNX data type of a quantized y; for the operators that have one.
+        quant_type: ONNX data type of a quantized y, for the operators that have one.
 
     Raises:
-        UsageError: a value that the kernel cannot do.
+        UsageError: the kernel does not support a value.
     """
     attributes = {"epsilon": epsilon, "scale_offset": scale_offset, "scale_type": scale_type}
     if quant_type is not None:
@@ -198,11 +198,11 @@ def compile_images(kernel: NormKernel, architectures: tuple[int, ...]) -> Kernel
     Equal norms share one result.
 
     Args:
-        kernel: what is computed.
-        architectures: compute capabilities without their point, at least one.
+        kernel: what the kernel computes.
+        architectures: compute capabilities without the point, at least one.
 
     Raises:
-        UsageError: NVRTC does not know an architecture.
+        UsageError: NVRTC does not support an architecture.
         EnvironmentMissingError: cuda-bindings or NVRTC is not installed.
     """
     images = [
@@ -221,16 +221,16 @@ def _compiled(kernel: NormKernel, architecture: int, few: bool, kind: Kind) -> K
 
 
 def known_architectures(texts: Sequence[str]) -> tuple[int, ...]:
-    """Architectures as users write them: `sm_86`, `86` or `8.6`, several with commas between.
+    """Architectures in the form that users write: `sm_86`, `86` or `8.6`, several separated by commas.
 
     Raises:
-        UsageError: a text that is not one.
+        UsageError: a text is not an architecture.
     """
     found = []
     for text in (part.strip() for joined in texts for part in joined.split(",")):
         digits = text.lower().removeprefix("sm_").removeprefix("sm").replace(".", "")
         if not digits.isdecimal() or not 2 <= len(digits) <= 3:
-            raise UsageError(f"architecture: expected something like sm_86, got {text!r}.")
+            raise UsageError(f"architecture: expected a text such as sm_86, got {text!r}.")
         found.append(int(digits))
     return tuple(dict.fromkeys(found))
 

@@ -1,4 +1,4 @@
-"""Packed kernels on a GPU, through CUDA's driver API."""
+"""Run the compiled kernels of an engine on a GPU, through the CUDA driver API."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def cuda_driver() -> Any:
         from cuda.bindings import driver
     except ImportError as error:
         raise EnvironmentMissingError(
-            "running the plugin in Python needs cuda-bindings; install: pip install 'rmsnorm-deploy[kernel]'"
+            "running the plugin in Python requires cuda-bindings; install: pip install 'rmsnorm-deploy[kernel]'"
         ) from error
     return driver
 
 
 class Launcher:
-    """The kernels of one norm in the current CUDA context, loaded when they are first wanted.
+    """The kernels of one norm in the current CUDA context; each is loaded at its first launch.
 
     Args:
-        images: what the engine carries.
-        name: of the kernels' entry, `rms_norm` or `add_rms_norm`.
-        driver: `cuda.bindings.driver`, or what stands in for it.
+        images: the kernels in the engine.
+        name: name of the kernels' entry point, `rms_norm` or `add_rms_norm`.
+        driver: `cuda.bindings.driver`, or a replacement for it.
     """
 
     def __init__(self, images: KernelImages, name: str, driver: Any) -> None:
@@ -42,16 +42,16 @@ class Launcher:
         self._device: tuple[int, int] | None = None
 
     def launch(self, pointers: list[int], inputs: int, rows: int, stream: int) -> None:
-        """Run the kernel on `rows` rows; nothing is done for none.
+        """Run the kernel on `rows` rows; for 0 rows nothing is launched.
 
         Args:
             pointers: device addresses of all inputs, then of all outputs.
-            inputs: how many of them are inputs.
-            rows: rows of x.
-            stream: CUDA stream, as a number.
+            inputs: number of inputs among them.
+            rows: number of rows of x.
+            stream: handle of the CUDA stream.
 
         Raises:
-            RmsnormDeployError: no image runs on this GPU, or the driver refuses; the message says which.
+            RmsnormDeployError: no image runs on this GPU, or a call of the driver failed.
         """
         if rows == 0:
             return
@@ -60,7 +60,7 @@ class Launcher:
         if image is None:
             built = ", ".join(f"sm_{number}" for number in self._images.architectures)
             raise RmsnormDeployError(
-                f"the engine carries kernels for {built}, and this GPU is sm_{architecture}. Build it again with "
+                f"the engine has kernels for {built}, and this GPU is sm_{architecture}. Build it again with "
                 f"--arch sm_{architecture}."
             )
         values = [np.array([pointer], np.uint64) for pointer in pointers]
@@ -99,5 +99,5 @@ class Launcher:
     def _call(self, result: tuple[Any, ...], what: str) -> Any:
         status, *values = result
         if int(status) != 0:
-            raise RmsnormDeployError(f"CUDA's driver answers {getattr(status, 'name', status)} to {what}.")
+            raise RmsnormDeployError(f"{what}: the CUDA driver returned {getattr(status, 'name', status)}.")
         return values[0] if values else None

@@ -1,4 +1,4 @@
-"""The C++ library with both plugins: where it is, and what one says of itself."""
+"""The C++ library with the TensorRT plugins: find it, build it, and read its description."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from .header import contract_digest
 
 LIBRARY_NAME: Final = "librmsnorm_deploy.so"
 REGISTERING_NAME: Final = "librmsnorm_deploy_register.so"
-# The library's place, where it is not the usual one.
+# Path of the library, if it is not the default one.
 LIBRARY_VARIABLE: Final = "RMSNORM_DEPLOY_PLUGIN"
-# What the library reads when it compiles kernels: NVRTC's file, and the architectures, such as `86,89`.
+# Environment variables that the library reads when it compiles kernels: NVRTC's path, and architectures like `86,89`.
 NVRTC_VARIABLE: Final = "RMSNORM_DEPLOY_NVRTC"
 ARCHITECTURES_VARIABLE: Final = "RMSNORM_DEPLOY_ARCHITECTURES"
 
 
 SOURCE_FOLDER: Final = Path(__file__).parent / "cpp"
 _HEADER: Final = "NvInferRuntime.h"
-# Folders of TensorRT's headers, where its packages for Debian and its archives put them.
+# Folders in which TensorRT's Debian packages and archives install its headers.
 _HEADER_PLACES: Final = (
     "/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu", "/usr/include", "/usr/local/TensorRT/include",
     "/opt/TensorRT/include", "/opt/tensorrt/include",
@@ -52,15 +52,15 @@ _BUILD_SECONDS: Final = 1800
 
 @dataclass(frozen=True, slots=True)
 class LibraryInfo:
-    """What a library says of itself.
+    """The description of a library.
 
     Attributes:
-        path: its file.
-        creators: name, version and namespace of each.
-        is_current: whether it was built for this version's contract.
-        tensorrt_headers: version of the headers that it was built with.
-        generic_architectures: that its generic kernel is compiled for.
-        nvrtc: version of the NVRTC that it finds here; empty where it finds none and uses the generic kernel.
+        path: path of the library.
+        creators: name, version and namespace of each plugin creator.
+        is_current: whether it was built for the current contract.
+        tensorrt_headers: version of the TensorRT headers that it was built with.
+        generic_architectures: architectures that its generic kernel is compiled for.
+        nvrtc: version of the NVRTC that it finds on this machine; empty if it finds none and uses the generic kernel.
     """
 
     path: Path
@@ -77,7 +77,7 @@ class LibraryInfo:
 
 @dataclass(frozen=True, slots=True)
 class Toolchain:
-    """What a library is built with."""
+    """Paths of the tools and headers that a library is built with."""
 
     tensorrt_include: Path
     nvcc: Path
@@ -86,20 +86,20 @@ class Toolchain:
 
 
 def default_folder() -> Path:
-    """Where `rmsnorm plugin build` puts the library."""
+    """The folder to which `rmsnorm plugin build` writes the library by default."""
     base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
     return Path(base) / "rmsnorm-deploy" / "plugin"
 
 
 def find_library() -> Path | None:
-    """The library that is used where none is named: the variable's, else the one that was built; None without one."""
+    """The default library: that of the environment variable, else that in the default folder; None if it is missing."""
     named = os.environ.get(LIBRARY_VARIABLE)
     place = Path(named).expanduser() if named else default_folder() / LIBRARY_NAME
     return place if place.is_file() else None
 
 
 def find_nvrtc() -> Path | None:
-    """NVRTC's library as pip brought it; None leaves it to the system's loader."""
+    """Path of the NVRTC that was installed with pip; None to let the system's loader find another one."""
     for module, pattern in (("nvidia.cu13", "lib/libnvrtc.so.*"), ("nvidia.cuda_nvrtc", "lib/libnvrtc.so.*")):
         try:
             spec = importlib.util.find_spec(module)
@@ -113,7 +113,7 @@ def find_nvrtc() -> Path | None:
 
 
 def python_digest() -> str:
-    """A hash of what the plugins in Python are made of: the kernel's sources, the contract, NVRTC's version."""
+    """A hash of the sources of the plugins in Python: the kernel's sources, the contract, the version of NVRTC."""
     text = b"".join((SOURCE_CUDA / name).read_bytes() for name in (*HEADERS, SOURCE)) + contract_digest().encode()
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         text += importlib.metadata.version("nvidia-cuda-nvrtc").encode()
@@ -126,7 +126,7 @@ def kernels_report(library: Path) -> list[dict[str, Any]]:
 
 
 def last_error(library: Path) -> str:
-    """What a loaded library last refused in this process; empty where it refused nothing."""
+    """The last error of a loaded library in this process; empty if there was none."""
     return _text(library, "rmsnorm_deploy_last_error")
 
 
@@ -140,16 +140,20 @@ def _text(library: Path, function: str) -> str:
 
 
 def find_toolchain(tensorrt_include: Path | None = None, nvcc: Path | None = None) -> Toolchain:
-    """What a build needs, found on this machine.
+    """Find the tools and headers for a build on this machine.
+
+    Args:
+        tensorrt_include: the folder of TensorRT's headers; None to search for it.
+        nvcc: the CUDA compiler; None to search for it.
 
     Raises:
-        UsageError: something that was named is not there.
-        EnvironmentMissingError: something is missing; the message says all that is, and where to get it.
+        UsageError: an argument does not exist.
+        EnvironmentMissingError: tools or headers are missing; the message lists all of them and where to get them.
     """
     if tensorrt_include is not None and not (tensorrt_include / _HEADER).is_file():
         raise UsageError(f"--tensorrt-include: expected a folder with {_HEADER}, got {tensorrt_include}.")
     if nvcc is not None and not os.access(nvcc, os.X_OK):
-        raise UsageError(f"--nvcc: expected CUDA's compiler, got {nvcc}.")
+        raise UsageError(f"--nvcc: expected the CUDA compiler, got {nvcc}.")
     found = {
         f"TensorRT's headers ({_HEADER})": (tensorrt_include or _find_headers(), GET_HEADERS),
         "nvcc": (nvcc or _find_nvcc(), GET_CUDA),
@@ -159,7 +163,7 @@ def find_toolchain(tensorrt_include: Path | None = None, nvcc: Path | None = Non
     missing = [(name, get) for name, (place, get) in found.items() if place is None]
     if missing:
         raise EnvironmentMissingError(
-            f"the plugin's library cannot be built here; missing: {', '.join(name for name, _ in missing)}. "
+            f"the plugin's library cannot be built on this machine; missing: {', '.join(name for name, _ in missing)}. "
             + " ".join(f"{get[0].upper()}{get[1:]}." for _, get in missing)
         )
     places = [place for place, _ in found.values() if place is not None]
@@ -193,18 +197,18 @@ def build_library(
     """Compile both libraries: the one that TensorRT loads, and the one that registers itself.
 
     Args:
-        folder: where they go; `default_folder()` where None.
-        tensorrt_include: the folder of TensorRT's headers; looked for where None. The library that registers itself
-            works with the major version of these headers only.
-        nvcc: CUDA's compiler; looked for where None.
+        folder: the folder to write to; None for `default_folder()`.
+        tensorrt_include: the folder of TensorRT's headers; None to search for it. The library that registers itself
+            works only with the major version of these headers.
+        nvcc: the CUDA compiler; None to search for it.
         progress: called with a line of text at each step.
 
     Returns:
-        The files.
+        The paths of both libraries.
 
     Raises:
         EnvironmentMissingError: a compiler or the headers are missing.
-        RmsnormDeployError: the build failed; the message holds the end of what the compiler said.
+        RmsnormDeployError: the build failed; the message contains the end of the compiler's output.
     """
     progress = progress or (lambda _: None)
     tools = find_toolchain(tensorrt_include, nvcc)
@@ -243,16 +247,16 @@ def _run(command: list[str]) -> None:
 
 
 def read_library(path: Path) -> LibraryInfo:
-    """Ask a library what it holds.
+    """Load a library and read its description.
 
     Raises:
-        UsageError: the file is not such a library, or does not load.
+        UsageError: the file does not exist, is not such a library, or cannot be loaded.
     """
     if not path.is_file():
-        raise UsageError(f"there is no {path}. Make the library with: rmsnorm plugin build")
+        raise UsageError(f"{path} does not exist. Build the library with: rmsnorm plugin build")
     nvrtc = find_nvrtc()
     if nvrtc is not None:
-        os.environ.setdefault(NVRTC_VARIABLE, str(nvrtc))  # as in a build
+        os.environ.setdefault(NVRTC_VARIABLE, str(nvrtc))  # as when an engine is built
     try:
         content = json.loads(_text(path.absolute(), "rmsnorm_deploy_info"))
     except (OSError, AttributeError, ValueError) as error:

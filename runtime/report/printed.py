@@ -19,7 +19,7 @@ def print_validation(
     """The tables of a report, the reasons of what failed, the deviations and the verdict."""
     columns = ("case", "output", "verdict", "max error/row RMS", "max ULP", "mean ULP", "cosine")
     page.table(columns, [(row["case"], row["name"], *_cells(row), _cosine(row)) for row in report["outputs"]])
-    page.line("errors against PyTorch in float64; in brackets those of PyTorch in the deployed dtype")
+    page.line("errors relative to PyTorch in float64; in parentheses those of PyTorch in the deployed dtype")
     if show_parts:
         _print_parts(page, report)
     for row in report["outputs"]:
@@ -100,8 +100,8 @@ def print_risk(page: Page, risk: Mapping[str, Any]) -> None:
     columns = ("norm", "max |x|", "fp16 margin", "eps decides", "outliers", "weight", *_DTYPES.values())
     page.table(columns, [_risk_row(norm) for norm in risk["norms"]])
     page.line(
-        "fp16 margin: by what factor the norm's largest value fits its dtype; eps decides: rows whose mean square is "
-        "at most eps; outliers: channels of more than 6 times the median RMS; weight: largest by smallest"
+        "fp16 margin: largest float16 value / the norm's largest value; eps decides: rows whose mean square is at most "
+        "eps; outliers: channels with more than 6 times the median RMS; weight: largest / smallest"
     )
     for note in risk["notes"]:
         page.line(f"Note: {note}.")

@@ -1,6 +1,6 @@
-"""rmsnorm-deploy: take RMSNorm from PyTorch to ONNX Runtime and TensorRT, and prove the numbers.
+"""rmsnorm-deploy: take RMSNorm from PyTorch to ONNX Runtime and TensorRT, and verify the numbers.
 
-The names below are loaded when first used, so that importing this package stays quick and needs neither torch nor
+The names below are loaded at first use, so that importing this package is fast and does not require torch or
 onnxruntime.
 """
 
@@ -76,7 +76,7 @@ _HOME = {
     "MismatchError": "models.errors",
 }
 
-__all__ = [  # noqa: RUF022 - the order of a model's way through the house
+__all__ = [  # noqa: RUF022 - in the order of use
     "NormSpec",
     "reference",
     "find_norms",

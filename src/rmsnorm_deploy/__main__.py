@@ -1,4 +1,4 @@
-"""`python -m rmsnorm_deploy` is the command `rmsnorm`."""
+"""`python -m rmsnorm_deploy` runs the command `rmsnorm`."""
 
 from rmsnorm_deploy.cli import main
 

@@ -70,11 +70,11 @@ def test_wrong_command_line(rmsnorm: CommandLine, arguments: tuple[str, ...], me
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("nosuch/folder/here", "no such folder"),
-        ("./nosuch", "no such folder"),
+        ("nosuch/folder/here", "neither an existing folder nor a hub name"),
+        ("./nosuch", "neither an existing folder nor a hub name"),
         ("builtin:nosuch", "builtin:addition"),
         ("nosuch_module:make", "nosuch_module"),
-        ("nosuch.py:make", "no file nosuch.py"),
+        ("nosuch.py:make", "the file nosuch.py does not exist"),
         ("{models}:nosuch", "nosuch"),
         ("{models}:broken", "no luck"),
         ("{models}:torch", "torch"),
@@ -98,7 +98,7 @@ def test_no_model(rmsnorm: CommandLine, models: Path, tmp_path: Path, model: str
         (("--target", "nosuch"), 2, "primitives, standard, ort, plugin"),
         (("--opset", "17"), 3, "18 to 23"),
         (("--opset", "24"), 3, "18 to 23"),
-        (("--opset", "20", "--target", "standard"), 3, "needs opset 23"),
+        (("--opset", "20", "--target", "standard"), 3, "requires opset 23"),
         (("--dtype", "float8"), 2, "float32, float16, bfloat16, float64"),
         (("--dtype", "float64", "--target", "plugin"), 3, "--target primitives"),
         (("--with-past",), 3, "KV cache"),
@@ -227,7 +227,7 @@ def test_export_interrupted_while_it_captures(tmp_path_factory: pytest.TempPathF
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert (out, err.splitlines()[-1]) == ("", "error: interrupted; nothing was left half done.")
+    assert (out, err.splitlines()[-1]) == ("", "error: interrupted; no incomplete files were left behind.")
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
@@ -252,7 +252,7 @@ def test_truncated_external_data(rmsnorm: CommandLine, copied: Path, feeds: Path
     data.write_bytes(data.read_bytes()[:-100])
     outcome = rmsnorm("run", copied, "--inputs", feeds, "-o", tmp_path / "y.npz")
     assert outcome.code == 2
-    assert "model.onnx.data is cut short" in outcome.err
+    assert "model.onnx.data is truncated" in outcome.err
     assert not (tmp_path / "y.npz").exists()
 
 
@@ -261,7 +261,7 @@ def test_truncated_model(rmsnorm: CommandLine, copied: Path, feeds: Path, tmp_pa
     model.write_bytes(model.read_bytes()[: model.stat().st_size // 2])
     outcome = rmsnorm("run", model, "--inputs", feeds, "-o", tmp_path / "y.npz")
     assert outcome.code == 2
-    assert "not an ONNX model, or one cut short" in outcome.err
+    assert "not an ONNX model, or a truncated one" in outcome.err
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_outputs_that_cannot_be_written(
     rmsnorm: CommandLine, copied: Path, feeds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "is a folder" in rmsnorm("run", copied, "--inputs", feeds, "-o", tmp_path).err
-    assert "there is no folder" in rmsnorm("run", copied, "--inputs", feeds, "-o", tmp_path / "no" / "y.npz").err
+    assert "does not exist" in rmsnorm("run", copied, "--inputs", feeds, "-o", tmp_path / "no" / "y.npz").err
     before = sorted(path.name for path in tmp_path.iterdir())
     monkeypatch.setattr("numpy.lib.format.write_array", lambda *_, **__: _disk_full())
     outcome = rmsnorm("run", copied, "--inputs", feeds, "-o", tmp_path / "y.npz")
@@ -350,7 +350,7 @@ def test_validate_in_another_dtype(rmsnorm: CommandLine, models: Path, exported:
         (MismatchError("differs"), 1, "differs"),
         (RmsnormDeployError("other"), 2, "other"),
         (SystemExit(3), 2, "exited with 3"),
-        (KeyboardInterrupt(), 130, "interrupted; nothing was left half done."),
+        (KeyboardInterrupt(), 130, "interrupted; no incomplete files were left behind."),
         (OSError(errno.EIO, "Input/output error", "some/file"), 2, "some/file: Input/output error"),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 4, "torch is not installed"),
         (ValueError("odd\nvalue"), 70, "ValueError: odd value (this is a bug; run with RMSNORM_DEBUG=1"),

@@ -106,7 +106,7 @@ def test_a_model_without_norms_succeeds_and_says_so(rmsnorm: CommandLine, models
     outcome = rmsnorm("export", name, "-o", tmp_path / "out")
     assert outcome.code == 0
     assert "There is no RMSNorm in" in outcome.out
-    assert "exported as it is" in outcome.out
+    assert "exported unchanged" in outcome.out
     assert rmsnorm("validate", tmp_path / "out", "--against", name).code == 0
 
 
@@ -316,7 +316,7 @@ def test_doctor_distinguishes_building_from_running() -> None:
     assert (possible, missing, get) == (False, "tensorrt_rtx is not installed", 'pip install "rmsnorm-deploy[rtx]"')
     old = _ways(diagnose(dataclasses.replace(HERE, rtx="1.4.0")), "plugin")["tensorrt-rtx build"]
     assert old[0] is False
-    assert "needs tensorrt-rtx 1.7, and this is 1.4.0" in old[1]
+    assert "requires tensorrt-rtx 1.7, and this is 1.4.0" in old[1]
 
 
 def test_doctor_without_onnxruntime() -> None:
@@ -354,8 +354,8 @@ def test_doctor_finds_old_versions_and_clashes() -> None:
         tensorrt_problem="",
     )
     diagnosis = diagnose(old)
-    assert "needs onnxruntime 1.23, and this is 1.20.1" in _ways(diagnosis, "ort")["onnxruntime cpu"][1]
-    assert "needs tensorrt 10.15, and this is 10.9.0" in _ways(diagnosis, "standard")["tensorrt"][1]
+    assert "requires onnxruntime 1.23, and this is 1.20.1" in _ways(diagnosis, "ort")["onnxruntime cpu"][1]
+    assert "requires tensorrt 10.15, and this is 10.9.0" in _ways(diagnosis, "standard")["tensorrt"][1]
     assert _ways(diagnosis, "plugin")["tensorrt"][0]
     assert _ways(diagnosis, "plugin")["export"][1] == "torch is not installed"
     assert len(diagnosis.warnings) == 2

@@ -35,8 +35,8 @@ def test_what_was_found_done_and_proven(model: Path, tmp_path: Path, capsys: pyt
         run(["rewrite", str(tmp_path / "out" / "model.onnx"), "-o", str(tmp_path / "again"), "--target", "plugin"]) == 0
     )
     lines = capsys.readouterr().out.splitlines()
-    assert "Rewritten for plugin: 0 of 4, 4 stood in its form already." in lines
-    assert lines[-1] == "proof: pass (no norm was rewritten)"
+    assert "Rewritten for plugin: 0 of 4, 4 were in its form already." in lines
+    assert lines[-1] == "proof: pass (no norm was written anew)"
 
 
 def test_json_is_one_object(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,10 +89,10 @@ def test_inputs_need_a_model_that_runs(rmsnorm: CommandLine, exported: Path, mod
             outcome = rmsnorm("inspect", place, *option)
             assert outcome.code == 2
             assert "is an exported model" in outcome.err
-            assert "Give the PyTorch model" in outcome.err
+            assert "require a PyTorch model. Give the model that it was exported from" in outcome.err
     outcome = rmsnorm("inspect", f"{models}:net", "--prompt", "hello")
     assert outcome.code == 2
-    assert "--prompt needs a tokenizer" in outcome.err
+    assert "--prompt requires a tokenizer" in outcome.err
     outcome = rmsnorm("inspect", f"{models}:net", "--inputs", tmp_path / "nothing.npz")
     assert outcome.code == 2
     assert "nothing.npz" in outcome.err
@@ -135,14 +135,14 @@ def test_outliers_are_injected_and_recorded(rmsnorm: CommandLine, models: Path, 
 
 def test_outliers_for_people(rmsnorm: CommandLine, models: Path, tmp_path: Path) -> None:
     outcome = rmsnorm("export", f"{models}:net", "-o", tmp_path / "out", "--outliers", "2x50")
-    wanted = "Outlier channels: 2 of 16, 50 times larger in embed (norms touched: 1; seed 0)."
+    wanted = "Outlier channels: 2 of 16, 50 times larger in embed (norms changed: 1; seed 0)."
     assert wanted in outcome.out.splitlines()
 
 
 def test_outliers_that_cannot_be_injected_are_refused(rmsnorm: CommandLine, models: Path, tmp_path: Path) -> None:
     for name, text, message in (
         ("net", "4by50", "such as 4x50"),
-        ("net", "17x50", "choose from 1 to 16"),
+        ("net", "17x50", "expected 1 to 16, the hidden size, got 17"),
         ("floats", "2x50", "no embedding of its hidden size 16"),
         ("without_norms", "2x50", "no recognized norm with a weight"),
     ):

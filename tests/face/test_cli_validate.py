@@ -127,7 +127,7 @@ def test_a_report_that_fails_is_written_too(rmsnorm: CommandLine, models: Path, 
 def test_files_that_cannot_be_written_are_refused_before_any_work(
     rmsnorm: CommandLine, honest: Any, tmp_path: Path, command: str, option: str
 ) -> None:
-    for place, message in ((tmp_path / "nosuch" / "r", "there is no folder"), (tmp_path, "is a folder")):
+    for place, message in ((tmp_path / "nosuch" / "r", "does not exist"), (tmp_path, "is a folder")):
         outcome = rmsnorm(command, *honest, option, place)
         assert outcome.code == 2
         assert message in outcome.err
@@ -146,9 +146,9 @@ def report(rmsnorm: CommandLine, honest: Any, tmp_path: Path) -> Path:
 def test_replay_gives_the_same_report(rmsnorm: CommandLine, report: Path) -> None:
     outcome = rmsnorm("validate", "--replay", report)
     assert outcome.code == 0
-    assert "run again: the same report, apart from the time" in outcome.out
+    assert "replay: the same report, except for the time" in outcome.out
     outcome = rmsnorm("validate", "--replay", report, "--json")
-    assert "run again: the same report, apart from the time" in outcome.err
+    assert "replay: the same report, except for the time" in outcome.err
     before, now = json.loads(report.read_text()), outcome.json
     assert (before.pop("created") <= now.pop("created"), before) == (True, now)
     assert (now["settings"]["seed"], now["settings"]["shapes"]) == (7, [[2, 5]])
@@ -158,7 +158,7 @@ def test_replay_says_what_differs(rmsnorm: CommandLine, report: Path) -> None:
     content = json.loads(report.read_text())
     content["provenance"]["versions"]["numpy"] = "1.0"
     report.write_text(json.dumps({**content, "summary": "other"}))
-    assert "run again: differs in summary, provenance" in rmsnorm("validate", "--replay", report).out
+    assert "replay: differs in summary, provenance" in rmsnorm("validate", "--replay", report).out
 
 
 def test_replay_of_a_bisection_is_one(rmsnorm: CommandLine, models: Path, wrong: Path, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_replay_of_a_bisection_is_one(rmsnorm: CommandLine, models: Path, wrong:
     assert rmsnorm("bisect", wrong, "--against", f"{models}:net", "-o", path).code == 1
     outcome = rmsnorm("validate", "--replay", path)
     assert outcome.code == 1
-    assert "run again: the same report, apart from the time" in outcome.out
+    assert "replay: the same report, except for the time" in outcome.out
     assert "norm, alone" in outcome.out
 
 
@@ -187,7 +187,7 @@ def test_replay_that_cannot_be(rmsnorm: CommandLine, report: Path, tmp_path: Pat
         assert message in outcome.err
     outcome = rmsnorm("validate", "--replay", report, "--seed", "3")
     assert outcome.code == 2
-    assert "--replay takes what to run from the report" in outcome.err
+    assert "--replay reads the candidate and the options from the report" in outcome.err
     outcome = rmsnorm("validate", "--replay", tmp_path / "nosuch.json")
     assert outcome.code == 2
     assert "nosuch.json: cannot be read" in outcome.err
@@ -202,8 +202,8 @@ def test_an_export_that_changed_since_shows(rmsnorm: CommandLine, exported: Path
         shutil.copy(file, folder / file.name)
     outcome = rmsnorm("validate", "--replay", path)
     assert outcome.code == 0
-    assert "run again: differs in" in outcome.out
-    assert "provenance" in outcome.out.split("run again: differs in")[1].splitlines()[0]
+    assert "replay: differs in" in outcome.out
+    assert "provenance" in outcome.out.split("replay: differs in")[1].splitlines()[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ inputs
@@ -269,7 +269,7 @@ def test_a_prompt_without_a_tokenizer(rmsnorm: CommandLine, exported: Path, mode
     [
         (("--inputs", "x.npz", "--prompt", "hi"), "inputs and prompts are both given"),
         (("--inputs", "nosuch.npz"), "nosuch.npz: there is no such file"),
-        (("--inputs", "nosuch.py:made"), "no file nosuch.py"),
+        (("--inputs", "nosuch.py:made"), "the file nosuch.py does not exist"),
         (("--atol", "nosuch:1e-3"), "limits are given for nosuch, but there is no such output. The outputs are: out"),
         (("--atol", "output:x"), "--atol output:x: expected a number of at least 0"),
         (("--ulp=-1",), "--ulp -1: expected a number of at least 0"),

@@ -133,8 +133,8 @@ def test_an_overflow_is_refused_before_anything_changes() -> None:
 @pytest.mark.parametrize(
     ("channels", "factor", "message"),
     [
-        (0, 50.0, "choose from 1 to 16"),
-        (17, 50.0, "choose from 1 to 16"),
+        (0, 50.0, "expected 1 to 16, the hidden size, got 0"),
+        (17, 50.0, "expected 1 to 16, the hidden size, got 17"),
         (2, 1.0, "above 1"),
         (2, float("nan"), "above 1"),
         (2, float("inf"), "above 1"),
@@ -169,5 +169,5 @@ def test_what_was_recorded_is_applied_alike() -> None:
 
 @pytest.mark.parametrize("record", [7, "4x50", {"channels": 4}, {"channels": "few", "factor": 50, "seed": 0}])
 def test_a_damaged_record_is_refused(record: Any) -> None:
-    with pytest.raises(UsageError, match="must hold channels, factor and seed"):
+    with pytest.raises(UsageError, match="expected channels, factor and seed"):
         apply_recorded(Tiny(), {"outliers": record})

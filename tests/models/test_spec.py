@@ -27,11 +27,11 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "eps_nan": ({"eps": math.nan}, "NormSpec.eps is nan"),
     "no_dims": ({"trailing_dims": 0}, "NormSpec.trailing_dims is 0; it must be at least 1"),
     "empty_groups": ({"group_size": 0}, "group_size must be at least 1"),
-    "groups_of_two_dims": ({"group_size": 4, "trailing_dims": 2}, "groups cut exactly one trailing dim"),
+    "groups_of_two_dims": ({"group_size": 4, "trailing_dims": 2}, "requires trailing_dims to be 1"),
     "gate_without_activation": ({"gate": "after"}, "must both be given, or neither"),
     "activation_without_gate": ({"activation": "silu"}, "must both be given, or neither"),
-    "no_upcast_in_float32": ({"order": "no_upcast"}, "'no_upcast' goes with statistics 'input'"),
-    "input_with_a_cast": ({"statistics": "input"}, "'no_upcast' goes with statistics 'input'"),
+    "no_upcast_in_float32": ({"order": "no_upcast"}, "'no_upcast' and NormSpec.statistics 'input' require each other"),
+    "input_with_a_cast": ({"statistics": "input"}, "'no_upcast' and NormSpec.statistics 'input' require each other"),
 }
 
 
@@ -81,7 +81,7 @@ def test_fields_left_out_have_their_defaults() -> None:
     [
         ("", "not a NormSpec"),
         ("{eps: 1}", "not a NormSpec"),
-        ('{"eps": 1e-6, "color": 1, "age": 2}', "unknown NormSpec fields: age, color; written by a newer version"),
+        ('{"eps": 1e-6, "color": 1, "age": 2}', "unknown NormSpec fields: age, color; expected those of this version"),
         ('{"eps": -1}', "NormSpec.eps is -1"),
         ("[]", "not a NormSpec"),
         ("3", "not a NormSpec"),

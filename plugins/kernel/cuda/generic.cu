@@ -1,8 +1,9 @@
-// The norm with its width as an argument: one kernel a dtype and operator, for where none was compiled for the width.
+// The norm with its width as an argument: one kernel for each dtype and operator, for engines without a kernel for the
+// width.
 //
-// A block of 256 threads reads one row, value by value, and reads it again for the second half of the formula. It is
-// several times slower than the specialized kernel; it is compiled into the TensorRT library, which uses it where NVRTC
-// is missing when an engine is built, and says so.
+// A block of 256 threads reads one row, element by element, and reads it again for the second half of the formula. It
+// is several times slower than the specialized kernel. It is compiled into the TensorRT library, which uses it, with a
+// warning, if NVRTC is missing when an engine is built.
 #include "rms_norm.cuh"
 
 namespace rmsnorm {

@@ -1,4 +1,4 @@
-// One kernel, named and configured by macros; plugins/kernel/norm_kernel.py writes them. May be included again with others.
+// One kernel, named and configured by the macros of plugins/kernel/macros.py. May be included again with other macros.
 #include "rms_norm.cuh"
 
 #define RMSNORM_JOINED(a, b) a##b
@@ -25,7 +25,7 @@ struct RMSNORM_CONFIG {
 
 }  // namespace rmsnorm
 
-// Inputs, then numbers, then outputs: the order in which TensorRT passes them.
+// Inputs, then scalars, then outputs: the order in which TensorRT passes them.
 extern "C" __global__ void
 #if RMSNORM_CLUSTER > 1
     __cluster_dims__(RMSNORM_CLUSTER)

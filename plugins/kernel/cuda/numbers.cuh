@@ -1,7 +1,7 @@
-// Number formats: how values of each are read and written, and 1 to 32 bytes at a time moved.
+// Number formats: conversions to and from float32, and loads and stores of 1 to 32 bytes.
 //
-// Nothing is included: NVRTC compiles this with no header of the CUDA toolkit in reach. Where no CUDA compiler is at
-// work, the conversions are written out in C++ and give the same bits.
+// Nothing is included, because NVRTC compiles this without the headers of the CUDA toolkit. Without a CUDA compiler the
+// conversions are plain C++ and give the same bits.
 #pragma once
 
 namespace rmsnorm {
@@ -61,13 +61,13 @@ struct Either<false, A, B> {
   static RMSNORM_INLINE B& of(A&, B& b) { return b; }
 };
 
-// The first or the second of two things of different types.
+// The first or the second of two objects of different types.
 template <bool first, class A, class B>
 RMSNORM_INLINE auto& choose(A& a, B& b) {
   return Either<first, A, B>::of(a, b);
 }
 
-// Rounds to the nearest value with `kept` bits of mantissa, ties to even, by adding what carries: for finite values.
+// Rounds a finite value to `kept` bits of mantissa, to nearest, ties to even; the addition carries into the exponent.
 RMSNORM_INLINE u32 rounded_to_even(u32 bits, int kept) {
   const int dropped = 23 - kept;
   return (bits + ((1u << (dropped - 1)) - 1) + ((bits >> dropped) & 1)) >> dropped;
@@ -170,7 +170,7 @@ struct Float8E4M3 {
   }
 };
 
-// Two values narrowed into one word, the first in its low half.
+// Two values converted into one word, the first in the low half.
 template <class T>
 RMSNORM_INLINE u32 narrow_pair(float low, float high) {
 #if RMSNORM_ARCH >= 800
@@ -200,7 +200,7 @@ RMSNORM_INLINE u32 narrow_four(float a, float b, float c, float d) {
   return T::narrow(a) | T::narrow(b) << 8 | T::narrow(c) << 16 | T::narrow(d) << 24;
 }
 
-// `count` values of one format as they lie in memory, in whole words.
+// `count` values of one format in their memory layout, in whole words.
 template <class T, int count>
 struct Packed {
   static constexpr int bytes = T::bytes * count;
@@ -212,7 +212,7 @@ struct Packed {
     for (int i = 0; i < words; ++i) word[i] = 0;
   }
 
-  // Alignment to the smaller of 16 bytes and the whole is the caller's promise.
+  // The caller must align `from` to the smaller of 16 bytes and the size.
   RMSNORM_INLINE void load(const void* from) {
     if constexpr (bytes == 1) {
       word[0] = *static_cast<const u8*>(from);
@@ -272,7 +272,7 @@ struct Packed {
   }
 };
 
-// The nearest value of a format, as float.
+// A value rounded to a format, as float.
 template <class T>
 RMSNORM_INLINE float rounded(float value) {
   return T::widen(T::narrow(value));

@@ -1,6 +1,6 @@
-// RMSNorm and residual add + RMSNorm, with everything that varies fixed at compile time by a configuration C.
+// RMSNorm and residual add + RMSNorm, specialized at compile time by a configuration C.
 //
-//   h = x                                              (in float32, as everything below)
+//   h = x                                              (in float32, like all values below)
 //   h = x + residual, rounded to the residual's format unless C::exact_sum
 //   h = h * act(gate)                                  when C::gate is before
 //   n = h / sqrt(mean(h^2) + eps)
@@ -9,12 +9,13 @@
 //   y = round(y) * act(gate)                           when C::gate is after (not rounded before unless cast_first)
 //   q = round(y / scale), y rounded to its own format  when the output is quantized
 //
-// One row is read by C::threads threads of each of C::cluster blocks, C::rows rows by one block. A thread holds
-// C::vectors vectors of C::elements neighboring values, all loaded before anything is computed; a row that is wider
-// than threads x vectors x elements x cluster is read in several tiles, and read again for the second half.
+// One row is read by C::threads threads of each of C::cluster blocks; one block reads C::rows rows. A thread holds
+// C::vectors vectors of C::elements adjacent values, which are all loaded before any computation. A row that is wider
+// than threads x vectors x elements x cluster is read in several tiles, and is read again for the second half of the
+// formula.
 //
-// In place (y over x, sum over residual) is allowed where formats agree and rows are whole: each element is written by
-// the thread that read it, after it read it.
+// y may overwrite x, and the sum the residual, if formats agree and rows are contiguous: each element is written by the
+// thread that read it, after it read it.
 #pragma once
 
 #include "numbers.cuh"
@@ -44,7 +45,7 @@ struct Arguments {
 
 // Threads --------------------------------------------------------------------------------------------------------
 
-// Without a GPU these are supplied by whoever includes this, with threadIdx, blockIdx and __syncthreads.
+// Without a GPU, the including file defines these, and threadIdx, blockIdx and __syncthreads.
 #if RMSNORM_ON_GPU
 #define RMSNORM_SHARED(name, count) __shared__ float name[count]
 
@@ -65,7 +66,7 @@ RMSNORM_INLINE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// What another block of the cluster holds at the address that `mine` has in this block's shared memory.
+// The value in the shared memory of another block of the cluster, at the address of `mine` in this block.
 RMSNORM_INLINE float of_block(const float* mine, u32 rank) {
   u32 address = static_cast<u32>(__cvta_generic_to_shared(mine)), theirs;
   float value;
@@ -83,8 +84,8 @@ struct Maximum {
   static RMSNORM_INLINE float of(float a, float b) { return fmaxf(a, b); }
 };
 
-// One value of all threads of a row; every thread of the block takes part. `partial` and `total` are this reduction's
-// own shared memory: no barrier is needed after it.
+// Reduces a value over all threads of a row; every thread of the block must call it. `partial` and `total` are shared
+// memory used only by this reduction, so no barrier is required after it.
 template <class C, class Op>
 RMSNORM_INLINE float reduced(float value, float* partial, float* total) {
   constexpr int lanes = C::threads < 32 ? C::threads : 32;
@@ -111,8 +112,8 @@ RMSNORM_INLINE float reduced(float value, float* partial, float* total) {
 
 // Rows -----------------------------------------------------------------------------------------------------------
 
-// value * silu(z) or value * sigmoid(z). With `exact` what the sum and the quotient round away is made up for, which
-// shows in a float32 result only.
+// value * silu(z) or value * sigmoid(z). With `exact` the rounding errors of the sum and the quotient are compensated,
+// which affects only a float32 result.
 template <int activation, bool exact>
 RMSNORM_INLINE float gated(float value, float z) {
   static_assert(activation == silu || activation == sigmoid, "expected silu or sigmoid");
@@ -143,7 +144,7 @@ struct Tile {
   static constexpr int tiles =
       (C::width + C::cluster * C::threads * C::vectors * count - 1) / (C::cluster * C::threads * C::vectors * count);
   static constexpr bool whole = tiles * C::cluster * C::threads * C::vectors * count == C::width;
-  // What h is rounded to: held packed, it takes half the registers in a half type.
+  // The format that h is rounded to: packed, a half type takes half the registers.
   using Held = typename Either<adds, typename C::Residual, typename C::X>::type;
   static constexpr bool exact_gate = C::Y::bytes == 4;
   static constexpr bool packed = !(adds && C::exact_sum) && C::gate != gate_before;
@@ -363,7 +364,7 @@ RMSNORM_INLINE void rms_norm(const Arguments& a, float* shared) {
       tile.write(a, row, t, factor, scale);
     }
   }
-  // No block may leave while another reads its shared memory.
+  // A block must not exit while another block reads its shared memory.
   if constexpr (C::cluster > 1) cluster_barrier();
 }
 

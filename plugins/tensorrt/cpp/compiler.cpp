@@ -18,7 +18,7 @@ namespace {
 
 constexpr int usual_architectures[] = {75, 80, 86, 89, 90, 100, 120};
 
-// NVRTC's interface; the library is opened when it is first wanted, so that an engine needs none to run.
+// NVRTC's interface; the library is loaded at its first use, because running an engine does not require it.
 struct Nvrtc {
   using Program = void*;
   int (*version)(int*, int*);
@@ -37,7 +37,7 @@ struct Nvrtc {
   static const Nvrtc* get();
 };
 
-// NVRTC opens a second library by its bare name, which the loader finds only where it is loaded already or on its path.
+// NVRTC loads a second library by its name, which the loader finds only if it is loaded already or in its search path.
 void open_builtins(const std::string& nvrtc) {
   const std::string folder = nvrtc.substr(0, nvrtc.find_last_of('/') + 1);
   glob_t found = {};
@@ -70,14 +70,14 @@ const Nvrtc* Nvrtc::get() {
     load(it.compile, "nvrtcCompileProgram"), load(it.log_size, "nvrtcGetProgramLogSize");
     load(it.log, "nvrtcGetProgramLog"), load(it.cubin_size, "nvrtcGetCUBINSize"), load(it.cubin, "nvrtcGetCUBIN");
     load(it.ptx_size, "nvrtcGetPTXSize"), load(it.ptx, "nvrtcGetPTX"), load(it.destroy, "nvrtcDestroyProgram");
-    if (!all) report_warning("this NVRTC lacks functions that the plugin needs; it is not used");
+    if (!all) report_warning("NVRTC lacks functions that the plugin requires; it is not used");
     return all ? &it : nullptr;
   }();
   return found;
 }
 
 void check(int status, const char* what) {
-  if (status) throw Refusal(std::string(what) + ": NVRTC answers " + std::to_string(status));
+  if (status) throw Refusal(std::string(what) + ": NVRTC returned " + std::to_string(status));
 }
 
 Image compiled(const Nvrtc& nvrtc, const Norm& norm, int architecture, bool few, bool ptx) {
@@ -96,7 +96,7 @@ Image compiled(const Nvrtc& nvrtc, const Norm& norm, int architecture, bool few,
     size_t size = 0;
     std::string log;
     if (!nvrtc.log_size(program, &size) && size) log.resize(size), nvrtc.log(program, log.data());
-    throw Refusal("NVRTC does not compile " + std::string(norm.kernel()) + " of width " + std::to_string(norm.width) +
+    throw Refusal("NVRTC failed to compile " + std::string(norm.kernel()) + " of width " + std::to_string(norm.width) +
                   " for sm_" + std::to_string(architecture) + ": " + log.c_str());
   }
   size_t size = 0;
@@ -137,8 +137,8 @@ Images compile(const Norm& norm) {
     const std::string text = "NVRTC is not found (libnvrtc.so.13, or the file that RMSNORM_DEPLOY_NVRTC names): " +
                              std::string(norm.kernel()) + " of width " + std::to_string(norm.width);
     if (norm.is_quantized())
-      throw Refusal(text + " has a quantized output, which the generic kernel cannot give; install NVRTC, or write the "
-                           "norm without: rmsnorm rewrite --target primitives");
+      throw Refusal(text + " has a quantized output, which the generic kernel does not support; install NVRTC, or "
+                           "rewrite the file with: rmsnorm rewrite --target primitives");
     report_warning(text + " runs in the generic kernel, which is slower");
     return result;
   }
@@ -149,9 +149,9 @@ Images compile(const Norm& norm) {
   std::vector<int> usable;
   for (int architecture : wanted) {
     if (std::find(known.begin(), known.end(), architecture) != known.end()) usable.push_back(architecture);
-    else if (asked_for) throw Refusal("NVRTC " + nvrtc_version() + " does not know sm_" + std::to_string(architecture));
+    else if (asked_for) throw Refusal("NVRTC " + nvrtc_version() + " does not support sm_" + std::to_string(architecture));
   }
-  if (usable.empty()) throw Refusal("NVRTC " + nvrtc_version() + " knows none of the architectures wanted");
+  if (usable.empty()) throw Refusal("NVRTC " + nvrtc_version() + " supports none of the requested architectures");
   for (int architecture : usable)
     for (bool few : {true, false}) result.images.push_back(compiled(*nvrtc, norm, architecture, few, false));
   for (bool few : {true, false}) result.images.push_back(compiled(*nvrtc, norm, usable.back(), few, true));

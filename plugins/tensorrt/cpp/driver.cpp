@@ -52,7 +52,7 @@ const Functions* Functions::get() {
 
 const Functions& driver() {
   const Functions* found = Functions::get();
-  if (!found) throw Refusal("CUDA's driver (libcuda.so.1) cannot be loaded");
+  if (!found) throw Refusal("the CUDA driver (libcuda.so.1) cannot be loaded");
   return *found;
 }
 
@@ -60,7 +60,7 @@ void check(CUresult status, const char* what) {
   if (status == CUDA_SUCCESS) return;
   const char* name = nullptr;
   driver().error_name(status, &name);
-  throw Refusal(std::string(what) + ": CUDA's driver answers " + (name ? name : std::to_string(status).c_str()));
+  throw Refusal(std::string(what) + ": the CUDA driver returned " + (name ? name : std::to_string(status).c_str()));
 }
 
 int attribute(CUdevice device, CUdevice_attribute what) {
@@ -116,14 +116,14 @@ struct LoadedKernels::Parts {
     CUfunction& found = in.functions[image];
     if (!found) {
       if (image < 0 && norm.is_quantized())
-        throw Refusal("the engine carries no kernel for this GPU (sm_" + std::to_string(in.architecture) +
-                      "), and the generic one gives no quantized output; build the engine for sm_" +
+        throw Refusal("the engine has no kernel for this GPU (sm_" + std::to_string(in.architecture) +
+                      "), and the generic kernel does not support a quantized output; build the engine for sm_" +
                       std::to_string(in.architecture));
       const char* bytes = image < 0 ? generic_fatbin() : images.images[image].bytes.data();
       const std::string name = image < 0 ? norm.generic_kernel() : norm.kernel();
       CUmodule module;
       check(driver().load(&module, bytes),
-            image < 0 ? "the engine carries no kernel for this GPU, and the generic one does not load"
+            image < 0 ? "the engine has no kernel for this GPU, and the generic kernel cannot be loaded"
                       : "loading the engine's kernel");
       check(driver().function(&found, module, name.c_str()), name.c_str());
     }

@@ -1,5 +1,5 @@
-// CUDA's driver, opened when it is first wanted: the library links against no CUDA library at all, and a machine that
-// only builds engines needs no driver.
+// The CUDA driver, which is loaded at its first use: the library does not link against CUDA, and a machine that only
+// builds engines does not require a driver.
 #pragma once
 
 #include <memory>
@@ -9,8 +9,8 @@
 
 namespace rmsnorm_deploy {
 
-// The kernels of one engine's norm, loaded once for each CUDA context and shared by all plugins that carry the same
-// bytes. Modules stay loaded until the process ends.
+// The kernels of one norm in an engine, loaded once for each CUDA context and shared by all plugins with the same bytes.
+// Modules stay loaded until the process ends.
 class LoadedKernels {
  public:
   LoadedKernels(Images images, const Norm& norm);
@@ -21,14 +21,14 @@ class LoadedKernels {
   // The same object for the same bytes and norm.
   static std::shared_ptr<LoadedKernels> get(const std::string& packed, const Norm& norm);
 
-  // What the kernels were compiled for.
+  // Width and data types that the kernels were compiled for.
   int width() const;
   Dtype dtype() const;
   QuantType quant_type() const;
 
-  // Load what `rows` rows need into the current context, so that nothing is loaded while a stream is captured.
+  // Loads the kernel for `rows` rows into the current context, so that nothing is loaded during stream capture.
   void prepare(int rows);
-  // `pointers`: addresses of inputs, then of outputs. Nothing is launched for no rows. Throws Refusal.
+  // Launches the kernel on device pointers; for 0 rows nothing is launched. Throws Refusal.
   void launch(const void* const* inputs, int input_count, void* const* outputs, int output_count, int rows,
               void* stream);
 

@@ -61,7 +61,7 @@ std::string Images::pack() const {
 
 Images Images::unpack(const char* bytes, size_t size) {
   Reader from{bytes, size};
-  if (std::memcmp(from.take(8), magic, 8)) throw Refusal("packed kernels: expected RMSNORM1 at their beginning");
+  if (std::memcmp(from.take(8), magic, 8)) throw Refusal("packed kernels: expected RMSNORM1 at the beginning");
   Images found;
   found.width = static_cast<int>(from.number());
   const int dtype = static_cast<int>(from.number());
@@ -76,7 +76,7 @@ Images Images::unpack(const char* bytes, size_t size) {
     uint32_t values[8];
     for (uint32_t& value : values) value = from.number();
     if (!values[3] || !values[4] || !values[5])
-      throw Refusal("packed kernels: image " + std::to_string(i) + " has a block, rows or a cluster of 0");
+      throw Refusal("packed kernels: image " + std::to_string(i) + ": expected block, rows and cluster above 0");
     const char* image = from.take(values[6]);
     found.images.push_back({values[0] != 0, static_cast<int>(values[1]), values[2] != 0, static_cast<int>(values[3]),
                             static_cast<int>(values[4]), static_cast<int>(values[5]), std::string(image, values[6])});

@@ -1,5 +1,5 @@
-// The compiled kernels of one norm and the bytes that an engine carries them in; see plugins/tensorrt/images.py for the
-// format.
+// The compiled kernels of one norm, and the bytes in which an engine stores them; plugins/tensorrt/images.py describes
+// the format.
 #pragma once
 
 #include <cstdint>
@@ -29,10 +29,11 @@ struct Images {
   QuantType quant_type = QuantType::none;
   std::vector<Image> images;
 
-  // A cubin before PTX, the nearest architecture, the layout for this many rows; -1 where none runs.
+  // Index of the image to launch: a cubin before PTX, the nearest architecture, the layout for the number of rows; -1 if
+  // there is none.
   int choose(int architecture, int rows, int multiprocessors) const;
   std::string pack() const;
-  // Throws Refusal where the bytes were cut short or are not ours.
+  // Throws Refusal if the bytes are truncated or of another format.
   static Images unpack(const char* bytes, size_t size);
 };
 

@@ -1,4 +1,4 @@
-// What the library shows to the outside: TensorRT's entry points, and ours.
+// The exported functions of the library: TensorRT's entry points, and those of this package.
 #include "library.h"
 
 #include <NvInferRuntime.h>
@@ -25,7 +25,7 @@ Reports& reports() {
   return *all;
 }
 
-// Texts for C callers live until the same function is called again.
+// A text for C callers, which is valid until the next call in the same thread.
 const char* kept(std::string text) {
   static thread_local std::string last;
   last = std::move(text);
@@ -77,7 +77,7 @@ __attribute__((visibility("default"))) const char* rmsnorm_deploy_last_error() {
 
 __attribute__((visibility("default"))) const char* rmsnorm_deploy_kernels() { return kept(kernels_report()); }
 
-// What NVRTC would be told for one norm, one option a line: the tests hold it to the Python side.
+// NVRTC's options for one norm, one per line; the tests compare them with those of Python.
 __attribute__((visibility("default"))) const char* rmsnorm_deploy_options(
     int adds, int dtype, int quant_type, int width, float epsilon, int one_plus, int cast_first, int few,
     int architecture) {
@@ -92,7 +92,7 @@ __attribute__((visibility("default"))) const char* rmsnorm_deploy_options(
   return kept(text);
 }
 
-// The library as a JSON object: its creators, what it was built with, and what it finds here.
+// The description of the library as a JSON object: its creators, versions, architectures and contract.
 __attribute__((visibility("default"))) const char* rmsnorm_deploy_info() {
   std::ostringstream text;
   text << "{\"creators\": [";

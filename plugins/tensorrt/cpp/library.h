@@ -1,4 +1,4 @@
-// What the parts of the library share: errors that are told, and the plugins' reports.
+// Errors and reports, which all parts of the library use.
 #pragma once
 
 #include <stdexcept>
@@ -6,7 +6,7 @@
 
 namespace rmsnorm_deploy {
 
-// Something that a plugin cannot do; the message says what was expected and what was found.
+// An unsupported or invalid value; the message says what was expected and what was found.
 struct Refusal : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

@@ -15,7 +15,7 @@ constexpr int cluster_architecture = 90, clustered_bytes = 64 * 1024;
 
 int ceiling(int a, int b) { return (a + b - 1) / b; }
 
-// Registers that a thread may fill with what it loads, in bytes, by the threads of its block.
+// Bytes of registers that a thread may use for loaded values, by the threads of its block.
 int limit_of(int threads) { return threads <= 256 ? 320 : threads <= 512 ? 192 : 96; }
 
 std::tuple<int, double> cost_of(int threads, int held, int vectors, bool few) {
@@ -67,7 +67,7 @@ std::string Norm::generic_kernel() const { return std::string("generic_") + kern
 
 Layout choose_layout(const Norm& norm, bool few, int architecture) {
   const int bytes = bytes_of(norm.dtype);
-  // With half types 16 elements: one access of a quantized y, two of x.
+  // 16 elements of half types: one access of a quantized y, two of x.
   int elements = widest_access / (norm.is_quantized() && bytes == 2 ? 1 : bytes);
   while (elements > 1 && norm.width % elements) elements /= 2;
   const int vectors = norm.width / elements;

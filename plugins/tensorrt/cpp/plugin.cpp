@@ -29,7 +29,7 @@ Dtype dtype_of(DataType type) {
   }
 }
 
-// The scale is multiplied in float32 or in x's own type.
+// The scale is multiplied in float32 or in the type of x.
 void check_scale_type(int scale_type, Dtype dtype) {
   if (scale_type == static_cast<int>(Dtype::float32) || scale_type == static_cast<int>(dtype)) return;
   throw Refusal("scale_type: expected 1 or " + std::to_string(static_cast<int>(dtype)) + " for x of " + name_of(dtype) +
@@ -49,10 +49,10 @@ bool equal(const nvinfer1::Dims& a, const nvinfer1::Dims& b) {
   return true;
 }
 
-// How many of the inputs, the first ones, have x's dtype: all but y_scale.
+// Number of inputs, from the first, that have x's dtype: all but y_scale.
 int inputs_of_x(const contract::Operator& op) { return op.quantized ? op.inputs - 1 : op.inputs; }
 
-// The width, once dims and types of all inputs are what the kernel reads.
+// Checks dims and types of all inputs; returns the width.
 template <class Describe>
 int checked_width(int input_count, const contract::Operator& op, Describe describe) {
   if (input_count != op.inputs)
@@ -61,7 +61,7 @@ int checked_width(int input_count, const contract::Operator& op, Describe descri
   for (int i = 1; i < inputs_of_x(op); ++i)
     if (describe(i).type != x.type) throw Refusal("expected inputs of one dtype");
   if (x.dims.nbDims < 1 || x.dims.d[x.dims.nbDims - 1] < 1)
-    throw Refusal("x: expected a last dim that is known when the engine is built, got " + text_of(x.dims));
+    throw Refusal("x: expected a static last dim when the engine is built, got " + text_of(x.dims));
   const int width = static_cast<int>(x.dims.d[x.dims.nbDims - 1]);
   if (width > contract::widest)
     throw Refusal("x: expected a width of at most " + std::to_string(contract::widest) + ", got " + std::to_string(width));
@@ -178,7 +178,7 @@ int32_t NormPlugin::getOutputShapes(
     nvinfer1::DimsExprs const* inputs, int32_t input_count, nvinfer1::DimsExprs const*, int32_t,
     nvinfer1::DimsExprs* outputs, int32_t output_count, nvinfer1::IExprBuilder&) noexcept {
   return guarded("getOutputShapes", -1, [&] {
-    if (input_count != op_.inputs || output_count != op_.outputs) throw Refusal("another number of inputs or outputs");
+    if (input_count != op_.inputs || output_count != op_.outputs) throw Refusal("unexpected number of inputs or outputs");
     const nvinfer1::DimsExprs &x = inputs[0], &scale = inputs[inputs_of_x(op_) - 1];
     if (x.nbDims < 1) throw Refusal("x: expected at least one dim, got none");
     if (scale.nbDims != 1) throw Refusal("scale: expected one dim, got " + std::to_string(scale.nbDims));
@@ -236,14 +236,14 @@ void NormPlugin::load_kernels(nvinfer1::PluginTensorDesc const* inputs, int32_t 
   const int width =
       checked_width(input_count, op_, [&](int i) -> const nvinfer1::PluginTensorDesc& { return inputs[i]; });
   const Norm norm = norm_of(inputs[0].type, width);
-  if (!packed_) throw Refusal("the engine carries no kernels");
+  if (!packed_) throw Refusal("the engine has no kernels");
   std::shared_ptr<LoadedKernels> found = kernels_ ? kernels_ : LoadedKernels::get(*packed_, norm);
   if (found->width() != width || found->dtype() != norm.dtype)
-    throw Refusal("the engine carries kernels for width " + std::to_string(found->width()) + " of " +
+    throw Refusal("the engine has kernels for width " + std::to_string(found->width()) + " of " +
                   name_of(found->dtype()) + ", and x has width " + std::to_string(width) + " of " +
                   name_of(norm.dtype));
   if (found->quant_type() != norm.quant_type)
-    throw Refusal(std::string("the engine carries kernels for a quantized type of ") + name_of(found->quant_type()) +
+    throw Refusal(std::string("the engine has kernels for a quantized type of ") + name_of(found->quant_type()) +
                   ", and the plugin's is " + name_of(norm.quant_type));
   kernels_ = found;
 }
@@ -323,7 +323,7 @@ nvinfer1::IPluginV3* NormCreator::createPlugin(
       if (!is_there) throw Refusal(std::string("attribute ") + attribute + " is missing");
     check(found, op_);
     if (phase == nvinfer1::TensorRTPhase::kRUNTIME) {
-      if (!packed) throw Refusal(std::string("field ") + contract::kernels + " is missing, so the engine carries no kernel");
+      if (!packed) throw Refusal(std::string("field ") + contract::kernels + " is missing, so the engine has no kernel");
       Images::unpack(packed->data(), packed->size());  // damaged bytes are refused when the engine is loaded
     }
     return new NormPlugin(op_, found, packed);

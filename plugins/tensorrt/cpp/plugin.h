@@ -1,5 +1,5 @@
-// RMSNorm and AddRMSNorm, with and without a quantized output, as TensorRT plugins (IPluginV3), and their creators. Names, fields and order of inputs are
-// those of plugins/contract.py, by way of contract.h.
+// RMSNorm and AddRMSNorm, with and without a quantized output, as TensorRT plugins (IPluginV3), and their creators.
+// Names, fields and order of inputs are those of plugins/contract.py, from which contract.h is generated.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -14,7 +14,7 @@
 
 namespace rmsnorm_deploy {
 
-// What a node's attributes or an engine's fields say; not every value of a field is one.
+// The attributes of a node or the fields of an engine; their values are not checked yet.
 struct Attributes {
   float epsilon = 0.0f, scale_offset = 0.0f;
   int scale_type = 0, quant_type = 0;
@@ -25,7 +25,7 @@ class NormPlugin : public nvinfer1::IPluginV3,
                    public nvinfer1::IPluginV3OneBuild,
                    public nvinfer1::IPluginV3OneRuntime {
  public:
-  // `packed`: the kernels that an engine carries; empty while one is built.
+  // `packed`: the kernels of an engine; empty while an engine is built.
   NormPlugin(const contract::Operator& op, const Attributes& attributes, std::shared_ptr<const std::string> packed);
 
   nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
@@ -57,11 +57,11 @@ class NormPlugin : public nvinfer1::IPluginV3,
 
  private:
   Norm norm_of(nvinfer1::DataType type, int width) const;
-  // TensorRT's data type of y where x has this one.
+  // TensorRT's data type of y for that of x.
   nvinfer1::DataType output_type(nvinfer1::DataType x) const;
-  // Finds the kernels for these inputs; throws Refusal where the engine has none for them.
+  // Finds the kernels for these inputs; throws Refusal if the engine has none for them.
   void load_kernels(nvinfer1::PluginTensorDesc const* inputs, int32_t input_count);
-  // Runs `work`; what it throws is told and becomes `failed`.
+  // Runs `work`; an exception is reported, and `failed` is returned.
   template <class Work, class Result>
   Result guarded(const char* where, Result failed, Work work) const noexcept;
 

@@ -1,8 +1,8 @@
-// Registers both creators when the library is opened: for trtexec --staticPlugins, Polygraphy --plugins and ONNX
-// Runtime's trt_extra_plugin_lib_paths, which open a library and call nothing in it.
+// Registers all creators when the library is loaded: for trtexec --staticPlugins, Polygraphy --plugins and ONNX
+// Runtime's trt_extra_plugin_lib_paths, which load a library and do not call it.
 //
 // The registry's interface differs between the major versions of TensorRT, so this library is for the major version
-// whose headers it was built with, and refuses others. Nothing links against TensorRT: it is in the process already.
+// whose headers it was built with, and refuses others. It does not link against TensorRT, which the process has loaded.
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
@@ -30,7 +30,7 @@ bool register_all() {
   const auto version = reinterpret_cast<int32_t (*)()>(find("getInferLibVersion"));
   const auto registry = reinterpret_cast<nvinfer1::IPluginRegistry* (*)()>(find("getPluginRegistry"));
   if (!version || !registry) {
-    report_error("registering", "TensorRT is not in this process; open its library first");
+    report_error("registering", "TensorRT is not loaded in this process; load its library first");
     return false;
   }
   if (major_of(version()) != NV_TENSORRT_MAJOR) {
@@ -41,7 +41,7 @@ bool register_all() {
   bool all = true;
   for (nvinfer1::IPluginCreatorInterface* creator : creators())
     all = registry()->registerCreator(*creator, contract::name_space) && all;
-  if (!all) report_error("registering", "TensorRT's registry refuses a creator: is the plugin registered already?");
+  if (!all) report_error("registering", "TensorRT's registry refused a creator; the plugin may be registered already");
   return all;
 }
 

@@ -1,4 +1,4 @@
-// Files that the build puts into the library: the kernel's source, for NVRTC, and the generic kernel, compiled.
+// Files that are embedded in the library: the kernel's source, for NVRTC, and the compiled generic kernel.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@ namespace rmsnorm_deploy {
 const char* kernel_source();
 const char* rms_norm_source();
 const char* numbers_source();
-// A fatbin of plugins/kernel/cuda/generic.cu, and the architectures that it holds, such as "75,80,86".
+// A fatbin of plugins/kernel/cuda/generic.cu, and its architectures, such as "75,80,86".
 const char* generic_fatbin();
 const char* generic_architectures();
 

@@ -1,7 +1,7 @@
 """The command line `rmsnorm`.
 
-Nothing heavy is imported before a command runs: `rmsnorm --help` must stay quick and work where torch or onnxruntime
-are not installed.
+No heavy library is imported before a command runs: `rmsnorm --help` must be fast and work without torch and
+onnxruntime.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["app", "main"]
 
 
 def main() -> NoReturn:
-    """Run the command that the process was called with, and exit with its code."""
+    """Run the command of the process's arguments, and exit with its exit code."""
     from rmsnorm_deploy.cli.application import run
 
     sys.exit(run(sys.argv[1:]))

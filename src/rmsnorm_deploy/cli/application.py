@@ -1,4 +1,4 @@
-"""The application: its commands, and the one place where every error becomes a message and an exit code."""
+"""The application: its commands, and the conversion of every error to a message and an exit code."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ JSON_FLAG = "--json"
 # Help is plain text: rich would take most of the start-up time.
 app = typer.Typer(
     name="rmsnorm",
-    help="Take RMSNorm from PyTorch to ONNX Runtime and TensorRT: find it, export it, run it, prove the numbers.",
+    help="Take RMSNorm from PyTorch to ONNX Runtime and TensorRT: find it, export it, run it, verify the numbers.",
     epilog=(
-        "Exit codes: 0 pass, 1 mismatch, 2 wrong usage or input, 3 unsupported combination, 4 something is not "
-        "installed, 70 bug, 130 interrupted."
+        "Exit codes: 0 pass, 1 mismatch, 2 wrong usage or input, 3 unsupported combination, 4 a missing package, "
+        "library or device, 70 bug, 130 interrupted."
     ),
     add_completion=False,
     rich_markup_mode=None,
@@ -48,10 +48,10 @@ def run(arguments: list[str]) -> int:
     """Run one command line.
 
     Args:
-        arguments: what follows the program's name.
+        arguments: the arguments after the program's name.
 
     Returns:
-        The exit code. No exception gets out, not even an interruption.
+        The exit code. No exception is raised, not even KeyboardInterrupt.
     """
     screen = Screen(JSON_FLAG in arguments)
     try:
@@ -68,7 +68,7 @@ def run(arguments: list[str]) -> int:
 def _invoke(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
-        # In place of `app()`, which prints and exits by itself on some errors and not on others.
+        # Instead of `app()`, which handles some errors itself and not others.
         with command.make_context("rmsnorm", list(arguments)) as context:
             return command.invoke(context) or 0
     except typer.Exit as error:

@@ -1,4 +1,4 @@
-"""Writing .npz files."""
+"""Write .npz files, and check that an output file can be written."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse an output file before any work is done for it.
+    """Refuse an invalid path of an output file before any work is done.
 
     Raises:
-        UsageError: its folder does not exist, or it is a folder itself.
+        UsageError: its folder does not exist, or the path is a folder.
     """
     if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file.")
+        raise UsageError(f"{path} is a folder; give a file name.")
     if not path.absolute().parent.is_dir():
-        raise UsageError(f"{path}: there is no folder {path.absolute().parent}.")
+        raise UsageError(f"{path}: the folder {path.absolute().parent} does not exist.")
 
 
 def write_npz(path: Path, arrays: dict[str, Array]) -> list[str]:
-    """Write arrays to an .npz file, whole or not at all; bfloat16, which the format lacks, is written as float32.
+    """Write arrays to an .npz file, completely or not at all; bfloat16, which .npz does not support, becomes float32.
 
     Returns:
         The names of the arrays that were widened from bfloat16.
@@ -40,7 +40,7 @@ def write_npz(path: Path, arrays: dict[str, Array]) -> list[str]:
     widened = [name for name, array in arrays.items() if array.dtype.name == "bfloat16"]
     partial = path.absolute().with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        # Written entry by entry: numpy.savez takes no array called `file`.
+        # Written entry by entry, because numpy.savez does not accept an array named `file`.
         with zipfile.ZipFile(partial, "w") as archive:
             for name, array in arrays.items():
                 plain = array.astype(np.float32) if name in widened else array

@@ -1,4 +1,4 @@
-"""What each exception means for the person at the command line."""
+"""Convert exceptions to messages and exit codes of the command line."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _COMMAND_LINE_ERROR: Any = typer.BadParameter.__base__
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM): it cleans up as after Ctrl-C."""
+    """The process received SIGTERM: it cleans up as after Ctrl-C."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error as it is shown.
+    """An error as the command line shows it.
 
     Attributes:
-        kind: the error's class, for programs.
-        message: for people, without a prefix; empty when there is nobody left to tell.
-        exit_code: what the process exits with.
+        kind: the class of the error, for programs.
+        message: the message without a prefix; empty if the output was closed.
+        exit_code: the exit code of the process.
     """
 
     kind: str
@@ -40,28 +40,28 @@ class Failure:
     exit_code: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The failure as the JSON interface shows it."""
+        """The failure as JSON values."""
         error = {"kind": self.kind, "message": self.message, "exit_code": self.exit_code}
         return {"schema": SCHEMA, "error": error}
 
 
 def failure_of(error: BaseException) -> Failure:
-    """The failure that an exception stands for."""
+    """The message and exit code of an exception."""
     kind = type(error).__name__
     if isinstance(error, RmsnormDeployError):
         return Failure(kind, str(error), error.exit_code)
     if isinstance(error, _COMMAND_LINE_ERROR):
         return Failure("UsageError", _command_line_message(error), 2)
     if isinstance(error, Terminated):
-        return Failure("Interrupted", "terminated; nothing was left half done.", TERMINATED)
+        return Failure("Interrupted", "terminated; no incomplete files were left behind.", TERMINATED)
     if isinstance(error, KeyboardInterrupt):
-        return Failure("Interrupted", "interrupted; nothing was left half done.", INTERRUPTED)
+        return Failure("Interrupted", "interrupted; no incomplete files were left behind.", INTERRUPTED)
     if isinstance(error, SystemExit):
-        return Failure("UsageError", f"code that this command ran (the model's own?) exited with {error.code!r}.", 2)
+        return Failure("UsageError", f"code that this command ran, such as the model's, exited with {error.code!r}.", 2)
     if isinstance(error, BrokenPipeError):
         return Failure(kind, "", PIPE_CLOSED)
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("rmsnorm_deploy"):
-        message = f"the package {error.name} is not installed. See what is missing with: rmsnorm doctor"
+        message = f"the package {error.name} is not installed. List what is missing with: rmsnorm doctor"
         return Failure("EnvironmentMissingError", message, 4)
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
@@ -73,7 +73,7 @@ def failure_of(error: BaseException) -> Failure:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let SIGTERM unwind the stack as Ctrl-C does, so that temporary files go in both cases."""
+    """Let SIGTERM raise an exception as Ctrl-C does, so that temporary files are deleted in both cases."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""Norms, refusals and deviations as the commands print them."""
+"""Print norms, refusals, deviations and risks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PATHS_SHOWN = 3
 def print_found(
     screen: Screen, sites: Sequence[Mapping[str, Any]], refusals: Sequence[Mapping[str, Any]], first: str
 ) -> None:
-    """What recognition found: a first line, then the norms and the modules left alone, as far as there are any."""
+    """Print the result of recognition: a first line, the norms, and the refusals."""
     screen.line(first)
     if sites:
         screen.line()
@@ -28,7 +28,7 @@ def print_found(
 
 
 def print_sites(screen: Screen, sites: Sequence[Mapping[str, Any]]) -> None:
-    """A table of norms, those that compute the same together."""
+    """Print a table of norms, with norms that compute the same in one row."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for site in sites:
         spec = NormSpec.from_dict(site["spec"]).describe()
@@ -37,27 +37,27 @@ def print_sites(screen: Screen, sites: Sequence[Mapping[str, Any]]) -> None:
         groups.setdefault(key, []).append(site["path"])
     rows = [(len(paths), *key, _patterns(paths)) for key, paths in groups.items()]
     columns: tuple[str, ...] = ("norms", "computes", "width", "dtype", "class", "where")
-    if all(site["class"] is None for site in sites):  # a graph knows no classes
+    if all(site["class"] is None for site in sites):  # norms of a graph have no class
         columns = columns[:4] + columns[5:]
         rows = [row[:4] + row[5:] for row in rows]
     screen.table(columns, rows)
 
 
 def _print_refusals(screen: Screen, refusals: Sequence[Mapping[str, Any]]) -> None:
-    """The modules left alone: each reason once, with its modules."""
+    """Print the refusals: each reason once, with its modules."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for refusal in refusals:
         groups.setdefault(refusal["reason"], []).append(refusal)
-    screen.line(f"Left as they are: {len(refusals)}")
+    screen.line(f"Not changed: {len(refusals)}")
     for reason, rows in groups.items():
         classes = ", ".join(sorted({row["class"].rpartition(".")[2] for row in rows}))
         screen.line(f"  {_patterns([row['path'] for row in rows])} ({classes}): {reason}")
 
 
 def found_line(sites: Sequence[Any], refusals: Sequence[Any], model: str) -> str:
-    """A sentence on what recognition found."""
+    """A sentence with the number of norms that recognition found."""
     if not sites:
-        return f"There is no RMSNorm in {model}." + (" See below for what was left as it is." if refusals else "")
+        return f"There is no RMSNorm in {model}." + (" What was refused is listed below." if refusals else "")
     return f"{counted(len(sites), 'RMSNorm')} in {model}."
 
 
@@ -68,7 +68,7 @@ def _width(width: Any) -> str:
 
 
 def _patterns(paths: Sequence[str]) -> str:
-    """The paths with their layer numbers left out, such as `layers.*.norm`, and a few of them only."""
+    """The paths with `*` for layer numbers, such as `layers.*.norm`; at most a few of them."""
     counts = Counter(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path) or "the model itself" for path in paths)
     shown = list(counts)[:_PATHS_SHOWN]
     return ", ".join(shown) + (f" and {len(counts) - len(shown)} more" if len(counts) > len(shown) else "")

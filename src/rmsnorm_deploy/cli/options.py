@@ -1,4 +1,4 @@
-"""The arguments and options that several commands share."""
+"""Arguments and options of several commands."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Exported = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        "--dtype", metavar="DTYPE", help="float32, float16, bfloat16 or float64; the checkpoint's own when left out."
+        "--dtype", metavar="DTYPE", help="float32, float16, bfloat16 or float64; the checkpoint's if omitted."
     ),
 ]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a transformers checkpoint.")
+    bool, typer.Option("--trust-remote-code", help="Run Python code that is part of a transformers checkpoint.")
 ]
 Provider = Annotated[
     str, typer.Option("--provider", metavar="NAME", help="ONNX Runtime's execution provider: cpu, cuda or tensorrt.")
@@ -34,13 +34,11 @@ NoFunction = Annotated[
     bool,
     typer.Option(
         "--no-function",
-        help="For --target plugin: plugin nodes without local functions, as TensorRT 10.6 and before need them.",
+        help="For --target plugin: write plugin nodes without local functions, which TensorRT up to 10.6 requires.",
     ),
 ]
 OrtTrt = Annotated[
     bool,
-    typer.Option(
-        "--ort-trt", help="For --target plugin: plugin nodes as ONNX Runtime's TensorRT provider looks for them."
-    ),
+    typer.Option("--ort-trt", help="For --target plugin: write plugin nodes for ONNX Runtime's TensorRT provider."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]

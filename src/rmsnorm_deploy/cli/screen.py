@@ -1,4 +1,4 @@
-"""What goes where: results to stdout, progress and errors to stderr; rich on a terminal, plain lines elsewhere."""
+"""Print results to stdout, progress and errors to stderr, with rich on a terminal and as plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ DEBUG_VARIABLE = "RMSNORM_DEBUG"
 
 
 class Screen:
-    """Prints for people, or one JSON object for programs.
+    """Prints text for people, or one JSON object for programs.
 
     Args:
-        as_json: nothing but JSON goes to stdout.
+        as_json: whether only JSON is printed to stdout.
     """
 
     def __init__(self, as_json: bool) -> None:
@@ -29,7 +29,7 @@ class Screen:
 
     @property
     def is_live(self) -> bool:
-        """Whether progress is shown on one line that changes."""
+        """Whether progress is shown on one line that is updated."""
         return sys.stderr.isatty()
 
     def result(self, payload: dict[str, Any], for_people: Callable[[], None]) -> None:
@@ -37,7 +37,7 @@ class Screen:
 
         Args:
             payload: JSON values, with a `schema` key.
-            for_people: prints the same for people, with `line` and `table`.
+            for_people: prints the same as text, with `line` and `table`.
         """
         if self.as_json:
             print(json.dumps(payload, indent=2))
@@ -52,7 +52,7 @@ class Screen:
             print(text)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Print a table on stdout, aligned with spaces where it is no terminal."""
+        """Print a table on stdout, aligned with spaces if stdout is not a terminal."""
         texts = [[str(cell) for cell in row] for row in rows]
         if sys.stdout.isatty():
             _console().print(_rich_table(columns, texts), highlight=False)
@@ -60,12 +60,12 @@ class Screen:
         print("\n".join(aligned(columns, texts)))
 
     def note(self, text: str) -> None:
-        """Print one line on stderr, that people should see and that is no part of the result."""
+        """Print one line on stderr that is not part of the result."""
         print(text, file=sys.stderr)
 
     @contextmanager
     def working(self, first: str) -> Iterator[Callable[[str], None]]:
-        """Show steps on stderr while the block runs; what libraries print meanwhile goes to stderr too.
+        """Show progress on stderr while the block runs; output of libraries is redirected to stderr.
 
         Args:
             first: the first step.
@@ -85,7 +85,7 @@ class Screen:
             yield lambda text: status.update(Text(text))
 
     def failure(self, failure: Failure, error: BaseException) -> None:
-        """Print an error: a line on stderr, and an object on stdout for programs."""
+        """Print an error as a line on stderr, and with `as_json` as an object on stdout."""
         if os.environ.get(DEBUG_VARIABLE):
             traceback.print_exception(error)
         if isinstance(error, BrokenPipeError):
@@ -123,12 +123,12 @@ _STYLES = {"pass": "green", "fail": "bold red", "yes": "green", "no": "red"}
 
 
 def _discard_stdout() -> None:
-    """Nobody reads stdout any more: what is still buffered must not fail when Python flushes it at exit."""
+    """Discard buffered output after the reader closed stdout, so that Python's flush at exit does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def file_size(path: Path) -> str:
-    """A file's size for people."""
+    """A file's size with its unit, such as `1.2 MB`."""
     size = float(path.stat().st_size)
     for unit in ("B", "KB", "MB"):
         if size < 1000:

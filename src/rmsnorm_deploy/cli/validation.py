@@ -1,4 +1,4 @@
-"""What `validate` and `bisect` share: their options, running them, and writing and printing the report."""
+"""The common part of `validate` and `bisect`: options, the run, and writing and printing the report."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ Against = Annotated[
     str | None,
     typer.Option("--against", metavar="MODEL", help="The PyTorch model that was exported, as for export."),
 ]
-# The options that become `ValidationOptions`, by parameter name. What a text is read as is in `options_of`.
-_LIMIT = "a fixed limit on an output's error in place of PyTorch's own error, such as logits:1e-3."
+# The options that become fields of `ValidationOptions`, by parameter name. `options_of` converts their values.
+_LIMIT = "a fixed limit on an output's error instead of PyTorch's own error, such as logits:1e-3."
 GIVEN: dict[str, Any] = {
     "dtype": Annotated[
         str | None,
-        typer.Option("--dtype", metavar="DTYPE", help="Dtype to load MODEL in; the exported one when left out."),
+        typer.Option("--dtype", metavar="DTYPE", help="Dtype to load MODEL in; the exported one if omitted."),
     ],
     "provider": options.Provider,
-    "seed": Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the made-up inputs.")],
+    "seed": Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the generated inputs.")],
     "shape": Annotated[
         list[str] | None,
         typer.Option(
             "--shape",
             metavar="BATCHxLENGTH",
-            help="Size of a run, such as 3x33; may be given several times.",
+            help="Batch and length of a run, such as 3x33; may be repeated.",
             show_default="1x1, 1x7, 3x33",
         ),
     ],
@@ -58,23 +58,25 @@ GIVEN: dict[str, Any] = {
         typer.Option(
             "--inputs",
             metavar="SOURCE",
-            help="Inputs in place of made-up ones: .npz, .safetensors, a folder of them, or file.py:function.",
+            help="Inputs instead of generated ones: .npz, .safetensors, a folder of them, or file.py:function.",
         ),
     ],
     "prompt": Annotated[
         list[str] | None,
-        typer.Option("--prompt", metavar="TEXT", help="A real text through the tokenizer; may be given several times."),
+        typer.Option("--prompt", metavar="TEXT", help="A text to tokenize as input; may be repeated."),
     ],
     "tokenizer": Annotated[
         str | None,
         typer.Option(
-            "--tokenizer", metavar="MODEL", help="Where the tokenizer is; beside the export or MODEL when left out."
+            "--tokenizer",
+            metavar="MODEL",
+            help="Folder or hub name of the tokenizer; that of the export or of MODEL if omitted.",
         ),
     ],
     "window": Annotated[
         int | None,
         typer.Option(
-            "--window", metavar="NORMS", min=1, help="Look at so many norms at a time: fewer need less memory."
+            "--window", metavar="NORMS", min=1, help="Number of norms to check at a time: fewer require less memory."
         ),
     ],
     "atol": Annotated[list[str] | None, typer.Option("--atol", metavar="[OUTPUT:]X", help=f"With --rtol, {_LIMIT}")],
@@ -83,17 +85,17 @@ GIVEN: dict[str, Any] = {
     ],
     "ulp": Annotated[list[str] | None, typer.Option("--ulp", metavar="[OUTPUT:]X", help="See --atol; in ULPs.")],
     "outputs_only": Annotated[
-        bool, typer.Option("--outputs-only", help="Compare outputs only: quicker, and it sees less.")
+        bool, typer.Option("--outputs-only", help="Compare only the outputs, not norms and segments: faster.")
     ],
 }
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ValidationOptions)}
 
 
 def takes_options(*without: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Make the parameter `given` of a command out of the options in `GIVEN`.
+    """Give a command the options in `GIVEN`, and pass their values as its parameter `given`.
 
     Args:
-        without: options that the command does not have.
+        without: options in `GIVEN` that the command does not have.
     """
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
@@ -119,10 +121,10 @@ def takes_options(*without: str) -> Callable[[Callable[..., int]], Callable[...,
 
 
 def options_of(values: Mapping[str, Any]) -> ValidationOptions:
-    """The options behind the values of the command line, which has texts for shapes and limits.
+    """The options from the values of the command line, in which shapes and limits are texts.
 
     Raises:
-        UsageError: a text cannot be read, or a value is out of range.
+        UsageError: a text has the wrong form, or a value is out of range.
     """
     fields = dict(values)
     limits = [fields.pop(name, None) or () for name in ("atol", "rtol", "ulp")]
@@ -133,31 +135,31 @@ def options_of(values: Mapping[str, Any]) -> ValidationOptions:
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML file.")]
 Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write the report as JUnit XML.")]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the report as JSON, as --json prints it.")
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the report as JSON, like --json.")
 ]
 Replay = Annotated[
     Path | None,
-    typer.Option("--replay", metavar="REPORT.json", help="Run the command behind a JSON report again, and compare."),
+    typer.Option("--replay", metavar="REPORT.json", help="Repeat the run of a JSON report, and compare."),
 ]
 
 
 def shapes_of(texts: Sequence[str] | None) -> tuple[tuple[int, int], ...] | None:
-    """Batch and length from texts such as `3x33`; None for no text.
+    """Batch and length in texts such as `3x33`; None if there is no text.
 
     Raises:
-        UsageError: a text is of another form.
+        UsageError: a text has another form.
     """
     found = []
     for text in texts or ():
         match = _SHAPE.fullmatch(text.lower())
         if match is None:
-            raise UsageError(f"--shape {text}: expected a batch and a length of at least 1, such as 3x33.")
+            raise UsageError(f"--shape: expected a batch and a length of at least 1, such as 3x33, got {text!r}.")
         found.append((int(match[1]), int(match[2])))
     return tuple(found) or None
 
 
 def sides(candidate: str | None, against: str | None, command: str) -> tuple[str, str]:
-    """Both sides, of which neither may be missing without --replay.
+    """Candidate and baseline, which are both required without --replay.
 
     Raises:
         UsageError: one is missing.
@@ -170,10 +172,10 @@ def sides(candidate: str | None, against: str | None, command: str) -> tuple[str
 
 @dataclass(frozen=True, slots=True)
 class ReportFiles:
-    """Where a report goes, beside the screen.
+    """The files that a report is written to.
 
     Raises:
-        UsageError: one of the files cannot be written; said before any work is done for them.
+        UsageError: a file cannot be written; checked before any work is done.
     """
 
     html: Path | None
@@ -197,17 +199,17 @@ def run_validation(
     trust_remote_code: bool,
     before: Mapping[str, Any] | None = None,
 ) -> int:
-    """Validate, write the files, print, and say with the exit code whether it passed.
+    """Validate, write the files and print the report; returns the exit code.
 
     Args:
         candidate: see `Candidate`.
         against: see `Against`.
-        given: everything else that was asked for.
-        files: where the report goes.
-        screen: where the result goes.
+        given: the other options.
+        files: the files that the report is written to.
+        screen: prints the report.
         show_norms: print a line for each norm and segment.
-        trust_remote_code: run Python code that comes with a checkpoint.
-        before: the report that is run again.
+        trust_remote_code: run Python code that is part of a checkpoint.
+        before: the report of the run that is repeated, or None.
     """
     if files.html is not None:
         from rmsnorm_deploy.runtime.report.html import check_installed
@@ -236,4 +238,4 @@ def _again(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     from rmsnorm_deploy.runtime.validation.result import differences
 
     found = differences(before, json.loads(json.dumps(now)))
-    return f"run again: differs in {', '.join(found)}" if found else "run again: the same report, apart from the time"
+    return f"replay: differs in {', '.join(found)}" if found else "replay: the same report, except for the time"

@@ -1,6 +1,6 @@
 """Capturing: names of dims and outputs, caches, scalars, refusals, and what upstream's errors become.
 
-torch's and transformers' exporters are stood in for by ones that return a graph made by hand; test_export_model and
+torch's and transformers' exporters are replaced by ones that return a graph made by hand; test_export_model and
 the families' tests run the real ones.
 """
 
@@ -156,7 +156,7 @@ def failing(error: Exception) -> Callable[..., Any]:
     ("error", "message"),
     [
         (ValueError("first line\nsecond"), r"Two could not be captured by torch's exporter: first line\. Try other"),
-        (ValueError("Complex32 is not here"), r"computes with complex numbers"),
+        (ValueError("Complex32 is not here"), r"uses complex numbers"),
         (ValueError("no lowering of grouped_mm"), r'set_experts_implementation\("batched_mm"\)'),
         (ValueError(""), r"exporter: the outer text\."),
         (ValueError("x" * 1000), r"exporter: x{400}\. "),
@@ -207,7 +207,7 @@ def test_upstream_is_kept_quiet_and_logging_is_given_back(
 
 
 def test_no_cache_without_transformers() -> None:
-    with pytest.raises(UnsupportedError, match=r"Two is no transformers model.*Leave --with-past out"):
+    with pytest.raises(UnsupportedError, match=r"Two is not a transformers model.*Omit --with-past"):
         capture(Two(), {}, with_past=True)
 
 
@@ -381,7 +381,7 @@ def test_no_cache_for_what_is_no_decoder(kind: type[nn.Module], config: Any, dec
     model = kind()
     model.config = config
     decode_step["past_key_values"] = SimpleNamespace(layers=[])
-    with pytest.raises(UnsupportedError, match=r"is no decoder with a KV cache of transformers' own"):
+    with pytest.raises(UnsupportedError, match=r"is not a decoder with a KV cache of transformers"):
         capture(model, {"input_ids": torch.zeros(2, 9)}, with_past=True)
 
 
@@ -401,7 +401,7 @@ def test_a_decoder_has_a_cache(decode_step: dict[str, Any]) -> None:
 )
 def test_no_cache_for_what_is_recurrent(kept: dict[str, Any], decode_step: dict[str, Any]) -> None:
     decode_step.update(kept)
-    with pytest.raises(UnsupportedError, match=r"Decoder keeps no KV cache \(it is recurrent\)"):
+    with pytest.raises(UnsupportedError, match=r"Decoder has no KV cache \(it is recurrent\)"):
         capture(Decoder(), {"input_ids": torch.zeros(2, 9)}, with_past=True)
 
 

@@ -78,7 +78,7 @@ def test_inputs_are_on_the_models_device() -> None:
 
 
 def test_a_model_that_reads_something_else_is_refused_with_what_it_takes() -> None:
-    with pytest.raises(UsageError, match=r"Floats does not read input_ids \(it takes x, y\).*--inputs FILE\.npz"):
+    with pytest.raises(UsageError, match=r"Floats does not read input_ids \(it reads x, y\).*--inputs FILE\.npz"):
         example_inputs(Floats())
 
 

@@ -78,7 +78,7 @@ def test_refusals() -> None:
         lower(captured(), "standard", 20)
     with pytest.raises(UsageError, match="plugin"):
         lower(captured(), "ort", style="bare")
-    with pytest.raises(UsageError, match="unknown plugin style 'not_a_choice'"):
+    with pytest.raises(UsageError, match=r"plugin style: expected one of .*, got 'not_a_choice'"):
         lower(captured(), "primitives", style="not_a_choice")  # type: ignore[arg-type]
 
 
@@ -164,7 +164,7 @@ def test_a_norm_whose_input_has_no_dtype_is_an_error() -> None:
     x = maker.input("x", DIMS)
     y = maker.norm(SPEC.replace(scale="none"), [x], "y", DIMS)
     x.type = None
-    with pytest.raises(ValueError, match=r"norm 'layers\.0\.norm' has no typed input"):
+    with pytest.raises(ValueError, match=r"norm 'layers\.0\.norm': expected an input with a known dtype"):
         lower(maker.model([y]), "ort")
 
 

@@ -309,7 +309,7 @@ def test_check_finds_a_site_that_this_model_uses_differently(
     assert unchecked.differing == {}
     with swapped(model, found.sites, check=True) as report:
         model(x_of())
-    assert report.differing == {path: f"as this model calls it ({detail}), its result is not the spec's"}
+    assert report.differing == {path: f"as this model calls it ({detail}), it differs from its spec"}
     assert [refusal.path for refusal in report.refusals(found)] == [path]
 
 

@@ -154,7 +154,7 @@ def test_a_norm_outside_of_any_graph_is_an_error() -> None:
     model = graph()
     (site,) = sites(model)
     node = ir.node("Neg", [site.x])
-    with pytest.raises(ValueError, match="stands outside of any graph"):
+    with pytest.raises(ValueError, match="is outside of any graph"):
         NormWriter(model.graph, "standard", 23).write(GraphSite(
             "p", site.spec, "plain", site.x, None, None, None, node.outputs[0], None, (node,), "", None, site.dtype
         ))  # fmt: skip

@@ -33,7 +33,7 @@ OPTIONS: dict[PluginStyle, dict[str, bool]] = {
 }  # fmt: skip
 FLAGS: dict[PluginStyle, list[str]] = {"function": [], "bare": ["--no-function"], "ort_trt": ["--ort-trt"]}
 DOMAINS: dict[PluginStyle, str] = {"function": "rmsnorm_deploy", "bare": "rmsnorm_deploy", "ort_trt": "trt.plugins"}
-NOTES: dict[PluginStyle, str] = {"bare": "ONNX Runtime does not run it", "ort_trt": "with its TensorRT provider"}
+NOTES: dict[PluginStyle, str] = {"bare": "ONNX Runtime cannot run it", "ort_trt": "with its TensorRT provider"}
 STYLES = list(OPTIONS)
 rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx-cu13")
 
@@ -146,7 +146,7 @@ def test_a_plugin_of_others_in_onnxruntimes_domain_is_no_norm_of_ours(add: bool)
     node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", "acme")
     found = find_graph_norms(model)
     assert found.sites == []
-    assert [row.reason for row in found.refusals] == ["its plugin is of another namespace than 'rmsnorm_deploy'"]
+    assert [row.reason for row in found.refusals] == ["its plugin is not in namespace 'rmsnorm_deploy'"]
     result = rewrite(model, "plugin")
     assert [n.domain for n in result.model.graph if n.op_type in contract.INPUTS] == ["trt.plugins"]
     del node.attributes["plugin_namespace"]
@@ -167,7 +167,7 @@ def test_options_make_a_style() -> None:
 @pytest.mark.parametrize("style", ["bare", "ort_trt"])
 def test_a_style_is_for_target_plugin_only(style: PluginStyle, tmp_path: Path) -> None:
     (flag,) = FLAGS[style]
-    wanted = f"{flag} is for --target plugin, whose file has plugin nodes; expected plugin, got ort"
+    wanted = f"{flag} requires --target plugin, whose file has plugin nodes; got ort"
     with pytest.raises(UsageError, match=wanted):
         export_model(torch.nn.Identity(), tmp_path / "out", target="ort", **OPTIONS[style])
     with pytest.raises(UsageError, match=wanted):
@@ -178,7 +178,7 @@ def test_a_style_is_for_target_plugin_only(style: PluginStyle, tmp_path: Path) -
 
 
 def test_an_unknown_style_is_refused() -> None:
-    with pytest.raises(UsageError, match="unknown plugin style 'other'; the styles are function, bare, ort_trt"):
+    with pytest.raises(UsageError, match="plugin style: expected one of function, bare, ort_trt, got 'other'"):
         check_style("other", ["plugin"])  # type: ignore[arg-type]
 
 
@@ -189,7 +189,7 @@ def test_the_commands_refuse_it_for_other_targets(
 ) -> None:
     for command in ("export", "rewrite"):
         assert run([command, "nothing.onnx", "-o", str(tmp_path / "out"), "--target", target, flag]) == 2
-        assert f"{flag} is for --target plugin" in " ".join(capsys.readouterr().err.split())
+        assert f"{flag} requires --target plugin" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("style", ["bare", "ort_trt"])

@@ -198,7 +198,7 @@ def test_a_rewritten_file_is_proven_norm_by_norm_and_as_a_whole(quantized: str, 
     assert result.proof.model is not None
     assert len(result.proof.model) == 4
     assert [row.dtype for row in result.rewritten.quantized] == [quantized] * 2
-    assert any("2 of its norms give a quantized result" in note for note in result.manifest["notes"])
+    assert any("2 of its norms have a quantized output" in note for note in result.manifest["notes"])
     assert "opset import raised from 20 to 21, for norms with a quantized output" in result.manifest["notes"]
     assert {node.op_type for node in onnx.load(result.model).graph.node} == {
         "AddRMSNormQuant", "DequantizeLinear", "MatMul"}  # fmt: skip
@@ -351,14 +351,14 @@ def _computed(f: Fragment) -> None:
     [
         (_two_readers, "its result has 3 readers"),
         (_cast_of_two_readers, "its result has 2 readers"),
-        (_output, "its result is an output of the graph too"),
-        (_per_channel, "it is quantized by 32 scales, and the kernel knows one for the whole tensor"),
+        (_output, "its result is also an output of the graph"),
+        (_per_channel, "it is quantized by 32 scales, but the kernel supports one for the whole tensor"),
         (_zero_point, "the zero point of its quantization is not 0"),
-        (_unsigned, "it is quantized to uint8, and the kernel gives int8 or float8_e4m3"),
-        (_default_type, "it is quantized to uint8, and the kernel gives int8 or float8_e4m3"),
+        (_unsigned, "it is quantized to uint8, but the kernel supports int8 and float8_e4m3"),
+        (_default_type, "it is quantized to uint8, but the kernel supports int8 and float8_e4m3"),
         (_negative, "the scale of its quantization is -0.0499878; expected a finite number above 0"),
         (_unsaturated, "it is quantized in blocks, or without saturation"),
-        (_computed, "the scale of its quantization is no constant"),
+        (_computed, "the scale of its quantization is not constant"),
     ],
 )
 def test_what_is_left_as_it_is(make: Any, reason: str) -> None:
@@ -376,14 +376,14 @@ def test_what_is_left_as_it_is(make: Any, reason: str) -> None:
     (row,) = result.quantized
     assert row.dtype is None
     assert row.reason.startswith(reason)
-    assert any(note.startswith("the quantization of layers.0.norm stays a node of its own: ") for note in result.notes)
+    assert any(note.startswith("the quantization of layers.0.norm remains a separate node: ") for note in result.notes)
 
 
 def test_an_opset_that_was_asked_for_stays() -> None:
     result = rewrite(ir.from_proto(two_layers("int8")), "plugin", 20)
     fuse_quantized(result, "plugin", 20)
     assert [row.reason for row in result.quantized] == [
-        "the function of a quantized norm needs opset 21, and opset 20 was asked for"
+        "the function of a quantized norm requires opset 21, and the requested opset is 20"
     ] * 2
     assert result.model.graph.opset_imports[""] == 20
     other = rewrite(ir.from_proto(two_layers("int8")), "ort")

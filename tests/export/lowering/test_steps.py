@@ -159,12 +159,12 @@ def test_eps_keeps_its_value_in_float64_or_the_table_says_that_it_does_not(targe
         assert site.deviations == []
     else:
         assert error > 1000.0
-        assert [d.reason for d in site.deviations] == ["the operator holds epsilon as float32"]
+        assert [d.reason for d in site.deviations] == ["the operator stores epsilon as float32"]
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name].float64 != "refused"])
 def test_float64_is_refused_by_the_plugin_with_what_to_do(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=r"does not exist for float64.*Use --target primitives instead") as error:
+    with pytest.raises(UnsupportedError, match=r"does not support float64.*Use --target primitives instead") as error:
         lower(case(name, torch.float64).model, "plugin")
     assert error.value.exit_code == 3
 

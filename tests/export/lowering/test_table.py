@@ -126,14 +126,14 @@ def test_every_spec_resolves_or_is_refused_with_a_reason_and_the_nearest_choice(
 def test_refusals_say_which_dtype_which_opset_and_which_place() -> None:
     found = refusal(TORCH, "plain", "plugin", Environment(opset=17, dtype="float64", top_level=False))
     assert found.reasons == (
-        "rmsnorm_deploy::RMSNorm does not exist for float64 (it has float32, float16, bfloat16)",
-        "rmsnorm_deploy::RMSNorm needs opset 18, and the file has opset 17",
-        "TensorRT finds plugins in the main graph only, and this norm stands in a control-flow body",
+        "rmsnorm_deploy::RMSNorm does not support float64 (it supports float32, float16, bfloat16)",
+        "rmsnorm_deploy::RMSNorm requires opset 18, and the file has opset 17",
+        "TensorRT finds plugins in the main graph only, and this norm is in a control-flow subgraph",
         "the plugin's statistics are float32",
     )
     assert found.nearest == "primitives"
     assert refusal(TORCH, "residual_add", "standard", Environment(opset=22)).reasons == (
-        "Add, RMSNormalization needs opset 23, and the file has opset 22",
+        "Add, RMSNormalization requires opset 23, and the file has opset 22",
     )
 
 
@@ -145,7 +145,7 @@ def test_only_the_plugin_must_stand_at_the_top_level(target: str, form: Form) ->
         return
     assert isinstance(found, LoweringRefusal)
     assert found.nearest == "primitives"
-    assert "control-flow body" in found.reasons[0]
+    assert "control-flow subgraph" in found.reasons[0]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_an_unknown_target_is_an_error_that_names_the_known(target: str) -> None
         lambda: resolve(CAST_FIRST, "plain", target, Environment()),
         lambda: opset_for(target, None),
     ):
-        with pytest.raises(UsageError, match="the targets are primitives, standard, ort, plugin") as raised:
+        with pytest.raises(UsageError, match="expected one of primitives, standard, ort, plugin, got") as raised:
             call()
         assert raised.value.exit_code == 2
 
@@ -239,14 +239,14 @@ def test_every_opset_is_taken_or_refused(target: str, opset: int) -> None:
     if 18 <= opset <= 23 and (target != "standard" or opset == 23):
         assert opset_for(target, opset) == opset
         return
-    with pytest.raises(UnsupportedError, match=f"opset {opset}") as raised:
+    with pytest.raises(UnsupportedError, match=f"got {opset}") as raised:
         opset_for(target, opset)
     assert raised.value.exit_code == 3
     if 18 <= opset <= 23:
-        assert "needs opset 23" in str(raised.value)
+        assert "requires opset 23" in str(raised.value)
         assert "--target primitives" in str(raised.value)
     else:
-        assert "choose one from 18 to 23" in str(raised.value)
+        assert "expected 18 to 23, got" in str(raised.value)
 
 
 # deviations -----------------------------------------------------------------------------------------------------------

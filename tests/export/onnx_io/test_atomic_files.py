@@ -151,8 +151,8 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda out: out.write_text("1"), "name another"),
-        (lambda out: out.symlink_to(out.parent / "nowhere"), "name another"),
+        (lambda out: out.write_text("1"), "give another path"),
+        (lambda out: out.symlink_to(out.parent / "nowhere"), "give another path"),
         (lambda out: (out.mkdir(), (out / "f").write_text("1")), "holds files that no export wrote"),
     ],
     ids=["file", "link", "folder of others"],
@@ -219,7 +219,7 @@ def test_a_file_vanishes_when_the_block_fails(tmp_path: Path) -> None:
 
 def test_a_file_that_exists_is_refused_and_stays(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_text("old")
-    with pytest.raises(UsageError, match=r"m\.onnx exists; name a new file"):
+    with pytest.raises(UsageError, match=r"m\.onnx exists; give a new file name"):
         fill_file(tmp_path / "m.onnx")
     assert tree(tmp_path) == {"m.onnx": "old"}
 

@@ -104,7 +104,7 @@ def test_what_is_no_model(tmp_path: Path, data: bytes) -> None:
 
 
 def test_places_that_are_no_files(tmp_path: Path) -> None:
-    for place, text in ((tmp_path, "not a file"), (tmp_path / "none.onnx", "there is no such file")):
+    for place, text in ((tmp_path, "not a file"), (tmp_path / "none.onnx", "the file does not exist")):
         with pytest.raises(UsageError, match=text):
             outcome(place)
 
@@ -125,13 +125,13 @@ def test_subgraphs_too_deep(tmp_path: Path) -> None:
     for _ in range(200):  # a graph in attribute 6 of a node's attribute 5 of a graph's node 1
         for number in (6, 5, 1):
             graph = _field(number, graph)
-    refused(tmp_path, model.SerializeToString() + _field(7, graph), UsageError, "not an ONNX model, or one cut short")
+    refused(tmp_path, model.SerializeToString() + _field(7, graph), UsageError, "not an ONNX model, or a truncated one")
     inner = model.graph
     for _ in range(DEEPEST_GRAPH + 1):
         inner.node.add(op_type="If", domain="own").attribute.add(name="body", type=onnx.AttributeProto.GRAPH)
         inner = inner.node[-1].attribute[0].g
         inner.name = "branch"
-    with pytest.raises(UnsupportedError, match=f"subgraphs inside each other more than {DEEPEST_GRAPH} deep"):
+    with pytest.raises(UnsupportedError, match=f"subgraphs are nested more than {DEEPEST_GRAPH} deep"):
         check_graph(model, "the model")
 
 
@@ -278,33 +278,33 @@ def _same_functions(model: ModelProto) -> None:
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (_dangling, "Add 'make shifted' reads 'nowhere', which nothing in the graph makes"),
-        (_no_initializer, "Mul 'make y' reads 'w', which nothing in the graph makes.*an initializer was left out"),
-        (_dangling_in_branch, "If 'make z' reads 'nowhere', which nothing in the graph makes"),
-        (_out_of_a_branch, "Neg 'make v' reads 'inside', which nothing"),
-        (_dangling_in_function, "reads 'x', which nothing in function F makes"),
-        (_output, "'nothing' is an output of the graph, and nothing in it makes it"),
-        (_branch_output, "'x' is an output of a subgraph of If 'make z', and nothing in it makes it"),
+        (_dangling, "Add 'make shifted' reads 'nowhere', which the graph does not define"),
+        (_no_initializer, "Mul 'make y' reads 'w', which the graph does not define.*an initializer is missing"),
+        (_dangling_in_branch, "If 'make z' reads 'nowhere', which the graph does not define"),
+        (_out_of_a_branch, "Neg 'make v' reads 'inside', which the graph does not define"),
+        (_dangling_in_function, "reads 'x', which function F does not define"),
+        (_output, "'nothing' is an output of the graph, which does not define it"),
+        (_branch_output, "'x' is an output of a subgraph of If 'make z', which does not define it"),
         (_made_twice, "'root' is made twice in the graph, again by Neg 'make root'"),
         (_made_from_an_input, "'x' is made twice in the graph, again by Neg 'make x'"),
-        (_given_twice, "'eps' is given twice as an input or initializer of the graph"),
-        (_input_twice, "'x' is given twice as an input or initializer of the graph"),
-        (_itself, "Sqrt 'make root' needs its own result"),
-        (_circle, "needs its own result, directly or through other nodes"),
-        (_circle_through_branch, "needs its own result, directly or through other nodes"),
-        (_no_op, "'make mean' has no op"),
+        (_given_twice, "'eps' is defined twice as an input or initializer of the graph"),
+        (_input_twice, "'x' is defined twice as an input or initializer of the graph"),
+        (_itself, "Sqrt 'make root' depends on its own result"),
+        (_circle, "depends on its own result, directly or through other nodes"),
+        (_circle_through_branch, "depends on its own result, directly or through other nodes"),
+        (_no_op, "'make mean' has no operator"),
         (_attribute_twice, "ReduceMean 'make mean' has attribute keepdims twice"),
-        (_other_count, "Sqrt 'make root' has 2 inputs and 1 outputs, which is not what opset 18 says of it"),
+        (_other_count, "Sqrt 'make root' has 2 inputs and 1 outputs, which does not match its definition in opset 18"),
         (
             _other_count_of_a_function,
-            "F without a name.* has 2 inputs .* not what function F says of it",
+            "F without a name.* has 2 inputs .* does not match its definition in function F",
         ),
-        (_other_type, "attribute keepdims of ReduceMean 'make mean' is not of the type that it must be"),
-        (_other_type_of_a_norm, "attribute epsilon of SimplifiedLayerNormalization 'make z' is not of the type"),
-        (_other_dtype, "attribute to of Cast 'make z' is not of the type that it must be"),
+        (_other_type, "attribute keepdims of ReduceMean 'make mean' has the wrong type"),
+        (_other_type_of_a_norm, "attribute epsilon of SimplifiedLayerNormalization 'make z' has the wrong type"),
+        (_other_dtype, "attribute to of Cast 'make z' has the wrong type"),
         (_no_opset, "the model does not import an opset of ONNX's default domain"),
         (_opset_zero, "the model does not import an opset of ONNX's default domain"),
-        (_two_opsets, "the model imports domain '' at opsets 13, 18; there can be only one"),
+        (_two_opsets, "the model imports domain '' at opsets 13, 18; expected one opset for each domain"),
         (_recursion, "function own::F calls itself"),
         (_mutual_recursion, "function own::[FGH] calls itself, directly or through others"),
         (_recursion_in_a_branch, "function own::F calls itself"),
@@ -330,14 +330,14 @@ def test_names_of_any_kind_are_fine_and_never_spoil_a_message(tmp_path: Path, na
     path.write_bytes(model.SerializeToString())
     assert outcome(path) == 1
     model.graph.node[3].input[0] = name
-    refused(tmp_path, model, UsageError, "Sqrt .* needs its own result")
+    refused(tmp_path, model, UsageError, "Sqrt .* depends on its own result")
 
 
 @pytest.mark.parametrize(
     ("place", "text"),
-    [(b"root", "of a NodeProto is no text"), (b"Sqrt", "op_type .* is no text"), (b"main", "name .* of a GraphProto")],
+    [(b"root", "NodeProto is not UTF-8"), (b"Sqrt", "op_type .* is not UTF-8"), (b"main", "name .* of a GraphProto")],
 )
-def test_names_that_are_no_text_are_refused(tmp_path: Path, place: bytes, text: str) -> None:
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path, place: bytes, text: str) -> None:
     refused(tmp_path, norm_model().SerializeToString().replace(place, b"\xff" * len(place)), UsageError, text)
 
 
@@ -345,7 +345,7 @@ def test_nodes_without_names_are_named_by_what_they_make(tmp_path: Path) -> None
     model = norm_model()
     _dangling(model)
     model.graph.node[2].name = ""
-    refused(tmp_path, model, UsageError, "Add without a name, which makes 'shifted' reads 'nowhere'")
+    refused(tmp_path, model, UsageError, "Add without a name, which computes 'shifted' reads 'nowhere'")
 
 
 def test_nodes_in_any_order_are_rewritten(tmp_path: Path) -> None:

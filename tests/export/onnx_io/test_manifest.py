@@ -193,7 +193,7 @@ def test_each_entry_and_each_item_of_a_list_has_a_line(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"holds no manifest\.json.*rmsnorm export"):
+    with pytest.raises(UsageError, match=r"has no manifest\.json.*rmsnorm export"):
         read_manifest(tmp_path)
 
 
@@ -202,9 +202,12 @@ def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
     [
         ("no json", r"manifest\.json cannot be read"),
         ("\xff", r"manifest\.json cannot be read"),
-        ("[]", r"has schema 'list'; this version reads rmsnorm_deploy\.manifest/2"),
-        ("{}", r"has schema None"),
-        (json.dumps({"schema": "rmsnorm_deploy.manifest/1"}), r"has schema 'rmsnorm_deploy\.manifest/1'.*Export again"),
+        ("[]", r"expected schema 'rmsnorm_deploy\.manifest/2', got 'list'"),
+        ("{}", r"expected schema .*, got None"),
+        (
+            json.dumps({"schema": "rmsnorm_deploy.manifest/1"}),
+            r"expected schema .*, got 'rmsnorm_deploy\.manifest/1'.*Export again",
+        ),
     ],
 )
 def test_manifests_that_are_not_ours(text: str, message: str, tmp_path: Path) -> None:

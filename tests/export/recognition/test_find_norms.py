@@ -71,7 +71,7 @@ def test_refusals_are_in_graph_order_with_their_nodes() -> None:
     assert found.sites == []
     assert [(row.node, row.op_type) for row in found.refusals] == [("node_am", "ReduceMean"), ("node_m", "ReduceSum")]
     assert "LayerNorm" in found.refusals[0].reason
-    assert "a bound is put on the statistic" in found.refusals[1].reason
+    assert "the statistic is clamped" in found.refusals[1].reason
     assert found.refusals[1].to_dict() == {
         "path": "node_m", "class": "ReduceSum", "reason": found.refusals[1].reason, "node": "node_m",
     }  # fmt: skip
@@ -92,7 +92,7 @@ def test_a_norm_across_bodies_is_refused() -> None:
     else_branch = u () => (float[2, 8] q) { q = Neg (x) }>"""
     found = find_graph_norms(graph(body))
     assert found.sites == []
-    assert [row.reason for row in found.refusals] == ["it stands in several bodies of control flow"]
+    assert [row.reason for row in found.refusals] == ["it is spread over several subgraphs of control flow"]
 
 
 def test_find_graph_norms_fills_in_the_types_that_find_norms_needs() -> None:
@@ -232,14 +232,14 @@ PLUGIN = f"{contract.ORT_DOMAIN}.{contract.ADD_RMS_NORM}"
     [
         (skip_norm("x, z, w, w2"), "it adds a bias to the sum"),
         (skip_norm("x, w, w"), "the shapes of its two inputs are not known to be equal"),
-        (skip_norm("x, z, single"), "its scale has another shape"),
-        (skip_norm("x, z, narrow"), "its scale has another shape"),
+        (skip_norm("x, z, single"), "the shape of its scale differs"),
+        (skip_norm("x, z, narrow"), "the shape of its scale differs"),
         (skip_norm(outputs="y, a, b, t", rest="q = Neg (a)"), "its statistics are used elsewhere"),
-        (skip_norm("x, z, last"), "its scale has another shape"),
+        (skip_norm("x, z, last"), "the shape of its scale differs"),
         (graph(f"k = Cast <to = 10> (w)  y = {ORT}.SkipSimplifiedLayerNormalization (x, z, k)", "float[2, 8] y", ORT),
-         "its scale is of another dtype than its input"),
+         "the dtype of its scale differs from that of its input"),
         (graph(f"k = Cast <to = 7> (x)  y = {ORT}.SkipSimplifiedLayerNormalization (k, z, w)", "float[2, 8] y", ORT),
-         "its inputs have no known dtype"),
+         "the dtype of its inputs is unknown"),
         (graph(f'y = {PLUGIN} <plugin_namespace = "theirs"> (x, z, w)', "float[2, 8] y", contract.ORT_DOMAIN),
          OTHER_PLUGIN),
         (graph(f"y = {contract.DOMAIN}.{contract.ADD_RMS_NORM} <scale_offset = 0.5> (x, z, w)", "float[2, 8] y",

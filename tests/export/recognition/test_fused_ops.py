@@ -143,12 +143,12 @@ def test_an_input_of_another_dtype_is_no_norms(dtype: ir.DataType | None) -> Non
         (node((contract.DOMAIN, next(iter(contract.UNQUANTIZED))), plugin_namespace=contract.PLUGIN_NAMESPACE),
          QUANTIZED_OUTPUT),
         (node(ONNX, shape=None, axis=1), "the rank of its input is unknown"),
-        (node(ONNX, axis=-4), "its axis is none of its input's dims"),
-        (node(ONNX, axis=3), "its axis is none of its input's dims"),
-        (node(ONNX, shape=None, axis=-9), "its axis is none of its input's dims"),
-        (node(ONNX, scale=value("scale", [3], FLOAT)), "its scale has another shape"),
+        (node(ONNX, axis=-4), "its axis is out of range for the rank of its input"),
+        (node(ONNX, axis=3), "its axis is out of range for the rank of its input"),
+        (node(ONNX, shape=None, axis=-9), "its axis is out of range for the rank of its input"),
+        (node(ONNX, scale=value("scale", [3], FLOAT)), "the shape of its scale differs"),
         (node(OURS, plugin_namespace=contract.PLUGIN_NAMESPACE, scale_offset=0.5), "it adds 0.5 to its scale"),
-        (node(ONNX, stash_type=int(HALF)), "its statistics are in a half type"),
+        (node(ONNX, stash_type=int(HALF)), "its statistics have a half type"),
     ],
 )  # fmt: skip
 def test_refusals(made: ir.Node, reason: str) -> None:
@@ -161,4 +161,4 @@ def test_statistics_that_are_read_are_refused() -> None:
     made = node(ORT, outputs=2)
     assert isinstance(read(made), Normed)
     ir.node("Neg", [made.outputs[1]])
-    assert read(made) == "its statistics are in a half type, or are used elsewhere"
+    assert read(made) == "its statistics have a half type, or are used elsewhere"

@@ -157,7 +157,7 @@ def test_sum_of_squares_and_root_of_the_width_are_an_rms_norm() -> None:
         ("float", "r = ReduceL2 (x, last)  y = Div (x, r)", "not of their mean: an L2 norm"),
         ("float", FLOAT + "g = Div (two, r)  y = Mul (h, g)", "its result is 2 times that of an RMSNorm"),
         ("float16", HALVES + "h = Cast <to = 1> (x)  k = Cast <to = 1> (f)  y = Mul (h, k)",
-         "in an order that no formula here has"),
+         "in an order that no NormSpec describes"),
     ],
 )  # fmt: skip
 def test_refusals(dtype: str, body: str, reason: str) -> None:

@@ -247,8 +247,8 @@ def _own_forward() -> nn.Module:
 
 NO_SPEC = "no NormSpec reproduces it bit for bit in float32"
 SUBTRACTS = "it subtracts the mean"
-UNFIXED = "spread over a width that the module does not fix"
-BY_NAME = "it is called a norm, but does not normalize a single input"
+UNFIXED = "broadcasts over a width that the module does not fix"
+BY_NAME = "its name contains 'norm', but it does not normalize a single input"
 
 LOOK_ALIKES: dict[str, LookAlike] = {
     "layer_norm": LookAlike(lambda: nn.LayerNorm(64), SUBTRACTS),
@@ -278,7 +278,7 @@ LOOK_ALIKES: dict[str, LookAlike] = {
     "random": LookAlike(lambda: RandomNorm(64), BY_NAME),
     "always_dropping": LookAlike(lambda: AlwaysDropping(64), ""),
     "half_differs": LookAlike(lambda: HalfDiffers(64), "no order of casts reproduces it"),
-    "rank_differs": LookAlike(lambda: RankDiffers(64), "other shapes differs"),
+    "rank_differs": LookAlike(lambda: RankDiffers(64), "other shapes it differs"),
     "factor_only": LookAlike(hub("hy_v4", "HYV4UnweightedRMSNorm", 1e-6), BY_NAME),
     "named_only": LookAlike(lambda: NamedRMSNorm(64), BY_NAME),
     "tuple": LookAlike(lambda: TupleNorm(64), BY_NAME),
@@ -298,15 +298,15 @@ LOOK_ALIKES: dict[str, LookAlike] = {
     "scalar_weight": LookAlike(lambda: OverChannels(1, dim=-1), UNFIXED),
     "scalar_weight_rank_0": LookAlike(lambda: OverChannels(dim=-1), UNFIXED),
     "over_two_dims": LookAlike(OverTwoDims, "dim that is not trailing"),
-    "four_groups": LookAlike(FourGroups, "other shapes differs"),
+    "four_groups": LookAlike(FourGroups, "other shapes it differs"),
     "meta": LookAlike(lambda: nn.RMSNorm(64, device="meta"), "on the meta device"),
     "torchscript": LookAlike(lambda: torch.jit.script(nn.RMSNorm(64)), "TorchScript"),
     "own_forward": LookAlike(_own_forward, "its forward was replaced on the instance"),
-    "adaptive": LookAlike(AdaptiveNorm, "it keeps parameters in child modules"),
+    "adaptive": LookAlike(AdaptiveNorm, "its child modules have parameters"),
     "raising": LookAlike(lambda: RaisingNorm(64), "does not normalize a single input (the kernel is not built)"),
-    "loose_weight": LookAlike(LooseWeight, "neither parameter nor buffer"),
+    "loose_weight": LookAlike(LooseWeight, "not a parameter or buffer"),
     "parametrized": LookAlike(_parametrized, "its tensors are parametrized"),
-    "weight_norm": LookAlike(_weight_norm, "neither parameter nor buffer"),
+    "weight_norm": LookAlike(_weight_norm, "not a parameter or buffer"),
     "three_tensors": LookAlike(ThreeTensorsNorm, "more or larger tensors than a weight and a bias"),
     "huge_weight": LookAlike(lambda: nn.RMSNorm((1 << 20) + 1), "more or larger tensors than a weight and a bias"),
 }

@@ -83,10 +83,10 @@ def test_encode_refuses() -> None:
 
 
 def test_decode_refuses() -> None:
-    with pytest.raises(UsageError, match=r"shape \[3\]; they must be \[batch, seq\]"):
+    with pytest.raises(UsageError, match=r"expected shape \[batch, seq\], got \[3\]"):
         decode(np.zeros(3, dtype=np.int64))
     for bad in (-1, len(VOCABULARY)):
-        with pytest.raises(UsageError, match="they must be 0 to 11"):
+        with pytest.raises(UsageError, match="expected 0 to 11, got"):
             decode(np.array([[bad, 0 if bad < 0 else 1]]))
 
 
@@ -125,7 +125,7 @@ def test_problems_are_deterministic() -> None:
     assert problems(30, seed=4) == problems(30, seed=4)
     assert problems(30, seed=4) != problems(30, seed=5)
     assert len(problems(1)) == 1
-    with pytest.raises(UsageError, match="ask for at least 1"):
+    with pytest.raises(UsageError, match="expected at least 1 problem, got 0"):
         problems(0)
 
 
@@ -149,14 +149,14 @@ def test_solve_reads_the_last_position_and_grows_by_one_token() -> None:
 
 @pytest.mark.parametrize("prompt", ["12+345=", "0123+45=", "012+345", "012-345=", "012+345=0", "+12+345=", "٠١٢+345="])
 def test_solve_refuses_what_is_no_problem(prompt: str) -> None:
-    with pytest.raises(UsageError, match="is no problem; write two numbers of 3 digits"):
+    with pytest.raises(UsageError, match="expected two numbers of 3 digits"):
         solve(perfect_step, ["012+345=", prompt])
 
 
 def test_solve_refuses_no_prompt_and_what_are_no_logits() -> None:
     with pytest.raises(UsageError, match="no text to encode"):
         solve(perfect_step, [])
-    with pytest.raises(UsageError, match=r"the model gave shape \[1, 12\] for logits; \[1, 8, 12\] was expected"):
+    with pytest.raises(UsageError, match=r"logits of the model: expected shape \[1, 8, 12\], got \[1, 12\]"):
         solve(lambda ids: perfect_step(ids)[:, -1], ["012+345="])
 
 
@@ -174,7 +174,7 @@ def test_accuracy_counts_whole_answers_in_any_batch_size(batch_size: int) -> Non
 def test_accuracy_refuses() -> None:
     with pytest.raises(UsageError, match="no problem to solve"):
         accuracy(perfect_step, [])
-    with pytest.raises(UsageError, match="batch_size is 0"):
+    with pytest.raises(UsageError, match="batch_size: expected at least 1, got 0"):
         accuracy(perfect_step, problems(1), 0)
 
 
@@ -244,7 +244,7 @@ def test_command_refuses_before_it_trains(tmp_path: Path, capsys: pytest.Capture
     assert train_addition.main(["--output", str(tmp_path / "taken")]) == 2
     assert "taken is a file; give a folder" in capsys.readouterr().err
     assert train_addition.main(["--output", str(tmp_path / "new"), "--steps", "0"]) == 2
-    assert "--steps is 0; it must be at least 1" in capsys.readouterr().err
+    assert "--steps: expected at least 1, got 0" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 

@@ -200,7 +200,7 @@ def test_config_round_trip() -> None:
         ({"num_heads": True}, "num_heads is True"),
         ({"hidden_size": 30}, "heads of an even size; make it a multiple of 8"),
         ({"hidden_size": 36}, "heads of an even size; make it a multiple of 8"),
-        ({"num_kv_heads": 3}, "no multiple of num_kv_heads 3"),
+        ({"num_kv_heads": 3}, "not a multiple of num_kv_heads 3"),
         ({"norm": "layer"}, "norm is 'layer'; it must be one of torch, llama"),
         ({"eps": -1.0}, "eps is -1"),
         ({"eps": float("nan")}, "eps is nan"),
@@ -279,7 +279,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_load_refuses_missing_folder_and_files(saved: Path) -> None:
-    with pytest.raises(UsageError, match="nowhere is no folder; give the folder that holds"):
+    with pytest.raises(UsageError, match="nowhere is not a folder; give the folder that holds"):
         load_decoder(saved / "nowhere")
     (saved / "model.safetensors").rename(saved / "other")
     with pytest.raises(UsageError, match=r"has no file model\.safetensors"):
@@ -293,9 +293,9 @@ def test_load_refuses_missing_folder_and_files(saved: Path) -> None:
     ("content", "message"),
     [
         ("{", r"config\.json cannot be read as JSON"),
-        ("[]", r"config\.json has \"format\" None, not 'rmsnorm_deploy\.decoder'"),
-        ('{"vocab_size": 1}', r"config\.json has \"format\" None"),
-        ('{"format": "llama"}', r"config\.json has \"format\" 'llama'"),
+        ("[]", r"config\.json: expected \"format\" 'rmsnorm_deploy\.decoder', got None"),
+        ('{"vocab_size": 1}', r"config\.json: expected \"format\" .*, got None"),
+        ('{"format": "llama"}', r"config\.json: expected \"format\" .*, got 'llama'"),
         ('{"format": "rmsnorm_deploy.decoder"}', r"config\.json: missing DecoderConfig fields: vocab_size"),
         (json.dumps({"format": "rmsnorm_deploy.decoder", **FIELDS, "x": 1}), r"config\.json: unknown .* fields: x"),
         (json.dumps({"format": "rmsnorm_deploy.decoder", **FIELDS, "eps": "1"}), r"config\.json: .*eps is '1'"),
@@ -326,7 +326,7 @@ def test_load_refuses_weights_that_do_not_fit(saved: Path) -> None:
     with pytest.raises(UsageError, match=r"misshaped tensors: norm\.weight \[31\] instead of \[32\]"):
         load_decoder(saved)
     rewrite({**tensors, "norm.weight": torch.ones(32, dtype=torch.int32)})
-    with pytest.raises(UsageError, match=r"one floating dtype is needed, not torch\.float32, torch\.int32"):
+    with pytest.raises(UsageError, match=r"expected one floating dtype, got torch\.float32, torch\.int32"):
         load_decoder(saved)
     path.write_bytes(b"not safetensors")
     with pytest.raises(UsageError, match=r"model\.safetensors cannot be read as safetensors"):

@@ -74,8 +74,8 @@ def test_ptx_names_its_entry_and_its_parameters_in_order() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"architecture": 70}, "the kernel needs sm_75"),
-        ({"architecture": 91}, "this NVRTC compiles for sm_75"),
+        ({"architecture": 70}, "expected sm_75 or later, got sm_70"),
+        ({"architecture": 91}, "NVRTC supports sm_75"),
         ({"kind": "fatbin"}, "not to 'fatbin'"),
         ({"config": LaunchConfig(512, 1, 8, cluster=2), "architecture": 80}, "needs sm_90"),
     ],

@@ -69,7 +69,7 @@ def test_few_rows_are_spread_over_more_threads() -> None:
 
 def test_what_is_not_aligned_is_read_in_smaller_pieces() -> None:
     assert [choose(NormKernel(4096, 1e-6), 1, 90, alignment).elements for alignment in (2, 4, 8, 16)] == [1, 2, 4, 8]
-    with pytest.raises(UsageError, match=r"an alignment of 2 bytes; .* at least 4"):
+    with pytest.raises(UsageError, match=r"alignment in bytes: .* at least 4, got 2"):
         choose(NormKernel(4096, 1e-6, dtype="float32"), 1, 90, 2)
 
 
@@ -81,8 +81,8 @@ def test_what_is_not_aligned_is_read_in_smaller_pieces() -> None:
         (LaunchConfig(16, 1, 8), "1 rows of 16 threads"),
         (LaunchConfig(512, 1, 8, rows=4), "4 rows of 512 threads"),
         (LaunchConfig(32, 1, 3), "vectors of 3 elements"),
-        (LaunchConfig(32, 1, 16), "do not cut a width of 1000"),
-        (LaunchConfig(32, 1, 8, cluster=3), "a cluster of 3"),
+        (LaunchConfig(32, 1, 16), "do not divide a width of 1000"),
+        (LaunchConfig(32, 1, 8, cluster=3), "cluster of 3"),
         (LaunchConfig(32, 1, 8, rows=2, cluster=2), "one row a block"),
     ],
 )
@@ -102,8 +102,8 @@ def test_layouts_that_cannot_run_are_refused(config: LaunchConfig, message: str)
         ({"epsilon": -1.0}, "epsilon is -1"),
         ({"dtype": "float64"}, "dtype is 'float64'"),
         ({"quantized": "int8"}, "both be given"),
-        ({"inner": 4, "weight_rows": 2}, "4 inner rows and 2 of the weight"),
-        ({"exact_sum": True}, "are for add_rms_norm"),
+        ({"inner": 4, "weight_rows": 2}, "expected 1 or inner \\(4, at least 1\\), got 2"),
+        ({"exact_sum": True}, "require op add_rms_norm"),
     ],
 )
 def test_kernels_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:

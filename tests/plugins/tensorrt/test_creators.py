@@ -78,7 +78,7 @@ def test_the_registry_has_both_creators_once(tmp_path: Path) -> None:
     assert found["new"] == [[name, "1", "rmsnorm_deploy"] for name in names]
     plain = ["epsilon", "scale_offset", "scale_type"]
     assert found["fields"] == [plain] * 2 + [[*plain, "quant_type"]] * 2
-    assert found["again"].startswith("RmsnormDeployError: TensorRT's registry refuses RMSNorm: another creator")
+    assert found["again"].startswith("RmsnormDeployError: TensorRT's registry refused RMSNorm: another creator")
 
 
 def test_fields_arrive_and_are_read_back(tmp_path: Path) -> None:
@@ -151,16 +151,16 @@ def test_what_is_refused_is_recorded(tmp_path: Path) -> None:
     assert found["missing"] == "UsageError: layers.0/norm (RMSNorm): attribute scale_offset is missing."
     assert "scale_type: expected one of 1 (float32), 10 (float16), 16 (bfloat16), got 11" in found["type"]
     assert found["no kernels"] == (
-        "UsageError: RMSNorm: field kernels is missing, so the engine carries no kernel."
+        "UsageError: RMSNorm: field kernels is missing, so the engine has no kernel."
     )  # fmt: skip
     names = ("offset", "missing", "type", "no kernels")
     assert found["created"] == [found[name].removeprefix("UsageError: ") for name in names]
     width, wide, kind = found["configured"]
-    assert width == "RMSNorm: the width of x is -1: the plugin needs one that is known when the engine is built"
+    assert width == "RMSNorm: width of x: expected a static width when the engine is built, got -1"
     assert "65537" in wide
     assert "scale_type: expected 1 for X of float32, got 10" in kind
     (unknown,) = found["unknown"]
-    assert unknown.startswith("RMSNorm: sm_99: this NVRTC compiles for sm_75")
+    assert unknown.startswith("RMSNorm: NVRTC supports sm_75")
 
 
 def test_formats_and_dtypes_that_a_plugin_takes(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_without_kernels_nothing_is_compiled(tmp_path: Path) -> None:
     """
     assert ran(script, tmp_path) == {
         "names": ["epsilon", "scale_offset", "scale_type"], "report": [], "problems": [],
-        "enqueue": "RmsnormDeployError: RMSNorm: the engine carries no kernel.",
+        "enqueue": "RmsnormDeployError: RMSNorm: the engine has no kernel. Build it again.",
     }  # fmt: skip
 
 

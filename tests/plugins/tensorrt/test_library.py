@@ -302,12 +302,12 @@ def test_wrong_attributes_are_refused(driver: HostDriver, fields: str, message: 
         ("RMSNorm", "dims scalar 64", "-1:", "x: expected at least one dim, got none"),
         ("RMSNorm", "dims 2,64 1,64", "-1:", "scale: expected one dim, got 2"),
         ("AddRMSNorm", "dims 2,64 64 64", "-1:", "residual: expected x's 2 dims, got 1"),
-        ("RMSNorm", "configure 1 2,-1 1 64", "-1", "x: expected a last dim that is known when the engine is built"),
+        ("RMSNorm", "configure 1 2,-1 1 64", "-1", "x: expected a static last dim when the engine is built"),
         ("RMSNorm", "configure 1 2,64 1 63", "-1", "scale: expected shape (64), got (63)"),
         ("RMSNorm", "configure 1 2,65537 1 65537", "-1", "x: expected a width of at most 65536, got 65537"),
         ("AddRMSNorm", "configure 1 2,64 1 3,64 1 64", "-1", "residual: expected x's shape (2, 64), got (3, 64)"),
-        ("RMSNorm", "shape 1 2,64 1 64", "-1", "the engine carries no kernels"),
-        ("RMSNorm", "enqueue 1 2,64 1 64 /dev/null /dev/null", "-1", "the engine carries no kernels"),
+        ("RMSNorm", "shape 1 2,64 1 64", "-1", "the engine has no kernels"),
+        ("RMSNorm", "enqueue 1 2,64 1 64 /dev/null /dev/null", "-1", "the engine has no kernels"),
     ],
 )
 def test_what_the_kernel_cannot_do_is_refused(
@@ -333,9 +333,9 @@ def test_a_scale_type_that_does_not_fit_x_is_refused(driver: HostDriver) -> None
 @pytest.mark.parametrize(
     ("kernels", "message"),
     [
-        ("", "field kernels is missing, so the engine carries no kernel"),
+        ("", "field kernels is missing, so the engine has no kernel"),
         ("kernels=RMSNORM1abc", "packed kernels: expected 4 more bytes, got 3"),
-        ("kernels=somethingelse", "packed kernels: expected RMSNORM1 at their beginning"),
+        ("kernels=somethingelse", "packed kernels: expected RMSNORM1 at the beginning"),
     ],
 )
 def test_an_engine_with_damaged_kernels_is_refused(driver: HostDriver, kernels: str, message: str) -> None:
@@ -351,7 +351,7 @@ def test_an_engine_for_another_width_is_refused(driver: HostDriver) -> None:
         f"create RMSNorm runtime {FIELDS} kernels=saved", "shape 1 2,32 1 32", "error",
     ])  # fmt: skip
     assert answers[4] == "-1"
-    assert "the engine carries kernels for width 64 of float16, and x has width 32 of float16" in answers[5]
+    assert "the engine has kernels for width 64 of float16, and x has width 32 of float16" in answers[5]
 
 
 @needs_library
@@ -366,7 +366,7 @@ def test_failures_of_compiler_and_driver_are_told(driver: HostDriver, tmp_path: 
     run = ["serialize", f"create RMSNorm runtime {FIELDS} kernels=saved", "shape 1 2,64 1 64", "error"]
     unloaded = driver.run([*build[:2], *run], RMSNORM_TEST_FAIL_LOAD="1")
     assert unloaded[4] == "-1"
-    assert "loading the engine's kernel: CUDA's driver answers CUDA_ERROR_NO_BINARY_FOR_GPU" in unloaded[5]
+    assert "loading the engine's kernel: the CUDA driver returned CUDA_ERROR_NO_BINARY_FOR_GPU" in unloaded[5]
     no_context = driver.run([*build[:2], *run], RMSNORM_TEST_CONTEXT="0")
     assert no_context[4] == "-1"
     assert "no CUDA context is current" in no_context[5]
@@ -380,7 +380,7 @@ def test_the_registering_library_says_what_is_missing(built_library: BuiltLibrar
         [sys.executable, "-c", f"import ctypes; {opened}"], capture_output=True, text=True, check=True
     )
     assert alone.stdout.strip() == "0"
-    assert "TensorRT is not in this process" in alone.stderr
+    assert "TensorRT is not loaded in this process" in alone.stderr
     pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'rmsnorm-deploy[rtx]'")
     # RTX 1.7 is another major version than the headers' 10.14.
     command = [sys.executable, "-c", f"import ctypes, tensorrt_rtx; {opened}"]
@@ -399,14 +399,14 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         library.build_library(tmp_path / "out")
     with pytest.raises(UsageError, match=r"--tensorrt-include: expected a folder with NvInferRuntime\.h"):
         library.find_toolchain(tmp_path)
-    with pytest.raises(UsageError, match="--nvcc: expected CUDA's compiler"):
+    with pytest.raises(UsageError, match="--nvcc: expected the CUDA compiler"):
         library.find_toolchain(nvcc=tmp_path / "nvcc")
     assert not (tmp_path / "out").exists()
 
 
 def test_other_files_are_no_library(tmp_path: Path) -> None:
     file = tmp_path / "x.so"
-    with pytest.raises(UsageError, match=r"there is no .*x\.so"):
+    with pytest.raises(UsageError, match=r"x\.so does not exist"):
         library.read_library(file)
     file.write_text("no library")
     with pytest.raises(UsageError, match="not a library of rmsnorm-deploy"):

@@ -186,7 +186,7 @@ def test_wrong_attributes_are_refused(driver: HostDriver, fields: str, message: 
         ("RMSNormQuant", "configure 1 2,64 1 64 0 64", "-1", "y_scale: expected one element, got shape (64)"),
         ("RMSNormQuant", "configure 1 2,64 1 63 0 1", "-1", "scale: expected shape (64), got (63)"),
         ("AddRMSNormQuant", "configure 1 2,64 1 3,64 1 64 0 1", "-1", "residual: expected x's shape (2, 64), got (3,"),
-        ("RMSNormQuant", "shape 1 2,64 1 64 0 1", "-1", "the engine carries no kernels"),
+        ("RMSNormQuant", "shape 1 2,64 1 64 0 1", "-1", "the engine has no kernels"),
     ],
 )  # fmt: skip
 def test_what_the_kernel_cannot_do_is_refused(
@@ -204,11 +204,11 @@ def test_no_generic_kernel_stands_in(driver: HostDriver, tmp_path: Path) -> None
     without = driver.run([create, f"configure {shapes}", "error"], nvrtc=False)
     assert without[1] == "-1"
     assert "NVRTC is not found" in without[2]
-    assert "rms_norm of width 64 has a quantized output, which the generic kernel cannot give" in without[2]
+    assert "rms_norm of width 64 has a quantized output, which the generic kernel does not support" in without[2]
     answers, *_ = run_norm(driver, tmp_path, CASES[0], "int8", 0.02, RMSNORM_TEST_GPU="80")
     assert answers[6] == "-1"
     assert answers[7] == "-1"
-    assert "no kernel for this GPU (sm_80), and the generic one gives no quantized output" in answers[8]
+    assert "no kernel for this GPU (sm_80), and the generic kernel does not support a quantized output" in answers[8]
 
 
 @needs_library
@@ -219,7 +219,7 @@ def test_an_engine_for_another_quantized_type_is_refused(driver: HostDriver) -> 
         f"create RMSNormQuant runtime {FIELDS} quant_type=17 kernels=saved", f"shape {shapes}", "error",
     ])  # fmt: skip
     assert answers[4] == "-1"
-    assert "the engine carries kernels for a quantized type of int8, and the plugin's is float8_e4m3" in answers[5]
+    assert "the engine has kernels for a quantized type of int8, and the plugin's is float8_e4m3" in answers[5]
 
 
 # The kernels in Python --------------------------------------------------------------------------------------------

@@ -202,10 +202,10 @@ def test_files_that_are_not_models(tmp_path: Path) -> None:
     empty.touch()
     short.write_bytes(linear().SerializeToString()[:-30])
     for path, text in (
-        (tmp_path / "none.onnx", "there is no such file"),
+        (tmp_path / "none.onnx", "the file does not exist"),
         (tmp_path, "not a file"),
         (garbage, "not an ONNX model"),
-        (empty, "holds no graph"),
+        (empty, "has no graph"),
         (short, "not an ONNX model"),
     ):
         with pytest.raises(UsageError, match=text) as caught:
@@ -248,7 +248,9 @@ def test_external_data_runs_and_is_hashed(external: Path) -> None:
 @pytest.mark.parametrize("keep", [0, 255])
 def test_external_data_cut_short(external: Path, keep: int) -> None:
     os.truncate(external.with_name("weights.bin"), keep)
-    with pytest.raises(UsageError, match=rf"weights\.bin is cut short: tensor w ends at byte 256, the file at {keep}"):
+    with pytest.raises(
+        UsageError, match=rf"weights\.bin is truncated: tensor w ends at byte 256, and the file has {keep} bytes"
+    ):
         OrtRunner(external)
 
 
@@ -256,16 +258,16 @@ def test_external_data_cut_short(external: Path, keep: int) -> None:
     ("entries", "text"),
     [
         ({"location": "other.bin"}, "other.bin of tensor w is missing"),
-        ({"location": "../weights.bin"}, "not inside the model's folder"),
-        ({"location": "a/../../weights.bin"}, "not inside the model's folder"),
-        ({"location": "..\\weights.bin"}, "not inside the model's folder"),
-        ({"location": "/etc/hostname"}, "not inside the model's folder"),
-        ({"location": "C:\\weights.bin"}, "not inside the model's folder"),
-        ({"location": ""}, "not inside the model's folder"),
-        ({"offset": "1"}, "ends at byte 257, the file at 256"),
+        ({"location": "../weights.bin"}, "outside of the model's folder"),
+        ({"location": "a/../../weights.bin"}, "outside of the model's folder"),
+        ({"location": "..\\weights.bin"}, "outside of the model's folder"),
+        ({"location": "/etc/hostname"}, "outside of the model's folder"),
+        ({"location": "C:\\weights.bin"}, "outside of the model's folder"),
+        ({"location": ""}, "outside of the model's folder"),
+        ({"offset": "1"}, "ends at byte 257, and the file has 256 bytes"),
         ({"length": "1000"}, "ends at byte 1000"),
-        ({"offset": "-8"}, "no whole number"),
-        ({"length": "many"}, "no whole number"),
+        ({"offset": "-8"}, "is negative or not a number"),
+        ({"length": "many"}, "is negative or not a number"),
     ],
 )
 def test_external_data_that_is_not_where_it_should_be(external: Path, entries: dict[str, str], text: str) -> None:
@@ -293,7 +295,7 @@ def test_external_data_in_bytes_and_of_no_dtype(external: Path) -> None:
     model = onnx.load(external, load_external_data=False)
     model.graph.initializer[0].data_type = 99
     external.write_bytes(model.SerializeToString())
-    with pytest.raises(UsageError, match=r"tensor w has no known dtype \(99\)"):
+    with pytest.raises(UsageError, match=r"tensor w has unknown dtype 99"):
         OrtRunner(external)
 
 
@@ -309,7 +311,7 @@ def test_bytes_find_their_external_data_in_the_folder_that_is_named(external: Pa
     with pytest.raises(UsageError, match=r"the model given as bytes: external data file .*weights\.bin of tensor w"):
         OrtRunner(source, weights_folder=empty)
     os.truncate(external.with_name("weights.bin"), 200)
-    with pytest.raises(UsageError, match=r"is cut short: tensor w ends at byte 256, the file at 200"):
+    with pytest.raises(UsageError, match=r"is truncated: tensor w ends at byte 256, and the file has 200 bytes"):
         OrtRunner(source, weights_folder=external.parent)
 
 

@@ -503,13 +503,12 @@ def test_the_creators_are_registered_once(answers: dict[str, Any]) -> None:
     assert [key for key in answers["keys"] if key[2] == contract.PLUGIN_NAMESPACE] == ours
     assert answers["elsewhere"] == [False, False]
     assert answers["refusals"] == [
-        f"TensorRT's registry refuses {contract.RMS_NORM}: another creator of namespace {contract.PLUGIN_NAMESPACE}, "
+        f"TensorRT's registry refused {contract.RMS_NORM}: another creator of namespace {contract.PLUGIN_NAMESPACE}, "
         f"version {contract.PLUGIN_VERSION} is registered already.",
         *answers["problems"],
     ]
     assert answers["problems"] == [
-        f"{name}: field {contract.KERNELS_FIELD} is missing, so the engine carries no kernel."
-        for name in contract.INPUTS
+        f"{name}: field {contract.KERNELS_FIELD} is missing, so the engine has no kernel." for name in contract.INPUTS
     ]
 
 

@@ -274,7 +274,7 @@ def test_architectures_that_rtx_does_not_know(architecture: int, files: Any, tmp
 def test_architectures_that_are_none(text: str, files: Any, tmp_path: Path, rmsnorm: Any) -> None:
     found = rmsnorm("build", files.matmul(), "-o", tmp_path / "m.engine", "--arch", text)
     assert found.code == 2
-    assert f"architecture: expected something like sm_86, got {text!r}" in found.err
+    assert f"architecture: expected a text such as sm_86, got {text!r}" in found.err
 
 
 def test_a_product_that_is_not_installed(
@@ -394,7 +394,7 @@ def test_external_data_that_is_not_all_there(damage: str, files: Any, tmp_path: 
         data.write_bytes(data.read_bytes()[:-1])
     message = refused(UsageError, source, tmp_path)
     assert str(data) in message
-    assert {"missing": "is missing", "short": "is cut short"}[damage] in message
+    assert {"missing": "is missing", "short": "is truncated"}[damage] in message
 
 
 def test_external_data_builds(files: Any, tmp_path: Path) -> None:

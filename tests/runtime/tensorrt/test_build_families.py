@@ -148,7 +148,7 @@ def check(record: dict[str, Any], target: str, dtype: str, norms: int) -> None:
 
 def test_the_demo_has_no_cache(tmp_path: Path) -> None:
     model, inputs = addition()
-    with pytest.raises(UnsupportedError, match="Leave --with-past out"):
+    with pytest.raises(UnsupportedError, match="Omit --with-past"):
         export_model(model, tmp_path / "out", inputs=inputs, with_past=True)
 
 
@@ -212,6 +212,6 @@ def test_a_t5_whose_wo_stays_float32(tmp_path: Path) -> None:
     kept = transformers.T5EncoderModel.from_pretrained(tmp_path / "t5", dtype=torch.float16)
     wide = [name for name, parameter in kept.named_parameters() if parameter.dtype == torch.float32]
     assert wide == [f"encoder.block.{index}.layer.1.DenseReluDense.wo.weight" for index in range(2)]
-    with pytest.raises(UsageError, match=r"T5EncoderModel fails on the example inputs .* same dtype"):
+    with pytest.raises(UsageError, match=r"T5EncoderModel failed on the example inputs .* same dtype"):
         export_model(kept, tmp_path / "out", inputs=inputs, target=TARGETS)
     assert not (tmp_path / "out").exists()

@@ -144,7 +144,7 @@ def test_without_nvrtc_the_plugins_in_python_are_missing_something(
     (package / "__init__.py").write_text("raise ImportError('not here')")
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
     model, options = rms_norm_model(tmp_path / "model.onnx"), dataclasses.replace(OPTIONS, plugin="python")
-    with pytest.raises(EnvironmentMissingError, match="compiling the kernel needs cuda-bindings and NVRTC; install"):
+    with pytest.raises(EnvironmentMissingError, match="compiling the kernel requires cuda-bindings and NVRTC; install"):
         build_engine(model, tmp_path / "e.engine", options)
 
 

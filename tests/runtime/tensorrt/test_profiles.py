@@ -115,5 +115,5 @@ def test_options_take_one_or_several_and_architectures_in_any_spelling() -> None
     assert (options.profiles, options.architectures) == (("x:1,2,3",), (86, 89, 80))
     assert BuildOptions(architectures=89).architectures == (89,)  # type: ignore[arg-type]
     assert BuildOptions(profiles=["a", "b"]).profiles == ("a", "b")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="architecture: expected something like sm_86, got 'hopper'"):
+    with pytest.raises(UsageError, match="architecture: expected a text such as sm_86, got 'hopper'"):
         BuildOptions(architectures=("hopper",))  # type: ignore[arg-type]

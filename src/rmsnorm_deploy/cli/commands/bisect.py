@@ -1,4 +1,4 @@
-"""`rmsnorm bisect`: which norm, or which segment between two norms, introduces error."""
+"""`rmsnorm bisect`: find the norm, or the segment between two norms, that introduces error."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def bisect(
 ) -> int:
     """Find the norm, or the segment between two norms, that introduces error.
 
-    Each norm and each segment is fed what PyTorch has there, so that an error counts where it begins and not where it
-    shows. Exits with 1 if there is one.
+    Each norm and each segment gets the inputs that it has in PyTorch, so that an error is reported where it is
+    introduced. Exits with 1 if there is one.
     """
     screen = Screen(as_json)
     files = validation.ReportFiles(html, junit, output)

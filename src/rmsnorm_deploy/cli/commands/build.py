@@ -1,4 +1,4 @@
-"""`rmsnorm build`: a TensorRT engine from an exported folder or an .onnx file."""
+"""`rmsnorm build`: build a TensorRT engine from an exported folder or an .onnx file."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ def build(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="ENGINE", help="The engine's file; ENGINE.json and ENGINE.log come beside it."
+            "--output",
+            "-o",
+            metavar="ENGINE",
+            help="The engine's file; ENGINE.json and ENGINE.log are written beside it.",
         ),
     ] = None,
     runtime: Annotated[
-        str, typer.Option("--runtime", metavar="NAME", help="tensorrt, or rtx, which needs no GPU to build.")
+        str, typer.Option("--runtime", metavar="NAME", help="tensorrt, or rtx, which builds without a GPU.")
     ] = "rtx",
     profile: Annotated[
         list[str] | None,
@@ -38,8 +41,8 @@ def build(
             "--profile",
             metavar="NAME:MIN,OPT,MAX",
             help="Shapes of an input, such as input_ids:1x1,4x512,16x4096, or a range of a dim, such as "
-            "past_sequence:0,128,4095; several in one profile with spaces or semicolons between them. The other "
-            "inputs follow by the names of their dims. Given several times: several profiles.",
+            "past_sequence:0,128,4095. Separate shapes of one profile by spaces or semicolons. The other inputs "
+            "are derived from the names of their dims. Repeat the option for several profiles.",
         ),
     ] = None,
     norm: Annotated[
@@ -47,13 +50,13 @@ def build(
         typer.Option(
             "--norm",
             metavar="CHOICE",
-            help="auto: as the file has them; plugin: every norm in the plugin; native: none.",
+            help="auto: as in the file; plugin: every norm runs in the plugin; native: none does.",
         ),
     ] = "auto",
     plugin: Annotated[
         str,
         typer.Option(
-            "--plugin", metavar="KIND", help="library (C++), python, or auto: the library where there is one."
+            "--plugin", metavar="KIND", help="library (C++), python, or auto: the library if it exists, else python."
         ),
     ] = "auto",
     plugin_library: Annotated[
@@ -62,35 +65,41 @@ def build(
     ] = None,
     arch: Annotated[
         list[str] | None,
-        typer.Option("--arch", metavar="SM", help="What to build for, such as sm_86,sm_89; only with --runtime rtx."),
+        typer.Option(
+            "--arch", metavar="SM", help="GPU architectures to build for, such as sm_86,sm_89; only with --runtime rtx."
+        ),
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option("--cache", metavar="DIR", help="Engines that were built before; an equal one is not built again."),
+        typer.Option("--cache", metavar="DIR", help="Folder of earlier engines; an equal engine is not built again."),
     ] = None,
     timing_cache: Annotated[
         Path | None,
-        typer.Option("--timing-cache", metavar="FILE", help="Kernel timings that the full TensorRT reads and writes."),
+        typer.Option(
+            "--timing-cache",
+            metavar="FILE",
+            help="File of kernel timings that TensorRT reads and writes; not with --runtime rtx.",
+        ),
     ] = None,
     workspace: Annotated[
-        int | None, typer.Option("--workspace", metavar="MIB", min=1, help="Most memory of one layer while it runs.")
+        int | None, typer.Option("--workspace", metavar="MIB", min=1, help="Memory limit of one layer at run time.")
     ] = None,
     memory_limit: Annotated[
         int | None,
-        typer.Option("--memory-limit", metavar="MIB", min=1, help="End the builder beyond this much memory."),
+        typer.Option("--memory-limit", metavar="MIB", min=1, help="Stop the build when it uses more memory."),
     ] = None,
     version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="An engine that later versions of TensorRT load too.")
+        bool, typer.Option("--version-compatible", help="Build an engine that later versions of TensorRT can load.")
     ] = False,
-    refit: Annotated[bool, typer.Option("--refit", help="An engine whose weights can be replaced.")] = False,
+    refit: Annotated[bool, typer.Option("--refit", help="Build an engine whose weights can be replaced.")] = False,
     float64_as_float32: Annotated[
-        bool, typer.Option("--float64-as-float32", help="Build a file with float64 values, computed in float32.")
+        bool, typer.Option("--float64-as-float32", help="Compute the float64 values of the file in float32.")
     ] = False,
     print_trtexec: Annotated[
         bool,
-        typer.Option("--print-trtexec", help="Build nothing; print the equal command of TensorRT's own tool."),
+        typer.Option("--print-trtexec", help="Print the equivalent trtexec command, and build nothing."),
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Keep all of TensorRT's messages in the log.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Write all messages of TensorRT to the log.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Build a TensorRT engine and show which layer runs each norm."""
@@ -136,7 +145,7 @@ def _print_trtexec(screen: Screen, source: Path, output: Path | None, chosen: Bu
 
 
 def payload_of(engine: Engine) -> dict[str, Any]:
-    """An engine as the JSON interface shows it."""
+    """An engine as JSON values."""
     record = engine.record
     return {
         "schema": SCHEMA,
@@ -156,7 +165,7 @@ _SHOWN = (
 
 @contextmanager
 def _progress(screen: Screen, first: str) -> Iterator[Callable[[Progress], None]]:
-    """A bar for each of TensorRT's phases on a terminal, and a line for each elsewhere."""
+    """Show a progress bar for each phase of the build on a terminal, else a line for each phase."""
     with screen.working(first) as show:
         seen: set[str] = set()
 
@@ -185,7 +194,7 @@ def _print(screen: Screen, payload: dict[str, Any]) -> None:
 
 
 def print_norms(screen: Screen, payload: dict[str, Any]) -> None:
-    """The table of norms and layers, and what it was read from."""
+    """Print the table of norms and layers, and where the layers were read from."""
     norms = payload["norms"]
     if not norms:
         screen.line("No RMSNorm was found in the file.")
@@ -199,7 +208,7 @@ def print_norms(screen: Screen, payload: dict[str, Any]) -> None:
                 "plugin" if row["plugin"] else (row["kind"] or "unknown"),
                 row["precision"] or "unknown",
                 row["statistics"] or "unknown",
-                row["layer"] or "no layer names it",
+                row["layer"] or "none found",
             )
             for row in norms
         ],
@@ -211,7 +220,7 @@ def print_norms(screen: Screen, payload: dict[str, Any]) -> None:
 
 
 def _shapes(profile: dict[str, list[list[int]]]) -> str:
-    """Inputs of equal shapes together: a KV cache has two for each layer."""
+    """The shapes of a profile, with inputs of equal shapes together: a KV cache has two for each layer."""
     names: dict[str, list[str]] = {}
     for name, shapes in profile.items():
         names.setdefault(", ".join("x".join(map(str, shape)) for shape in shapes), []).append(name)

@@ -1,4 +1,4 @@
-"""`rmsnorm compare`: hold arrays against reference arrays, or a report against an earlier one."""
+"""`rmsnorm compare`: compare arrays with reference arrays, or a report with an earlier one."""
 
 from __future__ import annotations
 
@@ -22,27 +22,28 @@ def compare(
         ),
     ],
     candidate: Annotated[
-        Path, typer.Argument(metavar="CANDIDATE", help="What is held against it.", show_default=False)
+        Path,
+        typer.Argument(metavar="CANDIDATE", help="The arrays or the report to compare with it.", show_default=False),
     ],
     atol: Annotated[
         list[str] | None,
         typer.Option(
             "--atol",
             metavar=_LIMIT,
-            help="Allow errors of X + rtol x |reference|, in every array or in NAME; may be given several times.",
+            help="Allow errors of X + rtol x |reference|, in every array or in NAME; may be repeated.",
         ),
     ] = None,
     rtol: Annotated[
         list[str] | None, typer.Option("--rtol", metavar=_LIMIT, help="See --atol; relative to the reference.")
     ] = None,
     ulp: Annotated[
-        list[str] | None, typer.Option("--ulp", metavar=_LIMIT, help="Allow errors of X ULPs; as --atol otherwise.")
+        list[str] | None, typer.Option("--ulp", metavar=_LIMIT, help="Allow errors of X ULPs; see --atol.")
     ] = None,
     as_json: options.AsJson = False,
 ) -> int:
-    """Hold arrays against reference arrays, or a report against an earlier one.
+    """Compare arrays with reference arrays, or a report with an earlier one.
 
-    Exits with 1 if an array differs, or if a row that passed fails or is missing.
+    Exits with 1 if an array differs, or if a row that passed before fails or is missing.
     """
     screen = Screen(as_json)
     from rmsnorm_deploy.runtime.accuracy.tolerances import parse_limits

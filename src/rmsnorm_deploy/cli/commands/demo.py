@@ -1,4 +1,4 @@
-"""`rmsnorm demo`: the shipped checkpoint through all targets, with its parity and its task accuracy."""
+"""`rmsnorm demo`: export the shipped checkpoint for all targets, and check parity and task accuracy."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ _PROBLEMS = 1000
 def demo(
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Keep the exported folders; left out, they are removed."),
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Keep the exported folders here; by default they are deleted."
+        ),
     ] = None,
     as_json: options.AsJson = False,
 ) -> int:
-    """Take a small trained model through every target.
+    """Export and check a small trained model for every target.
 
-    It is exported in each, run in ONNX Runtime and held against PyTorch, in its numbers and in the sums it gets right.
-    Where TensorRT-RTX is installed, or TensorRT and a GPU, an engine is built of each.
+    Each file runs in ONNX Runtime and is compared with PyTorch: the numbers, and the sums that it computes correctly.
+    With TensorRT-RTX, or with TensorRT and a GPU, an engine is built from each file.
     """
     screen = Screen(as_json)
     with screen.working(f"loading {MODEL}") as progress, _folder(output) as folder:
@@ -57,7 +59,7 @@ def _folder(output: Path | None) -> Iterator[Path]:
 
 
 def _proved(folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Export, run and judge everything."""
+    """Export, run and check every target."""
     from rmsnorm_deploy.export.from_torch.export_model import export_model
     from rmsnorm_deploy.export.lowering.table import TARGETS
     from rmsnorm_deploy.models.builtin.addition_task import accuracy, problems, torch_step
@@ -66,7 +68,7 @@ def _proved(folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
     loaded = load_model(MODEL)
     results = export_model(loaded, folder, target=TARGETS, progress=progress)
     asked = problems(_PROBLEMS)
-    progress(f"asking PyTorch {_PROBLEMS} sums")
+    progress(f"computing {_PROBLEMS} sums with PyTorch")
     own = accuracy(torch_step(loaded.model), asked)
     rows = [_target_row(result, loaded.model, asked, own, progress) for result in results]
     runtime, problem = _engine_runtime()
@@ -95,7 +97,7 @@ def _target_row(
     from rmsnorm_deploy.runtime.validation.api import validate
 
     report = validate(result.folder, model, progress=lambda text: progress(f"{result.target}: {text}"))
-    progress(f"{result.target}: asking it {len(asked)} sums")
+    progress(f"{result.target}: computing {len(asked)} sums")
     with open_runner(open_exported(result.folder).model) as runner:
         name = runner.inputs()[0].name
         answered = accuracy(lambda ids: next(iter(runner.run({name: ids}).values())), asked)
@@ -112,7 +114,7 @@ def _target_row(
 
 
 def _engine_runtime() -> tuple[str | None, str | None]:
-    """What engines are built with here, or why none are."""
+    """The runtime to build engines with on this machine, or why none is built."""
     from rmsnorm_deploy.runtime.tensorrt.api import FLAVORS, cuda_device, is_installed
 
     if is_installed("tensorrt") and cuda_device() is not None:
@@ -123,14 +125,14 @@ def _engine_runtime() -> tuple[str | None, str | None]:
 
 
 def _engine_row(row: dict[str, Any], folder: Path, runtime: str, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Build the engine of one target, where the lowering table says that this TensorRT can run it."""
+    """Build the engine of one target; `expected` is whether the lowering table lists the runtime for it."""
     from rmsnorm_deploy.export.lowering.table import cell
     from rmsnorm_deploy.models.errors import RmsnormDeployError
     from rmsnorm_deploy.runtime.tensorrt.build import build_engine
 
     table_name = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx"}[runtime]
     expected = table_name in dict(cell(row["target"], "plain").runtimes)
-    progress(f"{row['target']}: building its engine")
+    progress(f"{row['target']}: building an engine")
     try:
         engine = build_engine(row["folder"], folder / "engines" / f"{row['target']}.engine", runtime=runtime)
     except RmsnormDeployError as error:
@@ -143,7 +145,7 @@ def _engine_row(row: dict[str, Any], folder: Path, runtime: str, progress: Calla
 
 
 def _print_engines(screen: Screen, payload: dict[str, Any]) -> None:
-    """What runs the norms of each engine."""
+    """Print what runs the norms of each engine."""
     screen.line()
     if payload["engines"]["problem"]:
         screen.line(payload["engines"]["problem"])
@@ -161,11 +163,13 @@ def _print_engines(screen: Screen, payload: dict[str, Any]) -> None:
         if row["engine"]["problem"]:
             screen.line(f"{row['target']}: not built: {row['engine']['problem']}")
     if built:
-        screen.line(f"engines for {', '.join(built[0][1]['architectures'])}; built, not run: that needs a GPU")
+        screen.line(
+            f"engines for {', '.join(built[0][1]['architectures'])}; built, not run, because running requires a GPU"
+        )
 
 
 def _print(screen: Screen, payload: dict[str, Any]) -> None:
-    """The parity table: the worst figures of each file over all its runs, and its task accuracy."""
+    """Print the parity table: the worst figures of each file over all runs, and its task accuracy."""
     total = payload["problems"]
     every = [output for row in payload["targets"] for output in row["outputs"]]
     sums = f"{payload['pytorch_correct']} of {total}"

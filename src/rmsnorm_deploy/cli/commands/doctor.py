@@ -1,4 +1,4 @@
-"""`rmsnorm doctor`: what this machine can do, and how to get what is missing."""
+"""`rmsnorm doctor`: show what this machine can run, and how to install what is missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ CANNOT_RUN = 4
 
 def doctor(
     target: Annotated[
-        str | None, typer.Option("--target", metavar="TARGET", help="Exit with 4 when this target cannot be run here.")
+        str | None,
+        typer.Option("--target", metavar="TARGET", help="Exit with 4 if this machine cannot run this target."),
     ] = None,
     as_json: options.AsJson = False,
 ) -> int:
@@ -27,7 +28,7 @@ def doctor(
     screen = Screen(as_json)
     if target is not None:
         cell(target, "plain")  # refuses an unknown target
-    with screen.working("looking around") as progress:
+    with screen.working("examining this machine") as progress:
         from rmsnorm_deploy.runtime.doctor import examine
 
         diagnosis = examine(progress)
@@ -41,14 +42,14 @@ def _print(screen: Screen, diagnosis: Diagnosis) -> None:
     versions = [(name, version or "not installed") for name, version in content["versions"].items()]
     screen.table(("package", "version"), versions)
     screen.line()
-    screen.line("GPU: " + ("; ".join(content["gpus"]) or "none seen"))
+    screen.line("GPU: " + ("; ".join(content["gpus"]) or "none found"))
     screen.line("TensorRT for Python: " + (content["tensorrt"]["version"] or content["tensorrt"]["problem"]))
     screen.line(
         "TensorRT-RTX for Python: " + (content["tensorrt_rtx"]["version"] or content["tensorrt_rtx"]["problem"])
     )
     library, toolchain = content["plugin"]["library"], content["plugin"]["toolchain_problem"]
-    get = toolchain or "make it with: rmsnorm plugin build"
-    screen.line(f"TensorRT plugin's library: {library or f'not there; {get}'}")
+    get = toolchain or "build it with: rmsnorm plugin build"
+    screen.line(f"TensorRT plugin's library: {library or f'missing; {get}'}")
     for name, provider in content["onnxruntime"]["providers"].items():
         screen.line(f"ONNX Runtime's provider {name}: {provider['problem'] or 'works'}")
     screen.line()
@@ -58,7 +59,7 @@ def _print(screen: Screen, diagnosis: Diagnosis) -> None:
 
 
 def _print_ways(screen: Screen, diagnosis: Diagnosis) -> None:
-    """What each target can do here; below it what is missing and how to get it, each once."""
+    """Print what can run each target on this machine, then what is missing and how to install it, each once."""
     rows = [(target, *("yes" if way.possible else "no" for way in ways)) for target, ways in diagnosis.targets.items()]
     screen.table(("target", *(way.name for way in next(iter(diagnosis.targets.values())))), rows)
     missing: dict[str, list[str]] = {}
@@ -67,7 +68,7 @@ def _print_ways(screen: Screen, diagnosis: Diagnosis) -> None:
         for lines, texts in ((missing, way.missing), (commands, way.get)):
             for text in texts:
                 lines[text] = list(dict.fromkeys([*lines.get(text, ()), way.name]))
-    for title, lines in (("Missing:", missing), ("How to get it:", commands)):
+    for title, lines in (("Missing:", missing), ("How to install it:", commands)):
         if lines:
             screen.line()
             screen.line(title)

@@ -1,4 +1,4 @@
-"""`rmsnorm export`: from a PyTorch model to a folder with an ONNX file."""
+"""`rmsnorm export`: export a PyTorch model to a folder with an ONNX file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def export(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="DIR", help="The folder to make; one subfolder per target if there are several."
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="The folder to create; with several targets it gets a subfolder for each.",
         ),
     ],
     target: Annotated[
@@ -33,7 +36,7 @@ def export(
         typer.Option(
             "--target",
             metavar="TARGET",
-            help="primitives, standard, ort or plugin, see `rmsnorm targets`; may be given several times.",
+            help="primitives, standard, ort or plugin, see `rmsnorm targets`; may be repeated.",
             show_default="primitives",
         ),
     ] = None,
@@ -41,18 +44,20 @@ def export(
     opset: Annotated[
         int | None,
         typer.Option(
-            "--opset", metavar="N", help="Opset import of the file, 18 to 23; the target's own when left out."
+            "--opset", metavar="N", help="Opset import of the file, 18 to 23; the target's default if omitted."
         ),
     ] = None,
     with_past: Annotated[
-        bool, typer.Option("--with-past", help="Let the KV cache go in and out (decoders of transformers).")
+        bool, typer.Option("--with-past", help="Make the KV cache an input and an output (decoders of transformers).")
     ] = False,
     no_function: options.NoFunction = False,
     ort_trt: options.OrtTrt = False,
-    static: Annotated[bool, typer.Option("--static", help="Fix every dim at the size of the example inputs.")] = False,
+    static: Annotated[
+        bool, typer.Option("--static", help="Make every dim static, with the size of the example inputs.")
+    ] = False,
     inputs: Annotated[
         Path | None,
-        typer.Option("--inputs", metavar="FILE.npz", help="Example inputs by name, for a model that reads no tokens."),
+        typer.Option("--inputs", metavar="FILE.npz", help="Example inputs by name, for a model without token inputs."),
     ] = None,
     outliers: Annotated[
         str | None,
@@ -68,14 +73,14 @@ def export(
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write a model as ONNX with its norms as the target wants them."""
+    """Export a model to ONNX with its norms in the form that the target requires."""
     from rmsnorm_deploy.export.lowering.plugin_functions import plugin_style
     from rmsnorm_deploy.export.lowering.table import opset_for
 
     screen = Screen(as_json)
     targets = list(dict.fromkeys(target or ["primitives"]))
     for name in targets:
-        opset_for(name, opset)  # refuses a wrong target or opset before anything slow is done
+        opset_for(name, opset)  # refuses a wrong target or opset before slow work
     plugin_style(not no_function, ort_trt, targets)
     arrays = read_arrays(inputs) if inputs is not None else None
     injection = _injection(outliers)
@@ -110,7 +115,7 @@ def export(
 
 
 def _injection(text: str | None) -> tuple[int, float] | None:
-    """The text of --outliers, refused before anything slow is done."""
+    """The value of --outliers, which is checked before slow work."""
     if text is None:
         return None
     from rmsnorm_deploy.models.outliers import parse_outliers
@@ -150,7 +155,7 @@ def _export_row(result: ExportResult) -> dict[str, Any]:
 
 def _print(screen: Screen, model: str, payload: dict[str, Any]) -> None:
     sites, refusals = payload["sites"], payload["refusals"]
-    first = found_line(sites, refusals, model) + ("" if sites else " It was exported as it is.")
+    first = found_line(sites, refusals, model) + ("" if sites else " It was exported unchanged.")
     print_found(screen, sites, refusals, first)
     if payload["outliers"] is not None:
         screen.line(_outlier_line(payload["outliers"]))
@@ -167,5 +172,5 @@ def _print(screen: Screen, model: str, payload: dict[str, Any]) -> None:
 def _outlier_line(outliers: dict[str, Any]) -> str:
     return (
         f"Outlier channels: {outliers['channels']} of {outliers['width']}, {outliers['factor']:g} times larger in "
-        f"{', '.join(outliers['embeddings'])} (norms touched: {len(outliers['norms'])}; seed {outliers['seed']})."
+        f"{', '.join(outliers['embeddings'])} (norms changed: {len(outliers['norms'])}; seed {outliers['seed']})."
     )

@@ -1,4 +1,4 @@
-"""`rmsnorm generate`: let an exported decoder continue a prompt."""
+"""`rmsnorm generate`: continue a prompt with an exported decoder."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ SCHEMA = "rmsnorm_deploy.generate/1"
 
 def generate(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="An exported decoder.", show_default=False)],
-    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="What to continue.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The text to continue.")] = None,
     prompt_ids: Annotated[
-        str | None, typer.Option("--prompt-ids", metavar="1,2,3", help="The same as token ids, without a tokenizer.")
+        str | None, typer.Option("--prompt-ids", metavar="1,2,3", help="The prompt as token ids, without a tokenizer.")
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="At most so many new tokens.")
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Maximum number of new tokens.")
     ] = 32,
     provider: options.Provider = "cpu",
     as_json: options.AsJson = False,
 ) -> None:
-    """Let an exported decoder continue a prompt."""
+    """Continue a prompt with an exported decoder."""
     screen = Screen(as_json)
     wanted = _prompt(prompt, prompt_ids)
     with screen.working(f"generating with {path}"):
@@ -58,12 +58,10 @@ def _print(screen: Screen, result: Generation) -> None:
 
 def _prompt(text: str | None, ids: str | None) -> str | list[int]:
     if (text is None) == (ids is None):
-        raise UsageError("give either --prompt TEXT or --prompt-ids 1,2,3.")
+        raise UsageError("expected either --prompt TEXT or --prompt-ids 1,2,3.")
     if text is not None:
         return text
     try:
         return [int(part) for part in str(ids).split(",")]
     except ValueError as error:
-        raise UsageError(
-            f"--prompt-ids {ids!r}: write whole numbers with commas between them, such as 1,2,3."
-        ) from error
+        raise UsageError(f"--prompt-ids: expected integers separated by commas, such as 1,2,3, got {ids!r}.") from error

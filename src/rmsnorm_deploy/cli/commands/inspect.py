@@ -1,4 +1,4 @@
-"""`rmsnorm inspect`: which norms a model has, what each one computes, and which are at risk in which dtype."""
+"""`rmsnorm inspect`: list the norms of a model, what each one computes, and the dtypes in which it is at risk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def inspect(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A model as for export, an exported folder, or an .onnx file that was exported by this tool.",
+            help="A model as for export, an exported folder, or an .onnx file.",
             show_default=False,
         ),
     ],
@@ -38,21 +38,21 @@ def inspect(
         typer.Option(
             "--inputs",
             metavar="SOURCE",
-            help="Run the model on these and say which norms are at risk in which dtype: an .npz or .safetensors file, "
-            "a folder of them, or file.py:function.",
+            help="Run the model on these inputs and report which norms are at risk in which dtype: an .npz or "
+            ".safetensors file, a folder of them, or file.py:function.",
         ),
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", metavar="TEXT", help="As --inputs, with a prompt; may be given several times."),
+        typer.Option("--prompt", metavar="TEXT", help="As --inputs, with a prompt; may be repeated."),
     ] = None,
-    made_up: Annotated[bool, typer.Option("--made-up", help="As --inputs, with inputs that are made up.")] = False,
+    made_up: Annotated[bool, typer.Option("--made-up", help="As --inputs, with generated inputs.")] = False,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Find every RMSNorm and say what it computes.
+    """Find every RMSNorm of a model and show what it computes.
 
-    With inputs, the model runs, and each norm is judged in float32, float16 and bfloat16.
+    With inputs, the model runs, and the risk of each norm in float32, float16 and bfloat16 is reported.
     """
     screen = Screen(as_json)
     place = Path(model).expanduser()
@@ -80,7 +80,7 @@ def inspect(
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """Which inputs the model is to run on."""
+    """The inputs to run the model on."""
 
     source: str | None
     prompts: list[str]
@@ -93,7 +93,7 @@ class _Wanted:
     def refuse_exported(self, model: str) -> None:
         if self.any:
             raise UsageError(
-                f"{model} is an exported model, and --inputs, --prompt and --made-up run PyTorch. Give the PyTorch "
+                f"{model} is an exported model, but --inputs, --prompt and --made-up require a PyTorch model. Give the "
                 "model that it was exported from."
             )
 
@@ -116,14 +116,14 @@ def _risk(loaded: LoadedModel, wanted: _Wanted, trust_remote_code: bool, progres
         cases += load_cases(wanted.source, infos)
     if wanted.prompts:
         if loaded.kind != "transformers" and loaded.folder is None and loaded.task is None:
-            raise UsageError(f"--prompt needs a tokenizer, and {loaded.source} has none; give --inputs instead.")
+            raise UsageError(f"--prompt requires a tokenizer, and {loaded.source} has none; give --inputs instead.")
         tokenizer = str(loaded.folder or loaded.source)
         cases += prompt_cases(wanted.prompts, tokenizer, infos, trust_remote_code=trust_remote_code)
     return risk(loaded.model, [case.feeds for case in cases], progress=progress)
 
 
 def _is_exported_folder(place: Path) -> bool:
-    """Whether the folder is one of ours; a model's own folder may hold a manifest.json of another kind."""
+    """Whether a folder was written by export; a model's folder may have a manifest.json with another schema."""
     from rmsnorm_deploy.export.onnx_io.manifest import SCHEMA as MANIFEST_SCHEMA
 
     try:
@@ -143,7 +143,7 @@ def _from_folder(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
 
 
 def _from_file(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The norms that stand in the graph, whoever exported it."""
+    """The norms and refusals of an ONNX file."""
     from rmsnorm_deploy.export.from_onnx.inline_functions import inline_norm_functions
     from rmsnorm_deploy.export.lowering.quantized_norms import split_quantized_outputs
     from rmsnorm_deploy.export.onnx_io.check_graph import check_graph
@@ -153,6 +153,6 @@ def _from_file(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     file = read_model(path)
     check_graph(file.model, file.where)
     model = inline_norm_functions(to_ir(file))[0]
-    split_quantized_outputs(model)  # an operator with a quantized output holds a norm too
+    split_quantized_outputs(model)  # an operator with a quantized output is also a norm
     found = find_graph_norms(model)
     return [site.to_dict() for site in found.sites], [refusal.to_dict() for refusal in found.refusals]

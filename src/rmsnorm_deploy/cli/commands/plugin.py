@@ -1,4 +1,4 @@
-"""`rmsnorm plugin`: the TensorRT plugin's library: build it, find it, read it."""
+"""`rmsnorm plugin`: build the library of the TensorRT plugin, find it, and describe it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,32 @@ from rmsnorm_deploy.cli.screen import Screen, file_size
 SCHEMA = "rmsnorm_deploy.plugin/1"
 
 app = typer.Typer(
-    help="Build, find and read the TensorRT plugin's library.", no_args_is_help=True, rich_markup_mode=None
+    help="Build, find and describe the TensorRT plugin's library.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
 @app.command("build")
 def build(
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where the libraries go.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="The folder to write to; the default one if omitted.",
+            show_default=False,
+        ),
     ] = None,
     tensorrt_include: Annotated[
         Path | None,
-        typer.Option("--tensorrt-include", metavar="DIR", help="Folder of NvInferRuntime.h; looked for when left out."),
+        typer.Option("--tensorrt-include", metavar="DIR", help="Folder of NvInferRuntime.h; searched for if omitted."),
     ] = None,
     nvcc: Annotated[
-        Path | None, typer.Option("--nvcc", metavar="FILE", help="CUDA's compiler; looked for when left out.")
+        Path | None, typer.Option("--nvcc", metavar="FILE", help="The CUDA compiler; searched for if omitted.")
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Compile the library; says what is missing and where to get it."""
+    """Compile the library, or list what is missing and where to get it."""
     from rmsnorm_deploy.plugins.tensorrt.library import build_library, read_library
 
     screen = Screen(as_json)
@@ -44,7 +51,7 @@ def build(
 
 @app.command("path")
 def path(as_json: options.AsJson = False) -> None:
-    """Print the library that builds use."""
+    """Print the path of the library that builds use."""
     from rmsnorm_deploy.models.errors import EnvironmentMissingError
     from rmsnorm_deploy.plugins.tensorrt.library import LIBRARY_NAME, default_folder, find_library
 
@@ -52,7 +59,7 @@ def path(as_json: options.AsJson = False) -> None:
     found = find_library()
     if found is None:
         raise EnvironmentMissingError(
-            f"the library is not there: expected {default_folder() / LIBRARY_NAME}. Make it with: rmsnorm plugin build"
+            f"the library is missing: expected {default_folder() / LIBRARY_NAME}. Build it with: rmsnorm plugin build"
         )
     payload = {"schema": SCHEMA, "path": str(found)}
     screen.result(payload, lambda: screen.line(payload["path"]))
@@ -62,11 +69,11 @@ def path(as_json: options.AsJson = False) -> None:
 def info(
     library: Annotated[
         Path | None,
-        typer.Argument(metavar="FILE", help="A library; the one that builds use when left out.", show_default=False),
+        typer.Argument(metavar="FILE", help="A library; the one that builds use if omitted.", show_default=False),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show what a library holds: creators, versions, architectures."""
+    """Describe a library: creators, versions, architectures."""
     from rmsnorm_deploy.plugins.tensorrt.library import LIBRARY_NAME, default_folder, find_library, read_library
 
     screen = Screen(as_json)

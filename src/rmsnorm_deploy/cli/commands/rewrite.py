@@ -1,4 +1,4 @@
-"""`rmsnorm rewrite`: any .onnx file with its norms in the form that a target wants."""
+"""`rmsnorm rewrite`: rewrite the norms of any .onnx file in the form that a target requires."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REFUSALS_SHOWN = 20
 
 
 class Weights(StrEnum):
-    """What happens to external data."""
+    """How external data is placed in the new folder."""
 
     COPY = "copy"
     LINK = "link"
@@ -30,7 +30,7 @@ class Weights(StrEnum):
 
 def rewrite(
     path: Annotated[
-        Path, typer.Argument(metavar="MODEL.onnx", help="The file, whoever exported it.", show_default=False)
+        Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX file from any exporter.", show_default=False)
     ],
     output: Annotated[
         Path,
@@ -38,7 +38,7 @@ def rewrite(
             "--output",
             "-o",
             metavar="DIR_OR_ONNX",
-            help="The folder to make; or a new .onnx file in the model's own folder, which refers to the same weights.",
+            help="The folder to create; or a new .onnx file in the model's folder, which refers to the same weights.",
         ),
     ],
     target: Annotated[
@@ -48,7 +48,7 @@ def rewrite(
     opset: Annotated[
         int | None,
         typer.Option(
-            "--opset", metavar="N", help="Opset import of the result; raised only as far as needed when left out."
+            "--opset", metavar="N", help="Opset import of the result; raised only as far as required if omitted."
         ),
     ] = None,
     no_function: options.NoFunction = False,
@@ -57,25 +57,27 @@ def rewrite(
         Weights,
         typer.Option(
             "--weights",
-            help="External data are copied to the new folder, or get a second name there (a hard link).",
+            help="Whether external data is copied to the new folder, or hard-linked.",
         ),
     ] = Weights.COPY,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Run every norm and the whole model, before and after.")
+        bool, typer.Option("--verify/--no-verify", help="Compare every norm and the whole model, before and after.")
     ] = True,
     inputs: Annotated[
         Path | None,
-        typer.Option("--inputs", metavar="FILE", help="Inputs of the whole model for the proof: .npz or .safetensors."),
+        typer.Option("--inputs", metavar="FILE", help="Inputs of the whole model for --verify: .npz or .safetensors."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the proof's random numbers.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", min=0, help="Seed of the random inputs for --verify.")
+    ] = 0,
     as_json: options.AsJson = False,
 ) -> None:
-    """Rewrite the norms of any .onnx file for a target, with proof."""
+    """Rewrite the norms of any .onnx file for a target, and verify the result."""
     from rmsnorm_deploy.export.lowering.plugin_functions import plugin_style
     from rmsnorm_deploy.export.lowering.table import cell
 
     screen = Screen(as_json)
-    cell(target, "plain")  # refuses a wrong target before anything slow is done
+    cell(target, "plain")  # refuses a wrong target before slow work
     plugin_style(not no_function, ort_trt, [target])
     feeds = read_arrays(inputs) if inputs is not None else None
     with screen.working(f"reading {path}") as progress:
@@ -117,10 +119,10 @@ def _print(screen: Screen, path: Path, payload: dict[str, Any]) -> None:
         screen.line()
         print_sites(screen, [site for site in sites for _ in site["calls"] or [None]])
         screen.line()
-        same = f", {payload['kept']} stood in its form already" if payload["kept"] else ""
+        same = f", {payload['kept']} were in its form already" if payload["kept"] else ""
         screen.line(f"Rewritten for {payload['target']}: {payload['changed']} of {payload['norms']}{same}.")
     if refusals:
-        screen.line(f"Left as they are: {len(refusals)}")
+        screen.line(f"Not changed: {len(refusals)}")
         for row in refusals[:_REFUSALS_SHOWN]:
             screen.line(f"  {row['node'] or row['path'] or 'a node without a name'}: {row['reason']}")
         if len(refusals) > _REFUSALS_SHOWN:
@@ -134,7 +136,7 @@ def _print(screen: Screen, path: Path, payload: dict[str, Any]) -> None:
         screen.line(f"  {Path(file).name}  {file_size(Path(file))}")
     proof = payload["proof"]
     if proof is None:
-        screen.line("proof: none was asked for")
+        screen.line("proof: none (--no-verify)")
         return
     for text in proof["notes"]:
         screen.line(f"Note: {text}.")

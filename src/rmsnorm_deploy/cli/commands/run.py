@@ -1,4 +1,4 @@
-"""`rmsnorm run`: one inference in ONNX Runtime, arrays in and arrays out."""
+"""`rmsnorm run`: run an exported model once in ONNX Runtime, on the arrays of a file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def run(
     inputs: Annotated[
         Path, typer.Option("--inputs", metavar="FILE", help="One array for each input, by name: .npz or .safetensors.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.npz", help="Where the outputs go.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE.npz", help="The file to write the outputs to.")
+    ],
     provider: options.Provider = "cpu",
     as_json: options.AsJson = False,
 ) -> None:

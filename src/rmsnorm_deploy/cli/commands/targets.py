@@ -1,4 +1,4 @@
-"""`rmsnorm targets`: the lowering table."""
+"""`rmsnorm targets`: print the lowering table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def targets(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show what each target writes, needs and keeps exact."""
+    """Show what each target writes, what it requires, and where it is not exact."""
     from rmsnorm_deploy.export.lowering.table import TABLE
 
     screen = Screen(as_json)
@@ -29,7 +29,7 @@ def targets(
 
 
 def markdown_table() -> str:
-    """The lowering table in GitHub's Markdown, and under it where the targets are not exact."""
+    """The lowering table in GitHub's Markdown, followed by the cases in which targets are not exact."""
     from rmsnorm_deploy.export.lowering.table import TABLE
 
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]

@@ -1,4 +1,4 @@
-"""`rmsnorm validate`: hold a deployed model against PyTorch."""
+"""`rmsnorm validate`: compare a deployed model with PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def validate(
     candidate: validation.Candidate = None,
     against: validation.Against = None,
     norms: Annotated[
-        bool, typer.Option("--norms", help="Show every norm, every segment between norms, and errors along the depth.")
+        bool, typer.Option("--norms", help="Show every norm, every segment between norms, and the error by depth.")
     ] = False,
     html: validation.Html = None,
     junit: validation.Junit = None,
@@ -29,10 +29,10 @@ def validate(
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> int:
-    """Hold a deployed model against PyTorch.
+    """Compare a deployed model with PyTorch.
 
-    Both run on the same inputs. Every output, every norm alone on adversarial inputs, and everything between two norms
-    is judged against a float64 reference. Exits with 1 if anything is less accurate than PyTorch.
+    Both run on the same inputs. Every output, every norm alone on adversarial inputs, and every segment between two
+    norms is compared with a float64 reference. Exits with 1 if anything is less accurate than PyTorch.
     """
     screen = Screen(as_json)
     files = validation.ReportFiles(html, junit, output)
@@ -57,7 +57,7 @@ def _again(
     from rmsnorm_deploy.runtime.validation.replay import read_replay
 
     if any(sides) or given != ValidationOptions():
-        raise UsageError("--replay takes what to run from the report; leave the other options and the candidate out.")
+        raise UsageError("--replay reads the candidate and the options from the report; omit them.")
     before = read_replay(replay)
     return validation.run_validation(
         before.candidate,
