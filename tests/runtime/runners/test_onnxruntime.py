@@ -455,8 +455,11 @@ def test_providers_and_options_that_do_not_exist() -> None:
             {"session_options": {"graph_optimization_level": "most"}},
             "graph_optimization_level: expected one of .*, got 'most'",
         ),
-        ({"session_options": {"intra_op_num_threads": "two"}}, "intra_op_num_threads is 'two'"),
-        ({"session_options": {"inter_op_num_threads": -1}}, "inter_op_num_threads is -1"),
+        (
+            {"session_options": {"intra_op_num_threads": "two"}},
+            "intra_op_num_threads: expected an integer .*, got 'two'",
+        ),
+        ({"session_options": {"inter_op_num_threads": -1}}, "inter_op_num_threads: expected an integer .*, got -1"),
         ({"session_options": {"optimized_model_path": "no/such/folder/m.onnx"}}, "no/such/folder does not exist"),
     ):
         with pytest.raises(UsageError, match=text):
