@@ -22,7 +22,7 @@ LINKS = ".typecheck/"
 def _tracked() -> list[str]:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode or not listed.stdout:
-        pytest.skip("this is no git checkout")
+        pytest.skip("this is not a git checkout")
     return [name for name in listed.stdout.split("\0") if name and not name.startswith(LINKS)]
 
 

@@ -50,7 +50,7 @@ def test_every_module_is_in_a_package() -> None:
 def test_every_other_file_is_package_data() -> None:
     listed = subprocess.run(["git", "ls-files", *HOUSE, "src"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode or not listed.stdout:
-        pytest.skip("this is no git checkout")
+        pytest.skip("this is not a git checkout")
     patterns = [
         f"{_package_folders()[package].relative_to(ROOT)}/{pattern}"
         for package, wanted in SETUPTOOLS["package-data"].items()

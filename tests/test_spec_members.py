@@ -248,8 +248,8 @@ TABLES: dict[str, tuple[str, Any]] = {
     "export.recognition.to_spec._MAY_DIVIDE": ("order", to_spec._MAY_DIVIDE),
     "plugins.kernel.macros.SCALES": ("scale", macros.SCALES),
     "plugins.kernel.macros.GATES": ("gate", macros.GATES),
-    "plugins.kernel.macros.ACTIVATIONS (but for none)": ("activation", {"none", *macros.ACTIVATIONS}),
-    "plugins.tensorrt.images._SCALES (but for none)": ("scale", {"none", *images._SCALES.values()}),
+    "plugins.kernel.macros.ACTIVATIONS (except none)": ("activation", {"none", *macros.ACTIVATIONS}),
+    "plugins.tensorrt.images._SCALES (except none)": ("scale", {"none", *images._SCALES.values()}),
 }
 
 

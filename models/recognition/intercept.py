@@ -97,12 +97,12 @@ def at_norms(
 
         return compute
 
-    def told(path: str) -> Callable[[str], None]:
+    def reporting(path: str) -> Callable[[str], None]:
         return lambda names: unknown(path, names) if unknown is not None else None
 
     try:
         for site in sites:
-            replace_forward(modules[site.path], site, visiting(site.path), told(site.path))
+            replace_forward(modules[site.path], site, visiting(site.path), reporting(site.path))
         yield
     finally:
         for module in modules.values():

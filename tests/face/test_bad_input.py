@@ -85,7 +85,7 @@ def test_wrong_command_line(rmsnorm: CommandLine, arguments: tuple[str, ...], me
     ],
 )
 def test_no_model(rmsnorm: CommandLine, models: Path, tmp_path: Path, model: str, message: str) -> None:
-    (tmp_path / "text.onnx").write_text("this is no model")
+    (tmp_path / "text.onnx").write_text("this is not a model")
     outcome = rmsnorm("inspect", model.format(models=models, folder=tmp_path))
     assert (outcome.code, outcome.out) == (2, "")
     assert message in outcome.err

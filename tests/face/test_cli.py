@@ -129,7 +129,7 @@ def test_export_json(rmsnorm: CommandLine, models: Path, tmp_path: Path) -> None
     assert (deviation["at_most_ulp"], deviation["sites"]) == (1.5, ["norm"])
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["source"] == f"{models}:net"
-    # The baseline is loaded in the exported dtype without being told.
+    # The baseline is loaded in the exported dtype without an option.
     outcome = rmsnorm("validate", tmp_path / "out", "--against", f"{models}:net")
     assert outcome.code == 0
     assert outcome.out.count("not exact, at most 1.5 ULP: ") == 1

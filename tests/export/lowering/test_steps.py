@@ -57,7 +57,7 @@ def test_float16_is_no_further_from_the_reference_than_the_module(name: str, tar
     for deviation in site.deviations:
         if deviation.ulp is not None:
             assert errors(result, own.astype(np.float64), torch.float16).max() <= deviation.ulp
-    if not site.deviations:  # an exact cell has the module's bits, but for sums that end on the other side
+    if not site.deviations:  # an exact cell has the module's bits, except in sums that end on the other side
         assert np.count_nonzero(result != own) <= 0.002 * own.size
 
 
@@ -148,7 +148,7 @@ def test_float64_is_as_near_the_reference_as_the_module(name: str, target: str) 
 
 @pytest.mark.parametrize("target", ["primitives", "standard", "ort"])
 def test_eps_keeps_its_value_in_float64_or_the_table_says_that_it_does_not(target: str) -> None:
-    it = Case("torch_no_affine", torch.float64)  # its eps of 1e-5 is no float32
+    it = Case("torch_no_affine", torch.float64)  # its eps of 1e-5 is not a float32
     small = it.x * 1e-2
     expected = reference(it.spec, small.numpy())
     lowered, (site,) = lower(it.model, target)

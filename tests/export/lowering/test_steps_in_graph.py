@@ -40,7 +40,7 @@ PIECES = {"Pow", "ReduceMean", "ReduceSum", "Sqrt", "Div"}
 
 # One fused kernel -----------------------------------------------------------------------------------------------------
 
-# ONNX Runtime's fusion wants a mean over the last dim, an added eps and a constant weight of one dim.
+# ONNX Runtime's fusion requires a mean over the last dim, an added eps and a constant weight of one dim.
 UNFUSED = {"torch_two_dims", "torch_two_dims_no_affine", "torch_three_dims", "torch_eps_0", "l2", "l2_weighted"}
 FUSED_BY_THE_PLUGIN = UNFUSED - {"torch_eps_0"}
 

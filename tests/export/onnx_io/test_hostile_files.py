@@ -90,7 +90,7 @@ def test_the_model_itself_is_sound(tmp_path: Path) -> None:
         b"",
         b"\0" * 100,
         b"\xff" * 100,
-        b"import torch\nprint('this is no model')\n",
+        b"import torch\nprint('this is not a model')\n",
         b"<html>404</html>" * 50,
         np.random.default_rng(0).bytes(4096),
         b"\x3a\xff\xff\xff\xff\x0f",  # a graph of 4 GB, it says

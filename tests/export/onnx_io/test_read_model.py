@@ -196,7 +196,7 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path, name: str, change: str) 
     file = read_model(save(tmp_path, model_of(external("w.bin"))))
     file.check_unchanged()
     os.link(tmp_path / name, tmp_path / "second name")
-    file.check_unchanged()  # a second name is no change
+    file.check_unchanged()  # a second name is not a change
     path = tmp_path / name
     status = path.stat()
     if change == "longer":

@@ -1,4 +1,4 @@
-"""The formula that each operator gives its result, and why the nodes around a Reduce node are no norm."""
+"""The formula that each operator gives its result, and why the nodes around a Reduce node are not a norm."""
 
 from __future__ import annotations
 

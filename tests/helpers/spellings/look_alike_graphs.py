@@ -313,7 +313,7 @@ def overridable(g: Graph, x: str) -> str:
 
 
 def stretched(g: Graph, x: str, which: str) -> str:
-    """A constant of one element that has more dims than x: the result has them too, and is no norm of x."""
+    """A constant of one element that has more dims than x: the result has them too, and is not a norm of x."""
 
     def number(value: float, name: str) -> str:
         return g.constant(np.full([1] * 4 if name == which else [], value, np.float32))

@@ -138,7 +138,7 @@ def exact_half(g: Graph, x: str, offset: int) -> str:
 
 
 def transposed_groups(g: Graph, x: str) -> str:
-    """Joined with their dims swapped, so they are no groups of x: the norm is that of the transposed value."""
+    """Joined with their dims swapped, so they are not groups of x: the norm is that of the transposed value."""
     t = g.op("Transpose", g.reshape(x, [0, 0, 4, 8]), perm=[0, 1, 3, 2])
     return g.op("Mul", g.reshape(normed(g, t), [0, 0, WIDTH]), vector(g))
 

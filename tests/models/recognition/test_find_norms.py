@@ -266,7 +266,7 @@ def test_a_model_without_norms_has_no_sites_and_no_refusals() -> None:
 
 
 class Counting(Weighted):
-    """Changes everything that a forward can change without being told to."""
+    """Changes everything that a forward can change without being asked to."""
 
     def __init__(self) -> None:
         super().__init__(32)

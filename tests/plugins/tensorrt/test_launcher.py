@@ -144,7 +144,7 @@ def test_a_gpu_that_the_engine_was_not_built_for() -> None:
 @pytest.mark.parametrize("call", [
     "cuCtxGetDevice", "cuDeviceGetAttribute", "cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel",
 ])  # fmt: skip
-def test_what_the_driver_refuses_is_told(call: str) -> None:
+def test_what_the_driver_refuses_is_reported(call: str) -> None:
     driver = Driver(failing=call, values="pip")
     launcher = Launcher(images(), "rms_norm", driver)
     for _ in range(2):  # a failure is not remembered as a success

@@ -355,7 +355,7 @@ def test_an_engine_for_another_width_is_refused(driver: HostDriver) -> None:
 
 
 @needs_library
-def test_failures_of_compiler_and_driver_are_told(driver: HostDriver, tmp_path: Path) -> None:
+def test_failures_of_compiler_and_driver_are_reported(driver: HostDriver, tmp_path: Path) -> None:
     build = [f"create RMSNorm build {FIELDS}", "configure 1 2,64 1 64", "error"]
     failed = driver.run(build, RMSNORM_TEST_FAIL_COMPILE="1")
     assert failed[1] == "-1"

@@ -198,7 +198,7 @@ def test_a_failing_run_names_the_shapes(io_binding: bool, capfd: pytest.CaptureF
 
 def test_files_that_are_not_models(tmp_path: Path) -> None:
     garbage, empty, short = tmp_path / "garbage.onnx", tmp_path / "empty.onnx", tmp_path / "short.onnx"
-    garbage.write_bytes(b"this is no model")
+    garbage.write_bytes(b"this is not a model")
     empty.touch()
     short.write_bytes(linear().SerializeToString()[:-30])
     for path, text in (
