@@ -14,7 +14,7 @@ from ..norms.norm_zoo import Biased, Weighted, factor, hub, normalized
 
 @dataclass(frozen=True)
 class LookAlike:
-    """A module that is no RMS norm, or none that can be taken over.
+    """A module that is not an RMS norm, or not one that can be replaced.
 
     Attributes:
         make: builds it.
