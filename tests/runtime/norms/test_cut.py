@@ -12,9 +12,11 @@ import pytest
 from rmsnorm_deploy.export.graph.site import GraphSite
 from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
 from rmsnorm_deploy.models.errors import UnsupportedError
-from rmsnorm_deploy.runtime.norms.cut import Cut, CutModel, cut_out
+from rmsnorm_deploy.runtime.norms.access import NormFeed
+from rmsnorm_deploy.runtime.norms.cut import Cut, CutModel, NormPlace, cut_out, run_alone
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 from tests.helpers.graphs.graph_text import Graph, weight
+from tests.helpers.graphs.onnx_text import parsed, values
 from tests.helpers.spellings.norm_places import PLACES
 from tests.helpers.spellings.norm_spellings import WIDTH, Way, norm
 
@@ -162,3 +164,155 @@ def test_a_long_chain_does_not_recurse() -> None:
     assert x == model.graph.inputs[0].name
     cut = cut_out(model, [Cut("n", {"x": model.graph.inputs[0]}, {"y": model.graph.outputs[0]})])
     assert len(cut.model.graph.node) == 3001
+
+
+# ------------------------------------------------------------------------------------ a norm's place, and running it
+
+# `y` is what a norm would make of `total`, here its negative; `product` what it would make with a gate.
+SUMS = """g (float[n,4] a, float[n,4] b, float[n,4] gate, float[4] w) => (float[n,4] y, float[n,4] product) {
+    total = Add(a, b)
+    twice = Add(a, a)
+    scaled = Mul(a, w)
+    y = Neg(total)
+    product = Mul(total, gate)
+    from_one = Mul(a, gate)
+    with_a = Mul(total, a)
+    with_b = Mul(total, b)
+    with_itself = Mul(total, total)
+    negative = Neg(twice)
+}"""
+ROWS = np.random.default_rng(3).standard_normal((3, 4)).astype(np.float32)
+GATES = np.random.default_rng(4).standard_normal((3, 4)).astype(np.float32)
+
+
+def placed(y: str, *operands: str, gate: str | None = None, **more: str | None) -> tuple[ir.Model, NormPlace]:
+    """A norm in `SUMS`, from the values of these names."""
+    model = parsed(SUMS)
+    by_name = values(model)
+    total, role = more.pop("total", None), more.pop("gate_role", None)
+    return model, NormPlace(
+        "norm", tuple(by_name[name] for name in operands), None if gate is None else by_name[gate], by_name[y],
+        None if total is None else by_name[total], role, {name: by_name[str(value)] for name, value in more.items()},
+    )  # fmt: skip
+
+
+def alone(model: ir.Model, place: NormPlace, feed: NormFeed) -> tuple[NormFeed, dict[str, np.ndarray]]:
+    """What a norm is run on, and what it gives."""
+    fed, arrays = place.split(feed)
+    with run_alone(cut_out(model, [place.cut()]), "cpu", None) as run_cuts:
+        return fed, run_cuts({place.name: arrays})[place.name]
+
+
+def test_one_operand_is_x_itself() -> None:
+    model, place = placed("from_one", "a", gate="gate")
+    cut = place.cut()
+    assert (cut.name, list(cut.inputs), list(cut.outputs)) == ("norm", ["x0", "gate"], ["y"])
+    fed, arrays = place.split(NormFeed(ROWS, GATES))
+    assert (fed.x is ROWS, fed.gate is GATES, arrays["x0"] is ROWS, arrays["gate"] is GATES) == (True,) * 4
+    assert set(arrays) == {"x0", "gate"}
+    _, found = alone(model, place, NormFeed(ROWS, GATES))
+    assert list(found) == ["y"]
+    assert np.array_equal(found["y"], ROWS * GATES)
+
+
+def test_two_operands_sum_to_x_to_the_bit() -> None:
+    model, place = placed("y", "a", "b", total="total")
+    assert [list(part) for part in (place.cut().inputs, place.cut().outputs)] == [["x0", "x1"], ["y", "sum"]]
+    fed, arrays = place.split(NormFeed(ROWS))
+    assert fed.x is ROWS
+    assert fed.gate is None
+    assert np.array_equal(arrays["x0"] + arrays["x1"], ROWS)
+    assert np.array_equal(arrays["x0"] != 0, np.tile([True, False], 6).reshape(3, 4))
+    assert not (arrays["x0"] * arrays["x1"]).any()
+    _, found = alone(model, place, NormFeed(ROWS))
+    assert np.array_equal(found["sum"], ROWS)
+    assert np.array_equal(found["y"], -ROWS)
+
+
+def test_two_operands_keep_what_is_not_finite() -> None:
+    x = np.array([[np.nan, np.inf, -np.inf, 1.0]], np.float32)
+    _, place = placed("y", "a", "b")
+    _, arrays = place.split(NormFeed(x))
+    assert np.array_equal(arrays["x0"] + arrays["x1"], x, equal_nan=True)
+
+
+def test_an_operand_added_to_itself_is_half_of_x() -> None:
+    model, place = placed("negative", "a", "a", total="twice")
+    assert list(place.cut().inputs) == ["x0"]
+    fed, found = alone(model, place, NormFeed(ROWS))
+    assert np.array_equal(fed.x, ROWS)  # halves are exact
+    assert np.array_equal(found["sum"], ROWS)
+    assert np.array_equal(found["y"], -ROWS)
+
+
+def test_what_no_half_can_hold_is_rounded_to_twice_a_half() -> None:
+    """3 times the smallest float16: its half, 1.5 of them, is rounded to 2, so the norm is run on 4."""
+    smallest = np.float16(2.0**-24)
+    _, place = placed("negative", "a", "a")
+    fed, arrays = place.split(NormFeed(np.array([[3 * smallest]], np.float16)))
+    assert arrays["x0"] == 2 * smallest
+    assert fed.x == 4 * smallest
+    assert fed.x.dtype == np.float16
+
+
+@pytest.mark.parametrize(("y", "gate", "index"), [("with_a", "a", 0), ("with_b", "b", 1)])
+def test_a_gate_that_is_an_operand_goes_in_once(y: str, gate: str, index: int) -> None:
+    model, place = placed(y, "a", "b", gate=gate, gate_role=f"x{index}")
+    assert list(place.cut().inputs) == ["x0", "x1"]
+    fed, found = alone(model, place, NormFeed(ROWS, GATES))
+    assert fed.x is ROWS
+    part = np.where((np.arange(12).reshape(3, 4) + index) % 2 == 0, ROWS, np.float32(0))
+    assert np.array_equal(fed.gate, part)  # type: ignore[arg-type]
+    assert np.array_equal(found["y"], ROWS * part)
+
+
+def test_a_gate_that_is_the_sum_is_no_input() -> None:
+    model, place = placed("with_itself", "a", "b", gate="total", gate_role="x")
+    assert list(place.cut().inputs) == ["x0", "x1"]
+    fed, found = alone(model, place, NormFeed(ROWS, GATES))
+    assert fed.gate is ROWS
+    assert np.array_equal(found["y"], ROWS * ROWS)
+
+
+def test_a_gate_that_is_half_of_the_sum() -> None:
+    _, place = placed("negative", "a", "a", gate="a", gate_role="x0")
+    fed, arrays = place.split(NormFeed(ROWS, GATES))
+    assert np.array_equal(fed.gate, ROWS * np.float32(0.5))  # type: ignore[arg-type]
+    assert np.array_equal(arrays["gate"], arrays["x0"])
+    assert list(place.cut().inputs) == ["x0"]
+
+
+def test_a_gate_of_its_own_beside_two_operands() -> None:
+    model, place = placed("product", "a", "b", gate="gate")
+    assert list(place.cut().inputs) == ["x0", "x1", "gate"]
+    fed, found = alone(model, place, NormFeed(ROWS, GATES))
+    assert fed.gate is GATES
+    assert np.array_equal(found["y"], ROWS * GATES)
+
+
+def test_further_values_are_computed_by_role() -> None:
+    model, place = placed("y", "a", "b", double="twice")
+    _, found = alone(model, place, NormFeed(ROWS))
+    assert set(found) == {"y", "double"}
+    assert np.array_equal(found["double"], 2 * np.where(np.arange(12).reshape(3, 4) % 2 == 0, ROWS, np.float32(0)))
+
+
+def test_norms_in_one_session_and_what_is_given_to_them() -> None:
+    """Two norms whose names hold dots, one of which reads an input of the model."""
+    model, _ = placed("y", "a")
+    by_name = values(model)
+    first = NormPlace("a.b.0", (by_name["a"],), None, by_name["scaled"])
+    second = NormPlace("a.b.1", (by_name["total"],), None, by_name["y"])
+    cut = cut_out(model, [first.cut(), second.cut()])
+    assert {value.name for value in cut.given.values()} == {"w"}
+    scale = np.array([1, 2, 3, 4], np.float32)
+    with run_alone(cut, "cpu", None, {"w": scale, "unused": scale}) as run_cuts:
+        found = run_cuts({"a.b.0": {"x0": ROWS}, "a.b.1": {"x0": ROWS[:1], "nobody": ROWS}})
+    assert np.array_equal(found["a.b.0"]["y"], ROWS * scale)
+    assert np.array_equal(found["a.b.1"]["y"], -ROWS[:1])
+
+
+def test_what_is_not_given_is_a_key_error() -> None:
+    model, place = placed("scaled", "a")
+    with pytest.raises(KeyError, match="w"), run_alone(cut_out(model, [place.cut()]), "cpu", None):
+        pass

@@ -1,0 +1,321 @@
+"""A validation, a comparison and a risk report on both kinds of page."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from lxml import html as parser
+
+from rmsnorm_deploy.runtime.report.page import HtmlPage, TextPage
+from rmsnorm_deploy.runtime.report.printed import print_comparison, print_deviations, print_risk, print_validation
+from tests.helpers.interface.report_sample import sample_report
+
+HOSTILE = "<b>&\"'"
+FIGURES: dict[str, Any] = {
+    "max_rel_row": 0.0125, "max_ulp": 3, "mean_ulp": 0.25, "cosine": 1.0, "max_abs": 2.5e-7, "differing": 4, "count": 9,
+}  # fmt: skip
+OWN = {**FIGURES, "max_rel_row": 0.5, "max_ulp": "inf", "mean_ulp": 7}
+
+
+def row(name: str = "y", passed: bool = True, reason: str = "because", **changes: Any) -> dict[str, Any]:
+    made = {"case": "1x1", "name": name, "passed": passed, "reason": reason, "figures": FIGURES,
+            "baseline_figures": OWN}  # fmt: skip
+    return {**made, **changes}
+
+
+def report(**parts: Any) -> dict[str, Any]:
+    empty: dict[str, Any] = {name: [] for name in ("norms", "segments", "depth", "notes", "deviations", "culprits")}
+    return {"outputs": [row()], "summary": "the summary", "verdict": "pass", **empty, **parts}
+
+
+class Recorded:
+    """A page that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.tables: list[tuple[tuple[str, ...], list[tuple[Any, ...]]]] = []
+
+    def line(self, text: str = "") -> None:
+        self.lines.append(text)
+
+    def table(self, columns: Any, rows: Any) -> None:
+        self.tables.append((tuple(columns), [tuple(cells) for cells in rows]))
+
+
+def validated(**options: Any) -> Recorded:
+    page, parts = Recorded(), {k: v for k, v in options.items() if k not in ("show_parts", "again")}
+    print_validation(page, report(**parts), **{k: v for k, v in options.items() if k not in parts})
+    return page
+
+
+# ------------------------------------------------------------------------------------------------------ validation
+
+
+def test_outputs_are_shown_with_pytorchs_own_errors_in_brackets() -> None:
+    page = validated()
+    ((columns, rows),) = page.tables
+    assert rows == [("1x1", "y", "pass", "0.0125 (0.5)", "3 (inf)", "0.25 (7)", "1.000000000")]
+    assert len(columns) == 7
+    assert page.lines[-2:] == ["the summary", "verdict: pass"]
+
+
+def test_an_output_without_figures_has_dashes_and_a_reason() -> None:
+    page = validated(outputs=[row(passed=False, figures=None, baseline_figures=None)], verdict="fail")
+    assert page.tables[0][1] == [("1x1", "y", "fail", "-", "-", "-", "-")]
+    assert "1x1, y: because" in page.lines
+    assert page.lines[-1] == "verdict: fail"
+
+
+def test_what_passed_has_no_reason() -> None:
+    assert not any("because" in line for line in validated().lines)
+
+
+def test_notes_deviations_culprits_and_how_to_run_it_again() -> None:
+    deviations = [{"at_most_ulp": 1.5, "reason": "a cast less", "sites": ["a", "b"]}]
+    culprits = [{"kind": "norm", "name": "a", "reason": "why"}]
+    page = validated(notes=["a note"], deviations=deviations, culprits=culprits, again="the command")
+    texts = ("a note", "a cast less", "norm a: why", "the command", "the summary", "verdict: ")
+    found = [next(number for number, line in enumerate(page.lines) if text in line) for text in texts]
+    assert found == sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("bound", "sites", "parts"),
+    [(None, ["a"], ["without a bound", "1 norm)"]), (2.0, ["a", "b"], ["2 ULP", "2 norms)"]), (0.5, [], ["0.5 ULP"])],
+)
+def test_deviations(bound: float | None, sites: list[str], parts: list[str]) -> None:
+    page = Recorded()
+    print_deviations(page, [{"at_most_ulp": bound, "reason": "why", "sites": sites}])
+    assert len(page.lines) == 1
+    assert all(part in page.lines[0] for part in [*parts, "why"])
+
+
+def norm(path: str, call: int = 0, *, passed: bool = True, inputs: Any = ()) -> dict[str, Any]:
+    return {"path": path, "call": call, "passed": passed, "inputs": list(inputs)}
+
+
+def kind(name: str, error: float, *, passed: bool = True, own: float = 0.0) -> dict[str, Any]:
+    return {"kind": name, "passed": passed, "figures": {**FIGURES, "max_rel_row": error},
+            "baseline_figures": {**OWN, "max_rel_row": own}}  # fmt: skip
+
+
+def norm_rows(*norms: dict[str, Any]) -> list[tuple[Any, ...]]:
+    page = validated(norms=list(norms), show_parts=True)
+    return page.tables[1][1]
+
+
+def test_parts_are_shown_only_when_asked_for() -> None:
+    parts = {"norms": [norm("a")], "segments": [row("a ... b")], "depth": [point()]}
+    assert len(validated(**parts).tables) == 1
+    assert len(validated(**parts, show_parts=True).tables) == 4
+
+
+def test_a_norm_is_shown_on_the_input_on_which_it_is_worst() -> None:
+    (cells,) = norm_rows(norm("a", inputs=[kind("small", 0.1), kind("large", 0.2), kind("middle", 0.15)]))
+    assert cells[:4] == ("a", "pass", "large", "0.2 (0)")
+
+
+def test_an_input_that_failed_comes_before_a_larger_error() -> None:
+    inputs = [kind("large", 0.9), kind("failed", 0.1, passed=False)]
+    assert norm_rows(norm("a", passed=False, inputs=inputs))[0][1:3] == ("fail", "failed")
+
+
+def test_an_input_on_which_pytorch_is_lost_comes_last() -> None:
+    assert norm_rows(norm("a", inputs=[kind("lost", 5.0, own=0.25), kind("sound", 0.0, own=0.24)]))[0][2] == "sound"
+
+
+def test_an_input_that_could_not_be_compared_comes_first() -> None:
+    broken = {"kind": "shape", "passed": False, "figures": None, "baseline_figures": None}
+    cells = norm_rows(norm("a", passed=False, inputs=[kind("failed", 9.0, passed=False), broken]))[0]
+    assert cells == ("a", "fail", "shape", "-", "-", "-")
+
+
+def test_a_norm_without_inputs_and_a_second_call() -> None:
+    assert norm_rows(norm("a"), norm("a", 1)) == [
+        ("a", "pass", "-", "-", "-", "-"),
+        ("a (call 2)", "pass", "-", "-", "-", "-"),
+    ]
+
+
+@pytest.mark.xfail(strict=True, reason="the path of the model itself is empty, and so is its cell")
+def test_a_norm_that_is_the_model_itself_has_a_name() -> None:
+    assert norm_rows(norm(""))[0][0] == "the model itself"
+
+
+def point(**changes: Any) -> dict[str, Any]:
+    made = {"path": "a", "call": 0, "side": "output", "error": 0.25, "baseline_error": "inf", "introduced": None,
+            "baseline_introduced": None}  # fmt: skip
+    return {**made, **changes}
+
+
+def test_segments_and_the_depth() -> None:
+    page = validated(
+        segments=[row("a ... b", False), row("b ... y")],
+        depth=[point(), point(introduced=0.5, baseline_introduced=0.125)],
+        show_parts=True,
+    )
+    assert page.tables[1][1] == [
+        ("a ... b", "fail", "0.0125 (0.5)", "3 (inf)", "0.25 (7)"),
+        ("b ... y", "pass", "0.0125 (0.5)", "3 (inf)", "0.25 (7)"),
+    ]
+    assert page.tables[2][1] == [("a", "output", "0.25 (inf)", "-"), ("a", "output", "0.25 (inf)", "0.5 (0.125)")]
+
+
+@pytest.mark.xfail(strict=True, reason="the depth leaves the number of the call out")
+def test_the_depth_tells_the_calls_of_a_norm_apart() -> None:
+    page = validated(depth=[point(), point(call=1)], show_parts=True)
+    assert len({cells[0] for cells in page.tables[1][1]}) == 2
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_whole_report_on_both_pages(passed: bool) -> None:
+    made = sample_report(passed)
+    before = copy.deepcopy(made)
+    text, page = TextPage(), HtmlPage()
+    for target in (text, page):
+        print_validation(target, made, show_parts=True, again="again")
+    lines = str(text).split("\n")
+    assert lines[-1] == f"verdict: {'pass' if passed else 'fail'}"
+    assert not any(line != line.rstrip() for line in lines)
+    assert len(parser.fragment_fromstring(str(page), create_parent=True).findall("table")) == 4
+    assert made == before
+
+
+# ------------------------------------------------------------------------------------------------------------ risk
+
+
+def risk(**changes: Any) -> dict[str, Any]:
+    return {
+        "norms": [risky()],
+        "notes": [],
+        "verdicts": {
+            "float32": {"verdict": "safe", "norm": "a", "reason": "nothing"},
+            "float16": {"verdict": "unsafe", "norm": "", "reason": "it overflows"},
+            "bfloat16": {"verdict": "caution", "norm": "a.b", "reason": "it is near"},
+        },
+        **changes,
+    }
+
+
+def risky(**changes: Any) -> dict[str, Any]:
+    return {
+        "path": "a", "largest": 12.345, "least_margin": {"float16": "inf"}, "eps_decides": 0.125, "outliers": 2,
+        "weight": {"ratio": 8.0, "zeros": 0},
+        "verdicts": {d: {"verdict": v} for d, v in
+                     (("float32", "safe"), ("float16", "unsafe"), ("bfloat16", "caution"))},
+        **changes,
+    }  # fmt: skip
+
+
+def risk_rows(**changes: Any) -> tuple[Any, ...]:
+    page = Recorded()
+    print_risk(page, risk(norms=[risky(**changes)]))
+    ((columns, rows),) = page.tables
+    assert len(columns) == len(rows[0])
+    return rows[0]
+
+
+def test_a_norms_risk_in_one_row() -> None:
+    assert risk_rows() == ("a", "12.3", "inf", "12.5%", "2", "8", "safe", "unsafe", "caution")
+
+
+@pytest.mark.parametrize(
+    ("weight", "cell"), [(None, "-"), ({"ratio": 8.0, "zeros": 3}, "8, 3 zeros"), ({"ratio": "inf", "zeros": 0}, "inf")]
+)
+def test_the_cell_of_the_weight(weight: Any, cell: str) -> None:
+    assert risk_rows(weight=weight)[5] == cell
+
+
+def test_the_model_itself_and_paths_that_are_long() -> None:
+    assert risk_rows(path="")[0] == "the model itself"
+    assert risk_rows(path="x" * 48)[0] == "x" * 48
+    long = risk_rows(path="first." + "x" * 60 + ".last")[0]
+    assert len(long) == 48
+    assert long.startswith("...")
+    assert long.endswith("x.last")
+
+
+def test_the_verdicts_of_a_risk_report_name_norm_and_reason() -> None:
+    page = Recorded()
+    print_risk(page, risk(notes=["a note"]))
+    assert page.lines[-3:] == [
+        "float32: safe",
+        "float16: unsafe, the model itself: it overflows",
+        "bfloat16: caution, a.b: it is near",
+    ]
+    assert any("a note" in line for line in page.lines)
+
+
+def test_a_model_without_norms_has_an_empty_table() -> None:
+    page = Recorded()
+    print_risk(page, {"norms": [], "notes": [], "verdicts": {}})
+    assert page.tables[0][1] == []
+
+
+# ------------------------------------------------------------------------------------------------------ comparison
+
+
+def test_arrays_in_a_table_and_reasons_below() -> None:
+    page = Recorded()
+    rows = [row("a"), row("b", False), row("c", False, "gone", figures=None),
+            row("d", figures={**FIGURES, "differing": None})]  # fmt: skip
+    content = {"kind": "arrays", "outputs": rows, "summary": "the summary", "verdict": "fail"}
+    print_comparison(page, content)
+    assert page.tables[0][1] == [
+        ("a", "pass", "2.5e-07", "0.0125", "3", "0.25", "4 of 9"),
+        ("b", "fail", "2.5e-07", "0.0125", "3", "0.25", "4 of 9"),
+        ("c", "fail", "-", "-", "-", "-", "-"),
+        ("d", "pass", "2.5e-07", "0.0125", "3", "0.25", "-"),
+    ]
+    assert page.lines == ["b: because", "c: gone", "the summary.", "verdict: fail"]
+
+
+def reports(**changes: Any) -> Recorded:
+    page = Recorded()
+    empty: dict[str, Any] = {"verdicts": [], "missing": [], "added": [], "figures": [], "settings": []}
+    print_comparison(page, {"kind": "reports", "summary": "s", "verdict": "pass", **empty, **changes})
+    return page
+
+
+def test_reports_without_a_difference() -> None:
+    page = reports()
+    assert (page.tables, page.lines) == ([], ["s.", "verdict: pass"])
+
+
+def test_reports_that_differ() -> None:
+    change = {"kind": "norm", "name": "a", "before": "pass", "after": "fail", "reason": "why"}
+    better = {**change, "name": "b", "before": "fail", "after": "pass"}
+    page = reports(
+        verdicts=[change, better],
+        missing=[{"kind": "output", "name": "x"}],
+        added=[{"kind": "segment", "name": "y"}],
+        figures=[{**change, "figure": "max_ulp", "before": 1.0, "after": "inf", "ratio": "inf"}],
+        settings=[{"kind": "settings", "name": "seed", "before": 0, "after": 1}],
+    )
+    assert [rows for _, rows in page.tables] == [
+        [("norm", "a", "pass", "fail"), ("norm", "b", "fail", "pass")],
+        [("norm", "a", "max_ulp", "1", "inf", "inf")],
+        [("settings", "seed", 0, 1)],
+    ]
+    assert page.lines == ["a: why", "missing: output x", "new: segment y", "s.", "verdict: pass"]
+
+
+# -------------------------------------------------------------------------------------------------------- escaping
+
+
+def test_nothing_of_a_report_is_html() -> None:
+    page = HtmlPage()
+    hostile = row(HOSTILE, False, HOSTILE)
+    hostile_norm = norm(HOSTILE, inputs=[kind(HOSTILE, 0.1)])
+    print_validation(
+        page,
+        report(outputs=[hostile], norms=[hostile_norm], segments=[hostile], depth=[point(path=HOSTILE)],
+               notes=[HOSTILE], summary=HOSTILE, culprits=[{"kind": "norm", "name": HOSTILE, "reason": HOSTILE}]),
+        show_parts=True, again=HOSTILE,
+    )  # fmt: skip
+    print_risk(page, risk(norms=[risky(path=HOSTILE)], notes=[HOSTILE]))
+    print_comparison(page, {"kind": "arrays", "outputs": [hostile], "summary": HOSTILE, "verdict": "fail"})
+    assert "<b" not in str(page).replace("<body", "").replace("<tbody", "")
+    assert HOSTILE in parser.fragment_fromstring(str(page), create_parent=True).text_content()
