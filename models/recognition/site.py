@@ -79,3 +79,14 @@ class Recognition:
             if site.path == path:
                 return site
         raise KeyError(path)
+
+
+def norm_name(path: str, call: int = 0) -> str:
+    """A norm's name for people: its module path, and the number of the call, from 1, where it is not the first.
+
+    Args:
+        path: of the module; empty for the model itself.
+        call: from 0.
+    """
+    name = path or "the model itself"
+    return name if call == 0 else f"{name} (call {call + 1})"

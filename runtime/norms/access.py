@@ -129,9 +129,3 @@ class NormAccess(Protocol):
     def trace(self, feeds: Mapping[str, Array], keys: list[Key], sink: Sink) -> dict[str, Array]:
         """Run the whole model unchanged; the sink receives `x` and `y` of each norm. Returns the model's outputs."""
         ...
-
-
-def norm_name(key: Key) -> str:
-    """A norm's name in messages: its path, with the number of the call unless it is the first."""
-    path = key[0] or "the model itself"
-    return path if key[1] == 0 else f"{path} (call {key[1] + 1})"

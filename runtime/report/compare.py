@@ -22,6 +22,7 @@ from ..runners.base import Array
 from .page import Page, Shown
 from .printed import print_comparison
 from .report_file import read_report
+from .text import label
 
 SCHEMA = "rmsnorm_deploy.compare/1"
 # A statistic is listed if it changed by more than this factor; below the given size, a change is only rounding.
@@ -292,7 +293,7 @@ def _all_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str
     for row in report["outputs"]:
         yield "output", f"{row['case']}, {row['name']}", row
     for row in report.get("norms", ()):
-        name = row["path"] if not row.get("call") else f"{row['path']}, call {row['call']}"
+        name = label(row)
         yield "norm", name, row
         for part in row.get("inputs", ()):
             yield "norm input", f"{name}, {part['kind']}", part

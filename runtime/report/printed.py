@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .page import Page
-from .text import counted
+from .text import counted, label
 
 # A table wider than the terminal cannot be read; the end of a path says more than its beginning.
 _PATH_LENGTH = 48
@@ -43,8 +43,7 @@ def _print_parts(page: Page, report: Mapping[str, Any]) -> None:
         for norm in report["norms"]:
             worst = max(norm["inputs"], key=lambda row: (not row["passed"], _error(row)), default=None)
             cells = _cells(worst)[1:] if worst is not None else ("-", "-", "-")
-            name = norm["path"] if not norm["call"] else f"{norm['path']} (call {norm['call'] + 1})"
-            rows.append((name, _verdict(norm), worst["kind"] if worst is not None else "-", *cells))
+            rows.append((label(norm), _verdict(norm), worst["kind"] if worst is not None else "-", *cells))
         page.table(("norm, alone", "verdict", "worst on", "max error/row RMS", "max ULP", "mean ULP"), rows)
     if report["segments"]:
         page.line()
@@ -62,7 +61,7 @@ def _depth_row(point: Mapping[str, Any]) -> tuple[str, ...]:
     if point["introduced"] is not None:
         introduced = f"{float(point['introduced']):.3g} ({float(point['baseline_introduced']):.3g})"
     error = f"{float(point['error']):.3g} ({float(point['baseline_error']):.3g})"
-    return point["path"], point["side"], error, introduced
+    return label(point), point["side"], error, introduced
 
 
 def _verdict(row: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...models.errors import UsageError
+from ...models.recognition.site import norm_name
 
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 ABSENT = "–"
@@ -23,8 +24,8 @@ def command(report: Mapping[str, Any]) -> str:
 
 
 def label(row: Mapping[str, Any]) -> str:
-    """The path of a norm, with the number of the call unless it is the first."""
-    return f"{row['path']} (call {row['call']})" if row.get("call") else str(row["path"])
+    """The name of a norm in a report, see `norm_name`."""
+    return norm_name(str(row["path"]), int(row.get("call") or 0))
 
 
 def clean(text: str) -> str:
@@ -62,7 +63,7 @@ def percent(share: float | None) -> str:
     """A share of 1 as a percentage, rounded down to hundredths, so that only 1 gives 100 %."""
     if share is None:
         return ABSENT
-    return "100 %" if share == 1.0 else f"{math.floor(share * 1e4) / 100:.2f} %"
+    return "100 %" if share == 1.0 else f"{min(math.floor(round(share * 1e4, 6)) / 100, 99.99):.2f} %"
 
 
 def counted(count: int, noun: str) -> str:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from ...models.errors import RmsnormDeployError
 from ...models.recognition.intercept import at_norms
-from ...models.recognition.site import Recognition
+from ...models.recognition.site import Recognition, norm_name
 from ..accuracy.compare_output import OutputVerdict
 from ..accuracy.tolerances import Limits
 from ..inputs.cases import Case
-from ..norms.access import CalledNorm, NormAccess, norm_name
+from ..norms.access import CalledNorm, NormAccess
 from ..norms.activation_store import ActivationStore, Key
 from ..norms.float64_model import exactly, in_float64
 from ..norms.torch_norms import TorchNorms, survey_norms
@@ -156,9 +156,9 @@ def match_norms(candidate: Candidate, access: NormAccess | None, called: Mapping
         if reason is None:
             lost.add(key)
             reason = "no node of the candidate names this norm in its metadata"
-        notes.append(f"{norm_name(key)} could not be checked alone: {reason}")
+        notes.append(f"{norm_name(*key)} could not be checked alone: {reason}")
     for key in sorted(present - set(called)):
-        notes.append(f"{norm_name(key)} was not called on these inputs, so it was not checked")
+        notes.append(f"{norm_name(*key)} was not called on these inputs, so it was not checked")
     return MatchedNorms([key for key in called if key in present], frozenset(lost), notes)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ...models.recognition.site import norm_name
 from ..accuracy.compare_output import OutputVerdict
-from ..norms.access import norm_name
 from ..report.page import Page, Shown
 from ..report.printed import print_validation
 from ..report.report_file import VALIDATE_SCHEMA
@@ -72,7 +72,7 @@ class ValidationReport(Shown):
     @property
     def culprits(self) -> list[Culprit]:
         """Where error is introduced: norms first, then segments; outputs only if no norm or segment failed."""
-        found = [Culprit("norm", norm_name(n.norm.key), n.reason) for n in self.norms if not n.passed]
+        found = [Culprit("norm", norm_name(*n.norm.key), n.reason) for n in self.norms if not n.passed]
         for segment in (segment for segment in self.segments if not segment.verdict.passed):
             reason = segment.verdict.reason
             if segment.contains:

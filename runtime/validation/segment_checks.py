@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...models.recognition.site import norm_name
 from ..accuracy.compare_output import OutputVerdict, brief, judge
-from ..norms.access import CalledNorm, NormAccess, norm_name
+from ..norms.access import CalledNorm, NormAccess
 from ..norms.activation_store import ActivationStore, Key
 from ..norms.torch_norms import TorchNorms
 from ..runners.base import Array
@@ -113,10 +114,10 @@ def segment_names(
         last = order.index(end) if not isinstance(end, str) else len(order)
         between = order[first + 1 : last]
         inside = [
-            norm_name(key) for key in order
+            norm_name(*key) for key in order
             if key not in keys and (key[0] in sources.paths or (key in between and key in lost))
         ]  # fmt: skip
-        begin = norm_name(max(sources.keys, key=order.index)) if sources.keys else "the inputs"
-        return f"{begin} ... {end if isinstance(end, str) else norm_name(end)}", inside
+        begin = norm_name(*max(sources.keys, key=order.index)) if sources.keys else "the inputs"
+        return f"{begin} ... {end if isinstance(end, str) else norm_name(*end)}", inside
 
     return describe

@@ -185,7 +185,7 @@ def test_every_kind_of_row_is_seen(fails_before: bool, tmp_path: Path) -> None:
         report["norms"][1]["inputs"][0]["passed"] = False
         report["segments"][0]["passed"] = False
 
-    names = ["norm, call 1", "norm, call 1, large", "norm ... head"]
+    names = ["norm (call 2)", "norm (call 2), large", "norm ... head"]
     result = reports(tmp_path, *((lambda report: None, fail_parts) if fails_before else (fail_parts,)))
     assert result.passed is fails_before
     assert [change.name for change in result.verdicts] == names

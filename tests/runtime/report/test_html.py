@@ -101,7 +101,7 @@ def test_a_second_call_of_a_norm_is_named() -> None:
     names = parser.document_fromstring(html.render(report)).xpath("//tbody[starts-with(@id, 'norm-')]/tr/th")
     assert [name.text_content() for name in names] == [
         "model.layers.0.input_layernorm",
-        "model.layers.0.input_layernorm (call 1)",
+        "model.layers.0.input_layernorm (call 2)",
     ]
 
 

@@ -93,7 +93,7 @@ def test_calls_of_one_norm_have_names_of_their_own() -> None:
     report = sample_report(norms=2)
     report["norms"][1].update(path=report["norms"][0]["path"], call=1)
     path = report["norms"][0]["path"]
-    assert [case.get("name") for case in _root(report)[1].iter("testcase")] == [path, f"{path} (call 1)"]
+    assert [case.get("name") for case in _root(report)[1].iter("testcase")] == [path, f"{path} (call 2)"]
 
 
 def test_a_failing_verdict_is_never_a_green_file() -> None:

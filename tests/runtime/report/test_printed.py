@@ -139,7 +139,6 @@ def test_a_norm_without_inputs_and_a_second_call() -> None:
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="the path of the model itself is empty, and so is its cell")
 def test_a_norm_that_is_the_model_itself_has_a_name() -> None:
     assert norm_rows(norm(""))[0][0] == "the model itself"
 
@@ -163,7 +162,6 @@ def test_segments_and_the_depth() -> None:
     assert page.tables[2][1] == [("a", "output", "0.25 (inf)", "-"), ("a", "output", "0.25 (inf)", "0.5 (0.125)")]
 
 
-@pytest.mark.xfail(strict=True, reason="the depth leaves the number of the call out")
 def test_the_depth_tells_the_calls_of_a_norm_apart() -> None:
     page = validated(depth=[point(), point(call=1)], show_parts=True)
     assert len({cells[0] for cells in page.tables[1][1]}) == 2

@@ -17,8 +17,9 @@ from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.models.dtypes import numpy_dtype
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
+from rmsnorm_deploy.models.recognition.site import norm_name
 from rmsnorm_deploy.models.spec import NormSpec
-from rmsnorm_deploy.runtime.norms.access import CalledNorm, NormFeed, NormResult, norm_name
+from rmsnorm_deploy.runtime.norms.access import CalledNorm, NormFeed, NormResult
 from rmsnorm_deploy.runtime.norms.activation_store import ActivationStore, Key
 from rmsnorm_deploy.runtime.norms.adversarial_rows import AS_IT_RUNS, KINDS, adversarial, turns
 from rmsnorm_deploy.runtime.norms.check_norm import judge_norm
@@ -207,7 +208,7 @@ def test_a_wrong_sum_fails_and_a_correct_one_is_not_listed() -> None:
 
 
 def test_names_say_which_call() -> None:
-    assert [norm_name(key) for key in (("a.b", 0), ("a.b", 2), ("", 0))] == ["a.b", "a.b (call 3)", "the model itself"]
+    assert [norm_name(*key) for key in (("a.b", 0), ("a.b", 2), ("", 0))] == ["a.b", "a.b (call 3)", "the model itself"]
 
 
 def test_a_part_that_cannot_run_is_noted() -> None:
