@@ -107,7 +107,7 @@ def test_the_note_of_outputs_that_are_whole_numbers() -> None:
 
 
 def test_a_norm_introduces_what_it_does_as_the_model_runs() -> None:
-    kinds = [verdict("normal", error=0.5), verdict(AS_IT_RUNS.name, LARGE, SMALL)]
+    kinds = [verdict("normal", error=0.5), verdict(AS_IT_RUNS.name, LARGE, SMALL), verdict("tiny", error=0.5)]
     assert errors_introduced([norm_check(called("first"), kinds=kinds)], []) == {(FIRST, "y"): (LARGE, SMALL)}
 
 
