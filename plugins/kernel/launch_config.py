@@ -74,7 +74,9 @@ class LaunchConfig:
         if self.elements not in (1, 2, 4, 8, 16) or width % self.elements or self.vectors < 1:
             raise UsageError(f"vectors of {self.elements} elements do not divide a width of {width}.")
         if self.cluster not in (1, 2, 4, 8) or (self.cluster > 1 and (self.rows > 1 or architecture < 90)):
-            raise UsageError(f"cluster of {self.cluster}: expected 1, or 2, 4 or 8 with sm_90 and one row a block.")
+            raise UsageError(
+                f"cluster of {self.cluster}: expected 1, or 2, 4 or 8, which requires sm_90 and one row a block."
+            )
 
 
 def choose(kernel: NormKernel, rows: int | None, architecture: int, alignment: int = WIDEST_ACCESS) -> LaunchConfig:

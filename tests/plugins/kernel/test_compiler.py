@@ -76,8 +76,8 @@ def test_ptx_names_its_entry_and_its_parameters_in_order() -> None:
     [
         ({"architecture": 70}, "expected sm_75 or later, got sm_70"),
         ({"architecture": 91}, "NVRTC supports sm_75"),
-        ({"kind": "fatbin"}, "not to 'fatbin'"),
-        ({"config": LaunchConfig(512, 1, 8, cluster=2), "architecture": 80}, "needs sm_90"),
+        ({"kind": "fatbin"}, "expected ptx or cubin, got 'fatbin'"),
+        ({"config": LaunchConfig(512, 1, 8, cluster=2), "architecture": 80}, "requires sm_90"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(arguments: dict[str, Any], message: str) -> None:

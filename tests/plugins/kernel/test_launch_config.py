@@ -76,10 +76,10 @@ def test_what_is_not_aligned_is_read_in_smaller_pieces() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (LaunchConfig(48, 1, 8), "48 threads for a row"),
-        (LaunchConfig(12, 1, 8, rows=8), "12 threads for a row"),
-        (LaunchConfig(16, 1, 8), "1 rows of 16 threads"),
-        (LaunchConfig(512, 1, 8, rows=4), "4 rows of 512 threads"),
+        (LaunchConfig(48, 1, 8), "threads for a row: .* got 48"),
+        (LaunchConfig(12, 1, 8, rows=8), "threads for a row: .* got 12"),
+        (LaunchConfig(16, 1, 8), "threads of a block: .* got 1x16"),
+        (LaunchConfig(512, 1, 8, rows=4), "threads of a block: .* got 4x512"),
         (LaunchConfig(32, 1, 3), "vectors of 3 elements"),
         (LaunchConfig(32, 1, 16), "do not divide a width of 1000"),
         (LaunchConfig(32, 1, 8, cluster=3), "cluster of 3"),
@@ -89,7 +89,7 @@ def test_what_is_not_aligned_is_read_in_smaller_pieces() -> None:
 def test_layouts_that_cannot_run_are_refused(config: LaunchConfig, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         config.check(NormKernel(1000, 1e-6), 90)
-    with pytest.raises(UsageError, match="needs sm_90"):
+    with pytest.raises(UsageError, match="requires sm_90"):
         LaunchConfig(32, 1, 8, cluster=2).check(NormKernel(1000, 1e-6), 89)
 
 
