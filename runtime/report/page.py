@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -72,18 +73,18 @@ class HtmlPage:
         return "\n".join(self._parts)
 
 
-class Shown:
+class Shown(ABC):
     """A result that prints as a short text, shows in a notebook, and can be saved as JSON."""
 
     __slots__ = ()
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def show(self, page: Page) -> None:
         """Print the result on a page."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         page = TextPage()
