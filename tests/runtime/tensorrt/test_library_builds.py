@@ -94,7 +94,7 @@ def variant(built: BuiltLibrary, folder: Path, old: str, new: str) -> Path:
     """The library with another contract, built from changed sources."""
     sources = folder / "plugins" / "tensorrt" / "cpp"
     shutil.copytree(library.SOURCE_FOLDER, sources)
-    shutil.copytree(plugin_library.SOURCE_FOLDER, folder / "plugins" / "cuda")
+    shutil.copytree(plugin_library.SOURCE_FOLDER, folder / "plugins" / "kernel" / "cuda")
     header = sources / "contract.h"
     text = header.read_text()
     assert old in text
