@@ -359,10 +359,10 @@ def test_failures_of_compiler_and_driver_are_reported(driver: HostDriver, tmp_pa
     build = [f"create RMSNorm build {FIELDS}", "configure 1 2,64 1 64", "error"]
     failed = driver.run(build, RMSNORM_TEST_FAIL_COMPILE="1")
     assert failed[1] == "-1"
-    assert "NVRTC does not compile rms_norm of width 64 for sm_86: a planted error" in failed[2]
+    assert "NVRTC failed to compile rms_norm of width 64 for sm_86: a planted error" in failed[2]
     unknown = driver.run(build, RMSNORM_DEPLOY_ARCHITECTURES="86,91")
     assert unknown[1] == "-1"
-    assert "NVRTC 13.0 does not know sm_91" in unknown[2]
+    assert "NVRTC 13.0 does not support sm_91" in unknown[2]
     run = ["serialize", f"create RMSNorm runtime {FIELDS} kernels=saved", "shape 1 2,64 1 64", "error"]
     unloaded = driver.run([*build[:2], *run], RMSNORM_TEST_FAIL_LOAD="1")
     assert unloaded[4] == "-1"

@@ -266,8 +266,8 @@ def test_external_data_cut_short(external: Path, keep: int) -> None:
         ({"location": ""}, "outside of the model's folder"),
         ({"offset": "1"}, "ends at byte 257, and the file has 256 bytes"),
         ({"length": "1000"}, "ends at byte 1000"),
-        ({"offset": "-8"}, "is negative or not a number"),
-        ({"length": "many"}, "is negative or not a number"),
+        ({"offset": "-8"}, "is not a valid number"),
+        ({"length": "many"}, "is not a valid number"),
     ],
 )
 def test_external_data_that_is_not_where_it_should_be(external: Path, entries: dict[str, str], text: str) -> None:

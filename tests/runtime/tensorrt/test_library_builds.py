@@ -163,7 +163,7 @@ def test_a_library_that_is_requested_and_missing(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     monkeypatch.delenv(library.LIBRARY_VARIABLE, raising=False)
     model = rms_norm_model(tmp_path / "model.onnx")
-    with pytest.raises(EnvironmentMissingError, match="Build it with: rmsnorm plugin build"):
+    with pytest.raises(EnvironmentMissingError, match="Make it with: rmsnorm plugin build"):
         build_engine(model, tmp_path / "e.engine", dataclasses.replace(OPTIONS, plugin="library"))
     with plan_build(model, OPTIONS) as plan:
         assert plan.plugin.kind == "python"
