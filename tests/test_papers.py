@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import rmsnorm_deploy
+from tests.test_structure import LAYERS
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -97,3 +98,40 @@ def test_the_hooks_run_the_pinned_ruff() -> None:
     (repository,) = _yaml(ROOT / ".pre-commit-config.yaml")["repos"]
     assert repository["rev"] == f"v{pinned}"
     assert [hook["id"] for hook in repository["hooks"]] == ["ruff-check", "ruff-format"]
+
+
+def test_contributing_names_only_what_exists() -> None:
+    """Paths in backticks, files and folders in commands, make targets, modules and tests."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    quoted = re.findall(r"`([^`\n]+)`", prose)
+    paths = [word for word in quoted if " " not in word and ("/" in word or word.endswith(".py"))]
+    commands = [*re.findall(r"^(?:\S*bin/)?pytest .+|^python -m .+", "\n".join(quoted), flags=re.MULTILINE)]
+    commands += [line.partition("#")[0] for line in re.findall(r"^\S*pytest .+", text, flags=re.MULTILINE)]
+    tests = [word for command in commands for word in command.split() if word.startswith("tests")]
+    assert len(paths) >= 30
+    assert len(tests) >= 8
+    assert [path for path in (*paths, *tests) if not _exists(path)] == []
+    rules = set(re.findall(r"\bmake (\w+)", "\n".join([*quoted, *re.findall(r"^make .+", text, flags=re.MULTILINE)])))
+    assert {"install", "test"} <= rules
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert [rule for rule in rules if f"\n{rule}:" not in makefile] == []
+    modules = re.findall(r"python -m ([\w.]+)", text)
+    assert [name for name in modules if not _exists(name.replace(".", "/"), f"{name.replace('.', '/')}.py")] == []
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    named = [word for word in quoted if re.fullmatch(r"test_\w+", word)]
+    assert len(named) >= 5
+    assert [name for name in named if f"def {name}(" not in sources] == []
+
+
+def test_contributing_draws_the_layers_of_the_test() -> None:
+    drawing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The rooms")[1].split("```")[1]
+    lines = [line.split() for line in drawing.splitlines() if line.strip(" |")]
+    assert len(lines) == len(LAYERS)
+    for words, rooms in zip(lines, reversed(LAYERS), strict=True):
+        assert set(rooms) - {""} <= {word.rstrip(",") for word in words}
+
+
+def _exists(*paths: str) -> bool:
+    """Whether one of these files or folders is in the repository."""
+    return any((ROOT / path).exists() for path in paths)

@@ -9,6 +9,7 @@ from pathlib import Path
 import rmsnorm_deploy
 from rmsnorm_deploy.cli.application import app
 from rmsnorm_deploy.cli.commands.targets import markdown_table
+from rmsnorm_deploy.runtime.norms.adversarial_rows import KINDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,3 +39,10 @@ def test_its_python_names_are_public() -> None:
     for name in imported.split(", "):
         assert getattr(rmsnorm_deploy, name) is not None
         assert name in rmsnorm_deploy.__all__
+
+
+def test_it_counts_the_kinds_of_adversarial_rows() -> None:
+    words = {"ten": 10, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14}
+    counted = re.findall(r"(\w+) kinds of adversarial rows", README)
+    assert len(counted) >= 2
+    assert {words[word] for word in counted} == {len(KINDS)}

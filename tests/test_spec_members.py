@@ -249,6 +249,10 @@ TABLES: dict[str, tuple[str, Any]] = {
     "plugins.kernel.macros.SCALES": ("scale", macros.SCALES),
     "plugins.kernel.macros.GATES": ("gate", macros.GATES),
     "plugins.kernel.macros.ACTIVATIONS (except none)": ("activation", {"none", *macros.ACTIVATIONS}),
+    "plugins.kernel.norm_kernel.Activation (except none)": (
+        "activation",
+        {"none", *get_args(norm_kernel.Activation)},
+    ),
     "plugins.tensorrt.images._SCALES (except none)": ("scale", {"none", *images._SCALES.values()}),
 }
 

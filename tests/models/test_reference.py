@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rmsnorm_deploy.models import reference as reference_module
 from rmsnorm_deploy.models.eager import eager
 from rmsnorm_deploy.models.reference import reference
-from rmsnorm_deploy.models.spec import NormSpec
+from rmsnorm_deploy.models.spec import Activation, Gate, NormSpec
 from tests.helpers.norms.norm_zoo import BARE, DTYPES, FALCON, MAMBA, ONE_PLUS, SCALE_FIRST, ZOO
 
 Array = NDArray[np.float64]
@@ -152,7 +152,7 @@ def test_eager_in_float64_is_the_reference(name: str, scale: float) -> None:
     assert worst(got.numpy(), expected) <= 16 * EPS64
 
 
-GATES = [("none", "none"), *itertools.product(("before", "after"), ("silu", "sigmoid"))]
+GATES = [("none", "none"), *itertools.product(get_args(Gate)[1:], get_args(Activation)[1:])]
 EXTENTS: list[dict[str, Any]] = [{}, {"group_size": 4}, {"trailing_dims": 2}]
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from rmsnorm_deploy.models.reference import reference
-from rmsnorm_deploy.models.spec import NormSpec
+from rmsnorm_deploy.models.spec import Gate, NormSpec, Scale
 from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig, choose
-from rmsnorm_deploy.plugins.kernel.norm_kernel import NormKernel
+from rmsnorm_deploy.plugins.kernel.norm_kernel import Activation, NormKernel
 from rmsnorm_deploy.runtime.accuracy.float_formats import ulp_size
 from tests.helpers.plugins.host_gpu import NUMPY, Array, HostKernels, compiler
 
@@ -55,6 +56,13 @@ def kernels(width: int) -> Iterator[tuple[str, NormKernel]]:
         for op, options in (("rms_norm", OPTIONS), ("add_rms_norm", ADD_OPTIONS)):
             for name, changes in options.items():
                 yield f"{op} {dtype} {name}", NormKernel(width, EPSILON, op, dtype, **changes)  # type: ignore[arg-type]
+
+
+def test_every_member_has_a_kernel_here() -> None:
+    tried = [NormKernel(64, EPSILON, **changes) for changes in OPTIONS.values()]
+    assert {kernel.scale for kernel in tried} == set(get_args(Scale))
+    gated = {(kernel.gate, kernel.activation) for kernel in tried if kernel.gate != "none"}
+    assert gated == set(itertools.product(set(get_args(Gate)) - {"none"}, get_args(Activation)))
 
 
 class Case:

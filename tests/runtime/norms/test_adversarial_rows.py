@@ -10,6 +10,7 @@ from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.runtime.accuracy.float_formats import format_of
 from rmsnorm_deploy.runtime.norms.access import CalledNorm
 from rmsnorm_deploy.runtime.norms.adversarial_rows import KINDS, adversarial, turns
+from rmsnorm_deploy.runtime.rewriting import verify_norms
 
 NAMES = [kind.name for kind in KINDS]
 DTYPES = ("float32", "float16", "bfloat16")
@@ -128,6 +129,11 @@ def test_the_other_kinds_are_what_they_are_called() -> None:
     lost = rows_of(norm, "NaN and Inf")
     assert (np.count_nonzero(~np.isfinite(lost), axis=1) == 1).all()
     assert (np.isnan(lost).sum(), np.isinf(lost).sum()) == (2, 2)
+
+
+def test_one_input_of_a_proof_has_every_kind() -> None:
+    """A kind more than there are rows would double the time of every proof."""
+    assert len(KINDS) <= verify_norms._FIRST * verify_norms._OTHERS
 
 
 def test_a_row_of_one_element_has_every_kind() -> None:
