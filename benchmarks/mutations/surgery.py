@@ -262,7 +262,13 @@ class Spelling:
         """The gate through its activation, in float32."""
         gate = self.op("Cast", self.norm.gate, to=FLOAT)
         sigmoid = self.op("Sigmoid", gate)
-        return sigmoid if self.spec.activation == "sigmoid" else self.op("Mul", gate, sigmoid)
+        match self.spec.activation:
+            case "sigmoid":
+                return sigmoid
+            case "silu":
+                return self.op("Mul", gate, sigmoid)
+            case _:
+                raise ValueError(f"expected the activation of a gate, got {self.spec.activation!r}")
 
     def mean(self, value: ir.Value, axis: int = -1) -> ir.Value:
         """The mean along an axis, which is kept with size 1."""

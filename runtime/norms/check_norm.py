@@ -94,7 +94,7 @@ def summary_of(verdicts: Sequence[OutputVerdict]) -> tuple[bool, str]:
     """Whether a norm passed on all kinds of rows, and the reason in one line."""
     failed = [verdict for verdict in verdicts if not verdict.passed]
     if not failed:
-        return True, f"correct on {len(verdicts)} kinds of rows"
+        return True, f"correct on {len({verdict.name for verdict in verdicts})} kinds of rows"
     names = ", ".join(dict.fromkeys(verdict.name for verdict in failed))
     return False, f"wrong on: {names}; {failed[0].name}: {failed[0].reason}"
 
