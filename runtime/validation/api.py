@@ -101,7 +101,7 @@ def validate(
         provenance |= {"baseline": torch_runner.provenance(), "versions": versions()}
     if options.inputs is not None and Path(options.inputs).is_file():
         provenance["inputs"] = file_record(Path(options.inputs))
-    names = (candidate if sides.named else None, sides.against)
+    names = (candidate if sides.named and cases is None else None, sides.against)
     settings = {**dict(zip(SIDES, (None if n is None else str(n) for n in names), strict=True)), **options.to_dict()}
     return dataclasses.replace(
         report,

@@ -47,8 +47,8 @@ def read_replay(path: Path) -> Replay:
     sides = [settings.get(name) for name in SIDES]
     if not all(isinstance(side, str) for side in sides):
         raise UsageError(
-            f"{path}: it does not name both sides (candidate {sides[0]!r}, against {sides[1]!r}), because a model or "
-            "a runner was given as a Python object. Run the validation again."
+            f"{path}: it does not name both sides (candidate {sides[0]!r}, against {sides[1]!r}), because a model, "
+            "a runner or the inputs were given as Python objects. Run the validation again."
         )
     fields = {name: value for name, value in settings.items() if name not in SIDES}
     try:

@@ -116,12 +116,14 @@ def test_progress_is_reported_step_by_step(folder: Path, source: str) -> None:
     assert "PyTorch in float64: 1x2 (1 of 1)" in lines
 
 
-def test_a_report_on_objects_cannot_be_run_again(folder: Path, tmp_path: Path) -> None:
-    report = validate(folder, Residual().eval(), shapes=((1, 2),), outputs_only=True)
-    path = tmp_path / "report.json"
-    path.write_text(json.dumps(report.to_dict()))
-    with pytest.raises(UsageError, match="does not name both sides"):
-        read_replay(path)
+def test_a_report_on_objects_cannot_be_run_again(folder: Path, source: str, tmp_path: Path) -> None:
+    cases = [{"x": np.ones((1, 2, 16), np.float32)}]
+    for against, given in ((Residual().eval(), None), (f"{source}:residual", cases)):
+        report = validate(folder, against, cases=given, shapes=((1, 2),), outputs_only=True)
+        path = tmp_path / "report.json"
+        path.write_text(json.dumps(report.to_dict()))
+        with pytest.raises(UsageError, match="does not name both sides"):
+            read_replay(path)
 
 
 @pytest.mark.parametrize(
