@@ -36,7 +36,7 @@ def test_what_was_found_done_and_proven(model: Path, tmp_path: Path, capsys: pyt
     )
     lines = capsys.readouterr().out.splitlines()
     assert "Rewritten for plugin: 0 of 4, 4 were in its form already." in lines
-    assert lines[-1] == "proof: pass (no norm was written anew)"
+    assert lines[-1] == "proof: pass (no norm was rewritten)"
 
 
 def test_json_is_one_object(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -533,7 +533,7 @@ def test_validation_says_what_it_could_not_check(all_of_them: bool, tmp_path: Pa
     result = rewrite_model(path, tmp_path / "fused", target="plugin")
     assert result.proof is not None
     assert result.proof.verdict == "pass"
-    assert result.proof.reason == "no norm was written anew; the whole model, 2 outputs"
+    assert result.proof.reason == "no norm was rewritten; the whole model, 2 outputs"
     report = validate(tmp_path / "fused", model)
     assert len(report.norms) == len(norms) - len(chosen)
     assert all(check.passed for check in report.norms)

@@ -56,10 +56,10 @@ def test_small_sample_is_one_over_the_root_of_the_count_in_logarithms() -> None:
     [
         (Limits(), False, False, ""),
         (Limits(ulp=3.0), False, True, "ULP error <= 3"),
-        (Limits(atol=1e-3), True, True, "|error| <= 0.001 + 0 x |truth|"),
-        (Limits(rtol=0.5), True, True, "|error| <= 0 + 0.5 x |truth|"),
-        (Limits(atol=0.0), True, True, "|error| <= 0 + 0 x |truth|"),
-        (Limits(1.0, 2.0, 0.0), True, True, "|error| <= 1 + 2 x |truth| and ULP error <= 0"),
+        (Limits(atol=1e-3), True, True, "|error| <= 0.001 + 0 x |reference|"),
+        (Limits(rtol=0.5), True, True, "|error| <= 0 + 0.5 x |reference|"),
+        (Limits(atol=0.0), True, True, "|error| <= 0 + 0 x |reference|"),
+        (Limits(1.0, 2.0, 0.0), True, True, "|error| <= 1 + 2 x |reference| and ULP error <= 0"),
     ],
 )
 def test_limits_say_what_they_are(limits: Limits, absolute: bool, is_set: bool, text: str) -> None:

@@ -198,7 +198,7 @@ def test_sources_that_do_not_exist(code: str, tmp_path: Path) -> None:
         load_cases(code, [HIDDEN])
     with pytest.raises(UsageError, match="there is no such file"):
         load_cases(str(tmp_path / "nosuch.npz"), [HIDDEN])
-    with pytest.raises(UsageError, match=r"there is no file .*nosuch\.py"):
+    with pytest.raises(UsageError, match=r"the file .*nosuch\.py does not exist"):
         load_cases(f"{tmp_path}/nosuch.py:f", [HIDDEN])
 
 

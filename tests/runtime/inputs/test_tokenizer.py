@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from rmsnorm_deploy.models.builtin.addition_task import TOKENIZER
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, UsageError
-from rmsnorm_deploy.runtime.inputs.tokenizer import ADDITION_TOKENIZER, has_tokenizer, load_tokenizer, token_ids
+from rmsnorm_deploy.runtime.inputs.tokenizer import has_tokenizer, load_tokenizer, token_ids
 
 
 def manifest(folder: Path, text: str) -> None:
@@ -28,7 +29,7 @@ def manifest(folder: Path, text: str) -> None:
         ("tokenizer.json", "{}", True),
         ("tokenizer_config.json", "{}", True),
         ("config.json", "{}", False),
-        ("manifest.json", json.dumps({"tokenizer": ADDITION_TOKENIZER}), True),
+        ("manifest.json", json.dumps({"tokenizer": TOKENIZER}), True),
         ("manifest.json", json.dumps({"tokenizer": "another"}), False),
         ("manifest.json", "{", False),
         ("manifest.json", "[]", False),
@@ -50,7 +51,7 @@ def test_a_folder_that_is_not_there_has_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("named", [True, False])
 def test_the_addition_task_by_its_name_and_by_a_manifest(tmp_path: Path, named: bool) -> None:
-    manifest(tmp_path, json.dumps({"tokenizer": ADDITION_TOKENIZER}))
+    manifest(tmp_path, json.dumps({"tokenizer": TOKENIZER}))
     tokenizer = load_tokenizer("builtin:addition" if named else tmp_path)
     ids = tokenizer.encode("12+9=")
     assert ids == [1, 2, 10, 9, 11]

@@ -103,7 +103,7 @@ def test_a_file_beside_the_original_refers_to_the_same_weights(tmp_path: Path) -
     assert result.files == [tmp_path / "fast.onnx"]
     assert result.proof is not None
     assert result.proof.verdict == "pass"
-    with pytest.raises(UsageError, match=r"fast.onnx exists; name a new file"):
+    with pytest.raises(UsageError, match=r"fast.onnx already exists; name a new file"):
         rewrite_model(path, tmp_path / "fast.onnx")
     (tmp_path / "other").mkdir()
     with pytest.raises(UsageError, match=r"must be in the folder of .* refers to its external data"):
@@ -160,7 +160,11 @@ def test_wrong_arguments_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     (foreign / "notes.txt").write_text("mine")
     cases: list[tuple[type[RmsnormDeployError], str, Callable[[], object]]] = [
         (UsageError, "got 'fast'", lambda: rewrite_model(path, tmp_path / "o", target="fast")),
-        (UsageError, "unknown choice 'move'", lambda: rewrite_model(path, tmp_path / "o", weights="move")),  # type: ignore[arg-type]
+        (
+            UsageError,
+            "weights: expected one of copy, link, got 'move'",
+            lambda: rewrite_model(path, tmp_path / "o", weights="move"),
+        ),  # type: ignore[arg-type]
         (UsageError, "is the folder of the model itself", lambda: rewrite_model(path, path.parent)),
         (UsageError, "holds files that no export wrote", lambda: rewrite_model(path, foreign)),
         (UsageError, "the file does not exist", lambda: rewrite_model(tmp_path / "none.onnx", tmp_path / "o")),

@@ -131,7 +131,7 @@ def test_an_interrupted_build_leaves_nothing(number: signal.Signals, code: int, 
     assert time.monotonic() - sent < 10
     assert json.loads(out)["error"] == {
         "kind": "Interrupted", "exit_code": code,
-        "message": {130: "interrupted", 143: "terminated"}[code] + "; nothing was left half done.",
+        "message": {130: "interrupted", 143: "terminated"}[code] + "; no incomplete files were left behind.",
     }  # fmt: skip
     assert "Traceback" not in err
     assert workers_of(place) == []

@@ -185,7 +185,7 @@ def test_one_rounding_more_in_a_half_type_is_detected() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda y: y[:, :5], "expected the shape [8, 10, 64] that PyTorch gives, got [8, 5, 64]"),
+        (lambda y: y[:, :5], "expected the shape [8, 10, 64] of PyTorch, got [8, 5, 64]"),
         (lambda y: y.astype(np.int64), "dtype mismatch"),
         (lambda y: np.full_like(y, np.nan), "NaN or infinity out of place"),
         (lambda y: np.where(np.arange(64) == 3, np.float32(np.inf), y), "NaN or infinity out of place"),
@@ -241,7 +241,7 @@ def test_an_outlier_of_a_wide_row_is_rounded_by_its_own_size() -> None:
     assert judge_norm(KIND["outlier channels"], norm, own, reference, own).passed
     own[0, 7] *= np.float16(1.01)
     verdict = judge_norm(KIND["outlier channels"], norm, own, reference, own)
-    assert "PyTorch's own norm is 9.93 eps x row scale from the formula" in verdict.reason
+    assert "PyTorch's own norm differs by 9.93 eps x row scale from the formula" in verdict.reason
 
 
 # ------------------------------------------------------------------------------------------------- float16 traps

@@ -175,10 +175,10 @@ def test_an_error_of_our_own_is_left_as_it_is() -> None:
         run(FunctionRunner(failing), x=np.ones(1))
 
 
-@pytest.mark.parametrize(("returned", "word"), [({"y": np.ones(1)}, "z"), ({}, "nothing")])
+@pytest.mark.parametrize(("returned", "word"), [({"y": np.ones(1)}, "z, got y"), ({}, "declares, got none")])
 def test_outputs_that_do_not_come_are_refused(returned: dict[str, Array], word: str) -> None:
     runner = FunctionRunner(lambda feeds: returned, outputs=["y", "z"] if returned else [])
-    with pytest.raises(UsageError, match=f"the candidate did not return .*{word}"):
+    with pytest.raises(UsageError, match=f"expected the outputs .*{word}"):
         run(runner, x=np.ones(1))
 
 
