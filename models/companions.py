@@ -18,22 +18,19 @@ COMPANIONS: Final = (
 def folder_of(model: nn.Module) -> tuple[Path | None, str]:
     """The folder of config and tokenizer files of a module that transformers' `from_pretrained` loaded.
 
+    Where the module names a checkpoint of the hub, these files are downloaded, unless they are in the cache.
+
     Returns:
-        The folder, and an empty text; or None and, where the module names a checkpoint whose files could not be had,
+        The folder, and an empty text; or None and, where the module names a checkpoint whose files are not available,
         the reason.
     """
     name = getattr(model, "name_or_path", "")
     if not isinstance(name, str) or not name:
         return None, ""
-    return folder_named(name)
-
-
-def folder_named(name: str) -> tuple[Path | None, str]:
-    """The same for a local folder or a hub name, whose files are downloaded unless they are in the cache."""
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser(), ""
     if name.startswith((".", "/", "~")):
-        return None, f"there are no config and tokenizer files: {name} is not a folder any more"
+        return None, f"config and tokenizer files were not copied: the folder {name} does not exist"
     try:
         from huggingface_hub import snapshot_download
 

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .companions import folder_named, folder_of
 from .dtypes import NORM_DTYPES, torch_dtype
 from .errors import EnvironmentMissingError, UsageError
 
@@ -30,10 +29,10 @@ class LoadedModel:
         model: the module.
         source: the name that the user gave; empty for a module.
         kind: what kind of source that was.
-        folder: a local folder with its config and tokenizer files, if there is one.
+        folder: the local folder that it was read from, if any.
         example_inputs: keyword arguments that a Python factory returned with its model.
         task: `addition` for the model that adds numbers, else None.
-        notes: what is missing of it, such as a tokenizer that could not be downloaded.
+        notes: remarks for the user.
     """
 
     model: nn.Module
@@ -78,8 +77,7 @@ def as_loaded(
         return load_model(str(model), dtype=dtype, trust_remote_code=trust_remote_code)
     if not isinstance(model, nn.Module):
         raise UsageError(f"expected a PyTorch module, or the name or folder of a model, got {type(model).__name__}.")
-    folder, problem = folder_of(model)
-    return LoadedModel(model, "", "python", folder, notes=[problem] if problem else [])
+    return LoadedModel(model, "", "python")
 
 
 def load_model(source: str, *, dtype: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
@@ -182,8 +180,7 @@ def _transformers(source: str, folder: Path | None, dtype: str | None, trust_rem
         first = " ".join(str(error).split())[:300]
         where = f"the folder {source}" if folder is not None else f"the hub name {source!r}"
         raise UsageError(f"{where} could not be loaded by transformers: {first}") from error
-    folder, problem = folder_named(name)
-    return LoadedModel(model, source, "transformers", folder, notes=[problem] if problem else [])
+    return LoadedModel(model, source, "transformers", folder)
 
 
 def _architecture(transformers: ModuleType, config: Any) -> Any:

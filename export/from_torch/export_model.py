@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from ...models.companions import folder_of
 from ...models.dtypes import NORM_DTYPES, torch_dtype, torch_name
 from ...models.errors import MismatchError, UsageError
 from ...models.loading import LoadedModel, as_loaded
@@ -173,7 +174,9 @@ def export_model(
     prepared = prepare(loaded.model, options, inputs=feeds, targets=targets, progress=progress)
     prepared.details.update({**loaded.details, **(details or {})})
     prepared.companions = companions if companions is not None else loaded.folder
-    prepared.notes.extend(loaded.notes if companions is None else ())
+    if prepared.companions is None:
+        prepared.companions, problem = folder_of(loaded.model)
+        prepared.notes += [problem] if problem else []
     results = [
         save(
             prepared,
