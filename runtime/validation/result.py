@@ -33,6 +33,10 @@ class Culprit:
         return {"kind": self.kind, "name": self.name, "reason": self.reason}
 
 
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat()
+
+
 @dataclass(slots=True)
 class ValidationReport(Shown):
     """The verdict and the evidence for it.
@@ -49,6 +53,7 @@ class ValidationReport(Shown):
         settings: the arguments of the validation, from which it can be run again.
         provenance: versions, files and options of both sides.
         schema: `rmsnorm_deploy.validate/3` or `rmsnorm_deploy.bisect/2`.
+        created: when the report was made, ISO 8601 in UTC, to the second.
     """
 
     model: str
@@ -62,6 +67,7 @@ class ValidationReport(Shown):
     settings: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     schema: str = VALIDATE_SCHEMA
+    created: str = field(default_factory=_now)
 
     @property
     def verdict(self) -> Literal["pass", "fail"]:
@@ -132,7 +138,7 @@ class ValidationReport(Shown):
         """The report as JSON values; a second run on the same machine gives the same values except `created`."""
         return {
             "schema": self.schema,
-            CREATED: datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat(),
+            CREATED: self.created,
             "model": self.model,
             "verdict": self.verdict,
             "summary": self.summary,

@@ -202,3 +202,11 @@ def test_differences_name_the_parts(old: dict[str, Any], new: dict[str, Any], ex
 
 def test_the_schemas_are_two() -> None:
     assert report(schema=BISECT_SCHEMA).to_dict()["schema"] == BISECT_SCHEMA != VALIDATE_SCHEMA
+
+
+def test_a_report_has_one_time_however_often_it_is_written() -> None:
+    report = ValidationReport("model", created="2026-01-02T03:04:05+00:00")
+    assert report.to_dict()["created"] == "2026-01-02T03:04:05+00:00"
+    made = ValidationReport("model")
+    assert made.to_dict()["created"] == made.created
+    assert datetime.datetime.fromisoformat(made.created).tzinfo is not None
