@@ -103,7 +103,7 @@ def test_rows_that_come_and_go(rmsnorm: CommandLine, tmp_path: Path) -> None:
         (("a.npz",), "CANDIDATE"),
         (("a.npz", "nosuch.npz"), "no such file"),
         (("a.npz", "r.json"), "not of one kind"),
-        (("old.json", "r.json"), "got 'rmsnorm_deploy.validate/1'"),
+        (("old.json", "r.json"), "rmsnorm_deploy.bisect/2, got 'rmsnorm_deploy.validate/1'"),
         (("r.json", "r.json", "--ulp", "1"), "limits are for arrays"),
         (("a.npz", "near.npz", "--ulp", "logits:much"), "--ulp logits:much: expected a number"),
         (("a.npz", "near.npz", "--atol", "logit:1"), "no such output. The outputs are: logits, ids"),

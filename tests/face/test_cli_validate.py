@@ -173,7 +173,10 @@ def test_replay_of_a_bisection_is_one(rmsnorm: CommandLine, models: Path, wrong:
 def test_replay_that_cannot_be(rmsnorm: CommandLine, report: Path, tmp_path: Path) -> None:
     content = json.loads(report.read_text())
     for text, message in (
-        (json.dumps({**content, "schema": "rmsnorm_deploy.validate/1"}), "got 'rmsnorm_deploy.validate/1'"),
+        (
+            json.dumps({**content, "schema": "rmsnorm_deploy.validate/1"}),
+            "rmsnorm_deploy.bisect/2, got 'rmsnorm_deploy.validate/1'",
+        ),
         (report.read_text()[:-40], "not a JSON report"),
         (json.dumps({**content, "settings": {**content["settings"], "trust_remote_code": True}}), "trust_remote_code"),
         (

@@ -266,14 +266,16 @@ def test_settings_and_provenance_that_differ(tmp_path: Path) -> None:
     ]
 
 
+_READS = "expected the schema rmsnorm_deploy.validate/3 or rmsnorm_deploy.bisect/2, got"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": "rmsnorm_deploy.validate/1"}, "expected the schema rmsnorm_deploy.validate/3 "
-         "or rmsnorm_deploy.bisect/2, got 'rmsnorm_deploy.validate/1'. Write the report again"),
-        ({"schema": "rmsnorm_deploy.validate/4"}, "got 'rmsnorm_deploy.validate/4'"),
-        ({"schema": "rmsnorm_deploy.run/1"}, "got 'rmsnorm_deploy.run/1'"),
-        ({"schema": None}, "rmsnorm_deploy.bisect/2, got None"),
+        ({"schema": "rmsnorm_deploy.validate/1"}, f"{_READS} 'rmsnorm_deploy.validate/1'. Write the report again"),
+        ({"schema": "rmsnorm_deploy.validate/4"}, f"{_READS} 'rmsnorm_deploy.validate/4'"),
+        ({"schema": "rmsnorm_deploy.run/1"}, f"{_READS} 'rmsnorm_deploy.run/1'"),
+        ({"schema": None}, f"{_READS} None"),
         ({"schema": "rmsnorm_deploy.bisect/2"}, "compare two reports of one schema"),
         ({"verdict": "maybe"}, "not a complete report"),
         ({"outputs": [{"name": "logits", "passed": True}]}, "contains an invalid row ('case')"),

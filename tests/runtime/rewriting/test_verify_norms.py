@@ -158,7 +158,8 @@ def test_a_sum_that_is_wrong_is_found(target: str) -> None:
     node.replace_input_with(1, site.sum_of[0])  # type: ignore[index]
     (proof,) = proven(result).sites
     assert proof.verdict == "mismatch"
-    assert "sum: its second output is not the sum of its inputs" in proof.reason
+    kinds = "sum, normal, outlier channels, large, tiny, constant, subnormal, largest, NaN and Inf"
+    assert proof.reason == f"wrong on: {kinds}; sum: its second output is not the sum of its inputs"
 
 
 # What is right ----------------------------------------------------------------------------------------------------
