@@ -36,6 +36,28 @@ _KINDS: dict[str, type | UnionType] = {
 }
 
 
+def reads_weight(scale: Scale) -> bool:
+    """Whether a norm with this scale reads a weight."""
+    match scale:
+        case "none":
+            return False
+        case "weight" | "one_plus_weight":
+            return True
+        case _:
+            assert_never(scale)
+
+
+def reads_gate(gate: Gate) -> bool:
+    """Whether a norm with this kind of gate reads one."""
+    match gate:
+        case "none":
+            return False
+        case "before" | "after":
+            return True
+        case _:
+            assert_never(gate)
+
+
 @dataclass(frozen=True, slots=True)
 class NormSpec:
     """What one RMSNorm computes, including the order of its roundings.
@@ -105,13 +127,7 @@ class NormSpec:
     @property
     def has_weight(self) -> bool:
         """Whether the norm reads a weight."""
-        match self.scale:
-            case "none":
-                return False
-            case "weight" | "one_plus_weight":
-                return True
-            case _:
-                assert_never(self.scale)
+        return reads_weight(self.scale)
 
     @property
     def scale_offset(self) -> float:
@@ -127,13 +143,7 @@ class NormSpec:
     @property
     def has_gate(self) -> bool:
         """Whether the norm reads a gate."""
-        match self.gate:
-            case "none":
-                return False
-            case "before" | "after":
-                return True
-            case _:
-                assert_never(self.gate)
+        return reads_gate(self.gate)
 
     @property
     def has_mean(self) -> bool:

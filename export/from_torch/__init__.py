@@ -5,5 +5,4 @@ swap: swapped, which replaces the forward of every norm while a model is capture
 capture: capture, a swapped model as an ONNX graph; Capture.
 lower: lower, a captured graph with its norms in a target's form.
 example_inputs: example_inputs, inputs to capture a model with; vocabulary_size.
-cache_names: PAST and PRESENT, the names of a KV cache's tensors.
 """

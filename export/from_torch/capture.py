@@ -21,8 +21,8 @@ from torch import nn
 
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError
 from ...models.experts import experts, has_experts
+from ..graph.metadata import PAST, PRESENT
 from ..lowering.table import DEFAULT_OPSET
-from .cache_names import PAST, PRESENT
 
 # Cache tensors of a layer, as transformers' exporter names them.
 _PAST_INPUT = re.compile(r"^(?:input\.)?past_key_values\.layers\.(\d+)\.(key|value)s$")

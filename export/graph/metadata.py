@@ -1,10 +1,10 @@
-"""What an exported file says on its nodes: the metadata keys of a norm, and how our constants are named."""
+"""Names in an exported file: the metadata keys of a norm, this package's constants, and the KV cache."""
 
 from __future__ import annotations
 
 from typing import Final, Literal
 
-# Whether a norm stands alone, or has a residual add in front whose sum is used elsewhere too.
+# Whether a norm is alone, or has a residual add in front of it whose sum is used elsewhere too.
 Form = Literal["plain", "residual_add"]
 
 METADATA_PREFIX: Final = "rmsnorm_deploy."
@@ -16,3 +16,7 @@ FORM_KEY: Final = METADATA_PREFIX + "form"
 VALUES_KEY: Final = METADATA_PREFIX + "values"
 # The start of the names of constants that are scales of ones, made for operators that require a scale.
 ONES: Final = METADATA_PREFIX + "ones"
+# A KV cache's tensors, as runtimes and servers expect them: `past_key_values.N.key` goes in, `present.N.key` comes out;
+# and the same with `value`.
+PAST: Final = "past_key_values."
+PRESENT: Final = "present."

@@ -9,7 +9,7 @@ from typing import Final, Literal, assert_never, get_args
 
 from ...models.dtypes import BYTES
 from ...models.errors import UsageError
-from ...models.spec import Gate, Scale
+from ...models.spec import Gate, Scale, reads_gate, reads_weight
 
 Op = Literal["rms_norm", "add_rms_norm"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -105,24 +105,12 @@ class NormKernel:
     @property
     def has_weight(self) -> bool:
         """Whether the kernel reads a weight."""
-        match self.scale:
-            case "none":
-                return False
-            case "weight" | "one_plus_weight":
-                return True
-            case _:
-                assert_never(self.scale)
+        return reads_weight(self.scale)
 
     @property
     def has_gate(self) -> bool:
         """Whether the kernel reads a gate."""
-        match self.gate:
-            case "none":
-                return False
-            case "before" | "after":
-                return True
-            case _:
-                assert_never(self.gate)
+        return reads_gate(self.gate)
 
     @property
     def gates_first(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...export.from_torch.cache_names import PAST, PRESENT
+from ...export.graph.metadata import PAST, PRESENT
 from ...models.dtypes import numpy_dtype
 from ...models.errors import UsageError
 from ..runners.base import ANY_DTYPE, Array, TensorInfo

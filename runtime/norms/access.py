@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -129,3 +129,9 @@ class NormAccess(Protocol):
     def trace(self, feeds: Mapping[str, Array], keys: list[Key], sink: Sink) -> dict[str, Array]:
         """Run the whole model unchanged; the sink receives `x` and `y` of each norm. Returns the model's outputs."""
         ...
+
+
+def windows(keys: Sequence[Key], size: int | None) -> list[list[Key]]:
+    """The norms, at most `size` at a time; all together if it is None. Without a norm there is one empty window."""
+    step = size or max(len(keys), 1)
+    return [list(keys[first : first + step]) for first in range(0, max(len(keys), 1), step)]

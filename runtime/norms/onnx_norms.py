@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import onnx
 
 from ...export.onnx_io.read_model import read_model
 from ...models.dtypes import numpy_dtype
-from ..runners.base import Array, Runner
+from ..runners.base import Array, OnnxSession, Runner
 from ..runners.open import has_large_weights, open_runner
-from .access import NormFeed, NormResult, RunNorms, Sink, Sources
+from .access import NormFeed, NormResult, RunNorms, Sink, Sources, windows
 from .activation_store import ActivationStore, Key
 from .cut import cut_out, run_alone
 from .graph_norms import GraphNorms, cut_name, fed_name
@@ -85,7 +85,7 @@ class OnnxNorms:
     ) -> dict[str, Array]:
         """See `NormAccess.between`. Each window is one session, which loads only the weights of its part."""
         outputs: dict[str, Array] = {}
-        for wanted in self._windows(keys):
+        for wanted in windows(keys, self._window):
             last = wanted[-1:] == keys[-1:]
             with self._opened(self._graph.between(keys, wanted=wanted, with_outputs=last)) as runner:
                 results = runner.run(self._fed(runner, feeds, keys, store))
@@ -97,24 +97,22 @@ class OnnxNorms:
         return outputs
 
     def trace(self, feeds: Mapping[str, Array], keys: list[Key], sink: Sink) -> dict[str, Array]:
-        """See `NormAccess.trace`. The whole file runs once per window, with the window's values as outputs."""
+        """See `NormAccess.trace`. The whole file runs once per window; values outside the window are not returned."""
+        names = [name for norm in map(self._graph.norms.__getitem__, keys) for name in (norm.x, norm.y)]
+        own = self._graph.output_names
         outputs: dict[str, Array] = {}
-        for part in self._windows(keys):
-            norms = [self._graph.norms[key] for key in part]
-            with self._opened(self._graph.exposed([name for norm in norms for name in (norm.x, norm.y)])) as runner:
-                results = runner.run(feeds)
-            for norm in norms:
-                sink(norm.key, "x", results[norm.x])
-                sink(norm.key, "y", results[norm.y])
-            outputs = {name: results[name] for name in self._graph.output_names}
+        with self._opened(self._graph.exposed(names)) as runner:
+            for part in windows(keys, self._window):
+                norms = [self._graph.norms[key] for key in part]
+                values = (name for norm in norms for name in (norm.x, norm.y))
+                results = runner.run(feeds, outputs=list(dict.fromkeys([*own, *values])))
+                for norm in norms:
+                    sink(norm.key, "x", results[norm.x])
+                    sink(norm.key, "y", results[norm.y])
+                outputs = {name: results[name] for name in own}
         return outputs
 
-    def _windows(self, keys: Sequence[Key]) -> list[list[Key]]:
-        """The norms in windows; one empty window if there are no norms, so that the outputs are computed."""
-        size = self._window or max(len(keys), 1)
-        return [list(keys[first : first + size]) for first in range(0, max(len(keys), 1), size)]
-
-    def _opened(self, model: onnx.ModelProto) -> Runner:
+    def _opened(self, model: onnx.ModelProto) -> OnnxSession:
         return open_runner(model.SerializeToString(), self._provider, weights_folder=self._path.parent, **self._options)
 
     def _cast(self, key: Key, feed: NormFeed) -> NormFeed:

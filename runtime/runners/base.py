@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
@@ -68,6 +68,19 @@ class Runner(Protocol):
 
     def provenance(self) -> dict[str, Any]:
         """Versions, devices, options and file hashes behind the results, as JSON values."""
+        ...
+
+
+class OnnxSession(Runner, Protocol):
+    """A `Runner` of an ONNX model, which can return a selection of the outputs."""
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """One inference; see `Runner.run`.
+
+        Args:
+            feeds: an array for every input.
+            outputs: names of the outputs to return; None for all.
+        """
         ...
 
 

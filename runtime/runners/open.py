@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from ...models.errors import UsageError
-from .base import Runner
+from .base import OnnxSession, Runner
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 
 # If a model has more bytes of weights than this, repacking them for the kernels takes longer than a run.
 _LARGE_FILES = 1 << 30
+
+
+@overload
+def open_runner(
+    source: str | os.PathLike[str] | bytes, provider: str | Sequence[str] = ..., **options: Any
+) -> OnnxSession: ...
+
+
+@overload
+def open_runner(source: nn.Module, provider: str | Sequence[str] = ..., **options: Any) -> Runner: ...
 
 
 def open_runner(source: Source, provider: str | Sequence[str] = "cpu", **options: Any) -> Runner:

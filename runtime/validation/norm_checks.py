@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -94,8 +95,8 @@ def check_norms(
                 if result.total is not None:
                     forms[key] = "residual_add"
                     verdicts[key] += check_sum(result.total, feed.x)
-                reference = _reference_of(baseline, key)
-                verdicts[key] += check_norm(norm, feed, kinds, result.y, wanted[key].y, reference)
+                exact = partial(baseline.exact, key)
+                verdicts[key] += check_norm(norm, feed, kinds, result.y, wanted[key].y, exact)
     return [NormCheck(norm, forms[norm.key], *summary_of(verdicts[norm.key]), verdicts[norm.key]) for norm in norms]
 
 
@@ -130,10 +131,6 @@ def unsound_norms(called: Iterable[CalledNorm]) -> list[NormCheck]:
 def failed(check: NormCheck, reason: str) -> NormCheck:
     """A failed copy of the check, with this reason."""
     return dataclasses.replace(check, passed=False, reason=reason)
-
-
-def _reference_of(baseline: TorchNorms, key: Key) -> Callable[[NormFeed], Array]:
-    return lambda rows: baseline.exact(key, rows)
 
 
 def _given(

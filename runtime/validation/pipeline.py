@@ -15,7 +15,7 @@ from ...models.recognition.site import Recognition, norm_name
 from ..accuracy.compare_output import OutputVerdict
 from ..accuracy.tolerances import Limits
 from ..inputs.cases import Case
-from ..norms.access import CalledNorm, NormAccess
+from ..norms.access import CalledNorm, NormAccess, windows
 from ..norms.activation_store import ActivationStore, Key
 from ..norms.float64_model import exactly, in_float64
 from ..norms.torch_norms import TorchNorms, survey_norms
@@ -229,7 +229,7 @@ def check_parts(
 
     def alone() -> list[NormCheck]:
         checks: list[NormCheck] = []
-        for part in _windows(matched.keys, options.window):
+        for part in windows(matched.keys, options.window):
             asked = [called[key] for key in part]
             checks += check_norms(access, norms, asked, stores.fed, options.seed, progress)
         return checks
@@ -269,8 +269,3 @@ def missing_outputs(candidate: Candidate, runs: CandidateRuns, baseline: Baselin
     return [
         f"PyTorch also returns {name}, which {candidate.name} does not" for name in returned if name not in runs.names
     ]
-
-
-def _windows(keys: list[Key], window: int | None) -> list[list[Key]]:
-    size = window or max(len(keys), 1)
-    return [keys[first : first + size] for first in range(0, len(keys), size)]

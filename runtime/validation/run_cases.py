@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...export.from_torch.cache_names import PRESENT
 from ...export.from_torch.example_inputs import vocabulary_size
+from ...export.graph.metadata import PRESENT
 from ...models.errors import RmsnormDeployError, UsageError
 from ..accuracy.compare_output import OutputVerdict, judge
 from ..accuracy.tolerances import Limits, limits_of
