@@ -1,6 +1,6 @@
 """Run a model: named arrays in, named arrays out, in PyTorch or ONNX Runtime.
 
-base: the `Runner, OnnxSession` protocol, `TensorInfo`, and `check_feeds`, which validates the inputs of a run.
+base: the `Runner` and `OnnxSession` protocols, `TensorInfo`, and `check_feeds`, which validates the inputs of a run.
 open: `open_runner`, which chooses the backend for a model, and `has_large_weights`.
 onnxruntime: `OrtRunner` for ONNX models, and `optimized_op_counts`, the operators that ONNX Runtime runs.
 torch: `TorchRunner` for PyTorch modules, and the conversions `to_torch` and `to_numpy`.
