@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -13,6 +14,35 @@ COMPANIONS: Final = (
     "tokenizer.model", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model", "added_tokens.json",
     "chat_template.jinja",
 )  # fmt: skip
+
+
+def companion_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The config and tokenizer files in a model's folder.
+
+    A link is followed only to a file in the folder itself or, in the hub's cache, in the same repository's `blobs`.
+
+    Returns:
+        The files, and a note for the user on each file that is not taken.
+    """
+    found, notes = [], []
+    allowed = [Path(os.path.realpath(folder))]
+    if allowed[0].parent.name == "snapshots":
+        allowed.append(allowed[0].parent.parent / "blobs")
+    for name in COMPANIONS:
+        file = folder / name
+        real = Path(os.path.realpath(file))
+        if not file.is_file():
+            continue
+        if any(place in real.parents for place in allowed):
+            found.append(file)
+        else:
+            notes.append(f"{name} was not copied, because it is a link that leads out of {folder}")
+    return found, notes
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with weights in a checkpoint's folder."""
+    return sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
 
 
 def folder_of(model: nn.Module) -> tuple[Path | None, str]:

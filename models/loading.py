@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from .companions import weight_files
 from .dtypes import NORM_DTYPES, torch_dtype
 from .errors import EnvironmentMissingError, UsageError
 
@@ -105,8 +107,18 @@ def load_model(source: str, *, dtype: str | None = None, trust_remote_code: bool
     return loaded
 
 
-def _dispatch(source: str, dtype: str | None, trust_remote_code: bool) -> LoadedModel:
+def names_python(source: str) -> bool:
+    """Whether loading a source, of a model or of inputs, runs Python code: `module:factory` or `file.py:factory`."""
     name, colon, rest = source.rpartition(":")
+    if not colon or name == "builtin":
+        return False
+    if len(name) == 1 and rest[:1] in ("\\", "/"):  # a drive of Windows
+        return False
+    return not os.path.exists(os.path.expanduser(source))
+
+
+def _dispatch(source: str, dtype: str | None, trust_remote_code: bool) -> LoadedModel:
+    name, _, rest = source.rpartition(":")
     if name == "builtin":
         return _builtin(source, rest)
     path = Path(source).expanduser()
@@ -122,7 +134,7 @@ def _dispatch(source: str, dtype: str | None, trust_remote_code: bool) -> Loaded
             f"{path.stem}.py:factory. Validate an exported .onnx file with: rmsnorm validate {path.name} "
             "--against MODEL"
         )
-    if colon and not (len(name) == 1 and rest[:1] in "\\/"):
+    if names_python(source):
         return _python(source, name, rest)
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source:
         raise UsageError(f"{source!r} is neither an existing folder nor a hub name (owner/model).")
@@ -142,8 +154,7 @@ def _builtin(source: str, name: str) -> LoadedModel:
 
 def _folder(source: str, path: Path, dtype: str | None, trust_remote_code: bool) -> LoadedModel:
     config = path / "config.json"
-    has_weights = any(file.suffix in (".safetensors", ".bin") for file in path.iterdir())
-    if (path / "manifest.json").is_file() and not has_weights:  # config.json is copied beside an exported model
+    if (path / "manifest.json").is_file() and not weight_files(path):  # config.json is copied beside an exported model
         raise UsageError(f"{source} is an exported folder, not a PyTorch model. Give the model it was exported from.")
     if not config.is_file():
         raise UsageError(f"{source} has no config.json, so it is not a saved model. Save one with save_pretrained.")

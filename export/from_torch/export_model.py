@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from ...models.companions import folder_of
+from ...models.companions import folder_of, weight_files
 from ...models.dtypes import NORM_DTYPES, torch_dtype, torch_name
 from ...models.errors import MismatchError, UsageError
 from ...models.loading import LoadedModel, as_loaded
@@ -21,8 +21,9 @@ from ...models.recognition.find_norms import find_norms
 from ...models.recognition.site import Recognition
 from ..lowering.plugin_functions import PluginStyle, plugin_style, style_notes
 from ..lowering.table import TARGETS, Environment, LoweringRefusal, opset_for, resolve
-from ..onnx_io.atomic_files import MANIFEST, check_destination, copy_companions, new_folder
+from ..onnx_io.atomic_files import check_destination, copy_companions, new_folder, restrict_mode
 from ..onnx_io.manifest import tensor_rows, write_manifest
+from ..onnx_io.owned_files import MANIFEST
 from .capture import Capture, capture, detached
 from .example_inputs import as_tensors, example_inputs
 from .lower import lower, site_rows
@@ -269,7 +270,9 @@ def save(
         progress("writing the model")
         _write_model(lowered, folder)
         if prepared.companions is not None:
-            copy_companions(prepared.companions, folder)
+            content["notes"] += copy_companions(prepared.companions, folder)
+            for file in folder.glob(f"{MODEL_FILE}*"):
+                restrict_mode(file, weight_files(prepared.companions))
         progress("hashing the files")
         manifest = write_manifest(folder, content)
     return ExportResult(Path(path), target, manifest, prepared.recognition)

@@ -12,9 +12,9 @@ from typing import Any
 import onnx_ir as ir
 
 from ...models.errors import UsageError
-from .atomic_files import MANIFEST, sha256
+from .owned_files import MANIFEST, MANIFEST_SCHEMAS, sha256
 
-SCHEMA = "rmsnorm_deploy.manifest/2"
+SCHEMA = f"{MANIFEST_SCHEMAS}2"
 _VERSIONS = ("rmsnorm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "transformers", "onnxruntime", "numpy")
 
 
@@ -77,7 +77,8 @@ def write_manifest(folder: Path, content: dict[str, Any], unchanged: Collection[
         if path.is_file()
     }
     manifest = {"schema": SCHEMA, "versions": versions(), **content, "files": files}
-    (folder / MANIFEST).write_text(_json_lines(manifest), encoding="utf-8")
+    with (folder / MANIFEST).open("x", encoding="utf-8") as file:  # never over a file of the model
+        file.write(_json_lines(manifest))
     return manifest
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
 
 from ...models.errors import UnsupportedError, UsageError
+from .atomic_files import restrict_mode
+from .owned_files import MANIFEST
 from .read_model import LARGEST_MODEL, ModelFile, shorten
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ def write_model(
         )
     notes = [] if weights == "reference" else _place_weights(original, folder, name, weights)
     (folder / name).write_bytes(proto.SerializeToString(deterministic=True))
+    if original.path is not None:
+        restrict_mode(folder / name, [original.path])
     original.check_unchanged()
     return notes
 
@@ -69,15 +73,17 @@ def _place_weights(original: ModelFile, folder: Path, name: str, weights: Litera
     copied = []
     for file in original.external_files:
         place = Path(os.path.normpath(folder / file.relative_to(original.path.parent)))
-        if place == folder / name:
-            raise UsageError(
-                f"{original.where}: its external data file has the name of the new model, {shorten(name)}. "
-                "Save the model with external data under another name."
-            )
+        for taken, what in ((name, "the new model"), (MANIFEST, "the manifest")):
+            if place == folder / taken:
+                raise UsageError(
+                    f"{original.where}: its external data file has the name of {what}, {shorten(taken)}. "
+                    "Save the model with external data under another name."
+                )
         place.parent.mkdir(parents=True, exist_ok=True)
         source = Path(os.path.realpath(file))  # os.link does not follow symbolic links
         if weights == "copy" or not _linked(source, place):
             shutil.copyfile(source, place)
+            restrict_mode(place, [source])
             copied.append(file.name)
     if weights == "link" and copied:
         return [f"{shorten(', '.join(copied), 200)}: copied, because the file system cannot link to the original."]

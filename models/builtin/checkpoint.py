@@ -40,13 +40,14 @@ def save_decoder(model: Decoder, folder: str | os.PathLike[str]) -> None:
         folder: the folder to write to.
 
     Raises:
-        UsageError: the folder cannot be created or written to.
+        UsageError: the folder cannot be created or written to, or holds another model.
     """
     config = json.dumps({"format": FORMAT, **model.config.to_dict()}, indent=2) + "\n"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     contents = {WEIGHTS_NAME: safetensors.torch.save(tensors, {"format": "pt"}), CONFIG_NAME: config.encode()}
     target = Path(folder)
     temporary = {name: target / f".{name}.{os.getpid()}.tmp" for name in contents}
+    _check_replaceable(target)
     try:
         target.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
@@ -61,6 +62,19 @@ def save_decoder(model: Decoder, folder: str | os.PathLike[str]) -> None:
         if target.is_dir():
             for path in temporary.values():
                 path.unlink(missing_ok=True)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to replace a config or weights that `save_decoder` did not write."""
+    there = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if (folder / name).exists() or (folder / name).is_symlink()]
+    if not there:
+        return
+    try:
+        values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        values = None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise UsageError(f"{folder} holds {' and '.join(there)} of another model; choose another folder.")
 
 
 def load_decoder(folder: str | os.PathLike[str]) -> Decoder:

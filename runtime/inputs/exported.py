@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,13 @@ def open_exported(path: str | Path) -> Exported:
     place = Path(path).expanduser()
     if place.is_dir():
         manifest = read_manifest(place)
-        model = place / str(manifest.get("model", "model.onnx"))
+        name = str(manifest.get("model", "model.onnx"))
+        model = place / name
+        real = Path(os.path.realpath(model))
+        if Path(os.path.realpath(place)) not in real.parents:
+            raise UsageError(f"{place}: its manifest names the model {name!r}, which is outside of the folder.")
         if not model.is_file():
-            raise UsageError(f"{place}: its manifest names the model {model.name}, which is missing; export again.")
+            raise UsageError(f"{place}: its manifest names the model {name!r}, which is missing; export again.")
         return Exported(model, place, manifest)
     if not place.is_file():
         raise UsageError(f"{place} does not exist; name an exported folder or an .onnx file.")

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from xml.etree import ElementTree as ET
 
+from ...export.onnx_io.owned_files import XML_MARK
 from .text import clean, command, label, plain, short, write_text
 
 _FIGURES = ("max_ulp", "mean_ulp", "p999_ulp", "max_abs", "max_rel_row", "cosine", "differing", "count")
@@ -49,7 +50,7 @@ def render(report: Mapping[str, Any]) -> str:
         if cases:
             _add_suite(root, name, cases, report)
     ET.indent(root)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{XML_MARK}\n' + ET.tostring(root, encoding="unicode") + "\n"
 
 
 def write(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

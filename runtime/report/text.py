@@ -7,14 +7,17 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from ...models.errors import UsageError
+from ...export.onnx_io.atomic_files import new_file
+from ...export.onnx_io.owned_files import is_own_report
 from ...models.recognition.site import norm_name
 
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# Control characters, soft hyphens, marks of direction, line separators, invisible operators, surrogates, BOM.
+_OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]"
+)
 ABSENT = "–"
 
 
@@ -31,6 +34,14 @@ def label(row: Mapping[str, Any]) -> str:
 def clean(text: str) -> str:
     """The text with U+FFFD for every character that XML 1.0 forbids or UTF-8 cannot encode."""
     return _NOT_XML.sub("\ufffd", text)
+
+
+def printable(text: str) -> str:
+    r"""The text with an escape such as `\x1b` for every character that a terminal would obey instead of showing.
+
+    These are control characters except newline and tab, marks that reorder or hide text, and surrogates.
+    """
+    return _OBEYED.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def plain(value: Any) -> str:
@@ -72,20 +83,11 @@ def counted(count: int, noun: str) -> str:
 
 
 def write_text(text: str, path: str | os.PathLike[str]) -> None:
-    """Write UTF-8 text under a temporary name beside `path`, then rename it.
+    """Write a report as UTF-8 text under a temporary name beside `path`, then rename it.
 
     Raises:
-        UsageError: the file cannot be written; no partial file is left behind, and an existing file is unchanged.
+        UsageError: the file cannot be written, or exists and is not a report of this package; no partial file is left
+            behind, and an existing file is unchanged.
     """
-    target = Path(path).expanduser().absolute()
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
+    with new_file(path, is_own_report) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(partial, target)
-    except OSError as error:
-        raise UsageError(
-            f"cannot write the report {target}: {error.strerror or error}. Name a file in a writable folder."
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()

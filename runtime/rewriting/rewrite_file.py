@@ -14,9 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from ...export.from_onnx.rewrite import Rewritten, fuse_quantized, rewrite, rewritten_rows
 from ...export.graph.site import GraphRefusal
 from ...export.lowering.plugin_functions import PluginStyle, plugin_style, style_notes, style_plugin_nodes
-from ...export.onnx_io.atomic_files import MANIFEST, check_destination, copy_companions, new_file, new_folder
+from ...export.onnx_io.atomic_files import (
+    check_destination,
+    check_new_file,
+    copy_companions,
+    new_file,
+    new_folder,
+    restrict_mode,
+)
 from ...export.onnx_io.check_graph import check_graph
 from ...export.onnx_io.manifest import tensor_rows, write_manifest
+from ...export.onnx_io.owned_files import MANIFEST
 from ...export.onnx_io.read_model import ModelFile, read_model, to_ir
 from ...export.onnx_io.write_model import write_model
 from ...models.dtypes import onnx_name
@@ -135,7 +143,7 @@ def rewrite_model(
             return RewriteResult(place, [place], content, rewritten, job.proof)
         with new_folder(place) as folder:
             content = _write(job, folder, source.name, weights)
-            copy_companions(source.parent, folder)
+            content["notes"] += copy_companions(source.parent, folder)
             progress("hashing the files")
             unchanged = [folder / file.relative_to(source.parent) for file in original.external_files]
             manifest = write_manifest(folder, content, unchanged)
@@ -167,6 +175,7 @@ def _write(job: _Job, folder: Path, name: str, weights: Literal["copy", "link", 
     notes = write_model(job.rewritten.model, job.original, folder, name, weights)
     if not job.rewritten.sites and not job.rewritten.notes:
         shutil.copyfile(job.source, folder / name)  # nothing was rewritten: copy the original file
+        restrict_mode(folder / name, [job.source])
     if weights == "link" and job.original.external_files and not notes:
         notes.append(_LINKED)
     if job.proof is not None and proves:
@@ -235,12 +244,11 @@ def _content(job: _Job, notes: list[str]) -> dict[str, Any]:
 def _check_place(source: Path, place: Path, beside: bool) -> None:
     """Check the output path before any slow work."""
     if beside:
-        if place.exists() or place.is_symlink():
-            raise UsageError(f"{place} already exists; name a new file.")
+        check_new_file(place)
         return
-    if place.absolute() == source.absolute().parent:
-        raise UsageError(f"{place} is the folder of the model itself, which is never changed; name another folder.")
-    check_destination(place)
+    if source.name == MANIFEST:
+        raise UsageError(f"{source} has the name of the manifest that a rewrite writes; rename it.")
+    check_destination(place, [source.absolute().parent, source])
 
 
 @contextmanager

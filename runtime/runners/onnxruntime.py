@@ -16,6 +16,7 @@ from typing import Any, Self
 import ml_dtypes
 import numpy as np
 
+from ...export.onnx_io.atomic_files import new_file
 from ...export.onnx_io.read_model import ModelFile, read_model
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
 from ...plugins import contract
@@ -297,17 +298,11 @@ def _session_options(ort: ModuleType, wanted: Mapping[str, Any], file: ModelFile
         yield options
         return
     target = Path(wanted["optimized_model_path"])
-    if not target.parent.is_dir():
-        raise UsageError(f"optimized_model_path {target}: the folder {target.parent} does not exist.")
     if file.path is not None and target.resolve() == file.path.resolve():
         raise UsageError(f"optimized_model_path {target} is the model itself; give another name.")
-    partial = target.with_name(f".{target.name}.partial")
-    options.optimized_model_filepath = str(partial)
-    try:
+    with new_file(target) as partial:
+        options.optimized_model_filepath = str(partial)
         yield options
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _infos(arguments: Sequence[Any], where: str, open_rank: set[str]) -> list[TensorInfo]:

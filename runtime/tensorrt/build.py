@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...export.onnx_io.atomic_files import sha256
 from ...export.onnx_io.manifest import versions
+from ...export.onnx_io.owned_files import sha256
 from ...models.errors import MismatchError, RmsnormDeployError
 from ..tensorrt import worker
 from .api import check_installed, cuda_device, flavor_of

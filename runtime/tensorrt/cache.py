@@ -12,14 +12,14 @@ import importlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ...export.onnx_io.atomic_files import sha256
+from ...export.onnx_io.atomic_files import partial_folder
 from ...export.onnx_io.manifest import installed_version
+from ...export.onnx_io.owned_files import sha256
 from ...models.errors import UsageError
 from ..tensorrt import worker
 from .api import Flavor, cuda_device, flavor_of
@@ -92,17 +92,13 @@ class CacheEntry:
 
     def write(self, source: Path, record: dict[str, Any]) -> None:
         """Copy the engine and log of a finished build into the cache."""
-        parent = self._folder.parent
-        partial = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}.partial-", dir=parent))
-        try:
+        with partial_folder(self._folder) as partial:
             for name in (worker.ENGINE, worker.LOG):
                 shutil.copyfile(source / name, partial / name)
             (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             self._folder.mkdir(exist_ok=True)
             for name in _FILES:  # the record last: it contains the engine's hash
                 (partial / name).replace(self._folder / name)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 class EngineCache:

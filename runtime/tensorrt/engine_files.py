@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from ...export.onnx_io.atomic_files import sha256
+from ...export.onnx_io.owned_files import sha256
 from ...models.errors import UsageError
 from ..tensorrt import worker
 from .process import LINKS, LOG_HEADER

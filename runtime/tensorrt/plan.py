@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ...export.onnx_io.atomic_files import sha256
+from ...export.onnx_io.owned_files import sha256
 from ...models.errors import EnvironmentMissingError, UnsupportedError, UsageError
 from ...plugins.tensorrt import library
 from ..inputs.exported import Exported, open_exported

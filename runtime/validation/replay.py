@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...models.errors import UsageError
+from ...models.loading import names_python
 from ..report.report_file import read_report
 from .options import ValidationOptions
 
@@ -30,6 +31,11 @@ class Replay:
     against: str
     options: ValidationOptions
     report: dict[str, Any]
+
+    def code(self) -> dict[str, str]:
+        """The settings that name Python code, which running them would execute, by setting."""
+        named = {"candidate": self.candidate, "against": self.against, "inputs": self.options.inputs}
+        return {setting: source for setting, source in named.items() if source and names_python(source)}
 
 
 def read_replay(path: Path) -> Replay:

@@ -144,27 +144,58 @@ def report(rmsnorm: CommandLine, honest: Any, tmp_path: Path) -> Path:
 
 
 def test_replay_gives_the_same_report(rmsnorm: CommandLine, report: Path) -> None:
-    outcome = rmsnorm("validate", "--replay", report)
+    outcome = rmsnorm("validate", "--allow-code", "--replay", report)
     assert outcome.code == 0
     assert "replay: the same report, except for the time" in outcome.out
-    outcome = rmsnorm("validate", "--replay", report, "--json")
+    outcome = rmsnorm("validate", "--allow-code", "--replay", report, "--json")
     assert "replay: the same report, except for the time" in outcome.err
     before, now = json.loads(report.read_text()), outcome.json
     assert (before.pop("created") <= now.pop("created"), before) == (True, now)
     assert (now["settings"]["seed"], now["settings"]["shapes"]) == (7, [[2, 5]])
 
 
+def test_replay_runs_no_code_that_was_not_allowed(rmsnorm: CommandLine, report: Path, models: Path) -> None:
+    """A report is data that anyone can send; the Python file that it names is run only after the user has seen it."""
+    flag = report.parent / "ran"
+    source = report.parent / "evil.py"
+    source.write_text(f"open({str(flag)!r}, 'w')\ndef net():\n    raise SystemExit\n")
+    content = json.loads(report.read_text())
+    for setting, value in (("candidate", f"{source}:net"), ("against", f"{source}:net"), ("inputs", f"{source}:net")):
+        settings = {**content["settings"], "against": "builtin:small", setting: value}
+        report.write_text(json.dumps({**content, "settings": settings}))
+        outcome = rmsnorm("validate", "--replay", report)
+        assert (outcome.code, flag.exists()) == (2, False)
+        assert f"names Python code that a replay would run: {source}:net ({setting})" in outcome.err
+        assert "--allow-code" in outcome.err
+
+
+def test_replay_of_a_model_that_is_data_needs_no_permission(
+    rmsnorm: CommandLine, exported: Path, report: Path, tmp_path: Path
+) -> None:
+    content = json.loads(report.read_text())
+    settings = {
+        **content["settings"],
+        "against": "builtin:small",
+        "candidate": "builtin:small",
+        "limits": {},
+        "dtype": None,
+    }
+    report.write_text(json.dumps({**content, "settings": settings}))
+    outcome = rmsnorm("validate", "--replay", report)
+    assert outcome.code == 0, outcome.err
+
+
 def test_replay_says_what_differs(rmsnorm: CommandLine, report: Path) -> None:
     content = json.loads(report.read_text())
     content["provenance"]["versions"]["numpy"] = "1.0"
     report.write_text(json.dumps({**content, "summary": "other"}))
-    assert "replay: differs in summary, provenance" in rmsnorm("validate", "--replay", report).out
+    assert "replay: differs in summary, provenance" in rmsnorm("validate", "--allow-code", "--replay", report).out
 
 
 def test_replay_of_a_bisection_is_one(rmsnorm: CommandLine, models: Path, wrong: Path, tmp_path: Path) -> None:
     path = tmp_path / "bisect.json"
     assert rmsnorm("bisect", wrong, "--against", f"{models}:net", "-o", path).code == 1
-    outcome = rmsnorm("validate", "--replay", path)
+    outcome = rmsnorm("validate", "--allow-code", "--replay", path)
     assert outcome.code == 1
     assert "replay: the same report, except for the time" in outcome.out
     assert "norm, alone" in outcome.out
@@ -185,13 +216,13 @@ def test_replay_that_cannot_be(rmsnorm: CommandLine, report: Path, tmp_path: Pat
         ),
     ):
         report.write_text(text)
-        outcome = rmsnorm("validate", "--replay", report)
+        outcome = rmsnorm("validate", "--allow-code", "--replay", report)
         assert outcome.code == 2, message
         assert message in outcome.err
-    outcome = rmsnorm("validate", "--replay", report, "--seed", "3")
+    outcome = rmsnorm("validate", "--allow-code", "--replay", report, "--seed", "3")
     assert outcome.code == 2
     assert "--replay reads the candidate and the options from the report" in outcome.err
-    outcome = rmsnorm("validate", "--replay", tmp_path / "nosuch.json")
+    outcome = rmsnorm("validate", "--allow-code", "--replay", tmp_path / "nosuch.json")
     assert outcome.code == 2
     assert "nosuch.json: cannot be read" in outcome.err
 
@@ -203,7 +234,7 @@ def test_an_export_that_changed_since_shows(rmsnorm: CommandLine, exported: Path
     shutil.copy(exported / "primitives" / "model.onnx", folder / "model.onnx")
     for file in (exported / "primitives").glob("*.data"):
         shutil.copy(file, folder / file.name)
-    outcome = rmsnorm("validate", "--replay", path)
+    outcome = rmsnorm("validate", "--allow-code", "--replay", path)
     assert outcome.code == 0
     assert "replay: differs in" in outcome.out
     assert "provenance" in outcome.out.split("replay: differs in")[1].splitlines()[0]
@@ -239,7 +270,7 @@ def test_inputs_of_each_kind(rmsnorm: CommandLine, exported: Path, models: Path,
     assert content["settings"]["inputs"] == source
     # The values of a file count; they are in the report by their hash.
     assert ("inputs" in content["provenance"]) is (kind in ("npz", "safetensors"))
-    outcome = rmsnorm("validate", "--replay", tmp_path / "report.json")
+    outcome = rmsnorm("validate", "--allow-code", "--replay", tmp_path / "report.json")
     assert (outcome.code, "the same report" in outcome.out) == (0, True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -54,6 +55,9 @@ def run(arguments: list[str]) -> int:
         The exit code. No exception is raised, not even KeyboardInterrupt.
     """
     screen = Screen(JSON_FLAG in arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a POSIX locale encodes ASCII only
+            stream.reconfigure(errors="backslashreplace")
     try:
         with interruptible():
             code = _invoke(arguments)

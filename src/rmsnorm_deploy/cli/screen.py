@@ -13,6 +13,7 @@ from typing import Any
 
 from rmsnorm_deploy.cli.failures import Failure
 from rmsnorm_deploy.runtime.report.page import aligned
+from rmsnorm_deploy.runtime.report.text import printable
 
 DEBUG_VARIABLE = "RMSNORM_DEBUG"
 
@@ -46,6 +47,7 @@ class Screen:
 
     def line(self, text: str = "") -> None:
         """Print one line on stdout."""
+        text = printable(text)
         if sys.stdout.isatty():
             _console().print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -53,7 +55,7 @@ class Screen:
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Print a table on stdout, aligned with spaces if stdout is not a terminal."""
-        texts = [[str(cell) for cell in row] for row in rows]
+        texts = [[printable(str(cell)) for cell in row] for row in rows]
         if sys.stdout.isatty():
             _console().print(_rich_table(columns, texts), highlight=False)
             return
@@ -61,7 +63,7 @@ class Screen:
 
     def note(self, text: str) -> None:
         """Print one line on stderr that is not part of the result."""
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
 
     @contextmanager
     def working(self, first: str) -> Iterator[Callable[[str], None]]:
@@ -81,8 +83,8 @@ class Screen:
         from rich.console import Console
         from rich.text import Text
 
-        with redirect_stdout(sys.stderr), Console(stderr=True).status(Text(first)) as status:
-            yield lambda text: status.update(Text(text))
+        with redirect_stdout(sys.stderr), Console(stderr=True).status(Text(printable(first))) as status:
+            yield lambda text: status.update(Text(printable(text)))
 
     def failure(self, failure: Failure, error: BaseException) -> None:
         """Print an error as a line on stderr, and with `as_json` as an object on stdout."""
@@ -91,13 +93,13 @@ class Screen:
         if isinstance(error, BrokenPipeError):
             _discard_stdout()
             return
-        print(f"error: {failure.message}", file=sys.stderr)
+        print(f"error: {printable(failure.message)}", file=sys.stderr)
         if self.as_json:
             print(json.dumps(failure.to_dict(), indent=2))
 
 
 def _plain_step(text: str) -> None:
-    print(f"... {text}", file=sys.stderr, flush=True)
+    print(f"... {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _console() -> Any:

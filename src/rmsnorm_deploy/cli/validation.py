@@ -7,15 +7,16 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from rmsnorm_deploy.cli import options
-from rmsnorm_deploy.cli.arrays import check_writable
 from rmsnorm_deploy.cli.screen import Screen
+from rmsnorm_deploy.export.onnx_io.atomic_files import check_distinct, check_new_file
+from rmsnorm_deploy.export.onnx_io.owned_files import is_own_report
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.accuracy.tolerances import parse_limits
 from rmsnorm_deploy.runtime.report.printed import print_validation
@@ -174,18 +175,31 @@ def sides(candidate: str | None, against: str | None, command: str) -> tuple[str
 class ReportFiles:
     """The files that a report is written to.
 
+    Attributes:
+        html, junit, output: the files; None where the option was not given.
+        inputs: the files that are read, by the option or argument that names them.
+
     Raises:
-        UsageError: a file cannot be written; checked before any work is done.
+        UsageError: a file cannot be written, or is named twice; checked before any work is done.
     """
 
     html: Path | None
     junit: Path | None
     output: Path | None
+    inputs: Mapping[str, Path | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for path in (self.html, self.junit, self.output):
+        outputs = {"--html": self.html, "--junit": self.junit, "-o": self.output}
+        check_distinct(outputs, self.inputs)
+        for path in outputs.values():
             if path is not None:
-                check_writable(path)
+                check_new_file(path, is_own_report)
+
+
+def input_files(candidate: str | None, given: ValidationOptions) -> dict[str, Path | None]:
+    """The files that a validation reads, by the argument or option that names them; for `ReportFiles`."""
+    named = {"CANDIDATE": candidate, "--inputs": given.inputs}
+    return {option: None if name is None else Path(name) for option, name in named.items()}
 
 
 def run_validation(

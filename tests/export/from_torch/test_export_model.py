@@ -19,7 +19,7 @@ from rmsnorm_deploy.export.from_torch import export_model as exporter
 from rmsnorm_deploy.export.from_torch.export_model import PreparedModel, export_model, prepare, save
 from rmsnorm_deploy.export.graph.metadata import PATH_KEY, SPEC_KEY, TARGET_KEY
 from rmsnorm_deploy.export.lowering.table import TARGETS
-from rmsnorm_deploy.export.onnx_io.atomic_files import sha256
+from rmsnorm_deploy.export.onnx_io.owned_files import sha256
 from rmsnorm_deploy.models.errors import MismatchError, UnsupportedError, UsageError
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner

@@ -153,10 +153,10 @@ def test_the_same_report_gives_the_same_bytes(tmp_path: Path) -> None:
         junit.write(sample_report(passed=False), tmp_path / name)
     content = (tmp_path / "a.xml").read_bytes()
     assert content == (tmp_path / "b.xml").read_bytes()
-    assert content.startswith(b'<?xml version="1.0" encoding="UTF-8"?>\n<testsuites>')
+    assert content.startswith(b'<?xml version="1.0" encoding="UTF-8"?>\n<!-- rmsnorm-deploy -->\n<testsuites>')
 
 
 def test_a_place_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"cannot write the report .*missing.*No such file"):
+    with pytest.raises(UsageError, match=r"report\.xml: the folder .*missing does not exist"):
         junit.write(sample_report(), tmp_path / "missing" / "report.xml")
     assert list(tmp_path.iterdir()) == []

@@ -128,10 +128,26 @@ def test_text_is_utf8_with_plain_line_ends(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["report"]
 
 
-def test_an_earlier_file_is_replaced(tmp_path: Path) -> None:
-    for text in ("longer text", "short"):
-        write_text(text, str(tmp_path / "report"))
-    assert (tmp_path / "report").read_text() == "short"
+REPORT = '{\n  "schema": "rmsnorm_deploy.validate/3",\n  "note": "%s"\n}\n'
+
+
+def test_an_earlier_report_is_replaced_and_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "report"
+    write_text(REPORT % "longer text", str(path))
+    path.chmod(0o600)
+    write_text(REPORT % "short", str(path))
+    assert path.read_text() == REPORT % "short"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    "text", ["mine", "", "{}", '{"schema": "other/1"}', '{"schema": "rmsnorm_deploy.manifest/2"}', "PK\3\4", "<html>"]
+)
+def test_a_file_of_others_is_refused_and_stays(tmp_path: Path, text: str) -> None:
+    (tmp_path / "report").write_text(text)
+    with pytest.raises(UsageError, match="report exists and rmsnorm did not write it"):
+        write_text(REPORT, tmp_path / "report")
+    assert (tmp_path / "report").read_text() == text
 
 
 def test_the_home_folder_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +168,7 @@ def test_a_place_that_cannot_be_written_to(tmp_path: Path, place: str) -> None:
 
 
 def test_nothing_is_left_behind_when_renaming_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "report").write_text("before")
+    (tmp_path / "report").write_text(REPORT)
 
     def failing(*given: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -160,5 +176,5 @@ def test_nothing_is_left_behind_when_renaming_fails(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(UsageError, match="No space left"):
         write_text("after", tmp_path / "report")
-    assert (tmp_path / "report").read_text() == "before"
+    assert (tmp_path / "report").read_text() == REPORT
     assert len(list(tmp_path.iterdir())) == 1

@@ -103,7 +103,7 @@ def test_a_file_beside_the_original_refers_to_the_same_weights(tmp_path: Path) -
     assert result.files == [tmp_path / "fast.onnx"]
     assert result.proof is not None
     assert result.proof.verdict == "pass"
-    with pytest.raises(UsageError, match=r"fast.onnx already exists; name a new file"):
+    with pytest.raises(UsageError, match=r"fast.onnx exists; give a new file name"):
         rewrite_model(path, tmp_path / "fast.onnx")
     (tmp_path / "other").mkdir()
     with pytest.raises(UsageError, match=r"must be in the folder of .* refers to its external data"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rmsnorm_deploy.export.onnx_io.atomic_files import sha256
+from rmsnorm_deploy.export.onnx_io.owned_files import sha256
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.tensorrt import worker
 from rmsnorm_deploy.runtime.tensorrt.engine_files import (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rmsnorm_deploy.export.onnx_io.atomic_files import sha256
+from rmsnorm_deploy.export.onnx_io.owned_files import sha256
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, UnsupportedError, UsageError
 from rmsnorm_deploy.plugins.tensorrt import library
 from rmsnorm_deploy.runtime.tensorrt.network import NetworkFile

@@ -26,7 +26,7 @@ def bisect(
     introduced. Exits with 1 if there is one.
     """
     screen = Screen(as_json)
-    files = validation.ReportFiles(html, junit, output)
+    files = validation.ReportFiles(html, junit, output, validation.input_files(candidate, given))
     sides = validation.sides(candidate, against, "bisect")
     asked = dataclasses.replace(given, bisect=True)
     return validation.run_validation(*sides, asked, files, screen, show_norms=True, trust_remote_code=trust_remote_code)

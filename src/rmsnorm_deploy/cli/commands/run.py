@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rmsnorm_deploy.cli import options
-from rmsnorm_deploy.cli.arrays import check_writable, write_npz
+from rmsnorm_deploy.cli.arrays import write_npz
 from rmsnorm_deploy.cli.screen import Screen
+from rmsnorm_deploy.export.onnx_io.atomic_files import check_distinct, check_new_file
+from rmsnorm_deploy.export.onnx_io.owned_files import is_own_report
 from rmsnorm_deploy.runtime.inputs.arrays import read_arrays
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ def run(
 ) -> None:
     """Run an exported model on the arrays of a file."""
     screen = Screen(as_json)
-    check_writable(output)
+    check_distinct({"-o": output}, {"DIR_OR_ONNX": path, "--inputs": inputs})
+    check_new_file(output, is_own_report)
     feeds = read_arrays(inputs)
     with screen.working(f"loading {path}") as progress:
         from rmsnorm_deploy.runtime.inputs.exported import open_exported

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from rmsnorm_deploy.cli import options, validation
 from rmsnorm_deploy.cli.screen import Screen
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.validation.options import ValidationOptions
+
+if TYPE_CHECKING:
+    from rmsnorm_deploy.runtime.validation.replay import Replay
 
 
 @validation.takes_options()
@@ -26,6 +29,9 @@ def validate(
     junit: validation.Junit = None,
     output: validation.Output = None,
     replay: validation.Replay = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run the Python code that the report of --replay names.")
+    ] = False,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> int:
@@ -35,9 +41,13 @@ def validate(
     norms is compared with a float64 reference. Exits with 1 if anything is less accurate than PyTorch.
     """
     screen = Screen(as_json)
-    files = validation.ReportFiles(html, junit, output)
+    files = validation.ReportFiles(
+        html, junit, output, {"--replay": replay, **validation.input_files(candidate, given)}
+    )
     if replay is not None:
-        return _again(replay, given, (candidate, against), files, screen, norms, trust_remote_code)
+        if candidate or against or given != ValidationOptions():
+            raise UsageError("--replay reads the candidate and the options from the report; omit them.")
+        return _again(_read(replay, allow_code), files, screen, norms, trust_remote_code)
     sides = validation.sides(candidate, against, "validate")
     asked = dataclasses.replace(given, depth=norms or (html is not None and not given.outputs_only))
     return validation.run_validation(
@@ -45,20 +55,24 @@ def validate(
     )
 
 
-def _again(
-    replay: Path,
-    given: ValidationOptions,
-    sides: tuple[str | None, str | None],
-    files: validation.ReportFiles,
-    screen: Screen,
-    show_norms: bool,
-    trust_remote_code: bool,
-) -> int:
+def _read(replay: Path, allow_code: bool) -> Replay:
+    """Read the report; code that it names is only run if the user allows it, because anyone can write a report."""
     from rmsnorm_deploy.runtime.validation.replay import read_replay
 
-    if any(sides) or given != ValidationOptions():
-        raise UsageError("--replay reads the candidate and the options from the report; omit them.")
     before = read_replay(replay)
+    code = {} if allow_code else before.code()
+    if code:
+        named = ", ".join(f"{source} ({setting})" for setting, source in code.items())
+        raise UsageError(
+            f"{replay} names Python code that a replay would run: {named}. Read that code, and if you trust it, add "
+            "--allow-code."
+        )
+    return before
+
+
+def _again(
+    before: Replay, files: validation.ReportFiles, screen: Screen, show_norms: bool, trust_remote_code: bool
+) -> int:
     return validation.run_validation(
         before.candidate,
         before.against,
