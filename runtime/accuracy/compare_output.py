@@ -7,6 +7,7 @@ Both process the arrays a few rows at a time, so that outputs of many million el
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from .errors import errors_of, is_exact, kind_of, pieces
 from .pass_rules import Arrays, AsGood, Equal, InPlace, Rule, Within
 from .tolerances import Limits
 
-__all__ = ["Figures", "OutputVerdict", "brief", "figures", "judge"]
+__all__ = ["Figures", "OutputVerdict", "all_passed", "brief", "figures", "judge"]
 
 
 def figures(
@@ -52,10 +53,18 @@ def figures(
 
 @dataclass(frozen=True, slots=True)
 class OutputVerdict:
-    """Whether one output passed, and why; the statistics are None if the arrays could not be compared."""
+    """Whether one output passed, and why.
+
+    Attributes:
+        name: the output's name.
+        passed: whether it passed; None if that cannot be judged, for want of a valid baseline or reference.
+        reason: why, in one line.
+        figures: error statistics of the candidate; None if the arrays could not be compared.
+        baseline_figures: those of the baseline; None as above.
+    """
 
     name: str
-    passed: bool
+    passed: bool | None
     reason: str
     figures: Figures | None
     baseline_figures: Figures | None
@@ -71,10 +80,16 @@ class OutputVerdict:
         }
 
 
+def all_passed(parts: Iterable[bool | None]) -> bool | None:
+    """Whether all parts passed: False if one failed, else None if one cannot be judged."""
+    found = set(parts)
+    return False if False in found else None if None in found else True
+
+
 def brief(verdict: OutputVerdict) -> dict[str, Any]:
     """A verdict as JSON values; histogram and worst elements are included only if it failed, to limit the size."""
     row = verdict.to_dict()
-    if verdict.passed:
+    if verdict.passed and verdict.figures is not None:
         for figures in (row["figures"], row["baseline_figures"]):
             figures.update(histogram=None, worst=[])
     return row
@@ -131,6 +146,7 @@ def judge(
         mine.add(part, errors)
         own.add(part, own_errors)
     # Integers have neither NaN nor infinity: their rule alone decides.
+    passed: bool | None
     passed, reason = in_place.result()
     if passed:
         passed, reason = rule.result()

@@ -39,6 +39,7 @@ class Figures:
         p999_ulp: the error in ULPs that 99.9% of the elements do not exceed.
         max_abs: largest absolute error.
         max_rel_row: largest absolute error divided by the RMS of the reference's row (a row is the last dim).
+        rms_rel_row: root mean square, over all rows, of a row's RMS error divided by the RMS of the reference's row.
         cosine: cosine similarity of the two arrays, flattened, over the elements that are finite in both.
         differing: elements whose bits differ from the baseline's (all NaNs are equal); None without a baseline of the
             same dtype.
@@ -52,8 +53,8 @@ class Figures:
         histogram: number of errors in each bin of `HISTOGRAM_EDGES`; None if nothing was measured.
         worst: the elements with the largest errors in ULPs, at most 5, largest first, equal errors in index order.
 
-    An element that is not finite although a finite value is expected makes max_ulp, mean_ulp, max_abs and max_rel_row
-    infinite.
+    An element that is not finite although a finite value is expected makes max_ulp, mean_ulp, max_abs, max_rel_row
+    and rms_rel_row infinite.
     """
 
     max_ulp: float
@@ -61,6 +62,7 @@ class Figures:
     p999_ulp: float
     max_abs: float
     max_rel_row: float
+    rms_rel_row: float
     cosine: float
     differing: int | None
     nonfinite_agree: bool
@@ -117,7 +119,8 @@ class FiguresOf:
         self._differing = 0 if baseline is not None and baseline.dtype == array.dtype else None
         self._agree = True
         self._measured = 0
-        self._sum_ulp = self._max_abs = self._max_relative = 0.0
+        self._sum_ulp = self._max_abs = self._max_relative = self._relative_squares = 0.0
+        self._rows = 0
         self._histogram = np.zeros(len(HISTOGRAM_EDGES), np.int64)
         # Keeping all errors above the 99.9th percentile makes that percentile exact.
         self._largest = _Largest(max(_WORST, array.size // 1000 + 2))
@@ -144,7 +147,7 @@ class FiguresOf:
         self._histogram += np.bincount(np.searchsorted(HISTOGRAM_EDGES, ulps), minlength=len(HISTOGRAM_EDGES))
         self._largest.add(ulps, places)
         self._max_abs = max(self._max_abs, float(errors.size[measured].max()))
-        self._max_relative = max(self._max_relative, self._relative(errors))
+        self._add_relative(errors)
 
     def result(self) -> Figures:
         """The statistics of all parts; all zero, with cosine 1, if there were none."""
@@ -157,6 +160,7 @@ class FiguresOf:
             p999_ulp=0.0 if nothing else float(ulps[self._measured - 1 - math.ceil((self._measured - 1) * 0.999)]),
             max_abs=self._max_abs,
             max_rel_row=self._max_relative,
+            rms_rel_row=0.0 if nothing else math.sqrt(self._relative_squares / self._rows),
             cosine=1.0 if nothing else self._cosine.result(),
             differing=self._differing,
             nonfinite_agree=self._agree,
@@ -169,13 +173,19 @@ class FiguresOf:
             ),
         )
 
-    def _relative(self, errors: Errors) -> float:
-        """The largest error divided by the RMS of its row."""
-        largest = np.fmax.reduce(errors.size.reshape(-1, self._row), axis=-1)
+    def _add_relative(self, errors: Errors) -> None:
+        """Errors divided by the RMS of their rows."""
+        sizes = errors.size.reshape(-1, self._row)
+        largest = np.fmax.reduce(sizes, axis=-1)
         scale = rms(errors.scale.reshape(-1, self._row))[:, 0]
+        infinite = np.asarray(np.isposinf(largest))
+        typical = np.where(infinite, np.inf, rms(np.where(infinite[:, None], 0.0, sizes))[:, 0])
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             # A row without errors gives 0 / 0, and a row in which nothing is measured gives NaN.
-            return float(np.max(np.where(largest > 0.0, largest / scale, 0.0)))
+            worst, mean = (np.where(largest > 0.0, part / scale, 0.0) for part in (largest, typical))
+            self._max_relative = max(self._max_relative, float(np.max(worst)))
+            self._relative_squares += float(np.sum(np.square(mean)))
+        self._rows += int(np.count_nonzero(~np.isnan(largest)))
 
     def _worst(self, place: int, ulp: float) -> Worst:
         index = tuple(int(i) for i in np.unravel_index(place, self._shape)) if self._shape else ()

@@ -42,8 +42,8 @@ class Rule(Protocol):
         """Add a part of whole rows, a slice of the flattened arrays, with the errors of both."""
         ...
 
-    def result(self) -> tuple[bool, str]:
-        """Whether the output passes, and why."""
+    def result(self) -> tuple[bool | None, str]:
+        """Whether the output passes, None if that cannot be judged; and why."""
         ...
 
 
@@ -177,11 +177,11 @@ class AsGood:
         mine, theirs = (np.where(judged, self._units(errors), np.nan) for errors in (candidate, baseline))
         self._parts.append(_Rows(*square_sums(mine), *square_sums(theirs)[:2]))
 
-    def result(self) -> tuple[bool, str]:
+    def result(self) -> tuple[bool | None, str]:
         rows = _Rows(*(np.concatenate(columns) for columns in zip(*self._parts, strict=True))) if self._parts else None
         if rows is None or not rows.counts.any():
             if self._any_finite:
-                return False, (
+                return None, (
                     f"there is no baseline: {self._name} is not finite wherever the reference is finite; "
                     "give atol or rtol"
                 )

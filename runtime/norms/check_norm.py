@@ -9,7 +9,7 @@ import numpy as np
 
 from ...models.dtypes import HALF_DTYPES
 from ...models.spec import NormSpec
-from ..accuracy.compare_output import OutputVerdict, judge
+from ..accuracy.compare_output import OutputVerdict, all_passed, judge
 from ..accuracy.errors import errors_of, row_scale_error
 from ..accuracy.float_formats import format_of, ulp_size
 from ..accuracy.tolerances import TOLERANCES, Limits
@@ -90,13 +90,14 @@ def check_sum(total: Array, wanted: Array) -> list[OutputVerdict]:
     return [] if same else [OutputVerdict("sum", False, "its second output is not the sum of its inputs", None, None)]
 
 
-def summary_of(verdicts: Sequence[OutputVerdict]) -> tuple[bool, str]:
-    """Whether a norm passed on all kinds of rows, and the reason in one line."""
-    failed = [verdict for verdict in verdicts if not verdict.passed]
-    if not failed:
+def summary_of(verdicts: Sequence[OutputVerdict]) -> tuple[bool | None, str]:
+    """Whether a norm passed on all kinds of rows, None if that cannot be judged, and the reason in one line."""
+    passed = all_passed(verdict.passed for verdict in verdicts)
+    if passed:
         return True, f"correct on {len({verdict.name for verdict in verdicts})} kinds of rows"
-    names = ", ".join(dict.fromkeys(verdict.name for verdict in failed))
-    return False, f"wrong on: {names}; {failed[0].name}: {failed[0].reason}"
+    bad = [verdict for verdict in verdicts if verdict.passed is passed]
+    names = ", ".join(dict.fromkeys(verdict.name for verdict in bad))
+    return passed, f"{'wrong' if passed is False else 'not judged'} on: {names}; {bad[0].name}: {bad[0].reason}"
 
 
 def _rows_by_kind(kinds: Array, width: int) -> dict[RowKind, Array]:
@@ -121,7 +122,7 @@ def judge_norm(
 ) -> OutputVerdict:
     """The verdict on one norm's result for one kind of row: that of `judge`, and for half types a limit on ULPs.
 
-    It also fails if the baseline's own norm is not close to the reference, because the reference is then not valid.
+    It is not judged if the baseline's own norm is not close to the reference, because the reference is not valid then.
     """
     verdict = judge(kind.name, candidate, reference, baseline, baseline_name=baseline_name)
     mine, own = verdict.figures, verdict.baseline_figures
@@ -135,7 +136,7 @@ def judge_norm(
     off = float(np.max(units, where=~np.isnan(units), initial=0.0))
     if kind.tame and not off <= sound_limit(norm.spec, rounded):
         reason = no_reference(norm.spec, off, f"{baseline_name}'s own norm")
-        return OutputVerdict(kind.name, False, reason, mine, own)
+        return OutputVerdict(kind.name, None, reason, mine, own)
     if not verdict.passed and dtype == "float32" and kind.sums_one_way:
         limit = (TOLERANCES[dtype].floor_max + _PLAIN_SUMS * width) * format_of(dtype).eps
         plain = judge(

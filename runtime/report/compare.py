@@ -21,8 +21,8 @@ from ..inputs.arrays import read_arrays
 from ..runners.base import Array
 from .page import Page, Shown
 from .printed import print_comparison
-from .report_file import read_report
-from .text import label
+from .report_file import VERDICTS, read_report
+from .text import label, verdict_word
 
 SCHEMA = "rmsnorm_deploy.compare/1"
 # A statistic is listed if it changed by more than this factor; below the given size, a change is only rounding.
@@ -34,13 +34,13 @@ _ABSENT = "-"
 class _Row(NamedTuple):
     """The compared parts of a row."""
 
-    passed: bool
+    passed: bool | None
     reason: str | None
     figures: dict[str, float]
 
     @property
     def verdict(self) -> str:
-        return "pass" if self.passed else "fail"
+        return verdict_word(self.passed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +271,7 @@ def _compare_reports(reference: Path, candidate: Path) -> ReportComparison:
 
 def _whole_report(path: Path) -> dict[str, Any]:
     content = read_report(path)
-    if content.get("verdict") not in ("pass", "fail") or "outputs" not in content:
+    if content.get("verdict") not in VERDICTS or "outputs" not in content:
         raise UsageError(f"{path} is not a complete report: its verdict or its outputs are missing. Write it again.")
     return content
 
@@ -302,7 +302,7 @@ def _all_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str
 
 
 def _row(row: Mapping[str, Any]) -> _Row:
-    if not isinstance(row["passed"], bool):
+    if row["passed"] is not None and not isinstance(row["passed"], bool):
         raise TypeError(f"passed is {row['passed']!r}")
     figures = row.get("figures") or {}
     known = {name: float(figures[name]) for name in _FIGURES if figures.get(name) is not None}

@@ -26,6 +26,9 @@ _WORST = 30
 # If PyTorch's error exceeds this share of the row's RMS, its result is not meaningful.
 _LOST = 0.25
 
+# The class of the page's head for each verdict.
+_KINDS = {"pass": "pass", "fail": "fail", "cannot be judged": "unjudged"}
+
 Row = Mapping[str, Any]
 
 
@@ -33,7 +36,7 @@ def render(report: Mapping[str, Any]) -> str:
     """The report as an HTML page; the same report gives the same text.
 
     Args:
-        report: a report of schema `rmsnorm_deploy.validate/3` or `rmsnorm_deploy.bisect/2`. `schema`, `verdict` and
+        report: a report of schema `rmsnorm_deploy.validate/4` or `rmsnorm_deploy.bisect/3`. `schema`, `verdict` and
             `outputs` are required; sections that are missing or empty are omitted.
 
     Raises:
@@ -105,7 +108,7 @@ def _breakable(text: str) -> str:
 
 def _view(report: Mapping[str, Any], plots: ModuleType) -> dict[str, Any]:
     """The variables of the template; missing lists are empty."""
-    lists = ("norms", "segments", "depth", "culprits", "notes", "refusals", "deviations")
+    lists = ("norms", "segments", "depth", "culprits", "notes", "warnings", "unjudged", "refusals", "deviations")
     view: dict[str, Any] = {name: report.get(name) or [] for name in ("outputs", *lists)}
     norms = [_norm(row) for row in view["norms"]]
     anchors = {row["path"]: f"norm-{place}" for place, row in reversed(list(enumerate(norms, 1))) if not row["passed"]}
@@ -117,7 +120,8 @@ def _view(report: Mapping[str, Any], plots: ModuleType) -> dict[str, Any]:
         "command": command(report),
         "schema": report["schema"],
         "created": report.get("created"),
-        "passed": report["verdict"] == "pass",
+        "verdict": report["verdict"],
+        "kind": _KINDS[report["verdict"]],
         "model": report.get("model"),
         "summary": report.get("summary"),
         "outputs": outputs,

@@ -22,17 +22,24 @@ _NO_TIME = "1970-01-01T00:00:00+00:00"
 
 
 class _Case(NamedTuple):
-    """One test case; `failure` is the message and the text of a failed case, else None."""
+    """One test case.
+
+    Attributes:
+        name: its name.
+        problem: the message and the text of a case that did not pass, else None.
+        judged: whether it could be judged: a case that could not is an `error`, not a `failure`.
+    """
 
     name: str
-    failure: tuple[str, str] | None
+    problem: tuple[str, str] | None
+    judged: bool = True
 
 
 def render(report: Mapping[str, Any]) -> str:
     """The report as JUnit XML.
 
     Args:
-        report: a report of schema `rmsnorm_deploy.validate/3` or `rmsnorm_deploy.bisect/2`.
+        report: a report of schema `rmsnorm_deploy.validate/4` or `rmsnorm_deploy.bisect/3`.
 
     Returns:
         The XML with its declaration. Suites `outputs`, `norms` and `segments`, each omitted if it has no case. If the
@@ -43,8 +50,9 @@ def render(report: Mapping[str, Any]) -> str:
         "norms": [_norm(row) for row in report.get("norms") or []],
         "segments": [_segment(row) for row in report.get("segments") or []],
     }
-    if report["verdict"] != "pass" and not any(case.failure for cases in suites.values() for case in cases):
-        suites["outputs"].append(_Case("verdict", (report.get("summary") or "the verdict is fail", "")))
+    if report["verdict"] != "pass" and not any(case.problem for cases in suites.values() for case in cases):
+        reason = report.get("summary") or f"the verdict is: {report['verdict']}"
+        suites["outputs"].append(_Case("verdict", (reason, ""), report["verdict"] == "fail"))
     root = ET.Element("testsuites")
     for name, cases in suites.items():
         if cases:
@@ -74,8 +82,8 @@ def _add_suite(root: ET.Element, name: str, cases: list[_Case], report: Mapping[
             "hostname": "localhost",
             "timestamp": _timestamp(report.get("created") or _NO_TIME),
             "tests": str(len(cases)),
-            "failures": str(sum(case.failure is not None for case in cases)),
-            "errors": "0",
+            "failures": str(sum(case.problem is not None and case.judged for case in cases)),
+            "errors": str(sum(not case.judged for case in cases)),
             "skipped": "0",
             "time": "0",
         },
@@ -87,9 +95,10 @@ def _add_suite(root: ET.Element, name: str, cases: list[_Case], report: Mapping[
         # Jenkins uses the part before the last dot of a class name as the package.
         attributes = {"classname": f"{title}.{name}", "name": clean(case.name), "time": "0"}
         element = ET.SubElement(suite, "testcase", attributes)
-        if case.failure is not None:
-            message, text = map(clean, case.failure)
-            ET.SubElement(element, "failure", {"message": message, "type": "mismatch"}).text = text
+        if case.problem is not None:
+            message, text = map(clean, case.problem)
+            tag, kind = ("failure", "mismatch") if case.judged else ("error", "not judged")
+            ET.SubElement(element, tag, {"message": message, "type": kind}).text = text
     ET.SubElement(suite, "system-out")
     ET.SubElement(suite, "system-err")
 
@@ -97,6 +106,8 @@ def _add_suite(root: ET.Element, name: str, cases: list[_Case], report: Mapping[
 def _properties(report: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "schema", str(report["schema"])
     yield "verdict", str(report["verdict"])
+    for number, warning in enumerate(report.get("warnings") or []):
+        yield f"warning.{number}", warning
     for key, value in (report.get("settings") or {}).items():
         if value is not None and not isinstance(value, list | dict):
             yield f"settings.{key}", plain(value)
@@ -126,7 +137,7 @@ def _norm(row: Mapping[str, Any]) -> _Case:
 def _case(name: str, row: Mapping[str, Any], details: str) -> _Case:
     if row["passed"]:
         return _Case(name, None)
-    return _Case(name, (row["reason"], f"{row['reason']}\n{details}".rstrip()))
+    return _Case(name, (row["reason"], f"{row['reason']}\n{details}".rstrip()), row["passed"] is not None)
 
 
 def _figures(row: Mapping[str, Any]) -> str:

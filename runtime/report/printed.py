@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .page import Page
-from .text import counted, label
+from .text import counted, label, verdict_word
 
 # A table wider than the terminal cannot be read; the end of a path says more than its beginning.
 _PATH_LENGTH = 48
@@ -17,14 +17,18 @@ def print_validation(
     page: Page, report: Mapping[str, Any], *, show_parts: bool = False, again: str | None = None
 ) -> None:
     """The tables of a report, the reasons of what failed, the deviations and the verdict."""
+    for warning in report["warnings"]:
+        page.line(f"warning: {warning}")
     columns = ("case", "output", "verdict", "max error/row RMS", "max ULP", "mean ULP", "cosine")
     page.table(columns, [(row["case"], row["name"], *_cells(row), _cosine(row)) for row in report["outputs"]])
     page.line("errors relative to PyTorch in float64; in parentheses those of PyTorch in the deployed dtype")
     if show_parts:
         _print_parts(page, report)
     for row in report["outputs"]:
-        if not row["passed"]:
+        if row["passed"] is False:
             page.line(f"{row['case']}, {row['name']}: {row['reason']}")
+    for row in report["unjudged"]:
+        page.line(f"cannot be judged: {_few(row['parts'])}: {row['reason']}")
     for note in report["notes"]:
         page.line(f"note: {note}")
     print_deviations(page, report["deviations"])
@@ -65,7 +69,12 @@ def _depth_row(point: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
-    return "pass" if row["passed"] else "fail"
+    return verdict_word(row["passed"])
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _error(row: Mapping[str, Any]) -> float:
@@ -152,7 +161,7 @@ def _print_arrays(page: Page, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _array_row(row: Mapping[str, Any]) -> tuple[str, ...]:
-    figures, verdict = row["figures"], "pass" if row["passed"] else "fail"
+    figures, verdict = row["figures"], verdict_word(row["passed"])
     if figures is None:
         return row["name"], verdict, "-", "-", "-", "-", "-"
     numbers = (_short(figures[key]) for key in ("max_abs", "max_rel_row", "max_ulp", "mean_ulp"))
@@ -165,7 +174,7 @@ def _print_reports(page: Page, content: Mapping[str, Any]) -> None:
         rows = [(row["kind"], row["name"], row["before"], row["after"]) for row in content["verdicts"]]
         page.table(("verdict of", "name", "before", "after"), rows)
     for row in content["verdicts"]:
-        if row["after"] == "fail" and "reason" in row:
+        if row["after"] != "pass" and "reason" in row:
             page.line(f"{row['name']}: {row['reason']}")
     for title, key in (("missing", "missing"), ("new", "added")):
         for row in content[key]:

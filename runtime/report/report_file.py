@@ -8,8 +8,9 @@ from typing import Any
 
 from ...models.errors import UsageError
 
-VALIDATE_SCHEMA = "rmsnorm_deploy.validate/3"
-BISECT_SCHEMA = "rmsnorm_deploy.bisect/2"
+VALIDATE_SCHEMA = "rmsnorm_deploy.validate/4"
+VERDICTS = ("pass", "fail", "cannot be judged")
+BISECT_SCHEMA = "rmsnorm_deploy.bisect/3"
 
 
 def read_report(path: Path) -> dict[str, Any]:

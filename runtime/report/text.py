@@ -22,13 +22,18 @@ ABSENT = "–"
 
 
 def command(report: Mapping[str, Any]) -> str:
-    """The command that made a report, from its schema: `rmsnorm_deploy.validate/3` -> `rmsnorm validate`."""
+    """The command that made a report, from its schema: `rmsnorm_deploy.validate/4` -> `rmsnorm validate`."""
     return "rmsnorm " + str(report["schema"]).partition(".")[2].partition("/")[0]
 
 
 def label(row: Mapping[str, Any]) -> str:
     """The name of a norm in a report, see `norm_name`."""
     return norm_name(str(row["path"]), int(row.get("call") or 0))
+
+
+def verdict_word(passed: bool | None) -> str:
+    """`pass`, `fail` or `not judged`: how tables show whether a part passed."""
+    return {True: "pass", False: "fail", None: "not judged"}[passed]
 
 
 def clean(text: str) -> str:

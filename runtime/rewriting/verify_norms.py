@@ -93,9 +93,10 @@ class Proof:
     @property
     def verdict(self) -> Verdict:
         """`mismatch` if anything differs, `unproven` if anything could not be run, else `pass`."""
-        if any(site.verdict == "mismatch" for site in self.sites) or any(not v.passed for v in self.model or ()):
+        if any(site.verdict == "mismatch" for site in self.sites) or any(v.passed is False for v in self.model or ()):
             return "mismatch"
         unproven = self.unproven or any(site.verdict == "unproven" for site in self.sites)
+        unproven = unproven or any(output.passed is None for output in self.model or ())
         return "unproven" if unproven else "pass"
 
     @property

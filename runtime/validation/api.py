@@ -34,6 +34,7 @@ from .pipeline import (
     missing_outputs,
     run_baseline,
     run_candidate,
+    signal_warnings,
     try_or_note,
 )
 from .replay import SIDES
@@ -143,6 +144,7 @@ def _examined(
             baseline, norms, runs, matched.keys, stores, with_depth=options.with_depth, progress=progress
         )
         rows = judge_outputs(runs, own, references, options.limits)
+        warnings = signal_warnings(own, runs, rows)
         notes = [*missing_outputs(candidate, runs, own), *matched.notes]
         points: list[DepthPoint] = []
         if access is None or not matched.keys:
@@ -160,4 +162,4 @@ def _examined(
                     return found
 
                 points = try_or_note("errors along the depth", notes, depth)
-    return ValidationReport(candidate.name, rows, parts.norms, parts.segments, points, notes)
+    return ValidationReport(candidate.name, rows, parts.norms, parts.segments, points, notes, warnings)

@@ -35,14 +35,14 @@ class NormCheck:
     Attributes:
         norm: the call.
         form: `plain`, or `residual_add` if a residual add is fused into the candidate's norm.
-        passed: whether it passed on all kinds of rows.
+        passed: whether it passed on all kinds of rows; None if that cannot be judged.
         reason: why.
         kinds: a verdict for each kind of row.
     """
 
     norm: CalledNorm
     form: str
-    passed: bool
+    passed: bool | None
     reason: str
     kinds: list[OutputVerdict] = field(default_factory=list)
 
@@ -101,7 +101,7 @@ def check_norms(
 
 
 def without_reference(checks: Iterable[NormCheck], disagreements: Mapping[Key, float]) -> list[NormCheck]:
-    """The checks; those of norms whose own code in float64 does not compute the recognized formula are failed.
+    """The checks; those of norms whose own code in float64 does not compute the recognized formula are not judged.
 
     Args:
         checks: checks of norms.
@@ -111,18 +111,19 @@ def without_reference(checks: Iterable[NormCheck], disagreements: Mapping[Key, f
     for check in checks:
         off = disagreements.get(check.norm.key, 0.0)
         if off > _SAME_FORMULA:
-            check = failed(check, no_reference(check.norm.spec, off, "PyTorch's own code in float64", "x row scale"))
+            reason = no_reference(check.norm.spec, off, "PyTorch's own code in float64", "x row scale")
+            check = dataclasses.replace(check, passed=None, reason=reason)
         found.append(check)
     return found
 
 
 def unsound_norms(called: Iterable[CalledNorm]) -> list[NormCheck]:
-    """Failed checks of the norms that do not compute the recognized formula in the running model.
+    """Checks, without a judgment, of the norms that do not compute the recognized formula in the running model.
 
     Norms with statistics in a half type are skipped: their statistics may overflow in PyTorch itself.
     """
     return [
-        NormCheck(norm, "plain", False, no_reference(norm.spec, norm.off))
+        NormCheck(norm, "plain", None, no_reference(norm.spec, norm.off))
         for norm in called
         if not norm.spec.sums_in_half and norm.off > sound_limit(norm.spec, norm.y_dtype)
     ]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ...models.errors import RmsnormDeployError
 from ...models.recognition.intercept import at_norms
 from ...models.recognition.site import Recognition, norm_name
+from ..accuracy.baseline import signal_warning
 from ..accuracy.compare_output import OutputVerdict
 from ..accuracy.tolerances import Limits
 from ..inputs.cases import Case
@@ -210,6 +211,28 @@ def judge_outputs(
         true, wanted = named(reference, candidate.names), named(own, candidate.names)
         rows += [(run.case.name, judge_output(name, got, true, wanted, limits)) for name, got in run.got.items()]
     return rows
+
+
+def signal_warnings(
+    baseline: BaselineRuns, runs: CandidateRuns, rows: Sequence[tuple[str, OutputVerdict]]
+) -> list[str]:
+    """A warning for each output whose signal PyTorch itself loses in the deployed dtype, from its worst case."""
+    worst: dict[str, tuple[str, OutputVerdict]] = {}
+    for case, row in rows:
+        known = worst.get(row.name)
+        if row.baseline_figures and (known is None or _loss(row) > _loss(known[1])):
+            worst[row.name] = case, row
+    names = {case.name: number for number, case in enumerate(run.case for run in runs.runs)}
+    found = []
+    for name, (case, row) in worst.items():
+        own = named(baseline.outputs[names[case]], runs.names)[name.removesuffix(DECODE_SUFFIX)]
+        warning = signal_warning(row, own.dtype.name)
+        found += [f"output {name} of {case}: {warning}"] if warning else []
+    return found
+
+
+def _loss(row: OutputVerdict) -> float:
+    return row.baseline_figures.rms_rel_row if row.baseline_figures else 0.0
 
 
 def check_parts(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...models.recognition.site import norm_name
-from ..accuracy.compare_output import OutputVerdict
+from ..accuracy.compare_output import OutputVerdict, all_passed
 from ..report.page import Page, Shown
 from ..report.printed import print_validation
 from ..report.report_file import VALIDATE_SCHEMA
@@ -18,6 +18,8 @@ from .norm_checks import NormCheck
 from .segment_checks import SegmentCheck
 
 CREATED = "created"
+Verdict = Literal["pass", "fail", "cannot be judged"]
+VERDICTS: dict[bool | None, Verdict] = {True: "pass", False: "fail", None: "cannot be judged"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +50,12 @@ class ValidationReport(Shown):
         segments: the checks of the segments between the norms.
         depth: errors along the depth, if requested.
         notes: what could not be checked, and why.
+        warnings: why a pass may say little: where PyTorch itself has lost the signal.
         refusals: norms that the exporter left unchanged, from the manifest.
         deviations: known deviations of the target, from the manifest.
         settings: the arguments of the validation, from which it can be run again.
         provenance: versions, files and options of both sides.
-        schema: `rmsnorm_deploy.validate/3` or `rmsnorm_deploy.bisect/2`.
+        schema: `rmsnorm_deploy.validate/4` or `rmsnorm_deploy.bisect/3`.
         created: when the report was made, ISO 8601 in UTC, to the second.
     """
 
@@ -62,6 +65,7 @@ class ValidationReport(Shown):
     segments: list[SegmentCheck] = field(default_factory=list)
     depth: list[DepthPoint] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     refusals: list[dict[str, Any]] = field(default_factory=list)
     deviations: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -70,16 +74,36 @@ class ValidationReport(Shown):
     created: str = field(default_factory=_now)
 
     @property
-    def verdict(self) -> Literal["pass", "fail"]:
-        """`pass` if every output, norm and segment passed, else `fail`."""
-        sound = all(row.passed for _, row in self.rows) and all(norm.passed for norm in self.norms)
-        return "pass" if self.rows and sound and all(s.verdict.passed for s in self.segments) else "fail"
+    def verdict(self) -> Verdict:
+        """`fail` if an output, norm or segment failed; `cannot be judged` if one could not be; else `pass`."""
+        parts = [*(row.passed for _, row in self.rows), *(norm.passed for norm in self.norms)]
+        passed = all_passed([*parts, *(segment.verdict.passed for segment in self.segments)])
+        if passed and not self.rows:
+            return "cannot be judged"
+        return VERDICTS[passed]
+
+    @property
+    def unjudged(self) -> list[tuple[str, list[str]]]:
+        """What could not be judged: each reason once, with the norms, segments and outputs to which it applies."""
+        found: dict[str, list[str]] = {}
+        for name, passed, reason in self._parts():
+            if passed is None:
+                found.setdefault(reason, []).append(name)
+        return list(found.items())
+
+    def _parts(self) -> Iterator[tuple[str, bool | None, str]]:
+        for norm in self.norms:
+            yield f"norm {norm_name(*norm.norm.key)}", norm.passed, norm.reason
+        for segment in self.segments:
+            yield f"segment {segment.name}", segment.verdict.passed, segment.verdict.reason
+        for case, row in self.rows:
+            yield f"output {row.name} of {case}", row.passed, row.reason
 
     @property
     def culprits(self) -> list[Culprit]:
         """Where error is introduced: norms first, then segments; outputs only if no norm or segment failed."""
-        found = [Culprit("norm", norm_name(*n.norm.key), n.reason) for n in self.norms if not n.passed]
-        for segment in (segment for segment in self.segments if not segment.verdict.passed):
+        found = [Culprit("norm", norm_name(*n.norm.key), n.reason) for n in self.norms if n.passed is False]
+        for segment in (segment for segment in self.segments if segment.verdict.passed is False):
             reason = segment.verdict.reason
             if segment.contains:
                 found += [Culprit("norm", name, f"inside {segment.name}: {reason}") for name in segment.contains]
@@ -87,7 +111,7 @@ class ValidationReport(Shown):
                 found.append(Culprit("segment", segment.name, reason))
         if found:
             return list({(c.kind, c.name): c for c in reversed(found)}.values())[::-1]
-        failed = [(case, row) for case, row in self.rows if not row.passed]
+        failed = [(case, row) for case, row in self.rows if row.passed is False]
         return [Culprit("output", f"{row.name} of {case}", row.reason) for case, row in failed]
 
     @property
@@ -103,11 +127,18 @@ class ValidationReport(Shown):
             return f"{text} as accurate as PyTorch."
         culprits = self.culprits
         if not culprits:
-            return "Nothing was compared."
+            return self._no_verdict(text)
         more = f" and {len(culprits) - 1} more" if len(culprits) > 1 else ""
         if culprits[0].kind == "output":
             return f"{text} as accurate as PyTorch; no failed norm or segment explains {culprits[0].name}{more}."
         return f"{text} as accurate as PyTorch; error is introduced in {culprits[0].name}{more}."
+
+    def _no_verdict(self, counts: str) -> str:
+        if not self.rows:
+            return "Nothing was compared."
+        reason, names = self.unjudged[0]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return f"{counts} as accurate as PyTorch; {names[0]}{more} cannot be judged: {reason}."
 
     def show(self, page: Page) -> None:
         """Print the table of outputs, the reasons of what failed, and the verdict."""
@@ -142,6 +173,8 @@ class ValidationReport(Shown):
             "model": self.model,
             "verdict": self.verdict,
             "summary": self.summary,
+            "warnings": self.warnings,
+            "unjudged": [{"reason": reason, "parts": parts} for reason, parts in self.unjudged],
             "culprits": [culprit.to_dict() for culprit in self.culprits],
             "settings": self.settings,
             "outputs": [{"case": case, **row.to_dict()} for case, row in self.rows],
@@ -161,7 +194,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [name for name in names if name != CREATED and old.get(name) != new.get(name)]
 
 
-def _share(noun: str, passed: list[bool]) -> str:
+def _share(noun: str, passed: list[bool | None]) -> str:
     if not passed:
         return ""
-    return f"{sum(passed)} of {len(passed)} {noun}{'s' * (len(passed) > 1)}"
+    return f"{sum(map(bool, passed))} of {len(passed)} {noun}{'s' * (len(passed) > 1)}"

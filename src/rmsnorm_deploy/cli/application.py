@@ -21,8 +21,8 @@ app = typer.Typer(
     name="rmsnorm",
     help="Take RMSNorm from PyTorch to ONNX Runtime and TensorRT: find it, export it, run it, verify the numbers.",
     epilog=(
-        "Exit codes: 0 pass, 1 mismatch, 2 wrong usage or input, 3 unsupported combination, 4 a missing package, "
-        "library or device, 70 bug, 130 interrupted."
+        "Exit codes: 0 pass, 1 mismatch, 2 wrong usage or input, 3 unsupported combination or a result that cannot be "
+        "judged, 4 a missing package, library or device, 70 bug, 130 interrupted."
     ),
     add_completion=False,
     rich_markup_mode=None,

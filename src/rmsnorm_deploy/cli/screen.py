@@ -121,7 +121,7 @@ def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
     return table
 
 
-_STYLES = {"pass": "green", "fail": "bold red", "yes": "green", "no": "red"}
+_STYLES = {"pass": "green", "fail": "bold red", "yes": "green", "no": "red", "not judged": "yellow"}
 
 
 def _discard_stdout() -> None:

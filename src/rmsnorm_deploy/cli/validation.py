@@ -89,6 +89,8 @@ GIVEN: dict[str, Any] = {
         bool, typer.Option("--outputs-only", help="Compare only the outputs, not norms and segments: faster.")
     ],
 }
+# What could not be judged is not a pass, and not a mismatch.
+EXIT_CODES = {"pass": 0, "fail": 1, "cannot be judged": 3}
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ValidationOptions)}
 
 
@@ -245,7 +247,7 @@ def run_validation(
     screen.result(content, lambda: print_validation(screen, content, show_parts=show_norms, again=again))
     if again is not None and screen.as_json:
         screen.note(again)
-    return 0 if report.verdict == "pass" else 1
+    return EXIT_CODES[report.verdict]
 
 
 def _again(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ EDGES: list[float | str] = [0, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512,
 
 
 def sample_report(passed: bool = True, norms: int = 9) -> dict[str, Any]:
-    """A report of schema `rmsnorm_deploy.validate/3`, with three outputs and two segments.
+    """A report of schema `rmsnorm_deploy.validate/4`, with three outputs and two segments.
 
     Args:
         passed: whether everything passed; else the norm in the middle, all outputs and the second segment failed.
@@ -20,7 +20,7 @@ def sample_report(passed: bool = True, norms: int = 9) -> dict[str, Any]:
     paths = _paths(norms)
     bad = None if passed else paths[norms // 2]
     return {
-        "schema": "rmsnorm_deploy.validate/3",
+        "schema": "rmsnorm_deploy.validate/4",
         "created": "2026-11-23T04:00:00+00:00",
         "verdict": "pass" if passed else "fail",
         "summary": (
@@ -35,6 +35,8 @@ def sample_report(passed: bool = True, norms: int = 9) -> dict[str, Any]:
         "segments": [_segment(rng, paths, 0, True), _segment(rng, paths, 1, passed)],
         "depth": _depth(rng, paths, bad),
         "culprits": [] if passed else [{"kind": "norm", "name": bad, "reason": "error max 913 of 4.1 allowed"}],
+        "warnings": [],
+        "unjudged": [],
         "notes": ["model.norm runs on 1 row only, so its statistics were checked on made-up rows alone."],
         "refusals": [
             {"path": "model.vision.norm", "class": "CenteredNorm", "reason": "it subtracts the mean of each group"}

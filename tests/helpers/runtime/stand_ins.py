@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -71,13 +72,16 @@ def verdict(name: str, error: float = 0.0, own: float = 0.0) -> OutputVerdict:
     return judge(name, mine, true, theirs)
 
 
-def norm_check(norm: CalledNorm, passed: bool = True, kinds: Sequence[OutputVerdict] = ()) -> NormCheck:
+def norm_check(norm: CalledNorm, passed: bool | None = True, kinds: Sequence[OutputVerdict] = ()) -> NormCheck:
     """A check of a norm that says `because` where it failed."""
     return NormCheck(norm, "plain", passed, "right" if passed else "because", list(kinds))
 
 
 def segment(
-    name: str, passed: bool = True, contains: Sequence[str] = (), end: Key | None = None, error: float = 0.0
+    name: str, passed: bool | None = True, contains: Sequence[str] = (), end: Key | None = None, error: float = 0.0
 ) -> SegmentCheck:
     """A segment that ends in a value off by `error`, or by a whole where it is not to pass."""
-    return SegmentCheck(name, verdict("x", error if passed else 1.0), list(contains), end)
+    found = verdict("x", error if passed else 1.0)
+    if passed is None:
+        found = dataclasses.replace(found, passed=None)
+    return SegmentCheck(name, found, list(contains), end)

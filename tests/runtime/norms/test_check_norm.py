@@ -75,20 +75,20 @@ def test_a_right_norm_passes_and_is_called_after_its_kind() -> None:
     assert verdict.name == "tame rows"
 
 
-@pytest.mark.parametrize(("eps", "passed"), [(511.0, True), (513.0, False)])
-def test_a_baseline_that_is_far_off_is_no_truth_on_tame_rows(eps: float, passed: bool) -> None:
+@pytest.mark.parametrize(("eps", "passed"), [(511.0, True), (513.0, None)])
+def test_a_baseline_that_is_far_off_is_no_truth_on_tame_rows(eps: float, passed: bool | None) -> None:
     """All rows are of ones: the result is 1, and one element of the baseline is off by so many eps of float32."""
     expected = np.ones((12, WIDTH))
     off = expected.astype(np.float32)
     off[0, 0] += np.float32(eps * 2.0**-23)
     verdict = judge_norm(TAME, called(), off, expected, off, "the other")
     assert verdict.passed is passed
-    assert ("the other's own norm" in verdict.reason) is not passed
+    assert ("the other's own norm" in verdict.reason) is not bool(passed)
     assert judge_norm(WILD, called(), off, expected, off).passed
 
 
-@pytest.mark.parametrize(("spec", "passed"), [(SPEC, False), (IN_HALF, True)])
-def test_statistics_in_a_half_type_may_be_further_off(spec: NormSpec, passed: bool) -> None:
+@pytest.mark.parametrize(("spec", "passed"), [(SPEC, None), (IN_HALF, True)])
+def test_statistics_in_a_half_type_may_be_further_off(spec: NormSpec, passed: bool | None) -> None:
     expected = np.ones((12, WIDTH))
     off = (expected * (1 + 20 * 2.0**-10)).astype(np.float16)
     assert judge_norm(TAME, called("float16", spec), off, expected, off).passed is passed

@@ -59,7 +59,7 @@ def test_the_sections_are_in_order(failing: str) -> None:
 def test_a_small_report_has_no_empty_sections() -> None:
     row = {"case": "1x1", "name": "y", "passed": False, "reason": "shape mismatch", "figures": None,
            "baseline_figures": None}  # fmt: skip
-    page = html.render({"schema": "rmsnorm_deploy.bisect/2", "verdict": "fail", "outputs": [row]})
+    page = html.render({"schema": "rmsnorm_deploy.bisect/3", "verdict": "fail", "outputs": [row]})
     assert _sections(page) == ["outputs", "notes", "refusals", "again"]
     assert _text(page, "//section[h2/@id='notes']") == "Notes none"
     assert _text(page, "//section[h2/@id='refusals']").endswith(" none")
@@ -259,14 +259,29 @@ def _contrast(a: str, b: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
+def test_what_cannot_be_judged_is_neither_a_pass_nor_a_fail() -> None:
+    report = sample_report(norms=1)
+    report["verdict"] = "cannot be judged"
+    report["outputs"][0].update(passed=None, reason="there is no baseline")
+    report["unjudged"] = [{"reason": "there is no <baseline>", "parts": ["output logits of 1x1"]}]
+    report["warnings"] = ["output logits: PyTorch itself in float16 is off by 30%"]
+    page = html.render(report)
+    assert '<header class="verdict unjudged">' in page
+    assert "Cannot be judged</h1>" in page
+    assert page.count(">not judged<") + page.count("</span> not judged</span>") == 1
+    assert "there is no &lt;baseline&gt;" in page
+    warning = page.index("Warning: output logits: PyTorch itself in float16 is off by 30%")
+    assert page.index("</h1>") < warning < page.index('class="summary"')
+
+
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
 def test_the_colors_meet_wcag_aa(failing: str, theme: int) -> None:
     colors = _colors(failing)[theme]
-    assert len(colors) == 12
+    assert len(colors) == 14
     for ground in ("page", "panel"):
-        for ink in ("text", "muted", "link", "pass", "fail"):
+        for ink in ("text", "muted", "link", "pass", "unjudged", "fail"):
             assert _contrast(colors[ink], colors[ground]) >= 4.5, (ink, ground)
-    for verdict in ("pass", "fail"):
+    for verdict in ("pass", "unjudged", "fail"):
         assert _contrast(colors[verdict], colors[f"{verdict}-panel"]) >= 4.5
         assert _contrast(colors["text"], colors[f"{verdict}-panel"]) >= 4.5
     for line in ("candidate", "pytorch"):

@@ -24,7 +24,7 @@ def _root(report: dict[str, Any]) -> ET.Element:
 
 
 def _reports() -> list[dict[str, Any]]:
-    small = {"schema": "rmsnorm_deploy.bisect/2", "verdict": "fail", "outputs": []}
+    small = {"schema": "rmsnorm_deploy.bisect/3", "verdict": "fail", "outputs": []}
     return [sample_report(), sample_report(passed=False), sample_report(norms=1), small]
 
 
@@ -96,20 +96,30 @@ def test_calls_of_one_norm_have_names_of_their_own() -> None:
     assert [case.get("name") for case in _root(report)[1].iter("testcase")] == [path, f"{path} (call 2)"]
 
 
+def test_what_cannot_be_judged_is_an_error_and_not_a_failure() -> None:
+    report = sample_report()
+    report["verdict"] = "cannot be judged"
+    report["outputs"][1].update(passed=None, reason="there is no baseline")
+    root = _root(report)
+    assert [(suite.get("failures"), suite.get("errors")) for suite in root] == [("0", "1"), ("0", "0"), ("0", "0")]
+    (error,) = root.iter("error")
+    assert (error.get("message"), error.get("type")) == ("there is no baseline", "not judged")
+
+
 def test_a_failing_verdict_is_never_a_green_file() -> None:
     report = sample_report()
     report.update(verdict="fail", summary="no output could be compared")
     (failure,) = _root(report).iter("failure")
     assert failure.get("message") == "no output could be compared"
-    small = _root({"schema": "rmsnorm_deploy.validate/3", "verdict": "fail", "outputs": []})
+    small = _root({"schema": "rmsnorm_deploy.validate/4", "verdict": "fail", "outputs": []})
     assert [case.get("name") for case in small.iter("testcase")] == ["verdict"]
-    assert [failure.get("message") for failure in small.iter("failure")] == ["the verdict is fail"]
+    assert [failure.get("message") for failure in small.iter("failure")] == ["the verdict is: fail"]
 
 
 def test_the_properties_are_the_verdict_and_the_plain_settings() -> None:
     suite = _root(sample_report())[2]
     assert {entry.get("name"): entry.get("value") for entry in suite.iter("property")} == {
-        "schema": "rmsnorm_deploy.validate/3",
+        "schema": "rmsnorm_deploy.validate/4",
         "verdict": "pass",
         "settings.model": "out/model.onnx",
         "settings.against": "Qwen/Qwen3-0.6B",

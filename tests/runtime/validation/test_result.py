@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ from rmsnorm_deploy.runtime.validation.result import CREATED, Culprit, Validatio
 from tests.helpers.runtime.stand_ins import called, norm_check, segment, verdict
 
 RIGHT, WRONG = verdict("logits"), verdict("logits", error=1.0)
+UNJUDGED = dataclasses.replace(RIGHT, passed=None, reason="there is no baseline")
 FIRST, SECOND = called("first"), called("first", 1)
 REFUSAL = {"path": "p", "class": "C", "reason": "it subtracts the mean"}
 DEVIATION = {"runtime": "onnxruntime", "at_most_ulp": 1.5, "reason": "one rounding less", "sites": ["first"]}
@@ -31,8 +33,12 @@ def report(**parts: Any) -> ValidationReport:
     ("parts", "expected"),
     [
         ({}, "pass"),
-        ({"rows": []}, "fail"),
-        ({"rows": [], "norms": [norm_check(FIRST)], "segments": [segment("s")]}, "fail"),
+        ({"rows": []}, "cannot be judged"),
+        ({"rows": [], "norms": [norm_check(FIRST)], "segments": [segment("s")]}, "cannot be judged"),
+        ({"rows": [("1x1", RIGHT), ("2x2", UNJUDGED)]}, "cannot be judged"),
+        ({"rows": [("1x1", WRONG), ("2x2", UNJUDGED)]}, "fail"),
+        ({"norms": [norm_check(FIRST), norm_check(SECOND, None)]}, "cannot be judged"),
+        ({"segments": [segment("s"), segment("t", None)]}, "cannot be judged"),
         ({"rows": [("1x1", RIGHT), ("2x2", WRONG)]}, "fail"),
         ({"norms": [norm_check(FIRST), norm_check(SECOND)]}, "pass"),
         ({"norms": [norm_check(FIRST), norm_check(SECOND, False)]}, "fail"),
@@ -42,6 +48,32 @@ def report(**parts: Any) -> ValidationReport:
 )
 def test_the_verdict_needs_outputs_and_all_to_pass(parts: dict[str, Any], expected: str) -> None:
     assert report(**parts).verdict == expected
+
+
+def test_what_cannot_be_judged_is_listed_by_reason_and_accuses_nobody() -> None:
+    found = report(
+        rows=[("1x1", UNJUDGED), ("2x2", UNJUDGED)],
+        norms=[norm_check(FIRST, None), norm_check(SECOND)],
+        segments=[segment("a ... b")],
+    )
+    assert found.culprits == []
+    assert found.unjudged == [
+        ("because", ["norm first"]),
+        ("there is no baseline", ["output logits of 1x1", "output logits of 2x2"]),
+    ]
+    assert found.summary == (
+        "0 of 2 outputs, 1 of 2 norms, 1 of 1 segment as accurate as PyTorch; norm first cannot be judged: because."
+    )
+    content = found.to_dict()
+    assert content["unjudged"][0] == {"reason": "because", "parts": ["norm first"]}
+    assert [row["passed"] for row in content["outputs"]] == [None, None]
+    assert "cannot be judged: output logits of 1x1, output logits of 2x2: there is no baseline" in str(found)
+    assert str(found).endswith("verdict: cannot be judged")
+
+
+def test_warnings_stand_first() -> None:
+    found = report(warnings=["output logits: PyTorch itself has lost the signal"])
+    assert str(found).splitlines()[0] == "warning: output logits: PyTorch itself has lost the signal"
 
 
 # ------------------------------------------------------------------------------------------------------ culprits
