@@ -195,4 +195,4 @@ def _worst(view: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
         for where, row in judged
         for element in (row.get("figures") or {}).get("worst") or []
     ]
-    return sorted(found, key=lambda element: (element["passed"], -float(element["ulp"])))[:_WORST]
+    return sorted(found, key=lambda element: (bool(element["passed"]), -float(element["ulp"])))[:_WORST]
