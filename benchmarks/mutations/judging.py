@@ -13,6 +13,7 @@ import numpy as np
 
 from rmsnorm_deploy.models.errors import RmsnormDeployError
 from rmsnorm_deploy.runtime.inputs.cases import Case
+from rmsnorm_deploy.runtime.inputs.plan import plan_cases
 from rmsnorm_deploy.runtime.norms.access import CalledNorm
 from rmsnorm_deploy.runtime.norms.activation_store import Key
 from rmsnorm_deploy.runtime.norms.adversarial_rows import adversarial, turns
@@ -20,7 +21,6 @@ from rmsnorm_deploy.runtime.norms.graph_norms import GraphNorms
 from rmsnorm_deploy.runtime.norms.onnx_norms import OnnxNorms
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 from rmsnorm_deploy.runtime.validation.api import bisect, validate
-from rmsnorm_deploy.runtime.validation.run_cases import made_up_cases
 
 from .faults import Fault
 from .runner_faults import RunnerFault, SpoiledRunner
@@ -160,7 +160,7 @@ def _differ(before: Outputs, after: Outputs) -> bool:
 def _padded(path: Path, model: Any) -> Outputs:
     """Outputs for the generated inputs with the first tokens of every row masked."""
     with OrtRunner(path) as runner:
-        cases: Sequence[Case] = made_up_cases(runner.inputs(), model, None, 0)
+        cases: Sequence[Case] = plan_cases(runner.inputs(), model, 0).cases
         for case in cases:
             case.feeds["attention_mask"][:, : case.feeds["attention_mask"].shape[1] // 2] = 0
         return [runner.run(case.feeds) for case in cases]

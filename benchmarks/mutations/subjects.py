@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from rmsnorm_deploy.export.from_torch.export_model import prepare, save
 from rmsnorm_deploy.models.builtin.checkpoint import addition
 from rmsnorm_deploy.models.outliers import inject_outliers
+from rmsnorm_deploy.runtime.inputs.plan import plan_cases
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
-from rmsnorm_deploy.runtime.validation.run_cases import made_up_cases
 from tests.helpers.models.families import build
 from tests.helpers.norms.norm_zoo import Biased, Weighted, hub_class, randomized
 
@@ -121,7 +121,7 @@ class Exports:
 
 def run_cases(runner: Any, model: nn.Module) -> Outputs:
     """The runner's outputs for the inputs that `validate` generates by default, one dict for each case."""
-    return [runner.run(case.feeds) for case in made_up_cases(runner.inputs(), model, None, 0)]
+    return [runner.run(case.feeds) for case in plan_cases(runner.inputs(), model, 0).cases]
 
 
 def _redraw(model: nn.Module) -> None:

@@ -1,6 +1,8 @@
 """The inputs that a model runs on: generated with a seed, read from files, or made from prompts.
 
 cases: `Case`, one run's inputs, and its sources: `load_cases`, `prompt_cases`, `given_cases`, `made_up_for`.
+plan: `plan_cases`, the inputs that a validation generates by default, and what they leave out.
+boundaries: the lengths and the special tokens that a model's config names.
 synthetic: `make_feeds`, which generates inputs, and `cast_feeds`, which casts given ones to the model's dtypes.
 arrays: `read_arrays`, for .npz and .safetensors files.
 tokenizer: `load_tokenizer` and `has_tokenizer`.

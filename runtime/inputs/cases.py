@@ -30,10 +30,21 @@ _PROMPT_SHOWN = 24
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """The inputs of one run, and their name in reports."""
+    """The inputs of one run, and their name in reports.
+
+    Attributes:
+        name: the name in reports.
+        feeds: arrays by input name.
+        calls: of a model with a KV cache, the numbers of tokens of each call after the first; `(1,)` if empty.
+        optional: whether the case is left out if PyTorch itself does not run it.
+        long: whether the case is long or has many rows, so that norms and segments are checked on another one.
+    """
 
     name: str
     feeds: dict[str, Array]
+    calls: tuple[int, ...] = ()
+    optional: bool = False
+    long: bool = False
 
 
 def load_cases(source: str, infos: Sequence[TensorInfo]) -> list[Case]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,12 @@ _HALVES, _INTEGERS = ("float16", "bfloat16"), ("int32", "int64")
 
 
 def make_feeds(
-    infos: Sequence[TensorInfo], batch: int, length: int, seed: int, vocabulary: int | None
+    infos: Sequence[TensorInfo],
+    batch: int,
+    length: int,
+    seed: int,
+    vocabulary: int | None,
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Array]:
     """Generate inputs of one shape.
 
@@ -45,12 +51,13 @@ def make_feeds(
         length: size of every other dynamic dim; one that is named `past` is 0.
         seed: of the random numbers; equal seeds give equal inputs.
         vocabulary: number of token ids, required if the model reads tokens.
+        sizes: other sizes of some dynamic dims, by name.
 
     Raises:
         UsageError: no values can be generated for an input; the user has to give it.
     """
     rng = np.random.default_rng([seed, batch, length])
-    return {info.name: _values(info, batch, length, seed, rng, vocabulary) for info in infos}
+    return {info.name: _values(_sized(info, sizes or {}), batch, length, seed, rng, vocabulary) for info in infos}
 
 
 def with_empty_cache(feeds: Mapping[str, Array], infos: Sequence[TensorInfo]) -> dict[str, Array]:
@@ -80,6 +87,13 @@ def is_past(name: str) -> bool:
 def present_to_past(outputs: Mapping[str, Array]) -> dict[str, Array]:
     """The cache among the outputs of a run, under the names of the inputs of the next run."""
     return {PAST + name.removeprefix(PRESENT): value for name, value in outputs.items() if name.startswith(PRESENT)}
+
+
+def _sized(info: TensorInfo, sizes: Mapping[str, int]) -> TensorInfo:
+    shape = info.shape
+    if shape is None or not sizes:
+        return info
+    return dataclasses.replace(info, shape=tuple(sizes.get(d, d) if isinstance(d, str) else d for d in shape))
 
 
 def _values(

@@ -31,6 +31,8 @@ def print_validation(
         page.line(f"cannot be judged: {_few(row['parts'])}: {row['reason']}")
     for note in report["notes"]:
         page.line(f"note: {note}")
+    for kind in report["untried"]:
+        page.line(f"not tried: {kind}")
     print_deviations(page, report["deviations"])
     for culprit in report["culprits"]:
         page.line(f"{culprit['kind']} {culprit['name']}: {culprit['reason']}")

@@ -11,6 +11,7 @@ from ...export.onnx_io.manifest import deviation_rows, versions
 from ...models.recognition.find_norms import find_norms
 from ..accuracy.tolerances import check_limits
 from ..inputs.cases import Case, given_cases
+from ..inputs.plan import Plan
 from ..norms.activation_store import ActivationStore
 from ..norms.torch_norms import TorchNorms
 from ..report.report_file import BISECT_SCHEMA, VALIDATE_SCHEMA
@@ -90,15 +91,18 @@ def validate(
     with side.opened() as runner:
         infos = runner.inputs()
         if cases is None:
-            given = cases_for(sides, infos, options, trust_remote_code)
+            plan = cases_for(sides, infos, options, trust_remote_code)
         else:
-            given = given_cases(cases(infos) if callable(cases) else cases, infos)
-        runs = run_candidate(runner, side.name, given, progress)
+            plan = Plan(given_cases(cases(infos) if callable(cases) else cases, infos))
+        runs = run_candidate(runner, side.name, plan.cases, progress)
         provenance = {"candidate": runner.provenance()}
     check_limits(options.limits, runs.names)
-    with open_runner(sides.model, input_names=by_position(sides.model, infos)) as torch_runner:
+    cached = any(run.present for run in runs.runs)
+    names_of_inputs = by_position(sides.model, infos)
+    with open_runner(sides.model, input_names=names_of_inputs, include_cache=cached) as torch_runner:
         baseline = Baseline(sides.model, torch_runner, find_norms(sides.model))
         report = _examined(sides, runs, baseline, options, progress)
+        report.untried[:0] = plan.untried
         provenance |= {"baseline": torch_runner.provenance(), "versions": versions()}
     if options.inputs is not None and Path(options.inputs).is_file():
         provenance["inputs"] = file_record(Path(options.inputs))
@@ -131,8 +135,9 @@ def _examined(
     sides: Sides, runs: CandidateRuns, baseline: Baseline, options: ValidationOptions, progress: Progress
 ) -> ValidationReport:
     """All stages after the candidate's runs."""
-    candidate, largest = sides.candidate, runs.runs[runs.largest]
-    own = run_baseline(baseline, runs, progress)
+    candidate = sides.candidate
+    runs, own = run_baseline(baseline, runs, progress)
+    largest = runs.runs[runs.largest]
     access = None
     if candidate.norms is not None and not options.outputs_only:
         access = candidate.norms(largest.torch_feeds)
@@ -144,7 +149,7 @@ def _examined(
             baseline, norms, runs, matched.keys, stores, with_depth=options.with_depth, progress=progress
         )
         rows = judge_outputs(runs, own, references, options.limits)
-        warnings = signal_warnings(own, runs, rows)
+        warnings = signal_warnings(own, rows)
         notes = [*missing_outputs(candidate, runs, own), *matched.notes]
         points: list[DepthPoint] = []
         if access is None or not matched.keys:
@@ -162,4 +167,6 @@ def _examined(
                     return found
 
                 points = try_or_note("errors along the depth", notes, depth)
-    return ValidationReport(candidate.name, rows, parts.norms, parts.segments, points, notes, warnings)
+    return ValidationReport(
+        candidate.name, rows, parts.norms, parts.segments, points, notes, warnings, list(own.untried)
+    )

@@ -19,12 +19,14 @@ class ValidationOptions:
         dtype: dtype to load the PyTorch model in if it is given by name; the exported dtype if None.
         provider: ONNX Runtime's execution provider: `cpu`, `cuda` or `tensorrt`.
         seed: seed of generated inputs and adversarial rows.
-        shapes: batch and length of each generated input; `(1, 1), (1, 7), (3, 33)` if None.
+        shapes: batch and length of each generated input; those of `plan_cases` if None.
         inputs: a source of inputs that replace generated ones, see `load_cases`.
         prompts: texts that replace generated inputs, see `prompt_cases`.
         tokenizer: tokenizer for prompts; if None, that of the candidate, or else that of the PyTorch model.
         limits: explicit limits by output name, `*` for all others, which replace the comparison with PyTorch's own
             error. They apply to outputs; norms and segments are judged by the tolerance table.
+        thorough: try generated inputs that take long too: lengths past every window that the config names, all token
+            ids, and several seeds.
         outputs_only: skip norms and segments.
         depth: measure how error grows along the depth.
         window: number of norms that are processed together: a smaller number takes less memory. None means all.
@@ -45,6 +47,7 @@ class ValidationOptions:
     prompts: tuple[str, ...] = ()
     tokenizer: str | None = None
     limits: Mapping[str, Limits] = field(default_factory=dict)
+    thorough: bool = False
     outputs_only: bool = False
     depth: bool = False
     window: int | None = None
@@ -66,6 +69,8 @@ class ValidationOptions:
             raise UsageError(f"seed: expected a number of at least 0, got {self.seed}.")
         if self.inputs is not None and self.prompts:
             raise UsageError("inputs and prompts are both given; give only one of them.")
+        if self.thorough and (self.inputs is not None or self.prompts or self.shapes is not None):
+            raise UsageError("thorough adds generated inputs; it cannot be combined with inputs, prompts or shapes.")
         if self.bisect and self.outputs_only:
             raise UsageError("bisect checks norms and segments; it cannot be combined with outputs_only.")
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ...export.graph.metadata import PRESENT
+from ...models.dtypes import HALF_DTYPES
 from ...models.errors import RmsnormDeployError
 from ...models.recognition.intercept import at_norms
 from ...models.recognition.site import Recognition, norm_name
@@ -24,7 +26,7 @@ from ..runners.base import Runner
 from .candidate import Candidate
 from .norm_checks import NormCheck, check_norms, failed, unsound_norms, without_reference
 from .options import ValidationOptions
-from .run_cases import DECODE_SUFFIX, Outputs, Run, judge_output, named, run_guarded, wide
+from .run_cases import Outputs, Run, judge_run, named, repeats, run_guarded, wide, with_cache_names
 from .segment_checks import SegmentCheck, SegmentOutputs, check_segments, segment_names
 
 if TYPE_CHECKING:
@@ -47,8 +49,13 @@ class CandidateRuns:
 
     @property
     def largest(self) -> int:
-        """The index of the case on which norms and segments are checked."""
-        return max(range(len(self.runs)), key=lambda number: self.runs[number].size)
+        """The index of the case on which norms and segments are checked: the largest that runs and is not long."""
+
+        def rank(number: int) -> tuple[bool, bool, int]:
+            run = self.runs[number]
+            return not run.error, not run.case.long, run.size
+
+        return max(range(len(self.runs)), key=rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +69,17 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class BaselineRuns:
-    """PyTorch's outputs for every case, and the norms that it called in the largest case, in order."""
+    """PyTorch's outputs for every case.
+
+    Attributes:
+        outputs: in the order of the candidate's runs, a KV cache among them.
+        called: the norms that it called in the largest case, in order.
+        untried: the cases that PyTorch itself does not run, with the reason.
+    """
 
     outputs: tuple[Outputs, ...]
     called: Mapping[Key, CalledNorm]
+    untried: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,31 +130,57 @@ class PartChecks:
 
 
 def run_candidate(runner: Runner, name: str, cases: Sequence[Case], progress: Progress) -> CandidateRuns:
-    """Run every case.
+    """Run every case, and the first optional one twice.
 
     Raises:
-        UsageError: the candidate fails, or does not return the outputs that it declares.
+        UsageError: the candidate fails on a case that is not optional, or does not return the outputs that it declares.
     """
-    runs = []
+    runs: list[Run] = []
+    repeated = False
     for number, case in enumerate(cases, start=1):
         progress(f"{name}: {case.name} ({number} of {len(cases)})")
-        runs.append(Run(case, run_guarded(runner, case, name)))
-    names = dict.fromkeys(output.removesuffix(DECODE_SUFFIX) for run in runs for output in run.got)
+        try:
+            run = run_guarded(runner, case, name)
+        except RmsnormDeployError as error:
+            if not case.optional:
+                raise
+            runs.append(Run(case, (), error=f"it fails, and PyTorch does not: {error}"))
+            continue
+        if case.optional and not repeated:
+            run, repeated = repeats(runner, run), True
+        runs.append(run)
+    names = dict.fromkeys(name for run in runs for call in run.calls for name in call.outputs)
     return CandidateRuns(tuple(runs), tuple(names))
 
 
-def run_baseline(baseline: Baseline, candidate: CandidateRuns, progress: Progress) -> BaselineRuns:
-    """Run every case in PyTorch; record the norms of the largest case."""
-    outputs, called = [], {}
+def run_baseline(
+    baseline: Baseline, candidate: CandidateRuns, progress: Progress
+) -> tuple[CandidateRuns, BaselineRuns]:
+    """Run every case in PyTorch, and record the norms of the largest case.
+
+    Returns:
+        The candidate's runs without the optional cases that PyTorch does not run, and PyTorch's.
+    """
+    kept: list[Run] = []
+    outputs: list[Outputs] = []
+    called: Mapping[Key, CalledNorm] = {}
+    untried = []
     for number, run in enumerate(candidate.runs):
         progress(f"PyTorch: {run.case.name} ({number + 1} of {len(candidate.runs)})")
-        if number == candidate.largest:
-            survey = survey_norms(baseline.model, baseline.runner, baseline.recognition, run.torch_feeds)
-            called = survey.called
-            outputs.append(survey.outputs)
-        else:
-            outputs.append(baseline.runner.run(run.torch_feeds))
-    return BaselineRuns(tuple(outputs), called)
+        try:
+            if number == candidate.largest:
+                survey = survey_norms(baseline.model, baseline.runner, baseline.recognition, run.torch_feeds)
+                called, found = survey.called, survey.outputs
+            else:
+                found = baseline.runner.run(run.torch_feeds)
+        except RmsnormDeployError as error:
+            if not run.case.optional:
+                raise
+            untried.append(f"{run.case.name}: PyTorch itself does not run it ({error})")
+            continue
+        kept.append(run)
+        outputs.append(with_cache_names(found))
+    return CandidateRuns(tuple(kept), candidate.names), BaselineRuns(tuple(outputs), called, tuple(untried))
 
 
 def match_norms(candidate: Candidate, access: NormAccess | None, called: Mapping[Key, CalledNorm]) -> MatchedNorms:
@@ -190,10 +230,10 @@ def compute_references(
             progress(f"PyTorch in float64: {run.case.name} ({number + 1} of {len(candidate.runs)})")
             feeds = wide(run.torch_feeds)
             if with_depth and keys and number == candidate.largest:
-                outputs.append(norms.trace_reference(feeds, list(keys), stores.free.put))
+                outputs.append(with_cache_names(norms.trace_reference(feeds, list(keys), stores.free.put)))
                 continue
             with at_norms(baseline.model, baseline.recognition.sites, exactly):
-                outputs.append(baseline.runner.run(feeds))
+                outputs.append(with_cache_names(baseline.runner.run(feeds)))
         if not keys:
             return References(tuple(outputs), {}, {})
         progress("PyTorch in float64, norm by norm")
@@ -208,27 +248,23 @@ def judge_outputs(
     """A verdict on every output of every case, with the case's name."""
     rows = []
     for run, own, reference in zip(candidate.runs, baseline.outputs, references.outputs, strict=True):
-        true, wanted = named(reference, candidate.names), named(own, candidate.names)
-        rows += [(run.case.name, judge_output(name, got, true, wanted, limits)) for name, got in run.got.items()]
+        rows += [(run.case.name, row) for row in judge_run(run, reference, own, limits, candidate.names)]
     return rows
 
 
-def signal_warnings(
-    baseline: BaselineRuns, runs: CandidateRuns, rows: Sequence[tuple[str, OutputVerdict]]
-) -> list[str]:
+def signal_warnings(baseline: BaselineRuns, rows: Sequence[tuple[str, OutputVerdict]]) -> list[str]:
     """A warning for each output whose signal PyTorch itself loses in the deployed dtype, from its worst case."""
+    dtypes = {value.dtype.name for outputs in baseline.outputs for value in outputs.values()}
+    half = next((dtype for dtype in HALF_DTYPES if dtype in dtypes), None)
+    if half is None:
+        return []
     worst: dict[str, tuple[str, OutputVerdict]] = {}
     for case, row in rows:
-        known = worst.get(row.name)
-        if row.baseline_figures and (known is None or _loss(row) > _loss(known[1])):
-            worst[row.name] = case, row
-    names = {case.name: number for number, case in enumerate(run.case for run in runs.runs)}
-    found = []
-    for name, (case, row) in worst.items():
-        own = named(baseline.outputs[names[case]], runs.names)[name.removesuffix(DECODE_SUFFIX)]
-        warning = signal_warning(row, own.dtype.name)
-        found += [f"output {name} of {case}: {warning}"] if warning else []
-    return found
+        name = row.name.partition("@")[0].partition(" ")[0]
+        if name not in worst or _loss(row) > _loss(worst[name][1]):
+            worst[name] = case, row
+    warnings = ((name, case, signal_warning(row, half)) for name, (case, row) in worst.items())
+    return [f"output {name} of {case}: {warning}" for name, case, warning in warnings if warning]
 
 
 def _loss(row: OutputVerdict) -> float:
@@ -286,7 +322,7 @@ def try_or_note(what: str, notes: list[str], run: Callable[[], list[Any]]) -> li
 
 def missing_outputs(candidate: Candidate, runs: CandidateRuns, baseline: BaselineRuns) -> list[str]:
     """Notes on outputs of PyTorch that the candidate does not return, if their outputs have names in common."""
-    returned = baseline.outputs[runs.largest]
+    returned = [name for name in baseline.outputs[runs.largest] if not name.startswith(PRESENT)]
     if not set(runs.names) & set(returned):
         return []
     return [

@@ -51,6 +51,7 @@ class ValidationReport(Shown):
         depth: errors along the depth, if requested.
         notes: what could not be checked, and why.
         warnings: why a pass may say little: where PyTorch itself has lost the signal.
+        untried: the kinds of inputs that were not tried, and what to do about each.
         refusals: norms that the exporter left unchanged, from the manifest.
         deviations: known deviations of the target, from the manifest.
         settings: the arguments of the validation, from which it can be run again.
@@ -66,6 +67,7 @@ class ValidationReport(Shown):
     depth: list[DepthPoint] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    untried: list[str] = field(default_factory=list)
     refusals: list[dict[str, Any]] = field(default_factory=list)
     deviations: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -182,6 +184,7 @@ class ValidationReport(Shown):
             "segments": [segment.to_dict(index) for index, segment in enumerate(self.segments)],
             "depth": [point.to_dict() for point in self.depth],
             "notes": self.notes,
+            "untried": self.untried,
             "refusals": self.refusals,
             "deviations": self.deviations,
             "provenance": self.provenance,

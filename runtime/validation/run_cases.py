@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,18 +25,52 @@ from ..runners.base import Array, Runner, TensorInfo
 if TYPE_CHECKING:
     from torch import nn
 
-# Suffix of the names of a decode step's outputs.
-DECODE_SUFFIX = "@decode"
+# Suffixes of the names of the outputs of a decode step of one token, and of a later call with several tokens.
+DECODE_SUFFIX, CHUNK_SUFFIX = "@decode", "@chunk"
+
+# A tensor of PyTorch's KV cache, as `TorchRunner` names it.
+_CACHE = re.compile(r"past_key_values\.layers\.(\d+)\.(key|value)s")
 
 Outputs = dict[str, Array]
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """The outputs of one call of the candidate, or of several of one kind.
+
+    Attributes:
+        outputs: by name, without the suffix.
+        positions: the places, in the length of the case, of the tokens that the call reads, in order.
+        suffix: `DECODE_SUFFIX` or `CHUNK_SUFFIX`; empty for the first call.
+    """
+
+    outputs: Outputs
+    positions: tuple[int, ...] = ()
+    suffix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
-    """A case, and the candidate's outputs for it."""
+    """A case, and the candidate's outputs for it.
+
+    Attributes:
+        case: the case.
+        calls: the outputs by call; one without a KV cache.
+        present: the KV cache after the last call, by name.
+        error: why the candidate does not run the case, which PyTorch does; else empty.
+        repeated: whether a second run gave the same bits; None if there was none.
+    """
 
     case: Case
-    got: Outputs
+    calls: tuple[Call, ...]
+    present: Outputs = field(default_factory=dict)
+    error: str = ""
+    repeated: bool | None = None
+
+    @property
+    def got(self) -> Outputs:
+        """All outputs, with the suffixes of their calls."""
+        return {f"{name}{call.suffix}": value for call in self.calls for name, value in call.outputs.items()}
 
     @property
     def torch_feeds(self) -> dict[str, Array]:
@@ -71,77 +108,176 @@ def by_position(model: nn.Module, infos: Sequence[TensorInfo]) -> list[str] | No
     return None if set(names) <= set(inspect.signature(model.forward).parameters) else names
 
 
-def run_guarded(runner: Runner, case: Case, name: str) -> Outputs:
+def run_guarded(runner: Runner, case: Case, name: str) -> Run:
     """The candidate's outputs.
 
     Raises:
         UsageError: it fails, or does not return the outputs that it declares.
     """
     try:
-        outputs = _run_candidate(runner, case)
+        run = _run_candidate(runner, case)
     except RmsnormDeployError:
         raise
     except Exception as error:  # a runner that the user wrote may raise any error
         raise UsageError(f"{name} failed on case {case.name}: {type(error).__name__}: {error}") from error
-    returned = {output.removesuffix(DECODE_SUFFIX) for output in outputs}
+    returned = {output for call in run.calls for output in call.outputs}
     missing = [
         info.name for info in runner.outputs() if info.name not in returned and not info.name.startswith(PRESENT)
     ]
-    if missing or not outputs:
+    if missing or not returned:
         raise UsageError(
             f"{name}: case {case.name}: expected the outputs {', '.join(missing) or 'that it declares'}, "
-            f"got {', '.join(outputs) or 'none'}."
+            f"got {', '.join(returned) or 'none'}."
         )
-    return outputs
+    return run
 
 
-def _run_candidate(runner: Runner, case: Case) -> Outputs:
+def repeats(runner: Runner, run: Run) -> Run:
+    """The run, after a second one of the same inputs, which must give the same bits."""
+    again = _run_candidate(runner, run.case)
+    pairs = [(value, again.got[name]) for name, value in run.got.items()]
+    pairs += [(value, again.present[name]) for name, value in run.present.items()]
+    same = all(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in pairs)
+    return dataclasses.replace(run, repeated=same)
+
+
+def _run_candidate(runner: Runner, case: Case) -> Run:
     cached = any(is_past(name) for name in case.feeds)
     if not cached or case.feeds["input_ids"].shape[1] == 1:
-        return {n: v for n, v in runner.run(case.feeds).items() if not (cached and n.startswith(PRESENT))}
-    return _run_with_cache(runner, case.feeds)
+        outputs = runner.run(case.feeds)
+        present = {n: v for n, v in outputs.items() if cached and n.startswith(PRESENT)}
+        return Run(case, (Call({n: v for n, v in outputs.items() if n not in present}),), present)
+    return _run_with_cache(runner, case)
 
 
-def _run_with_cache(runner: Runner, feeds: Mapping[str, Array]) -> Outputs:
-    """Run all tokens but the last with an empty cache, then the last one with the returned cache."""
+def _run_with_cache(runner: Runner, case: Case) -> Run:
+    """Run the first tokens with an empty cache, then each further call with the cache that the last one returned."""
+    feeds = case.feeds
     length = feeds["input_ids"].shape[1]
+    calls = case.calls if sum(case.calls) < length and case.calls else (1,)
+    ends = list(itertools.accumulate(calls, initial=length - sum(calls)))
     tokens = ("input_ids", "position_ids", "token_type_ids")
-    first = {k: v[:, : length - 1] if k in (*tokens, "attention_mask") else v for k, v in feeds.items()}
-    prefill = runner.run(first)
-    step = {k: v[:, length - 1 :] if k in tokens else v for k, v in feeds.items()}
-    step.update({k: v for k, v in present_to_past(prefill).items() if k in feeds})
-    decode = runner.run(step)
-    outputs = {name: value for name, value in prefill.items() if not name.startswith(PRESENT)}
-    outputs.update({f"{k}{DECODE_SUFFIX}": v for k, v in decode.items() if not k.startswith(PRESENT)})
-    return outputs
+    given, start, found = dict(feeds), 0, []
+    for end in ends:
+        part = {k: v[:, start:end] if k in tokens else v for k, v in given.items()}
+        if "attention_mask" in part:
+            part["attention_mask"] = feeds["attention_mask"][:, :end]
+        outputs = runner.run(part)
+        suffix = "" if start == 0 else DECODE_SUFFIX if end - start == 1 else CHUNK_SUFFIX
+        present = {name: value for name, value in outputs.items() if name.startswith(PRESENT)}
+        own = {name: value for name, value in outputs.items() if name not in present}
+        found.append(Call(own, tuple(range(start, end)), suffix))
+        given.update({k: v for k, v in present_to_past(present).items() if k in feeds})
+        start = end
+    return Run(case, tuple(_joined(found)), present)
+
+
+def _joined(calls: Sequence[Call]) -> Iterator[Call]:
+    """The calls, with those of one kind joined along the length."""
+    for suffix, same in itertools.groupby(calls, key=lambda call: call.suffix):
+        group = list(same)
+        names = group[0].outputs
+        if len(group) == 1 or any(call.outputs[name].ndim < 2 for call in group for name in names):
+            yield from group[-1:]
+            continue
+        outputs = {name: np.concatenate([call.outputs[name] for call in group], axis=1) for name in names}
+        yield Call(outputs, tuple(place for call in group for place in call.positions), suffix)
+
+
+def judge_run(
+    run: Run, reference: Outputs, baseline: Outputs, limits: Mapping[str, Limits], names: Sequence[str]
+) -> list[OutputVerdict]:
+    """The verdicts on the outputs of one case, of every kind of call, and on the KV cache that it leaves.
+
+    Args:
+        run: the candidate's run.
+        reference: PyTorch's outputs in float64, the KV cache among them if there is one.
+        baseline: PyTorch's outputs in the deployed dtype.
+        limits: explicit limits by output.
+        names: the candidate's outputs.
+    """
+    if run.error:
+        return [OutputVerdict("the run", False, run.error, None, None)]
+    true, wanted = named(reference, names), named(baseline, names)
+    rows = []
+    for call in run.calls:
+        for name, got in call.outputs.items():
+            ours, theirs = _at(true[name], call, got), _at(wanted[name], call, got)
+            mask = _judged_places(run.case, call, got)
+            if mask is not None and ours.shape == theirs.shape == got.shape:
+                got, ours, theirs = got[mask], ours[mask], theirs[mask]
+            rows.append(judge_output(name + call.suffix, got, ours, theirs, limits_of(limits, name)))
+    rows += judge_cache(run, reference, baseline)
+    if run.repeated is False:
+        reason = "a second run of the same inputs gives other bits, so the file reads something besides its inputs"
+        rows.append(OutputVerdict("a second run", False, reason, None, None))
+    return rows
 
 
 def judge_output(
-    name: str,
-    candidate: Array,
-    reference: Mapping[str, Array],
-    baseline: Mapping[str, Array],
-    limits: Mapping[str, Limits],
+    name: str, candidate: Array, reference: Array, baseline: Array, limits: Limits | None
 ) -> OutputVerdict:
-    key = name.removesuffix(DECODE_SUFFIX)
-    true, wanted = reference[key], baseline[key]
-    if name.endswith(DECODE_SUFFIX):
-        true, wanted = true[:, -1:], wanted[:, -1:]
-    elif candidate.ndim == wanted.ndim and candidate.ndim > 1 and candidate.shape[1] == wanted.shape[1] - 1:
-        true, wanted = true[:, :-1], wanted[:, :-1]  # the prompt, without the token of the decode step
-    found = limits_of(limits, key)
-    verdict = judge(name, candidate, true, wanted, limits=found)
-    if found is None:
-        verdict = unless_wrong(verdict, wanted.dtype.name)
-    if candidate.dtype != wanted.dtype and verdict.passed and found is None:
-        reason = f"expected {wanted.dtype.name} as in PyTorch, got {candidate.dtype.name}; explicit limits allow that"
-        return OutputVerdict(name, False, reason, verdict.figures, verdict.baseline_figures)
+    """The verdict on one output of one call; see `judge` and `unless_wrong`."""
+    verdict = judge(name, candidate, reference, baseline, limits=limits)
+    if limits is None:
+        verdict = unless_wrong(verdict, baseline.dtype.name)
+    if candidate.dtype != baseline.dtype and verdict.passed and limits is None:
+        reason = f"expected {baseline.dtype.name} as in PyTorch, got {candidate.dtype.name}; explicit limits allow that"
+        return dataclasses.replace(verdict, passed=False, reason=reason)
     return verdict
+
+
+def judge_cache(run: Run, reference: Outputs, baseline: Outputs) -> list[OutputVerdict]:
+    """The verdicts on the KV cache after the last call: on each tensor that did not pass, and on the worst other one.
+
+    A sliding layer of PyTorch keeps only the last tokens, and padded tokens have no meaning: only the tensors' common
+    part, without padding, is judged.
+    """
+    mask = run.case.feeds.get("attention_mask")
+    rows = []
+    for name, got in run.present.items():
+        true, wanted = reference.get(name), baseline.get(name)
+        if true is None or wanted is None or got.ndim != 4 or wanted.ndim != 4:
+            continue
+        count = min(got.shape[2], wanted.shape[2])
+        mine, ours, theirs = (side[:, :, side.shape[2] - count :].swapaxes(1, 2) for side in (got, true, wanted))
+        if mask is not None and mask.ndim == 2 and mask.shape[1] >= count and len(mask) == len(got) == len(wanted):
+            kept = mask[:, mask.shape[1] - count :] != 0
+            mine, ours, theirs = mine[kept], ours[kept], theirs[kept]
+        rows.append(judge_output(name, mine, ours, theirs, None))
+    worst = max((r for r in rows if r.passed), key=lambda r: r.figures.max_rel_row if r.figures else 0.0, default=None)
+    kept_row = [] if worst is None else [dataclasses.replace(worst, name=f"{worst.name} (worst of {len(rows)})")]
+    return [*(row for row in rows if not row.passed), *kept_row]
+
+
+def _at(side: Array, call: Call, got: Array) -> Array:
+    """PyTorch's output at the places of a call's tokens, if the output has the case's length."""
+    places = list(call.positions)
+    if not places or side.ndim < 2 or side.ndim != got.ndim or side.shape[1] <= places[-1]:
+        return side
+    if got.shape[1] == len(places):
+        return side[:, places]
+    return side[:, places[-1:]] if got.shape[1] == 1 else side
+
+
+def _judged_places(case: Case, call: Call, got: Array) -> Array | None:
+    """Which tokens of an output are judged: not those before which, and at which, everything is padding.
+
+    Their attention has nothing to attend to, so their values have no meaning and differ between implementations.
+    """
+    mask = case.feeds.get("attention_mask")
+    if mask is None or mask.ndim != 2 or got.ndim < 2 or mask.all():
+        return None
+    seen = np.cumsum(mask != 0, axis=1) > 0
+    if call.positions:
+        seen = seen[:, list(call.positions)] if seen.shape[1] > call.positions[-1] else seen
+    return seen if seen.shape == got.shape[:2] and not seen.all() else None
 
 
 def named(returned: Outputs, names: Sequence[str]) -> Outputs:
     """PyTorch's outputs under the candidate's names: matched by name if all names exist, else by order."""
     wanted = [name for name in names if not name.startswith(PRESENT)]
+    returned = {name: value for name, value in returned.items() if not name.startswith(PRESENT)}
     if set(wanted) <= set(returned):
         return {name: returned[name] for name in wanted}
     if len(wanted) != len(returned):
@@ -150,6 +286,11 @@ def named(returned: Outputs, names: Sequence[str]) -> Outputs:
             f"({', '.join(returned)}). Make sure that it is the model that was exported."
         )
     return dict(zip(wanted, returned.values(), strict=True))
+
+
+def with_cache_names(outputs: Outputs) -> Outputs:
+    """PyTorch's outputs, with the tensors of its KV cache under the names that exported files have."""
+    return {_CACHE.sub(lambda m: f"{PRESENT}{m[1]}.{m[2]}", name): value for name, value in outputs.items()}
 
 
 def wide(feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -11,8 +11,9 @@ from ...models.dtypes import torch_name
 from ...models.errors import UsageError
 from ...models.loading import LoadedModel, load_model
 from ...models.outliers import apply_recorded
-from ..inputs.cases import Case, inputs_of, load_cases, made_up_for, prompt_cases
+from ..inputs.cases import inputs_of, load_cases, made_up_for, prompt_cases
 from ..inputs.exported import Exported, open_exported
+from ..inputs.plan import Plan, plan_cases
 from ..inputs.tokenizer import has_tokenizer
 from ..runners.base import Runner, TensorInfo
 from .candidate import Candidate, candidate_of
@@ -21,6 +22,11 @@ from .run_cases import made_up_cases
 
 if TYPE_CHECKING:
     from torch import nn
+
+# What was not tried where the user chose the inputs.
+_GIVEN = "generated inputs: omit the given ones, or repeat without them"
+_FACTORY = "other inputs than those of the factory: give them with --inputs"
+_SHAPES = "padding, special token ids and other generated inputs: omit --shape, or repeat without it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +87,7 @@ def open_sides(
     return Sides(side, model, against, loaded, None if exported is None else exported.folder, named)
 
 
-def cases_for(
-    sides: Sides, infos: Sequence[TensorInfo], options: ValidationOptions, trust_remote_code: bool
-) -> list[Case]:
+def cases_for(sides: Sides, infos: Sequence[TensorInfo], options: ValidationOptions, trust_remote_code: bool) -> Plan:
     """The inputs that the options specify, else generated ones.
 
     Args:
@@ -97,12 +101,17 @@ def cases_for(
     """
     known = infos if sides.loaded is None else inputs_of(sides.loaded)
     if options.inputs is not None:
-        return load_cases(options.inputs, known)
+        return Plan(load_cases(options.inputs, known), [_GIVEN])
     if options.prompts:
-        return prompt_cases(options.prompts, _tokenizer(sides, options), known, trust_remote_code)
+        cases = prompt_cases(options.prompts, _tokenizer(sides, options), known, trust_remote_code)
+        return Plan(cases, [_GIVEN])
+    if sides.loaded is not None and sides.loaded.example_inputs is not None:
+        return Plan(made_up_for(sides.loaded, options.shapes, options.seed), [_FACTORY])
     if sides.loaded is not None:
-        return made_up_for(sides.loaded, options.shapes, options.seed)
-    return made_up_cases(infos, sides.model, options.shapes, options.seed)
+        infos = [TensorInfo(info.name, "int64", ("batch", "sequence")) for info in known]
+    if options.shapes is None:
+        return plan_cases(infos, sides.model, options.seed, options.thorough)
+    return Plan(made_up_cases(infos, sides.model, options.shapes, options.seed), [_SHAPES])
 
 
 def _tokenizer(sides: Sides, options: ValidationOptions) -> str:

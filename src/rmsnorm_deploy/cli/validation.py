@@ -51,8 +51,12 @@ GIVEN: dict[str, Any] = {
             "--shape",
             metavar="BATCHxLENGTH",
             help="Batch and length of a run, such as 3x33; may be repeated.",
-            show_default="1x1, 1x7, 3x33",
+            show_default="several, see README",
         ),
+    ],
+    "thorough": Annotated[
+        bool,
+        typer.Option("--thorough", help="Try inputs that take long too: long ones, all token ids, several seeds."),
     ],
     "inputs": Annotated[
         str | None,

@@ -37,6 +37,7 @@ def sample_report(passed: bool = True, norms: int = 9) -> dict[str, Any]:
         "culprits": [] if passed else [{"kind": "norm", "name": bad, "reason": "error max 913 of 4.1 allowed"}],
         "warnings": [],
         "unjudged": [],
+        "untried": [],
         "notes": ["model.norm runs on 1 row only, so its statistics were checked on made-up rows alone."],
         "refusals": [
             {"path": "model.vision.norm", "class": "CenteredNorm", "reason": "it subtracts the mean of each group"}

@@ -26,9 +26,8 @@ def row(name: str = "y", passed: bool = True, reason: str = "because", **changes
 
 
 def report(**parts: Any) -> dict[str, Any]:
-    empty: dict[str, Any] = {
-        name: [] for name in ("norms", "segments", "depth", "notes", "warnings", "unjudged", "deviations", "culprits")
-    }
+    lists = ("norms", "segments", "depth", "notes", "warnings", "unjudged", "untried", "deviations", "culprits")
+    empty: dict[str, Any] = {name: [] for name in lists}
     return {"outputs": [row()], "summary": "the summary", "verdict": "pass", **empty, **parts}
 
 

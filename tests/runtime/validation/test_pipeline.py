@@ -41,7 +41,7 @@ from rmsnorm_deploy.runtime.validation.pipeline import (
     run_candidate,
     try_or_note,
 )
-from rmsnorm_deploy.runtime.validation.run_cases import Run
+from rmsnorm_deploy.runtime.validation.run_cases import Call, Run
 from tests.helpers.runtime.stand_ins import FunctionRunner, called
 
 FIRST, SECOND = ("first", 0), ("second", 0)
@@ -97,7 +97,7 @@ class Stages:
         with self.candidate.opened() as runner:
             self.runs = run_candidate(runner, "candidate", CASES, silent)
         self.baseline = Baseline(self.model, TorchRunner(self.model), find_norms(self.model))
-        self.own = run_baseline(self.baseline, self.runs, silent)
+        self.runs, self.own = run_baseline(self.baseline, self.runs, silent)
         self.norms = TorchNorms(self.model, self.baseline.runner, self.baseline.recognition, self.own.called)
         assert self.candidate.norms is not None
         self.access = self.candidate.norms(self.runs.runs[self.runs.largest].torch_feeds)
@@ -161,7 +161,7 @@ def test_run_candidate_refuses_what_fails() -> None:
 
 @pytest.mark.parametrize(("sizes", "largest"), [((2, 5, 3), 1), ((4, 4), 0), ((1,), 0), ((1, 2, 9), 2)])
 def test_the_largest_case_is_the_first_with_most_elements(sizes: tuple[int, ...], largest: int) -> None:
-    runs = tuple(Run(Case(str(size), {"x": np.zeros(size)}), {}) for size in sizes)
+    runs = tuple(Run(Case(str(size), {"x": np.zeros(size)}), ()) for size in sizes)
     assert CandidateRuns(runs, ()).largest == largest
 
 
@@ -180,12 +180,62 @@ def test_run_baseline_gives_pytorchs_outputs_and_the_norms_of_the_largest_case(r
 def test_run_baseline_leaves_the_cache_out() -> None:
     runner = FunctionRunner(lambda feeds: {"y": feeds["x"]})
     feeds = {"x": np.ones(3), "past_key_values.0.key": np.ones(1)}
-    runs = CandidateRuns((Run(Case("a", feeds), {}), Run(Case("b", {**feeds, "x": np.ones(9)}), {})), ("y",))
+    runs = CandidateRuns((Run(Case("a", feeds), ()), Run(Case("b", {**feeds, "x": np.ones(9)}), ())), ("y",))
     model = nn.Identity()
-    found = run_baseline(Baseline(model, runner, find_norms(model)), runs, silent)
+    _, found = run_baseline(Baseline(model, runner, find_norms(model)), runs, silent)
     assert [set(fed) for fed in runner.fed] == [{"x"}, {"x"}]
     assert [outputs["y"].size for outputs in found.outputs] == [3, 9]
     assert dict(found.called) == {}
+
+
+def optional(size: int) -> Case:
+    return Case(f"{size} rows", {"x": np.zeros((size, 1))}, optional=True)
+
+
+def picky(most: int) -> FunctionRunner:
+    """Fails on more rows than `most`."""
+
+    def run(feeds: Any) -> dict[str, np.ndarray]:
+        if len(feeds["x"]) > most:
+            raise UsageError("too many rows")
+        return {"y": feeds["x"]}
+
+    return FunctionRunner(run, outputs=["y"])
+
+
+def test_a_case_that_only_the_candidate_fails_on_is_a_failure_and_one_that_both_fail_on_is_untried() -> None:
+    cases = [Case("required", {"x": np.zeros((1, 1))}), optional(2), optional(5), optional(9)]
+    runs = run_candidate(picky(2), "it", cases, silent)
+    assert [run.error for run in runs.runs] == ["", "", *["it fails, and PyTorch does not: too many rows"] * 2]
+    model = nn.Identity()
+    kept, own = run_baseline(Baseline(model, picky(5), find_norms(model)), runs, silent)
+    assert [run.case.name for run in kept.runs] == ["required", "2 rows", "5 rows"]
+    assert own.untried == ("9 rows: PyTorch itself does not run it (too many rows)",)
+    references = References(own.outputs, {}, {})
+    rows = [(case, row.name, row.passed) for case, row in judge_outputs(kept, own, references, {})]
+    assert rows == [("required", "y", True), ("2 rows", "y", True), ("5 rows", "the run", False)]
+
+
+def test_a_required_case_that_fails_is_an_error() -> None:
+    with pytest.raises(UsageError, match="too many rows"):
+        run_candidate(picky(2), "it", [Case("required", {"x": np.zeros((3, 1))})], silent)
+
+
+def test_the_first_optional_case_runs_twice() -> None:
+    runner = FunctionRunner(lambda feeds: {"y": feeds["x"]}, outputs=["y"])
+    runs = run_candidate(runner, "it", [Case("required", {"x": np.zeros((1, 1))}), optional(2), optional(3)], silent)
+    assert [len(fed["x"]) for fed in runner.fed] == [1, 2, 2, 3]
+    assert [run.repeated for run in runs.runs] == [None, True, None]
+
+
+def test_long_cases_and_failed_ones_are_not_those_of_the_norms() -> None:
+    runs = (
+        Run(Case("a", {"x": np.zeros(2)}), ()),
+        Run(Case("b", {"x": np.zeros(9)}, long=True), ()),
+        Run(Case("c", {"x": np.zeros(8)}), (), error="it fails"),
+        Run(Case("d", {"x": np.zeros(5)}), ()),
+    )
+    assert CandidateRuns(runs, ()).largest == 3
 
 
 # ---------------------------------------------------------------------------------------------------- match_norms
@@ -324,7 +374,7 @@ def test_a_wrong_output_fails_unless_limits_let_it_pass() -> None:
 
 
 def test_outputs_go_by_order_where_names_differ(right: Stages) -> None:
-    runs = CandidateRuns(tuple(Run(run.case, {"y": run.got["output"]}) for run in right.runs.runs), ("y",))
+    runs = CandidateRuns(tuple(Run(run.case, (Call({"y": run.got["output"]}),)) for run in right.runs.runs), ("y",))
     with stores() as kept:
         rows = judge_outputs(runs, right.own, right.references(kept, []), {})
     assert [(verdict.name, verdict.passed) for _, verdict in rows] == [("y", True)] * 3
@@ -435,7 +485,7 @@ def test_try_or_note_notes_our_own_errors_only() -> None:
     ("names", "missing"), [(("a",), ["b", "c"]), (("a", "b", "c"), []), (("y", "z"), []), (("c", "y"), ["a", "b"])]
 )
 def test_missing_outputs_are_noted_where_names_are_shared(names: tuple[str, ...], missing: list[str]) -> None:
-    runs = CandidateRuns((Run(Case("c", {}), {}),), names)
+    runs = CandidateRuns((Run(Case("c", {}), ()),), names)
     own = BaselineRuns((dict.fromkeys("abc", np.zeros(1)),), {})
     notes = missing_outputs(Candidate("it", unopened), runs, own)
     assert len(notes) == len(missing)

@@ -84,13 +84,13 @@ def test_every_option_goes_through_a_report(tmp_path: Path) -> None:
         "tokenizer": "t", "limits": {"y": Limits(rtol=0.5, ulp=2.0)}, "outputs_only": True, "depth": True, "window": 3,
     }  # fmt: skip
     path = tmp_path / "report.json"
-    for values in (given, {"inputs": "x.npz", "bisect": True}):
+    for values in (given, {"inputs": "x.npz", "bisect": True}, {"thorough": True}):
         options = ValidationOptions(**values)
         settings = {"candidate": "out", "against": "builtin:small", **options.to_dict()}
         path.write_text(json.dumps({"schema": VALIDATE_SCHEMA, "settings": settings}))
         assert read_replay(path).options == options
     fields = {field.name for field in dataclasses.fields(ValidationOptions)}
-    assert fields == {*given, "inputs", "bisect"}
+    assert fields == {*given, "inputs", "bisect", "thorough"}
 
 
 def test_a_bisection_is_kept_as_one(folder: Path, source: str, tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_a_model_that_is_of_the_exports_dtype_is_loaded_once(
 
 def cases(options: ValidationOptions, candidate: Any = None, model: nn.Module | None = None) -> Any:
     sides, _ = opened(candidate or FunctionRunner(lambda feeds: {}), model or small())
-    return cases_for(sides, [X], options, False)
+    return cases_for(sides, [X], options, False).cases
 
 
 def test_inputs_come_first(tmp_path: Path) -> None:
@@ -204,6 +204,19 @@ def test_made_up_inputs_else() -> None:
     assert not np.array_equal(found[0].feeds["x"], other[0].feeds["x"])
 
 
+def test_planned_inputs_if_nothing_is_asked_for() -> None:
+    assert [case.feeds["x"].shape for case in cases(OPTIONS)] == [(1, 8), (2, 8), (5, 8)]
+
+
+@pytest.mark.parametrize("options", [{"shapes": ((2, 2),)}, {"inputs": "rows.npz"}], ids=["shapes", "inputs"])
+def test_what_is_not_tried_is_said(options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("rows.npz", x=np.ones((3, 8), np.float32))
+    sides, _ = opened(FunctionRunner(lambda feeds: {}), small())
+    (untried,) = cases_for(sides, [X], ValidationOptions(**options), False).untried
+    assert "generated inputs: omit" in untried
+
+
 def test_a_model_that_was_named_brings_its_own_inputs(code: str) -> None:
     (case,) = cases(OPTIONS, code)
     assert {name: value.shape for name, value in case.feeds.items()} == {"input": (2, 8)}
@@ -211,7 +224,7 @@ def test_a_model_that_was_named_brings_its_own_inputs(code: str) -> None:
 
 def ids_of(sides: Sides, options: ValidationOptions) -> list[list[int]]:
     infos = [TensorInfo("input_ids", "int64", ("batch", "sequence"))]
-    return [case.feeds["input_ids"][0].tolist() for case in cases_for(sides, infos, options, False)]
+    return [case.feeds["input_ids"][0].tolist() for case in cases_for(sides, infos, options, False).cases]
 
 
 def test_prompts_are_read_with_the_tokenizer_that_was_named() -> None:
