@@ -50,7 +50,7 @@ def outlier_rows(dtype: torch.dtype, width: tuple[int, ...], generator: torch.Ge
     for index, place in enumerate(places):
         rows[index, place % count] = _OUTLIERS[index % len(_OUTLIERS)] * (-1) ** (index + index // len(_OUTLIERS))
     for index in range(2 * distance):
-        size = _OUTLIERS[index % len(_OUTLIERS)]
+        size = _OUTLIERS[3 + index % 3]
         rows[len(places) + index, index % distance :: distance] = size if index < distance else -size
     return rows.to(dtype).reshape(-1, *width)
 
