@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from .checkpoint_keys import check_keys, check_weight_files
 from .companions import weight_files
 from .dtypes import NORM_DTYPES, torch_dtype
 from .errors import EnvironmentMissingError, UsageError
@@ -82,7 +83,9 @@ def as_loaded(
     return LoadedModel(model, "", "python")
 
 
-def load_model(source: str, *, dtype: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
+def load_model(
+    source: str, *, dtype: str | None = None, trust_remote_code: bool = False, allow_missing: Sequence[str] = ()
+) -> LoadedModel:
     """Load a model.
 
     Args:
@@ -91,14 +94,19 @@ def load_model(source: str, *, dtype: str | None = None, trust_remote_code: bool
             `save_pretrained`; or a hub name such as `Qwen/Qwen3-0.6B`.
         dtype: `float32`, `float16`, `bfloat16` or `float64`; None keeps the checkpoint's dtype.
         trust_remote_code: run Python code that is part of a transformers checkpoint.
+        allow_missing: names or patterns (`fnmatch`) of keys that a transformers checkpoint may lack, have besides, or
+            have in another shape. Missing weights are random; the notes say which.
 
     Raises:
-        UsageError: the source does not exist or is not a model; the message says what was searched for and where.
+        UsageError: the source does not exist or is not a model; the message says what was searched for and where. Or a
+            checkpoint's weights do not fit its model; the message lists the keys.
         EnvironmentMissingError: transformers is required and not installed.
     """
     if dtype is not None and dtype not in NORM_DTYPES:
         raise UsageError(f"dtype: expected one of {', '.join(NORM_DTYPES)}, got {dtype!r}.")
-    loaded = _dispatch(source, dtype, trust_remote_code)
+    if isinstance(allow_missing, str):
+        raise UsageError(f"allow_missing: expected a list of names or patterns, got the text {allow_missing!r}.")
+    loaded = _dispatch(source, dtype, trust_remote_code, allow_missing)
     if dtype is not None and loaded.kind != "transformers":
         loaded.model = loaded.model.to(torch_dtype(dtype))
         if loaded.example_inputs is not None:
@@ -117,7 +125,7 @@ def names_python(source: str) -> bool:
     return not os.path.exists(os.path.expanduser(source))
 
 
-def _dispatch(source: str, dtype: str | None, trust_remote_code: bool) -> LoadedModel:
+def _dispatch(source: str, dtype: str | None, trust_remote_code: bool, allow_missing: Sequence[str]) -> LoadedModel:
     name, _, rest = source.rpartition(":")
     if name == "builtin":
         return _builtin(source, rest)
@@ -127,7 +135,7 @@ def _dispatch(source: str, dtype: str | None, trust_remote_code: bool) -> Loaded
     except OSError as error:  # a name that is too long, or a parent folder without read permission
         raise UsageError(f"{source[:80]!r} cannot be opened: {error.strerror or error}.") from error
     if is_folder and source:
-        return _folder(source, path, dtype, trust_remote_code)
+        return _folder(source, path, dtype, trust_remote_code, allow_missing)
     if is_file:
         raise UsageError(
             f"{source} is a file. Give a folder with config.json and safetensors weights, or Python code as "
@@ -138,7 +146,7 @@ def _dispatch(source: str, dtype: str | None, trust_remote_code: bool) -> Loaded
         return _python(source, name, rest)
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source:
         raise UsageError(f"{source!r} is neither an existing folder nor a hub name (owner/model).")
-    return _transformers(source, None, dtype, trust_remote_code)
+    return _transformers(source, None, dtype, trust_remote_code, allow_missing)
 
 
 def _builtin(source: str, name: str) -> LoadedModel:
@@ -152,7 +160,9 @@ def _builtin(source: str, name: str) -> LoadedModel:
     raise UsageError(f"unknown built-in model {name!r}; expected one of {', '.join(f'builtin:{n}' for n in BUILTINS)}.")
 
 
-def _folder(source: str, path: Path, dtype: str | None, trust_remote_code: bool) -> LoadedModel:
+def _folder(
+    source: str, path: Path, dtype: str | None, trust_remote_code: bool, allow_missing: Sequence[str]
+) -> LoadedModel:
     config = path / "config.json"
     if (path / "manifest.json").is_file() and not weight_files(path):  # config.json is copied beside an exported model
         raise UsageError(f"{source} is an exported folder, not a PyTorch model. Give the model it was exported from.")
@@ -168,10 +178,14 @@ def _folder(source: str, path: Path, dtype: str | None, trust_remote_code: bool)
 
     if values.get("format") == FORMAT:
         return LoadedModel(load_decoder(path), source, "decoder", path, task=values.get("task"))
-    return _transformers(source, path, dtype, trust_remote_code)
+    return _transformers(source, path, dtype, trust_remote_code, allow_missing)
 
 
-def _transformers(source: str, folder: Path | None, dtype: str | None, trust_remote_code: bool) -> LoadedModel:
+def _transformers(
+    source: str, folder: Path | None, dtype: str | None, trust_remote_code: bool, allow_missing: Sequence[str]
+) -> LoadedModel:
+    import torch
+
     try:
         import transformers
     except ImportError as error:
@@ -180,18 +194,24 @@ def _transformers(source: str, folder: Path | None, dtype: str | None, trust_rem
             'Install it with: pip install "rmsnorm-deploy[hf]"'
         ) from error
     name = str(folder) if folder is not None else source
+    where = f"the folder {source}" if folder is not None else f"the hub name {source!r}"
+    if folder is not None:
+        check_weight_files(folder)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         cls = _architecture(transformers, config)
         extra = {"trust_remote_code": True} if trust_remote_code else {}
-        model = cls.from_pretrained(name, dtype=dtype or "auto", **extra)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # weights that are allowed to be missing get the same values at each load
+            model, info = cls.from_pretrained(
+                name, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **extra
+            )
     except Exception as error:  # transformers raises many kinds of errors for a source that it cannot load
         first = " ".join(str(error).split())[:300]
-        where = f"the folder {source}" if folder is not None else f"the hub name {source!r}"
         raise UsageError(f"{where} could not be loaded by transformers: {first}") from error
-    return LoadedModel(model, source, "transformers", folder)
+    return LoadedModel(model, source, "transformers", folder, notes=check_keys(where, info, allow_missing))
 
 
 def _architecture(transformers: ModuleType, config: Any) -> Any:

@@ -174,6 +174,7 @@ def export_model(
     feeds = loaded.example_inputs if inputs is None else inputs
     prepared = prepare(loaded.model, options, inputs=feeds, targets=targets, progress=progress)
     prepared.details.update({**loaded.details, **(details or {})})
+    prepared.notes += loaded.notes
     prepared.companions = companions if companions is not None else loaded.folder
     if prepared.companions is None:
         prepared.companions, problem = folder_of(loaded.model)

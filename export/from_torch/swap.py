@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ...models.eager import eager
+from ...models.recognition.conditions import call_conditions, changed_in_place, differs
 from ...models.recognition.intercept import NormCall, replace_forward
 from ...models.recognition.site import Recognition, Refusal, Site
+from ...models.recognition.state import Snapshot, UnwatchableError
+from ...models.spec import NormSpec
 
 # The node of a norm in a captured graph, before lowering. Its inputs are x, weight, bias, gate.
 CAPTURE_DOMAIN = "rmsnorm_deploy.capture"
@@ -47,7 +50,8 @@ def swapped(model: nn.Module, sites: list[Site], *, check: bool = False) -> Iter
     Args:
         model: the model in which `sites` were recognized.
         sites: the norms to swap.
-        check: also run the original forward of each norm, and record every site whose bits differ.
+        check: also run the original forward of each norm, and record every site whose bits differ, that changes its
+            input or its state, or that differs when its input comes in other shapes, strides or grad modes.
     """
     report = SwapReport()
     replaced: list[nn.Module] = []
@@ -63,21 +67,87 @@ def swapped(model: nn.Module, sites: list[Site], *, check: bool = False) -> Iter
 
 
 def _swap(module: nn.Module, site: Site, report: SwapReport, check: bool) -> None:
+    varied: set[NormSpec] = set()
+
     def compute(call: NormCall, original: Callable[[], Tensor]) -> Tensor:
         if torch.compiler.is_exporting():
             return _node(site, call)
         result = eager(call.spec, call.x, call.weight, call.bias, call.gate)
-        if check and not _same(result, original()):
-            weight = f", weight {call.weight.dtype}" if call.weight is not None else ""
-            report.differing[site.path] = (
-                f"as this model calls it (x {tuple(call.x.shape)} {call.x.dtype}{weight}), it differs from its spec"
-            )
+        if check and site.path not in report.differing:
+            with _unswapped(module):
+                reason = _checked_call(module, call, result, original)
+                if reason is None and call.spec not in varied:
+                    reason = _checked_variations(module, site, call)
+            varied.add(call.spec)
+            if reason is not None:
+                report.differing[site.path] = reason
         return result
 
     def unknown(names: str) -> None:
         report.differing.setdefault(site.path, f"it is called with {names}, which no spec covers")
 
     replace_forward(module, site, compute, unknown)
+
+
+@contextmanager
+def _unswapped(module: nn.Module) -> Iterator[None]:
+    """The module as it is without the swap, while the context is open."""
+    forward = vars(module).pop("forward")
+    try:
+        yield
+    finally:
+        object.__setattr__(module, "forward", forward)
+
+
+def _checked_call(module: nn.Module, call: NormCall, result: Tensor, original: Callable[[], Tensor]) -> str | None:
+    """What the original forward does otherwise than its spec in this call, or None; it runs, and is then undone."""
+    inputs = [t for t in (call.x, call.gate) if t is not None]
+    before = [t.detach().clone() for t in inputs]
+    try:
+        state = Snapshot(module)
+    except UnwatchableError as error:
+        return str(error)
+    wanted = original()
+    changed = [index for index, t in enumerate(inputs) if changed_in_place(before[index], t)]
+    with torch.no_grad():
+        for index in changed:
+            inputs[index].data.copy_(before[index])
+    name = state.changed()
+    state.restore()
+    if changed:
+        return "it changes its input in place"
+    if name is not None:
+        return f"its forward changes the state of the module ({name})"
+    if _same(result, wanted):
+        return None
+    weight = f", weight {call.weight.dtype}" if call.weight is not None else ""
+    return f"as this model calls it (x {tuple(call.x.shape)} {call.x.dtype}{weight}), it differs from its spec"
+
+
+def _checked_variations(module: nn.Module, site: Site, call: NormCall) -> str | None:
+    """What differs from the spec when the norm is called with this input in other shapes, strides and grad modes."""
+    forward = type(module).forward
+    trailing = max(len(site.width or (0,)), call.weight.ndim if call.weight is not None else 0)
+    weight, bias = (None if t is None else t.detach() for t in (call.weight, call.bias))
+    for condition in call_conditions(call.x, trailing):
+        x = condition.x.detach()
+        # A gate has the shape of x; its values do not matter here.
+        gates = []
+        if call.gate is not None:
+            gates = [torch.linspace(-3, 3, x.numel(), device=x.device).to(call.gate.dtype).reshape(x.shape)]
+        state = Snapshot(module)
+        reason = differs(
+            condition,
+            lambda x, gates=gates: forward(module, x, *gates),  # type: ignore[misc]
+            lambda x, gates=gates: eager(call.spec, x, weight, bias, *gates),  # type: ignore[misc]
+        )
+        name = state.changed()
+        state.restore()
+        if name is not None:
+            return f"{condition.name}, its forward changes the state of the module ({name})"
+        if reason is not None:
+            return reason
+    return None
 
 
 def _node(site: Site, call: NormCall) -> Tensor:

@@ -6,8 +6,11 @@ import torch
 from torch import nn
 
 from ..dtypes import torch_name
-from .probe import NotANormError, RefusedError, own_tensors, probe
+from .caller import RefusedError, own_tensors
+from .probe import probe
+from .signature import NotANormError
 from .site import Recognition, Refusal, Site
+from .state import UnwatchableError
 
 # These are known not to be RMS norms; probing them would only cost time.
 _KNOWN_OTHER_NORMS: dict[type[nn.Module], str] = {
@@ -79,6 +82,8 @@ def _decide(path: str, module: nn.Module, model_dtype: torch.dtype) -> Site | Re
             return None
         detail = f" ({str(error).splitlines()[0]})" if str(error) else ""
         return Refusal(path, name, f"its name contains 'norm', but it does not normalize a single input{detail}")
+    except UnwatchableError as error:
+        return Refusal(path, name, str(error)) if named_norm else None
     except Exception as error:  # the module's own code failed on a probe, so it is not recognized
         return Refusal(path, name, f"it failed when probed: {type(error).__name__}: {error}") if named_norm else None
     weight = getattr(module, probed.weight) if probed.weight else None
@@ -114,8 +119,26 @@ def _obstacle(module: nn.Module) -> str | None:
         return "its parameters are on the meta device and hold no values; load the weights first"
     if any(True for child in module.children() for _ in child.parameters()):
         return "its child modules have parameters" if tensors else ""
+    extra = _more_than_forward(module)
+    if extra is not None:
+        return extra
     if "forward" in vars(module):
         return "its forward was replaced on the instance (by a kernel or an offload hook); load the model without that"
     if any(t.numel() > _LARGEST_WEIGHT for t in tensors.values()) or len(tensors) > 2:
         return "it holds more or larger tensors than a weight and a bias"
+    return None
+
+
+def _more_than_forward(module: nn.Module) -> str | None:
+    """Why a call of the module is not its forward alone, or its forward not what a copy without hooks computes.
+
+    The module's own hooks run outside of its forward, so they stay when the forward is replaced.
+    """
+    for name in ("__call__", "_call_impl", "_wrapped_call_impl"):
+        function = vars(module).get(name, getattr(type(module), name))
+        if not str(getattr(function, "__module__", "")).startswith("torch."):
+            return f"its class overrides {name}, so a call may do more than its forward; move that into the forward"
+    for path, child in module.named_modules():
+        if path and (child._forward_hooks or child._forward_pre_hooks):
+            return f"its child module {path} has forward hooks, which run inside its forward; remove these hooks"
     return None

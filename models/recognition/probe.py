@@ -6,10 +6,8 @@ module's parameters, buffers, hooks and training mode and the random state are n
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,21 +16,16 @@ from torch import Tensor, nn
 from ..dtypes import HALF_DTYPES, torch_dtype
 from ..eager import eager
 from ..spec import NormSpec
+from .caller import WIDTHS_WITHOUT_WEIGHT, Caller, RefusedError, own_tensors
 from .candidates import SAME_IN_HALF, in_float32, in_half, stated_eps
-from .isolate import one_thread, stand_in, untouched_random_state
-from .probe_rows import adversarial_rows, same_bits
+from .conditions import differs, probe_conditions
+from .isolate import one_thread, untouched_random_state
+from .probe_rows import adversarial_rows, rolled, same_bits
+from .signature import NotANormError
+from .state import Snapshot
 
 _HALF_DTYPES = tuple(map(torch_dtype, HALF_DTYPES))
 _PROBE_DTYPES = (torch.float32, *_HALF_DTYPES)
-_WIDTHS_WITHOUT_WEIGHT = (64, 96)
-
-
-class NotANormError(Exception):
-    """The module does not normalize its input, so it is not reported."""
-
-
-class RefusedError(Exception):
-    """The module normalizes, but no NormSpec describes it; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +46,6 @@ class _Roles:
     bias: str | None
 
 
-def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The module's own floating parameters and buffers, by attribute name."""
-    tensors = {**module._parameters, **module._buffers}
-    return {name: t for name, t in tensors.items() if t is not None and t.is_floating_point()}
-
-
 def probe(module: nn.Module, default_dtype: torch.dtype = torch.float32) -> Probed:
     """Find the spec that reproduces the module.
 
@@ -71,33 +58,36 @@ def probe(module: nn.Module, default_dtype: torch.dtype = torch.float32) -> Prob
         RefusedError: it normalizes in a way that no spec covers.
     """
     device = next((t.device for t in own_tensors(module).values()), torch.device("cpu"))
-    devices = [device] if device.type == "cuda" else []
+    devices, threads = [device] if device.type == "cuda" else [], torch.get_num_threads()
     with (
+        torch.inference_mode(False),
         untouched_random_state(devices),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
         one_thread(),
     ):
-        return _Prober(module, device, default_dtype).run()
+        before = Snapshot(module)
+        try:
+            return _Prober(module, device, default_dtype, before, threads).run()
+        finally:
+            before.restore()
 
 
-class _Prober:
-    def __init__(self, module: nn.Module, device: torch.device, default_dtype: torch.dtype) -> None:
-        self.module = module
-        self.device = device
-        self.tensors = own_tensors(module)
-        # Plain tensor attributes may change at any time without notice, so a norm must not depend on them.
-        self.loose = {
-            name: t for name, t in vars(module).items() if isinstance(t, Tensor) and t.is_floating_point()
-        }  # fmt: skip
-        self.own_dtype = next((t.dtype for t in self.tensors.values()), default_dtype)
-        self.generator = torch.Generator().manual_seed(20_240_229)
-        self.accepts_gate, self.needs_gate = _second_input(module)
-
+class _Prober(Caller):
     def run(self) -> Probed:
+        try:
+            probed = self._recognize()
+        except RefusedError as error:
+            raise self._side_effect() or error from None
+        effect = self._side_effect()
+        if effect is not None:
+            raise effect
+        return probed
+
+    def _recognize(self) -> Probed:
         weights = [self._random_tensors(torch.float32), dict(self.tensors)]
         width, gated = self._callable_width(self._copy(torch.float32, weights[0]))
-        copy32 = self._copy(torch.float32, weights[0])
+        copy32 = self._copy(torch.float32, weights[0], watch=True)
         trailing, group = self._extent(copy32, width, gated)
         eps = self._eps(copy32, width, trailing, group, gated)
         base = NormSpec(eps=0.0, trailing_dims=trailing, group_size=group)
@@ -105,6 +95,7 @@ class _Prober:
         spec, roles = self._match_casts(survivors, weights[0], width, gated)
         if gated and self._works_without_gate(width):
             self._prove(spec.replace(gate="none", activation="none"), roles, weights[0], width, self._dtypes())
+        self._prove_conditions(spec, roles, weights, width)
         for tensors in weights[1:]:
             self._prove(spec, roles, tensors, width, (self.own_dtype,))
         self._prove_independent(spec, roles, width)
@@ -112,126 +103,6 @@ class _Prober:
             self._prove_other_widths(spec, roles, width)
             return Probed(spec, self._declared_width(width), None, None)
         return Probed(spec, width[len(width) - trailing :], roles.weight, roles.bias)
-
-    # Calling ------------------------------------------------------------------------------------------------------
-
-    def _copy(self, dtype: torch.dtype, tensors: dict[str, Tensor]) -> nn.Module:
-        """A copy of the module with other tensors and without hooks; the original is not changed."""
-        clone = stand_in(self.module)
-        for name, tensor in tensors.items():
-            if name in clone._parameters:
-                clone._parameters[name] = nn.Parameter(tensor.to(dtype, copy=True), requires_grad=False)
-            else:
-                clone._buffers[name] = tensor.to(dtype, copy=True)
-        return clone
-
-    def _random_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Values that reveal how a weight is used: no ones, no zeros, both signs, in the range of every dtype."""
-        return {name: (self._randn(*t.shape) * 0.7 + 0.2).to(dtype) for name, t in self.tensors.items()}
-
-    def _call(self, module: nn.Module, x: Tensor, gate: Tensor | None) -> Tensor:
-        result = module.forward(x.clone()) if gate is None else module.forward(x.clone(), gate.clone())
-        if not isinstance(result, Tensor) or result.shape != x.shape or not result.is_floating_point():
-            raise NotANormError
-        return result
-
-    def _randn(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu").to(self.device)
-
-    def _gate_like(self, x: Tensor) -> Tensor:
-        return (self._randn(*x.shape) * 2).to(x.dtype)
-
-    def _callable_width(self, module: nn.Module) -> tuple[tuple[int, ...], bool]:
-        """The trailing shape that the module accepts, and whether it takes a gate.
-
-        Raises:
-            NotANormError: no call works, or the output is not normalized.
-        """
-        last = NotANormError()
-        for gated in [True] * self.accepts_gate + [False] * (not self.needs_gate):
-            for width in self._widths():
-                try:
-                    self._check_unit_dims(module, width, gated)
-                    self._check_normalizes(module, width, gated)
-                except RefusedError:
-                    raise
-                except NotANormError as error:
-                    last = error
-                except Exception as error:  # any error means that the module is not called this way
-                    last = NotANormError(str(error))
-                else:
-                    return width, gated
-        raise last
-
-    def _works_without_gate(self, width: tuple[int, ...]) -> bool:
-        try:
-            self._call(self._copy(torch.float32, self.tensors), self._randn(2, 3, *width), None)
-        except Exception:  # the second input has a default, but the module requires it
-            return False
-        return True
-
-    def _widths(self) -> Iterator[tuple[int, ...]]:
-        shapes = sorted({tuple(t.shape) for t in self.tensors.values()}, key=lambda s: -math.prod(s))
-        if shapes:
-            if len(self.tensors) > 2 or any(s and max(s) != math.prod(s) != math.prod(shapes[0]) for s in shapes):
-                raise NotANormError
-            shape = shapes[0]
-            while len(shape) > 1 and shape[0] == 1:
-                shape = shape[1:]
-            yield shape or (1,)
-            if len(shape) > 1:
-                yield (math.prod(shape),)
-            return
-        declared = self._declared_width(None)
-        if declared is not None:
-            yield declared
-        for size in _WIDTHS_WITHOUT_WEIGHT:
-            yield (size,)
-        for tensor in self.loose.values():
-            if tensor.ndim == 1:
-                yield tuple(tensor.shape)
-
-    def _declared_width(self, fallback: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        """The `normalized_shape` of a norm without a weight, if the module has that attribute."""
-        shape = getattr(self.module, "normalized_shape", None)
-        if isinstance(shape, int):
-            return (shape,)
-        if isinstance(shape, tuple | list | torch.Size) and shape and all(isinstance(n, int) for n in shape):
-            return tuple(shape)
-        return None
-
-    def _check_normalizes(self, module: nn.Module, width: tuple[int, ...], gated: bool) -> None:
-        """Check that the output is invariant to the scale of the input (a norm), but not to a shift (a LayerNorm)."""
-        x = self._randn(2, 3, *width)
-        gate = self._gate_like(x) if gated else None
-        y = self._call(module, x, gate)
-        big = x * 64
-        reference, scaled = self._call(module, big, gate).double(), self._call(module, big * 64, gate).double()
-        peak = reference.abs().max()
-        if not torch.isfinite(reference).all() or peak == 0 or y.double().std() == 0:
-            raise NotANormError
-        if (reference - scaled).abs().max() > 1e-2 * peak:
-            raise NotANormError
-        flat = self._call(module, torch.sign(big), gate).double()
-        if math.prod(width) > 1 and (flat != 0).all() and torch.equal(flat, reference):
-            raise NotANormError  # depends only on signs, so there are no statistics
-        shifted = self._call(module, big + 4096, gate).double()
-        if (reference - shifted).abs().max() <= 2e-2 * peak and x.shape[-1] > 2:
-            raise RefusedError("it subtracts the mean (LayerNorm): not an RMS norm")
-
-    def _check_unit_dims(self, module: nn.Module, width: tuple[int, ...], gated: bool) -> None:
-        """Refuse a weight whose dims of size 1 broadcast over any width: the normalized dims are then unknown."""
-        if not self.tensors or 1 not in width:
-            return
-        try:
-            self._check_normalizes(module, tuple(8 if size == 1 else size for size in width), gated)
-        except RefusedError:
-            raise
-        except Exception:  # these dims are fixed at 1, or it is not a norm
-            return
-        raise RefusedError(
-            "its weight broadcasts over a width that the module does not fix (a scalar, or a norm over channels)"
-        )
 
     # Measuring ----------------------------------------------------------------------------------------------------
 
@@ -382,10 +253,39 @@ class _Prober:
                 if not same_bits(wanted, self._expected(spec, roles, cast, x, gate)):
                     raise RefusedError(f"with its own weights or other shapes it differs from the spec in {dtype}")
 
+    def _prove_conditions(
+        self, spec: NormSpec, roles: _Roles, weights: list[dict[str, Tensor]], width: tuple[int, ...]
+    ) -> None:
+        """Refuse a module that follows the spec in some shapes, strides, magnitudes or modes, and not in others."""
+        dtype = self.own_dtype
+        own = {name: t.to(dtype) for name, t in weights[1].items()}
+        rank = max((t.ndim for t in own.values()), default=0) - len(width)
+
+        pool = self._randn(12, math.prod(width))
+
+        def draw(*leading: int) -> Tensor:
+            leading = (1,) * (rank - len(leading)) + leading
+            return rolled(pool, math.prod(leading)).reshape(*leading, *width).to(dtype)
+
+        conditions = list(probe_conditions(draw, dtype, width, self.threads, self.generator))
+        for tensors, chosen in ((own, conditions), ({k: t.to(dtype) for k, t in weights[0].items()}, conditions[-1:])):
+            module = self._copy(dtype, tensors, watch=tensors is own)
+            for condition in chosen:
+                gates = [self._gate_like(condition.x.detach())] if spec.has_gate else []
+                reason = differs(
+                    condition,
+                    lambda x, module=module, gates=gates: module.forward(x, *gates),  # type: ignore[misc]
+                    lambda x, tensors=tensors, gates=gates: self._expected(  # type: ignore[misc]
+                        spec, roles, tensors, x, *(gates or [None])
+                    ),
+                )
+                if reason is not None:
+                    raise RefusedError(reason)
+
     def _prove_other_widths(self, spec: NormSpec, roles: _Roles, width: tuple[int, ...]) -> None:
         if self._declared_width(None) is not None:
             return
-        for size in _WIDTHS_WITHOUT_WEIGHT:
+        for size in WIDTHS_WITHOUT_WEIGHT:
             try:
                 self._prove(spec, roles, {}, (*width[:-1], size), self._dtypes())
             except (NotANormError, RuntimeError, ValueError) as error:
@@ -423,24 +323,3 @@ class _Prober:
         rows = rows[: len(rows) // math.prod(leading) * math.prod(leading)]
         x = rows.reshape(*leading, -1, *width)
         return x, self._gate_like(x) if gated else None
-
-
-def _second_input(module: nn.Module) -> tuple[bool, bool]:
-    """Whether `forward` accepts, and whether it requires, a second positional input.
-
-    Raises:
-        NotANormError: it requires more than two inputs, or takes none.
-    """
-    try:
-        parameters = list(inspect.signature(module.forward).parameters.values())
-    except (TypeError, ValueError) as error:
-        raise NotANormError from error
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [p for p in positional if p.default is p.empty]
-    if (
-        not positional
-        or len(required) > 2
-        or any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters)
-    ):
-        raise NotANormError
-    return len(positional) >= 2, len(required) == 2

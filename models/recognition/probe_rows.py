@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+# In standard deviations of the other values of a row.
+_OUTLIERS = (3.0, 10.0, 30.0, 100.0, 1e3, 1e4)
+
 
 def adversarial_rows(dtype: torch.dtype, width: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Inputs on which different specs give different results, `[rows, *width]` of `dtype` on the CPU.
@@ -31,10 +34,39 @@ def adversarial_rows(dtype: torch.dtype, width: tuple[int, ...], generator: torc
     return torch.cat([rows, broken]).reshape(-1, *width)
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether dtype, shape and bits are equal; any NaN equals any NaN."""
+def outlier_rows(dtype: torch.dtype, width: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Rows with outliers in every channel, of both signs and many sizes, `[rows, *width]` of `dtype` on the CPU.
+
+    The first rows have one outlier of 3 to 1e4 standard deviations each: in the first channels, the last ones, those in
+    the middle and random ones, odd and even. Of the other rows, each has several, at equal distances, and together they
+    reach every channel with both signs. No value is so large that its square overflows float32.
+    """
+    count = math.prod(width)
+    drawn = torch.randint(count, (12,), generator=generator, device="cpu").tolist()
+    places = [0, 1, 2, 3, count - 1, count - 2, count // 2, count // 2 + 1, count // 3, 7, 11, 13, *drawn]
+    distance = min(count, 32)
+    normal = torch.randn(8, count, generator=generator, dtype=torch.float32, device="cpu")
+    rows = rolled(normal, len(places) + 2 * distance)
+    for index, place in enumerate(places):
+        rows[index, place % count] = _OUTLIERS[index % len(_OUTLIERS)] * (-1) ** (index + index // len(_OUTLIERS))
+    for index in range(2 * distance):
+        size = _OUTLIERS[3 + index % 3]
+        rows[len(places) + index, index % distance :: distance] = size if index < distance else -size
+    return rows.to(dtype).reshape(-1, *width)
+
+
+def rolled(pool: Tensor, count: int) -> Tensor:
+    """`count` different rows from a few, `[rows, channels]`: each repetition is shifted by one more channel."""
+    repetitions = -(-count // len(pool))
+    return torch.cat([pool.roll(shift, -1) for shift in range(repetitions)])[:count]
+
+
+def same_bits(a: Tensor, b: Tensor, any_nan: bool = True) -> bool:
+    """Whether dtype, shape and bits are equal; any NaN equals any NaN, unless `any_nan` is False."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    different = a.contiguous().view(integer) != b.contiguous().view(integer)
-    return not bool((different & ~(a.isnan() & b.isnan())).any())
+    left, right = a.contiguous().view(integer), b.contiguous().view(integer)
+    if torch.equal(left, right):
+        return True
+    return any_nan and not bool(((left != right) & ~(a.isnan() & b.isnan())).any())

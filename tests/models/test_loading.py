@@ -218,7 +218,7 @@ FOLDER_ERRORS: dict[str, tuple[dict[str, str | bytes], str]] = {
     "unknown_type": ({"config.json": '{"model_type": "nothing_such"}'}, "could not be loaded by transformers"),
     "no_type": ({"config.json": "{}"}, "could not be loaded by transformers"),
     "no_weights": ({"config.json": LLAMA_CONFIG}, "could not be loaded by transformers"),
-    "broken_weights": ({"config.json": LLAMA_CONFIG, "model.safetensors": "x"}, "could not be loaded by transformers"),
+    "broken_weights": ({"config.json": LLAMA_CONFIG, "model.safetensors": "x"}, "is not a complete safetensors file"),
 }
 
 

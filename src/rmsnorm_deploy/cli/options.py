@@ -27,6 +27,15 @@ Dtype = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that is part of a transformers checkpoint.")
 ]
+AllowMissing = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-missing",
+        metavar="PATTERN",
+        help="Load a transformers checkpoint although keys of this name or pattern, such as 'lm_head.*', are missing, "
+        "unexpected or of another shape; missing weights are random. May be repeated.",
+    ),
+]
 Provider = Annotated[
     str, typer.Option("--provider", metavar="NAME", help="ONNX Runtime's execution provider: cpu, cuda or tensorrt.")
 ]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from pathlib import Path
 
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.from_torch.capture import capture
+from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.export.from_torch.swap import CAPTURE_DOMAIN, CAPTURE_OP, swapped
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.models.recognition.site import Recognition, Site
@@ -101,21 +105,23 @@ def test_every_norm_of_the_zoo_swapped_is_bit_equal(name: str) -> None:
     assert report.differing == {}
 
 
+# What the spec replaces, counted outside of the module: a norm that changes its own state is refused.
+CALLS: list[torch.Size] = []
+
+
 def test_while_swapped_the_spec_computes_and_the_module_does_not() -> None:
     class Once(Weighted):
-        calls = 0
-
         def forward(self, x: Tensor) -> Tensor:
-            Once.calls += 1
+            CALLS.append(x.shape)
             return normalized(x) * self.weight
 
     model = Once(64)
     sites = sites_of(model)
-    for check, expected in ((False, 0), (True, 1)):
-        Once.calls = 0
+    for check in (False, True):
+        CALLS.clear()
         with swapped(model, sites, check=check):
             model(x_of())
-        assert Once.calls == expected
+        assert CALLS[:1] == ([(2, 5, 64)] if check else [])
 
 
 def test_an_empty_list_of_sites_changes_nothing() -> None:
@@ -394,3 +400,147 @@ def test_a_wider_weight_gives_the_node_the_dtype_that_the_module_gives(name: str
     assert model(x_of(torch.float16)).dtype == expected
     (node,) = captured_nodes(model, x_of(torch.float16))
     assert node.outputs[0].dtype == (ir.DataType.FLOAT if expected == torch.float32 else ir.DataType.FLOAT16)
+
+
+# What a probe cannot see ----------------------------------------------------------------------------------------------
+
+
+class Inner(nn.Module):
+    """A model around one norm."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(64, 64), norm, nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return self.down(self.norm(h)) + h
+
+
+class Special(Weighted):
+    """A norm that does something else when x has a certain value, which no probe has."""
+
+    def __init__(self, act: Callable[[Special, Tensor], Tensor | None]) -> None:
+        super().__init__(64)
+        self.act = act
+        self.stats = {"calls": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = normalized(x) * self.weight
+        if x.shape[-2:-1] == (19,):  # a length that no probe has
+            other = self.act(self, x)
+            return y if other is None else other
+        return y
+
+
+def count(module: Special, x: Tensor) -> None:
+    module.stats["calls"] += 1
+
+
+def write(module: Special, x: Tensor) -> None:
+    x.data[..., 0] = 0
+
+
+SPECIAL: dict[str, tuple[Callable[[Special, Tensor], Tensor | None], str]] = {
+    "state": (count, "its forward changes the state of the module (stats['calls'])"),
+    "in place": (write, "it changes its input in place"),
+    "value": (lambda module, x: x * 2, "as this model calls it (x (2, 19, 64) torch.float32, weight torch.float32)"),
+    "grad": (lambda module, x: x if torch.is_grad_enabled() else None, "with grad enabled, it differs from its spec"),
+    "batch": (lambda module, x: x if x.shape[0] == 5 else None, "with a batch of 5, it differs from its spec"),
+    "strides": (lambda module, x: x if not x.is_contiguous() else None, "with a transposed x, it differs"),
+    "rank": (lambda module, x: x if x.ndim == 4 else None, "with an x of 4 dims, it differs from its spec"),
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_what_only_the_real_input_shows_is_refused_and_the_model_left_as_it_was(name: str) -> None:
+    act, reason = SPECIAL[name]
+    model = Inner(Special(act)).eval()
+    assert [site.path for site in sites_of(model)] == ["norm"]
+    with torch.no_grad(), swapped(model, sites_of(model), check=True) as report:
+        model(x_of(torch.float32, 2, 19, 64))
+    assert list(report.differing) == ["norm"]
+    assert reason in report.differing["norm"]
+    assert model.norm.stats == {"calls": 0}
+    assert_not_swapped(model)
+
+
+HOOKS: dict[str, Callable[[nn.Module], object]] = {
+    "forward": lambda norm: norm.register_forward_hook(lambda module, args, output: output * 3),
+    "forward pre": lambda norm: norm.register_forward_pre_hook(lambda module, args: (args[0] + 1,)),
+    "with kwargs": lambda norm: norm.register_forward_hook(
+        lambda module, args, kwargs, output: output - args[0], with_kwargs=True
+    ),
+    "pre with kwargs": lambda norm: norm.register_forward_pre_hook(
+        lambda module, args, kwargs: ((args[0] * args[0],), kwargs), with_kwargs=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_that_changes_values_is_in_the_exported_file(name: str, tmp_path: Path) -> None:
+    model = randomized(Inner(nn.RMSNorm(64, eps=1e-6))).eval()
+    with torch.no_grad():
+        plain = model(x_of())
+        HOOKS[name](model.norm)
+        wanted = model(x_of())
+    assert not torch.allclose(plain, wanted, atol=1e-2)
+    result = export_model(model, tmp_path / "out", target="ort", inputs={"x": x_of()})
+    assert [site.path for site in result.recognition.sites] == ["norm"]
+    session = ort.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    got = session.run(None, {session.get_inputs()[0].name: x_of().numpy()})[0]
+    assert abs(got - wanted.numpy()).max() < 1e-4
+
+
+def test_hooks_inside_of_a_norm_and_an_own_call_are_refused() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.drop = nn.Parameter(torch.ones(64)), nn.Dropout()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.drop(normalized(x) * self.weight)
+
+    class OwnCallNorm(nn.RMSNorm):
+        def __call__(self, x: Tensor) -> Tensor:
+            return super().__call__(x) * 2
+
+    around = Around()
+    assert len(sites_of(around)) == 1
+    around.drop.register_forward_hook(lambda module, args, output: output * 2)
+    model = nn.ModuleDict({"AroundNorm": around, "own": OwnCallNorm(64)})
+    found = find_norms(model)
+    assert found.sites == []
+    assert [refusal.path for refusal in found.refusals] == ["own"]
+    assert "overrides __call__" in found.refusals[0].reason
+
+
+def test_an_own_call_is_in_the_exported_file(tmp_path: Path) -> None:
+    class OwnCallNorm(nn.RMSNorm):
+        def __call__(self, x: Tensor) -> Tensor:
+            return super().__call__(x) * 2
+
+    model = randomized(Inner(OwnCallNorm(64))).eval()
+    with torch.no_grad():
+        wanted = model(x_of())
+    export_model(model, tmp_path / "out", target="ort", inputs={"x": x_of()})
+    session = ort.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    got = session.run(None, {session.get_inputs()[0].name: x_of().numpy()})[0]
+    assert abs(got - wanted.numpy()).max() < 1e-4
+
+
+def test_a_norm_that_writes_into_its_input_stays_as_it_is_in_the_exported_file(tmp_path: Path) -> None:
+    class Halving(Weighted):
+        def forward(self, x: Tensor) -> Tensor:
+            y = normalized(x) * self.weight
+            x.mul_(0.5)
+            return y
+
+    model = randomized(Inner(Halving(64))).eval()
+    with torch.no_grad():
+        wanted = model(x_of())
+    result = export_model(model, tmp_path / "out", target="ort", inputs={"x": x_of()})
+    assert [refusal.reason for refusal in result.recognition.refusals] == ["it changes its input in place"]
+    session = ort.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    got = session.run(None, {session.get_inputs()[0].name: x_of().numpy()})[0]
+    assert abs(got - wanted.numpy()).max() < 1e-4

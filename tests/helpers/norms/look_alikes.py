@@ -278,7 +278,7 @@ LOOK_ALIKES: dict[str, LookAlike] = {
     "random": LookAlike(lambda: RandomNorm(64), BY_NAME),
     "always_dropping": LookAlike(lambda: AlwaysDropping(64), ""),
     "half_differs": LookAlike(lambda: HalfDiffers(64), "no order of casts reproduces it"),
-    "rank_differs": LookAlike(lambda: RankDiffers(64), "other shapes it differs"),
+    "rank_differs": LookAlike(lambda: RankDiffers(64), "with an x of 4 dims, it differs from its spec"),
     "factor_only": LookAlike(hub("hy_v4", "HYV4UnweightedRMSNorm", 1e-6), BY_NAME),
     "named_only": LookAlike(lambda: NamedRMSNorm(64), BY_NAME),
     "tuple": LookAlike(lambda: TupleNorm(64), BY_NAME),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rmsnorm_deploy.models.recognition.isolate import one_thread, stand_in, untouched_random_state
+from rmsnorm_deploy.models.recognition.state import UnwatchableError
 
 
 class Counting(nn.Module):
@@ -139,3 +141,28 @@ def test_one_thread_and_as_many_as_before() -> None:
     with pytest.raises(ArithmeticError):
         failing()
     assert torch.get_num_threads() == before
+
+
+def test_objects_are_copied_and_bound_methods_follow_the_copy() -> None:
+    class Stats:
+        def __init__(self) -> None:
+            self.calls, self.log = 0, [0]
+
+    module = Counting()
+    module.stats, module.pair, module.generator = Stats(), ([0], 1), torch.Generator().manual_seed(3)
+    module.call = module.child.forward
+    clone = stand_in(module)
+    clone.stats.calls += 1
+    clone.stats.log.append(1)
+    clone.pair[0].append(1)
+    torch.rand(1, generator=clone.generator)
+    assert (module.stats.calls, module.stats.log, module.pair) == (0, [0], ([0], 1))
+    assert module.generator.get_state().equal(torch.Generator().manual_seed(3).get_state())
+    assert isinstance(clone.stats, Stats)
+
+
+def test_what_cannot_be_copied_is_an_error_that_names_it() -> None:
+    module = nn.Module()
+    module.things = [{"lock": threading.Lock()}]
+    with pytest.raises(UnwatchableError, match=r"things\[0\]\['lock'\] \(lock\) cannot be copied"):
+        stand_in(module)

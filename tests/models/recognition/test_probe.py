@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rmsnorm_deploy.models.recognition.probe import NotANormError, Probed, RefusedError, own_tensors, probe
+from rmsnorm_deploy.models.recognition.caller import RefusedError, own_tensors
+from rmsnorm_deploy.models.recognition.probe import Probed, probe
+from rmsnorm_deploy.models.recognition.signature import NotANormError
 from rmsnorm_deploy.models.spec import NormSpec
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rmsnorm_deploy.models.recognition.probe_rows import adversarial_rows, same_bits
+from rmsnorm_deploy.models.recognition.probe_rows import adversarial_rows, outlier_rows, rolled, same_bits
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 NAN, INF = float("nan"), float("inf")
@@ -76,3 +76,29 @@ def test_another_dtype_or_shape_is_another_result() -> None:
 def test_strides_do_not_matter() -> None:
     a = torch.arange(6.0).reshape(2, 3)
     assert same_bits(a.T, a.T.contiguous())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 7, 64, 4096])
+def test_outliers_reach_every_channel_with_both_signs(dtype: torch.dtype, count: int) -> None:
+    found = outlier_rows(dtype, (count,), torch.Generator().manual_seed(0)).double()
+    assert torch.isfinite(found).all()
+    combs = found[-2 * min(count, 32) :]
+    assert (combs.amax(0) >= 100).all()
+    assert (combs.amin(0) <= -100).all()
+    if count >= 64:
+        single = found[:24]
+        places = set(single.abs().argmax(1).tolist())
+        assert {1, count - 2, 7, 13} <= places
+        tops = single.gather(1, single.abs().argmax(1, keepdim=True)).flatten()
+        assert {abs(round(top)) for top in tops.tolist()} >= {10, 30, 100, 1000}
+        assert (tops > 0).any()
+        assert (tops < 0).any()
+
+
+def test_rolled_rows_are_all_different() -> None:
+    pool = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    found = rolled(pool, 10)
+    assert found.shape == (10, 8)
+    assert len(torch.unique(found, dim=0)) == 10
+    assert torch.equal(found[:3], pool)

@@ -6,6 +6,7 @@ import dataclasses
 
 from rmsnorm_deploy.cli import options, validation
 from rmsnorm_deploy.cli.screen import Screen
+from rmsnorm_deploy.models.checkpoint_keys import allowing_missing
 from rmsnorm_deploy.runtime.validation.options import ValidationOptions
 
 
@@ -18,6 +19,7 @@ def bisect(
     junit: validation.Junit = None,
     output: validation.Output = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    allow_missing: options.AllowMissing = None,
     as_json: options.AsJson = False,
 ) -> int:
     """Find the norm, or the segment between two norms, that introduces error.
@@ -29,4 +31,7 @@ def bisect(
     files = validation.ReportFiles(html, junit, output, validation.input_files(candidate, given))
     sides = validation.sides(candidate, against, "bisect")
     asked = dataclasses.replace(given, bisect=True)
-    return validation.run_validation(*sides, asked, files, screen, show_norms=True, trust_remote_code=trust_remote_code)
+    with allowing_missing(allow_missing or ()):
+        return validation.run_validation(
+            *sides, asked, files, screen, show_norms=True, trust_remote_code=trust_remote_code
+        )

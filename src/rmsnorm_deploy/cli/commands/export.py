@@ -71,6 +71,7 @@ def export(
         int, typer.Option("--outlier-seed", metavar="N", min=0, help="Seed of the choice of outlier channels.")
     ] = 0,
     trust_remote_code: options.TrustRemoteCode = False,
+    allow_missing: options.AllowMissing = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Export a model to ONNX with its norms in the form that the target requires."""
@@ -88,7 +89,7 @@ def export(
         from rmsnorm_deploy.export.from_torch.export_model import export_model
         from rmsnorm_deploy.models.loading import load_model
 
-        loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code, allow_missing=allow_missing or ())
         details: dict[str, Any] = {}
         injected = None
         if injection is not None:

@@ -48,6 +48,7 @@ def inspect(
     ] = None,
     made_up: Annotated[bool, typer.Option("--made-up", help="As --inputs, with generated inputs.")] = False,
     trust_remote_code: options.TrustRemoteCode = False,
+    allow_missing: options.AllowMissing = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Find every RMSNorm of a model and show what it computes.
@@ -66,7 +67,9 @@ def inspect(
             from rmsnorm_deploy.models.loading import load_model
             from rmsnorm_deploy.models.recognition.find_norms import find_norms
 
-            loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+            loaded = load_model(
+                model, dtype=dtype, trust_remote_code=trust_remote_code, allow_missing=allow_missing or ()
+            )
             if wanted.any:
                 report = _risk(loaded, wanted, trust_remote_code, progress)
                 found, extra = report.recognition, {"risk": report.to_dict()}

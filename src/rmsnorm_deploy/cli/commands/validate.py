@@ -10,6 +10,7 @@ import typer
 
 from rmsnorm_deploy.cli import options, validation
 from rmsnorm_deploy.cli.screen import Screen
+from rmsnorm_deploy.models.checkpoint_keys import allowing_missing
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.validation.options import ValidationOptions
 
@@ -33,6 +34,7 @@ def validate(
         bool, typer.Option("--allow-code", help="Run the Python code that the report of --replay names.")
     ] = False,
     trust_remote_code: options.TrustRemoteCode = False,
+    allow_missing: options.AllowMissing = None,
     as_json: options.AsJson = False,
 ) -> int:
     """Compare a deployed model with PyTorch.
@@ -47,12 +49,15 @@ def validate(
     if replay is not None:
         if candidate or against or given != ValidationOptions():
             raise UsageError("--replay reads the candidate and the options from the report; omit them.")
-        return _again(_read(replay, allow_code), files, screen, norms, trust_remote_code)
+        before = _read(replay, allow_code)
+        with allowing_missing(allow_missing or ()):
+            return _again(before, files, screen, norms, trust_remote_code)
     sides = validation.sides(candidate, against, "validate")
     asked = dataclasses.replace(given, depth=norms or (html is not None and not given.outputs_only))
-    return validation.run_validation(
-        *sides, asked, files, screen, show_norms=norms, trust_remote_code=trust_remote_code
-    )
+    with allowing_missing(allow_missing or ()):
+        return validation.run_validation(
+            *sides, asked, files, screen, show_norms=norms, trust_remote_code=trust_remote_code
+        )
 
 
 def _read(replay: Path, allow_code: bool) -> Replay:
