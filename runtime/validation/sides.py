@@ -13,6 +13,7 @@ from ...models.loading import LoadedModel, load_model
 from ...models.outliers import apply_recorded
 from ..inputs.cases import Case, inputs_of, load_cases, made_up_for, prompt_cases
 from ..inputs.exported import Exported, open_exported
+from ..inputs.ranges import shapes_within
 from ..inputs.tokenizer import has_tokenizer
 from ..runners.base import Runner, TensorInfo
 from .candidate import Candidate, candidate_of
@@ -102,7 +103,8 @@ def cases_for(
         return prompt_cases(options.prompts, _tokenizer(sides, options), known, trust_remote_code)
     if sides.loaded is not None:
         return made_up_for(sides.loaded, options.shapes, options.seed)
-    return made_up_cases(infos, sides.model, options.shapes, options.seed)
+    shapes = options.shapes or shapes_within(sides.candidate.limits, infos)
+    return made_up_cases(infos, sides.model, shapes, options.seed)
 
 
 def _tokenizer(sides: Sides, options: ValidationOptions) -> str:
