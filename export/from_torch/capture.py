@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import logging
 import re
@@ -150,7 +151,10 @@ def _capture_transformers(
         _drop_cache_outputs(program)
     _freeze_scalars(program, sample)
     _refuse_overflowed_mask(model, program)
-    return Capture(program, with_past, notes, program=(target, programs[-1]) if programs else None)
+    # torch's program has no arguments that are plain values, such as use_cache.
+    plain = {name: value for name, value in sample.items() if isinstance(value, bool | int | str)}
+    called = functools.partial(target, **plain)
+    return Capture(program, with_past, notes, program=(called, programs[-1]) if programs else None)
 
 
 def _is_program(value: Any) -> TypeGuard[torch.export.ExportedProgram]:

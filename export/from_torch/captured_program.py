@@ -147,7 +147,7 @@ def _from_sizes(node: Any, sizes: Mapping[str, int], known: dict[fx.Node, Any]) 
     """The value of a node that is computed from sizes alone.
 
     Raises:
-        LookupError: it depends on the values of an input or a weight.
+        LookupError: it depends on the values of an input or a weight, or is too large to compute.
     """
     if not isinstance(node, fx.Node):
         return node
@@ -155,6 +155,8 @@ def _from_sizes(node: Any, sizes: Mapping[str, int], known: dict[fx.Node, Any]) 
         size = node.meta.get("val")
         if isinstance(size, torch.SymInt) and str(size) in sizes:
             known[node] = sizes[str(size)]
+        elif sum(not isinstance(dim, int) for dim in getattr(size, "shape", ())) > 1:
+            raise LookupError(f"{node.name} grows with the square of a size")
         elif node.op == "call_function":
             arguments = fx.map_arg((node.args, node.kwargs), lambda n: _from_sizes(n, sizes, known))
             known[node] = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]

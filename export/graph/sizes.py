@@ -7,6 +7,7 @@ stand in the manifest and in the file's metadata, so that a runner refuses sizes
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import operator
 from collections.abc import Callable, Mapping
@@ -74,6 +75,21 @@ def limits_from(row: Mapping[str, Any], where: str) -> SizeLimits:
             f"got {json.dumps(row, default=str)[:200]}. Export again."
         ) from error
     return SizeLimits(ranges, conditions)
+
+
+def size_limits_of(manifest: Mapping[str, Any]) -> SizeLimits:
+    """The sizes of dynamic dims for which an exported model is valid.
+
+    Raises:
+        UsageError: the manifest's `ranges` or `conditions` cannot be read.
+    """
+    ranges = {dim: ends for row in manifest.get("inputs", ()) for dim, ends in (row.get("ranges") or {}).items()}
+    return limits_from({"ranges": ranges, "conditions": manifest.get("conditions", ())}, "manifest.json")
+
+
+def range_ends(manifest: Mapping[str, Any]) -> dict[str, tuple[int, int | None]]:
+    """The smallest and largest size by dim name; None as the largest is unbounded. A dim of any size is absent."""
+    return dict(size_limits_of(manifest).ranges)
 
 
 def metadata_of(limits: SizeLimits) -> dict[str, str]:
@@ -154,6 +170,7 @@ def _ends(low: Any, high: Any) -> tuple[int, int | None]:
     return low, high
 
 
+@functools.lru_cache(maxsize=256)
 def _parsed(condition: str) -> ast.Compare:
     if not isinstance(condition, str) or len(condition) > _MOST_CHARACTERS:
         raise ValueError("expected a short text")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from ...models.errors import UsageError
-from ..graph.sizes import SizeLimits, limits_from
 from .owned_files import MANIFEST, MANIFEST_SCHEMAS, sha256
 
 SCHEMA = f"{MANIFEST_SCHEMAS}2"
@@ -49,21 +48,6 @@ def deviation_rows(manifest: dict[str, Any], runtime: str | None = None) -> list
             if site["path"] not in row["sites"]:
                 row["sites"].append(site["path"])
     return list(found.values())
-
-
-def size_limits_of(manifest: Mapping[str, Any]) -> SizeLimits:
-    """The sizes of dynamic dims for which an exported model is valid.
-
-    Raises:
-        UsageError: the manifest's `ranges` or `conditions` cannot be read.
-    """
-    ranges = {dim: ends for row in manifest.get("inputs", ()) for dim, ends in (row.get("ranges") or {}).items()}
-    return limits_from({"ranges": ranges, "conditions": manifest.get("conditions", ())}, "manifest.json")
-
-
-def range_ends(manifest: Mapping[str, Any]) -> dict[str, tuple[int, int | None]]:
-    """The smallest and largest size by dim name; None as the largest is unbounded. A dim of any size is absent."""
-    return dict(size_limits_of(manifest).ranges)
 
 
 def tensor_rows(values: list[ir.Value]) -> list[dict[str, Any]]:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...export.graph.sizes import SizeLimits, limits_in
-from ...export.onnx_io.manifest import size_limits_of
+from ...export.graph.sizes import SizeLimits, limits_in, size_limits_of
 from ...export.onnx_io.read_model import read_model
 from ...models.errors import UsageError
 from ...models.recognition.find_norms import find_norms

@@ -128,12 +128,40 @@ def judge_output(
         true, wanted = true[:, -1:], wanted[:, -1:]
     elif candidate.ndim == wanted.ndim and candidate.ndim > 1 and candidate.shape[1] == wanted.shape[1] - 1:
         true, wanted = true[:, :-1], wanted[:, :-1]  # the prompt, without the token of the decode step
+    elif is_last_token(candidate, wanted):
+        true, wanted = (last_token(value, candidate) for value in (true, wanted))
     found = limits_of(limits, key)
     verdict = judge(name, candidate, true, wanted, limits=found)
     if candidate.dtype != wanted.dtype and verdict.passed and found is None:
         reason = f"expected {wanted.dtype.name} as in PyTorch, got {candidate.dtype.name}; explicit limits allow that"
         return OutputVerdict(name, False, reason, verdict.figures, verdict.baseline_figures)
     return verdict
+
+
+def is_last_token(candidate: Array, wanted: Array) -> bool:
+    """Whether an output has one token, or no dim of tokens, where PyTorch's has several: `[batch, length, width]`.
+
+    Files for generation often compute the logits of the last token only.
+    """
+    if wanted.ndim != 3 or wanted.shape[1] < 2:
+        return False
+    return candidate.shape in ((wanted.shape[0], 1, wanted.shape[2]), (wanted.shape[0], wanted.shape[2]))
+
+
+def last_token(value: Array, candidate: Array) -> Array:
+    """The last token of PyTorch's output, in the candidate's rank."""
+    return value[:, -1] if candidate.ndim == 2 else value[:, -1:]
+
+
+def last_token_notes(runs: Sequence[Run], baseline: Sequence[Outputs]) -> list[str]:
+    """Notes on the outputs that were compared with the last token of PyTorch's."""
+    found = dict.fromkeys(
+        name
+        for run, own in zip(runs, baseline, strict=True)
+        for name, wanted in named(own, [n for n in run.got if not n.endswith(DECODE_SUFFIX)]).items()
+        if is_last_token(run.got[name], wanted)
+    )
+    return [f"{name} has the last token only, so it was compared with the last token of PyTorch's" for name in found]
 
 
 def named(returned: Outputs, names: Sequence[str]) -> Outputs:

@@ -147,7 +147,8 @@ def _is_exported_folder(place: Path) -> bool:
 
 
 def _from_folder(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], SizeLimits]:
-    from rmsnorm_deploy.export.onnx_io.manifest import read_manifest, size_limits_of
+    from rmsnorm_deploy.export.graph.sizes import size_limits_of
+    from rmsnorm_deploy.export.onnx_io.manifest import read_manifest
 
     manifest = read_manifest(folder)
     sites = [{key: value for key, value in site.items() if key != "calls"} for site in manifest["sites"]]
