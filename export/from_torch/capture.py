@@ -143,6 +143,8 @@ def _capture_transformers(
         notes.append("experts were captured with their batched_mm implementation, the only one that can be exported")
     with experts(model, "batched_mm"), torch.no_grad():
         target, sample = (model, {**inputs, "use_cache": False}) if not with_past else _decode_step(model, inputs)
+        # The exporter removes arguments that are plain values, such as use_cache; torch's program does not have them.
+        plain = {name: value for name, value in sample.items() if isinstance(value, bool | int | str)}
         with _recorded() as programs:
             program = exporter.export(target, sample, config).program
     if with_past:
@@ -151,8 +153,6 @@ def _capture_transformers(
         _drop_cache_outputs(program)
     _freeze_scalars(program, sample)
     _refuse_overflowed_mask(model, program)
-    # torch's program has no arguments that are plain values, such as use_cache.
-    plain = {name: value for name, value in sample.items() if isinstance(value, bool | int | str)}
     called = functools.partial(target, **plain)
     return Capture(program, with_past, notes, program=(called, programs[-1]) if programs else None)
 
