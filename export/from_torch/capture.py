@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import logging
 import re
@@ -11,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import onnx_ir as ir
@@ -22,7 +23,10 @@ from torch import nn
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError
 from ...models.experts import experts, has_experts
 from ..graph.metadata import PAST, PRESENT
+from ..graph.sizes import SizeLimits
 from ..lowering.table import DEFAULT_OPSET
+from .ranges import size_limits
+from .second_sizes import check_second_sizes, example_sizes
 
 # Cache tensors of a layer, as transformers' exporter names them.
 _PAST_INPUT = re.compile(r"^(?:input\.)?past_key_values\.layers\.(\d+)\.(key|value)s$")
@@ -40,12 +44,16 @@ class Capture:
         with_past: whether the KV cache is an input and an output.
         notes: changes that were required to capture the model, for the manifest.
         fixed_dims: symbols in the graph's shapes that the model fixes, with their values.
+        program: torch's program that the graph was made from, and what was captured; None if torch returns none.
+        limits: the sizes of dynamic dims for which the graph is valid.
     """
 
     model: ir.Model
     with_past: bool = False
     notes: list[str] = field(default_factory=list)
     fixed_dims: dict[str, str] = field(default_factory=dict)
+    program: tuple[Any, torch.export.ExportedProgram] | None = None
+    limits: SizeLimits = field(default_factory=SizeLimits)
 
 
 def capture_opset(opset: int | None) -> int:
@@ -89,8 +97,28 @@ def capture(
             raise
         except Exception as error:
             raise _explained(model, error) from error
-    _name_dims(captured.model, captured.fixed_dims)
+        names = _name_dims(captured.model, captured.fixed_dims)
+        _check_sizes(captured, names)
     return captured
+
+
+def _check_sizes(captured: Capture, names: Mapping[str, str]) -> None:
+    """Set the limits of a graph with dynamic dims, and compare it with the model at other sizes."""
+    if captured.program is None:
+        return
+    model, program = captured.program
+    dynamic = {symbol: name for symbol, name in names.items() if not name.isdigit()}
+    example = example_sizes(program, {symbol: symbol for symbol in dynamic})
+    limits = size_limits(program, dynamic, example)
+    if captured.with_past:
+        # torch's conditions and lower ends describe the example's mask and cache, not what the graph computes.
+        highs = {name: (0, ends[1]) for name, ends in limits.ranges.items() if ends[1] is not None}
+        limits = SizeLimits(highs)
+    outputs = [str(value.name) for value in captured.model.graph.outputs]
+    checked = check_second_sizes(model, program, dynamic, limits, outputs)
+    captured.limits = checked.limits
+    captured.notes += checked.notes
+    captured.program = None  # it holds a second copy of the graph
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -115,14 +143,41 @@ def _capture_transformers(
         notes.append("experts were captured with their batched_mm implementation, the only one that can be exported")
     with experts(model, "batched_mm"), torch.no_grad():
         target, sample = (model, {**inputs, "use_cache": False}) if not with_past else _decode_step(model, inputs)
-        program = exporter.export(target, sample, config).program
+        # The exporter removes arguments that are plain values, such as use_cache; torch's program does not have them.
+        plain = {name: value for name, value in sample.items() if isinstance(value, bool | int | str)}
+        with _recorded() as programs:
+            program = exporter.export(target, sample, config).program
     if with_past:
         _rename_cache(program)
     else:
         _drop_cache_outputs(program)
     _freeze_scalars(program, sample)
     _refuse_overflowed_mask(model, program)
-    return Capture(program, with_past, notes)
+    called = functools.partial(target, **plain)
+    return Capture(program, with_past, notes, program=(called, programs[-1]) if programs else None)
+
+
+def _is_program(value: Any) -> TypeGuard[torch.export.ExportedProgram]:
+    return isinstance(value, torch.export.ExportedProgram)
+
+
+@contextmanager
+def _recorded() -> Iterator[list[torch.export.ExportedProgram]]:
+    """The programs that `torch.onnx.export` translates, which transformers' exporter does not return."""
+    programs: list[torch.export.ExportedProgram] = []
+    original = torch.onnx.export
+
+    def export(*arguments: Any, **keywords: Any) -> Any:
+        result = original(*arguments, **keywords)
+        if result is not None and _is_program(result.exported_program):
+            programs.append(result.exported_program)
+        return result
+
+    torch.onnx.export = export
+    try:
+        yield programs
+    finally:
+        torch.onnx.export = original
 
 
 def _transformers_exporter() -> tuple[Any, Any]:
@@ -245,7 +300,9 @@ def _capture_module(model: nn.Module, inputs: dict[str, Any], opset: int, dynami
         names = _output_names(model, exported)
         for value, name in zip(program.model.graph.outputs, names, strict=True):
             value.name = name
-    return Capture(program.model, fixed_dims=_fixed_dims(exported))
+    return Capture(
+        program.model, fixed_dims=_fixed_dims(exported), program=(model, exported) if _is_program(exported) else None
+    )
 
 
 def _output_names(model: nn.Module, program: torch.export.ExportedProgram) -> list[str]:
@@ -282,8 +339,12 @@ def _auto_dims(value: Any) -> Any:
 # Names and messages -----------------------------------------------------------------------------------------------
 
 
-def _name_dims(model: ir.Model, fixed: Mapping[str, str]) -> None:
-    """Replace the symbols in all shapes of the graph: dynamic dims by descriptive names, fixed dims by their values."""
+def _name_dims(model: ir.Model, fixed: Mapping[str, str]) -> dict[str, str]:
+    """Replace the symbols in all shapes of the graph: dynamic dims by descriptive names, fixed dims by their values.
+
+    Returns:
+        The name or value of each symbol.
+    """
     names = {**fixed, **_fixed_cache_dims(model)}
     for value in model.graph.inputs:
         for index, dim in enumerate(value.shape or ()):
@@ -291,7 +352,7 @@ def _name_dims(model: ir.Model, fixed: Mapping[str, str]) -> None:
             if symbol is not None and symbol not in names:
                 names[symbol] = _dim_name(value.name or "input", index, model)
     if not names:
-        return
+        return names
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
 
     def renamed(dim: Any) -> Any:
@@ -305,6 +366,7 @@ def _name_dims(model: ir.Model, fixed: Mapping[str, str]) -> None:
         for value in values:
             if value.shape is not None:
                 value.shape = ir.Shape([renamed(dim) for dim in value.shape])
+    return names
 
 
 def _fixed_cache_dims(model: ir.Model) -> dict[str, str]:

@@ -19,6 +19,7 @@ from ...models.errors import MismatchError, UsageError
 from ...models.loading import LoadedModel, as_loaded
 from ...models.recognition.find_norms import find_norms
 from ...models.recognition.site import Recognition
+from ..graph.sizes import SizeLimits, metadata_of
 from ..lowering.plugin_functions import PluginStyle, plugin_style, style_notes
 from ..lowering.table import TARGETS, Environment, LoweringRefusal, opset_for, resolve
 from ..onnx_io.atomic_files import check_destination, copy_companions, new_folder, restrict_mode
@@ -253,7 +254,8 @@ def save(
     progress = progress or _silent
     progress(f"lowering for {target}")
     lowered, sites = lower(prepared.capture.model, target, opset, style)
-    graph = lowered.graph
+    graph, limits = lowered.graph, prepared.capture.limits
+    lowered.metadata_props.update(metadata_of(limits))
     content = {
         **prepared.details,
         "target": target,
@@ -261,8 +263,9 @@ def save(
         "dtype": prepared.dtype,
         "with_past": prepared.capture.with_past,
         "model": MODEL_FILE,
-        "inputs": tensor_rows(list(graph.inputs)),
+        "inputs": [{**row, **_ranges(row, limits)} for row in tensor_rows(list(graph.inputs))],
         "outputs": tensor_rows(list(graph.outputs)),
+        **({"conditions": [*limits.conditions]} if limits.conditions else {}),
         "sites": site_rows(prepared.recognition, sites),
         "refusals": [refusal.to_dict() for refusal in prepared.recognition.refusals],
         "notes": [*prepared.notes, *prepared.capture.notes, *style_notes(lowered, style)],
@@ -277,6 +280,11 @@ def save(
         progress("hashing the files")
         manifest = write_manifest(folder, content)
     return ExportResult(Path(path), target, manifest, prepared.recognition)
+
+
+def _ranges(row: Mapping[str, Any], limits: SizeLimits) -> dict[str, Any]:
+    found = {dim: list(limits.ranges[dim]) for dim in row["shape"] if dim in limits.ranges}
+    return {"ranges": found} if found else {}
 
 
 def _write_model(model: ir.Model, folder: Path) -> None:

@@ -5,6 +5,7 @@ constants: constant, scalar, integers and dims of a value; widens, is_half, is_f
 infer_types: fill_types, which infers missing dtypes and shapes.
 plugin_nodes: is_plugin_node, whether a node is a custom operator of this package.
 metadata: the keys that an exported file has on its nodes, and the names of its constants and its KV cache.
+sizes: SizeLimits, the sizes of dynamic dims for which a graph is valid, and their form in a file's metadata.
 residual: residual_operands, the residual add in front of a norm.
 shape_checks: fits, may_fit, reshapes_back and other checks of the shapes around a norm.
 """

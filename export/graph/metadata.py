@@ -14,6 +14,8 @@ TARGET_KEY: Final = METADATA_PREFIX + "target"
 FORM_KEY: Final = METADATA_PREFIX + "form"
 # On the main node: names of the values that go into and come out of the whole norm, as JSON.
 VALUES_KEY: Final = METADATA_PREFIX + "values"
+# On the model: the sizes of dynamic dims that the graph is valid for, as JSON.
+SIZES_KEY: Final = METADATA_PREFIX + "sizes"
 # The start of the names of constants that are scales of ones, made for operators that require a scale.
 ONES: Final = METADATA_PREFIX + "ones"
 # A KV cache's tensors, as runtimes and servers expect them: `past_key_values.N.key` goes in, `present.N.key` comes out;

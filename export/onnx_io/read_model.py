@@ -122,6 +122,21 @@ def read_model(source: str | os.PathLike[str] | bytes, weights_folder: Path | No
     return ModelFile(model, path, tuple(s.path for s in external), (*stamp, *external))
 
 
+def sort_nodes(model: ir.Model, where: str) -> None:
+    """Sort the nodes so that each comes after those whose results it reads: ONNX Runtime opens files in any order.
+
+    Raises:
+        UsageError: the graph contains a cycle.
+    """
+    for body in (model.graph, *(function.graph for function in model.functions.values())):
+        try:
+            body.sort()
+        except ValueError as error:
+            raise UsageError(
+                f"{where}: expected nodes without a cycle, got one: {shorten(str(error), 300)}."
+            ) from error
+
+
 def to_ir(file: ModelFile) -> ir.Model:
     """The model in onnx_ir, for rewriting; external tensors remain references to files.
 
@@ -148,6 +163,7 @@ def to_ir(file: ModelFile) -> ir.Model:
             cause = cause.__cause__
         kind = UnsupportedError if isinstance(cause, NotImplementedError) else UsageError
         raise kind(f"{file.where}: the graph cannot be read: {shorten(str(cause), 300)}") from error
+    sort_nodes(model, file.where)
     if file.path is not None:
         for body in (model.graph, *(function.graph for function in model.functions.values())):
             ir.external_data.set_base_dir(body, file.path.parent)

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...export.from_torch.example_inputs import vocabulary_size
+from ...export.graph.sizes import SizeLimits, size_problem
 from ..runners.base import Array, TensorInfo
 from .boundaries import lengths_named, longest_length, special_ids
 from .cases import Case
+from .ranges import shapes_within
 from .synthetic import is_past, make_feeds
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ _LONGEST, _LONGEST_THOROUGH = 1024, 32768
 _ALL_IDS, _ALL_IDS_THOROUGH = 2048, 1 << 20
 _ROW = 64
 _SEEDS = 3
+NO_LIMITS = SizeLimits()
 
 
 @dataclass(slots=True)
@@ -43,24 +46,30 @@ class Plan:
     untried: list[str] = field(default_factory=list)
 
 
-def plan_cases(infos: Sequence[TensorInfo], model: nn.Module, seed: int, thorough: bool = False) -> Plan:
+def plan_cases(
+    infos: Sequence[TensorInfo], model: nn.Module, seed: int, limits: SizeLimits = NO_LIMITS, thorough: bool = False
+) -> Plan:
     """Plan the default inputs of a validation.
 
     Args:
         infos: the inputs of the candidate.
         model: the PyTorch model, whose config names lengths and special tokens.
         seed: of the random numbers.
+        limits: the sizes for which the file was exported.
         thorough: add what takes long: lengths past every window, all token ids, and more seeds.
 
     Raises:
         UsageError: no values can be generated for an input; the user has to give it.
     """
-    return _Planner(infos, model, seed, thorough).run()
+    return _Planner(infos, model, seed, limits, thorough).run()
 
 
 class _Planner:
-    def __init__(self, infos: Sequence[TensorInfo], model: nn.Module, seed: int, thorough: bool) -> None:
+    def __init__(
+        self, infos: Sequence[TensorInfo], model: nn.Module, seed: int, limits: SizeLimits, thorough: bool
+    ) -> None:
         self._infos, self._model, self._seed, self._thorough = infos, model, seed, thorough
+        self._limits, self._outside = limits, 0
         self._names = {info.name for info in infos}
         self._vocabulary = vocabulary_size(model)
         self._work = sum(p.numel() for p in model.parameters())
@@ -74,7 +83,7 @@ class _Planner:
             self._plan.untried.append("other shapes: all dims of the file are fixed")
             self._add_ids(fixed=True)
             return self._plan
-        for batch, length in _SHAPES:
+        for batch, length in shapes_within(self._limits, self._infos) if self._limits else _SHAPES:
             self._add(f"{batch}x{length}", self._feeds(batch, length), required=True)
         self._add(f"{_SHORT[0]}x{_SHORT[1]}", self._feeds(*_SHORT))
         self._add_padded()
@@ -87,6 +96,8 @@ class _Planner:
                     self._add(f"{batch}x{length}, seed {seed}", self._feeds(batch, length, seed), anew=True)
         else:
             self._plan.untried.append("several seeds: add --thorough, or repeat with --seed N")
+        if self._outside:
+            self._plan.untried.append(f"{self._outside} generated inputs of sizes for which the file was not exported")
         if not self._cached and "input_ids" in self._names and hasattr(self._model, "generate"):
             self._plan.untried.append("decoding with a KV cache: the file has none; export it with --with-past")
         return self._plan
@@ -104,12 +115,24 @@ class _Planner:
     def _add(
         self, name: str, feeds: Mapping[str, Array], *, required: bool = False, long: bool = False, anew: bool = False
     ) -> None:
+        if not required and self._is_outside(feeds):
+            self._outside += 1
+            return
         if not anew and any(_same(feeds, case.feeds) for case in self._plan.cases):
             return
         calls = CALLS if self._cached else ()
         if calls:
             name = f"{name} then {'+'.join(map(str, calls))} more"
         self._plan.cases.append(Case(name, dict(feeds), calls, optional=not required, long=long))
+
+    def _is_outside(self, feeds: Mapping[str, Array]) -> bool:
+        sizes = {
+            dim: size
+            for info in self._infos
+            for dim, size in zip(info.shape or (), feeds[info.name].shape, strict=True)
+            if isinstance(dim, str)
+        }
+        return bool(self._limits) and size_problem(self._limits, sizes) is not None
 
     def _add_padded(self) -> None:
         """Rows without padding, with padding left, right and on both sides, and with a hole."""

@@ -153,15 +153,16 @@ def _floats(shape: Sequence[int], character: int, rng: np.random.Generator) -> A
 
 def _sizes(info: TensorInfo, batch: int, length: int) -> list[int]:
     return [
-        dim if isinstance(dim, int) else _size(dim, index, batch, length) for index, dim in enumerate(info.shape or ())
+        dim if isinstance(dim, int) else dim_size(dim, index, batch, length)
+        for index, dim in enumerate(info.shape or ())
     ]
 
 
-def _size(dim: str | None, index: int, batch: int, length: int) -> int:
+def dim_size(dim: str | None, index: int, batch: int, length: int) -> int:
     """The size of a dynamic dim by its name, such as `past_sequence_length + 1`: the past has length 0."""
     parts = [part.strip() for part in (dim or "").split("+")]
     if any("past" in part for part in parts):
         left = [part for part in parts if "past" not in part]
-        return sum(int(part) if part.isdigit() else _size(part, index, batch, length) for part in left)
+        return sum(int(part) if part.isdigit() else dim_size(part, index, batch, length) for part in left)
     is_length = any(word in parts[0] for word in ("seq", "length"))
     return batch if "batch" in parts[0] or (index == 0 and not is_length) else length

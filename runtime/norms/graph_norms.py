@@ -20,6 +20,7 @@ from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPa
 from ...export.from_onnx.annotate import annotate
 from ...export.graph.metadata import FORM_KEY, PATH_KEY, SPEC_KEY, VALUES_KEY
 from ...export.lowering.quantized_norms import is_quantized_norm
+from ...export.onnx_io.read_model import sort_nodes
 from ...export.recognition.fused_ops import QUANTIZED_OUTPUT
 from .activation_store import Key
 from .cut import NormPlace
@@ -84,6 +85,7 @@ class GraphNorms:
         self.path = path
         self.problems: dict[str, str] = {}
         self.model = ir.load(path)
+        sort_nodes(self.model, str(path))
         annotate(self.model)
         self._values = {v.name: v for v in _values(self.model.graph)}
         self.norms: dict[Key, GraphNorm] = {norm.key: norm for norm in self._located()}

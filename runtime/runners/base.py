@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from ...export.graph.sizes import SizeLimits, size_problem
 from ...models.dtypes import numpy_dtype
 from ...models.errors import UsageError
 
@@ -89,17 +90,21 @@ def describe_feeds(feeds: Mapping[str, Array]) -> str:
     return ", ".join(f"{name} {array.dtype.name}{list(array.shape)}" for name, array in feeds.items())
 
 
-def check_feeds(infos: Iterable[TensorInfo], feeds: Mapping[str, Array], where: str) -> None:
+def check_feeds(
+    infos: Iterable[TensorInfo], feeds: Mapping[str, Array], where: str, limits: SizeLimits | None = None
+) -> None:
     """Check that feeds match the inputs of a model.
 
     Args:
         infos: the inputs that must be fed.
         feeds: the arrays by input name.
         where: the model's name in the message (a file name, a class name).
+        limits: the sizes for which the model was exported, or None.
 
     Raises:
-        UsageError: an input is missing or unknown, is not an array, or has the wrong dtype, rank or size, or two dims
-            of one symbolic name differ. The message names the input, and the expected and the given value.
+        UsageError: an input is missing or unknown, is not an array, or has the wrong dtype, rank or size, two dims
+            of one symbolic name differ, or a size is outside the limits. The message names
+            the input, and the expected and the given value.
     """
     wanted = {info.name: info for info in infos}
     missing, unexpected = [n for n in wanted if n not in feeds], [n for n in feeds if n not in wanted]
@@ -111,6 +116,18 @@ def check_feeds(infos: Iterable[TensorInfo], feeds: Mapping[str, Array], where: 
     for info in wanted.values():
         _check_array(info, feeds[info.name], where)
         _check_shape(info, feeds[info.name].shape, where, symbols)
+    if limits:
+        _check_limits(limits, symbols, where)
+
+
+def _check_limits(limits: SizeLimits, symbols: Mapping[str, tuple[int, str]], where: str) -> None:
+    problem = size_problem(limits, {name: size for name, (size, _) in symbols.items()})
+    if problem is not None:
+        owners = [owner for name, (_, owner) in symbols.items() if name in problem.replace(":", " ").split()]
+        raise UsageError(
+            f"{where}: {'input ' + owners[0] + ': ' if owners else ''}{problem}. Give inputs of these sizes, or export "
+            "again with example inputs of the sizes that you need."
+        )
 
 
 def _check_array(info: TensorInfo, array: Array, where: str) -> None:

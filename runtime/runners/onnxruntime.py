@@ -16,6 +16,7 @@ from typing import Any, Self
 import ml_dtypes
 import numpy as np
 
+from ...export.graph.sizes import limits_in
 from ...export.onnx_io.atomic_files import new_file
 from ...export.onnx_io.read_model import ModelFile, read_model
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
@@ -114,6 +115,7 @@ class OrtRunner:
         open_rank = {v.name for v in file.model.graph.input if not v.type.tensor_type.HasField("shape")}
         self._inputs = _infos(self._session.get_inputs(), self._where, open_rank)
         self._outputs = _infos(self._session.get_outputs(), self._where, set())
+        self._limits = limits_in({row.key: row.value for row in file.model.metadata_props}, self._where)
         self._files: dict[str, Any] | None = None
 
     def __enter__(self) -> Self:
@@ -148,7 +150,7 @@ class OrtRunner:
             UnsupportedError: a kernel does not support these feeds.
         """
         session = self._opened()
-        check_feeds(self._inputs, feeds, self._where)
+        check_feeds(self._inputs, feeds, self._where, self._limits)
         values = {info.name: _to_value(feeds[info.name]) for info in self._inputs}
         names = [info.name for info in self._outputs] if outputs is None else list(outputs)
         try:

@@ -40,7 +40,7 @@ from .pipeline import (
 )
 from .replay import SIDES
 from .result import ValidationReport
-from .run_cases import by_position
+from .run_cases import by_position, last_token_notes
 from .sides import Sides, cases_for, open_sides
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _examined(
         )
         rows = judge_outputs(runs, own, references, options.limits)
         warnings = signal_warnings(own, rows)
-        notes = [*missing_outputs(candidate, runs, own), *matched.notes]
+        notes = [*missing_outputs(candidate, runs, own), *last_token_notes(runs.runs, own.outputs), *matched.notes]
         points: list[DepthPoint] = []
         if access is None or not matched.keys:
             parts = PartChecks(unsound_norms(own.called.values()))

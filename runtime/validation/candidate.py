@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...export.graph.sizes import SizeLimits, limits_in, size_limits_of
+from ...export.onnx_io.read_model import read_model
 from ...models.errors import UsageError
 from ...models.recognition.find_norms import find_norms
 from ..inputs.exported import Exported, open_exported
@@ -31,12 +33,14 @@ class Candidate:
         opened: opens its runner; may be called several times.
         norms: returns access to its norms, as they are called on the given inputs; None if that is not possible.
         manifest: the manifest of an exported folder, else empty.
+        limits: the sizes for which a file was exported.
     """
 
     name: str
     opened: Callable[[], AbstractContextManager[Runner]]
     norms: Callable[[Mapping[str, Array]], NormAccess] | None = None
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    limits: SizeLimits = field(default_factory=SizeLimits)
 
 
 def candidate_of(thing: str | Path | Exported | nn.Module | Runner, options: ValidationOptions) -> Candidate:
@@ -67,7 +71,15 @@ def _of_file(exported: Exported, options: ValidationOptions) -> Candidate:
         lambda: open_runner(path, provider),
         lambda _feeds: OnnxNorms(path, provider, options.window),
         exported.manifest,
+        _limits(exported),
     )
+
+
+def _limits(exported: Exported) -> SizeLimits:
+    if exported.manifest:
+        return size_limits_of(exported.manifest)
+    file = read_model(exported.model)
+    return limits_in({row.key: row.value for row in file.model.metadata_props}, file.where)
 
 
 def _of_module(model: nn.Module) -> Candidate:

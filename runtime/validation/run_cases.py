@@ -253,11 +253,9 @@ def judge_cache(run: Run, reference: Outputs, baseline: Outputs) -> list[OutputV
 def _at(side: Array, call: Call, got: Array) -> Array:
     """PyTorch's output at the places of a call's tokens, if the output has the case's length."""
     places = list(call.positions)
-    if not places or side.ndim < 2 or side.ndim != got.ndim or side.shape[1] <= places[-1]:
-        return side
-    if got.shape[1] == len(places):
-        return side[:, places]
-    return side[:, places[-1:]] if got.shape[1] == 1 else side
+    if places and side.ndim > 1 and side.shape[1] > places[-1]:
+        side = side[:, places]
+    return last_token(side, got) if is_last_token(got, side) else side
 
 
 def _judged_places(case: Case, call: Call, got: Array) -> Array | None:
@@ -272,6 +270,31 @@ def _judged_places(case: Case, call: Call, got: Array) -> Array | None:
     if call.positions:
         seen = seen[:, list(call.positions)] if seen.shape[1] > call.positions[-1] else seen
     return seen if seen.shape == got.shape[:2] and not seen.all() else None
+
+
+def is_last_token(candidate: Array, wanted: Array) -> bool:
+    """Whether an output has one token, or no dim of tokens, where PyTorch's has several: `[batch, length, width]`.
+
+    Files for generation often compute the logits of the last token only.
+    """
+    if wanted.ndim != 3 or wanted.shape[1] < 2:
+        return False
+    return candidate.shape in ((wanted.shape[0], 1, wanted.shape[2]), (wanted.shape[0], wanted.shape[2]))
+
+
+def last_token(value: Array, candidate: Array) -> Array:
+    """The last token of PyTorch's output, in the candidate's rank."""
+    return value[:, -1] if candidate.ndim == 2 else value[:, -1:]
+
+
+def last_token_notes(runs: Sequence[Run], baseline: Sequence[Outputs]) -> list[str]:
+    """Notes on the outputs that were compared with the last token of PyTorch's."""
+    found: dict[str, None] = {}
+    for run, own in zip(runs, baseline, strict=True):
+        for call in run.calls:
+            wanted = named(own, list(call.outputs))
+            found.update((n, None) for n, got in call.outputs.items() if is_last_token(got, wanted[n]))
+    return [f"{name} has the last token only, so it was compared with the last token of PyTorch's" for name in found]
 
 
 def named(returned: Outputs, names: Sequence[str]) -> Outputs:

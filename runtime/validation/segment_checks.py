@@ -15,6 +15,7 @@ from ..norms.access import CalledNorm, NormAccess
 from ..norms.activation_store import ActivationStore, Key
 from ..norms.torch_norms import TorchNorms
 from ..runners.base import Array
+from .run_cases import is_last_token, last_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,10 @@ def check_segments(
     own = outputs.named(own_outputs)
     for name in (name for name in outputs.reference if name in results):
         segment, inside = describe(name)
-        checks.append(SegmentCheck(segment, judge(name, results[name], outputs.reference[name], own[name]), inside))
+        got, true, wanted = results[name], outputs.reference[name], own[name]
+        if is_last_token(got, wanted):
+            true, wanted = last_token(true, got), last_token(wanted, got)
+        checks.append(SegmentCheck(segment, judge(name, got, true, wanted), inside))
     return checks
 
 

@@ -110,7 +110,7 @@ def cases_for(sides: Sides, infos: Sequence[TensorInfo], options: ValidationOpti
     if sides.loaded is not None:
         infos = [TensorInfo(info.name, "int64", ("batch", "sequence")) for info in known]
     if options.shapes is None:
-        return plan_cases(infos, sides.model, options.seed, options.thorough)
+        return plan_cases(infos, sides.model, options.seed, sides.candidate.limits, options.thorough)
     return Plan(made_up_cases(infos, sides.model, options.shapes, options.seed), [_SHAPES])
 
 

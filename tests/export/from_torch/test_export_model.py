@@ -150,10 +150,17 @@ def test_a_failed_export_keeps_the_earlier_one(
 
 def test_an_export_replaces_an_earlier_one_whole(prepared: PreparedModel, tmp_path: Path) -> None:
     save(prepared, tmp_path / "out", "ort")
-    (tmp_path / "out" / "model.onnx.stale").write_text("left over")
     result = save(prepared, tmp_path / "out", "standard")
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(result.files)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_with_a_file_of_the_user_in_it_is_not_replaced(prepared: PreparedModel, tmp_path: Path) -> None:
+    before = save(prepared, tmp_path / "out", "ort")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds files that no export wrote.*: notes\.txt"):
+        save(prepared, tmp_path / "out", "standard")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*before.files, "notes.txt"}
 
 
 def test_a_folder_with_other_files_is_not_touched(prepared: PreparedModel, tmp_path: Path) -> None:

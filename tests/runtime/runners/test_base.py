@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from rmsnorm_deploy.export.graph.sizes import SizeLimits
 from rmsnorm_deploy.models.dtypes import numpy_dtype
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.runners.base import ANY_DTYPE, TensorInfo, check_feeds, describe_feeds
@@ -80,3 +82,17 @@ def test_names_of_dtypes_and_feeds() -> None:
     assert numpy_dtype("bfloat16") == ml_dtypes.bfloat16
     assert numpy_dtype("float16") == np.float16
     assert describe_feeds(feeds()) == "ids int64[2, 3], mask bool[2, 3], bias bfloat16[1, 9, 4]"
+
+
+def test_a_size_outside_of_the_exported_range_is_a_usage_error() -> None:
+    infos = [TensorInfo("input_ids", "int64", ("batch", "sequence"))]
+    limits = SizeLimits({"sequence": (17, 4096)}, ("sequence % 2 == 0",))
+    check_feeds(infos, {"input_ids": np.zeros((1, 18), np.int64)}, "model.onnx", limits)
+    wanted = (
+        "model.onnx: input input_ids: dim sequence: expected 17 to 4096, as the model was exported for this range; "
+        "got 5. Give inputs of these sizes"
+    )
+    with pytest.raises(UsageError, match=re.escape(wanted)):
+        check_feeds(infos, {"input_ids": np.zeros((1, 5), np.int64)}, "model.onnx", limits)
+    with pytest.raises(UsageError, match=r"expected sequence % 2 == 0, .* got sequence 19"):
+        check_feeds(infos, {"input_ids": np.zeros((1, 19), np.int64)}, "model.onnx", limits)

@@ -17,6 +17,7 @@ from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.report.printed import print_risk
 
 if TYPE_CHECKING:
+    from rmsnorm_deploy.export.graph.sizes import SizeLimits
     from rmsnorm_deploy.models.loading import LoadedModel
     from rmsnorm_deploy.runtime.risk.report import RiskReport
 
@@ -61,7 +62,8 @@ def inspect(
     extra: dict[str, Any] = {}
     if _is_exported_folder(place) or (place.is_file() and place.suffix == ".onnx"):
         wanted.refuse_exported(model)
-        sites, refusals = _from_folder(place) if place.is_dir() else _from_file(place)
+        sites, refusals, limits = _from_folder(place) if place.is_dir() else _from_file(place)
+        extra = {"sizes": limits.to_dict()} if limits else {}
     else:
         with screen.working(f"loading {model}") as progress:
             from rmsnorm_deploy.models.loading import load_model
@@ -104,9 +106,19 @@ class _Wanted:
 def _print(screen: Screen, payload: dict[str, Any]) -> None:
     sites, refusals = payload["sites"], payload["refusals"]
     print_found(screen, sites, refusals, found_line(sites, refusals, payload["model"]))
+    for line in _size_lines(payload.get("sizes", {})):
+        screen.line(line)
     if payload.get("risk", {}).get("norms"):
         screen.line()
         print_risk(screen, payload["risk"])
+
+
+def _size_lines(sizes: dict[str, Any]) -> list[str]:
+    """The sizes for which a file was exported, one line each."""
+    from rmsnorm_deploy.export.graph.sizes import range_text
+
+    ranges = [f"{name}: {range_text((low, high))}" for name, (low, high) in sizes.get("ranges", {}).items()]
+    return [f"valid for {text}" for text in (*ranges, *sizes.get("conditions", ()))]
 
 
 def _risk(loaded: LoadedModel, wanted: _Wanted, trust_remote_code: bool, progress: Callable[[str], None]) -> RiskReport:
@@ -137,17 +149,19 @@ def _is_exported_folder(place: Path) -> bool:
     return isinstance(content, dict) and str(content.get("schema")).partition("/")[0] == kind
 
 
-def _from_folder(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _from_folder(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], SizeLimits]:
+    from rmsnorm_deploy.export.graph.sizes import size_limits_of
     from rmsnorm_deploy.export.onnx_io.manifest import read_manifest
 
     manifest = read_manifest(folder)
     sites = [{key: value for key, value in site.items() if key != "calls"} for site in manifest["sites"]]
-    return sites, manifest["refusals"]
+    return sites, manifest["refusals"], size_limits_of(manifest)
 
 
-def _from_file(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The norms and refusals of an ONNX file."""
+def _from_file(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], SizeLimits]:
+    """The norms and refusals of an ONNX file, and the sizes for which it was exported."""
     from rmsnorm_deploy.export.from_onnx.inline_functions import inline_norm_functions
+    from rmsnorm_deploy.export.graph.sizes import limits_in
     from rmsnorm_deploy.export.lowering.quantized_norms import split_quantized_outputs
     from rmsnorm_deploy.export.onnx_io.check_graph import check_graph
     from rmsnorm_deploy.export.onnx_io.read_model import read_model, to_ir
@@ -158,4 +172,5 @@ def _from_file(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     model = inline_norm_functions(to_ir(file))[0]
     split_quantized_outputs(model)  # an operator with a quantized output is also a norm
     found = find_graph_norms(model)
-    return [site.to_dict() for site in found.sites], [refusal.to_dict() for refusal in found.refusals]
+    limits = limits_in({row.key: row.value for row in file.model.metadata_props}, file.where)
+    return [site.to_dict() for site in found.sites], [refusal.to_dict() for refusal in found.refusals], limits
