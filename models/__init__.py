@@ -8,6 +8,7 @@ dtypes: Dtype and DTYPES, the names of each dtype in PyTorch, NumPy and ONNX.
 loading: load_model, a model from a built-in, Python code, a local folder or the Hugging Face hub; LoadedModel.
 outliers: inject_outliers, outlier channels in a model's weights; apply_recorded.
 tensors: to_torch and to_numpy, arrays as tensors and back.
+regular_files: read_bytes and read_json, files that are not trusted.
 companions: folder_of, where the config and tokenizer files of a model are.
 experts: experts, which implementation of mixture-of-experts layers runs.
 recognition: finding the norms of a model.

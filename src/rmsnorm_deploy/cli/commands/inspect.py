@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from rmsnorm_deploy.cli import options
 from rmsnorm_deploy.cli.norms import found_line, print_found
 from rmsnorm_deploy.cli.screen import Screen
 from rmsnorm_deploy.models.errors import UsageError
+from rmsnorm_deploy.models.regular_files import read_json
 from rmsnorm_deploy.runtime.report.printed import print_risk
 
 if TYPE_CHECKING:
@@ -127,8 +127,8 @@ def _is_exported_folder(place: Path) -> bool:
     from rmsnorm_deploy.export.onnx_io.manifest import SCHEMA as MANIFEST_SCHEMA
 
     try:
-        content = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(place / "manifest.json", "")
+    except UsageError:
         return False
     kind = MANIFEST_SCHEMA.partition("/")[0]
     return isinstance(content, dict) and str(content.get("schema")).partition("/")[0] == kind
@@ -138,8 +138,9 @@ def _from_folder(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
     from rmsnorm_deploy.export.onnx_io.manifest import read_manifest
 
     manifest = read_manifest(folder)
-    sites = [{key: value for key, value in site.items() if key != "calls"} for site in manifest["sites"]]
-    return sites, manifest["refusals"]
+    sites = [{key: value for key, value in site.items() if key != "calls"} for site in manifest.get("sites", ())]
+    sites = [{"class": None, "width": None, "dtype": None, **site} for site in sites]
+    return sites, [{"class": "", **row} for row in manifest.get("refusals", ())]
 
 
 def _from_file(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
