@@ -48,13 +48,14 @@ def inspect(
     ] = None,
     made_up: Annotated[bool, typer.Option("--made-up", help="As --inputs, with generated inputs.")] = False,
     trust_remote_code: options.TrustRemoteCode = False,
+    quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Find every RMSNorm of a model and show what it computes.
 
     With inputs, the model runs, and the risk of each norm in float32, float16 and bfloat16 is reported.
     """
-    screen = Screen(as_json)
+    screen = Screen(as_json, quiet)
     place = Path(model).expanduser()
     wanted = _Wanted(inputs, prompt or [], made_up)
     extra: dict[str, Any] = {}
@@ -75,7 +76,7 @@ def inspect(
                 found = find_norms(loaded.model)
         sites, refusals = [s.to_dict() for s in found.sites], [r.to_dict() for r in found.refusals]
     payload = {"schema": SCHEMA, "model": model, "sites": sites, "refusals": refusals, **extra}
-    screen.result(payload, lambda: _print(screen, payload))
+    screen.result(payload, lambda: _print(screen, payload), is_answer=True)
 
 
 @dataclass(frozen=True, slots=True)
