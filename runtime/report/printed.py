@@ -53,8 +53,8 @@ def _print_parts(page: Page, report: Mapping[str, Any]) -> None:
         page.table(("norm, alone", "verdict", "worst on", *_JUDGED), rows)
     if report["segments"]:
         page.line()
-        rows = [(row["name"], *_judged(row)) for row in report["segments"]]
-        page.table(("segment between norms", "verdict", *_JUDGED), rows)
+        segments = [(row["name"], *_judged(row)) for row in report["segments"]]
+        page.table(("segment between norms", "verdict", *_JUDGED), segments)
     if report["depth"]:
         page.line()
         columns = ("as the whole model runs, at", "side", "error/row RMS", "introduced there")

@@ -67,7 +67,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("width", [80, 60, 40, 20])
 def test_numbers_are_whole_at_any_width(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
-    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", Terminal())
     columns = ("case", "output", "verdict", "max error (allowed)", "rms error (allowed)", "cosine")
     Screen(False).table(
