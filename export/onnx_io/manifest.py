@@ -42,10 +42,12 @@ def deviation_rows(manifest: dict[str, Any], runtime: str | None = None) -> list
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for site in manifest.get("sites", ()):
-        for deviation in (d for call in site["calls"] for d in call["deviations"]):
+        for deviation in (d for call in site.get("calls", ()) for d in call.get("deviations", ())):
             if runtime is not None and deviation["runtime"] not in ("any", runtime):
                 continue
-            row = found.setdefault((deviation["runtime"], deviation["reason"]), {**deviation, "sites": []})
+            row = found.setdefault(
+                (deviation["runtime"], deviation["reason"]), {"at_most_ulp": None, **deviation, "sites": []}
+            )
             if site["path"] not in row["sites"]:
                 row["sites"].append(site["path"])
     return list(found.values())

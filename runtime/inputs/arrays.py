@@ -54,7 +54,7 @@ def read_arrays(path: Path) -> dict[str, Array]:
     if size > LARGEST_ARRAYS:
         raise UsageError(f"{path}: expected at most {LARGEST_ARRAYS} bytes, got {size}. Split the file.")
     if size == 0:
-        raise UsageError(f"{path}: expected arrays, got an empty file. Write it again.")
+        raise UsageError(f"{path}: expected an .npz file of plain arrays or a .safetensors file, got an empty file.")
     try:
         return _safetensors(path) if path.suffix == SAFETENSORS else _npz(path)
     except OSError as error:
@@ -110,7 +110,7 @@ def _array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Array
         start = member.tell()
     if dtype.hasobject:
         raise UsageError(
-            f"{path}: member {info.filename!r}: expected an array of numbers, got Python objects. "
+            f"{path}: member {info.filename!r}: expected an .npz file of plain arrays, got Python objects. "
             "Write one with numpy.savez(path, name=array)."
         )
     needed = start + math.prod(shape) * dtype.itemsize

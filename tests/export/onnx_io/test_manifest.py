@@ -214,3 +214,7 @@ def test_manifests_that_are_not_ours(text: str, message: str, tmp_path: Path) ->
     (tmp_path / "manifest.json").write_text(text, encoding="latin-1")
     with pytest.raises(UsageError, match=message):
         read_manifest(tmp_path)
+
+
+def test_a_manifest_without_calls_or_deviations_has_no_deviations() -> None:
+    assert deviation_rows({"sites": [{"path": "a"}, {"path": "b", "calls": [{}]}]}) == []

@@ -100,7 +100,10 @@ ONES = _npy(np.ones(3, np.float32))
         ([("a.npy", ONES), ("a.npy", ONES)], "member 'a.npy': expected one array of this name, got several"),
         ([("a.npy", b"\x80\x04}.")], "expected an .npz file of plain arrays"),
         ([("a.npy", b"\x93NUMPY\x09\x00")], "expected an .npz file of plain arrays"),
-        ([("a.npy", _npy(np.array([{1: 2}], object), True))], "expected an array of numbers, got Python objects"),
+        (
+            [("a.npy", _npy(np.array([{1: 2}], object), True))],
+            "expected an .npz file of plain arrays, got Python objects",
+        ),
         ([("a.npy", _header((1 << 50,)))], "expected 4503599627370624 bytes for shape 1125899906842624 of float32"),
         ([("a.npy", _header((-3,)))], "bytes for shape -3 of float32"),
         ([("a.npy", ONES[:-1])], "expected 140 bytes for shape 3 of float32, got 139"),
