@@ -2,6 +2,7 @@
 
 rewrite: time and memory of rewriting, and the number of fused norms compared with two other optimizers.
 fuzz_rewrite: the rewriter on damaged files.
+damaged_files: the commands that read files, on damaged files of every kind.
 mutations: `validate` and `bisect` on planted faults and on runs without faults.
 norm_in_model: time of norm kernels and of the model, export time and memory, compared with `torch.onnx.export`.
 residual_add: residual add and norm as two operators, compared with ONNX Runtime's fused operator.

@@ -9,6 +9,7 @@ loading: load_model, a model from a built-in, Python code, a local folder or the
 checkpoint_keys: check_keys, what a transformers checkpoint lacks; check_weight_files; allowing_missing.
 outliers: inject_outliers, outlier channels in a model's weights; apply_recorded.
 tensors: to_torch and to_numpy, arrays as tensors and back.
+regular_files: read_bytes and read_json, files that are not trusted.
 companions: folder_of, where the config and tokenizer files of a model are.
 experts: experts, which implementation of mixture-of-experts layers runs.
 recognition: finding the norms of a model.

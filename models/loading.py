@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from .checkpoint_keys import check_keys, check_weight_files
 from .companions import weight_files
 from .dtypes import NORM_DTYPES, torch_dtype
 from .errors import EnvironmentMissingError, UsageError
+from .regular_files import read_json
 
 Kind = Literal["transformers", "decoder", "python"]
 BUILTINS = ("addition", "small")
@@ -166,12 +166,9 @@ def _folder(
     config = path / "config.json"
     if (path / "manifest.json").is_file() and not weight_files(path):  # config.json is copied beside an exported model
         raise UsageError(f"{source} is an exported folder, not a PyTorch model. Give the model it was exported from.")
-    if not config.is_file():
+    if not config.exists():
         raise UsageError(f"{source} has no config.json, so it is not a saved model. Save one with save_pretrained.")
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{config} cannot be read as JSON: {error}") from error
+    values = read_json(config, "Save the model again with save_pretrained.")
     if not isinstance(values, dict):
         raise UsageError(f"{config}: expected an object with a model's config, got {type(values).__name__}.")
     from .builtin.checkpoint import FORMAT, load_decoder

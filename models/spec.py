@@ -224,7 +224,7 @@ class NormSpec:
         """
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"not a NormSpec: {text[:80]!r} ({error})") from error
         return cls.from_dict(values)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..models.errors import UnsupportedError, UsageError
+from ..models.regular_files import read_json
 from .inputs.exported import Exported, open_exported
 from .inputs.synthetic import is_past, make_feeds, present_to_past
 from .inputs.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, token_ids
@@ -124,7 +124,11 @@ def _end_tokens(exported: Exported) -> set[int]:
         path = exported.folder / name if exported.folder is not None else None
         if path is None or not path.is_file():
             continue
-        end = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        config = read_json(path, "Export the model again.")
+        end = config.get("eos_token_id") if isinstance(config, dict) else None
         if end is not None:
-            return set(end) if isinstance(end, list) else {int(end)}
+            ids = end if isinstance(end, list) else [end]
+            if not all(isinstance(number, int) for number in ids):
+                raise UsageError(f"{path}: eos_token_id: expected a token id or a list of them, got {str(end)[:80]}.")
+            return set(ids)
     return set()

@@ -301,7 +301,7 @@ def _note_result(norm: ir.Node) -> None:
     try:
         names = json.loads(norm.metadata_props[VALUES_KEY])
         norm.metadata_props[VALUES_KEY] = json.dumps({**names, "y": norm.outputs[0].name}, sort_keys=True)
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         return  # no metadata, or not that of this package
 
 

@@ -6,5 +6,6 @@ raise_opset: raise_opset, which raises the opset import without changing what op
 write_model: write_model, a rewritten model beside its weights; graft.
 atomic_files: new_folder and new_file, written completely or not at all.
 owned_files: foreign_files and is_own_report, what this package wrote and may replace; sha256.
+manifest_fields: the types of a manifest's fields; checked, which names a wrong field.
 manifest: write_manifest and read_manifest, and the rows of a manifest.
 """

@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ...models.errors import UsageError
+from ...models.regular_files import read_json
 from .owned_files import MANIFEST, MANIFEST_SCHEMAS, sha256
 
 SCHEMA = f"{MANIFEST_SCHEMAS}2"
@@ -41,10 +42,12 @@ def deviation_rows(manifest: dict[str, Any], runtime: str | None = None) -> list
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for site in manifest.get("sites", ()):
-        for deviation in (d for call in site["calls"] for d in call["deviations"]):
+        for deviation in (d for call in site.get("calls", ()) for d in call.get("deviations", ())):
             if runtime is not None and deviation["runtime"] not in ("any", runtime):
                 continue
-            row = found.setdefault((deviation["runtime"], deviation["reason"]), {**deviation, "sites": []})
+            row = found.setdefault(
+                (deviation["runtime"], deviation["reason"]), {"at_most_ulp": None, **deviation, "sites": []}
+            )
             if site["path"] not in row["sites"]:
                 row["sites"].append(site["path"])
     return list(found.values())
@@ -95,16 +98,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an exported folder.
 
     Raises:
-        UsageError: there is none, or it has another schema.
+        UsageError: there is none, it has another schema, or one of its fields has another type.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise UsageError(f"{folder} has no {MANIFEST}, so it is not an exported folder. Make one with: rmsnorm export")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+    manifest = read_json(path, "Export again.")
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
         raise UsageError(f"{path}: expected schema {SCHEMA!r}, got {found!r}. Export again.")
+    from .manifest_fields import ManifestFields, checked
+
+    checked(path, manifest, ManifestFields, "Export again.")
     return manifest

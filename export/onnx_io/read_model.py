@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
 from ...models.errors import UnsupportedError, UsageError
+from ...models.regular_files import read_bytes, regular_size
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -108,7 +109,7 @@ def read_model(source: str | os.PathLike[str] | bytes, weights_folder: Path | No
     where = "the model given as bytes" if path is None else str(path)
     try:
         stamp = _stamp(path, where)
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        data = source if isinstance(source, bytes) else read_bytes(Path(source), LARGEST_MODEL)
     except OSError as error:
         raise UsageError(f"{where}: cannot be read: {error.strerror or error}.") from error
     try:
@@ -217,8 +218,9 @@ def with_subgraphs(found: list[GraphProto]) -> Iterator[GraphProto]:
 def _stamp(path: Path | None, where: str) -> tuple[FileStamp, ...]:
     if path is None:
         return ()
-    if not path.is_file():
-        raise UsageError(f"{where}: the file does not exist." if not path.exists() else f"{where}: not a file.")
+    if "\0" in where or not path.exists():
+        raise UsageError(f"{where}: the file does not exist.")
+    regular_size(path)  # refuses folders, devices and pipes
     stamp = FileStamp.of(path)
     if stamp.size > LARGEST_MODEL:
         raise UsageError(

@@ -322,8 +322,8 @@ class GraphReader:
             self._refuse(term.reduce, _LAYER_NORM)
             return None
         # c (a M + b)^(-1/2) = c a^(-1/2) (M + b/a)^(-1/2)
-        if term.a <= 0 or term.b < 0:
-            self._refuse(term.reduce, "its mean of squares or its epsilon is negative")
+        if not (0 < term.a < math.inf and 0 <= term.b < math.inf):
+            self._refuse(term.reduce, "its mean of squares or its epsilon is negative or not finite")
             return None
         dtype = result_dtype(node)
         nodes = (*term.nodes, *((before,) if before is not None else ()), node)

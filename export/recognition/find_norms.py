@@ -17,7 +17,7 @@ from ..graph.plugin_nodes import PLUGIN_DOMAINS, is_plugin_node
 from ..graph.residual import residual_operands
 from ..graph.site import GraphRecognition, GraphRefusal, GraphSite
 from .dataflow import GraphReader
-from .fused_ops import OTHER_PLUGIN
+from .fused_ops import OTHER_PLUGIN, is_read, wrong_epsilon
 from .terms import Normed
 from .to_spec import Reading, reading, shortest, unfolded
 
@@ -120,7 +120,9 @@ def _composite(node: ir.Node, shared: _Shared) -> GraphSite | str:
         return "the dtype of its inputs is unknown"
     if not same_dims(dims(a), dims(b)):
         return "the shapes of its two inputs are not known to be equal"
-    used = [output for index, output in enumerate(node.outputs[1:], 1) if output.uses() and index != _SUM_OUTPUT[kind]]
+    used = [
+        output for index, output in enumerate(node.outputs[1:], 1) if is_read(output) and index != _SUM_OUTPUT[kind]
+    ]
     if used:
         return "its statistics are used elsewhere"
     if bias is not None:
@@ -133,6 +135,9 @@ def _composite(node: ir.Node, shared: _Shared) -> GraphSite | str:
     total = node.outputs[number] if len(node.outputs) > number and node.outputs[number].name else None
     attributes = node.attributes
     epsilon = attributes["epsilon"].as_float() if "epsilon" in attributes else 1e-5
+    problem = wrong_epsilon(epsilon)
+    if problem is not None:
+        return problem
     ours, wide = kind in ADD_NORMS, not is_half(a.dtype)
     scale_type = attributes["scale_type"].as_int() if "scale_type" in attributes else int(ir.DataType.FLOAT)
     cast_first = ours and not wide and scale_type != int(ir.DataType.FLOAT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import onnx_ir as ir
@@ -26,6 +27,18 @@ _MOST_DIMS = 8
 _FLOAT = ir.DataType.FLOAT
 
 
+def is_read(value: ir.Value) -> bool:
+    """Whether a value is read by a node or is an output of its graph."""
+    return bool(value.uses()) or value.is_graph_output()
+
+
+def wrong_epsilon(epsilon: float) -> str | None:
+    """Why an operator with this epsilon is not a norm; None if it is one."""
+    if math.isfinite(epsilon) and epsilon >= 0:
+        return None
+    return f"its epsilon is {epsilon:g}, expected a finite number of at least 0"
+
+
 def fused_norm(node: ir.Node, root: Callable[[ir.Value], ir.Value]) -> Normed | str | None:
     """The norm of an operator; or why it is refused; or None where the dtype of its input is not one of norms."""
     ours = is_plugin_node(node)
@@ -46,6 +59,9 @@ def fused_norm(node: ir.Node, root: Callable[[ir.Value], ir.Value]) -> Normed | 
     if not -_MOST_DIMS <= axis < 0 or (shape is not None and -axis > len(shape)):
         return "its axis is out of range for the rank of its input"
     epsilon = attributes["epsilon"].as_float() if "epsilon" in attributes else 1e-5
+    problem = wrong_epsilon(epsilon)
+    if problem is not None:
+        return problem
     if scale is not None and not may_fit(scale, x, -axis):
         return "the shape of its scale differs from the dims that it normalizes"
     offset = attributes["scale_offset"].as_float() if "scale_offset" in attributes else 0.0
@@ -56,7 +72,7 @@ def fused_norm(node: ir.Node, root: Callable[[ir.Value], ir.Value]) -> Normed | 
     dtype: ir.DataType = x.dtype
     if offset not in (0.0, 1.0):
         return f"it adds {offset:g} to its scale"
-    if is_half(stash) or (len(node.outputs) > 1 and any(extra.uses() for extra in node.outputs[1:])):
+    if is_half(stash) or (len(node.outputs) > 1 and any(is_read(extra) for extra in node.outputs[1:])):
         return "its statistics have a half type, or are used elsewhere"
     if out.dtype is None:
         out.type = scale.type if scale is not None and node.op_type == "RMSNormalization" else x.type

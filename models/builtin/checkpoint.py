@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import UsageError
+from ..regular_files import read_json
 from .decoder import Decoder, DecoderConfig
 
 FORMAT = "rmsnorm_deploy.decoder"
@@ -70,8 +71,8 @@ def _check_replaceable(folder: Path) -> None:
     if not there:
         return
     try:
-        values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = read_json(folder / CONFIG_NAME, "")
+    except UsageError:
         values = None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise UsageError(f"{folder} holds {' and '.join(there)} of another model; choose another folder.")
@@ -102,10 +103,7 @@ def load_decoder(folder: str | os.PathLike[str]) -> Decoder:
 
 
 def _read_config(path: Path) -> DecoderConfig:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as JSON ({error}); save the decoder again.") from error
+    values = read_json(path, "Save the decoder again.")
     found = values.pop("format", None) if isinstance(values, dict) else None
     if found != FORMAT:
         raise UsageError(f'{path}: expected "format" {FORMAT!r}, got {found!r}; give a folder written by save_decoder.')

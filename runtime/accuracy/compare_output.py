@@ -14,9 +14,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ...models.errors import UsageError
-from .error_stats import Figures, FiguresOf, is_logits
+from .error_stats import Figures, FiguresOf, is_logits, json_value
 from .errors import errors_of, is_exact, kind_of, pieces
-from .pass_rules import Arrays, AsGood, Equal, InPlace, Rule, Within
+from .pass_rules import Arrays, AsGood, Equal, InPlace, Margin, Rule, Within
 from .tolerances import Limits
 
 __all__ = ["Figures", "OutputVerdict", "all_passed", "brief", "figures", "judge"]
@@ -61,6 +61,7 @@ class OutputVerdict:
         reason: why, in one line.
         figures: error statistics of the candidate; None if the arrays could not be compared.
         baseline_figures: those of the baseline; None as above.
+        margin: the errors that the default rule compares; None where another rule decided.
     """
 
     name: str
@@ -68,6 +69,7 @@ class OutputVerdict:
     reason: str
     figures: Figures | None
     baseline_figures: Figures | None
+    margin: Margin | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON values."""
@@ -75,6 +77,7 @@ class OutputVerdict:
             "name": self.name,
             "passed": self.passed,
             "reason": self.reason,
+            "margin": None if self.margin is None else json_value(self.margin._asdict()),
             "figures": self.figures and self.figures.to_dict(),
             "baseline_figures": self.baseline_figures and self.baseline_figures.to_dict(),
         }
@@ -153,7 +156,8 @@ def judge(
     reason += in_place.excuse
     if candidate.dtype != baseline.dtype:
         reason += f"; the candidate is {candidate.dtype.name}, the baseline {baseline.dtype.name}"
-    return OutputVerdict(name, passed, reason, mine.result(), own.result())
+    margin = rule.margin if isinstance(rule, AsGood) else None
+    return OutputVerdict(name, passed, reason, mine.result(), own.result(), margin)
 
 
 def _incomparable(candidate: NDArray[Any], reference: NDArray[Any], baseline: NDArray[Any]) -> str | None:

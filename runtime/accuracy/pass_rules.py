@@ -35,6 +35,20 @@ class Arrays(NamedTuple):
     baseline_name: str
 
 
+class Margin(NamedTuple):
+    """The errors that the default rule compares, and the largest that pass, in eps x max(|reference|, row RMS).
+
+    Attributes:
+        worst, allowed_worst: the largest error, in the row that is nearest to its limit or beyond it.
+        rms, allowed_rms: the root mean square over all rows.
+    """
+
+    worst: float
+    allowed_worst: float
+    rms: float
+    allowed_rms: float
+
+
 class Rule(Protocol):
     """A condition on an output."""
 
@@ -169,6 +183,7 @@ class AsGood:
         self._width = row_width(arrays.baseline.shape, LEAST_ROW)
         self._any_finite = False
         self._parts: list[_Rows] = []
+        self.margin: Margin | None = None
 
     def add(self, part: slice, candidate: Errors, baseline: Errors) -> None:
         mine_finite = np.isfinite(candidate.size)
@@ -198,6 +213,7 @@ class AsGood:
         row = int(np.argmax(rows.worst / allowed))
         mean, own_mean = rows.mean_squares(sound)
         allowed_mean = few * tolerance.factor_rms * own_mean + tolerance.floor_rms
+        self.margin = Margin(float(rows.worst[row]), float(allowed[row]), mean, allowed_mean)
         reason = (
             f"error max {rows.worst[row]:.3g} of {allowed[row]:.3g} allowed (row {row} of {len(allowed)}), "
             f"rms {mean:.3g} of {allowed_mean:.3g} allowed, in {self._dtype.name} eps x row scale; "

@@ -64,8 +64,8 @@ def special_ids(model: nn.Module, vocabulary: int) -> list[int]:
     """The token ids that the config names (such as `bos_token_id`), without those of images and sounds."""
     found: set[int] = set()
     for config in _configs(getattr(model, "config", None)):
-        values = config if isinstance(config, Mapping) else vars(config)
-        for key, value in values.items():
+        for key in config if isinstance(config, Mapping) else dir(config):
+            value = _get(config, str(key)) if str(key).endswith("token_id") else None
             if not str(key).endswith("token_id") or any(word in str(key) for word in _NOT_TEXT):
                 continue
             for item in value if isinstance(value, list | tuple) else [value]:

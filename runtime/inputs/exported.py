@@ -9,6 +9,7 @@ from typing import Any
 
 from ...export.onnx_io.manifest import read_manifest
 from ...models.errors import UsageError
+from ...models.regular_files import regular_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +41,18 @@ def open_exported(path: str | Path) -> Exported:
     place = Path(path).expanduser()
     if place.is_dir():
         manifest = read_manifest(place)
-        name = str(manifest.get("model", "model.onnx"))
+        name = manifest.get("model", "model.onnx")
         model = place / name
-        real = Path(os.path.realpath(model))
+        try:
+            real = Path(os.path.realpath(model))
+        except ValueError as error:  # a NUL character, or one that file names cannot have
+            raise UsageError(f"{place}: its manifest names the model {name!r}, which is not a file name.") from error
         if Path(os.path.realpath(place)) not in real.parents:
             raise UsageError(f"{place}: its manifest names the model {name!r}, which is outside of the folder.")
         if not model.is_file():
             raise UsageError(f"{place}: its manifest names the model {name!r}, which is missing; export again.")
         return Exported(model, place, manifest)
-    if not place.is_file():
+    if "\0" in str(place) or not place.exists():
         raise UsageError(f"{place} does not exist; name an exported folder or an .onnx file.")
+    regular_size(place)  # refuses devices and pipes
     return Exported(place)

@@ -21,6 +21,8 @@ _OUTLIER_CHANNELS, _OUTLIER_FACTOR = 2, 30.0
 _LARGE, _TINY = 1000.0, 1e-4
 # Padded tokens in generated masks, and the shortest length that is padded.
 _PADDING, _PADDED_FROM = 2, 8
+# The most elements of a generated input: 2 GiB of float64. A file may state any size.
+_MOST_ELEMENTS = 1 << 28
 _HALVES, _INTEGERS = ("float16", "bfloat16"), ("int32", "int64")
 
 
@@ -101,7 +103,7 @@ def _values(
 ) -> Array:
     if info.shape is None:
         raise UsageError(f"input {info.name!r} has an unknown rank, so no values can be generated; give --inputs.")
-    shape = _sizes(info, batch, length)
+    shape = _checked(info, _sizes(info, batch, length))
     dtype = numpy_dtype(info.dtype)
     if is_past(info.name):
         return np.zeros(shape, dtype)
@@ -156,6 +158,20 @@ def _sizes(info: TensorInfo, batch: int, length: int) -> list[int]:
         dim if isinstance(dim, int) else dim_size(dim, index, batch, length)
         for index, dim in enumerate(info.shape or ())
     ]
+
+
+def _checked(info: TensorInfo, shape: list[int]) -> list[int]:
+    """The sizes of a generated input, refused before memory is allocated for sizes that are not possible."""
+    elements = 1
+    for index, size in enumerate(shape):
+        elements *= size
+        if size < 0 or elements > _MOST_ELEMENTS:
+            wanted = "a size of at least 0" if size < 0 else f"at most {_MOST_ELEMENTS} elements in a generated input"
+            raise UsageError(
+                f"input {info.name!r}, dim {index}: expected {wanted}, got size {size} in shape "
+                f"{'x'.join(map(str, shape[:8]))}; give --inputs, or smaller shapes."
+            )
+    return shape
 
 
 def dim_size(dim: str | None, index: int, batch: int, length: int) -> int:

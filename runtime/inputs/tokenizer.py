@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ import numpy as np
 
 from ...models.builtin import addition_task as addition
 from ...models.errors import EnvironmentMissingError, UsageError
+from ...models.regular_files import read_json
 
 _ADDITION_MODEL = "builtin:addition"
 _FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -81,8 +81,8 @@ def token_ids(prompt: Iterable[Any]) -> list[int]:
 
 def _is_addition(folder: Path) -> bool:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = read_json(folder / "manifest.json", "")
+    except UsageError:
         return False
     return isinstance(manifest, dict) and manifest.get("tokenizer") == addition.TOKENIZER
 

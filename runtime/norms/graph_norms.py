@@ -184,7 +184,7 @@ class GraphNorms:
         try:
             names = json.loads(cores[0].metadata_props[VALUES_KEY])
             x, y, gate = names["x"], names["y"], names.get("gate")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return f"the metadata {VALUES_KEY} on its node cannot be read"
         lost = [name for name in (x, y, gate) if name is not None and name not in self._values]
         if lost:

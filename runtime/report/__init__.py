@@ -5,6 +5,7 @@ junit: `render` and `write`, JUnit XML for CI systems.
 plots: `depth` and `histogram`, the plots of the HTML page as SVG.
 printed: tables and lines of a validation, a comparison and a risk report.
 text: numbers and names as text, and `write_text`.
+report_fields: the types of a report's fields.
 report_file: `read_report`, and the schemas of the reports.
 compare: `compare`, for two files of arrays or two reports.
 """

@@ -21,7 +21,7 @@ from ..inputs.arrays import read_arrays
 from ..runners.base import Array
 from .page import Page, Shown
 from .printed import print_comparison
-from .report_file import VERDICTS, read_report
+from .report_file import read_report
 from .text import label, verdict_word
 
 SCHEMA = "rmsnorm_deploy.compare/1"
@@ -265,13 +265,13 @@ def _compare_reports(reference: Path, candidate: Path) -> ReportComparison:
         result.figures.extend(_changed_figures(key, row.figures, new.figures))
     result.added.extend(key for key in new_rows if key not in rows)
     for part in ("settings", "provenance"):
-        result.settings.extend(_changed_values(part, before.get(part, {}), after.get(part, {})))
+        result.settings.extend(_changed_values(part, before.get(part) or {}, after.get(part) or {}))
     return result
 
 
 def _whole_report(path: Path) -> dict[str, Any]:
     content = read_report(path)
-    if content.get("verdict") not in VERDICTS or "outputs" not in content:
+    if content.get("verdict") is None or "outputs" not in content:
         raise UsageError(f"{path} is not a complete report: its verdict or its outputs are missing. Write it again.")
     return content
 

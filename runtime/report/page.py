@@ -11,6 +11,12 @@ from typing import Any, Protocol
 
 from .text import write_text
 
+# A screen of at most this width shows lists instead of tables.
+_NARROW = 40
+# Cells up to this length are not split if they are numbers or single words; other columns get at least so many
+# characters; between columns are at most so many.
+_WHOLE, _LEAST, _BETWEEN = 18, 10, 3
+
 
 class Page(Protocol):
     """Takes lines and tables."""
@@ -34,22 +40,49 @@ def aligned(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[st
     ]
 
 
+def folded(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table as a list of `name: value` lines, with an empty line between rows, for narrow screens."""
+    lines: list[str] = []
+    for row in rows:
+        lines += [""] if lines else []
+        lines += [f"{column}: {cell}" for column, cell in zip(columns, row, strict=True)]
+    return lines
+
+
+def is_whole(cells: Sequence[str]) -> bool:
+    """Whether the cells of a column are numbers or short words, which are never split over two lines."""
+    return all(len(cell) <= _WHOLE and (" " not in cell or any(map(str.isdigit, cell))) for cell in cells)
+
+
+def fits(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> bool:
+    """Whether a table is readable in this width: whole cells in one line, and some characters for each other column."""
+    if width <= _NARROW:
+        return False
+    needed = 0
+    for number, column in enumerate(columns):
+        cells = [row[number] for row in rows]
+        words = max(map(len, column.split()), default=0)
+        longest = max((len(cell) for cell in cells), default=0)
+        needed += max(words, longest if is_whole(cells) else min(longest, _LEAST)) + _BETWEEN
+    return needed <= width
+
+
 class TextPage:
     """Plain text."""
 
     def __init__(self) -> None:
-        self._lines: list[str] = []
+        self.lines: list[str] = []
 
     def line(self, text: str = "") -> None:
         """See `Page.line`."""
-        self._lines.append(text)
+        self.lines.append(text)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """See `Page.table`."""
-        self._lines += aligned(columns, rows)
+        self.lines += aligned(columns, rows)
 
     def __str__(self) -> str:
-        return "\n".join(self._lines)
+        return "\n".join(self.lines)
 
 
 class HtmlPage:

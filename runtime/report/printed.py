@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .page import Page
+from .page import Page, TextPage
 from .text import counted, label, verdict_word
 
 # A table wider than the terminal cannot be read; the end of a path says more than its beginning.
 _PATH_LENGTH = 48
+# The tensors of the KV cache have one row together.
+_PLACE = re.compile(r"(?<=^present\.)\d+\.(key|value) \(worst of \d+\)$")
+_JUDGED = ("max error (allowed)", "rms error (allowed)")
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -19,23 +23,25 @@ def print_validation(
     """The tables of a report, the reasons of what failed, the deviations and the verdict."""
     for warning in report["warnings"]:
         page.line(f"warning: {warning}")
-    columns = ("case", "output", "verdict", "max error/row RMS", "max ULP", "mean ULP", "cosine")
-    page.table(columns, [(row["case"], row["name"], *_cells(row), _cosine(row)) for row in report["outputs"]])
-    page.line("errors relative to PyTorch in float64; in parentheses those of PyTorch in the deployed dtype")
+    columns = ("case", "output", "verdict", *_JUDGED, "cosine")
+    page.table(columns, _shown_outputs(report["outputs"]))
+    page.line("errors relative to PyTorch in float64, in eps x row scale; in parentheses the largest that passes")
     if show_parts:
         _print_parts(page, report)
-    for row in report["outputs"]:
-        if row["passed"] is False:
-            page.line(f"{row['case']}, {row['name']}: {row['reason']}")
+    _print_reasons(
+        page,
+        [
+            *((f"{row['case']}, {row['name']}", row["reason"]) for row in report["outputs"] if _needs_reason(row)),
+            *((f"{row['kind']} {row['name']}", row["reason"]) for row in report["culprits"]),
+        ],
+    )
     for row in report["unjudged"]:
         page.line(f"cannot be judged: {_few(row['parts'])}: {row['reason']}")
-    for note in report["notes"]:
+    for note in dict.fromkeys(report["notes"]):
         page.line(f"note: {note}")
     for kind in report["untried"]:
         page.line(f"not tried: {kind}")
     print_deviations(page, report["deviations"])
-    for culprit in report["culprits"]:
-        page.line(f"{culprit['kind']} {culprit['name']}: {culprit['reason']}")
     if again is not None:
         page.line(again)
     page.line(report["summary"])
@@ -48,13 +54,13 @@ def _print_parts(page: Page, report: Mapping[str, Any]) -> None:
         rows = []
         for norm in report["norms"]:
             worst = max(norm["inputs"], key=lambda row: (not row["passed"], _error(row)), default=None)
-            cells = _cells(worst)[1:] if worst is not None else ("-", "-", "-")
+            cells = _judged(worst)[1:] if worst is not None else ("-", "-")
             rows.append((label(norm), _verdict(norm), worst["kind"] if worst is not None else "-", *cells))
-        page.table(("norm, alone", "verdict", "worst on", "max error/row RMS", "max ULP", "mean ULP"), rows)
+        page.table(("norm, alone", "verdict", "worst on", *_JUDGED), rows)
     if report["segments"]:
         page.line()
-        rows = [(row["name"], *_cells(row)) for row in report["segments"]]
-        page.table(("segment between norms", "verdict", "max error/row RMS", "max ULP", "mean ULP"), rows)
+        segments = [(row["name"], *_judged(row)) for row in report["segments"]]
+        page.table(("segment between norms", "verdict", *_JUDGED), segments)
     if report["depth"]:
         page.line()
         columns = ("as the whole model runs, at", "side", "error/row RMS", "introduced there")
@@ -86,12 +92,75 @@ def _error(row: Mapping[str, Any]) -> float:
     return float(row["figures"]["max_rel_row"]) if float(row["baseline_figures"]["max_rel_row"]) < 0.25 else -1.0
 
 
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    mine, theirs = row["figures"], row["baseline_figures"]
-    if mine is None:
-        return _verdict(row), "-", "-", "-"
-    pairs = (f"{float(mine[key]):.3g} ({float(theirs[key]):.3g})" for key in ("max_rel_row", "max_ulp", "mean_ulp"))
-    return _verdict(row), *pairs
+def _judged(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The verdict, and the errors that the default rule compares, each with what it may be; dashes for other rules."""
+    margin = row.get("margin")
+    if margin is None:
+        return _verdict(row), "-", "-"
+    pairs = (("worst", "allowed_worst"), ("rms", "allowed_rms"))
+    largest, mean = (f"{float(margin[a]):.3g} ({float(margin[b]):.3g})" for a, b in pairs)
+    return _verdict(row), largest, mean
+
+
+def _needs_reason(row: Mapping[str, Any]) -> bool:
+    """Whether the reason of a verdict is printed: it failed, or the table does not show what decided it."""
+    return row["passed"] is False or (row["passed"] is True and row.get("margin") is None)
+
+
+def _shown_outputs(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The rows of the table: every one that did not pass, and of the others the nearest to its limit of each output."""
+    shown: list[tuple[str, ...]] = []
+    passed: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if not row["passed"]:
+            shown.append((row["case"], row["name"], *_judged(row), _cosine(row)))
+        else:
+            passed.setdefault(_PLACE.sub("*", row["name"]), []).append(row)
+    for name, group in passed.items():
+        worst = max(group, key=_closeness)
+        case = worst["case"] if len(group) == 1 else f"{worst['case']} (worst of {len(group)})"
+        shown.append((case, name, *_judged(worst), _cosine(worst)))
+    return shown
+
+
+def _closeness(row: Mapping[str, Any]) -> float:
+    """How near the errors of a row are to what they may be: 1 is the limit."""
+    margin = row.get("margin")
+    if margin is None:
+        return 0.0
+    pairs = (("worst", "allowed_worst"), ("rms", "allowed_rms"))
+    return max(float(margin[a]) / (float(margin[b]) or 1.0) for a, b in pairs)
+
+
+def _print_reasons(page: Page, rows: Iterable[tuple[str, str]]) -> None:
+    """Print each reason once, with the places that it applies to."""
+    places: dict[str, list[str]] = {}
+    for place, reason in rows:
+        places.setdefault(str(reason), []).append(place)
+    for reason, names in places.items():
+        page.line(f"{'; '.join(dict.fromkeys(names))}: {reason}")
+
+
+def brief(payload: Mapping[str, Any]) -> list[str]:
+    """The lines of a result in quiet mode: what failed, and the verdict; none for a result without a verdict."""
+    page = TextPage()
+    rows: list[tuple[str, Any]] = [
+        (_place(row), row.get("reason")) for row in payload.get("outputs", ()) if row.get("passed") is False
+    ]
+    rows += [(f"{row['kind']} {row['name']}", row["reason"]) for row in payload.get("culprits", ())]
+    rows += [(row["name"], row.get("reason", "fail")) for row in payload.get("verdicts", ()) if row["after"] == "fail"]
+    rows += [(f"{row['kind']} {row['name']}", "missing") for row in payload.get("missing", ())]
+    rows += [(row["target"], "fail") for row in payload.get("targets", ()) if row.get("verdict") == "fail"]
+    _print_reasons(page, [(place, str(reason)) for place, reason in rows])
+    if payload.get("proof"):
+        page.line(f"proof: {payload['proof']['verdict']} ({payload['proof']['reason']})")
+    if "verdict" in payload:
+        page.line(f"verdict: {payload['verdict']}")
+    return page.lines
+
+
+def _place(row: Mapping[str, Any]) -> str:
+    return f"{row['case']}, {row['name']}" if "case" in row else str(row["name"])
 
 
 def _cosine(row: Mapping[str, Any]) -> str:
@@ -155,20 +224,18 @@ def print_comparison(page: Page, content: Mapping[str, Any]) -> None:
 
 
 def _print_arrays(page: Page, rows: Sequence[Mapping[str, Any]]) -> None:
-    columns = ("array", "verdict", "max error", "max error/row RMS", "max ULP", "mean ULP", "differing")
+    columns = ("array", "verdict", *_JUDGED, "max |error|", "differing")
     page.table(columns, [_array_row(row) for row in rows])
-    for row in rows:
-        if not row["passed"]:
-            page.line(f"{row['name']}: {row['reason']}")
+    page.line("errors in eps x row scale; in parentheses the largest that passes")
+    _print_reasons(page, [(row["name"], row["reason"]) for row in rows if _needs_reason(row)])
 
 
 def _array_row(row: Mapping[str, Any]) -> tuple[str, ...]:
-    figures, verdict = row["figures"], verdict_word(row["passed"])
+    figures = row["figures"]
     if figures is None:
-        return row["name"], verdict, "-", "-", "-", "-", "-"
-    numbers = (_short(figures[key]) for key in ("max_abs", "max_rel_row", "max_ulp", "mean_ulp"))
+        return row["name"], *_judged(row), "-", "-"
     differing = "-" if figures["differing"] is None else f"{figures['differing']} of {figures['count']}"
-    return row["name"], verdict, *numbers, differing
+    return row["name"], *_judged(row), _short(figures["max_abs"]), differing
 
 
 def _print_reports(page: Page, content: Mapping[str, Any]) -> None:

@@ -38,6 +38,8 @@ Results = dict[str, dict[str, Array]]
 
 # Maximum number of norms in one session, of elements of all their inputs, and of elements of one norm's input.
 _WINDOW, _WINDOW_ELEMENTS, _MOST_ELEMENTS = 64, 1 << 24, 1 << 16
+# A file may state any size: 2 GiB of float64.
+_MOST_STATED = 1 << 28
 # Sizes of dynamic dims: the first, and the others. Ten rows contain every kind once.
 _FIRST, _OTHERS = 2, 5
 
@@ -228,6 +230,10 @@ def _given(values: Iterable[ir.Value], seed: int) -> dict[str, Array]:
             raise UsageError(
                 f"a norm reads the value {value.name}: expected floating-point, got {value.dtype.name.lower()}."
             )
+        if math.prod(shape) > _MOST_STATED or min(shape, default=0) < 0:
+            raise UsageError(
+                f"a norm reads the value {value.name}: expected at most {_MOST_STATED} elements, got shape {shape}."
+            )
         arrays[value.name or ""] = (1 + 0.3 * rng.standard_normal(shape)).astype(value.dtype.numpy())
     return arrays
 
@@ -241,7 +247,7 @@ class _Trial:
         before = site.before
         y_dtype = before.y.dtype or before.dtype
         self.called = CalledNorm(
-            (before.path, number), before.spec, _shape(before), onnx_name(before.dtype), onnx_name(y_dtype),
+            (before.path, number), before.spec, _possible_shape(before), onnx_name(before.dtype), onnx_name(y_dtype),
             None if before.gate is None else onnx_name(before.gate.dtype or before.dtype), True,
         )  # fmt: skip
         self.turns = max(turns(self.called), 1)
@@ -355,6 +361,17 @@ def _shape(site: GraphSite) -> tuple[int, ...]:
     if not fixed and math.prod(sizes) * math.prod(t or 1 for t in tail) > _MOST_ELEMENTS:
         sizes = [min(size, _OTHERS if index else _FIRST) for index, size in enumerate(sizes)]
     return (*sizes, *(dim or 1 for dim in tail))
+
+
+def _possible_shape(site: GraphSite) -> tuple[int, ...]:
+    """The shape for x, which is refused before memory is allocated for an impossible size."""
+    shape = _shape(site)
+    if math.prod(shape) > _MOST_STATED or min(shape, default=0) < 0:
+        raise UsageError(
+            f"{site.path or site.node or 'the norm'}: expected an input of at most {_MOST_STATED} elements, got "
+            f"shape {list(shape)}."
+        )
+    return shape
 
 
 def _in_torch(norm: CalledNorm, feed: NormFeed, tensors: Mapping[str, Array | None]) -> Array:

@@ -194,12 +194,13 @@ class OrtRunner:
         return self._session
 
     def _open(self, ort: ModuleType, file: ModelFile, source: str | os.PathLike[str] | bytes) -> Any:
+        path = source if isinstance(source, bytes) else _utf8(source, self._where)
         with _session_options(ort, self._session_options, file) as options:
             if self._weights_folder is not None:
-                options.add_session_config_entry(_WEIGHTS_FOLDER, str(self._weights_folder))
+                options.add_session_config_entry(_WEIGHTS_FOLDER, _utf8(self._weights_folder, self._where))
             try:
                 session = ort.InferenceSession(
-                    source if isinstance(source, bytes) else os.fspath(source),
+                    path,
                     options,
                     providers=list(self._providers),
                     provider_options=[self._provider_options.get(name, {}) for name in self._providers],
@@ -389,3 +390,13 @@ def _load_error(error: Exception, ort: ModuleType, file: ModelFile, providers: l
     if isinstance(error, (RuntimeError, ValueError)) and providers != [CPU]:
         return EnvironmentMissingError(f"{file.where}: {version} could not set up {', '.join(providers)}: {cause}")
     return UsageError(f"{file.where}: {version} cannot load this model: {cause}")
+
+
+def _utf8(path: str | os.PathLike[str], where: str) -> str:
+    """A path as ONNX Runtime reads it, in UTF-8, also where the locale is another, such as POSIX."""
+    try:
+        return os.fsencode(path).decode()
+    except UnicodeError as error:
+        raise UsageError(
+            f"{where}: expected a path in UTF-8, which ONNX Runtime requires. Rename the file or its folder."
+        ) from error

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from ...export.onnx_io.owned_files import sha256
 from ...models.errors import UsageError
+from ...models.regular_files import read_json
 from ..tensorrt import worker
 from .process import LINKS, LOG_HEADER
 
@@ -163,8 +164,8 @@ def read_record(place: Path) -> dict[str, Any] | None:
     """The record beside an engine; None if this package did not write one."""
     file = record_of(place)
     try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (OSError, ValueError):
+        content = read_json(file, "")
+    except UsageError:
         return None
     if isinstance(content, dict) and content.get("schema") == SCHEMA and content.get("engine") == place.name:
         return content

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any, Final
 
 from ...export.onnx_io.owned_files import sha256
 from ...models.errors import EnvironmentMissingError, UnsupportedError, UsageError
+from ...models.regular_files import read_json
 from ...plugins.tensorrt import library
 from ..inputs.exported import Exported, open_exported
 from .api import resolve_architectures
@@ -165,8 +165,8 @@ def _longest(exported: Exported) -> int | None:
     """The model's number of positions, from the config beside it; None if unknown."""
     file = (exported.folder or exported.model.parent) / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(file, "")
+    except UsageError:
         return None
     for content in (config, config.get("text_config") if isinstance(config, dict) else None):
         if not isinstance(content, dict):

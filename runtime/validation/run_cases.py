@@ -251,11 +251,15 @@ def judge_cache(run: Run, reference: Outputs, baseline: Outputs) -> list[OutputV
 
 
 def _at(side: Array, call: Call, got: Array) -> Array:
-    """PyTorch's output at the places of a call's tokens, if the output has the case's length."""
-    places = list(call.positions)
-    if places and side.ndim > 1 and side.shape[1] > places[-1]:
-        side = side[:, places]
+    """PyTorch's output at the places of a call's tokens, or at the last of them."""
+    side = _read(side, call)
     return last_token(side, got) if is_last_token(got, side) else side
+
+
+def _read(side: Array, call: Call) -> Array:
+    """The part of PyTorch's output that belongs to the tokens of a call."""
+    places = list(call.positions)
+    return side[:, places] if places and side.ndim > 1 and side.shape[1] > places[-1] else side
 
 
 def _judged_places(case: Case, call: Call, got: Array) -> Array | None:
@@ -293,7 +297,7 @@ def last_token_notes(runs: Sequence[Run], baseline: Sequence[Outputs]) -> list[s
     for run, own in zip(runs, baseline, strict=True):
         for call in run.calls:
             wanted = named(own, list(call.outputs))
-            found.update((n, None) for n, got in call.outputs.items() if is_last_token(got, wanted[n]))
+            found.update((n, None) for n, got in call.outputs.items() if is_last_token(got, _read(wanted[n], call)))
     return [f"{name} has the last token only, so it was compared with the last token of PyTorch's" for name in found]
 
 

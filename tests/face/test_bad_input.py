@@ -33,7 +33,12 @@ def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     command = [sys.executable, "-m", "rmsnorm_deploy", *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": hear}
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "preexec_fn": hear,
+        "env": {**os.environ, "RMSNORM_PROGRESS": "1"},
+    }
     return subprocess.Popen(command, text=True, **pipes, **options)
 
 

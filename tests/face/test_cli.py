@@ -135,12 +135,15 @@ def test_export_json(rmsnorm: CommandLine, models: Path, tmp_path: Path) -> None
     assert outcome.out.count("not exact, at most 1.5 ULP: ") == 1
 
 
-def test_export_several_targets(rmsnorm: CommandLine, models: Path, tmp_path: Path) -> None:
+def test_export_several_targets(
+    rmsnorm: CommandLine, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ("export", f"{models}:net", "-o", tmp_path / "out", "--target", "ort", "--target", "plugin")
     content = rmsnorm(*arguments, "--json").json
     assert [row["target"] for row in content["exports"]] == ["ort", "plugin"]
     assert content["manifest"] == [str(tmp_path / "out" / name / "manifest.json") for name in ("ort", "plugin")]
     assert content["files"] == [file for row in content["exports"] for file in row["files"]]
+    monkeypatch.setenv("RMSNORM_PROGRESS", "1")
     again = rmsnorm(*arguments)  # an earlier export of ours is replaced
     assert again.code == 0
     assert f"plugin (opset 20, float32) -> {tmp_path / 'out' / 'plugin'}" in again.out

@@ -50,7 +50,7 @@ def test_validate_prints_outputs_and_the_verdict(rmsnorm: CommandLine, honest: A
         "1 of 1 output, 1 of 1 norm, 2 of 2 segments as accurate as PyTorch.", "verdict: pass",
     ]  # fmt: skip
     assert "norm, alone" not in outcome.out
-    assert "PyTorch in float64: 2x5 (1 of 1)" in outcome.err
+    assert "..." not in outcome.err  # no progress without a terminal
 
 
 def test_norms_prints_a_line_for_each_part(rmsnorm: CommandLine, honest: Any) -> None:
@@ -208,7 +208,7 @@ def test_replay_that_cannot_be(rmsnorm: CommandLine, report: Path, tmp_path: Pat
             json.dumps({**content, "schema": "rmsnorm_deploy.validate/1"}),
             "rmsnorm_deploy.bisect/3, got 'rmsnorm_deploy.validate/1'",
         ),
-        (report.read_text()[:-40], "not a JSON report"),
+        (report.read_text()[:-40], "cannot be read as JSON"),
         (json.dumps({**content, "settings": {**content["settings"], "trust_remote_code": True}}), "trust_remote_code"),
         (
             json.dumps({**content, "settings": {**content["settings"], "candidate": str(tmp_path / "gone")}}),

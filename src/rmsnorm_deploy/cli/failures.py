@@ -66,6 +66,9 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return Failure("UsageError", f"{where}{error.strerror}", 2)
+    if isinstance(error, MemoryError):
+        cause = f" ({error})" if str(error) else ""
+        return Failure("UsageError", f"this needs more memory than there is{cause}. Use smaller files or shapes.", 2)
     first = " ".join(str(error).split())[:400]
     message = f"{kind}: {first} (this is a bug; run with RMSNORM_DEBUG=1 for the traceback)"
     return Failure(kind, message, BUG)

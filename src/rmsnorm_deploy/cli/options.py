@@ -51,3 +51,11 @@ OrtTrt = Annotated[
     typer.Option("--ort-trt", help="For --target plugin: write plugin nodes for ONNX Runtime's TensorRT provider."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="Print no progress and no notes; of the result, only the verdict and what failed.",
+    ),
+]

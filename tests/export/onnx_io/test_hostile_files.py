@@ -104,7 +104,10 @@ def test_what_is_no_model(tmp_path: Path, data: bytes) -> None:
 
 
 def test_places_that_are_no_files(tmp_path: Path) -> None:
-    for place, text in ((tmp_path, "not a file"), (tmp_path / "none.onnx", "the file does not exist")):
+    for place, text in (
+        (tmp_path, "expected a regular file, got a folder"),
+        (tmp_path / "none.onnx", "the file does not exist"),
+    ):
         with pytest.raises(UsageError, match=text):
             outcome(place)
 

@@ -170,7 +170,7 @@ def test_what_is_written_is_read_back_with_every_files_hash(tmp_path: Path) -> N
     (tmp_path / "sub").mkdir()
     (tmp_path / "model.onnx").write_bytes(b"abc")
     (tmp_path / "sub" / "weights").write_bytes(b"12345")
-    content = {"target": "ort", "sites": [{"a": 1}, {"b": "ü"}], "none": [], "deep": {"c": [1, 2]}}
+    content = {"target": "ort", "notes_of": [{"a": 1}, {"b": "ü"}], "none": [], "deep": {"c": [1, 2]}}
     written = write_manifest(tmp_path, content, [tmp_path / "sub" / "weights"])
     assert written == {
         "schema": SCHEMA,
@@ -214,3 +214,7 @@ def test_manifests_that_are_not_ours(text: str, message: str, tmp_path: Path) ->
     (tmp_path / "manifest.json").write_text(text, encoding="latin-1")
     with pytest.raises(UsageError, match=message):
         read_manifest(tmp_path)
+
+
+def test_a_manifest_without_calls_or_deviations_has_no_deviations() -> None:
+    assert deviation_rows({"sites": [{"path": "a"}, {"path": "b", "calls": [{}]}]}) == []

@@ -162,3 +162,15 @@ def test_statistics_that_are_read_are_refused() -> None:
     assert isinstance(read(made), Normed)
     ir.node("Neg", [made.outputs[1]])
     assert read(made) == "its statistics have a half type, or are used elsewhere"
+
+
+@pytest.mark.parametrize("epsilon", [float("nan"), float("inf"), -1.0])
+def test_an_epsilon_that_no_norm_has(epsilon: float) -> None:
+    assert read(node(ONNX, epsilon=epsilon)) == f"its epsilon is {epsilon:g}, expected a finite number of at least 0"
+
+
+def test_statistics_that_are_an_output_of_the_graph() -> None:
+    made = node(("", "SimplifiedLayerNormalization"), outputs=2)
+    assert isinstance(read(made), Normed)
+    ir.Graph(list(made.inputs), [made.outputs[0], made.outputs[1]], nodes=[made])
+    assert read(made) == "its statistics have a half type, or are used elsewhere"

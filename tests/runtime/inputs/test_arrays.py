@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -71,3 +74,81 @@ def test_dtypes_that_are_not_read(tmp_path: Path) -> None:
     save_file({"x": torch.ones(4).to(torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
     with pytest.raises(UsageError, match=r"x: expected one of the dtypes F64, F32.*, got F8_E4M3"):
         read_arrays(tmp_path / "x.safetensors")
+
+
+def _npy(array: np.ndarray, pickled: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, allow_pickle=pickled)
+    return buffer.getvalue()
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+ONES = _npy(np.ones(3, np.float32))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("d/", b""), ("a.npy", ONES)], "member 'd/': expected the name of an array, NAME.npy"),
+        ([("a.txt", b"hello")], "member 'a.txt': expected the name of an array"),
+        ([("a.npy", ONES), ("a.npy", ONES)], "member 'a.npy': expected one array of this name, got several"),
+        ([("a.npy", b"\x80\x04}.")], "expected an .npz file of plain arrays"),
+        ([("a.npy", b"\x93NUMPY\x09\x00")], "expected an .npz file of plain arrays"),
+        (
+            [("a.npy", _npy(np.array([{1: 2}], object), True))],
+            "expected an .npz file of plain arrays, got Python objects",
+        ),
+        ([("a.npy", _header((1 << 50,)))], "expected 4503599627370624 bytes for shape 1125899906842624 of float32"),
+        ([("a.npy", _header((-3,)))], "bytes for shape -3 of float32"),
+        ([("a.npy", ONES[:-1])], "expected 140 bytes for shape 3 of float32, got 139"),
+        ([("a.npy", ONES + b"x")], "expected 140 bytes for shape 3 of float32, got 141"),
+    ],
+)
+def test_members_that_are_not_arrays(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    with pytest.raises(UsageError) as caught:
+        read_arrays(tmp_path / "x.npz")
+    assert message in str(caught.value)
+
+
+def test_a_name_with_a_nul_character(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("aXb.npy", ONES)
+    (tmp_path / "x.npz").write_bytes((tmp_path / "x.npz").read_bytes().replace(b"aXb", b"a\0b"))
+    with pytest.raises(UsageError, match="expected the name of an array"):
+        read_arrays(tmp_path / "x.npz")
+
+
+def test_odd_names_of_arrays_are_only_names(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        for name in (".npy", "../x.npy", "a/b.npy"):
+            archive.writestr(name, ONES)
+    assert sorted(read_arrays(tmp_path / "x.npz")) == ["", "../x", "a/b"]
+
+
+def test_a_small_file_does_not_fill_the_memory(tmp_path: Path) -> None:
+    size = 300 << 20
+    with (
+        zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("a.npy", "w") as member,
+    ):
+        member.write(_header((size // 4,)))
+        for _ in range(300):
+            member.write(bytes(1 << 20))
+    with pytest.raises(UsageError, match=r"member 'a\.npy': expected at most 200 times its .* compressed bytes"):
+        read_arrays(tmp_path / "x.npz")
+
+
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+    for name in ("x.npz", "x.safetensors"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UsageError, match="expected a regular file, got a pipe"):
+            read_arrays(tmp_path / name)

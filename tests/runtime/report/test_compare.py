@@ -277,11 +277,17 @@ _READS = "expected the schema rmsnorm_deploy.validate/4 or rmsnorm_deploy.bisect
         ({"schema": "rmsnorm_deploy.run/1"}, f"{_READS} 'rmsnorm_deploy.run/1'"),
         ({"schema": None}, f"{_READS} None"),
         ({"schema": "rmsnorm_deploy.bisect/3"}, "compare two reports of one schema"),
-        ({"verdict": "maybe"}, "not a complete report"),
-        ({"outputs": [{"name": "logits", "passed": True}]}, "contains an invalid row ('case')"),
-        ({"outputs": [{"case": "1x7", "name": "logits", "passed": "yes"}]}, "passed is 'yes'"),
-        ({"outputs": [{"case": "", "name": "", "passed": True, "figures": {"kl": "much"}}]}, "contains an invalid row"),
-        ({"outputs": 3}, "contains an invalid row"),
+        ({"verdict": "maybe"}, "b.json: verdict: expected 'pass' or 'fail', got 'maybe'"),
+        ({"verdict": None}, "not a complete report"),
+        ({"outputs": [{"name": "logits", "passed": True}]}, "outputs.0.case: missing"),
+        ({"outputs": [{"case": "1x7", "name": "logits", "passed": "yes"}]}, "passed: expected a valid boolean"),
+        ({"outputs": [{"case": "", "name": "", "passed": True, "figures": {"kl": "much"}}]}, "kl: expected a valid"),
+        ({"outputs": 3}, "outputs: expected a valid list, got 3"),
+        ({"norms": None}, "norms: expected a valid list, got None"),
+        ({"segments": [5]}, "segments.0: expected a valid dictionary, got 5"),
+        ({"norms": [{"path": "n", "call": "x", "passed": True}]}, "norms.0.call: expected a valid integer, got 'x'"),
+        ({"provenance": [1]}, "provenance: expected a valid dictionary, got [1]"),
+        ({"outputs": [{"case": "", "name": "", "passed": True, "figures": {"kl": 10**400}}]}, "kl: expected a valid"),
     ],
 )  # fmt: skip
 def test_reports_that_cannot_be_compared(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -295,7 +301,7 @@ def test_files_that_are_not_reports(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text("{")
     (tmp_path / "list.json").write_text("[]")
     np.savez(tmp_path / "c.npz", y=VALUES)
-    with pytest.raises(UsageError, match=r"b\.json: not a JSON report"):
+    with pytest.raises(UsageError, match=r"b\.json cannot be read as JSON"):
         compare(tmp_path / "a.json", tmp_path / "b.json")
     with pytest.raises(UsageError, match=r"list\.json: expected the schema .*, got None"):
         compare(tmp_path / "list.json", tmp_path / "a.json")

@@ -343,3 +343,19 @@ def test_numbers_have_three_significant_digits() -> None:
     assert [percent(value) for value in (1.0, 0.999999, 0.5, 0.0, None)] == [
         "100 %", "99.99 %", "50.00 %", "0.00 %", "–",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_every_table_and_plot_scrolls_in_its_own_box(passed: bool) -> None:
+    """On a phone the page itself must not scroll sideways."""
+    page = html.render(sample_report(passed=passed))
+    document = parser.document_fromstring(page)
+    assert document.xpath("//meta[@name='viewport']/@content") == ["width=device-width, initial-scale=1"]
+    wide = document.xpath("//table | //figure//svg")
+    assert wide
+    for element in wide:
+        boxes = [set(str(box.get("class")).split()) for box in element.iterancestors()]
+        assert any(box & {"scroll", "nested"} for box in boxes), etree.tostring(element)[:200]
+    style = document.xpath("string(//style)")
+    for box in (".scroll", ".nested"):
+        assert re.search(rf"^{re.escape(box)} {{[^}}]*overflow-x: auto", style, re.M)

@@ -10,7 +10,16 @@ import pytest
 from lxml import html as parser
 
 from rmsnorm_deploy.models.errors import UsageError
-from rmsnorm_deploy.runtime.report.page import HtmlPage, Page, Shown, TextPage, aligned
+from rmsnorm_deploy.runtime.report.page import (
+    HtmlPage,
+    Page,
+    Shown,
+    TextPage,
+    aligned,
+    fits,
+    folded,
+    is_whole,
+)
 
 HOSTILE = "<script>alert('a & \"b\"')</script>"
 
@@ -116,3 +125,23 @@ def test_a_result_that_cannot_be_saved_leaves_the_place_as_it_was(tmp_path: Path
 def test_a_result_without_its_own_methods_cannot_be_made() -> None:
     with pytest.raises(TypeError, match="abstract"):
         Shown()  # type: ignore[abstract]
+
+
+def test_a_narrow_table_is_a_list() -> None:
+    assert folded(("name", "size"), [("a", "1"), ("b", "2")]) == ["name: a", "size: 1", "", "name: b", "size: 2"]
+
+
+def test_numbers_and_words_are_whole_and_texts_are_not() -> None:
+    assert is_whole(["8.39e+06 (32)", "-", "1.000000000"])
+    assert is_whole(["pass", "fail"])
+    assert not is_whole(["a text of words"])
+    assert not is_whole(["n" * 40])
+
+
+def test_what_fits() -> None:
+    columns, rows = ("name", "max error (allowed)", "verdict"), [("n" * 60, "8.39e+06 (32)", "pass")]
+    assert fits(columns, rows, 80)
+    assert not fits(columns, rows, 40)
+    assert fits(("a",), [("b",)], 41)
+    assert not fits(("a",), [("b",)], 40)
+    assert not fits(columns * 3, rows[:0] or [rows[0] * 3], 80)

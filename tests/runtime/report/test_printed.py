@@ -5,11 +5,19 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 from lxml import html as parser
 
+from rmsnorm_deploy.runtime.accuracy.compare_output import judge
 from rmsnorm_deploy.runtime.report.page import HtmlPage, TextPage
-from rmsnorm_deploy.runtime.report.printed import print_comparison, print_deviations, print_risk, print_validation
+from rmsnorm_deploy.runtime.report.printed import (
+    brief,
+    print_comparison,
+    print_deviations,
+    print_risk,
+    print_validation,
+)
 from tests.helpers.interface.report_sample import sample_report
 
 HOSTILE = "<b>&\"'"
@@ -19,7 +27,10 @@ FIGURES: dict[str, Any] = {
 OWN = {**FIGURES, "max_rel_row": 0.5, "max_ulp": "inf", "mean_ulp": 7}
 
 
-def row(name: str = "y", passed: bool = True, reason: str = "because", **changes: Any) -> dict[str, Any]:
+AS_GOOD = "error max 3 of 7.5 allowed (row 0 of 2), rms 0.25 of 2 allowed, in float32 eps x row scale; PyTorch's own"
+
+
+def row(name: str = "y", passed: bool = True, reason: str = AS_GOOD, **changes: Any) -> dict[str, Any]:
     made = {"case": "1x1", "name": name, "passed": passed, "reason": reason, "figures": FIGURES,
             "baseline_figures": OWN}  # fmt: skip
     return {**made, **changes}
@@ -54,30 +65,58 @@ def validated(**options: Any) -> Recorded:
 # ------------------------------------------------------------------------------------------------------ validation
 
 
-def test_outputs_are_shown_with_pytorchs_own_errors_in_brackets() -> None:
+def test_outputs_are_shown_with_the_errors_that_decide_and_what_they_may_be() -> None:
     page = validated()
     ((columns, rows),) = page.tables
-    assert rows == [("1x1", "y", "pass", "0.0125 (0.5)", "3 (inf)", "0.25 (7)", "1.000000000")]
-    assert len(columns) == 7
+    assert rows == [("1x1", "y", "pass", "3 (7.5)", "0.25 (2)", "1.000000000")]
+    assert columns == ("case", "output", "verdict", "max error (allowed)", "rms error (allowed)", "cosine")
     assert page.lines[-2:] == ["the summary", "verdict: pass"]
 
 
 def test_an_output_without_figures_has_dashes_and_a_reason() -> None:
-    page = validated(outputs=[row(passed=False, figures=None, baseline_figures=None)], verdict="fail")
-    assert page.tables[0][1] == [("1x1", "y", "fail", "-", "-", "-", "-")]
+    page = validated(outputs=[row(passed=False, reason="because", figures=None, baseline_figures=None)], verdict="fail")
+    assert page.tables[0][1] == [("1x1", "y", "fail", "-", "-", "-")]
     assert "1x1, y: because" in page.lines
     assert page.lines[-1] == "verdict: fail"
 
 
 def test_what_passed_has_no_reason() -> None:
-    assert not any("because" in line for line in validated().lines)
+    assert not any("allowed)" not in line and "error max" in line for line in validated().lines)
+
+
+def test_a_reason_that_the_table_does_not_show_is_printed_once_with_its_places() -> None:
+    rows = [row("a", reason="all 9 elements are equal"), row("b", reason="all 9 elements are equal"), row("c")]
+    page = validated(outputs=rows)
+    assert [line for line in page.lines if "equal" in line] == ["1x1, a; 1x1, b: all 9 elements are equal"]
+    assert page.tables[0][1][0] == ("1x1", "a", "pass", "-", "-", "1.000000000")
+
+
+def test_the_figures_are_those_of_the_pass_rule() -> None:
+    """The reason of a real verdict is read, so that a change of its words is noticed."""
+    reference = np.random.default_rng(0).standard_normal((4, 8))
+    baseline = reference.astype(np.float32)
+    verdict = judge("y", np.nextafter(baseline, np.float32(9)), reference, baseline)
+    page = validated(outputs=[{"case": "1x1", **verdict.to_dict()}])
+    _, _, word, largest, mean, _ = page.tables[0][1][0]
+    assert f"error max {largest.split()[0]} of {largest.split('(')[1][:-1]} allowed" in verdict.reason
+    assert f"rms {mean.split()[0]} of {mean.split('(')[1][:-1]} allowed" in verdict.reason
+    assert word == "pass"
+
+
+def test_quiet_lines_are_what_failed_and_the_verdict() -> None:
+    rows = [row("a"), row("b", False, "because"), row("c", False, "because")]
+    content = report(outputs=rows, verdict="fail", culprits=[{"kind": "norm", "name": "n", "reason": "why"}])
+    assert brief(content) == ["1x1, b; 1x1, c: because", "norm n: why", "verdict: fail"]
+    assert brief(report()) == ["verdict: pass"]
+    assert brief({"files": ["a"], "proof": {"verdict": "pass", "reason": "all"}}) == ["proof: pass (all)"]
+    assert brief({"files": ["a"]}) == []
 
 
 def test_notes_deviations_culprits_and_how_to_run_it_again() -> None:
     deviations = [{"at_most_ulp": 1.5, "reason": "a cast less", "sites": ["a", "b"]}]
     culprits = [{"kind": "norm", "name": "a", "reason": "why"}]
     page = validated(notes=["a note"], deviations=deviations, culprits=culprits, again="the command")
-    texts = ("a note", "a cast less", "norm a: why", "the command", "the summary", "verdict: ")
+    texts = ("norm a: why", "a note", "a cast less", "the command", "the summary", "verdict: ")
     found = [next(number for number, line in enumerate(page.lines) if text in line) for text in texts]
     assert found == sorted(found)
 
@@ -98,7 +137,8 @@ def norm(path: str, call: int = 0, *, passed: bool = True, inputs: Any = ()) -> 
 
 
 def kind(name: str, error: float, *, passed: bool = True, own: float = 0.0) -> dict[str, Any]:
-    return {"kind": name, "passed": passed, "figures": {**FIGURES, "max_rel_row": error},
+    reason = f"error max {error} of 7.5 allowed (row 0 of 2), rms 0.25 of 2 allowed, in float32 eps x row scale"
+    return {"kind": name, "passed": passed, "reason": reason, "figures": {**FIGURES, "max_rel_row": error},
             "baseline_figures": {**OWN, "max_rel_row": own}}  # fmt: skip
 
 
@@ -115,7 +155,7 @@ def test_parts_are_shown_only_when_asked_for() -> None:
 
 def test_a_norm_is_shown_on_the_input_on_which_it_is_worst() -> None:
     (cells,) = norm_rows(norm("a", inputs=[kind("small", 0.1), kind("large", 0.2), kind("middle", 0.15)]))
-    assert cells[:4] == ("a", "pass", "large", "0.2 (0)")
+    assert cells[:4] == ("a", "pass", "large", "0.2 (7.5)")
 
 
 def test_an_input_that_failed_comes_before_a_larger_error() -> None:
@@ -130,13 +170,13 @@ def test_an_input_on_which_pytorch_is_lost_comes_last() -> None:
 def test_an_input_that_could_not_be_compared_comes_first() -> None:
     broken = {"kind": "shape", "passed": False, "figures": None, "baseline_figures": None}
     cells = norm_rows(norm("a", passed=False, inputs=[kind("failed", 9.0, passed=False), broken]))[0]
-    assert cells == ("a", "fail", "shape", "-", "-", "-")
+    assert cells == ("a", "fail", "shape", "-", "-")
 
 
 def test_a_norm_without_inputs_and_a_second_call() -> None:
     assert norm_rows(norm("a"), norm("a", 1)) == [
-        ("a", "pass", "-", "-", "-", "-"),
-        ("a (call 2)", "pass", "-", "-", "-", "-"),
+        ("a", "pass", "-", "-", "-"),
+        ("a (call 2)", "pass", "-", "-", "-"),
     ]
 
 
@@ -157,8 +197,8 @@ def test_segments_and_the_depth() -> None:
         show_parts=True,
     )
     assert page.tables[1][1] == [
-        ("a ... b", "fail", "0.0125 (0.5)", "3 (inf)", "0.25 (7)"),
-        ("b ... y", "pass", "0.0125 (0.5)", "3 (inf)", "0.25 (7)"),
+        ("a ... b", "fail", "3 (7.5)", "0.25 (2)"),
+        ("b ... y", "pass", "3 (7.5)", "0.25 (2)"),
     ]
     assert page.tables[2][1] == [("a", "output", "0.25 (inf)", "-"), ("a", "output", "0.25 (inf)", "0.5 (0.125)")]
 
@@ -258,17 +298,17 @@ def test_a_model_without_norms_has_an_empty_table() -> None:
 
 def test_arrays_in_a_table_and_reasons_below() -> None:
     page = Recorded()
-    rows = [row("a"), row("b", False), row("c", False, "gone", figures=None),
+    rows = [row("a"), row("b", False, "because"), row("c", False, "gone", figures=None),
             row("d", figures={**FIGURES, "differing": None})]  # fmt: skip
     content = {"kind": "arrays", "outputs": rows, "summary": "the summary", "verdict": "fail"}
     print_comparison(page, content)
     assert page.tables[0][1] == [
-        ("a", "pass", "2.5e-07", "0.0125", "3", "0.25", "4 of 9"),
-        ("b", "fail", "2.5e-07", "0.0125", "3", "0.25", "4 of 9"),
-        ("c", "fail", "-", "-", "-", "-", "-"),
-        ("d", "pass", "2.5e-07", "0.0125", "3", "0.25", "-"),
+        ("a", "pass", "3 (7.5)", "0.25 (2)", "2.5e-07", "4 of 9"),
+        ("b", "fail", "-", "-", "2.5e-07", "4 of 9"),
+        ("c", "fail", "-", "-", "-", "-"),
+        ("d", "pass", "3 (7.5)", "0.25 (2)", "2.5e-07", "-"),
     ]
-    assert page.lines == ["b: because", "c: gone", "the summary.", "verdict: fail"]
+    assert page.lines[1:] == ["b: because", "c: gone", "the summary.", "verdict: fail"]
 
 
 def reports(**changes: Any) -> Recorded:

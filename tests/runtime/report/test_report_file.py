@@ -22,8 +22,8 @@ def test_a_report_comes_back_as_it_was_written(tmp_path: Path, schema: str) -> N
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("", "not a JSON"),
-        ("{", "not a JSON"),
+        ("", "cannot be read as JSON"),
+        ("{", "cannot be read as JSON"),
         ("[]", "None"),
         ("3", "None"),
         ("{}", "None"),
@@ -50,7 +50,7 @@ def test_the_message_names_the_versions_that_are_read(tmp_path: Path) -> None:
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="not a JSON"):
+    with pytest.raises(UsageError, match="cannot be read as JSON"):
         read_report(tmp_path / "report.json")
 
 

@@ -203,7 +203,7 @@ def test_files_that_are_not_models(tmp_path: Path) -> None:
     short.write_bytes(linear().SerializeToString()[:-30])
     for path, text in (
         (tmp_path / "none.onnx", "the file does not exist"),
-        (tmp_path, "not a file"),
+        (tmp_path, "expected a regular file, got a folder"),
         (garbage, "not an ONNX model"),
         (empty, "has no graph"),
         (short, "not an ONNX model"),

@@ -98,7 +98,10 @@ def test_the_engine_carries_its_kernels(files: Any, tmp_path: Path) -> None:
     assert images.pack() in content
 
 
-def test_the_command_line_prints_the_same(files: Any, tmp_path: Path, rmsnorm: Any) -> None:
+def test_the_command_line_prints_the_same(
+    files: Any, tmp_path: Path, rmsnorm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RMSNORM_PROGRESS", "1")
     place = tmp_path / "m.engine"
     found = rmsnorm(
         "build", files.plugin(), "-o", place, "--arch", "sm_89", "--plugin", "python",

@@ -101,7 +101,12 @@ def building(source: Path, place: Path) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "rmsnorm_deploy", "build", str(source), "-o", str(place), "--json"]
     command += [f"--arch={','.join(map(str, ARCHITECTURES))}", *(f"--profile={text}" for text in PROFILES)]
     process = subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        command,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, "RMSNORM_PROGRESS": "1"},
     )
     try:
         assert process.stderr is not None

@@ -170,8 +170,8 @@ def test_remote_code_is_trusted_by_who_runs_it_and_never_by_a_report(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not a JSON report"),
-        ("\udcff", "not a JSON report"),
+        ("{", "cannot be read as JSON"),
+        ("\udcff", "cannot be read as JSON"),
         ("[]", "expected the schema rmsnorm_deploy.validate/4 or rmsnorm_deploy.bisect/3, got None"),
         ("{}", "rmsnorm_deploy.bisect/3, got None"),
         ('{"schema": "rmsnorm_deploy.validate/1"}', "rmsnorm_deploy.bisect/3, got 'rmsnorm_deploy.validate/1'"),
@@ -204,7 +204,7 @@ def test_settings_of_the_wrong_type_are_refused(tmp_path: Path, name: str, value
 def test_a_report_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nosuch\.json: cannot be read: No such file"):
         read_replay(tmp_path / "nosuch.json")
-    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
+    with pytest.raises(UsageError, match="expected a regular file, got a folder"):
         read_replay(tmp_path)
 
 

@@ -20,6 +20,7 @@ def bisect(
     output: validation.Output = None,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_missing: options.AllowMissing = None,
+    quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> int:
     """Find the norm, or the segment between two norms, that introduces error.
@@ -27,7 +28,7 @@ def bisect(
     Each norm and each segment gets the inputs that it has in PyTorch, so that an error is reported where it is
     introduced. Exits with 1 if there is one.
     """
-    screen = Screen(as_json)
+    screen = Screen(as_json, quiet)
     files = validation.ReportFiles(html, junit, output, validation.input_files(candidate, given))
     sides = validation.sides(candidate, against, "bisect")
     asked = dataclasses.replace(given, bisect=True)

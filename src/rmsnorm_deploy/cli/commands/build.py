@@ -100,6 +100,7 @@ def build(
         typer.Option("--print-trtexec", help="Print the equivalent trtexec command, and build nothing."),
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Write all messages of TensorRT to the log.")] = False,
+    quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Build a TensorRT engine and show which layer runs each norm."""
@@ -107,7 +108,7 @@ def build(
     from rmsnorm_deploy.runtime.tensorrt.build import build_engine
     from rmsnorm_deploy.runtime.tensorrt.options import BuildOptions
 
-    screen = Screen(as_json)
+    screen = Screen(as_json, quiet)
     chosen = BuildOptions(
         runtime=runtime,  # type: ignore[arg-type]
         profiles=tuple(profile or ()),
@@ -141,7 +142,7 @@ def _print_trtexec(screen: Screen, source: Path, output: Path | None, chosen: Bu
     with screen.working(f"reading {source}"), plan_build(source, chosen, elsewhere=True) as plan:
         words = trtexec_command(plan, str(output or "model.engine"))
     payload = {"schema": TRTEXEC_SCHEMA, "command": words}
-    screen.result(payload, lambda: screen.line(shell_line(words)))
+    screen.result(payload, lambda: screen.line(shell_line(words)), is_answer=True)
 
 
 def payload_of(engine: Engine) -> dict[str, Any]:

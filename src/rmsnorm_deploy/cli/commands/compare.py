@@ -39,13 +39,14 @@ def compare(
     ulp: Annotated[
         list[str] | None, typer.Option("--ulp", metavar=_LIMIT, help="Allow errors of X ULPs; see --atol.")
     ] = None,
+    quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> int:
     """Compare arrays with reference arrays, or a report with an earlier one.
 
     Exits with 1 if an array differs, or if a row that passed before fails or is missing.
     """
-    screen = Screen(as_json)
+    screen = Screen(as_json, quiet)
     from rmsnorm_deploy.runtime.accuracy.tolerances import parse_limits
     from rmsnorm_deploy.runtime.report.compare import compare as compare_files
 

@@ -32,6 +32,7 @@ def demo(
             "--output", "-o", metavar="DIR", help="Keep the exported folders here; by default they are deleted."
         ),
     ] = None,
+    quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> int:
     """Export and check a small trained model for every target.
@@ -39,7 +40,7 @@ def demo(
     Each file runs in ONNX Runtime and is compared with PyTorch: the numbers, and the sums that it computes correctly.
     With TensorRT-RTX, or with TensorRT and a GPU, an engine is built from each file.
     """
-    screen = Screen(as_json)
+    screen = Screen(as_json, quiet)
     with screen.working(f"loading {MODEL}") as progress, _folder(output) as folder:
         payload = _proved(folder, progress)
         if output is None:

@@ -20,19 +20,20 @@ def doctor(
         str | None,
         typer.Option("--target", metavar="TARGET", help="Exit with 4 if this machine cannot run this target."),
     ] = None,
+    quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> int:
     """Show what this machine can run and what is missing."""
     from rmsnorm_deploy.export.lowering.table import cell
 
-    screen = Screen(as_json)
+    screen = Screen(as_json, quiet)
     if target is not None:
         cell(target, "plain")  # refuses an unknown target
     with screen.working("examining this machine") as progress:
         from rmsnorm_deploy.runtime.doctor import examine
 
         diagnosis = examine(progress)
-    screen.result(diagnosis.to_dict(), lambda: _print(screen, diagnosis))
+    screen.result(diagnosis.to_dict(), lambda: _print(screen, diagnosis), is_answer=True)
     return 0 if target is None or diagnosis.can_run(target) else CANNOT_RUN
 
 

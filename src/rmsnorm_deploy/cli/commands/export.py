@@ -72,13 +72,14 @@ def export(
     ] = 0,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_missing: options.AllowMissing = None,
+    quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Export a model to ONNX with its norms in the form that the target requires."""
     from rmsnorm_deploy.export.lowering.plugin_functions import plugin_style
     from rmsnorm_deploy.export.lowering.table import opset_for
 
-    screen = Screen(as_json)
+    screen = Screen(as_json, quiet)
     targets = list(dict.fromkeys(target or ["primitives"]))
     for name in targets:
         opset_for(name, opset)  # refuses a wrong target or opset before slow work

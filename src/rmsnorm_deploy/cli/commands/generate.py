@@ -27,16 +27,17 @@ def generate(
         int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Maximum number of new tokens.")
     ] = 32,
     provider: options.Provider = "cpu",
+    quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Continue a prompt with an exported decoder."""
-    screen = Screen(as_json)
+    screen = Screen(as_json, quiet)
     wanted = _prompt(prompt, prompt_ids)
     with screen.working(f"generating with {path}"):
         from rmsnorm_deploy.runtime.generate import generate as generate_tokens
 
         result = generate_tokens(path, wanted, max_new_tokens=max_new_tokens, provider=provider)
-    screen.result(_payload(result), lambda: _print(screen, result))
+    screen.result(_payload(result), lambda: _print(screen, result), is_answer=True)
 
 
 def _payload(result: Generation) -> dict[str, Any]:

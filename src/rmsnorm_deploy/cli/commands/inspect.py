@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from rmsnorm_deploy.cli import options
 from rmsnorm_deploy.cli.norms import found_line, print_found
 from rmsnorm_deploy.cli.screen import Screen
 from rmsnorm_deploy.models.errors import UsageError
+from rmsnorm_deploy.models.regular_files import read_json
 from rmsnorm_deploy.runtime.report.printed import print_risk
 
 if TYPE_CHECKING:
@@ -50,13 +50,14 @@ def inspect(
     made_up: Annotated[bool, typer.Option("--made-up", help="As --inputs, with generated inputs.")] = False,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_missing: options.AllowMissing = None,
+    quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Find every RMSNorm of a model and show what it computes.
 
     With inputs, the model runs, and the risk of each norm in float32, float16 and bfloat16 is reported.
     """
-    screen = Screen(as_json)
+    screen = Screen(as_json, quiet)
     place = Path(model).expanduser()
     wanted = _Wanted(inputs, prompt or [], made_up)
     extra: dict[str, Any] = {}
@@ -80,7 +81,7 @@ def inspect(
                 found = find_norms(loaded.model)
         sites, refusals = [s.to_dict() for s in found.sites], [r.to_dict() for r in found.refusals]
     payload = {"schema": SCHEMA, "model": model, "sites": sites, "refusals": refusals, **extra}
-    screen.result(payload, lambda: _print(screen, payload))
+    screen.result(payload, lambda: _print(screen, payload), is_answer=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +143,8 @@ def _is_exported_folder(place: Path) -> bool:
     from rmsnorm_deploy.export.onnx_io.manifest import SCHEMA as MANIFEST_SCHEMA
 
     try:
-        content = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(place / "manifest.json", "")
+    except UsageError:
         return False
     kind = MANIFEST_SCHEMA.partition("/")[0]
     return isinstance(content, dict) and str(content.get("schema")).partition("/")[0] == kind
@@ -154,8 +155,9 @@ def _from_folder(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
     from rmsnorm_deploy.export.onnx_io.manifest import read_manifest
 
     manifest = read_manifest(folder)
-    sites = [{key: value for key, value in site.items() if key != "calls"} for site in manifest["sites"]]
-    return sites, manifest["refusals"], size_limits_of(manifest)
+    sites = [{key: value for key, value in site.items() if key != "calls"} for site in manifest.get("sites", ())]
+    sites = [{"class": None, "width": None, "dtype": None, **site} for site in sites]
+    return sites, [{"class": "", **row} for row in manifest.get("refusals", ())], size_limits_of(manifest)
 
 
 def _from_file(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], SizeLimits]:

@@ -36,12 +36,13 @@ def build(
     nvcc: Annotated[
         Path | None, typer.Option("--nvcc", metavar="FILE", help="The CUDA compiler; searched for if omitted.")
     ] = None,
+    quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Compile the library, or list what is missing and where to get it."""
     from rmsnorm_deploy.plugins.tensorrt.library import build_library, read_library
 
-    screen = Screen(as_json)
+    screen = Screen(as_json, quiet)
     with screen.working("building the plugin's library") as progress:
         files = build_library(output, tensorrt_include, nvcc, progress)
     info = read_library(files[0])

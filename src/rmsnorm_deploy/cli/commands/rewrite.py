@@ -70,13 +70,14 @@ def rewrite(
     seed: Annotated[
         int, typer.Option("--seed", metavar="N", min=0, help="Seed of the random inputs for --verify.")
     ] = 0,
+    quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Rewrite the norms of any .onnx file for a target, and verify the result."""
     from rmsnorm_deploy.export.lowering.plugin_functions import plugin_style
     from rmsnorm_deploy.export.lowering.table import cell
 
-    screen = Screen(as_json)
+    screen = Screen(as_json, quiet)
     cell(target, "plain")  # refuses a wrong target before slow work
     plugin_style(not no_function, ort_trt, [target])
     feeds = read_arrays(inputs) if inputs is not None else None
@@ -123,10 +124,14 @@ def _print(screen: Screen, path: Path, payload: dict[str, Any]) -> None:
         screen.line(f"Rewritten for {payload['target']}: {payload['changed']} of {payload['norms']}{same}.")
     if refusals:
         screen.line(f"Not changed: {len(refusals)}")
-        for row in refusals[:_REFUSALS_SHOWN]:
-            screen.line(f"  {row['node'] or row['path'] or 'a node without a name'}: {row['reason']}")
-        if len(refusals) > _REFUSALS_SHOWN:
-            screen.line(f"  and {len(refusals) - _REFUSALS_SHOWN} more; --json lists them all")
+        places: dict[str, list[str]] = {}
+        for row in refusals:
+            places.setdefault(row["reason"], []).append(row["node"] or row["path"] or "a node without a name")
+        for reason, names in places.items():
+            more = f" and {len(names) - _REFUSALS_SHOWN} more" if len(names) > _REFUSALS_SHOWN else ""
+            screen.line(f"  {', '.join(names[:_REFUSALS_SHOWN])}{more}: {reason}")
+        if any(len(names) > _REFUSALS_SHOWN for names in places.values()):
+            screen.line("  --json lists them all")
     for text in payload["notes"]:
         screen.line(f"Note: {text}.")
     print_deviations(screen, payload["deviations"])

@@ -29,10 +29,11 @@ def run(
         Path, typer.Option("--output", "-o", metavar="FILE.npz", help="The file to write the outputs to.")
     ],
     provider: options.Provider = "cpu",
+    quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Run an exported model on the arrays of a file."""
-    screen = Screen(as_json)
+    screen = Screen(as_json, quiet)
     check_distinct({"-o": output}, {"DIR_OR_ONNX": path, "--inputs": inputs})
     check_new_file(output, is_own_report)
     feeds = read_arrays(inputs)

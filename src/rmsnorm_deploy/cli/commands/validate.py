@@ -35,6 +35,7 @@ def validate(
     ] = False,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_missing: options.AllowMissing = None,
+    quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> int:
     """Compare a deployed model with PyTorch.
@@ -42,7 +43,7 @@ def validate(
     Both run on the same inputs. Every output, every norm alone on adversarial inputs, and every segment between two
     norms is compared with a float64 reference. Exits with 1 if anything is less accurate than PyTorch.
     """
-    screen = Screen(as_json)
+    screen = Screen(as_json, quiet)
     files = validation.ReportFiles(
         html, junit, output, {"--replay": replay, **validation.input_files(candidate, given)}
     )

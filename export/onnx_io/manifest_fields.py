@@ -1,0 +1,128 @@
+"""The fields of a manifest that are read, with their types, and `checked`, which names the field that is wrong.
+
+Manifests come from other people. Unknown fields are allowed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from ...models.errors import UsageError
+from ...models.spec import NormSpec
+
+_PROBLEMS = 5
+
+
+def _spec(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        NormSpec.from_dict(value)
+    except (UsageError, TypeError) as error:
+        raise ValueError(str(error)) from error
+    return value
+
+
+def _text(value: str) -> str:
+    if any(0xD800 <= ord(character) < 0xE000 for character in value):
+        raise ValueError("a text that is not Unicode")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_text)]
+Spec = Annotated[dict[str, Any], AfterValidator(_spec)]
+Dims = list[int | Text | None]
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Deviation(_Fields):
+    runtime: Text
+    reason: Text
+    at_most_ulp: float | None = None
+
+
+class _Call(_Fields):
+    deviations: list[_Deviation] = []
+
+
+class _Site(_Fields):
+    path: Text
+    class_: Text | None = Field(default=None, alias="class")
+    spec: Spec
+    width: int | list[int] | None = None
+    dtype: Text | None = None
+    calls: list[_Call] = []
+
+
+class _Refusal(_Fields):
+    path: Text
+    class_: Text = Field(default="", alias="class")
+    reason: Text
+
+
+class _Tensor(_Fields):
+    name: Text
+    dtype: Text | None = None
+    shape: Dims = []
+
+
+class ManifestFields(_Fields):
+    """A manifest."""
+
+    model: str = "model.onnx"  # these two may be file names that are not UTF-8
+    source: str | None = None
+    target: Text | None = None
+    dtype: Text | None = None
+    opset: int | None = None
+    with_past: bool = False
+    tokenizer: Text | None = None
+    inputs: list[_Tensor] = []
+    outputs: list[_Tensor] = []
+    sites: list[_Site] = []
+    refusals: list[_Refusal] = []
+    notes: list[Text] = []
+    files: dict[str, dict[str, Any]] = {}
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def checked(path: Path, content: Any, fields: type[_Model], remedy: str) -> _Model:
+    """Check the types of a file's fields.
+
+    Args:
+        path: the file, for messages.
+        content: its JSON value.
+        fields: the expected fields.
+        remedy: what to do if a field is wrong, a sentence.
+
+    Raises:
+        UsageError: a field is missing or has another type: "FILE: FIELD: expected X, got Y".
+    """
+    try:
+        return fields.model_validate(content)
+    except ValidationError as error:
+        rows = error.errors(include_url=False)
+        texts = [
+            f"{'.'.join(map(str, row['loc'])) or 'the file'}: "
+            + ("missing" if row["type"] == "missing" else f"{_expected(row['msg'])}, got {_shown(row['input'])}")
+            for row in rows[:_PROBLEMS]
+        ]
+        more = f" and {len(rows) - _PROBLEMS} more" if len(rows) > _PROBLEMS else ""
+        raise UsageError(f"{path}: {'; '.join(texts)}{more}. {remedy}") from error
+
+
+def _expected(message: str) -> str:
+    """pydantic's `Input should be a valid string` as `expected a valid string`."""
+    message = re.sub(r" or instance of \w+$", "", message)
+    return message.replace("Input should be", "expected").replace("Value error, ", "expected another value: ")
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
