@@ -14,17 +14,17 @@ import numpy as np
 
 from ...export.from_torch.example_inputs import vocabulary_size
 from ...export.graph.sizes import SizeLimits, size_problem
+from ...models.errors import UsageError
 from ..runners.base import Array, TensorInfo
 from .boundaries import lengths_named, longest_length, special_ids
 from .cases import Case
 from .ranges import shapes_within
-from .synthetic import is_past, make_feeds
+from .synthetic import DEFAULT_SHAPES, is_past, make_feeds
 
 if TYPE_CHECKING:
     from torch import nn
 
-# Batch and length of the first cases. The first three have the three kinds of floats, see `make_feeds`.
-_SHAPES = ((1, 1), (1, 7), (2, 33))
+# Batch and length of more cases than `DEFAULT_SHAPES`.
 _SHORT, _PADDED = (1, 2), (5, 7)
 # Calls of a model with a KV cache after the first: three decode steps, and several tokens on a filled cache.
 CALLS = (1, 1, 1, 3)
@@ -83,7 +83,7 @@ class _Planner:
             self._plan.untried.append("other shapes: all dims of the file are fixed")
             self._add_ids(fixed=True)
             return self._plan
-        for batch, length in shapes_within(self._limits, self._infos) if self._limits else _SHAPES:
+        for batch, length in shapes_within(self._limits, self._infos):
             self._add(f"{batch}x{length}", self._feeds(batch, length), required=True)
         self._add(f"{_SHORT[0]}x{_SHORT[1]}", self._feeds(*_SHORT))
         self._add_padded()
@@ -92,12 +92,17 @@ class _Planner:
         self._add_long()
         if self._thorough:
             for seed in range(self._seed + 1, self._seed + _SEEDS):
-                for batch, length in (*_SHAPES, (3, 65)):
+                for batch, length in (*DEFAULT_SHAPES, (3, 65)):
                     self._add(f"{batch}x{length}, seed {seed}", self._feeds(batch, length, seed), anew=True)
         else:
             self._plan.untried.append("several seeds: add --thorough, or repeat with --seed N")
         if self._outside:
             self._plan.untried.append(f"{self._outside} generated inputs of sizes for which the file was not exported")
+        if not self._plan.cases:
+            raise UsageError(
+                f"no generated inputs have sizes for which the file was exported ({self._limits.to_dict()}). "
+                "Give --inputs."
+            )
         if not self._cached and "input_ids" in self._names and hasattr(self._model, "generate"):
             self._plan.untried.append("decoding with a KV cache: the file has none; export it with --with-past")
         return self._plan
@@ -115,7 +120,7 @@ class _Planner:
     def _add(
         self, name: str, feeds: Mapping[str, Array], *, required: bool = False, long: bool = False, anew: bool = False
     ) -> None:
-        if not required and self._is_outside(feeds):
+        if self._is_outside(feeds):
             self._outside += 1
             return
         if not anew and any(_same(feeds, case.feeds) for case in self._plan.cases):
@@ -209,7 +214,7 @@ class _Planner:
                 missed.append(f"lengths past {length} ({what}): add --thorough, or --shape 1x{length + 1}")
             else:
                 reached = max(reached, wanted)
-        if reached > max(length for _, length in _SHAPES):
+        if reached > max(length for _, length in DEFAULT_SHAPES):
             self._add(f"1x{reached}", self._feeds(1, reached), long=True)
         self._plan.untried += missed
 

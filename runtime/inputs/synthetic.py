@@ -14,7 +14,7 @@ from ...models.errors import UsageError
 from ..runners.base import ANY_DTYPE, Array, TensorInfo
 
 # Default batch and length of the runs of a validation.
-DEFAULT_SHAPES: tuple[tuple[int, int], ...] = ((1, 1), (1, 7), (3, 33))
+DEFAULT_SHAPES: tuple[tuple[int, int], ...] = ((1, 1), (1, 7), (2, 33))
 _TOKENS = ("input_ids", "decoder_input_ids")
 _OUTLIER_CHANNELS, _OUTLIER_FACTOR = 2, 30.0
 # Most squares of large values overflow float16; for tiny values, eps outweighs the mean square.

@@ -152,6 +152,8 @@ def brief(payload: Mapping[str, Any]) -> list[str]:
     rows += [(f"{row['kind']} {row['name']}", "missing") for row in payload.get("missing", ())]
     rows += [(row["target"], "fail") for row in payload.get("targets", ()) if row.get("verdict") == "fail"]
     _print_reasons(page, [(place, str(reason)) for place, reason in rows])
+    for row in payload.get("unjudged", ()):
+        page.line(f"cannot be judged: {_few(row['parts'])}: {row['reason']}")
     if payload.get("proof"):
         page.line(f"proof: {payload['proof']['verdict']} ({payload['proof']['reason']})")
     if "verdict" in payload:

@@ -17,14 +17,14 @@ IDS = [TensorInfo("input_ids", "int64", ("batch", "sequence"))]
     ("limits", "wanted"),
     [
         (SizeLimits(), list(DEFAULT_SHAPES)),
-        (SizeLimits({"sequence": (0, 16)}), [(1, 1), (1, 7), (3, 16), (1, 16)]),
-        (SizeLimits({"sequence": (17, 4096)}), [(1, 17), (3, 33), (1, 4096)]),
-        (SizeLimits({"sequence": (17, 4097)}), [(1, 17), (3, 33)]),
-        (SizeLimits({"sequence": (17, None)}), [(1, 17), (3, 33)]),
+        (SizeLimits({"sequence": (0, 16)}), [(1, 1), (1, 7), (2, 16), (1, 16)]),
+        (SizeLimits({"sequence": (17, 4096)}), [(1, 17), (2, 33), (1, 4096)]),
+        (SizeLimits({"sequence": (17, 4097)}), [(1, 17), (2, 33)]),
+        (SizeLimits({"sequence": (17, None)}), [(1, 17), (2, 33)]),
         (SizeLimits({"batch": (0, 2)}), [(1, 1), (1, 7), (2, 33), (2, 1)]),
         (SizeLimits({"batch": (4, None)}), [(4, 1), (4, 7), (4, 33)]),
-        (SizeLimits({}, ("sequence % 5 == 0",)), [(1, 5), (3, 35)]),
-        (SizeLimits({}, ("16 < batch * sequence",)), [(1, 17), (3, 7), (3, 33)]),
+        (SizeLimits({}, ("sequence % 5 == 0",)), [(1, 5), (2, 35)]),
+        (SizeLimits({}, ("16 < batch * sequence",)), [(1, 17), (3, 7), (2, 33)]),
     ],
 )
 def test_default_shapes_are_moved_into_the_limits(limits: SizeLimits, wanted: list[tuple[int, int]]) -> None:

@@ -277,7 +277,7 @@ _READS = "expected the schema rmsnorm_deploy.validate/4 or rmsnorm_deploy.bisect
         ({"schema": "rmsnorm_deploy.run/1"}, f"{_READS} 'rmsnorm_deploy.run/1'"),
         ({"schema": None}, f"{_READS} None"),
         ({"schema": "rmsnorm_deploy.bisect/3"}, "compare two reports of one schema"),
-        ({"verdict": "maybe"}, "b.json: verdict: expected 'pass' or 'fail', got 'maybe'"),
+        ({"verdict": "maybe"}, "b.json: verdict: expected 'pass', 'fail' or 'cannot be judged', got 'maybe'"),
         ({"verdict": None}, "not a complete report"),
         ({"outputs": [{"name": "logits", "passed": True}]}, "outputs.0.case: missing"),
         ({"outputs": [{"case": "1x7", "name": "logits", "passed": "yes"}]}, "passed: expected a valid boolean"),

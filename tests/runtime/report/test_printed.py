@@ -27,12 +27,13 @@ FIGURES: dict[str, Any] = {
 OWN = {**FIGURES, "max_rel_row": 0.5, "max_ulp": "inf", "mean_ulp": 7}
 
 
+MARGIN = {"worst": 3.0, "allowed_worst": 7.5, "rms": 0.25, "allowed_rms": 2.0}
 AS_GOOD = "error max 3 of 7.5 allowed (row 0 of 2), rms 0.25 of 2 allowed, in float32 eps x row scale; PyTorch's own"
 
 
 def row(name: str = "y", passed: bool = True, reason: str = AS_GOOD, **changes: Any) -> dict[str, Any]:
     made = {"case": "1x1", "name": name, "passed": passed, "reason": reason, "figures": FIGURES,
-            "baseline_figures": OWN}  # fmt: skip
+            "baseline_figures": OWN, "margin": MARGIN if reason is AS_GOOD else None}  # fmt: skip
     return {**made, **changes}
 
 
@@ -80,6 +81,26 @@ def test_an_output_without_figures_has_dashes_and_a_reason() -> None:
     assert page.lines[-1] == "verdict: fail"
 
 
+def test_passing_cases_have_one_row_for_each_output_the_nearest_to_its_limit() -> None:
+    near = {**MARGIN, "rms": 1.9}
+    rows = [
+        row("y", case="1x1"),
+        row("y", case="2x33", margin=near),
+        row("y", case="5x7"),
+        row("z", case="1x1", passed=False, reason="because", margin=None),
+        row("z", case="2x33", passed=None, reason="no baseline", margin=None),
+        row("present.0.key (worst of 4)", case="1x1"),
+        row("present.1.value (worst of 4)", case="2x33", margin=near),
+    ]
+    page = validated(outputs=rows, verdict="fail")
+    assert [cells[:4] for cells in page.tables[0][1]] == [
+        ("1x1", "z", "fail", "-"),
+        ("2x33", "z", "not judged", "-"),
+        ("2x33 (worst of 3)", "y", "pass", "3 (7.5)"),
+        ("2x33 (worst of 2)", "present.*", "pass", "3 (7.5)"),
+    ]
+
+
 def test_what_passed_has_no_reason() -> None:
     assert not any("allowed)" not in line and "error max" in line for line in validated().lines)
 
@@ -108,6 +129,10 @@ def test_quiet_lines_are_what_failed_and_the_verdict() -> None:
     content = report(outputs=rows, verdict="fail", culprits=[{"kind": "norm", "name": "n", "reason": "why"}])
     assert brief(content) == ["1x1, b; 1x1, c: because", "norm n: why", "verdict: fail"]
     assert brief(report()) == ["verdict: pass"]
+    unjudged = [{"reason": "why not", "parts": ["norm a", "norm b", "norm c", "norm d"]}]
+    assert brief(report(outputs=[row(passed=None)], verdict="cannot be judged", unjudged=unjudged)) == [
+        "cannot be judged: norm a, norm b, norm c and 1 more: why not", "verdict: cannot be judged",
+    ]  # fmt: skip
     assert brief({"files": ["a"], "proof": {"verdict": "pass", "reason": "all"}}) == ["proof: pass (all)"]
     assert brief({"files": ["a"]}) == []
 
@@ -139,7 +164,7 @@ def norm(path: str, call: int = 0, *, passed: bool = True, inputs: Any = ()) -> 
 def kind(name: str, error: float, *, passed: bool = True, own: float = 0.0) -> dict[str, Any]:
     reason = f"error max {error} of 7.5 allowed (row 0 of 2), rms 0.25 of 2 allowed, in float32 eps x row scale"
     return {"kind": name, "passed": passed, "reason": reason, "figures": {**FIGURES, "max_rel_row": error},
-            "baseline_figures": {**OWN, "max_rel_row": own}}  # fmt: skip
+            "baseline_figures": {**OWN, "max_rel_row": own}, "margin": {**MARGIN, "worst": error}}  # fmt: skip
 
 
 def norm_rows(*norms: dict[str, Any]) -> list[tuple[Any, ...]]:
