@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 # Batch and length of more cases than `DEFAULT_SHAPES`.
 _SHORT, _PADDED = (1, 2), (5, 7)
-# Calls of a model with a KV cache after the first: three decode steps, and several tokens on a filled cache.
-CALLS = (1, 1, 1, 3)
+# Calls of a model with a KV cache after the first, in some cases: three decode steps, and several tokens on a filled
+# cache. The other cases have one step, which costs less.
+CALLS, _STEP = (1, 1, 1, 3), (1,)
 # A case of more tokens than this is tried by default if the model is small: parameters x tokens.
 _CHEAP_TOKENS, _CHEAP_WORK = 160, 4e9
 # The largest lengths and numbers of token ids that are tried at all, by default and thoroughly.
@@ -84,7 +85,8 @@ class _Planner:
             self._add_ids(fixed=True)
             return self._plan
         for batch, length in shapes_within(self._limits, self._infos):
-            self._add(f"{batch}x{length}", self._feeds(batch, length), required=True)
+            calls = CALLS if (batch, length) == DEFAULT_SHAPES[1] else _STEP
+            self._add(f"{batch}x{length}", self._feeds(batch, length, calls), calls, required=True)
         self._add(f"{_SHORT[0]}x{_SHORT[1]}", self._feeds(*_SHORT))
         self._add_padded()
         self._add_positions()
@@ -93,7 +95,8 @@ class _Planner:
         if self._thorough:
             for seed in range(self._seed + 1, self._seed + _SEEDS):
                 for batch, length in (*DEFAULT_SHAPES, (3, 65)):
-                    self._add(f"{batch}x{length}, seed {seed}", self._feeds(batch, length, seed), anew=True)
+                    feeds = self._feeds(batch, length, CALLS, seed)
+                    self._add(f"{batch}x{length}, seed {seed}", feeds, CALLS, anew=True)
         else:
             self._plan.untried.append("several seeds: add --thorough, or repeat with --seed N")
         if self._outside:
@@ -107,8 +110,10 @@ class _Planner:
             self._plan.untried.append("decoding with a KV cache: the file has none; export it with --with-past")
         return self._plan
 
-    def _feeds(self, batch: int, length: int, seed: int | None = None) -> dict[str, Array]:
-        extra = sum(CALLS) if self._cached else 0
+    def _feeds(
+        self, batch: int, length: int, calls: tuple[int, ...] = _STEP, seed: int | None = None
+    ) -> dict[str, Array]:
+        extra = sum(calls) if self._cached else 0
         seed = self._seed if seed is None else seed
         return make_feeds(self._infos, batch, length + extra, seed, self._vocabulary, sizes=self._other_lengths(length))
 
@@ -118,17 +123,25 @@ class _Planner:
         return {dim: length // 2 + 2 for dim in dims if "decoder" in dim and "batch" not in dim}
 
     def _add(
-        self, name: str, feeds: Mapping[str, Array], *, required: bool = False, long: bool = False, anew: bool = False
+        self,
+        name: str,
+        feeds: Mapping[str, Array],
+        calls: tuple[int, ...] = _STEP,
+        *,
+        required: bool = False,
+        long: bool = False,
+        anew: bool = False,
     ) -> None:
         if self._is_outside(feeds):
             self._outside += 1
             return
         if not anew and any(_same(feeds, case.feeds) for case in self._plan.cases):
             return
-        calls = CALLS if self._cached else ()
-        if calls:
+        if self._cached:
             name = f"{name} then {'+'.join(map(str, calls))} more"
-        self._plan.cases.append(Case(name, dict(feeds), calls, optional=not required, long=long))
+        self._plan.cases.append(
+            Case(name, dict(feeds), calls if self._cached else (), optional=not required, long=long)
+        )
 
     def _is_outside(self, feeds: Mapping[str, Array]) -> bool:
         sizes = {
@@ -142,20 +155,21 @@ class _Planner:
     def _add_padded(self) -> None:
         """Rows without padding, with padding left, right and on both sides, and with a hole."""
         batch, length = _PADDED
-        feeds = self._feeds(batch, length)
+        first = length - sum(CALLS) + 2 if self._cached else length  # most of the tokens come in later calls
+        feeds = self._feeds(batch, first, CALLS)
         mask = feeds.get("attention_mask")
         if mask is None or mask.ndim != 2 or mask.shape[0] < 2 or mask.shape[1] < length:
-            self._add(f"{batch}x{length}", feeds)
+            self._add(f"{batch}x{first}", feeds, CALLS)
             return
         padded = np.ones_like(mask)
         for row, holes in enumerate(((), (slice(0, 2),), (slice(-2, None),), (slice(0, 1), slice(-1, None)))):
             for hole in holes:
                 padded[row % len(mask), hole] = 0
-        self._add(f"{batch}x{length}, padded left and right", {**feeds, "attention_mask": padded})
-        feeds = self._feeds(2, length)
+        self._add(f"{batch}x{first}, padded left and right", {**feeds, "attention_mask": padded}, CALLS)
+        feeds = self._feeds(2, first, CALLS)
         holed = np.ones_like(feeds["attention_mask"])
-        holed[-1, length // 2] = 0
-        self._add(f"2x{length} with a hole in the mask", {**feeds, "attention_mask": holed})
+        holed[-1, 1 if self._cached else length // 2] = 0
+        self._add(f"2x{first} with a hole in the mask", {**feeds, "attention_mask": holed}, CALLS)
 
     def _add_positions(self) -> None:
         feeds = self._feeds(1, 7)
@@ -189,7 +203,7 @@ class _Planner:
         self._plan.untried.append(f"all {size} token ids: add --thorough")
 
     def _add_tokens(self, name: str, ids: Array) -> None:
-        extra = sum(CALLS) if self._cached else 0
+        extra = sum(_STEP) if self._cached else 0
         feeds = self._feeds(len(ids), max(ids.shape[1] - extra, 1))
         given = feeds["input_ids"]
         if given.shape[0] != len(ids) or given.shape[1] < ids.shape[1]:
@@ -206,8 +220,8 @@ class _Planner:
         reached, missed = 0, []
         for length, what in lengths_named(self._model).items():
             wanted = length + 3
-            if cap is not None and wanted + sum(CALLS) > cap and cap > length:
-                wanted = max(length + 1, cap - sum(CALLS))
+            if cap is not None and wanted + sum(_STEP) > cap > length:
+                wanted = max(length + 1, cap - sum(_STEP))
             if wanted > (_LONGEST_THOROUGH if self._thorough else _LONGEST) or not (
                 self._thorough or self._cheap(wanted)
             ):

@@ -62,7 +62,7 @@ def test_made_up_cases_have_the_shapes_that_were_asked_for() -> None:
 
 
 def test_made_up_cases_have_the_default_shapes_else() -> None:
-    assert shapes(made_up_cases([OPEN], Reader(), None, 0), "x") == [(1, 1, 8), (1, 7, 8), (3, 33, 8)]
+    assert shapes(made_up_cases([OPEN], Reader(), None, 0), "x") == [(1, 1, 8), (1, 7, 8), (2, 33, 8)]
 
 
 def test_a_decoder_with_a_cache_gets_one_more_token() -> None:
