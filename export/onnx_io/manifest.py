@@ -13,9 +13,9 @@ import onnx_ir as ir
 
 from ...models.errors import UsageError
 from ...models.regular_files import read_json
-from .owned_files import MANIFEST, MANIFEST_SCHEMAS, sha256
+from .owned_files import MANIFEST, sha256
 
-SCHEMA = f"{MANIFEST_SCHEMAS}2"
+SCHEMA = "rmsnorm_deploy.manifest/2"
 _VERSIONS = ("rmsnorm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "transformers", "onnxruntime", "numpy")
 
 
