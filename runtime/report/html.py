@@ -108,7 +108,18 @@ def _breakable(text: str) -> str:
 
 def _view(report: Mapping[str, Any], plots: ModuleType) -> dict[str, Any]:
     """The variables of the template; missing lists are empty."""
-    lists = ("norms", "segments", "depth", "culprits", "notes", "warnings", "unjudged", "refusals", "deviations")
+    lists = (
+        "norms",
+        "segments",
+        "depth",
+        "culprits",
+        "notes",
+        "warnings",
+        "unjudged",
+        "untried",
+        "refusals",
+        "deviations",
+    )
     view: dict[str, Any] = {name: report.get(name) or [] for name in ("outputs", *lists)}
     norms = [_norm(row) for row in view["norms"]]
     anchors = {row["path"]: f"norm-{place}" for place, row in reversed(list(enumerate(norms, 1))) if not row["passed"]}

@@ -264,12 +264,14 @@ def test_what_cannot_be_judged_is_neither_a_pass_nor_a_fail() -> None:
     report["verdict"] = "cannot be judged"
     report["outputs"][0].update(passed=None, reason="there is no baseline")
     report["unjudged"] = [{"reason": "there is no <baseline>", "parts": ["output logits of 1x1"]}]
+    report["untried"] = ["lengths past 4096: add --thorough"]
     report["warnings"] = ["output logits: PyTorch itself in float16 is off by 30%"]
     page = html.render(report)
     assert '<header class="verdict unjudged">' in page
     assert "Cannot be judged</h1>" in page
     assert page.count(">not judged<") + page.count("</span> not judged</span>") == 1
     assert "there is no &lt;baseline&gt;" in page
+    assert "<li>lengths past 4096: add --thorough</li>" in page
     warning = page.index("Warning: output logits: PyTorch itself in float16 is off by 30%")
     assert page.index("</h1>") < warning < page.index('class="summary"')
 
