@@ -22,7 +22,8 @@ from ...models.recognition.site import Recognition
 from ..graph.sizes import SizeLimits, metadata_of
 from ..lowering.plugin_functions import PluginStyle, plugin_style, style_notes
 from ..lowering.table import TARGETS, Environment, LoweringRefusal, opset_for, resolve
-from ..onnx_io.atomic_files import check_destination, copy_companions, new_folder, restrict_mode
+from ..onnx_io.atomic_files import copy_companions, new_folder, restrict_mode
+from ..onnx_io.destinations import check_destination
 from ..onnx_io.manifest import tensor_rows, write_manifest
 from ..onnx_io.owned_files import MANIFEST
 from .capture import Capture, capture, detached

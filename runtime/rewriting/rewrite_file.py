@@ -14,15 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ...export.from_onnx.rewrite import Rewritten, fuse_quantized, rewrite, rewritten_rows
 from ...export.graph.site import GraphRefusal
 from ...export.lowering.plugin_functions import PluginStyle, plugin_style, style_notes, style_plugin_nodes
-from ...export.onnx_io.atomic_files import (
-    check_destination,
-    check_new_file,
-    copy_companions,
-    new_file,
-    new_folder,
-    restrict_mode,
-)
+from ...export.onnx_io.atomic_files import copy_companions, new_file, new_folder, restrict_mode
 from ...export.onnx_io.check_graph import check_graph
+from ...export.onnx_io.destinations import check_destination, check_new_file
 from ...export.onnx_io.manifest import tensor_rows, write_manifest
 from ...export.onnx_io.owned_files import MANIFEST
 from ...export.onnx_io.read_model import ModelFile, read_model, to_ir

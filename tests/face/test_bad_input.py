@@ -151,7 +151,7 @@ def test_export_to_a_read_only_folder(
     def refused(*_: Any, **__: Any) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("rmsnorm_deploy.export.onnx_io.atomic_files.tempfile.mkdtemp", refused)
+    monkeypatch.setattr("rmsnorm_deploy.export.onnx_io.destinations.tempfile.mkdtemp", refused)
     outcome = rmsnorm("export", f"{models}:net", "-o", tmp_path / "out")
     assert outcome.code == 2
     assert "Permission denied" in outcome.err

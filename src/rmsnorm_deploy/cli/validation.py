@@ -15,7 +15,7 @@ import typer
 
 from rmsnorm_deploy.cli import options
 from rmsnorm_deploy.cli.screen import Screen
-from rmsnorm_deploy.export.onnx_io.atomic_files import check_distinct, check_new_file
+from rmsnorm_deploy.export.onnx_io.destinations import check_distinct, check_new_file
 from rmsnorm_deploy.export.onnx_io.owned_files import is_own_report
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.accuracy.tolerances import parse_limits

@@ -13,17 +13,15 @@ from random import Random
 
 import pytest
 
-from rmsnorm_deploy.export.onnx_io import atomic_files
+from rmsnorm_deploy.export.onnx_io import atomic_files, destinations
 from rmsnorm_deploy.export.onnx_io.atomic_files import (
-    check_destination,
-    check_distinct,
-    check_new_file,
     copy_companions,
     new_file,
     new_folder,
     partial_folder,
     restrict_mode,
 )
+from rmsnorm_deploy.export.onnx_io.destinations import check_destination, check_distinct, check_new_file
 from rmsnorm_deploy.export.onnx_io.manifest import write_manifest
 from rmsnorm_deploy.export.onnx_io.owned_files import MANIFEST
 from rmsnorm_deploy.models.errors import UsageError
@@ -271,7 +269,7 @@ def test_check_destination_tries_to_write(tmp_path: Path, monkeypatch: pytest.Mo
     def failing(prefix: str, dir: Path) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(atomic_files.tempfile, "mkdtemp", failing)
+    monkeypatch.setattr(destinations.tempfile, "mkdtemp", failing)
     with pytest.raises(UsageError, match=f"cannot write to {tmp_path}: Permission denied"):
         check_destination(tmp_path / "out")
 
@@ -345,7 +343,7 @@ def test_an_earlier_export_that_was_replaced_already_is_deleted(tmp_path: Path) 
 WRITER = """
 import sys
 from pathlib import Path
-from rmsnorm_deploy.export.onnx_io import atomic_files
+from rmsnorm_deploy.export.onnx_io import atomic_files, destinations
 from rmsnorm_deploy.export.onnx_io.manifest import write_manifest
 from rmsnorm_deploy.export.onnx_io.owned_files import is_own_report
 

@@ -10,7 +10,7 @@ import typer
 from rmsnorm_deploy.cli import options
 from rmsnorm_deploy.cli.arrays import write_npz
 from rmsnorm_deploy.cli.screen import Screen
-from rmsnorm_deploy.export.onnx_io.atomic_files import check_distinct, check_new_file
+from rmsnorm_deploy.export.onnx_io.destinations import check_distinct, check_new_file
 from rmsnorm_deploy.export.onnx_io.owned_files import is_own_report
 from rmsnorm_deploy.runtime.inputs.arrays import read_arrays
 
