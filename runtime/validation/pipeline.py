@@ -5,6 +5,7 @@ run_candidate -> run_baseline -> match_norms -> compute_references -> judge_outp
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,10 @@ from ..norms.float64_model import exactly, in_float64
 from ..norms.torch_norms import TorchNorms, survey_norms
 from ..runners.base import Runner
 from .candidate import Candidate
+from .names import match_outputs, names_for_torch, own_names, renamed
 from .norm_checks import NormCheck, check_norms, failed, unsound_norms, without_reference
 from .options import ValidationOptions
-from .run_cases import Outputs, Run, judge_run, named, repeats, run_guarded, wide, with_cache_names
+from .run_cases import Call, Outputs, Run, judge_run, named, repeats, run_guarded, wide, with_cache_names
 from .segment_checks import SegmentCheck, SegmentOutputs, check_segments, segment_names
 
 if TYPE_CHECKING:
@@ -75,11 +77,15 @@ class BaselineRuns:
         outputs: in the order of the candidate's runs, a KV cache among them.
         called: the norms that it called in the largest case, in order.
         untried: the cases that PyTorch itself does not run, with the reason.
+        names: the candidate's name by PyTorch's, of the outputs that PyTorch names differently.
+        notes: which output is taken for which.
     """
 
     outputs: tuple[Outputs, ...]
     called: Mapping[Key, CalledNorm]
     untried: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +160,16 @@ def run_candidate(runner: Runner, name: str, cases: Sequence[Case], progress: Pr
 
 
 def run_baseline(
-    baseline: Baseline, candidate: CandidateRuns, progress: Progress
+    baseline: Baseline, candidate: CandidateRuns, progress: Progress, name: str = "the candidate"
 ) -> tuple[CandidateRuns, BaselineRuns]:
-    """Run every case in PyTorch, and record the norms of the largest case.
+    """Run every case in PyTorch, record the norms of the largest case, and match the names of the outputs.
 
     Returns:
-        The candidate's runs without the optional cases that PyTorch does not run, and PyTorch's.
+        The candidate's runs without the optional cases that PyTorch does not run, and without the outputs that PyTorch
+        does not return; and PyTorch's, under the candidate's names.
+
+    Raises:
+        UsageError: PyTorch fails on a case that is not optional, or the outputs do not match.
     """
     kept: list[Run] = []
     outputs: list[Outputs] = []
@@ -180,7 +190,22 @@ def run_baseline(
             continue
         kept.append(run)
         outputs.append(with_cache_names(found))
-    return CandidateRuns(tuple(kept), candidate.names), BaselineRuns(tuple(outputs), called, tuple(untried))
+    runs = CandidateRuns(tuple(kept), candidate.names)
+    largest = runs.runs[runs.largest]
+    if not largest.calls:
+        return runs, BaselineRuns(tuple(outputs), called, tuple(untried))
+    returned = outputs[runs.largest]
+    matched = match_outputs(largest.calls[0].outputs, returned, name, type(baseline.model).__name__)
+    names = names_for_torch(matched, returned, candidate.names)
+    own = BaselineRuns(tuple(renamed(o, names) for o in outputs), called, tuple(untried), names, matched.notes)
+    if not matched.extra:
+        return runs, own
+    kept = [dataclasses.replace(run, calls=tuple(_without(call, matched.extra) for call in run.calls)) for run in kept]
+    return CandidateRuns(tuple(kept), tuple(n for n in candidate.names if n not in matched.extra)), own
+
+
+def _without(call: Call, names: Sequence[str]) -> Call:
+    return dataclasses.replace(call, outputs={n: value for n, value in call.outputs.items() if n not in names})
 
 
 def match_norms(candidate: Candidate, access: NormAccess | None, called: Mapping[Key, CalledNorm]) -> MatchedNorms:
@@ -281,9 +306,11 @@ def check_parts(
     stores: Stores,
     options: ValidationOptions,
     progress: Progress,
+    inputs: Mapping[str, str] | None = None,
 ) -> PartChecks:
-    """Check every norm alone and every segment between norms."""
+    """Check every norm alone and every segment between norms; see `Candidate` for `inputs`."""
     called, run = baseline.called, candidate.runs[candidate.largest]
+    feeds = own_names(run.case.feeds, inputs or {})
     notes = list(access.remarks)
 
     def alone() -> list[NormCheck]:
@@ -305,7 +332,7 @@ def check_parts(
     segments = try_or_note(
         "segments between norms", notes,
         lambda: check_segments(
-            access, norms, (run.case.feeds, run.torch_feeds), cut, stores.fed, describe, outputs
+            access, norms, (feeds, run.torch_feeds), cut, stores.fed, describe, outputs
         ),
     )  # fmt: skip
     return PartChecks(checks, segments, notes)

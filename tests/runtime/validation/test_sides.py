@@ -136,7 +136,7 @@ def test_a_dtype_that_was_asked_for_and_is_not_the_exports_is_refused(folder: Pa
         opened(folder, code, ValidationOptions(dtype="float32"))
 
 
-@pytest.mark.parametrize("model", [3, None, FunctionRunner(lambda feeds: {})])
+@pytest.mark.parametrize("model", [3, FunctionRunner(lambda feeds: {})])
 def test_anything_else_as_the_model_is_refused(model: Any) -> None:
     with pytest.raises(UsageError, match=type(model).__name__):
         opened(small(), model)
