@@ -50,6 +50,15 @@ _OPTIONS = (
 )
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _NO_PREPACKING = "session.disable_prepacking"
+# The domains of the operators that ONNX Runtime has kernels for.
+_OWN_DOMAINS = (
+    "ai.onnx",
+    "ai.onnx.ml",
+    "ai.onnx.preview.training",
+    "com.microsoft",
+    "com.microsoft.nchwc",
+    "com.ms.internal.nhwc",
+)
 _PLUGIN_OPS = {f"{domain}:{name}" for domain in (contract.DOMAIN, contract.ORT_DOMAIN) for name in contract.INPUTS}
 _SILENT = 4  # log fatal messages only: every error is raised as an exception as well
 

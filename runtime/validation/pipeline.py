@@ -22,6 +22,7 @@ from ..inputs.cases import Case
 from ..norms.access import CalledNorm, NormAccess, windows
 from ..norms.activation_store import ActivationStore, Key
 from ..norms.float64_model import exactly, in_float64
+from ..norms.formula import differences
 from ..norms.torch_norms import TorchNorms, survey_norms
 from ..runners.base import Runner
 from .candidate import Candidate
@@ -323,6 +324,7 @@ def check_parts(
     checks = without_reference(try_or_note("norms", notes, alone), references.disagreements)
     checked = {check.norm.key for check in checks}
     checks += [check for check in unsound_norms(called.values()) if check.norm.key not in checked]
+    checks = [with_cause(check, access, norms) for check in checks]
     unused = access.unused
     checks = [failed(c, "its result is not read in the file") if c.norm.key in unused else c for c in checks]
     cut = [key for key in matched.keys if called[key].forced]
@@ -336,6 +338,20 @@ def check_parts(
         ),
     )  # fmt: skip
     return PartChecks(checks, segments, notes)
+
+
+def with_cause(check: NormCheck, access: NormAccess, norms: TorchNorms) -> NormCheck:
+    """A check; the reason of a failed one ends with how the candidate's formula and weight differ from PyTorch's."""
+    key = check.norm.key
+    if check.passed is not False:
+        return check
+    found = access.formula(key)
+    if found is None:
+        return check
+    if isinstance(found, str):
+        return failed(check, f"{check.reason}; its nodes in the file are no RMSNorm that is known: {found}")
+    causes = differences(found, norms.formula(key))
+    return failed(check, "; ".join([check.reason, *causes]))
 
 
 def try_or_note(what: str, notes: list[str], run: Callable[[], list[Any]]) -> list[Any]:
