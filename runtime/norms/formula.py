@@ -88,11 +88,10 @@ def read_formulas(path: Path) -> FileFormulas:
 
 def differences(file: Formula, module: Formula) -> list[str]:
     """How a file's norm differs from the module's, one phrase for each field of `NormSpec` and each parameter."""
-    phrases = (compare(file, module) for compare in COMPARED.values())
-    found = [phrase for phrase in phrases if phrase is not None]
-    weight = None if "scale" in {name for name, c in COMPARED.items() if c(file, module)} else _weight(file, module)
+    found = {name: compare(file, module) for name, compare in COMPARED.items()}
+    weight = None if found["scale"] else _weight(file, module)
     bias = _values("bias", file.bias, module.bias)
-    return [*found, *(phrase for phrase in (weight, bias) if phrase is not None)]
+    return [phrase for phrase in (*found.values(), weight, bias) if phrase is not None]
 
 
 def _eps(file: Formula, module: Formula) -> str | None:

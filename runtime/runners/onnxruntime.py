@@ -385,7 +385,14 @@ def _load_error(error: Exception, ort: ModuleType, file: ModelFile, providers: l
     unknown = re.search(r"(\S+?)\(-?\d+\) is not a registered function/op|No Op registered for (\S+)", cause)
     if unknown:
         name = unknown.group(1) or unknown.group(2)
+        domain = name.rpartition(":")[0]
         advice = "Install a newer onnxruntime, or export for a target whose ops it supports"
+        if domain and domain not in _OWN_DOMAINS:
+            advice = (
+                f"The domain {domain} is not one of ONNX Runtime's: the op is in a library of whoever wrote the file. "
+                "Nothing can be judged without it: load that library in a runner of your own, and give the runner "
+                "(from Python), or export with operators of ONNX"
+            )
         if name in _PLUGIN_OPS:
             advice = (
                 "The file has plugin nodes without the local functions that ONNX Runtime requires: it was written "

@@ -12,18 +12,21 @@ from ...models.recognition.find_norms import find_norms
 from ..accuracy.tolerances import check_limits
 from ..inputs.cases import Case, given_cases
 from ..inputs.plan import Plan
+from ..norms.access import NormAccess
 from ..norms.activation_store import ActivationStore
 from ..norms.torch_norms import TorchNorms
 from ..report.report_file import BISECT_SCHEMA, VALIDATE_SCHEMA
 from ..runners.base import Runner, TensorInfo
 from ..runners.open import open_runner
 from ..runners.ort_graph import file_record
+from .candidate import Candidate
 from .depth import DepthPoint, errors_introduced, measure_depth
 from .names import Renamed, match_inputs, own_names, renamed_infos
 from .norm_checks import unsound_norms
 from .options import ValidationOptions
 from .pipeline import (
     Baseline,
+    BaselineRuns,
     CandidateRuns,
     MatchedNorms,
     PartChecks,
@@ -38,6 +41,7 @@ from .pipeline import (
     run_candidate,
     signal_warnings,
     try_or_note,
+    why_no_norm,
 )
 from .replay import SIDES
 from .result import ValidationReport
@@ -164,7 +168,7 @@ def _examined(
     access = None
     if candidate.norms is not None and not options.outputs_only:
         access = candidate.norms(own_names(largest.torch_feeds, candidate.inputs))
-    matched = MatchedNorms() if options.outputs_only else match_norms(candidate, access, own.called)
+    matched = MatchedNorms() if options.outputs_only else _matched(candidate, access, own, baseline)
     norms = TorchNorms(baseline.model, baseline.runner, baseline.recognition, own.called)
     with ActivationStore() as fed, ActivationStore() as free:
         stores = Stores(fed, free)
@@ -197,6 +201,19 @@ def _examined(
                     return found
 
                 points = try_or_note("errors along the depth", notes, depth)
+    unchecked = ""
+    if not parts.norms and not options.outputs_only:
+        unchecked = why_no_norm(candidate, baseline.recognition, own.called, [*matched.notes, *parts.notes])
     return ValidationReport(
-        candidate.name, rows, parts.norms, parts.segments, points, notes, warnings, list(own.untried)
-    )
+        candidate.name, rows, parts.norms, parts.segments, points, notes, warnings, list(own.untried),
+        unchecked=unchecked, hint=sides.hint,
+    )  # fmt: skip
+
+
+def _matched(candidate: Candidate, access: NormAccess | None, own: BaselineRuns, baseline: Baseline) -> MatchedNorms:
+    """The norms that both sides have; the notes say why PyTorch's modules of other norms in the file are none."""
+    reasons = {refusal.path: refusal.reason for refusal in baseline.recognition.refusals}
+    known = {site.path for site in baseline.recognition.sites}
+    paths = [] if access is None else [path for path, _ in access.keys if path not in known]
+    unrecognized = {path: reasons.get(path, "no formula that is known computes what it does") for path in paths}
+    return match_norms(candidate, access, own.called, unrecognized)

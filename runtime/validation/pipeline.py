@@ -209,8 +209,20 @@ def _without(call: Call, names: Sequence[str]) -> Call:
     return dataclasses.replace(call, outputs={n: value for n, value in call.outputs.items() if n not in names})
 
 
-def match_norms(candidate: Candidate, access: NormAccess | None, called: Mapping[Key, CalledNorm]) -> MatchedNorms:
-    """The norms that both sides have, and why the others cannot be checked."""
+def match_norms(
+    candidate: Candidate,
+    access: NormAccess | None,
+    called: Mapping[Key, CalledNorm],
+    unrecognized: Mapping[str, str] | None = None,
+) -> MatchedNorms:
+    """The norms that both sides have, and why the others cannot be checked.
+
+    Args:
+        candidate: the side that is checked.
+        access: its norms; None if it gives no access to them.
+        called: the norms that PyTorch called.
+        unrecognized: modules of PyTorch that are not recognized as norms, with the reason, by path.
+    """
     present = set(access.keys) if access is not None else set()
     problems = access.problems if access is not None else {}
     if not present and not problems:
@@ -225,7 +237,11 @@ def match_norms(candidate: Candidate, access: NormAccess | None, called: Mapping
             reason = "no node of the candidate names this norm in its metadata"
         notes.append(f"{norm_name(*key)} could not be checked alone: {reason}")
     for key in sorted(present - set(called)):
-        notes.append(f"{norm_name(*key)} was not called on these inputs, so it was not checked")
+        reason = (unrecognized or {}).get(key[0])
+        if reason is None:
+            notes.append(f"{norm_name(*key)} was not called on these inputs, so it was not checked")
+        else:
+            notes.append(f"{norm_name(*key)} could not be checked alone: PyTorch's module is not recognized: {reason}")
     return MatchedNorms([key for key in called if key in present], frozenset(lost), notes)
 
 
@@ -352,6 +368,28 @@ def with_cause(check: NormCheck, access: NormAccess, norms: TorchNorms) -> NormC
         return failed(check, f"{check.reason}; its nodes in the file are no RMSNorm that is known: {found}")
     causes = differences(found, norms.formula(key))
     return failed(check, "; ".join([check.reason, *causes]))
+
+
+def why_no_norm(
+    candidate: Candidate, recognition: Recognition, called: Mapping[Key, CalledNorm], notes: Sequence[str]
+) -> str:
+    """Why no norm at all was checked.
+
+    Args:
+        candidate: the side that is checked.
+        recognition: the norms of PyTorch.
+        called: those that it called.
+        notes: the notes of `match_norms` and `check_parts`.
+    """
+    if candidate.norms is None:
+        return f"{candidate.name} is a runner, which gives no access to its norms"
+    if notes:
+        more = f" (and {len(notes) - 1} more, see the notes)" if len(notes) > 1 else ""
+        return f"{notes[0]}{more}"
+    if not recognition.sites:
+        reasons = [f"{refusal.path or 'the model itself'}: {refusal.reason}" for refusal in recognition.refusals[:1]]
+        return "; ".join(["PyTorch's model has no RMSNorm that is recognized", *reasons])
+    return "PyTorch calls none of its norms on these inputs" if not called else "both sides have none in common"
 
 
 def try_or_note(what: str, notes: list[str], run: Callable[[], list[Any]]) -> list[Any]:
