@@ -227,7 +227,9 @@ def _values(noun: str, file: Array | None, module: Array | None, close: float = 
     a, b = _wide(file).ravel(), _wide(module).ravel()
     if a.size != b.size:
         return (
-            None if 1 in (a.size, b.size) else f"the {noun} has {a.size} channels in the file, {b.size} in the module"
+            None
+            if 1 in (a.size, b.size)
+            else f"the {noun} has {a.size} channels in the file and {b.size} in the module"
         )
     wrong = np.flatnonzero(~np.isclose(a, b, rtol=close, atol=0.0, equal_nan=True))
     if not wrong.size:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from rmsnorm_deploy.export.onnx_io.manifest import write_manifest
+from rmsnorm_deploy.export.onnx_io.manifest import SCHEMA, write_manifest
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.runtime.inputs.exported import open_exported
@@ -251,8 +251,9 @@ def test_without_a_tokenizer_prompts_are_refused() -> None:
 # ------------------------------------------------------------------------------------------- the manifest's source
 
 
-def exported_from(folder: Path, source: str) -> Path:
-    write_manifest(folder, {"model": "model.onnx", "dtype": "float32", "source": source})
+def exported_from(folder: Path, source: str | None) -> Path:
+    content = {"schema": SCHEMA, "model": "model.onnx", "dtype": "float32", "source": source}
+    (folder / "manifest.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
     return folder
 
 
@@ -274,7 +275,7 @@ def test_a_model_that_is_gone_is_said(folder: Path) -> None:
 
 @pytest.mark.parametrize("source", [None, "/somewhere/model.onnx"])
 def test_without_a_source_the_model_is_required(folder: Path, source: str | None) -> None:
-    write_manifest(folder, {"model": "model.onnx", "dtype": "float32", **({"source": source} if source else {})})
+    exported_from(folder, source)
     with pytest.raises(UsageError, match=r"--against MODEL is missing, and .* has no manifest that names"):
         opened(folder, None)
 
