@@ -117,6 +117,9 @@ def match_outputs(got: Mapping[str, Array], wanted: Mapping[str, Array], name: s
         return part and value.shape[:1] + value.shape[2:] == other.shape[:1] + other.shape[2:]
 
     pairs, how = _pairs(mine, theirs, fits)
+    # Where nothing fits an output, its name decides: the verdict says that its shape or dtype is another.
+    free_names = {info.name for info in theirs} - set(pairs.values())
+    pairs.update({info.name: info.name for info in mine if info.name not in pairs and info.name in free_names})
     left = [info for info in mine if info.name not in pairs]
     free = [info for info in theirs if info.name not in pairs.values()]
     if left and len(left) == len(free) and all(fits(a, b) for a, b in zip(left, free, strict=True)):

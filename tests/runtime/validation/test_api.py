@@ -523,7 +523,7 @@ def test_an_output_that_pytorch_does_not_have_is_noted(model: Residual) -> None:
 def test_outputs_that_fit_none_are_a_usage_error(model: Residual) -> None:
     message = r"Stand returns 1 output \(other \(int64 .*\)\), the PyTorch model Residual 1 output \(output \(float32 "
     with pytest.raises(UsageError, match=message):
-        validate(Stand(model, lambda outputs: {"other": outputs["output"].astype(np.int64)}), model)
+        validate(Stand(model, lambda outputs: {"other": outputs["output"].astype(np.int64)}, "other"), model)
 
 
 def test_a_runner_that_returns_nothing_is_a_usage_error(model: Residual) -> None:
