@@ -36,6 +36,7 @@ from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.plugins import contract
 from rmsnorm_deploy.plugins.kernel import macros, norm_kernel
 from rmsnorm_deploy.plugins.tensorrt import images
+from rmsnorm_deploy.runtime.norms import formula
 from rmsnorm_deploy.runtime.risk.measure import NormError, NormRows
 from rmsnorm_deploy.runtime.risk.observe import NormWatch
 from rmsnorm_deploy.runtime.risk.rules import judge_norm
@@ -253,6 +254,10 @@ TABLES: dict[str, tuple[str, Any]] = {
         "activation",
         {"none", *get_args(norm_kernel.Activation)},
     ),
+    "runtime.norms.formula.ORDERS": ("order", formula.ORDERS),
+    "runtime.norms.formula.REDUCTIONS": ("reduction", formula.REDUCTIONS),
+    "runtime.norms.formula.GATES": ("gate", formula.GATES),
+    "runtime.norms.formula.ACTIVATIONS": ("activation", formula.ACTIVATIONS),
     "plugins.tensorrt.images._SCALES (except none)": ("scale", {"none", *images._SCALES.values()}),
 }
 

@@ -47,7 +47,7 @@ class Case:
     long: bool = False
 
 
-def load_cases(source: str, infos: Sequence[TensorInfo]) -> list[Case]:
+def load_cases(source: str, infos: Sequence[TensorInfo], names: Mapping[str, str] | None = None) -> list[Case]:
     """Load the cases from a file, a folder or Python code.
 
     Arrays are cast to the dtypes of the inputs where that is safe, see `cast_feeds`; a KV cache that is not given
@@ -60,11 +60,15 @@ def load_cases(source: str, infos: Sequence[TensorInfo]) -> list[Case]:
             dict.
         infos: the model's inputs. Inputs of a PyTorch module, whose dtype is `any`, are not checked here: the module
             itself rejects them.
+        names: the name in `infos` by another name of that input, which the arrays may have too.
 
     Raises:
         UsageError: the source does not exist, it contains no case, or a case does not match the inputs.
     """
-    cases = [Case(name, with_empty_cache(cast_feeds(feeds, infos), infos)) for name, feeds in _named_arrays(source)]
+    cases = [
+        Case(name, with_empty_cache(cast_feeds(_called(feeds, names), infos), infos))
+        for name, feeds in _named_arrays(source)
+    ]
     for case in cases:
         _check(case, infos)
     return cases
@@ -142,12 +146,20 @@ def _given_arrays(loaded: LoadedModel) -> dict[str, Array]:
     return {name: to_numpy(value) if isinstance(value, torch.Tensor) else np.asarray(value) for name, value in given}
 
 
-def given_cases(items: Sequence[Case | Mapping[str, Any]], infos: Sequence[TensorInfo]) -> list[Case]:
+def _called(feeds: Mapping[str, Any], names: Mapping[str, str] | None) -> dict[str, Any]:
+    """The feeds under the names of a model's inputs."""
+    return {(names or {}).get(name, name): value for name, value in feeds.items()}
+
+
+def given_cases(
+    items: Sequence[Case | Mapping[str, Any]], infos: Sequence[TensorInfo], names: Mapping[str, str] | None = None
+) -> list[Case]:
     """The cases that are given as Python objects.
 
     Args:
         items: a `Case`, or a mapping of input name to numpy array or torch tensor, for each run.
         infos: the model's inputs; see `load_cases`.
+        names: see `load_cases`.
 
     Raises:
         UsageError: there is no case, or one has another type or does not match the inputs.
@@ -159,12 +171,12 @@ def given_cases(items: Sequence[Case | Mapping[str, Any]], infos: Sequence[Tenso
     cases = []
     for number, item in enumerate(items, start=1):
         if isinstance(item, Case):
-            cases.append(item)
+            cases.append(dataclasses.replace(item, feeds=_called(item.feeds, names)))
             continue
         if not isinstance(item, Mapping):
             raise UsageError(f"case {number}: expected a mapping of input name to array, got {type(item).__name__}.")
         feeds = {str(name): _array(f"case {number}", str(name), value) for name, value in item.items()}
-        cases.append(Case(f"case {number}", with_empty_cache(cast_feeds(feeds, infos), infos)))
+        cases.append(Case(f"case {number}", with_empty_cache(cast_feeds(_called(feeds, names), infos), infos)))
     for case in cases:
         _check(case, infos)
     return cases

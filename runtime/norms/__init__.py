@@ -8,6 +8,7 @@ cut: `cut_out` and `run_alone`, which extract norms from a graph and run them al
 norm_model: `norm_model`, an ONNX model of a single norm.
 check_norm: `check_norm`, the verdicts on one norm's result.
 adversarial_rows: `adversarial`, inputs that expose the errors of a norm.
+formula: `read_formulas`, what the norms of a file compute, and `differences` from PyTorch's.
 float64_model: `in_float64`, which makes a model compute in float64.
 activation_store: `ActivationStore`, activations on disk.
 """

@@ -10,6 +10,7 @@ from typing import Protocol
 from ...models.spec import NormSpec
 from ..runners.base import Array
 from .activation_store import ActivationStore, Key
+from .formula import Formula
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,10 @@ class NormAccess(Protocol):
     @property
     def unused(self) -> frozenset[Key]:
         """Norms whose result is not read."""
+        ...
+
+    def formula(self, key: Key) -> Formula | str | None:
+        """What a norm computes; or why it is none that is known; None if neither can be said."""
         ...
 
     def sources(self, keys: list[Key], end: Key | str) -> Sources:

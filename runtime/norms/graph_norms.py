@@ -9,7 +9,7 @@ they are; a part contains references to those that it reads.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,13 +183,14 @@ class GraphNorms:
             return f"{QUANTIZED_OUTPUT}, so it has no unquantized result to compare"
         try:
             names = json.loads(cores[0].metadata_props[VALUES_KEY])
-            x, y, gate = names["x"], names["y"], names.get("gate")
+            noted = {"x": names["x"], "y": names["y"], "gate": names.get("gate")}
         except (ValueError, KeyError, TypeError, RecursionError):
             return f"the metadata {VALUES_KEY} on its node cannot be read"
-        lost = [name for name in (x, y, gate) if name is not None and name not in self._values]
-        if lost:
-            return f"its metadata name the value {lost[0]!r}, which is missing in the file"
         group = set(nodes)
+        roles = self._roles(noted, cores[0], group)
+        if isinstance(roles, str):
+            return roles
+        x, y, gate = roles
         made_here = self._values[x].producer() in group
         operands = tuple(str(v.name) for v in cores[0].inputs[:2] if v is not None) if made_here else (x,)
         outside = {
@@ -203,6 +204,38 @@ class GraphNorms:
         used = bool(self._values[y].uses()) or self._values[y].is_graph_output()
         form = cores[0].metadata_props.get(FORM_KEY, "plain")
         return GraphNorm((path, number), form, x, y, gate, operands, frozenset(str(n.name) for n in nodes), used)
+
+    def _roles(
+        self, noted: Mapping[str, str | None], core: ir.Node, group: set[ir.Node]
+    ) -> tuple[str, str, str | None] | str:
+        """The names of a norm's x, y and gate, or why they are not known.
+
+        Whoever renames a value of the graph leaves its old name in the metadata. Where a noted name is not of a value
+        that the norm's nodes read or compute, and only one value can be meant, that one is taken.
+        """
+        read = {str(v.name): v for node in group for v in _read(node) if v.producer() not in group and self._varies(v)}
+        made = {str(v.name): v for node in group for v in node.outputs if v.name and (v.uses() or v.is_graph_output())}
+        results = {n for n, v in made.items() if v.is_graph_output() or {use.node for use in v.uses()} - group}
+        whole = core.metadata_props.get(FORM_KEY) == "residual_add" and len(core.outputs) > 1
+        places = {"x": read.keys() | made.keys(), "y": made.keys(), "gate": read.keys()}
+        right = {role: name for role, name in noted.items() if name is not None and name in places[role]}
+        if whole and "x" not in right and core.outputs[1].name:
+            right["x"] = str(core.outputs[1].name)
+        left = {
+            "x": read.keys() - {right.get("gate")},
+            "gate": read.keys() - {right.get("x")},
+            "y": results - {right.get("x")},
+        }
+        lost = [role for role, name in noted.items() if name is not None and role not in right]
+        if len({"x", "gate"} & set(lost)) < 2:
+            right.update({role: str(next(iter(left[role]))) for role in lost if len(left[role]) == 1})
+        for role, name in noted.items():
+            if name is None or role in right:
+                continue
+            if name not in self._values:
+                return f"its metadata name the value {name!r}, which is missing in the file"
+            right[role] = name
+        return right["x"], right["y"], right.get("gate")
 
     def _varies(self, value: ir.Value) -> bool:
         """Whether a value depends on the model's inputs."""

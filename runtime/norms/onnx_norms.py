@@ -17,6 +17,7 @@ from ..runners.open import has_large_weights, open_runner
 from .access import NormFeed, NormResult, RunNorms, Sink, Sources, windows
 from .activation_store import ActivationStore, Key
 from .cut import cut_out, run_alone
+from .formula import FileFormulas, Formula, read_formulas
 from .graph_norms import GraphNorms, cut_name, fed_name
 
 
@@ -33,6 +34,7 @@ class OnnxNorms:
     def __init__(self, path: Path, provider: str, window: int | None = None) -> None:
         self._path, self._provider, self._window = path, provider, window
         self._graph = GraphNorms(path)
+        self._formulas: FileFormulas | None = None
         self._large = has_large_weights(read_model(path).external_files)
         self._options: dict[str, Any] = {"session_options": {"repack_weights": not self._large}}
 
@@ -57,6 +59,12 @@ class OnnxNorms:
     def unused(self) -> frozenset[Key]:
         """Norms whose result is not read."""
         return frozenset(key for key, norm in self._graph.norms.items() if not norm.used)
+
+    def formula(self, key: Key) -> Formula | str | None:
+        """See `NormAccess.formula`. The graph decides, not its metadata; it is read when it is asked for first."""
+        if self._formulas is None:
+            self._formulas = read_formulas(self._path)
+        return self._formulas.norms.get(self._graph.norms[key].y) or self._formulas.refusals.get(key[0])
 
     def sources(self, keys: list[Key], end: Key | str) -> Sources:
         """See `NormAccess.sources`."""

@@ -23,6 +23,7 @@ from ..runners.torch import to_numpy, to_torch
 from .access import CalledNorm, NormFeed, NormResult, RunNorms, Sink, Sources
 from .activation_store import ActivationStore, Key
 from .float64_model import exact, wide_array
+from .formula import Formula
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -100,6 +101,13 @@ class TorchNorms:
     def unused(self) -> frozenset[Key]:
         """Always empty: in PyTorch it is unknown which modules read a result."""
         return frozenset()
+
+    def formula(self, key: Key) -> Formula:
+        """See `NormAccess.formula`."""
+        site, module, call = self._by_path[key[0]], self._modules[key[0]], self._called[key]
+        names = (site.weight, site.bias)
+        weight, bias = (None if name is None else to_numpy(getattr(module, name)) for name in names)
+        return Formula(call.spec, call.x_dtype, weight, bias)
 
     def sources(self, keys: list[Key], end: Key | str) -> Sources:
         """The norm that ran before the end: in PyTorch the actual inputs of a segment are unknown."""

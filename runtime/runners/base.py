@@ -136,7 +136,7 @@ def _check_array(info: TensorInfo, array: Array, where: str) -> None:
     if info.dtype != ANY_DTYPE and array.dtype != numpy_dtype(info.dtype):
         # The name of a dtype does not show a foreign byte order.
         given = array.dtype.name if array.dtype.isnative else array.dtype.str
-        raise UsageError(f"{where}: input {info.name}: expected dtype {info.dtype}, got {given}.")
+        raise UsageError(f"{where}: input {info.name}: expected dtype {info.dtype}, got {given}. Convert the array.")
 
 
 def _check_shape(info: TensorInfo, shape: tuple[int, ...], where: str, symbols: dict[str, tuple[int, str]]) -> None:

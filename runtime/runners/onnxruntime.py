@@ -50,6 +50,15 @@ _OPTIONS = (
 )
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _NO_PREPACKING = "session.disable_prepacking"
+# The domains of the operators that ONNX Runtime has kernels for.
+_OWN_DOMAINS = (
+    "ai.onnx",
+    "ai.onnx.ml",
+    "ai.onnx.preview.training",
+    "com.microsoft",
+    "com.microsoft.nchwc",
+    "com.ms.internal.nhwc",
+)
 _PLUGIN_OPS = {f"{domain}:{name}" for domain in (contract.DOMAIN, contract.ORT_DOMAIN) for name in contract.INPUTS}
 _SILENT = 4  # log fatal messages only: every error is raised as an exception as well
 
@@ -376,7 +385,14 @@ def _load_error(error: Exception, ort: ModuleType, file: ModelFile, providers: l
     unknown = re.search(r"(\S+?)\(-?\d+\) is not a registered function/op|No Op registered for (\S+)", cause)
     if unknown:
         name = unknown.group(1) or unknown.group(2)
+        domain = name.rpartition(":")[0]
         advice = "Install a newer onnxruntime, or export for a target whose ops it supports"
+        if domain and domain not in _OWN_DOMAINS:
+            advice = (
+                f"The domain {domain} is not one of ONNX Runtime's: the op is in a library of whoever wrote the file. "
+                "Nothing can be judged without it: load that library in a runner of your own, and give the runner "
+                "(from Python), or export with operators of ONNX"
+            )
         if name in _PLUGIN_OPS:
             advice = (
                 "The file has plugin nodes without the local functions that ONNX Runtime requires: it was written "

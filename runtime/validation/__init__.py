@@ -6,6 +6,7 @@ result: `ValidationReport`, the verdict with its evidence.
 sides: `open_sides`, which loads the candidate and the PyTorch model.
 candidate: `Candidate`, the side that is checked, and `candidate_of`.
 pipeline: the stages of a validation, from `run_candidate` to `check_parts`.
+names: `match_inputs` and `match_outputs`, which name of a file is which of PyTorch's.
 run_cases: `made_up_cases`, `run_guarded` and `judge_output`, for one case.
 norm_checks: `check_norms`, every norm alone.
 segment_checks: `check_segments`, every segment between norms.

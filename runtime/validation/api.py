@@ -12,17 +12,21 @@ from ...models.recognition.find_norms import find_norms
 from ..accuracy.tolerances import check_limits
 from ..inputs.cases import Case, given_cases
 from ..inputs.plan import Plan
+from ..norms.access import NormAccess
 from ..norms.activation_store import ActivationStore
 from ..norms.torch_norms import TorchNorms
 from ..report.report_file import BISECT_SCHEMA, VALIDATE_SCHEMA
 from ..runners.base import Runner, TensorInfo
 from ..runners.open import open_runner
 from ..runners.ort_graph import file_record
+from .candidate import Candidate
 from .depth import DepthPoint, errors_introduced, measure_depth
+from .names import Renamed, match_inputs, own_names, renamed_infos
 from .norm_checks import unsound_norms
 from .options import ValidationOptions
 from .pipeline import (
     Baseline,
+    BaselineRuns,
     CandidateRuns,
     MatchedNorms,
     PartChecks,
@@ -37,11 +41,12 @@ from .pipeline import (
     run_candidate,
     signal_warnings,
     try_or_note,
+    why_no_norm,
 )
 from .replay import SIDES
 from .result import ValidationReport
-from .run_cases import by_position, last_token_notes
-from .sides import Sides, cases_for, open_sides
+from .run_cases import last_token_notes
+from .sides import Sides, cases_for, hinting, open_sides
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,11 +56,12 @@ Cases = Sequence[Case | Mapping[str, Any]]
 
 def validate(
     candidate: str | Path | nn.Module | Runner,
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | None = None,
     options: ValidationOptions | None = None,
     *,
     cases: Cases | Callable[[Sequence[TensorInfo]], Cases] | None = None,
     trust_remote_code: bool = False,
+    allow_code: bool = False,
     progress: Progress | None = None,
     **changes: Any,
 ) -> ValidationReport:
@@ -69,10 +75,13 @@ def validate(
         candidate: an exported folder, an .onnx file, another PyTorch module (or its name, as for `load_model`), or an
             open runner.
         model: the PyTorch model, in the dtype that is deployed, or its name, as for `load_model`. It is not changed.
+            None for the model that the manifest of an exported folder names.
         options: the options; `ValidationOptions()` if None.
         cases: inputs that replace those of `options`: a `Case`, or a mapping of input name to numpy array or torch
-            tensor, for each run; or a function that returns them, given the candidate's inputs.
+            tensor, for each run; or a function that returns them, given the candidate's inputs. The names are those of
+            the candidate or of PyTorch.
         trust_remote_code: run Python code that comes with a checkpoint or a tokenizer.
+        allow_code: run the Python code that the manifest names, if `model` is None.
         progress: called with a line of text at each step.
         changes: fields of `ValidationOptions` that differ from `options`, such as `provider="cuda"`.
 
@@ -85,33 +94,17 @@ def validate(
     """
     options = dataclasses.replace(options or ValidationOptions(), **changes)
     progress = progress or (lambda _: None)
-    sides = open_sides(candidate, model, options, trust_remote_code, progress)
-    side = sides.candidate
-    progress(f"opening {side.name}")
-    with side.opened() as runner:
-        infos = runner.inputs()
-        if cases is None:
-            plan = cases_for(sides, infos, options, trust_remote_code)
-        else:
-            plan = Plan(given_cases(cases(infos) if callable(cases) else cases, infos))
-        runs = run_candidate(runner, side.name, plan.cases, progress)
-        provenance = {"candidate": runner.provenance()}
-    check_limits(options.limits, runs.names)
-    cached = any(run.present for run in runs.runs)
-    names_of_inputs = by_position(sides.model, infos)
-    with open_runner(sides.model, input_names=names_of_inputs, include_cache=cached) as torch_runner:
-        baseline = Baseline(sides.model, torch_runner, find_norms(sides.model))
-        report = _examined(sides, runs, baseline, options, progress)
-        report.untried[:0] = plan.untried
-        provenance |= {"baseline": torch_runner.provenance(), "versions": versions()}
+    sides = open_sides(candidate, model, options, trust_remote_code, progress, allow_code)
+    with hinting(sides.hint):
+        report, provenance = _compared(sides, options, cases, trust_remote_code, progress)
     if options.inputs is not None and Path(options.inputs).is_file():
         provenance["inputs"] = file_record(Path(options.inputs))
     names = (candidate if sides.named and cases is None else None, sides.against)
     settings = {**dict(zip(SIDES, (None if n is None else str(n) for n in names), strict=True)), **options.to_dict()}
     return dataclasses.replace(
         report,
-        deviations=deviation_rows(dict(side.manifest), "onnxruntime"),
-        refusals=list(side.manifest.get("refusals", ())),
+        deviations=deviation_rows(dict(sides.candidate.manifest), "onnxruntime"),
+        refusals=list(sides.candidate.manifest.get("refusals", ())),
         settings=settings,
         provenance=provenance,
         schema=BISECT_SCHEMA if options.bisect else VALIDATE_SCHEMA,
@@ -120,7 +113,7 @@ def validate(
 
 def bisect(
     candidate: str | Path | nn.Module | Runner,
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | None = None,
     options: ValidationOptions | None = None,
     **more: Any,
 ) -> ValidationReport:
@@ -131,17 +124,51 @@ def bisect(
     return validate(candidate, model, options, **{**more, "bisect": True})
 
 
+def _compared(
+    sides: Sides,
+    options: ValidationOptions,
+    cases: Cases | Callable[[Sequence[TensorInfo]], Cases] | None,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> tuple[ValidationReport, dict[str, Any]]:
+    """Run both sides and judge them; the report, and the provenance of both."""
+    side = sides.candidate
+    progress(f"opening {side.name}")
+    with side.opened() as runner:
+        infos = runner.inputs()
+        matched = match_inputs(infos, sides.model, side.manifest.get("inputs", ()), side.name)
+        side = dataclasses.replace(side, inputs=matched.names)
+        sides = dataclasses.replace(sides, candidate=side)
+        shown = renamed_infos(infos, matched.names)
+        if cases is None:
+            plan = cases_for(sides, shown, options, trust_remote_code)
+        else:
+            plan = Plan(given_cases(cases(infos) if callable(cases) else cases, shown, matched.names))
+        runs = run_candidate(Renamed(runner, matched.names), side.name, plan.cases, progress)
+        provenance = {"candidate": runner.provenance()}
+    check_limits(options.limits, runs.names)
+    cached = any(run.present for run in runs.runs)
+    with open_runner(sides.model, include_cache=cached) as torch_runner:
+        baseline = Baseline(sides.model, Renamed(torch_runner, matched.kept), find_norms(sides.model))
+        report = _examined(sides, runs, baseline, options, progress)
+        report.untried[:0] = plan.untried
+        report.notes[:0] = [*([sides.hint] if sides.hint else []), *matched.notes]
+        provenance |= {"baseline": torch_runner.provenance(), "versions": versions()}
+    return report, provenance
+
+
 def _examined(
     sides: Sides, runs: CandidateRuns, baseline: Baseline, options: ValidationOptions, progress: Progress
 ) -> ValidationReport:
     """All stages after the candidate's runs."""
     candidate = sides.candidate
-    runs, own = run_baseline(baseline, runs, progress)
+    runs, own = run_baseline(baseline, runs, progress, candidate.name)
+    baseline = dataclasses.replace(baseline, runner=Renamed(baseline.runner, outputs=own.names))
     largest = runs.runs[runs.largest]
     access = None
     if candidate.norms is not None and not options.outputs_only:
-        access = candidate.norms(largest.torch_feeds)
-    matched = MatchedNorms() if options.outputs_only else match_norms(candidate, access, own.called)
+        access = candidate.norms(own_names(largest.torch_feeds, candidate.inputs))
+    matched = MatchedNorms() if options.outputs_only else _matched(candidate, access, own, baseline)
     norms = TorchNorms(baseline.model, baseline.runner, baseline.recognition, own.called)
     with ActivationStore() as fed, ActivationStore() as free:
         stores = Stores(fed, free)
@@ -150,12 +177,19 @@ def _examined(
         )
         rows = judge_outputs(runs, own, references, options.limits)
         warnings = signal_warnings(own, rows)
-        notes = [*missing_outputs(candidate, runs, own), *last_token_notes(runs.runs, own.outputs), *matched.notes]
+        notes = [
+            *own.notes,
+            *missing_outputs(candidate, runs, own),
+            *last_token_notes(runs.runs, own.outputs),
+            *matched.notes,
+        ]
         points: list[DepthPoint] = []
         if access is None or not matched.keys:
             parts = PartChecks(unsound_norms(own.called.values()))
         else:
-            parts = check_parts(access, norms, runs, own, matched, references, stores, options, progress)
+            parts = check_parts(
+                access, norms, runs, own, matched, references, stores, options, progress, candidate.inputs
+            )
             notes += parts.notes
             if options.with_depth:
                 progress("errors along the depth")
@@ -167,6 +201,19 @@ def _examined(
                     return found
 
                 points = try_or_note("errors along the depth", notes, depth)
+    unchecked = ""
+    if not parts.norms and not options.outputs_only:
+        unchecked = why_no_norm(candidate, baseline.recognition, own.called, [*matched.notes, *parts.notes])
     return ValidationReport(
-        candidate.name, rows, parts.norms, parts.segments, points, notes, warnings, list(own.untried)
-    )
+        candidate.name, rows, parts.norms, parts.segments, points, notes, warnings, list(own.untried),
+        unchecked=unchecked, hint=sides.hint,
+    )  # fmt: skip
+
+
+def _matched(candidate: Candidate, access: NormAccess | None, own: BaselineRuns, baseline: Baseline) -> MatchedNorms:
+    """The norms that both sides have; the notes say why PyTorch's modules of other norms in the file are none."""
+    reasons = {refusal.path: refusal.reason for refusal in baseline.recognition.refusals}
+    known = {site.path for site in baseline.recognition.sites}
+    paths = [] if access is None else [path for path, _ in access.keys if path not in known]
+    unrecognized = {path: reasons.get(path, "no formula that is known computes what it does") for path in paths}
+    return match_norms(candidate, access, own.called, unrecognized)

@@ -34,6 +34,7 @@ class Candidate:
         norms: returns access to its norms, as they are called on the given inputs; None if that is not possible.
         manifest: the manifest of an exported folder, else empty.
         limits: the sizes for which a file was exported.
+        inputs: PyTorch's name of an input by the candidate's, of those that differ. `opened` takes the candidate's.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Candidate:
     norms: Callable[[Mapping[str, Array]], NormAccess] | None = None
     manifest: Mapping[str, Any] = field(default_factory=dict)
     limits: SizeLimits = field(default_factory=SizeLimits)
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
 
 def candidate_of(thing: str | Path | Exported | nn.Module | Runner, options: ValidationOptions) -> Candidate:

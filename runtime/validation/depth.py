@@ -14,6 +14,7 @@ from ..norms.adversarial_rows import AS_IT_RUNS
 from ..norms.torch_norms import TorchNorms
 from ..runners.base import Array
 from .candidate import Candidate
+from .names import own_names
 from .norm_checks import NormCheck
 from .run_cases import Run, wide
 from .segment_checks import SegmentCheck
@@ -86,9 +87,10 @@ def measure_depth(
     own: dict[tuple[Key, str], float] = {}
     theirs: dict[tuple[Key, str], float] = {}
     norms.trace(run.torch_feeds, keys, errors_into(own))
-    exposed = access.trace(run.case.feeds, keys, errors_into(theirs))
+    feeds = own_names(run.case.feeds, candidate.inputs)
+    exposed = access.trace(feeds, keys, errors_into(theirs))
     with candidate.opened() as runner:
-        note = _exposure_note(exposed, runner.run(run.case.feeds))
+        note = _exposure_note(exposed, runner.run(feeds))
     nothing = (None, None)
     return [
         DepthPoint(key, side, theirs[key, role], own[key, role], *introduced.get((key, role), nothing))

@@ -5,6 +5,7 @@ run_candidate -> run_baseline -> match_norms -> compute_references -> judge_outp
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,12 +22,14 @@ from ..inputs.cases import Case
 from ..norms.access import CalledNorm, NormAccess, windows
 from ..norms.activation_store import ActivationStore, Key
 from ..norms.float64_model import exactly, in_float64
+from ..norms.formula import differences
 from ..norms.torch_norms import TorchNorms, survey_norms
 from ..runners.base import Runner
 from .candidate import Candidate
+from .names import match_outputs, names_for_torch, own_names, renamed
 from .norm_checks import NormCheck, check_norms, failed, unsound_norms, without_reference
 from .options import ValidationOptions
-from .run_cases import Outputs, Run, judge_run, named, repeats, run_guarded, wide, with_cache_names
+from .run_cases import Call, Outputs, Run, judge_run, named, repeats, run_guarded, wide, with_cache_names
 from .segment_checks import SegmentCheck, SegmentOutputs, check_segments, segment_names
 
 if TYPE_CHECKING:
@@ -75,11 +78,15 @@ class BaselineRuns:
         outputs: in the order of the candidate's runs, a KV cache among them.
         called: the norms that it called in the largest case, in order.
         untried: the cases that PyTorch itself does not run, with the reason.
+        names: the candidate's name by PyTorch's, of the outputs that PyTorch names differently.
+        notes: which output is taken for which.
     """
 
     outputs: tuple[Outputs, ...]
     called: Mapping[Key, CalledNorm]
     untried: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +161,16 @@ def run_candidate(runner: Runner, name: str, cases: Sequence[Case], progress: Pr
 
 
 def run_baseline(
-    baseline: Baseline, candidate: CandidateRuns, progress: Progress
+    baseline: Baseline, candidate: CandidateRuns, progress: Progress, name: str = "the candidate"
 ) -> tuple[CandidateRuns, BaselineRuns]:
-    """Run every case in PyTorch, and record the norms of the largest case.
+    """Run every case in PyTorch, record the norms of the largest case, and match the names of the outputs.
 
     Returns:
-        The candidate's runs without the optional cases that PyTorch does not run, and PyTorch's.
+        The candidate's runs without the optional cases that PyTorch does not run, and without the outputs that PyTorch
+        does not return; and PyTorch's, under the candidate's names.
+
+    Raises:
+        UsageError: PyTorch fails on a case that is not optional, or the outputs do not match.
     """
     kept: list[Run] = []
     outputs: list[Outputs] = []
@@ -180,11 +191,38 @@ def run_baseline(
             continue
         kept.append(run)
         outputs.append(with_cache_names(found))
-    return CandidateRuns(tuple(kept), candidate.names), BaselineRuns(tuple(outputs), called, tuple(untried))
+    runs = CandidateRuns(tuple(kept), candidate.names)
+    largest = runs.runs[runs.largest]
+    if not largest.calls:
+        return runs, BaselineRuns(tuple(outputs), called, tuple(untried))
+    returned = outputs[runs.largest]
+    matched = match_outputs(largest.calls[0].outputs, returned, name, type(baseline.model).__name__)
+    names = names_for_torch(matched, returned, candidate.names)
+    own = BaselineRuns(tuple(renamed(o, names) for o in outputs), called, tuple(untried), names, matched.notes)
+    if not matched.extra:
+        return runs, own
+    kept = [dataclasses.replace(run, calls=tuple(_without(call, matched.extra) for call in run.calls)) for run in kept]
+    return CandidateRuns(tuple(kept), tuple(n for n in candidate.names if n not in matched.extra)), own
 
 
-def match_norms(candidate: Candidate, access: NormAccess | None, called: Mapping[Key, CalledNorm]) -> MatchedNorms:
-    """The norms that both sides have, and why the others cannot be checked."""
+def _without(call: Call, names: Sequence[str]) -> Call:
+    return dataclasses.replace(call, outputs={n: value for n, value in call.outputs.items() if n not in names})
+
+
+def match_norms(
+    candidate: Candidate,
+    access: NormAccess | None,
+    called: Mapping[Key, CalledNorm],
+    unrecognized: Mapping[str, str] | None = None,
+) -> MatchedNorms:
+    """The norms that both sides have, and why the others cannot be checked.
+
+    Args:
+        candidate: the side that is checked.
+        access: its norms; None if it gives no access to them.
+        called: the norms that PyTorch called.
+        unrecognized: modules of PyTorch that are not recognized as norms, with the reason, by path.
+    """
     present = set(access.keys) if access is not None else set()
     problems = access.problems if access is not None else {}
     if not present and not problems:
@@ -199,7 +237,11 @@ def match_norms(candidate: Candidate, access: NormAccess | None, called: Mapping
             reason = "no node of the candidate names this norm in its metadata"
         notes.append(f"{norm_name(*key)} could not be checked alone: {reason}")
     for key in sorted(present - set(called)):
-        notes.append(f"{norm_name(*key)} was not called on these inputs, so it was not checked")
+        reason = (unrecognized or {}).get(key[0])
+        if reason is None:
+            notes.append(f"{norm_name(*key)} was not called on these inputs, so it was not checked")
+        else:
+            notes.append(f"{norm_name(*key)} could not be checked alone: PyTorch's module is not recognized: {reason}")
     return MatchedNorms([key for key in called if key in present], frozenset(lost), notes)
 
 
@@ -281,9 +323,11 @@ def check_parts(
     stores: Stores,
     options: ValidationOptions,
     progress: Progress,
+    inputs: Mapping[str, str] | None = None,
 ) -> PartChecks:
-    """Check every norm alone and every segment between norms."""
+    """Check every norm alone and every segment between norms; see `Candidate` for `inputs`."""
     called, run = baseline.called, candidate.runs[candidate.largest]
+    feeds = own_names(run.case.feeds, inputs or {})
     notes = list(access.remarks)
 
     def alone() -> list[NormCheck]:
@@ -296,6 +340,7 @@ def check_parts(
     checks = without_reference(try_or_note("norms", notes, alone), references.disagreements)
     checked = {check.norm.key for check in checks}
     checks += [check for check in unsound_norms(called.values()) if check.norm.key not in checked]
+    checks = [with_cause(check, access, norms) for check in checks]
     unused = access.unused
     checks = [failed(c, "its result is not read in the file") if c.norm.key in unused else c for c in checks]
     cut = [key for key in matched.keys if called[key].forced]
@@ -305,10 +350,46 @@ def check_parts(
     segments = try_or_note(
         "segments between norms", notes,
         lambda: check_segments(
-            access, norms, (run.case.feeds, run.torch_feeds), cut, stores.fed, describe, outputs
+            access, norms, (feeds, run.torch_feeds), cut, stores.fed, describe, outputs
         ),
     )  # fmt: skip
     return PartChecks(checks, segments, notes)
+
+
+def with_cause(check: NormCheck, access: NormAccess, norms: TorchNorms) -> NormCheck:
+    """A check; the reason of a failed one ends with how the candidate's formula and weight differ from PyTorch's."""
+    key = check.norm.key
+    if check.passed is not False:
+        return check
+    found = access.formula(key)
+    if found is None:
+        return check
+    if isinstance(found, str):
+        return failed(check, f"{check.reason}; its nodes in the file are no RMSNorm that is known: {found}")
+    causes = differences(found, norms.formula(key))
+    return failed(check, "; ".join([check.reason, *causes]))
+
+
+def why_no_norm(
+    candidate: Candidate, recognition: Recognition, called: Mapping[Key, CalledNorm], notes: Sequence[str]
+) -> str:
+    """Why no norm at all was checked.
+
+    Args:
+        candidate: the side that is checked.
+        recognition: the norms of PyTorch.
+        called: those that it called.
+        notes: the notes of `match_norms` and `check_parts`.
+    """
+    if candidate.norms is None:
+        return f"{candidate.name} is a runner, which gives no access to its norms"
+    if notes:
+        more = f" (and {len(notes) - 1} more, see the notes)" if len(notes) > 1 else ""
+        return f"{notes[0]}{more}"
+    if not recognition.sites:
+        reasons = [f"{refusal.path or 'the model itself'}: {refusal.reason}" for refusal in recognition.refusals[:1]]
+        return "; ".join(["PyTorch's model has no RMSNorm that is recognized", *reasons])
+    return "PyTorch calls none of its norms on these inputs" if not called else "both sides have none in common"
 
 
 def try_or_note(what: str, notes: list[str], run: Callable[[], list[Any]]) -> list[Any]:

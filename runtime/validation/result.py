@@ -57,6 +57,8 @@ class ValidationReport(Shown):
         settings: the arguments of the validation, from which it can be run again.
         provenance: versions, files and options of both sides.
         schema: `rmsnorm_deploy.validate/4` or `rmsnorm_deploy.bisect/3`.
+        unchecked: why no norm was checked; empty if one was, or if only outputs were asked for.
+        hint: that the export came from another model than the one that is compared; else empty.
         created: when the report was made, ISO 8601 in UTC, to the second.
     """
 
@@ -73,6 +75,8 @@ class ValidationReport(Shown):
     settings: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     schema: str = VALIDATE_SCHEMA
+    unchecked: str = ""
+    hint: str = ""
     created: str = field(default_factory=_now)
 
     @property
@@ -126,21 +130,26 @@ class ValidationReport(Shown):
         )
         text = ", ".join(count for count in counts if count)
         if self.verdict == "pass":
-            return f"{text} as accurate as PyTorch."
+            return f"{text} as accurate as PyTorch{f'; no norm was checked: {self.unchecked}' * bool(self.unchecked)}."
         culprits = self.culprits
         if not culprits:
             return self._no_verdict(text)
         more = f" and {len(culprits) - 1} more" if len(culprits) > 1 else ""
-        if culprits[0].kind == "output":
-            return f"{text} as accurate as PyTorch; no failed norm or segment explains {culprits[0].name}{more}."
-        return f"{text} as accurate as PyTorch; error is introduced in {culprits[0].name}{more}."
+        name, hint = f"{culprits[0].name}{more}", f"; {self.hint}" * bool(self.hint)
+        if culprits[0].kind != "output":
+            return f"{text} as accurate as PyTorch; error is introduced in {name}{hint}."
+        if self.unchecked:
+            why = f"no norm was checked, so the place where error is introduced is not known: {self.unchecked}"
+            return f"{text} as accurate as PyTorch; {why}{hint}."
+        return f"{text} as accurate as PyTorch; no failed norm or segment explains {name}{hint}."
 
     def _no_verdict(self, counts: str) -> str:
         if not self.rows:
             return "Nothing was compared."
         reason, names = self.unjudged[0]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        return f"{counts} as accurate as PyTorch; {names[0]}{more} cannot be judged: {reason}."
+        unchecked = f"; no norm was checked: {self.unchecked}" * bool(self.unchecked)
+        return f"{counts} as accurate as PyTorch; {names[0]}{more} cannot be judged: {reason}{unchecked}."
 
     def show(self, page: Page) -> None:
         """Print the table of outputs, the reasons of what failed, and the verdict."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,12 +99,6 @@ def made_up_cases(
             name = f"{batch}x{length}" + (" then 1 more" if extra else "")
             cases.append(Case(name if _is_dynamic(infos) else "the file's own shape", feeds))
     return cases
-
-
-def by_position(model: nn.Module, infos: Sequence[TensorInfo]) -> list[str] | None:
-    """The candidate's input names if they are not PyTorch's parameter names and are matched by order, else None."""
-    names = [info.name for info in infos if not is_past(info.name)]
-    return None if set(names) <= set(inspect.signature(model.forward).parameters) else names
 
 
 def run_guarded(runner: Runner, case: Case, name: str) -> Run:

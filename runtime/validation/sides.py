@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...models.dtypes import torch_name
 from ...models.errors import UsageError
-from ...models.loading import LoadedModel, load_model
+from ...models.loading import LoadedModel, load_model, names_python
 from ...models.outliers import apply_recorded
 from ..inputs.cases import inputs_of, load_cases, made_up_for, prompt_cases
 from ..inputs.exported import Exported, open_exported
@@ -40,6 +42,7 @@ class Sides:
         loaded: the candidate if it is a PyTorch model that was given by name, else None.
         folder: the candidate's exported folder, or None.
         named: whether both sides were given by name, so that the report can be run again.
+        hint: that the export came from another model than the one that is compared; else empty.
     """
 
     candidate: Candidate
@@ -48,33 +51,56 @@ class Sides:
     loaded: LoadedModel | None
     folder: Path | None
     named: bool
+    hint: str = ""
 
 
 def open_sides(
     candidate: str | Path | nn.Module | Runner,
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | None,
     options: ValidationOptions,
     trust_remote_code: bool,
     progress: Callable[[str], None],
+    allow_code: bool = False,
 ) -> Sides:
     """Load both sides.
 
+    Args:
+        candidate: the side that is compared with PyTorch.
+        model: the PyTorch model; None for the one that the manifest of an exported folder names.
+        options: the dtype, and what the candidate requires.
+        trust_remote_code: run Python code that comes with a checkpoint.
+        progress: called with a line of text at each step.
+        allow_code: run Python code that the manifest names.
+
     Raises:
         UsageError: the candidate is not a path, a PyTorch module or a runner; the model is not a module or a model's
-            name; a file does not exist; or the two have different dtypes.
+            name; a file does not exist; the two have different dtypes; or there is no model, and no manifest names one
+            that can be loaded.
     """
     from torch import nn
 
-    if not isinstance(model, str | Path | nn.Module):
+    if not isinstance(model, str | Path | nn.Module | None):
         raise UsageError(
             f"expected a PyTorch module, or the name or folder of one, to compare with; got {type(model).__name__}."
         )
     is_source = isinstance(candidate, str) and is_model_source(candidate)
     exported = open_exported(candidate) if isinstance(candidate, str | Path) and not is_source else None
+    origin = None if exported is None else _origin(exported)
+    by_manifest = model is None
+    if model is None:
+        model = _allowed_origin(candidate, origin, allow_code)
     against = None if isinstance(model, nn.Module) else str(model)
     if not isinstance(model, nn.Module):
         progress(f"loading {model}")
-        model = load_against(str(model), options.dtype, exported, trust_remote_code)
+        try:
+            model = load_against(str(model), options.dtype, exported, trust_remote_code)
+        except UsageError as error:
+            if not by_manifest:
+                raise
+            raise UsageError(
+                f"{candidate}: its manifest says that it was exported from {origin}, which cannot be loaded: {error} "
+                "A relative path starts at the working directory. If the model is elsewhere, name it (--against MODEL)."
+            ) from error
     loaded = None
     thing: Any = candidate if exported is None else exported
     if is_source:
@@ -82,9 +108,60 @@ def open_sides(
         loaded = load_model(str(candidate), trust_remote_code=trust_remote_code)
         thing = loaded.model
     side = candidate_of(thing, options)
-    _check_dtype(side, model)
+    hint = ""
+    if origin is not None and against is not None and not _same_source(origin, against):
+        hint = f"this export came from {origin}, and --against names {against}"
+    with hinting(hint):
+        _check_dtype(side, model)
     named = isinstance(candidate, str | Path) and against is not None
-    return Sides(side, model, against, loaded, None if exported is None else exported.folder, named)
+    return Sides(side, model, against, loaded, None if exported is None else exported.folder, named, hint)
+
+
+@contextmanager
+def hinting(hint: str) -> Iterator[None]:
+    """Add a hint, if there is one, to the message of a `UsageError`."""
+    try:
+        yield
+    except UsageError as error:
+        if not hint:
+            raise
+        raise UsageError(f"{error} Note that {hint}.") from error
+
+
+def _origin(exported: Exported) -> str | None:
+    """The PyTorch model that an export came from; None if its manifest does not name one."""
+    source = exported.manifest.get("source")
+    # The manifest of a rewrite names the .onnx file that was rewritten.
+    return source if isinstance(source, str) and source and not source.endswith(".onnx") else None
+
+
+def _allowed_origin(candidate: object, origin: str | None, allow_code: bool) -> str:
+    if origin is None:
+        raise UsageError(
+            f"--against MODEL is missing, and {candidate} has no manifest that names the PyTorch model it was exported "
+            "from; name the model (--against MODEL, or model=... in Python)."
+        )
+    if names_python(origin) and not allow_code:
+        raise UsageError(
+            f"{candidate}: its manifest names Python code that a validation would run: {origin}. Read that code, and "
+            "if you trust it, add --allow-code (allow_code=True in Python), or name the model (--against MODEL)."
+        )
+    return origin
+
+
+def _same_source(a: str, b: str) -> bool:
+    """Whether two names of models are the same: equal, or the same folder or file on this disk."""
+    return a == b or _resolved(a) == _resolved(b)
+
+
+def _resolved(source: str) -> tuple[str, str]:
+    """The real path that a source names, and what it names in that file; the source itself if there is no such path."""
+    if os.path.exists(os.path.expanduser(source)):
+        return os.path.realpath(os.path.expanduser(source)), ""
+    name, colon, rest = source.rpartition(":")
+    if colon and os.path.exists(os.path.expanduser(name)):
+        return os.path.realpath(os.path.expanduser(name)), rest
+    return source, ""
 
 
 def cases_for(sides: Sides, infos: Sequence[TensorInfo], options: ValidationOptions, trust_remote_code: bool) -> Plan:
@@ -101,7 +178,7 @@ def cases_for(sides: Sides, infos: Sequence[TensorInfo], options: ValidationOpti
     """
     known = infos if sides.loaded is None else inputs_of(sides.loaded)
     if options.inputs is not None:
-        return Plan(load_cases(options.inputs, known), [_GIVEN])
+        return Plan(load_cases(options.inputs, known, sides.candidate.inputs), [_GIVEN])
     if options.prompts:
         cases = prompt_cases(options.prompts, _tokenizer(sides, options), known, trust_remote_code)
         return Plan(cases, [_GIVEN])

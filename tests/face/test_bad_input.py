@@ -57,7 +57,7 @@ def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
         (("validate", "out", "--against", "builtin:small", "--shape", "3by4"), "3x33"),
         (("validate", "out", "--against", "builtin:small", "--shape", "0x4"), "at least 1"),
         (("bisect", "out", "--against", "builtin:small", "--shape", "3by4"), "3x33"),
-        (("validate", "out"), "--against MODEL is missing"),
+        (("validate", "out"), "out does not exist"),
         (("validate", "--replay", "nosuch.json"), "nosuch.json: cannot be read"),
     ],
 )

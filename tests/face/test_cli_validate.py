@@ -332,15 +332,28 @@ def test_limits_by_output(rmsnorm: CommandLine, honest: Any) -> None:
 
 @pytest.mark.parametrize("command", ["validate", "bisect"])
 def test_a_side_that_is_missing(rmsnorm: CommandLine, command: str, models: Path, exported: Path) -> None:
-    for arguments, message in (
-        (("--against", f"{models}:net"), "CANDIDATE is missing"),
-        ((exported / "ort",), "--against MODEL is missing"),
-        ((), "CANDIDATE is missing"),
-    ):
+    for arguments in (("--against", f"{models}:net"), ()):
         outcome = rmsnorm(command, *arguments)
         assert outcome.code == 2
-        assert message in outcome.err
+        assert "CANDIDATE is missing" in outcome.err
         assert f"rmsnorm {command} --help" in outcome.err
+    file = exported / "ort" / "model.onnx"
+    outcome = rmsnorm(command, file)
+    assert outcome.code == 2
+    assert f"--against MODEL is missing, and {file} has no manifest" in outcome.err
+
+
+@pytest.mark.parametrize("command", ["validate", "bisect"])
+def test_the_model_may_be_the_one_that_the_manifest_names(
+    rmsnorm: CommandLine, command: str, models: Path, exported: Path
+) -> None:
+    outcome = rmsnorm(command, exported / "ort")
+    assert outcome.code == 2
+    assert f"its manifest names Python code that a validation would run: {models}:net" in outcome.err
+    assert "--allow-code" in outcome.err
+    outcome = rmsnorm(command, exported / "ort", "--allow-code", "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.out)["settings"]["against"] == f"{models}:net"
 
 
 def test_exit_codes(rmsnorm: CommandLine, honest: Any, models: Path, wrong: Path, tmp_path: Path) -> None:

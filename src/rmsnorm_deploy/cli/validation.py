@@ -34,7 +34,15 @@ Candidate = Annotated[
 ]
 Against = Annotated[
     str | None,
-    typer.Option("--against", metavar="MODEL", help="The PyTorch model that was exported, as for export."),
+    typer.Option(
+        "--against",
+        metavar="MODEL",
+        help="The PyTorch model that was exported, as for export; the one that the manifest names if omitted.",
+    ),
+]
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code", help="Run the Python code that the report of --replay, or the manifest, names."),
 ]
 # The options that become fields of `ValidationOptions`, by parameter name. `options_of` converts their values.
 _LIMIT = "a fixed limit on an output's error instead of PyTorch's own error, such as logits:1e-3."
@@ -165,16 +173,15 @@ def shapes_of(texts: Sequence[str] | None) -> tuple[tuple[int, int], ...] | None
     return tuple(found) or None
 
 
-def sides(candidate: str | None, against: str | None, command: str) -> tuple[str, str]:
-    """Candidate and baseline, which are both required without --replay.
+def required(candidate: str | None, command: str) -> str:
+    """The candidate, which is required without --replay.
 
     Raises:
-        UsageError: one is missing.
+        UsageError: it is missing.
     """
-    if candidate is None or against is None:
-        missing = "CANDIDATE" if candidate is None else "--against MODEL"
-        raise UsageError(f"{missing} is missing; give both sides, or --replay a report. See: rmsnorm {command} --help")
-    return candidate, against
+    if candidate is None:
+        raise UsageError(f"CANDIDATE is missing; give it, or --replay a report. See: rmsnorm {command} --help")
+    return candidate
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,25 +217,27 @@ def input_files(candidate: str | None, given: ValidationOptions) -> dict[str, Pa
 
 def run_validation(
     candidate: str,
-    against: str,
+    against: str | None,
     given: ValidationOptions,
     files: ReportFiles,
     screen: Screen,
     *,
     show_norms: bool,
     trust_remote_code: bool,
+    allow_code: bool = False,
     before: Mapping[str, Any] | None = None,
 ) -> int:
     """Validate, write the files and print the report; returns the exit code.
 
     Args:
         candidate: see `Candidate`.
-        against: see `Against`.
+        against: see `Against`; None for the model that the manifest names.
         given: the other options.
         files: the files that the report is written to.
         screen: prints the report.
         show_norms: print a line for each norm and segment.
         trust_remote_code: run Python code that is part of a checkpoint.
+        allow_code: run Python code that the manifest names.
         before: the report of the run that is repeated, or None.
     """
     if files.html is not None:
@@ -238,7 +247,9 @@ def run_validation(
     with screen.working(f"opening {candidate}") as progress:
         from rmsnorm_deploy.runtime.validation.api import validate
 
-        report = validate(candidate, against, given, trust_remote_code=trust_remote_code, progress=progress)
+        report = validate(
+            candidate, against, given, trust_remote_code=trust_remote_code, allow_code=allow_code, progress=progress
+        )
         content = report.to_dict()
         if files.html is not None:
             progress(f"writing {files.html}")

@@ -41,9 +41,12 @@ def test_feeds_that_fit() -> None:
     ("changes", "text"),
     [
         ({"extra": np.zeros(1)}, "m.onnx: inputs unexpected: extra. The inputs are: ids, mask, bias."),
-        ({"ids": np.zeros((2, 3), np.int32)}, "m.onnx: input ids: expected dtype int64, got int32."),
-        ({"ids": np.zeros((2, 3), ">i8")}, "m.onnx: input ids: expected dtype int64, got >i8."),
-        ({"bias": np.zeros((1, 9, 4), np.uint16)}, "m.onnx: input bias: expected dtype bfloat16, got uint16."),
+        ({"ids": np.zeros((2, 3), np.int32)}, "m.onnx: input ids: expected dtype int64, got int32. Convert the array."),
+        ({"ids": np.zeros((2, 3), ">i8")}, "m.onnx: input ids: expected dtype int64, got >i8. Convert the array."),
+        (
+            {"bias": np.zeros((1, 9, 4), np.uint16)},
+            "m.onnx: input bias: expected dtype bfloat16, got uint16. Convert the array.",
+        ),
         ({"ids": [[1, 2]]}, "m.onnx: input ids: expected a numpy array, got list."),
         (
             {"ids": np.zeros(3, np.int64)},

@@ -515,10 +515,16 @@ def test_outputs_that_are_wrong_fail(model: Residual, change: Callable[[Array], 
     assert json.loads(json.dumps(report.to_dict()))["verdict"] == "fail"
 
 
-def test_too_many_outputs_are_a_usage_error(model: Residual) -> None:
-    message = r"returns 2 outputs \(output, more\), the PyTorch model 1 \(output\)"
+def test_an_output_that_pytorch_does_not_have_is_noted(model: Residual) -> None:
+    report = validate(Stand(model, lambda outputs: {**outputs, "more": outputs["output"]}), model)
+    assert (report.verdict, {row.name for _, row in report.rows}) == ("pass", {"output"})
+    assert "the file also returns more, which PyTorch does not: it was not compared" in report.notes
+
+
+def test_outputs_that_fit_none_are_a_usage_error(model: Residual) -> None:
+    message = r"Stand returns 1 output \(other \(int64 .*\)\), the PyTorch model Residual 1 output \(output \(float32 "
     with pytest.raises(UsageError, match=message):
-        validate(Stand(model, lambda outputs: {**outputs, "more": outputs["output"]}), model)
+        validate(Stand(model, lambda outputs: {"other": outputs["output"].astype(np.int64)}, "other"), model)
 
 
 def test_a_runner_that_returns_nothing_is_a_usage_error(model: Residual) -> None:

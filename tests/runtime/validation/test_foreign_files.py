@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from typer.testing import CliRunner
 
 from rmsnorm_deploy.cli.application import app
 from rmsnorm_deploy.export.from_torch.export_model import export_model
-from rmsnorm_deploy.models.errors import UsageError
+from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.runtime.runners.open import open_runner
-from rmsnorm_deploy.runtime.validation.api import validate
+from rmsnorm_deploy.runtime.validation.api import bisect, validate
 
 
 class Reader(nn.Module):
@@ -121,3 +122,98 @@ def test_a_file_is_validated_at_the_ends_of_its_range_and_run_inside_it(tmp_path
         assert "valid for sequence: 17 or more" in shown.output
         payload = json.loads(CliRunner().invoke(app, ["inspect", str(thing), "--json"]).stdout)
         assert payload["sizes"] == {"ranges": {"sequence": [17, None]}, "conditions": []}
+
+
+def changed(file: Path, change: Any) -> Path:
+    proto = onnx.load(file)
+    change(proto.graph)
+    onnx.save(proto, file.parent / "changed.onnx")
+    return file.parent / "changed.onnx"
+
+
+def wrong_epsilon(graph: onnx.GraphProto) -> None:
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "epsilon":
+                attribute.f = 0.25
+
+
+def test_the_reason_of_a_norm_ends_with_the_cause(model: nn.Module, tmp_path: Path) -> None:
+    file = changed(exported(model, tmp_path / "out") / "model.onnx", wrong_epsilon)
+    for compare in (validate, bisect):
+        (culprit,) = compare(file, model).culprits
+        assert (culprit.kind, culprit.name) == ("norm", "norm")
+        assert culprit.reason.endswith("; epsilon is 0.25 in the file and 1e-06 in the module")
+
+
+def test_the_cause_of_a_pytorch_candidate_is_its_weight(model: nn.Module) -> None:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.norm.weight[3] = 1.5
+    (culprit,) = validate(other, model, cases=[{"input_ids": np.arange(14).reshape(2, 7)}]).culprits
+    assert culprit.reason.endswith("the weight differs in 1 of 32 channels, at 3: 1.5 in the file, 1 in the module")
+
+
+class Overridden(nn.RMSNorm):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 1.5  # type: ignore[no-any-return]
+
+
+def test_a_module_that_is_not_recognized_is_said_and_so_is_that_no_norm_was_checked(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    folder = exported(model, tmp_path / "out")
+    model.norm = Overridden(32, eps=1e-6)
+    report = bisect(folder, model)
+    assert report.verdict == "fail"
+    (note,) = report.notes
+    assert note.startswith("norm could not be checked alone: PyTorch's module is not recognized: ")
+    assert f"no norm was checked, so the place where error is introduced is not known: {note}" in report.summary
+
+
+def test_a_pass_without_norms_says_so(tmp_path: Path) -> None:
+    class Plain(Reader):
+        def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.head(self.embed(input_ids))}
+
+    plain = Plain().eval()
+    del plain.norm
+    report = validate(exported(plain, tmp_path / "out"), plain)
+    assert report.verdict == "pass"
+    assert report.summary.endswith("; no norm was checked: PyTorch's model has no RMSNorm that is recognized.")
+    assert "no norm" not in validate(tmp_path / "out", plain, outputs_only=True).summary
+
+
+def test_an_operator_of_another_domain_cannot_be_judged_and_is_not_accused(model: nn.Module, tmp_path: Path) -> None:
+    def foreign(graph: onnx.GraphProto) -> None:
+        for node in graph.node:
+            if "LayerNormalization" in node.op_type:
+                node.domain, node.op_type = "acme", "RMSNorm"
+
+    file = changed(exported(model, tmp_path / "out") / "model.onnx", foreign)
+    proto = onnx.load(file)
+    proto.opset_import.append(onnx.helper.make_opsetid("acme", 1))
+    onnx.save(proto, file)
+    with pytest.raises(UnsupportedError, match="The domain acme is not one of ONNX Runtime's"):
+        validate(file, model)
+
+
+@torch.library.custom_op("tests_foreign_files::norm", mutates_args=())
+def opaque_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+
+
+class OpaqueNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return opaque_norm(x, self.weight)
+
+
+def test_a_norm_that_is_an_opaque_operator_of_pytorch_is_checked(model: nn.Module, tmp_path: Path) -> None:
+    folder = exported(model, tmp_path / "out")
+    model.norm = OpaqueNorm()
+    report = validate(folder, model)
+    assert (report.verdict, len(report.norms), report.notes) == ("pass", 1, [])

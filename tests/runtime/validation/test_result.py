@@ -242,3 +242,17 @@ def test_a_report_has_one_time_however_often_it_is_written() -> None:
     made = ValidationReport("model")
     assert made.to_dict()["created"] == made.created
     assert datetime.datetime.fromisoformat(made.created).tzinfo is not None
+
+
+# ------------------------------------------------------------------------------------- what was not covered, and hints
+
+
+def test_the_summary_says_that_no_norm_was_checked_and_that_the_model_is_another() -> None:
+    why, hint = "the file has no metadata", "this export came from a, and --against names b"
+    passed = report(unchecked=why, hint=hint)
+    assert passed.summary == f"1 of 1 output as accurate as PyTorch; no norm was checked: {why}."
+    wrong = report(rows=[("1x1", WRONG)], unchecked=why, hint=hint).summary
+    place = "no norm was checked, so the place where error is introduced is not known"
+    assert wrong == f"0 of 1 output as accurate as PyTorch; {place}: {why}; {hint}."
+    faulty = report(norms=[norm_check(FIRST, False)], hint=hint).summary
+    assert faulty.endswith(f"error is introduced in first; {hint}.")

@@ -20,7 +20,6 @@ from rmsnorm_deploy.runtime.validation.run_cases import (
     DECODE_SUFFIX,
     Call,
     Run,
-    by_position,
     judge_cache,
     judge_run,
     made_up_cases,
@@ -89,23 +88,6 @@ def test_the_seed_decides_the_values() -> None:
     one, two, other = (made_up_cases([OPEN], Reader(), [(2, 5)], seed)[0].feeds["x"] for seed in (0, 0, 1))
     assert np.array_equal(one, two)
     assert not np.array_equal(one, other)
-
-
-# --------------------------------------------------------------------------------------------------- by_position
-
-
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["x"], None),
-        (["mask", "x"], None),
-        (["x", "past_key_values.0.key"], None),
-        (["hidden", "mask"], ["hidden", "mask"]),
-        (["x", "attention", "past_key_values.0.key"], ["x", "attention"]),
-    ],
-)
-def test_names_that_forward_does_not_have_go_by_position(names: list[str], expected: list[str] | None) -> None:
-    assert by_position(Reader(), [TensorInfo(name, "float32", None) for name in names]) == expected
 
 
 # --------------------------------------------------------------------------------------------------- run_guarded

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from rmsnorm_deploy.export.onnx_io.manifest import write_manifest
+from rmsnorm_deploy.export.onnx_io.manifest import SCHEMA, write_manifest
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.runtime.inputs.exported import open_exported
@@ -136,7 +136,7 @@ def test_a_dtype_that_was_asked_for_and_is_not_the_exports_is_refused(folder: Pa
         opened(folder, code, ValidationOptions(dtype="float32"))
 
 
-@pytest.mark.parametrize("model", [3, None, FunctionRunner(lambda feeds: {})])
+@pytest.mark.parametrize("model", [3, FunctionRunner(lambda feeds: {})])
 def test_anything_else_as_the_model_is_refused(model: Any) -> None:
     with pytest.raises(UsageError, match=type(model).__name__):
         opened(small(), model)
@@ -246,3 +246,49 @@ def test_without_a_tokenizer_prompts_are_refused() -> None:
     sides, _ = opened(FunctionRunner(lambda feeds: {}), small())
     with pytest.raises(UsageError, match="tokenizer"):
         ids_of(sides, ValidationOptions(prompts=("1+1=",)))
+
+
+# ------------------------------------------------------------------------------------------- the manifest's source
+
+
+def exported_from(folder: Path, source: str | None) -> Path:
+    content = {"schema": SCHEMA, "model": "model.onnx", "dtype": "float32", "source": source}
+    (folder / "manifest.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    return folder
+
+
+def test_the_manifest_names_the_model(folder: Path, code: str) -> None:
+    exported_from(folder, code)
+    sides = open_sides(folder, None, OPTIONS, False, lambda _: None, allow_code=True)
+    assert (sides.against, sides.named, sides.hint) == (code, True, "")
+
+
+def test_code_that_the_manifest_names_is_run_only_if_that_is_allowed(folder: Path, code: str) -> None:
+    with pytest.raises(UsageError, match=r"its manifest names Python code .*sides_factory\.py:make.*--allow-code"):
+        opened(exported_from(folder, code), None)
+
+
+def test_a_model_that_is_gone_is_said(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"exported from \./nosuch, which cannot be loaded: .*--against MODEL"):
+        opened(exported_from(folder, "./nosuch"), None)
+
+
+@pytest.mark.parametrize("source", [None, "/somewhere/model.onnx"])
+def test_without_a_source_the_model_is_required(folder: Path, source: str | None) -> None:
+    exported_from(folder, source)
+    with pytest.raises(UsageError, match=r"--against MODEL is missing, and .* has no manifest that names"):
+        opened(folder, None)
+
+
+def test_another_model_than_the_exported_one_is_a_hint(
+    folder: Path, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported_from(folder, "builtin:small")
+    sides, _ = opened(folder, code)
+    assert sides.hint == f"this export came from builtin:small, and --against names {code}"
+    with pytest.raises(UsageError, match=r"exported in float32, but .* float16.* Note that this export came from"):
+        opened(folder, code, ValidationOptions(dtype="float16"))
+    monkeypatch.chdir(tmp_path)
+    exported_from(folder, "sides_factory.py:make")
+    assert opened(folder, code)[0].hint == ""
+    assert opened(folder, small())[0].hint == ""

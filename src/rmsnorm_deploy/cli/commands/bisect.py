@@ -18,6 +18,7 @@ def bisect(
     html: validation.Html = None,
     junit: validation.Junit = None,
     output: validation.Output = None,
+    allow_code: validation.AllowCode = False,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_missing: options.AllowMissing = None,
     quiet: options.Quiet = False,
@@ -30,9 +31,16 @@ def bisect(
     """
     screen = Screen(as_json, quiet)
     files = validation.ReportFiles(html, junit, output, validation.input_files(candidate, given))
-    sides = validation.sides(candidate, against, "bisect")
+    candidate = validation.required(candidate, "bisect")
     asked = dataclasses.replace(given, bisect=True)
     with allowing_missing(allow_missing or ()):
         return validation.run_validation(
-            *sides, asked, files, screen, show_norms=True, trust_remote_code=trust_remote_code
+            candidate,
+            against,
+            asked,
+            files,
+            screen,
+            show_norms=True,
+            trust_remote_code=trust_remote_code,
+            allow_code=allow_code,
         )

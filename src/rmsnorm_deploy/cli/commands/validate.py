@@ -30,9 +30,7 @@ def validate(
     junit: validation.Junit = None,
     output: validation.Output = None,
     replay: validation.Replay = None,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run the Python code that the report of --replay names.")
-    ] = False,
+    allow_code: validation.AllowCode = False,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_missing: options.AllowMissing = None,
     quiet: options.Quiet = False,
@@ -53,11 +51,18 @@ def validate(
         before = _read(replay, allow_code)
         with allowing_missing(allow_missing or ()):
             return _again(before, files, screen, norms, trust_remote_code)
-    sides = validation.sides(candidate, against, "validate")
+    candidate = validation.required(candidate, "validate")
     asked = dataclasses.replace(given, depth=norms or (html is not None and not given.outputs_only))
     with allowing_missing(allow_missing or ()):
         return validation.run_validation(
-            *sides, asked, files, screen, show_norms=norms, trust_remote_code=trust_remote_code
+            candidate,
+            against,
+            asked,
+            files,
+            screen,
+            show_norms=norms,
+            trust_remote_code=trust_remote_code,
+            allow_code=allow_code,
         )
 
 
