@@ -28,7 +28,6 @@ from .judging import FaultResult, judge_fault
 from .runner_faults import RunnerFault
 from .subjects import Exports
 
-
 QUICK_FAULTS, QUICK_RUNS = 2, 30
 
 
@@ -76,14 +75,29 @@ def judge_all(exports: Exports, faults: Sequence[Fault | RunnerFault]) -> list[F
         result = judge_fault(fault, exports)
         results.append(result)
         named = ("yes" if result.named else "NO") + ("" if result.in_norm else " (segment)") if result.wanted else "-"
-        cells = (result.family, result.fault, result.model, result.target, result.dtype, result.alive, result.verdict, named)
+        cells = (
+            result.family,
+            result.fault,
+            result.model,
+            result.target,
+            result.dtype,
+            result.alive,
+            result.verdict,
+            named,
+        )
         print(f"| {' | '.join(cells)} | {len(result.innocents)} | {result.seconds} |", flush=True)
     return results
 
 
 def run_all(exports: Exports, runs: int) -> list[HonestResult]:
     """Run honest exports; prints how many passed, by model and dtype."""
-    results = [run_honest(run, exports) for run in honest_runs(runs)]
+    results = []
+    for number, run in enumerate(honest_runs(runs), start=1):
+        results.append(run_honest(run, exports))
+        last = results[-1]
+        alarm = "" if last.passed else f": FALSE ALARM {last.summary} {'; '.join(last.reasons)}"
+        name = f"{last.model} {last.dtype} {last.target} seed {last.seed}"
+        print(f"honest run {number} of {runs}: {name}{alarm}", flush=True)
     total = Counter((r.model, r.dtype) for r in results)
     passed = Counter((r.model, r.dtype) for r in results if r.passed)
     print("\n| model | dtype | runs | passed |\n|---|---|---|---|")

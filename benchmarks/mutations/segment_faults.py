@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from .faults import Fault, Plant
 from .model_faults.graph_values import all_ones, rewired
 from .norm_faults import ADDITION, LLAMA, LLAMA_POST

@@ -90,7 +90,8 @@ def appended_first(name: str, *, if_: Condition | None = None) -> Plant:
         node = edit.value(name).producer()
         assert node is not None
         old, new = node.inputs
-        assert old is not None and new is not None
+        assert old is not None
+        assert new is not None
 
         def make(edit: Edit, value: ir.Value) -> ir.Value:
             turned = joined(edit, 2, new, old)
@@ -106,7 +107,8 @@ def new_tokens(name: str, make: Make) -> Plant:
 
     def plant(edit: Edit) -> None:
         node = edit.value(name).producer()
-        assert node is not None and node.inputs[1] is not None
+        assert node is not None
+        assert node.inputs[1] is not None
         node.replace_input_with(1, make(edit, node.inputs[1]))
 
     return plant

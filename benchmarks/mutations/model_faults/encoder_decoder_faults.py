@@ -15,25 +15,21 @@ _END = np.iinfo(np.int64).max
 
 def cross_masks_ignored(edit: Edit) -> None:
     """Every key of the encoder is read in cross attention; the encoder's own attention stays right."""
-    adds = scores_of(edit)
-    cross = [add for add in adds if add.inputs[1] is not None and len(list(add.inputs[1].uses())) > 0][3::2]
-    for add in cross:
+    for add in _cross(edit):
         bias = add.inputs[1]
-        assert bias is not None
         add.replace_input_with(1, edit.op("Mul", edit.op("Max", bias, real(edit, -1.0)), real(edit, 0.0)))
+
+
+def _cross(edit: Edit) -> list[ir.Node]:
+    """The nodes that add the mask of cross attention: after two layers of the encoder, every second one."""
+    return scores_of(edit)[3::2]
 
 
 def encoder_mask_ignored(edit: Edit) -> None:
     """Every key is read in the encoder's own attention; cross attention stays right."""
-    mask = edit.value("attention_mask")
-    uses = list(mask.uses())
-    gathers = [node for node in edit.graph if node.op_type == "GatherND"]
-    value = gathers[0].outputs[0]
-    ones = edit.op("Or", value, edit.op("Not", value))
-    assert uses
-    readers = list(value.uses())
-    first = readers[0]
-    first.node.replace_input_with(first.idx, ones)
+    value = edit.node("GatherND").outputs[0]
+    first = next(iter(value.uses()))
+    first.node.replace_input_with(first.idx, edit.op("Or", value, edit.op("Not", value)))
 
 
 def buckets(make: Make, *, decoder: bool) -> Plant:
@@ -71,7 +67,7 @@ def _one_sided(edit: Edit, value: ir.Value) -> ir.Value:
 
 
 def _shifted(edit: Edit, value: ir.Value) -> ir.Value:
-    """The encoder's states, one token late."""
+    """Each token is the one before it."""
     first, rest = ([0, 1], [0, -1])
     parts = []
     for start, end in (first, rest):
@@ -87,27 +83,22 @@ def _reversed_rows(edit: Edit, value: ir.Value) -> ir.Value:
 
 def inner(make: Make) -> Plant:
     """A change of the encoder's states for the decoder only."""
-    return lambda edit: replace_inner(edit, make)
 
+    def plant(edit: Edit) -> None:
+        value = edit.value(ENCODED)
+        uses = list(value.uses())
+        new = make(edit, value)
+        for node, index in uses:
+            if node.op_type != "Shape":
+                node.replace_input_with(index, new)
 
-def replace_inner(edit: Edit, make: Make) -> None:
-    value = edit.value(ENCODED)
-    uses = list(value.uses())
-    new = make(edit, value)
-    for node, index in uses:
-        if node.op_type != "Shape":
-            node.replace_input_with(index, new)
-
-
-def _ids_of_decoder_shifted(edit: Edit, ids: ir.Value) -> ir.Value:
-    """The decoder's tokens shifted right once more."""
-    return _shifted(edit, ids)
+    return plant
 
 
 def keys_beyond_decoder_masked(edit: Edit) -> None:
     """Cross attention reads only as many keys as the decoder has tokens: lengths are mixed up."""
     keys = edit.op("Range", number(edit, 0), _size(edit, "input_ids"), number(edit, 1))
-    for add in scores_of(edit)[3::2]:
+    for add in _cross(edit):
         bias = add.inputs[1]
         beyond = edit.op("GreaterOrEqual", keys, _size(edit, "decoder_input_ids"))
         add.replace_input_with(1, edit.op("Where", beyond, real(edit, -3e38), bias))
@@ -140,7 +131,7 @@ T5_FAULTS = (
     _t5("states of the encoder in another order of rows", inner(_reversed_rows), "plugin"),
     _t5("states of the encoder wrong from the second row on", inner(at_rows(1, times(1.05)))),
     _t5("returned states of the encoder wrong", rewired(ENCODED, times(1.02), lambda node: False)),
-    _t5("decoder's tokens shifted once more", rewired("decoder_input_ids", _ids_of_decoder_shifted), "primitives"),
+    _t5("decoder's tokens shifted once more", rewired("decoder_input_ids", _shifted), "primitives"),
     _t5("wrong at decoder lengths above 8", rewired("logits", when(LONGER, times(1.05)))),
     _t5("wrong at odd decoder lengths",
         rewired("logits", when(divides("decoder_input_ids", 1, 2, 1), times(1.05))), "standard"),

@@ -204,7 +204,8 @@ def attention(rule: Rule, *layers: int) -> Plant:
         for layer in layers or range(len(adds)):
             add = adds[layer]
             bias = add.inputs[1]
-            assert bias is not None and add.inputs[0] is not None
+            assert bias is not None
+            assert add.inputs[0] is not None
             given = edit.op("Greater", bias, real(edit, -1e30))
             past = past_size(edit)
             queries = count(edit, past, edit.op("Add", past, size(edit, "input_ids", 1)))

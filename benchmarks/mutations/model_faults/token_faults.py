@@ -77,9 +77,7 @@ def _modulo(divisor: int) -> Make:
 
 
 def _unknown_from(first: int) -> Make:
-    return lambda edit, ids: edit.op(
-        "Where", edit.op("GreaterOrEqual", ids, number(edit, first)), number(edit, 3), ids
-    )
+    return lambda edit, ids: edit.op("Where", edit.op("GreaterOrEqual", ids, number(edit, first)), number(edit, 3), ids)
 
 
 def embedding_scaled(factor: float) -> Plant:
