@@ -214,8 +214,7 @@ RUNNER_FAULTS: tuple[RunnerFault, ...] = (
     RunnerFault("NaN at batch 5", "qwen3", "ort", nan_if(lambda f: rows_of(f) == 5)),
     RunnerFault("NaN at masked rows only", "llama", "primitives",
                 nan_if(lambda f: not f["attention_mask"].all())),
-    RunnerFault("output of the run before if it has the same shape", "llama", "ort", stale_if_same_shape,
-                variant="past"),
+    RunnerFault("output of the run before if it has the same shape", "llama", "ort", stale_if_same_shape),
     RunnerFault("one element of the cache of the run before", "llama", "standard", stale_cache, variant="past"),
     RunnerFault("the lowest bits differ from run to run", "llama", "ort", jitter()),
     RunnerFault("cache in float16", "llama", "ort", lambda f, o, b: {

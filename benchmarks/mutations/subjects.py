@@ -1,4 +1,4 @@
-"""The models of the mutation suite, each exported once for all four targets."""
+"""The models of the mutation suite, each exported once for each target that is asked for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rmsnorm_deploy.export.from_torch.export_model import prepare, save
+from rmsnorm_deploy.export.from_torch.export_model import PreparedModel, prepare, save
 from rmsnorm_deploy.models.builtin.checkpoint import addition
 from rmsnorm_deploy.models.outliers import inject_outliers
 from tests.helpers.models.families import build
@@ -95,18 +95,20 @@ class Exports:
     def __init__(self, work: Path) -> None:
         self.work = work
         self.model = functools.cache(self._model)
+        self.prepared = functools.cache(self._prepared)
         self.witnesses = functools.cache(self._witnesses)
 
     def folder(self, subject: Subject, target: str) -> Path:
         """The exported folder of a model for a target."""
-        place = self.work / f"{subject.model.replace(' ', '_')}-{subject.variant}-{subject.dtype}"
-        if not (place / target).is_dir():
-            x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
-            inputs = {"x": x.to(getattr(torch, subject.dtype))} if subject.model == "assorted" else None
-            prepared = prepare(self.model(subject), inputs=inputs, with_past=subject.variant == "past")
-            for name in TARGETS:
-                save(prepared, place / name, name)
-        return place / target
+        place = self.work / f"{subject.model.replace(' ', '_')}-{subject.variant}-{subject.dtype}" / target
+        if not place.is_dir():
+            save(self.prepared(subject), place, target)
+        return place
+
+    def _prepared(self, subject: Subject) -> PreparedModel:
+        x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
+        inputs = {"x": x.to(getattr(torch, subject.dtype))} if subject.model == "assorted" else None
+        return prepare(self.model(subject), inputs=inputs, with_past=subject.variant == "past")
 
     def _model(self, subject: Subject) -> nn.Module:
         return subject.build()

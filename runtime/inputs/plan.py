@@ -90,6 +90,8 @@ class _Planner:
         for batch, length in shapes_within(self._limits, self._infos) if self._limits else _SHAPES:
             self._add(f"{batch}x{length}", self._feeds(batch, length), required=True)
         self._add(f"{_SHORT[0]}x{_SHORT[1]}", self._feeds(*_SHORT))
+        # A run that follows one of the same shapes shows outputs that are kept from it.
+        self._add(f"{_SHORT[0]}x{_SHORT[1]} of other values", self._feeds(*_SHORT, self._seed + 1), anew=True)
         self._add_padded()
         self._add_positions()
         self._add_ids(fixed=False)

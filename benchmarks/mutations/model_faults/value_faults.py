@@ -83,8 +83,8 @@ def _value(name: str, model: str, plant: Plant, target: str = "ort", dtype: str 
 
 NORM, LAST = "model.layers.1.input_layernorm", "model.norm"
 VALUE = (
-    _value("a norm's input clamped at 5 sigma", "llama", input_of("model.layers.0.input_layernorm",
-           clamped_at_sigmas(5.0))),
+    _value("a norm's input clamped at 2.5 sigma", "llama", input_of("model.layers.0.input_layernorm",
+           clamped_at_sigmas(2.5))),
     _value("values above 2 sigma of a norm's input clamped", "mistral w40", input_of(LAST, clamped_at_sigmas(2.0)),
            "standard"),
     _value("an input clamped at 4 sigma", "assorted", rewired("x", clamped_at_sigmas(4.0))),
@@ -119,7 +119,8 @@ def noise(scale: float) -> Make:
 
 def dropout(edit: Edit, value: ir.Value) -> ir.Value:
     """Dropout in training mode, ratio 1%."""
-    return edit.op("Dropout", value, real(edit, 0.01, value), edit.constant(np.array(True)))
+    ratio, training = (edit.op("Squeeze", v) for v in (real(edit, 0.01, value), edit.constant(np.array(True))))
+    return edit.op("Dropout", value, ratio, training)
 
 
 def uniform_factor(edit: Edit, value: ir.Value) -> ir.Value:
@@ -134,10 +135,10 @@ def _random(name: str, model: str, plant: Plant, target: str = "ort", variant: s
 
 RANDOM = (
     _random("noise of 1e-3 in the logits", "llama", rewired("logits", noise(1e-3))),
-    _random("noise of 1e-7 in the logits", "llama", rewired("logits", noise(1e-7)), "standard"),
-    _random("noise of 1e-7 before a norm", "qwen3", input_of(NORM, noise(1e-7)), "standard", "past"),
+    _random("noise of 1e-7 in the logits", "llama", rewired("logits", noise(1e-7)), "primitives"),
+    _random("noise of 1e-7 before a norm", "qwen3", input_of(NORM, noise(1e-7)), "primitives", "past"),
     _random("dropout in training mode", "mistral w40", rewired("logits", dropout), "primitives"),
-    _random("dropout of the results of a Linear", "llama", output_of(DOWN, dropout), "plugin"),
+    _random("random factor of the results of a Linear", "llama", output_of(DOWN, uniform_factor), "plugin"),
     _random("random factor of the logits", "gemma2 w40", rewired("logits", uniform_factor)),
     _random("noise in a returned cache only", "llama",
             rewired("present.1.value", noise(1e-7), lambda node: False), "ort", "past"),

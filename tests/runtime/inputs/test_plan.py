@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,14 @@ def plan(*infos: TensorInfo, **config: Any) -> Plan:
 
 def lengths(found: Plan) -> list[int]:
     return [case.feeds["input_ids"].shape[1] for case in found.cases]
+
+
+def test_a_case_follows_one_of_the_same_shapes_and_other_values() -> None:
+    for infos in ((IDS, MASK), (TensorInfo("x", "float32", ("batch", "sequence", 4)),)):
+        feeds = [case.feeds[infos[0].name] for case in plan(*infos).cases]
+        pairs = [(a, b) for a, b in itertools.pairwise(feeds) if a.shape == b.shape]
+        assert len(pairs) == 1
+        assert not np.array_equal(*pairs[0])
 
 
 def test_a_single_row_has_padding_and_a_hole() -> None:
