@@ -24,6 +24,7 @@ from benchmarks.mutations import (
     subjects,
     writers,
 )
+from rmsnorm_deploy.runtime.norms.graph_norms import GraphNorms
 
 EVERY = [fault for faults in catalog.FAMILIES.values() for fault in faults]
 FAST = [fault for fault in EVERY if fault.model in ("addition", "assorted") and fault.dtype == "float32"]
@@ -110,6 +111,15 @@ def test_a_fault_is_alive_caught_and_found(fault: Any, exports: Any) -> None:
 def test_an_honest_export_passes(honest_run: Any, exports: Any) -> None:
     result = honest.run_honest(honest_run, exports)
     assert result.passed, (result.summary, *result.reasons)
+
+
+def test_the_types_that_a_float16_file_does_not_state_are_inferred(exports: Any, tmp_path: Path) -> None:
+    """Else its norms would run alone in float32, and fail."""
+    folder = exports.folder(subjects.Subject("llama", "float16"), "plugin")
+    writers.WRITERS["values renamed"](folder / "model.onnx", tmp_path / "model.onnx")
+    graph = GraphNorms(tmp_path / "model.onnx")
+    assert len(graph.norms) == 5
+    assert {graph.dtype(name) for norm in graph.norms.values() for name in (norm.x, norm.y)} == {"float16"}
 
 
 def test_an_edit_that_changes_nothing_is_dead(exports: Any) -> None:
