@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 
 from rmsnorm_deploy.models.errors import RmsnormDeployError
-from rmsnorm_deploy.runtime.inputs.cases import Case
-from rmsnorm_deploy.runtime.inputs.plan import plan_cases
 from rmsnorm_deploy.runtime.norms.access import CalledNorm
 from rmsnorm_deploy.runtime.norms.activation_store import Key
 from rmsnorm_deploy.runtime.norms.adversarial_rows import adversarial, turns
@@ -24,7 +22,7 @@ from rmsnorm_deploy.runtime.validation.api import bisect, validate
 
 from .faults import Fault
 from .runner_faults import RunnerFault, SpoiledRunner
-from .subjects import Exports, Outputs, run_cases
+from .subjects import Exports
 from .surgery import Edit
 
 INNOCENTS_ALLOWED = 3
@@ -41,7 +39,8 @@ class FaultResult:
         target: target of the export.
         dtype: dtype of the model.
         alive: where it changed bits: `outputs`, `norm` (on adversarial rows only), `error` (it raises), or `dead`.
-        verdict: `pass` or `fail`, `error` for an error of this package, or `broken: ...` for any other exception.
+        verdict: `pass`, `fail` or `cannot be judged`, `error` for an error of this package, or `broken: ...` for any
+            other exception.
         summary: the report's summary, or the error's message.
         wanted: places that bisect must name; empty for a candidate with outputs only.
         in_norm: whether these places are norms.
@@ -49,6 +48,7 @@ class FaultResult:
         innocents: correct norms that bisect named.
         culprits: all places that bisect named.
         seconds: duration.
+        family: the kind of fault.
     """
 
     fault: str
@@ -64,11 +64,12 @@ class FaultResult:
     innocents: tuple[str, ...]
     culprits: tuple[str, ...]
     seconds: float
+    family: str = ""
 
     @property
     def caught(self) -> bool:
-        """Whether the fault changed bits and `validate` detected it."""
-        return self.alive != "dead" and self.verdict in ("fail", "error")
+        """Whether the fault changed bits and `validate` detected it; what cannot be judged does not pass."""
+        return self.alive != "dead" and self.verdict in ("fail", "error", "cannot be judged")
 
     @property
     def good(self) -> bool:
@@ -95,8 +96,8 @@ def judge_fault(fault: Fault | RunnerFault, exports: Exports) -> FaultResult:
         folder = fault.write(honest, place)
         alive = aliveness(fault, exports, folder)
         verdict, summary, _ = _ask(validate, folder, exports.model(fault.subject))
-        _, _, found = _ask(bisect, folder, exports.model(fault.subject))
-        wanted, in_norm = fault.norms or (fault.before,), bool(fault.norms)
+        wanted, in_norm = fault.norms or tuple(filter(None, [fault.before])), bool(fault.norms)
+        found = _ask(bisect, folder, exports.model(fault.subject))[2] if wanted else []
     kind = "norm" if in_norm else "segment"
     names = {row["name"] for row in found if row["kind"] == kind}
     named = all(any(_is_place(name, place, in_norm) for name in names) for place in wanted)
@@ -106,32 +107,28 @@ def judge_fault(fault: Fault | RunnerFault, exports: Exports) -> FaultResult:
     return FaultResult(
         fault.name, fault.subject.label, fault.target, fault.dtype, alive, verdict, summary, wanted, in_norm, named,
         innocents, tuple(f"{row['kind']} {row['name']}" for row in found), round(time.perf_counter() - start, 2),
+        fault.family,
     )  # fmt: skip
 
 
 def aliveness(fault: Fault, exports: Exports, folder: Path) -> str:
     """Where the bits of the file with the fault differ from those of the fault-free one; see `FaultResult.alive`."""
-    model = exports.model(fault.subject)
     honest = exports.folder(fault.subject, fault.target)
-    if fault.padded:
-        before, after = (_padded(place / "model.onnx", model) for place in (honest, folder))
-    else:
-        before = exports.outputs(fault.subject, fault.target)
+    try:
         with OrtRunner(folder / "model.onnx") as runner:
-            after = run_cases(runner, model)
-    if _differ(before, after):
-        return "outputs"
+            found = exports.witnesses(fault.subject, fault.target).differ(runner)
+    except RmsnormDeployError:
+        return "error"
+    if found:
+        return found
     return "norm" if any(_norm_differs(path, honest, folder) for path in fault.norms) else "dead"
 
 
 def _judge_runner(fault: RunnerFault, exports: Exports, honest: Path) -> tuple[str, str, str]:
-    model = exports.model(fault.subject)
-    try:
-        spoiled = run_cases(SpoiledRunner.open(honest, fault.spoil), model)
-        alive = "outputs" if _differ(exports.outputs(fault.subject, fault.target), spoiled) else "dead"
-    except RuntimeError:
-        alive = "error"
-    verdict, summary, _ = _ask(validate, SpoiledRunner.open(honest, fault.spoil), model)
+    with SpoiledRunner.open(honest, fault.spoil) as runner:
+        alive = exports.witnesses(fault.subject, fault.target).differ(runner) or "dead"
+    with SpoiledRunner.open(honest, fault.spoil) as runner:
+        verdict, summary, _ = _ask(validate, runner, exports.model(fault.subject))
     return alive, verdict, summary
 
 
@@ -143,27 +140,12 @@ def _ask(tool: Any, candidate: Any, model: Any) -> tuple[str, str, list[Mapping[
         return "error", f"{type(error).__name__}: {error}", []
     except Exception as error:
         return f"broken: {type(error).__name__}", str(error), []
-    return report.verdict, report.summary, [culprit.to_dict() for culprit in report.culprits]
+    text = "; ".join([report.summary, *(reason for reason, _ in report.unjudged)])
+    return report.verdict, text, [culprit.to_dict() for culprit in report.culprits]
 
 
 def _is_place(name: str, wanted: str, in_norm: bool) -> bool:
     return name == wanted if in_norm else name.removesuffix(" (its gate)").endswith(f"... {wanted}")
-
-
-def _differ(before: Outputs, after: Outputs) -> bool:
-    return any(
-        list(a) != list(b) or any(a[n].dtype != b[n].dtype or a[n].tobytes() != b[n].tobytes() for n in a)
-        for a, b in zip(before, after, strict=True)
-    )
-
-
-def _padded(path: Path, model: Any) -> Outputs:
-    """Outputs for the generated inputs with the first tokens of every row masked."""
-    with OrtRunner(path) as runner:
-        cases: Sequence[Case] = plan_cases(runner.inputs(), model, 0).cases
-        for case in cases:
-            case.feeds["attention_mask"][:, : case.feeds["attention_mask"].shape[1] // 2] = 0
-        return [runner.run(case.feeds) for case in cases]
 
 
 def _norm_differs(path: str, honest: Path, folder: Path) -> bool:

@@ -71,8 +71,7 @@ def _add_body(name: str, change: Callable[[ir.Function, ir.Node], None], first: 
     return Fault(name, "llama", "plugin", in_body("AddRMSNorm", first, change), norms=LLAMA_ADDS)
 
 
-NORM_FAULTS: tuple[Fault, ...] = (
-    # epsilon
+_EPS = (
     _norm("eps x 10", "addition", "primitives", ADDITION, eps(ADDITION, lambda e: 10 * e)),
     _norm("eps x 10", "llama", "standard", LLAMA, eps(LLAMA, lambda e: 10 * e)),
     _norm("eps x 10", "llama", "ort", LLAMA_POST, eps(LLAMA_POST, lambda e: 10 * e), "float16"),
@@ -89,7 +88,9 @@ NORM_FAULTS: tuple[Fault, ...] = (
     _norm("eps left out", "mamba2", "ort", MAMBA_GATED, formula(MAMBA_GATED, normalize=without_eps)),
     _norm("eps of another norm", "assorted", "ort", "final", eps("final", lambda e: 3e-6)),
     _norm("eps of another norm", "assorted", "primitives", "biased", eps("biased", lambda e: 1e-6), "float16"),
-    # weight
+)  # fmt: skip
+
+_WEIGHT = (
     _norm("gamma dropped", "llama", "ort", LLAMA, weight(LLAMA, np.ones_like)),
     _norm("gamma dropped", "olmo2", "plugin", Q_NORM, weight(Q_NORM, np.ones_like), "float16"),
     _norm("gamma + 1 missing", "gemma3", "plugin", Q_NORM, attribute(Q_NORM, "scale_offset", 0.0)),
@@ -109,7 +110,9 @@ NORM_FAULTS: tuple[Fault, ...] = (
     _norm("gamma: one channel 1% larger", "olmo2", "ort", POST_FF, weight(POST_FF, times_at(3, 1.01)), "float16"),
     _norm("gamma: one channel negated", "addition", "plugin", "norm", weight("norm", times_at(7, -1.0))),
     _norm("gamma reversed", "mamba2", "standard", MAMBA, weight(MAMBA, lambda w: w[::-1])),
-    # casts and precision
+)  # fmt: skip
+
+_CAST = (
     _norm("cast before the scale", "olmo2", "primitives", Q_NORM, formula(Q_NORM, leave=scaled_in_half), "float16"),
     _norm("cast before the scale", "olmo2", "plugin", POST_FF, formula(POST_FF, leave=scaled_in_half), "float16"),
     _norm("cast before the scale", "gemma3", "plugin", Q_NORM, attribute(Q_NORM, "scale_type", FLOAT16), "float16"),
@@ -120,6 +123,9 @@ NORM_FAULTS: tuple[Fault, ...] = (
           formula(Q_NORM, statistic=mean_in(BFLOAT16)), "float16"),
     _norm("x rounded to float16", "gemma3", "ort", POST_FF, formula(POST_FF, enter=rounded_x)),
     _norm("x rounded to float16", "addition", "plugin", ADDITION, formula(ADDITION, enter=rounded_x)),
+)  # fmt: skip
+
+_FORMULA = (
     # statistics
     _norm("sum in place of the mean", "addition", "primitives", ADDITION, op_type(ADDITION, "ReduceMean", "ReduceSum")),
     _norm("sum in place of the mean", "llama", "plugin", LLAMA_FIRST,
@@ -151,13 +157,6 @@ NORM_FAULTS: tuple[Fault, ...] = (
     _norm("normalized value clamped at 4", "llama", "standard", LLAMA, formula(LLAMA, normalize=clamped)),
     _norm("normalized value clamped at 4", "mamba2", "ort", MAMBA, formula(MAMBA, normalize=clamped), "float16"),
     _norm("result x 1.001", "llama", "ort", LLAMA, formula(LLAMA, leave=slightly_larger)),
-    # the fused residual add
-    _add_body("residual dropped", dropped_residual),
-    _add_body("residual added twice", doubled_residual),
-    _add_body("sum returned without the residual", stale_sum),
-    _norm("residual dropped", "addition", "plugin", ADDITION, formula(ADDITION, add=x_alone)),
-    _norm("residual added twice", "addition", "plugin", "norm", formula("norm", add=residual_twice), "float16"),
-    _norm("sum and result swapped", "llama", "plugin", LLAMA, sum_and_result_swapped(LLAMA)),
     # whole norms
     _norm("norm skipped, its nodes deleted", "llama", "ort", LLAMA, skipped(LLAMA, deleted=True)),
     _norm("norm skipped, its nodes deleted", "gemma3", "primitives", Q_NORM, skipped(Q_NORM, deleted=True), "float16"),
@@ -170,3 +169,20 @@ NORM_FAULTS: tuple[Fault, ...] = (
     Fault("results of two norms swapped", "assorted", "plugin", results_swapped("query", "key"),
           norms=("query", "key"), dtype="float16"),
 )  # fmt: skip
+
+_RESIDUAL = (
+    _add_body("residual dropped", dropped_residual),
+    _add_body("residual added twice", doubled_residual),
+    _add_body("sum returned without the residual", stale_sum),
+    _norm("residual dropped", "addition", "plugin", ADDITION, formula(ADDITION, add=x_alone)),
+    _norm("residual added twice", "addition", "plugin", "norm", formula("norm", add=residual_twice), "float16"),
+    _norm("sum and result swapped", "llama", "plugin", LLAMA, sum_and_result_swapped(LLAMA)),
+)  # fmt: skip
+
+NORM_FAULTS: dict[str, tuple[Fault, ...]] = {
+    "eps": _EPS,
+    "weight": _WEIGHT,
+    "casts": _CAST,
+    "norm formula": _FORMULA,
+    "residual add": _RESIDUAL,
+}

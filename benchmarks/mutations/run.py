@@ -21,11 +21,14 @@ from pathlib import Path
 
 import torch
 
-from .catalog import FILE_FAULTS
+from .catalog import FAMILIES
+from .faults import Fault
 from .honest import HonestResult, honest_runs, run_honest
 from .judging import FaultResult, judge_fault
-from .runner_faults import RUNNER_FAULTS
+from .runner_faults import RunnerFault
 from .subjects import Exports
+
+QUICK_FAULTS, QUICK_RUNS = 2, 30
 
 
 def main() -> int:
@@ -35,48 +38,82 @@ def main() -> int:
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--faults-only", action="store_true", help="skip the honest runs")
     only.add_argument("--honest-only", action="store_true", help="skip the faults")
-    parser.add_argument("--runs", type=int, default=200, help="number of honest runs")
+    parser.add_argument(
+        "--families", metavar="NAMES", help=f"only these families of faults, by comma: {', '.join(FAMILIES)}"
+    )
+    parser.add_argument("--quick", action="store_true", help="the first two faults of each family, 30 honest runs")
+    parser.add_argument("--runs", type=int, default=400, help="number of honest runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every result to this file")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep the exports there, and reuse them")
     arguments = parser.parse_args()
+    names = [name.strip() for name in arguments.families.split(",")] if arguments.families else list(FAMILIES)
+    unknown = [name for name in names if name not in FAMILIES]
+    if unknown:
+        parser.error(f"--families: expected names among {', '.join(FAMILIES)}, got {', '.join(unknown)}")
+    chosen = [fault for name in names for fault in FAMILIES[name][: QUICK_FAULTS if arguments.quick else None]]
     torch.set_num_threads(1)  # small models are slower on more
     with _work(arguments.work) as folder:
         exports = Exports(folder)
-        faults = [] if arguments.honest_only else judge_all(exports)
-        honest = [] if arguments.faults_only else run_all(exports, arguments.runs)
+        faults = [] if arguments.honest_only else judge_all(exports, chosen)
+        honest = [] if arguments.faults_only else run_all(exports, QUICK_RUNS if arguments.quick else arguments.runs)
     if arguments.json:
         content = {"faults": [r.to_dict() for r in faults], "honest": [r.to_dict() for r in honest]}
         partial = arguments.json.with_name(f".{arguments.json.name}.partial")
         partial.write_text(json.dumps(content, indent=2) + "\n")
         partial.replace(arguments.json)
-    for line in (*_missed(faults), *_alarms(honest), *totals(faults, honest)):
+    for line in (*_missed(faults), *_alarms(honest), *family_table(faults), *totals(faults, honest)):
         print(line)
     return 0 if all(r.good for r in faults) and all(r.passed for r in honest) else 1
 
 
-def judge_all(exports: Exports) -> list[FaultResult]:
+def judge_all(exports: Exports, faults: Sequence[Fault | RunnerFault]) -> list[FaultResult]:
     """Judge every fault; each is a row of a table."""
-    print("| fault | model | target | dtype | alive | validate | bisect named | innocents |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| family | fault | model | target | dtype | alive | validate | bisect named | innocents | seconds |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     results = []
-    for fault in (*FILE_FAULTS, *RUNNER_FAULTS):
+    for fault in faults:
         result = judge_fault(fault, exports)
         results.append(result)
         named = ("yes" if result.named else "NO") + ("" if result.in_norm else " (segment)") if result.wanted else "-"
-        cells = (result.fault, result.model, result.target, result.dtype, result.alive, result.verdict, named)
-        print(f"| {' | '.join(cells)} | {len(result.innocents)} |", flush=True)
+        cells = (
+            result.family,
+            result.fault,
+            result.model,
+            result.target,
+            result.dtype,
+            result.alive,
+            result.verdict,
+            named,
+        )
+        print(f"| {' | '.join(cells)} | {len(result.innocents)} | {result.seconds} |", flush=True)
     return results
 
 
 def run_all(exports: Exports, runs: int) -> list[HonestResult]:
     """Run honest exports; prints how many passed, by model and dtype."""
-    results = [run_honest(run, exports) for run in honest_runs(runs)]
+    results = []
+    for number, run in enumerate(honest_runs(runs), start=1):
+        results.append(run_honest(run, exports))
+        last = results[-1]
+        alarm = "" if last.passed else f": FALSE ALARM {last.summary} {'; '.join(last.reasons)}"
+        name = f"{last.model} {last.dtype} {last.target} seed {last.seed}"
+        print(f"honest run {number} of {runs}: {name}{alarm}", flush=True)
     total = Counter((r.model, r.dtype) for r in results)
     passed = Counter((r.model, r.dtype) for r in results if r.passed)
     print("\n| model | dtype | runs | passed |\n|---|---|---|---|")
     for (model, dtype), count in total.items():
         print(f"| {model} | {dtype} | {count} | {passed[model, dtype]} |", flush=True)
     return results
+
+
+def family_table(faults: Sequence[FaultResult]) -> list[str]:
+    """For each family: how many faults were detected, of how many that are alive, and which were missed."""
+    lines = ["", "| family | detected | alive | missed |", "|---|---|---|---|"] if faults else []
+    for family in dict.fromkeys(result.family for result in faults):
+        alive = [r for r in faults if r.family == family and r.alive != "dead"]
+        missed = ", ".join(f"{r.fault} ({r.model}, {r.target})" for r in alive if not r.caught)
+        lines.append(f"| {family} | {sum(r.caught for r in alive)} | {len(alive)} | {missed or '-'} |")
+    return lines
 
 
 def _missed(faults: Sequence[FaultResult]) -> list[str]:

@@ -35,6 +35,8 @@ class RunnerFault:
         target: target of the export.
         spoil: changes the outputs.
         dtype: dtype of the model.
+        variant: variant of the model, see `Subject`.
+        family: the kind of fault.
     """
 
     name: str
@@ -42,11 +44,13 @@ class RunnerFault:
     target: str
     spoil: Spoil
     dtype: str = "float32"
+    variant: str = "plain"
+    family: str = "runner"
 
     @property
     def subject(self) -> Subject:
         """The exported model."""
-        return Subject(self.model, self.dtype)
+        return Subject(self.model, self.dtype, self.variant)
 
 
 @dataclass(slots=True)
@@ -134,6 +138,56 @@ def crash(feeds: Mapping[str, Array], outputs: Outputs, before: Outputs | None) 
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
+def crash_if(condition: Callable[[Mapping[str, Array]], bool]) -> Spoil:
+    """A crash on some inputs."""
+
+    def spoil(feeds: Mapping[str, Array], outputs: Outputs, before: Outputs | None) -> Outputs:
+        return crash(feeds, outputs, before) if condition(feeds) else outputs
+
+    return spoil
+
+
+def nan_if(condition: Callable[[Mapping[str, Array]], bool]) -> Spoil:
+    """NaN in one element on some inputs."""
+
+    def spoil(feeds: Mapping[str, Array], outputs: Outputs, before: Outputs | None) -> Outputs:
+        return each(at((0, 0, 0), lambda v: np.nan))(feeds, outputs, before) if condition(feeds) else outputs
+
+    return spoil
+
+
+def stale_if_same_shape(feeds: Mapping[str, Array], outputs: Outputs, before: Outputs | None) -> Outputs:
+    """The outputs of the previous run if they have the shapes of this run's, as of a buffer that is reused."""
+    same = before is not None and all(before[name].shape == value.shape for name, value in outputs.items())
+    return before if same and before is not None else outputs
+
+
+def stale_cache(feeds: Mapping[str, Array], outputs: Outputs, before: Outputs | None) -> Outputs:
+    """One tensor of the cache ends in the previous run's values."""
+    name = "present.1.value"
+    if before is None or outputs[name].shape[2] <= before[name].shape[2] or len(before[name]) != len(outputs[name]):
+        return outputs
+    return {**outputs, name: np.concatenate([outputs[name][:, :, :-1], before[name][:, :, -1:]], axis=2)}
+
+
+def jitter() -> Spoil:
+    """The lowest bits differ from run to run."""
+    rng = np.random.default_rng(0)
+
+    def spoil(feeds: Mapping[str, Array], outputs: Outputs, before: Outputs | None) -> Outputs:
+        return {n: (v * (1 + 1e-7 * rng.integers(-1, 2, v.shape))).astype(v.dtype) for n, v in outputs.items()}
+
+    return spoil
+
+
+def rows_of(feeds: Mapping[str, Array]) -> int:
+    return next(iter(feeds.values())).shape[0]
+
+
+def tokens_of(feeds: Mapping[str, Array]) -> int:
+    return next(iter(feeds.values())).shape[1]
+
+
 RUNNER_FAULTS: tuple[RunnerFault, ...] = (
     RunnerFault("NaN in one row", "addition", "ort", each(at((0, 0), lambda v: v * np.nan))),
     RunnerFault("one Inf", "llama", "primitives", each(at((0, 0, 3), lambda v: np.inf)), "float16"),
@@ -153,4 +207,17 @@ RUNNER_FAULTS: tuple[RunnerFault, ...] = (
     RunnerFault("only output missing", "llama", "ort", one_missing),
     RunnerFault("output without its batch dim", "llama", "ort", each(lambda v: v[0])),
     RunnerFault("runner crashes", "addition", "ort", crash),
+    RunnerFault("runner crashes at batch above 2", "llama", "standard", crash_if(lambda f: rows_of(f) > 2)),
+    RunnerFault("runner crashes above length 40", "mistral w40", "ort", crash_if(lambda f: tokens_of(f) > 40)),
+    RunnerFault("runner crashes at length 1", "llama", "plugin", crash_if(lambda f: tokens_of(f) == 1),
+                variant="past"),
+    RunnerFault("NaN at batch 5", "qwen3", "ort", nan_if(lambda f: rows_of(f) == 5)),
+    RunnerFault("NaN at masked rows only", "llama", "primitives",
+                nan_if(lambda f: not f["attention_mask"].all())),
+    RunnerFault("output of the run before if it has the same shape", "llama", "ort", stale_if_same_shape),
+    RunnerFault("one element of the cache of the run before", "llama", "standard", stale_cache, variant="past"),
+    RunnerFault("the lowest bits differ from run to run", "llama", "ort", jitter()),
+    RunnerFault("cache in float16", "llama", "ort", lambda f, o, b: {
+        n: v.astype(np.float16).astype(v.dtype) if n.startswith("present") else v for n, v in o.items()},
+        variant="past"),
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .faults import Fault, Plant
+from .model_faults.graph_values import all_ones, rewired
 from .norm_faults import ADDITION, LLAMA, LLAMA_POST
 from .plants import exchange
 from .surgery import Array, Edit
@@ -68,17 +69,6 @@ def causal_mask_ignored(edit: Edit) -> None:
     edit.node("LessOrEqual").op_type = "GreaterOrEqual"
 
 
-def attention_mask_ignored(edit: Edit) -> None:
-    """The attention mask is treated as all ones."""
-    mask = edit.value("attention_mask")
-    uses = list(mask.uses())
-    ones = edit.op("Or", *(edit.op("Equal", mask, edit.constant(np.array(n))) for n in (0, 1)))
-    ones = edit.op("Cast", ones, to=7)
-    for node, index in uses:
-        if node.op_type != "Shape":
-            node.replace_input_with(index, ones)
-
-
 def rotation_reversed(edit: Edit) -> None:
     edit.node("Neg").op_type = "Identity"
 
@@ -87,7 +77,7 @@ ATTENTION = "model.layers.0.self_attn"
 Q_PROJ, K_PROJ, O_PROJ = (f"{ATTENTION}.{name}_proj" for name in "qko")
 DOWN, LATER_DOWN = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
 
-SEGMENT_FAULTS: tuple[Fault, ...] = (
+_SEGMENTS = (
     Fault("Linear transposed", "llama", "primitives", linear(Q_PROJ, "transposed"), before=LLAMA_POST),
     Fault("Linear transposed", "llama", "ort", linear(O_PROJ, "transposed"), before=LLAMA_POST, dtype="float16"),
     Fault("Linear: one channel 1% larger", "llama", "standard", linear(DOWN, "channel"), before=LLAMA),
@@ -104,9 +94,11 @@ SEGMENT_FAULTS: tuple[Fault, ...] = (
           before="model.layers.1.post_attention_layernorm"),
     Fault("readers of two norms swapped", "assorted", "ort", consumers_swapped("query", "key"), before="grouped"),
     Fault("causal mask turned around", "llama", "standard", causal_mask_ignored, before=LLAMA_POST),
-    Fault("attention mask ignored", "llama", "primitives", attention_mask_ignored, before=LLAMA_POST, padded=True),
+    Fault("attention mask ignored", "llama", "primitives", rewired("attention_mask", all_ones), before=LLAMA_POST),
     Fault("rotary embedding without its minus", "qwen3", "plugin", rotation_reversed,
           before="model.layers.0.post_attention_layernorm"),
     Fault("Linear transposed", "gemma3", "standard", linear("model.layers.1.self_attn.o_proj", "transposed"),
           before="model.layers.1.post_attention_layernorm", dtype="float16"),
 )  # fmt: skip
+
+SEGMENT_FAULTS: dict[str, tuple[Fault, ...]] = {"segments": _SEGMENTS}

@@ -1,29 +1,25 @@
-"""The models of the mutation suite, each exported once for all four targets."""
+"""The models of the mutation suite, each exported once for each target that is asked for."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmsnorm_deploy.export.from_torch.export_model import prepare, save
+from rmsnorm_deploy.export.from_torch.export_model import PreparedModel, prepare, save
 from rmsnorm_deploy.models.builtin.checkpoint import addition
 from rmsnorm_deploy.models.outliers import inject_outliers
-from rmsnorm_deploy.runtime.inputs.plan import plan_cases
-from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 from tests.helpers.models.families import build
 from tests.helpers.norms.norm_zoo import Biased, Weighted, hub_class, randomized
+
+from .witnesses import Witnesses
 
 TARGETS = ("primitives", "standard", "ort", "plugin")
 WIDTH, GROUP = 32, 16
 _OUTLIERS = (2, 50.0, 0)  # channels, factor, seed
-
-Outputs = list[dict[str, np.ndarray[Any, Any]]]
 
 
 class Assorted(nn.Module):
@@ -65,7 +61,8 @@ class Subject:
     """A model to export.
 
     Attributes:
-        model: `addition` (the trained checkpoint), `assorted`, or a family of tests/helpers/models/families.py.
+        model: `addition` (the trained checkpoint), `assorted`, or a family of tests/helpers/models/families.py;
+            `NAME w40` has a sliding window of 40 tokens, which is longer than most inputs.
         dtype: `float32` or `float16`.
         variant: `plain`, `past` (with the KV cache), `outliers` (outlier channels), or `redrawn` (other random
             weights).
@@ -83,7 +80,8 @@ class Subject:
     def build(self) -> nn.Module:
         """The PyTorch model in its dtype, in eval mode."""
         made = {"addition": addition, "assorted": assorted}.get(self.model)
-        model = made() if made is not None else build(self.model)
+        family, _, window = self.model.partition(" w")
+        model = made() if made is not None else build(family, **({"sliding_window": int(window)} if window else {}))
         if self.variant == "redrawn":
             _redraw(model)
         elif self.variant == "outliers":
@@ -97,31 +95,27 @@ class Exports:
     def __init__(self, work: Path) -> None:
         self.work = work
         self.model = functools.cache(self._model)
-        self.outputs = functools.cache(self._outputs)
+        self.prepared = functools.cache(self._prepared)
+        self.witnesses = functools.cache(self._witnesses)
 
     def folder(self, subject: Subject, target: str) -> Path:
         """The exported folder of a model for a target."""
-        place = self.work / f"{subject.model}-{subject.variant}-{subject.dtype}"
-        if not (place / target).is_dir():
-            x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
-            inputs = {"x": x.to(getattr(torch, subject.dtype))} if subject.model == "assorted" else None
-            prepared = prepare(self.model(subject), inputs=inputs, with_past=subject.variant == "past")
-            for name in TARGETS:
-                save(prepared, place / name, name)
-        return place / target
+        place = self.work / f"{subject.model.replace(' ', '_')}-{subject.variant}-{subject.dtype}" / target
+        if not place.is_dir():
+            save(self.prepared(subject), place, target)
+        return place
+
+    def _prepared(self, subject: Subject) -> PreparedModel:
+        x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
+        inputs = {"x": x.to(getattr(torch, subject.dtype))} if subject.model == "assorted" else None
+        return prepare(self.model(subject), inputs=inputs, with_past=subject.variant == "past")
 
     def _model(self, subject: Subject) -> nn.Module:
         return subject.build()
 
-    def _outputs(self, subject: Subject, target: str) -> Outputs:
-        """The outputs of the fault-free file for the inputs that `validate` generates."""
-        with OrtRunner(self.folder(subject, target) / "model.onnx") as runner:
-            return run_cases(runner, self.model(subject))
-
-
-def run_cases(runner: Any, model: nn.Module) -> Outputs:
-    """The runner's outputs for the inputs that `validate` generates by default, one dict for each case."""
-    return [runner.run(case.feeds) for case in plan_cases(runner.inputs(), model, 0).cases]
+    def _witnesses(self, subject: Subject, target: str) -> Witnesses:
+        """The inputs on which a fault may show, with the outputs of the fault-free file."""
+        return Witnesses(self.folder(subject, target), self.model(subject))
 
 
 def _redraw(model: nn.Module) -> None:

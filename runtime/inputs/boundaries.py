@@ -60,6 +60,17 @@ def longest_length(model: nn.Module) -> int | None:
     return min(known) if known else None
 
 
+def last_position(model: nn.Module) -> int | None:
+    """The last position before which the model computes alike: that of the original context, or of the longest length.
+
+    None if the config names neither.
+    """
+    lengths = [longest_length(model)]
+    lengths += [length for length, what in lengths_named(model).items() if "original_max_position" in what]
+    known = [length for length in lengths if length is not None]
+    return min(known) - 1 if known else None
+
+
 def special_ids(model: nn.Module, vocabulary: int) -> list[int]:
     """The token ids that the config names (such as `bos_token_id`), without those of images and sounds."""
     found: set[int] = set()

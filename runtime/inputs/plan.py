@@ -16,7 +16,7 @@ from ...export.from_torch.example_inputs import vocabulary_size
 from ...export.graph.sizes import SizeLimits, size_problem
 from ...models.errors import UsageError
 from ..runners.base import Array, TensorInfo
-from .boundaries import lengths_named, longest_length, special_ids
+from .boundaries import last_position, lengths_named, longest_length, special_ids
 from .cases import Case
 from .ranges import shapes_within
 from .synthetic import DEFAULT_SHAPES, is_past, make_feeds
@@ -29,12 +29,16 @@ _SHORT, _PADDED = (1, 2), (5, 7)
 # Calls of a model with a KV cache after the first, in some cases: three decode steps, and several tokens on a filled
 # cache. The other cases have one step, which costs less.
 CALLS, _STEP = (1, 1, 1, 3), (1,)
+# First positions of the rows of the case with other positions; the last one where the config names no largest one.
+_STARTS = (0, 3, 29)
 # A case of more tokens than this is tried by default if the model is small: parameters x tokens.
 _CHEAP_TOKENS, _CHEAP_WORK = 160, 4e9
 # The largest lengths and numbers of token ids that are tried at all, by default and thoroughly.
 _LONGEST, _LONGEST_THOROUGH = 1024, 32768
 _ALL_IDS, _ALL_IDS_THOROUGH = 2048, 1 << 20
 _ROW = 64
+DECODER_IDS = "decoder_input_ids"
+_IDS = ("input_ids", DECODER_IDS)
 _SEEDS = 3
 NO_LIMITS = SizeLimits()
 
@@ -88,6 +92,8 @@ class _Planner:
             calls = CALLS if (batch, length) == DEFAULT_SHAPES[1] else _STEP
             self._add(f"{batch}x{length}", self._feeds(batch, length, calls), calls, required=True)
         self._add(f"{_SHORT[0]}x{_SHORT[1]}", self._feeds(*_SHORT))
+        # A run that follows one of the same shapes shows outputs that are kept from it.
+        self._add(f"{_SHORT[0]}x{_SHORT[1]} of other values", self._feeds(*_SHORT, seed=self._seed + 1), anew=True)
         self._add_padded()
         self._add_positions()
         self._add_ids(fixed=False)
@@ -95,7 +101,7 @@ class _Planner:
         if self._thorough:
             for seed in range(self._seed + 1, self._seed + _SEEDS):
                 for batch, length in (*DEFAULT_SHAPES, (3, 65)):
-                    feeds = self._feeds(batch, length, CALLS, seed)
+                    feeds = self._feeds(batch, length, CALLS, seed=seed)
                     self._add(f"{batch}x{length}, seed {seed}", feeds, CALLS, anew=True)
         else:
             self._plan.untried.append("several seeds: add --thorough, or repeat with --seed N")
@@ -111,16 +117,23 @@ class _Planner:
         return self._plan
 
     def _feeds(
-        self, batch: int, length: int, calls: tuple[int, ...] = _STEP, seed: int | None = None
+        self,
+        batch: int,
+        length: int,
+        calls: tuple[int, ...] = _STEP,
+        *,
+        seed: int | None = None,
+        decoder: int | None = None,
     ) -> dict[str, Array]:
         extra = sum(calls) if self._cached else 0
         seed = self._seed if seed is None else seed
-        return make_feeds(self._infos, batch, length + extra, seed, self._vocabulary, sizes=self._other_lengths(length))
+        sizes = self._other_lengths(length // 2 + 2 if decoder is None else decoder)
+        return make_feeds(self._infos, batch, length + extra, seed, self._vocabulary, sizes=sizes)
 
     def _other_lengths(self, length: int) -> dict[str, int]:
         """The lengths of a decoder's own inputs, which differ from the encoder's."""
         dims = {dim for info in self._infos for dim in info.shape or () if isinstance(dim, str)}
-        return {dim: length // 2 + 2 for dim in dims if "decoder" in dim and "batch" not in dim}
+        return {dim: length for dim in dims if "decoder" in dim and "batch" not in dim}
 
     def _add(
         self,
@@ -153,7 +166,7 @@ class _Planner:
         return bool(self._limits) and size_problem(self._limits, sizes) is not None
 
     def _add_padded(self) -> None:
-        """Rows without padding, with padding left, right and on both sides, and with a hole."""
+        """Rows without padding, with padding left, right and on both sides, and with a hole; and one such row alone."""
         batch, length = _PADDED
         first = length - sum(CALLS) + 2 if self._cached else length  # most of the tokens come in later calls
         feeds = self._feeds(batch, first, CALLS)
@@ -166,19 +179,26 @@ class _Planner:
             for hole in holes:
                 padded[row % len(mask), hole] = 0
         self._add(f"{batch}x{first}, padded left and right", {**feeds, "attention_mask": padded}, CALLS)
-        feeds = self._feeds(2, first, CALLS)
-        holed = np.ones_like(feeds["attention_mask"])
-        holed[-1, 1 if self._cached else length // 2] = 0
-        self._add(f"2x{first} with a hole in the mask", {**feeds, "attention_mask": holed}, CALLS)
+        feeds = self._feeds(1, first, CALLS)
+        alone = np.ones_like(feeds["attention_mask"])
+        alone[:, [0, alone.shape[1] // 2, -1]] = 0
+        name = f"1x{first}, padded left and right, with a hole in the mask"
+        self._add(name, {**feeds, "attention_mask": alone}, CALLS)
 
     def _add_positions(self) -> None:
-        feeds = self._feeds(1, 7)
+        """Rows of different positions: from 0, from 3 with a gap, and up to the last one that the config allows."""
+        feeds = self._feeds(len(_STARTS), 7)
         positions = feeds.get("position_ids")
-        if positions is None or positions.ndim != 2:
+        if positions is None or positions.ndim != 2 or positions.shape[0] not in (1, len(_STARTS)):
             return
-        shifted = positions + 3
-        shifted[:, positions.shape[1] // 2 :] += 2
-        self._add("1x7 at other positions", {**feeds, "position_ids": shifted})
+        last = last_position(self._model)
+        starts = list(_STARTS)
+        if last is not None and last >= positions.shape[1]:
+            starts[-1] = last - positions.shape[1] + 1
+        shifted = positions + np.array(starts, positions.dtype)[: len(positions), None]
+        shifted[1:2, positions.shape[1] // 2 :] += 2
+        name = f"{len(_STARTS)}x7 at other positions, up to {shifted.max()}"
+        self._add(name, {**feeds, "position_ids": shifted})
 
     def _add_ids(self, *, fixed: bool) -> None:
         """Special, first and last token ids, and all of them where that is cheap."""
@@ -191,7 +211,8 @@ class _Planner:
         rows = -(-size // _ROW)
         if fixed:
             feeds = self._feeds(1, 1)
-            self._add("special token ids", {**feeds, "input_ids": np.resize(ids, feeds["input_ids"].shape)})
+            given = {name: np.resize(ids, feeds[name].shape) for name in _IDS if name in feeds}
+            self._add("special token ids", {**feeds, **given})
         elif size <= most and (self._thorough or self._cheap(rows * _ROW)):
             for first in range(0, rows, _ROW):
                 part = np.arange(first * _ROW, min(first + _ROW, rows) * _ROW) % size
@@ -210,26 +231,43 @@ class _Planner:
             given = np.resize(ids, given.shape)
         else:
             given = np.concatenate([ids, given[:, ids.shape[1] :]], axis=1)
-        self._add(name, {**feeds, "input_ids": given.astype(feeds["input_ids"].dtype)}, long=True)
+        tokens = {"input_ids": given.astype(feeds["input_ids"].dtype)}
+        if DECODER_IDS in feeds and feeds[DECODER_IDS].ndim == 2:
+            tokens[DECODER_IDS] = self._ids_of_decoder(feeds, ids)
+        self._add(name, {**feeds, **tokens}, long=True)
+
+    def _ids_of_decoder(self, feeds: dict[str, Array], ids: Array) -> Array:
+        """The same token ids for a decoder, whose rows become as long as that takes if its length is dynamic."""
+        dtype, (rows, length) = feeds[DECODER_IDS].dtype, feeds[DECODER_IDS].shape
+        shape = next(info.shape for info in self._infos if info.name == DECODER_IDS) or ()
+        alone = all(info.name == DECODER_IDS or shape[1] not in (info.shape or ()) for info in self._infos)
+        if isinstance(shape[1], str) and alone:
+            length = max(length, -(-ids.size // rows))
+        return np.resize(ids, (rows, length)).astype(dtype)
 
     def _add_long(self) -> None:
-        """A case longer than the lengths that the config names, as far as that is affordable."""
+        """A case longer than the lengths that the config names, up to its last position, as far as affordable."""
         if "input_ids" not in self._names:
             return
         cap = longest_length(self._model)
         reached, missed = 0, []
         for length, what in lengths_named(self._model).items():
             wanted = length + 3
-            if cap is not None and wanted + sum(_STEP) > cap > length:
-                wanted = max(length + 1, cap - sum(_STEP))
+            if cap is not None and wanted + sum(CALLS) > cap > length:
+                wanted = max(length + 1, cap - sum(CALLS))
             if wanted > (_LONGEST_THOROUGH if self._thorough else _LONGEST) or not (
                 self._thorough or self._cheap(wanted)
             ):
                 missed.append(f"lengths past {length} ({what}): add --thorough, or --shape 1x{length + 1}")
             else:
                 reached = max(reached, wanted)
+        last = last_position(self._model)
+        if last is not None:
+            most = last + 1 - (sum(CALLS) if self._cached else 0)
+            if most <= _LONGEST and (self._thorough or self._cheap(most)):
+                reached = max(reached, most)
         if reached > max(length for _, length in DEFAULT_SHAPES):
-            self._add(f"1x{reached}", self._feeds(1, reached), long=True)
+            self._add(f"1x{reached}", self._feeds(1, reached, CALLS, decoder=reached - 1), CALLS, long=True)
         self._plan.untried += missed
 
     def _cheap(self, tokens: int) -> bool:

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 
 from ...export.from_onnx.annotate import annotate
+from ...export.graph.infer_types import fill_types
 from ...export.graph.metadata import FORM_KEY, PATH_KEY, SPEC_KEY, VALUES_KEY
 from ...export.lowering.quantized_norms import is_quantized_norm
 from ...export.onnx_io.read_model import sort_nodes
@@ -86,6 +87,8 @@ class GraphNorms:
         self.problems: dict[str, str] = {}
         self.model = ir.load(path)
         sort_nodes(self.model, str(path))
+        if any(value.dtype is None for value in _values(self.model.graph)):
+            fill_types(self.model)
         annotate(self.model)
         self._values = {v.name: v for v in _values(self.model.graph)}
         self.norms: dict[Key, GraphNorm] = {norm.key: norm for norm in self._located()}

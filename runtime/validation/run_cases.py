@@ -127,10 +127,12 @@ def run_guarded(runner: Runner, case: Case, name: str) -> Run:
 
 def repeats(runner: Runner, run: Run) -> Run:
     """The run, after a second one of the same inputs, which must give the same bits."""
-    again = _run_candidate(runner, run.case)
-    pairs = [(value, again.got[name]) for name, value in run.got.items()]
-    pairs += [(value, again.present[name]) for name, value in run.present.items()]
-    same = all(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in pairs)
+    again = run_guarded(runner, run.case, "a second run")
+    first, second = {**run.got, **run.present}, {**again.got, **again.present}
+    same = list(first) == list(second) and all(
+        a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+        for a, b in ((value, second[name]) for name, value in first.items())
+    )
     return dataclasses.replace(run, repeated=same)
 
 

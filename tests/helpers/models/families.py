@@ -74,13 +74,19 @@ FAMILIES: dict[str, Family] = {
 CACHED = [name for name, family in FAMILIES.items() if family.has_cache]
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The family's small model, in eval mode, with weights that let every norm and every layer show."""
+def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    """The family's small model, in eval mode, with weights that let every norm and every layer show.
+
+    Args:
+        name: a key of `FAMILIES`.
+        dtype: of the parameters.
+        options: entries of the config that differ from the family's.
+    """
     transformers.utils.logging.set_verbosity_error()
     family = FAMILIES[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = getattr(transformers, family.config)(**family.options)
+        config = getattr(transformers, family.config)(**{**family.options, **options})
         model = getattr(transformers, family.model)(config)
     generator = torch.Generator().manual_seed(1)
     center = 0.0 if GEMMA in family.norms else 1.0

@@ -58,12 +58,12 @@ def test_padding_left_right_and_a_hole() -> None:
     plan = planned(IDS, MASK)
     rows = {tuple(row) for row in feeds(plan, "5x7, padded")["attention_mask"].tolist()}
     assert {(1,) * 7, (0, 0, 1, 1, 1, 1, 1), (1, 1, 1, 1, 1, 0, 0), (0, 1, 1, 1, 1, 1, 0)} <= rows
-    hole = feeds(plan, "2x7 with a hole")["attention_mask"].tolist()
-    assert hole == [[1] * 7, [1, 1, 1, 0, 1, 1, 1]]
+    assert feeds(plan, "1x7, padded")["attention_mask"].tolist() == [[0, 1, 1, 0, 1, 1, 0]]
 
 
 def test_other_positions_than_the_default_ones() -> None:
-    assert feeds(planned(IDS, POSITIONS), "1x7 at other")["position_ids"].tolist() == [[3, 4, 5, 8, 9, 10, 11]]
+    rows = feeds(planned(IDS, POSITIONS), "3x7 at other")["position_ids"].tolist()
+    assert rows == [[*range(7)], [3, 4, 5, 8, 9, 10, 11], [*range(29, 36)]]
 
 
 def test_all_token_ids_where_that_is_cheap() -> None:
@@ -114,7 +114,9 @@ def test_a_decoder_with_a_cache_gets_steps_and_a_chunk() -> None:
 
 def test_encoder_and_decoder_have_other_lengths() -> None:
     decoder = TensorInfo("decoder_input_ids", "int64", ("batch", "decoder_sequence"))
-    for case in planned(IDS, MASK, decoder).cases:
+    cases = [case for case in planned(IDS, MASK, decoder).cases if case.name != "all token ids"]
+    assert len(cases) > 3
+    for case in cases:
         assert case.feeds["input_ids"].shape[1] != case.feeds["decoder_input_ids"].shape[1], case.name
 
 

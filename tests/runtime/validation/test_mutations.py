@@ -20,13 +20,33 @@ from benchmarks.mutations import (
     norm_faults,
     plants,
     run,
-    runner_faults,
     segment_faults,
     subjects,
+    writers,
 )
+from rmsnorm_deploy.runtime.norms.graph_norms import GraphNorms
 
-EVERY = [*catalog.FILE_FAULTS, *runner_faults.RUNNER_FAULTS]
+EVERY = [fault for faults in catalog.FAMILIES.values() for fault in faults]
 FAST = [fault for fault in EVERY if fault.model in ("addition", "assorted") and fault.dtype == "float32"]
+# Faults of the families that these two models do not have; some of them only the widest inputs show.
+SAMPLE = [
+    ("attention mask", "mask ignored at batch 1", "past"),
+    ("left padding", "left padding ignored at batch 1", "plain"),
+    ("right padding", "right padding: only its last token is masked", "plain"),
+    ("hole in the mask", "hole ignored in decode steps", "past"),
+    ("sliding window", "window one longer in one layer", "plain"),
+    ("position ids", "positions of the first row for all rows", "past"),
+    ("position ids", "positions at most 100", "past"),
+    ("rotary", "positions capped at 100", "plain"),
+    ("KV cache", "returned cache wrong only after a call of several tokens", "past"),
+    ("token embedding", "last row zero", "plain"),
+    ("output head", "logits of the end token zero", "plain"),
+    ("batch", "wrong at batch 5", "past"),
+    ("length", "wrong at length 2", "plain"),
+    ("encoder-decoder", "the last bucket of the decoder missing", "plain"),
+    ("files", "weights of two layers exchanged", "plain"),
+    ("randomness", "noise in long inputs only", "plain"),
+]
 HONEST = [
     *(honest.HonestRun(subjects.Subject(model), target, 0) for model in ("addition", "assorted")
       for target in subjects.TARGETS),
@@ -35,9 +55,14 @@ HONEST = [
 ]  # fmt: skip
 
 
+def _sampled(family: str, name: str, variant: str) -> Any:
+    """The first fault of a name."""
+    return next(f for f in catalog.FAMILIES[family] if f.name == name and f.variant == variant)
+
+
 def _id(item: Any) -> str:
     what = item.name if hasattr(item, "name") else "respelled" if item.respelled else "honest"
-    return f"{what}-{item.subject.model}-{item.target}-{item.subject.dtype}"
+    return f"{what}-{item.subject.label}-{item.target}-{item.subject.dtype}"
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +74,28 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def test_the_suite_has_faults_of_every_target_and_dtype() -> None:
-    assert len(EVERY) >= 45
+    assert len(EVERY) >= 200
+    assert len(catalog.FAMILIES) >= 20
+    assert min(len(faults) for faults in catalog.FAMILIES.values()) >= 6
     assert len({_id(fault) for fault in EVERY}) == len(EVERY)
-    for kind in (norm_faults.NORM_FAULTS, segment_faults.SEGMENT_FAULTS, runner_faults.RUNNER_FAULTS):
-        assert {fault.target for fault in kind} == set(subjects.TARGETS)
-        assert {fault.dtype for fault in kind} == {"float32", "float16"}
-    assert all(bool(fault.norms) != bool(fault.before) for fault in catalog.FILE_FAULTS)
+    assert all(fault.family == family for family, faults in catalog.FAMILIES.items() for fault in faults)
+    assert {fault.target for fault in EVERY} == set(subjects.TARGETS)
+    assert {fault.dtype for fault in EVERY} == {"float32", "float16"}
+    for kind in (norm_faults.NORM_FAULTS, segment_faults.SEGMENT_FAULTS):
+        assert all(bool(fault.norms) != bool(fault.before) for faults in kind.values() for fault in faults)
+
+
+@pytest.mark.parametrize("sampled", SAMPLE, ids=lambda sampled: sampled[1])
+def test_a_fault_that_only_some_inputs_show_is_alive_and_caught(sampled: Any, exports: Any) -> None:
+    result = judging.judge_fault(_sampled(*sampled), exports)
+    assert result.alive == "outputs"
+    assert result.verdict == "fail", result.summary
+
+
+@pytest.mark.parametrize("writer", ["ORT extended", "values renamed", "nodes unsorted"])
+def test_a_file_that_another_tool_wrote_anew_passes(writer: str, exports: Any) -> None:
+    result = honest.run_honest(honest.HonestRun(subjects.Subject("addition"), "standard", 0, writer=writer), exports)
+    assert result.passed, (result.summary, *result.reasons)
 
 
 @pytest.mark.parametrize("fault", FAST, ids=_id)
@@ -70,6 +111,15 @@ def test_a_fault_is_alive_caught_and_found(fault: Any, exports: Any) -> None:
 def test_an_honest_export_passes(honest_run: Any, exports: Any) -> None:
     result = honest.run_honest(honest_run, exports)
     assert result.passed, (result.summary, *result.reasons)
+
+
+def test_the_types_that_a_float16_file_does_not_state_are_inferred(exports: Any, tmp_path: Path) -> None:
+    """Else its norms would run alone in float32, and fail."""
+    folder = exports.folder(subjects.Subject("llama", "float16"), "plugin")
+    writers.WRITERS["values renamed"](folder / "model.onnx", tmp_path / "model.onnx")
+    graph = GraphNorms(tmp_path / "model.onnx")
+    assert len(graph.norms) == 5
+    assert {graph.dtype(name) for norm in graph.norms.values() for name in (norm.x, norm.y)} == {"float16"}
 
 
 def test_an_edit_that_changes_nothing_is_dead(exports: Any) -> None:
@@ -88,8 +138,9 @@ def test_a_fault_of_tiny_rows_only_is_alive_in_its_norm(exports: Any, tmp_path: 
 
 
 def test_honest_runs_have_the_requested_number_and_differ() -> None:
-    runs = honest.honest_runs(200)
-    assert len(set(runs)) == 200
+    runs = honest.honest_runs(400)
+    assert len(set(runs)) == 400
+    assert {r.writer for r in runs} == {"", *writers.WRITERS}
     assert {r.subject.variant for r in runs} == {"plain", "past", "outliers", "redrawn"}
     assert {(r.subject.dtype, r.target) for r in runs} == {(d, t) for d in honest.DTYPES for t in subjects.TARGETS}
 

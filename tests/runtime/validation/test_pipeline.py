@@ -221,11 +221,19 @@ def test_a_required_case_that_fails_is_an_error() -> None:
         run_candidate(picky(2), "it", [Case("required", {"x": np.zeros((3, 1))})], silent)
 
 
-def test_the_first_optional_case_runs_twice() -> None:
+def test_the_first_optional_case_and_the_largest_run_twice() -> None:
     runner = FunctionRunner(lambda feeds: {"y": feeds["x"]}, outputs=["y"])
-    runs = run_candidate(runner, "it", [Case("required", {"x": np.zeros((1, 1))}), optional(2), optional(3)], silent)
-    assert [len(fed["x"]) for fed in runner.fed] == [1, 2, 2, 3]
-    assert [run.repeated for run in runs.runs] == [None, True, None]
+    cases = [Case("required", {"x": np.zeros((1, 1))}), optional(2), optional(4), optional(3)]
+    runs = run_candidate(runner, "it", cases, silent)
+    assert [len(fed["x"]) for fed in runner.fed] == [1, 2, 4, 3, 2, 4]
+    assert [run.repeated for run in runs.runs] == [None, True, True, None]
+
+
+def test_cases_of_the_user_run_once() -> None:
+    runner = FunctionRunner(lambda feeds: {"y": feeds["x"]}, outputs=["y"])
+    runs = run_candidate(runner, "it", [Case("required", {"x": np.zeros((2, 1))})], silent)
+    assert [len(fed["x"]) for fed in runner.fed] == [2]
+    assert runs.runs[0].repeated is None
 
 
 def test_long_cases_and_failed_ones_are_not_those_of_the_norms() -> None:

@@ -184,6 +184,20 @@ def test_a_second_run_must_give_the_same_bits() -> None:
     assert [(row.name, row.passed) for row in rows] == [("y", True), ("a second run", False)]
 
 
+def test_a_second_run_that_fails_is_an_error_of_the_package() -> None:
+    count = itertools.count()
+
+    def once(feeds: Mapping[str, Array]) -> dict[str, Array]:
+        if next(count):
+            raise RuntimeError("out of memory")
+        return {"y": feeds["x"]}
+
+    runner = FunctionRunner(once)
+    first = run(runner, x=np.ones(3))
+    with pytest.raises(UsageError, match=r"a second run failed on case .*: RuntimeError: out of memory"):
+        repeats(runner, first)
+
+
 def test_any_exception_of_a_runner_becomes_a_usage_error() -> None:
     def failing(feeds: Mapping[str, Array]) -> dict[str, Array]:
         raise ZeroDivisionError("by nothing")
