@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -55,6 +56,15 @@ class CalledNorm:
 
 
 @dataclass(frozen=True, slots=True)
+class NormDtypes:
+    """numpy's names of the dtypes of one norm: of x, of the result, and of the gate, or None."""
+
+    x: str
+    y: str
+    gate: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Sources:
     """The inputs of a segment.
 
@@ -97,6 +107,10 @@ class NormAccess(Protocol):
         """Norms whose result is not read."""
         ...
 
+    def dtypes(self, key: Key) -> NormDtypes:
+        """The dtypes of a norm in `keys`."""
+        ...
+
     def sources(self, keys: list[Key], end: Key | str) -> Sources:
         """The inputs of the segment that ends at the input of the norm `end`, or at the output of that name.
 
@@ -129,6 +143,17 @@ class NormAccess(Protocol):
     def trace(self, feeds: Mapping[str, Array], keys: list[Key], sink: Sink) -> dict[str, Array]:
         """Run the whole model unchanged; the sink receives `x` and `y` of each norm. Returns the model's outputs."""
         ...
+
+
+def as_deployed(called: Mapping[Key, CalledNorm], access: NormAccess) -> dict[Key, CalledNorm]:
+    """The norms that PyTorch called, in the dtypes that the other side has for them."""
+    found = dict(called)
+    for key in access.keys:
+        if key in called:
+            dtypes = access.dtypes(key)
+            gate = dtypes.gate if called[key].gate_dtype is not None else None
+            found[key] = dataclasses.replace(called[key], x_dtype=dtypes.x, y_dtype=dtypes.y, gate_dtype=gate)
+    return found
 
 
 def windows(keys: Sequence[Key], size: int | None) -> list[list[Key]]:

@@ -14,7 +14,7 @@ from ...export.onnx_io.read_model import read_model
 from ...models.dtypes import numpy_dtype
 from ..runners.base import Array, OnnxSession, Runner
 from ..runners.open import has_large_weights, open_runner
-from .access import NormFeed, NormResult, RunNorms, Sink, Sources, windows
+from .access import NormDtypes, NormFeed, NormResult, RunNorms, Sink, Sources, windows
 from .activation_store import ActivationStore, Key
 from .cut import cut_out, run_alone
 from .graph_norms import GraphNorms, cut_name, fed_name
@@ -57,6 +57,11 @@ class OnnxNorms:
     def unused(self) -> frozenset[Key]:
         """Norms whose result is not read."""
         return frozenset(key for key, norm in self._graph.norms.items() if not norm.used)
+
+    def dtypes(self, key: Key) -> NormDtypes:
+        """See `NormAccess.dtypes`."""
+        norm, dtype = self._graph.norms[key], self._graph.dtype
+        return NormDtypes(dtype(norm.x), dtype(norm.y), None if norm.gate is None else dtype(norm.gate))
 
     def sources(self, keys: list[Key], end: Key | str) -> Sources:
         """See `NormAccess.sources`."""

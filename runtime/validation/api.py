@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...export.onnx_io.manifest import deviation_rows, versions
 from ...models.recognition.find_norms import find_norms
-from ..accuracy.tolerances import check_limits
+from ..accuracy.tolerances import PARTS, check_limits
 from ..inputs.cases import Case, given_cases
 from ..inputs.plan import Plan
+from ..norms.access import as_deployed
 from ..norms.activation_store import ActivationStore
 from ..norms.torch_norms import TorchNorms
 from ..report.report_file import BISECT_SCHEMA, VALIDATE_SCHEMA
@@ -41,7 +42,7 @@ from .pipeline import (
 from .replay import SIDES
 from .result import ValidationReport
 from .run_cases import by_position, last_token_notes
-from .sides import Sides, cases_for, open_sides
+from .sides import Sides, cases_for, dtype_of, open_sides
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,7 +97,9 @@ def validate(
             plan = Plan(given_cases(cases(infos) if callable(cases) else cases, infos))
         runs = run_candidate(runner, side.name, plan.cases, progress)
         provenance = {"candidate": runner.provenance()}
-    check_limits(options.limits, runs.names)
+    check_limits(options.limits, runs.names, PARTS)
+    if options.lossy is not None:
+        runs = runs.for_torch(dtype_of(sides.model))
     cached = any(run.present for run in runs.runs)
     names_of_inputs = by_position(sides.model, infos)
     with open_runner(sides.model, input_names=names_of_inputs, include_cache=cached) as torch_runner:
@@ -142,13 +145,14 @@ def _examined(
     if candidate.norms is not None and not options.outputs_only:
         access = candidate.norms(largest.torch_feeds)
     matched = MatchedNorms() if options.outputs_only else match_norms(candidate, access, own.called)
-    norms = TorchNorms(baseline.model, baseline.runner, baseline.recognition, own.called)
+    deployed = as_deployed(own.called, access) if access is not None and options.lossy is not None else None
+    norms = TorchNorms(baseline.model, baseline.runner, baseline.recognition, own.called, deployed)
     with ActivationStore() as fed, ActivationStore() as free:
         stores = Stores(fed, free)
         references = compute_references(
             baseline, norms, runs, matched.keys, stores, with_depth=options.with_depth, progress=progress
         )
-        rows = judge_outputs(runs, own, references, options.limits)
+        rows = judge_outputs(runs, own, references, options.all_limits)
         warnings = signal_warnings(own, rows)
         notes = [*missing_outputs(candidate, runs, own), *last_token_notes(runs.runs, own.outputs), *matched.notes]
         points: list[DepthPoint] = []

@@ -5,6 +5,7 @@ run_candidate -> run_baseline -> match_norms -> compute_references -> judge_outp
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from ...models.recognition.intercept import at_norms
 from ...models.recognition.site import Recognition, norm_name
 from ..accuracy.baseline import signal_warning
 from ..accuracy.compare_output import OutputVerdict
-from ..accuracy.tolerances import Limits
+from ..accuracy.tolerances import NORMS, SEGMENTS, Limits
 from ..inputs.cases import Case
 from ..norms.access import CalledNorm, NormAccess, windows
 from ..norms.activation_store import ActivationStore, Key
@@ -56,6 +57,10 @@ class CandidateRuns:
             return not run.error, not run.case.long, run.size
 
         return max(range(len(self.runs)), key=rank)
+
+    def for_torch(self, dtype: str | None) -> CandidateRuns:
+        """The runs, with floating-point inputs for PyTorch in `dtype`."""
+        return dataclasses.replace(self, runs=tuple(dataclasses.replace(run, torch_dtype=dtype) for run in self.runs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,13 +289,13 @@ def check_parts(
 ) -> PartChecks:
     """Check every norm alone and every segment between norms."""
     called, run = baseline.called, candidate.runs[candidate.largest]
-    notes = list(access.remarks)
+    notes, limits = list(access.remarks), options.all_limits
 
     def alone() -> list[NormCheck]:
         checks: list[NormCheck] = []
         for part in windows(matched.keys, options.window):
-            asked = [called[key] for key in part]
-            checks += check_norms(access, norms, asked, stores.fed, options.seed, progress)
+            asked = [norms.deployed[key] for key in part]
+            checks += check_norms(access, norms, asked, stores.fed, options.seed, progress, limits.get(NORMS))
         return checks
 
     checks = without_reference(try_or_note("norms", notes, alone), references.disagreements)
@@ -305,7 +310,8 @@ def check_parts(
     segments = try_or_note(
         "segments between norms", notes,
         lambda: check_segments(
-            access, norms, (run.case.feeds, run.torch_feeds), cut, stores.fed, describe, outputs
+            access, norms, (run.case.feeds, run.torch_feeds), cut, stores.fed, describe, outputs,
+            limits.get(SEGMENTS),
         ),
     )  # fmt: skip
     return PartChecks(checks, segments, notes)
