@@ -336,7 +336,9 @@ def main() -> None:
     for subject in given.models:
         with tempfile.TemporaryDirectory() as folder:
             for profile in given.only:
-                rows += run(subject, profile, Path(folder), given.faults)
+                for row in run(subject, profile, Path(folder), given.faults):
+                    print(f"{subject}, {profile}, {row.fault or 'honest'}: {row.verdict}, {row.margin:.3g}", flush=True)
+                    rows.append(row)
     if given.json is not None:
         content = [{name: getattr(row, name) for name in Measured.__dataclass_fields__} for row in rows]
         given.json.write_text(json.dumps(content))

@@ -194,7 +194,7 @@ def _of_figure(label: str, limit: float, figures: Figures) -> tuple[bool | None,
     row = FIGURE_LIMITS[label]
     value = getattr(figures, row.figure)
     if value is None:
-        return None, f"not logits, so {row.label} is not defined; remove the limit {label}"
+        return None, f"not logits, or no row is finite, so {row.label} is not defined; remove the limit {label}"
     if row.at_least:
         return value >= limit, f"{row.label} {_share(value, limit)} of at least {limit:g} required"
     return value <= limit, f"{row.label} {value:.3g} of at most {limit:g} allowed"
@@ -203,7 +203,7 @@ def _of_figure(label: str, limit: float, figures: Figures) -> tuple[bool | None,
 def _share(value: float, limit: float) -> str:
     """A share near 1 with as many digits as show how far it is from 1, and from the limit."""
     distance = min((abs(number) for number in (1.0 - value, value - limit) if number), default=1.0)
-    return f"{value:.{min(max(4, 2 - math.floor(math.log10(distance))), 12)}f}"
+    return f"{value:.{min(max(4, 1 - math.floor(math.log10(distance))), 12)}f}"
 
 
 class AsGood:

@@ -63,7 +63,7 @@ def check_norm(
         second_baseline: another result of some rows that is as good as the baseline's where squares overflow: a
             candidate that fails on a kind of row that is not tame is compared with this one.
         limits: explicit limits, which replace the comparison with the baseline's error; where a kind of row is not
-            tame, a result that is no worse than the baseline's passes too.
+            tame, a result that is as accurate as the baseline's passes too.
     """
     if candidate.shape != baseline.shape:
         reason = f"expected the shape {list(baseline.shape)} of {baseline_name}, got {list(candidate.shape)}"
