@@ -143,7 +143,7 @@ def _examined(
     largest = runs.runs[runs.largest]
     access = None
     if candidate.norms is not None and not options.outputs_only:
-        access = candidate.norms(largest.torch_feeds)
+        access = candidate.norms(largest.own_feeds)
     matched = MatchedNorms() if options.outputs_only else match_norms(candidate, access, own.called)
     deployed = as_deployed(own.called, access) if access is not None and options.lossy is not None else None
     norms = TorchNorms(baseline.model, baseline.runner, baseline.recognition, own.called, deployed)

@@ -76,9 +76,14 @@ class Run:
         return {f"{name}{call.suffix}": value for call in self.calls for name, value in call.outputs.items()}
 
     @property
+    def own_feeds(self) -> dict[str, Array]:
+        """The candidate's feeds without a cache."""
+        return {name: value for name, value in self.case.feeds.items() if not is_past(name)}
+
+    @property
     def torch_feeds(self) -> dict[str, Array]:
         """The feeds of PyTorch, which runs without a cache."""
-        feeds = {name: value for name, value in self.case.feeds.items() if not is_past(name)}
+        feeds = self.own_feeds
         if self.torch_dtype is None:
             return feeds
         dtype = numpy_dtype(self.torch_dtype)
