@@ -45,14 +45,14 @@ PROFILES: dict[str, LossyProfile] = {
             Limits(min_cosine=0.998, max_rms=0.045),
             "Dynamic int8 of a Llama, a T5 and the trained addition decoder: segments lost 2.0 to 2.6% of a row's RMS, "
             "outputs at most 5.3% (KL 0.0044), norms in float32 1e-7. A scale that is 1.5 times too large, the weights "
-            "of another layer, or a skipped norm lost 6.1% or more in a segment. The limit for norms is float16's.",
+            "of another layer, or a skipped norm lost 6% or more in a segment. The limit for norms is float16's.",
         ),
         LossyProfile(
             "int4",
             Limits(min_cosine=0.85, max_kl=0.2, max_rms=0.6),
             Limits(max_rms=1e-3),
             Limits(min_cosine=0.985, max_rms=0.17),
-            "MatMulNBits in blocks of 32 of a Llama, a Qwen3, a T5 and the addition decoder: segments lost 8.9 to 12.4%, "
+            "MatMulNBits in blocks of 32 of a Llama, a Qwen3, a T5 and the addition decoder: segments lost 9 to 12.4%, "
             "outputs at most 26% (KL 0.048). A scale that is 3 times too large, or the weights of another layer, lost "
             "32% or more, a skipped norm 23% or more, except for one in T5 that lost 14.4% and passes. A scale of one "
             "query projection that is 1.5 times too large lost 8.9 to 16%, which cannot be told from int4 itself.",
@@ -62,8 +62,8 @@ PROFILES: dict[str, LossyProfile] = {
             Limits(min_cosine=0.9999, max_kl=1e-4, max_rms=0.01),
             Limits(max_rms=1e-3),
             Limits(min_cosine=0.99999, max_rms=2e-3),
-            "Exports in float16 of a Llama, a T5 and the addition decoder: segments lost 0.05 to 0.09%, outputs at most "
-            "0.15% (KL 8e-6), norms 0.04%. The faults of int8 lost 5.9% or more in a segment.",
+            "Exports in float16 of a Llama, a T5 and the addition decoder: segments lost 0.05 to 0.09%, outputs "
+            "at most 0.15% (KL 8e-6), norms 0.04%. The faults of int8 lost 5.9% or more in a segment.",
         ),
         LossyProfile(
             "bf16",
