@@ -6,5 +6,6 @@ error_stats: `Figures`, the error statistics, and `FiguresOf`, which accumulates
 baseline: `unless_wrong` and `signal_warning`: whether PyTorch's own result can be a baseline.
 pass_rules: the rules of a verdict: `AsGood`, `Within`, `Equal`, `InPlace`.
 tolerances: `TOLERANCES`, the default rule for each dtype, and `Limits`, explicit limits.
+lossy: `PROFILES`, named limits for quantized and converted files, each with its reason.
 float_formats: `format_of`, the format of a dtype, and `ulp_size`.
 """

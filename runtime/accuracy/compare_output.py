@@ -151,13 +151,14 @@ def judge(
     # Integers have neither NaN nor infinity: their rule alone decides.
     passed: bool | None
     passed, reason = in_place.result()
+    found = mine.result()
     if passed:
-        passed, reason = rule.result()
+        passed, reason = rule.with_figures(found) if isinstance(rule, Within) else rule.result()
     reason += in_place.excuse
     if candidate.dtype != baseline.dtype:
         reason += f"; the candidate is {candidate.dtype.name}, the baseline {baseline.dtype.name}"
     margin = rule.margin if isinstance(rule, AsGood) else None
-    return OutputVerdict(name, passed, reason, mine.result(), own.result(), margin)
+    return OutputVerdict(name, passed, reason, found, own.result(), margin)
 
 
 def _incomparable(candidate: NDArray[Any], reference: NDArray[Any], baseline: NDArray[Any]) -> str | None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import Errors, Float64, is_exact, kind_of, rms, row_width, ulps_of
+from .tolerances import names_logits
 
 # Upper edges of the histogram's bins, in ULPs.
 HISTOGRAM_EDGES: tuple[float, ...] = (0.0, 0.25, 0.5, *(2.0**power for power in range(25)), math.inf)
@@ -92,9 +93,9 @@ def json_value(value: Any) -> Any:
 
 
 def is_logits(name: str, array: NDArray[Any]) -> bool:
-    """Whether an output holds class scores: its name, without a suffix that begins with `@`, ends with `logits`."""
+    """Whether an output holds class scores: it has several classes, and `names_logits` holds for its name."""
     has_classes = array.ndim > 0 and array.shape[-1] >= 2 and kind_of(array.dtype) == "floating-point"
-    return has_classes and name.partition("@")[0].endswith("logits")
+    return has_classes and names_logits(name)
 
 
 class FiguresOf:

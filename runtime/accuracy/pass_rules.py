@@ -7,14 +7,16 @@ cancel has an error of thousands of its own ULPs in every correct implementation
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .error_stats import Figures
 from .errors import LEAST_ROW, Errors, Float64, Mask, row_scale_error, row_width, square_sums, ulps_of
 from .float_formats import Format, format_of
-from .tolerances import TOLERANCES, Limits, Tolerance, small_sample
+from .tolerances import FIGURE_LIMITS, TOLERANCES, Limits, Tolerance, small_sample
 
 # A row in which PyTorch's error exceeds this share of the scale, or this many times that of the typical row, is not
 # representative of the other rows: it is judged by its own error, which may have as few as this many causes.
@@ -139,7 +141,7 @@ class InPlace:
 
 
 class Within:
-    """Every error must be within explicit limits."""
+    """Every error, and every statistic of the whole output, must be within explicit limits."""
 
     def __init__(self, arrays: Arrays, limits: Limits) -> None:
         self._limits = limits
@@ -150,6 +152,8 @@ class Within:
 
     def add(self, part: slice, candidate: Errors, baseline: Errors) -> None:
         limits = self._limits
+        if not limits.on_elements:
+            return
         beyond = np.zeros(candidate.size.shape, dtype=bool)
         if limits.is_absolute:
             with np.errstate(invalid="ignore"):  # infinity times a reference of zero
@@ -165,12 +169,41 @@ class Within:
 
     def result(self) -> tuple[bool, str]:
         rule, count = self._limits.describe(), self._beyond.count
+        if not rule:
+            return True, "no element is limited"
         if not count:
             return True, f"every element satisfies {rule}"
         return False, (
             f"{count} of {self._size} elements violate {rule}, the first at {self._beyond.first}: "
             f"an error of {self._first}"
         )
+
+    def with_figures(self, figures: Figures) -> tuple[bool | None, str]:
+        """The result, with the limits on statistics of the whole output; a statistic that failed comes first."""
+        parts: list[tuple[bool | None, str]] = [self.result()] if self._limits.on_elements else []
+        parts += [_of_figure(label, limit, figures) for label, limit in self._limits.on_figures.items()]
+        passed = (
+            False if any(part[0] is False for part in parts) else None if any(p[0] is None for p in parts) else True
+        )
+        order = (passed, False, None, True)
+        return passed, "; ".join(reason for _, reason in sorted(parts, key=lambda part: order.index(part[0])))
+
+
+def _of_figure(label: str, limit: float, figures: Figures) -> tuple[bool | None, str]:
+    """Whether a statistic is within a limit, None if it is not defined; and both numbers."""
+    row = FIGURE_LIMITS[label]
+    value = getattr(figures, row.figure)
+    if value is None:
+        return None, f"not logits, or no row is finite, so {row.label} is not defined; remove the limit {label}"
+    if row.at_least:
+        return value >= limit, f"{row.label} {_share(value, limit)} of at least {limit:g} required"
+    return value <= limit, f"{row.label} {value:.3g} of at most {limit:g} allowed"
+
+
+def _share(value: float, limit: float) -> str:
+    """A share near 1 with as many digits as show how far it is from 1, and from the limit."""
+    distance = min((abs(number) for number in (1.0 - value, value - limit) if number), default=1.0)
+    return f"{value:.{min(max(4, 1 - math.floor(math.log10(distance))), 12)}f}"
 
 
 class AsGood:

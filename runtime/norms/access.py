@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import Protocol
 from ...models.spec import NormSpec
 from ..runners.base import Array
 from .activation_store import ActivationStore, Key
-from .formula import Formula
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,15 @@ class CalledNorm:
 
 
 @dataclass(frozen=True, slots=True)
+class NormDtypes:
+    """numpy's names of the dtypes of one norm: of x, of the result, and of the gate, or None."""
+
+    x: str
+    y: str
+    gate: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Sources:
     """The inputs of a segment.
 
@@ -73,6 +82,23 @@ class Sources:
 RunNorms = Callable[[Mapping[Key, NormFeed]], dict[Key, NormResult]]
 # Receives a norm's key, the role (`x`, `y` or `gate`) and the value; it must copy what it keeps.
 Sink = Callable[[Key, str, Array], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """What one norm computes.
+
+    Attributes:
+        spec: its formula.
+        dtype: numpy's name of x's dtype.
+        weight: the weight, of any float dtype; None if there is none or it is not a constant.
+        bias: the bias, like the weight.
+    """
+
+    spec: NormSpec
+    dtype: str
+    weight: Array | None = None
+    bias: Array | None = None
 
 
 class NormAccess(Protocol):
@@ -100,6 +126,10 @@ class NormAccess(Protocol):
 
     def formula(self, key: Key) -> Formula | str | None:
         """What a norm computes; or why it is none that is known; None if neither can be said."""
+        ...
+
+    def dtypes(self, key: Key) -> NormDtypes:
+        """The dtypes of a norm in `keys`."""
         ...
 
     def sources(self, keys: list[Key], end: Key | str) -> Sources:
@@ -134,6 +164,17 @@ class NormAccess(Protocol):
     def trace(self, feeds: Mapping[str, Array], keys: list[Key], sink: Sink) -> dict[str, Array]:
         """Run the whole model unchanged; the sink receives `x` and `y` of each norm. Returns the model's outputs."""
         ...
+
+
+def as_deployed(called: Mapping[Key, CalledNorm], access: NormAccess) -> dict[Key, CalledNorm]:
+    """The norms that PyTorch called, in the dtypes that the other side has for them."""
+    found = dict(called)
+    for key in access.keys:
+        if key in called:
+            dtypes = access.dtypes(key)
+            gate = dtypes.gate if called[key].gate_dtype is not None else None
+            found[key] = dataclasses.replace(called[key], x_dtype=dtypes.x, y_dtype=dtypes.y, gate_dtype=gate)
+    return found
 
 
 def windows(keys: Sequence[Key], size: int | None) -> list[list[Key]]:

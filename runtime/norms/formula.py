@@ -20,8 +20,9 @@ from ...export.graph.metadata import SPEC_KEY
 from ...export.onnx_io.read_model import sort_nodes
 from ...export.recognition.find_norms import find_graph_norms
 from ...models.dtypes import HALF_DTYPES, onnx_name
-from ...models.spec import Activation, Gate, NormSpec, Order, Reduction
+from ...models.spec import Activation, Gate, Order, Reduction
 from ..runners.base import Array
+from .access import Formula
 
 ORDERS: dict[Order, str] = {
     "scale_then_cast": "multiplies by the weight before it rounds to {dtype}",
@@ -40,23 +41,6 @@ ACTIVATIONS: dict[Activation, str] = {
     "silu": "applies SiLU to the gate",
     "sigmoid": "applies the sigmoid to the gate",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Formula:
-    """What one norm computes.
-
-    Attributes:
-        spec: its formula.
-        dtype: numpy's name of x's dtype.
-        weight: the weight, of any float dtype; None if there is none or it is not a constant.
-        bias: the bias, like the weight.
-    """
-
-    spec: NormSpec
-    dtype: str
-    weight: Array | None = None
-    bias: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,10 @@ from ...export.onnx_io.read_model import read_model
 from ...models.dtypes import numpy_dtype
 from ..runners.base import Array, OnnxSession, Runner
 from ..runners.open import has_large_weights, open_runner
-from .access import NormFeed, NormResult, RunNorms, Sink, Sources, windows
+from .access import Formula, NormDtypes, NormFeed, NormResult, RunNorms, Sink, Sources, windows
 from .activation_store import ActivationStore, Key
 from .cut import cut_out, run_alone
-from .formula import FileFormulas, Formula, read_formulas
+from .formula import FileFormulas, read_formulas
 from .graph_norms import GraphNorms, cut_name, fed_name
 
 
@@ -65,6 +65,11 @@ class OnnxNorms:
         if self._formulas is None:
             self._formulas = read_formulas(self._path)
         return self._formulas.norms.get(self._graph.norms[key].y) or self._formulas.refusals.get(key[0])
+
+    def dtypes(self, key: Key) -> NormDtypes:
+        """See `NormAccess.dtypes`."""
+        norm, dtype = self._graph.norms[key], self._graph.dtype
+        return NormDtypes(dtype(norm.x), dtype(norm.y), None if norm.gate is None else dtype(norm.gate))
 
     def sources(self, keys: list[Key], end: Key | str) -> Sources:
         """See `NormAccess.sources`."""

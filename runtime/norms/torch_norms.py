@@ -20,10 +20,9 @@ from ..accuracy.errors import errors_of, row_scale_error
 from ..accuracy.float_formats import format_of
 from ..runners.base import Array, Runner
 from ..runners.torch import to_numpy, to_torch
-from .access import CalledNorm, NormFeed, NormResult, RunNorms, Sink, Sources
+from .access import CalledNorm, Formula, NormDtypes, NormFeed, NormResult, RunNorms, Sink, Sources
 from .activation_store import ActivationStore, Key
 from .float64_model import exact, wide_array
-from .formula import Formula
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -72,12 +71,20 @@ class TorchNorms:
         runner: a runner of the module.
         recognition: its norms.
         called: the norms that `survey_norms` recorded.
+        deployed: the same norms in the dtypes of a candidate, to which values at the norms are rounded; `called` if
+            None.
     """
 
     def __init__(
-        self, model: nn.Module, runner: Runner, recognition: Recognition, called: Mapping[Key, CalledNorm]
+        self,
+        model: nn.Module,
+        runner: Runner,
+        recognition: Recognition,
+        called: Mapping[Key, CalledNorm],
+        deployed: Mapping[Key, CalledNorm] | None = None,
     ) -> None:
         self._model, self._runner, self._called = model, runner, called
+        self.deployed = called if deployed is None else deployed
         self._sites = recognition.sites
         self._by_path = {site.path: site for site in self._sites}
         self._modules = {site.path: model.get_submodule(site.path) for site in self._sites}
@@ -108,6 +115,11 @@ class TorchNorms:
         names = (site.weight, site.bias)
         weight, bias = (None if name is None else to_numpy(getattr(module, name)) for name in names)
         return Formula(call.spec, call.x_dtype, weight, bias)
+
+    def dtypes(self, key: Key) -> NormDtypes:
+        """See `NormAccess.dtypes`."""
+        norm = self._called[key]
+        return NormDtypes(norm.x_dtype, norm.y_dtype, norm.gate_dtype)
 
     def sources(self, keys: list[Key], end: Key | str) -> Sources:
         """The norm that ran before the end: in PyTorch the actual inputs of a segment are unknown."""
@@ -143,7 +155,7 @@ class TorchNorms:
 
         def visit(path: str, number: int, call: NormCall, original: Callable[[], Tensor]) -> Tensor:
             key = (path, number)
-            info = self._called[key]
+            info = self.deployed[key]
             for role, tensor, dtype in (("x", call.x, info.x_dtype), ("gate", call.gate, info.gate_dtype)):
                 if tensor is not None and dtype is not None:
                     store.put(key, role, wide_array(tensor))
@@ -174,9 +186,11 @@ class TorchNorms:
         def run(feeds: Mapping[Key, NormFeed]) -> dict[Key, NormResult]:
             results = {}
             for key, module in modules.items():
-                feed = feeds[key]
+                feed, own = feeds[key], self._called[key]
+                same = self.deployed[key] == own
                 device = next((t.device for t in module.parameters()), torch.device("cpu"))
-                arguments = [to_torch(a).to(device) for a in (feed.x, feed.gate) if a is not None]
+                given = ((feed.x, own.x_dtype), (feed.gate, own.gate_dtype))
+                arguments = [to_torch(a if same else _cast(a, dtype)).to(device) for a, dtype in given if a is not None]
                 with torch.no_grad():
                     results[key] = NormResult(to_numpy(module(*arguments)))
             return results
@@ -196,7 +210,7 @@ class TorchNorms:
             if call.gate is not None:
                 sink(key, "gate", to_numpy(call.gate))
             _force(call, self._called[key], store)
-            return to_torch(store.get(key, "fed_y")).to(call.x.device)
+            return to_torch(_cast(store.get(key, "fed_y"), self._called[key].y_dtype)).to(call.x.device)
 
         return self._visited(feeds, visit)
 
@@ -228,6 +242,11 @@ def _force(call: NormCall, info: CalledNorm, store: ActivationStore) -> None:
 def _rounded(array: Array, dtype: str) -> Array:
     with np.errstate(over="ignore"):
         return array.astype(numpy_dtype(dtype))
+
+
+def _cast(array: Array, dtype: str | None) -> Array:
+    """The array in PyTorch's own dtype, where a candidate has another one."""
+    return array if dtype is None else array.astype(numpy_dtype(dtype), copy=False)
 
 
 def _distance(spec: NormSpec, own: Array, wanted: Array, excused: Array | float = 0.0) -> float:

@@ -13,6 +13,8 @@ from .text import counted, label, verdict_word
 _PATH_LENGTH = 48
 # The tensors of the KV cache have one row together.
 _PLACE = re.compile(r"(?<=^present\.)\d+\.(key|value) \(worst of \d+\)$")
+# The places of the largest loss that are printed.
+_LOSSES = 3
 _JUDGED = ("max error (allowed)", "rms error (allowed)")
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -26,12 +28,17 @@ def print_validation(
     columns = ("case", "output", "verdict", *_JUDGED, "cosine")
     page.table(columns, _shown_outputs(report["outputs"]))
     page.line("errors relative to PyTorch in float64, in eps x row scale; in parentheses the largest that passes")
+    for part in report.get("loss", ())[:_LOSSES]:
+        page.line(
+            f"largest loss: {part['kind']} {part['name']}: cosine {float(part['cosine']):.4f}, "
+            f"rms {float(part['rms_rel_row']):.2%} of a row's RMS"
+        )
     if show_parts:
         _print_parts(page, report)
     _print_reasons(
         page,
         [
-            *((f"{row['case']}, {row['name']}", row["reason"]) for row in report["outputs"] if _needs_reason(row)),
+            *((f"{row['case']}, {row['name']}", row["reason"]) for row in _with_reasons(report["outputs"])),
             *((f"{row['kind']} {row['name']}", row["reason"]) for row in report["culprits"]),
         ],
     )
@@ -107,16 +114,34 @@ def _needs_reason(row: Mapping[str, Any]) -> bool:
     return row["passed"] is False or (row["passed"] is True and row.get("margin") is None)
 
 
+def _with_reasons(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows whose reasons are printed: of those within explicit limits, only the one that the table shows."""
+    worst = [max(group, key=_closeness) for group in _passed(rows).values()]
+    limited = [row for row in rows if row["passed"] and row.get("margin") is None and _size(row) > 0.0]
+    return [row for row in rows if _needs_reason(row) and (row not in limited or row in worst)]
+
+
+def _size(row: Mapping[str, Any]) -> float:
+    """The RMS of the errors of a row, relative to its scale; 0 if it was not measured."""
+    return float((row["figures"] or {}).get("rms_rel_row", 0.0))
+
+
+def _passed(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows that passed, by output."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["passed"]:
+            found.setdefault(_PLACE.sub("*", row["name"]), []).append(row)
+    return found
+
+
 def _shown_outputs(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The rows of the table: every one that did not pass, and of the others the nearest to its limit of each output."""
     shown: list[tuple[str, ...]] = []
-    passed: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if not row["passed"]:
             shown.append((row["case"], row["name"], *_judged(row), _cosine(row)))
-        else:
-            passed.setdefault(_PLACE.sub("*", row["name"]), []).append(row)
-    for name, group in passed.items():
+    for name, group in _passed(rows).items():
         worst = max(group, key=_closeness)
         case = worst["case"] if len(group) == 1 else f"{worst['case']} (worst of {len(group)})"
         shown.append((case, name, *_judged(worst), _cosine(worst)))
@@ -124,10 +149,10 @@ def _shown_outputs(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _closeness(row: Mapping[str, Any]) -> float:
-    """How near the errors of a row are to what they may be: 1 is the limit."""
+    """How near the errors of a row are to what they may be, 1 being the limit; without a margin, their size."""
     margin = row.get("margin")
     if margin is None:
-        return 0.0
+        return _size(row)
     pairs = (("worst", "allowed_worst"), ("rms", "allowed_rms"))
     return max(float(margin[a]) / (float(margin[b]) or 1.0) for a, b in pairs)
 

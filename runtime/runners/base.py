@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...export.graph.sizes import SizeLimits, size_problem
 from ...models.dtypes import numpy_dtype
 from ...models.errors import UsageError
+
+if TYPE_CHECKING:
+    from ...export.graph.sizes import SizeLimits
 
 Array = NDArray[Any]
 
@@ -121,6 +123,8 @@ def check_feeds(
 
 
 def _check_limits(limits: SizeLimits, symbols: Mapping[str, tuple[int, str]], where: str) -> None:
+    from ...export.graph.sizes import size_problem
+
     problem = size_problem(limits, {name: size for name, (size, _) in symbols.items()})
     if problem is not None:
         owners = [owner for name, (_, owner) in symbols.items() if name in problem.replace(":", " ").split()]

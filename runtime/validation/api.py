@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...export.onnx_io.manifest import deviation_rows, versions
 from ...models.recognition.find_norms import find_norms
-from ..accuracy.tolerances import check_limits
+from ..accuracy.tolerances import PARTS, check_limits
 from ..inputs.cases import Case, given_cases
 from ..inputs.plan import Plan
-from ..norms.access import NormAccess
+from ..norms.access import NormAccess, as_deployed
 from ..norms.activation_store import ActivationStore
 from ..norms.torch_norms import TorchNorms
 from ..report.report_file import BISECT_SCHEMA, VALIDATE_SCHEMA
@@ -46,7 +46,7 @@ from .pipeline import (
 from .replay import SIDES
 from .result import ValidationReport
 from .run_cases import last_token_notes
-from .sides import Sides, cases_for, hinting, open_sides
+from .sides import Sides, cases_for, dtype_of, hinting, open_sides
 
 if TYPE_CHECKING:
     from torch import nn
@@ -146,7 +146,9 @@ def _compared(
             plan = Plan(given_cases(cases(infos) if callable(cases) else cases, shown, matched.names))
         runs = run_candidate(Renamed(runner, matched.names), side.name, plan.cases, progress)
         provenance = {"candidate": runner.provenance()}
-    check_limits(options.limits, runs.names)
+    check_limits(options.limits, runs.names, PARTS)
+    if options.lossy is not None:
+        runs = runs.for_torch(dtype_of(sides.model))
     cached = any(run.present for run in runs.runs)
     with open_runner(sides.model, include_cache=cached) as torch_runner:
         baseline = Baseline(sides.model, Renamed(torch_runner, matched.kept), find_norms(sides.model))
@@ -167,15 +169,16 @@ def _examined(
     largest = runs.runs[runs.largest]
     access = None
     if candidate.norms is not None and not options.outputs_only:
-        access = candidate.norms(own_names(largest.torch_feeds, candidate.inputs))
+        access = candidate.norms(own_names(largest.own_feeds, candidate.inputs))
     matched = MatchedNorms() if options.outputs_only else _matched(candidate, access, own, baseline)
-    norms = TorchNorms(baseline.model, baseline.runner, baseline.recognition, own.called)
+    deployed = as_deployed(own.called, access) if access is not None and options.lossy is not None else None
+    norms = TorchNorms(baseline.model, baseline.runner, baseline.recognition, own.called, deployed)
     with ActivationStore() as fed, ActivationStore() as free:
         stores = Stores(fed, free)
         references = compute_references(
             baseline, norms, runs, matched.keys, stores, with_depth=options.with_depth, progress=progress
         )
-        rows = judge_outputs(runs, own, references, options.limits)
+        rows = judge_outputs(runs, own, references, options.all_limits)
         warnings = signal_warnings(own, rows)
         notes = [
             *own.notes,

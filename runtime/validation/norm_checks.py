@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..accuracy.compare_output import OutputVerdict, brief
+from ..accuracy.tolerances import Limits
 from ..norms.access import CalledNorm, NormAccess, NormFeed
 from ..norms.activation_store import ActivationStore, Key
 from ..norms.adversarial_rows import adversarial, turns
@@ -70,6 +71,7 @@ def check_norms(
     store: ActivationStore,
     seed: int,
     progress: Progress,
+    limits: Limits | None = None,
 ) -> list[NormCheck]:
     """Run norms alone: on their inputs in the running model, and on rows of every kind in `adversarial_rows.KINDS`.
 
@@ -80,6 +82,7 @@ def check_norms(
         store: contains `fed_x` and `fed_gate` of the running model.
         seed: seed of the adversarial rows.
         progress: called with a line of text for each input.
+        limits: explicit limits that replace the comparison with PyTorch's own error.
     """
     verdicts: dict[Key, list[OutputVerdict]] = {norm.key: [] for norm in norms}
     forms = dict.fromkeys(verdicts, "plain")
@@ -96,7 +99,7 @@ def check_norms(
                     forms[key] = "residual_add"
                     verdicts[key] += check_sum(result.total, feed.x)
                 exact = partial(baseline.exact, key)
-                verdicts[key] += check_norm(norm, feed, kinds, result.y, wanted[key].y, exact)
+                verdicts[key] += check_norm(norm, feed, kinds, result.y, wanted[key].y, exact, limits=limits)
     return [NormCheck(norm, forms[norm.key], *summary_of(verdicts[norm.key]), verdicts[norm.key]) for norm in norms]
 
 

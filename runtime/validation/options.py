@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ...models.errors import UsageError
-from ..accuracy.tolerances import Limits
+from ..accuracy.lossy import PROFILES, limits_with
+from ..accuracy.tolerances import PARTS, Limits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +25,10 @@ class ValidationOptions:
         prompts: texts that replace generated inputs, see `prompt_cases`.
         tokenizer: tokenizer for prompts; if None, that of the candidate, or else that of the PyTorch model.
         limits: explicit limits by output name, `*` for all others, which replace the comparison with PyTorch's own
-            error. They apply to outputs; norms and segments are judged by the tolerance table.
+            error. The names `@norms` and `@segments` stand for all norms and all segments; those without limits are
+            judged by the tolerance table.
+        lossy: a profile of limits for quantized and converted files, a name in `PROFILES`: `int8`, `int4`, `fp16` or
+            `bf16`. Single limits of it are replaced by `limits`, and the candidate may have another dtype.
         thorough: try generated inputs that take long too: lengths past every window that the config names, all token
             ids, and several seeds.
         outputs_only: skip norms and segments.
@@ -47,6 +51,7 @@ class ValidationOptions:
     prompts: tuple[str, ...] = ()
     tokenizer: str | None = None
     limits: Mapping[str, Limits] = field(default_factory=dict)
+    lossy: str | None = None
     thorough: bool = False
     outputs_only: bool = False
     depth: bool = False
@@ -73,6 +78,17 @@ class ValidationOptions:
             raise UsageError("thorough adds generated inputs; it cannot be combined with inputs, prompts or shapes.")
         if self.bisect and self.outputs_only:
             raise UsageError("bisect checks norms and segments; it cannot be combined with outputs_only.")
+
+        if self.lossy is not None and self.lossy not in PROFILES:
+            raise UsageError(f"lossy: expected one of {', '.join(PROFILES)}, or none, got {self.lossy!r}.")
+        for name in PARTS:
+            if self.outputs_only and name in self.limits:
+                raise UsageError(f"limits are given for {name}, but outputs_only skips norms and segments; omit one.")
+
+    @property
+    def all_limits(self) -> dict[str, Limits]:
+        """The explicit limits, and those of the profile where there is none of that kind."""
+        return limits_with(self.lossy, self.limits)
 
     @property
     def with_depth(self) -> bool:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from ...export.graph.metadata import PRESENT
 from ...models.dtypes import HALF_DTYPES
-from ...models.errors import RmsnormDeployError
+from ...models.errors import RmsnormDeployError, UsageError
 from ...models.recognition.intercept import at_norms
 from ...models.recognition.site import Recognition, norm_name
 from ..accuracy.baseline import signal_warning
 from ..accuracy.compare_output import OutputVerdict
-from ..accuracy.tolerances import Limits
+from ..accuracy.tolerances import NORMS, SEGMENTS, Limits
 from ..inputs.cases import Case
 from ..norms.access import CalledNorm, NormAccess, windows
 from ..norms.activation_store import ActivationStore, Key
@@ -59,6 +59,10 @@ class CandidateRuns:
             return not run.error, not run.case.long, run.size
 
         return max(range(len(self.runs)), key=rank)
+
+    def for_torch(self, dtype: str | None) -> CandidateRuns:
+        """The runs, with floating-point inputs for PyTorch in `dtype`."""
+        return dataclasses.replace(self, runs=tuple(dataclasses.replace(run, torch_dtype=dtype) for run in self.runs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +201,10 @@ def run_baseline(
             continue
         kept.append(run)
         outputs.append(with_cache_names(found))
+    if not kept:
+        raise UsageError(
+            f"{type(baseline.model).__name__} runs none of the generated inputs: {untried[0]}. Give inputs."
+        )
     runs = CandidateRuns(tuple(kept), candidate.names)
     largest = runs.runs[runs.largest]
     if not largest.calls:
@@ -334,13 +342,13 @@ def check_parts(
     """Check every norm alone and every segment between norms; see `Candidate` for `inputs`."""
     called, run = baseline.called, candidate.runs[candidate.largest]
     feeds = own_names(run.case.feeds, inputs or {})
-    notes = list(access.remarks)
+    notes, limits = list(access.remarks), options.all_limits
 
     def alone() -> list[NormCheck]:
         checks: list[NormCheck] = []
         for part in windows(matched.keys, options.window):
-            asked = [called[key] for key in part]
-            checks += check_norms(access, norms, asked, stores.fed, options.seed, progress)
+            asked = [norms.deployed[key] for key in part]
+            checks += check_norms(access, norms, asked, stores.fed, options.seed, progress, limits.get(NORMS))
         return checks
 
     checks = without_reference(try_or_note("norms", notes, alone), references.disagreements)
@@ -356,7 +364,8 @@ def check_parts(
     segments = try_or_note(
         "segments between norms", notes,
         lambda: check_segments(
-            access, norms, (feeds, run.torch_feeds), cut, stores.fed, describe, outputs
+            access, norms, (feeds, run.torch_feeds), cut, stores.fed, describe, outputs,
+            limits.get(SEGMENTS),
         ),
     )  # fmt: skip
     return PartChecks(checks, segments, notes)

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from ...models.recognition.site import norm_name
 from ..accuracy.compare_output import OutputVerdict, all_passed
+from ..accuracy.error_stats import json_value
+from ..norms.adversarial_rows import AS_IT_RUNS
 from ..report.page import Page, Shown
 from ..report.printed import print_validation
 from ..report.report_file import VALIDATE_SCHEMA
@@ -33,6 +35,28 @@ class Culprit:
     def to_dict(self) -> dict[str, str]:
         """The culprit as JSON values."""
         return {"kind": self.kind, "name": self.name, "reason": self.reason}
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """The error of a norm on the values that it receives, or of a segment, against the float64 reference.
+
+    Attributes:
+        kind: `norm` or `segment`.
+        name: its name.
+        cosine: see `Figures`.
+        rms_rel_row: see `Figures`.
+    """
+
+    kind: Literal["norm", "segment"]
+    name: str
+    cosine: float
+    rms_rel_row: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The loss as JSON values."""
+        values = {"kind": self.kind, "name": self.name, "cosine": self.cosine, "rms_rel_row": self.rms_rel_row}
+        return {name: json_value(value) for name, value in values.items()}
 
 
 def _now() -> str:
@@ -121,6 +145,27 @@ class ValidationReport(Shown):
         return [Culprit("output", f"{row.name} of {case}", row.reason) for case, row in failed]
 
     @property
+    def loss(self) -> list[Loss]:
+        """The error of every norm and segment, largest first, where a profile of lossy files was given; else empty."""
+        if not self.settings.get("lossy"):
+            return []
+        found = [
+            Loss("norm", norm_name(*norm.norm.key), kind.figures.cosine, kind.figures.rms_rel_row)
+            for norm in self.norms for kind in norm.kinds if kind.name == AS_IT_RUNS.name and kind.figures is not None
+        ]  # fmt: skip
+        for segment in self.segments:
+            figures = segment.verdict.figures
+            if figures is not None:
+                found.append(Loss("segment", segment.name, figures.cosine, figures.rms_rel_row))
+        return sorted(found, key=lambda part: -part.rms_rel_row)
+
+    @property
+    def _claim(self) -> str:
+        """What a part that passed is, in a sentence."""
+        lossy = self.settings.get("lossy")
+        return f"within the limits of {lossy}" if lossy else "as accurate as PyTorch"
+
+    @property
     def summary(self) -> str:
         """The result in one sentence."""
         counts = (
@@ -130,18 +175,18 @@ class ValidationReport(Shown):
         )
         text = ", ".join(count for count in counts if count)
         if self.verdict == "pass":
-            return f"{text} as accurate as PyTorch{f'; no norm was checked: {self.unchecked}' * bool(self.unchecked)}."
+            return f"{text} {self._claim}{f'; no norm was checked: {self.unchecked}' * bool(self.unchecked)}."
         culprits = self.culprits
         if not culprits:
             return self._no_verdict(text)
         more = f" and {len(culprits) - 1} more" if len(culprits) > 1 else ""
         name, hint = f"{culprits[0].name}{more}", f"; {self.hint}" * bool(self.hint)
         if culprits[0].kind != "output":
-            return f"{text} as accurate as PyTorch; error is introduced in {name}{hint}."
+            return f"{text} {self._claim}; error is introduced in {name}{hint}."
         if self.unchecked:
             why = f"no norm was checked, so the place where error is introduced is not known: {self.unchecked}"
-            return f"{text} as accurate as PyTorch; {why}{hint}."
-        return f"{text} as accurate as PyTorch; no failed norm or segment explains {name}{hint}."
+            return f"{text} {self._claim}; {why}{hint}."
+        return f"{text} {self._claim}; no failed norm or segment explains {name}{hint}."
 
     def _no_verdict(self, counts: str) -> str:
         if not self.rows:
@@ -149,7 +194,7 @@ class ValidationReport(Shown):
         reason, names = self.unjudged[0]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         unchecked = f"; no norm was checked: {self.unchecked}" * bool(self.unchecked)
-        return f"{counts} as accurate as PyTorch; {names[0]}{more} cannot be judged: {reason}{unchecked}."
+        return f"{counts} {self._claim}; {names[0]}{more} cannot be judged: {reason}{unchecked}."
 
     def show(self, page: Page) -> None:
         """Print the table of outputs, the reasons of what failed, and the verdict."""
@@ -187,6 +232,7 @@ class ValidationReport(Shown):
             "warnings": self.warnings,
             "unjudged": [{"reason": reason, "parts": parts} for reason, parts in self.unjudged],
             "culprits": [culprit.to_dict() for culprit in self.culprits],
+            "loss": [part.to_dict() for part in self.loss],
             "settings": self.settings,
             "outputs": [{"case": case, **row.to_dict()} for case, row in self.rows],
             "norms": [norm.to_dict() for norm in self.norms],

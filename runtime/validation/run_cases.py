@@ -13,6 +13,7 @@ import numpy as np
 
 from ...export.from_torch.example_inputs import vocabulary_size
 from ...export.graph.metadata import PRESENT
+from ...models.dtypes import numpy_dtype
 from ...models.errors import RmsnormDeployError, UsageError
 from ..accuracy.baseline import unless_wrong
 from ..accuracy.compare_output import OutputVerdict, judge
@@ -58,6 +59,7 @@ class Run:
         present: the KV cache after the last call, by name.
         error: why the candidate does not run the case, which PyTorch does; else empty.
         repeated: whether a second run gave the same bits; None if there was none.
+        torch_dtype: numpy's name of the dtype in which PyTorch gets floating-point inputs; that of the case if None.
     """
 
     case: Case
@@ -65,6 +67,7 @@ class Run:
     present: Outputs = field(default_factory=dict)
     error: str = ""
     repeated: bool | None = None
+    torch_dtype: str | None = None
 
     @property
     def got(self) -> Outputs:
@@ -72,9 +75,18 @@ class Run:
         return {f"{name}{call.suffix}": value for call in self.calls for name, value in call.outputs.items()}
 
     @property
+    def own_feeds(self) -> dict[str, Array]:
+        """The candidate's feeds without a cache."""
+        return {name: value for name, value in self.case.feeds.items() if not is_past(name)}
+
+    @property
     def torch_feeds(self) -> dict[str, Array]:
         """The feeds of PyTorch, which runs without a cache."""
-        return {name: value for name, value in self.case.feeds.items() if not is_past(name)}
+        feeds = self.own_feeds
+        if self.torch_dtype is None:
+            return feeds
+        dtype = numpy_dtype(self.torch_dtype)
+        return {name: value.astype(dtype) if _is_float(value) else value for name, value in feeds.items()}
 
     @property
     def size(self) -> int:
@@ -202,7 +214,7 @@ def judge_run(
             if mask is not None and ours.shape == theirs.shape == got.shape:
                 got, ours, theirs = got[mask], ours[mask], theirs[mask]
             rows.append(judge_output(name + call.suffix, got, ours, theirs, limits_of(limits, name)))
-    rows += judge_cache(run, reference, baseline)
+    rows += judge_cache(run, reference, baseline, limits)
     if run.repeated is False:
         reason = "a second run of the same inputs gives other bits, so the file reads something besides its inputs"
         rows.append(OutputVerdict("a second run", False, reason, None, None))
@@ -222,11 +234,13 @@ def judge_output(
     return verdict
 
 
-def judge_cache(run: Run, reference: Outputs, baseline: Outputs) -> list[OutputVerdict]:
+def judge_cache(
+    run: Run, reference: Outputs, baseline: Outputs, limits: Mapping[str, Limits] | None = None
+) -> list[OutputVerdict]:
     """The verdicts on the KV cache after the last call: on each tensor that did not pass, and on the worst other one.
 
     A sliding layer of PyTorch keeps only the last tokens, and padded tokens have no meaning: only the tensors' common
-    part, without padding, is judged.
+    part, without padding, is judged. Explicit limits for every output, or for a tensor by name, apply here too.
     """
     mask = run.case.feeds.get("attention_mask")
     rows = []
@@ -239,7 +253,7 @@ def judge_cache(run: Run, reference: Outputs, baseline: Outputs) -> list[OutputV
         if mask is not None and mask.ndim == 2 and mask.shape[1] >= count and len(mask) == len(got) == len(wanted):
             kept = mask[:, mask.shape[1] - count :] != 0
             mine, ours, theirs = mine[kept], ours[kept], theirs[kept]
-        rows.append(judge_output(name, mine, ours, theirs, None))
+        rows.append(judge_output(name, mine, ours, theirs, limits_of(limits or {}, name)))
     worst = max((r for r in rows if r.passed), key=lambda r: r.figures.max_rel_row if r.figures else 0.0, default=None)
     kept_row = [] if worst is None else [dataclasses.replace(worst, name=f"{worst.name} (worst of {len(rows)})")]
     return [*(row for row in rows if not row.passed), *kept_row]

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...models.recognition.site import norm_name
 from ..accuracy.compare_output import OutputVerdict, brief, judge
+from ..accuracy.tolerances import Limits
 from ..norms.access import CalledNorm, NormAccess
 from ..norms.activation_store import ActivationStore, Key
 from ..norms.torch_norms import TorchNorms
@@ -49,6 +50,7 @@ def check_segments(
     store: ActivationStore,
     describe: Callable[[Key | str], tuple[str, list[str]]],
     outputs: SegmentOutputs,
+    limits: Limits | None = None,
 ) -> list[SegmentCheck]:
     """Run the segments between norms on the store's values.
 
@@ -60,11 +62,12 @@ def check_segments(
         store: filled by `TorchNorms.write_reference`; `own_x` and `own_gate` are added.
         describe: returns the name of the segment that ends at a norm or an output, and the norms inside it.
         outputs: the reference's outputs, and the names of PyTorch's outputs.
+        limits: explicit limits that replace the comparison with PyTorch's own error.
     """
     found: dict[tuple[Key, str], SegmentCheck] = {}
 
     def compare(key: Key, role: str, value: Array) -> None:
-        verdict = judge(role, value, store.get(key, role), store.get(key, f"own_{role}"))
+        verdict = judge(role, value, store.get(key, role), store.get(key, f"own_{role}"), limits=limits)
         name, inside = describe(key)
         is_x = role == "x"
         found[key, role] = SegmentCheck(name if is_x else f"{name} (its gate)", verdict, inside, key if is_x else None)
@@ -78,7 +81,7 @@ def check_segments(
         got, true, wanted = results[name], outputs.reference[name], own[name]
         if is_last_token(got, wanted):
             true, wanted = last_token(true, got), last_token(wanted, got)
-        checks.append(SegmentCheck(segment, judge(name, got, true, wanted), inside))
+        checks.append(SegmentCheck(segment, judge(name, got, true, wanted, limits=limits), inside))
     return checks
 
 

@@ -93,7 +93,9 @@ def open_sides(
     if not isinstance(model, nn.Module):
         progress(f"loading {model}")
         try:
-            model = load_against(str(model), options.dtype, exported, trust_remote_code)
+            model = load_against(
+                str(model), options.dtype, exported, trust_remote_code, own_dtype=options.lossy is not None
+            )
         except UsageError as error:
             if not by_manifest:
                 raise
@@ -111,8 +113,9 @@ def open_sides(
     hint = ""
     if origin is not None and against is not None and not _same_source(origin, against):
         hint = f"this export came from {origin}, and --against names {against}"
-    with hinting(hint):
-        _check_dtype(side, model)
+    if options.lossy is None:
+        with hinting(hint):
+            _check_dtype(side, model)
     named = isinstance(candidate, str | Path) and against is not None
     return Sides(side, model, against, loaded, None if exported is None else exported.folder, named, hint)
 
@@ -213,16 +216,18 @@ def is_model_source(text: str) -> bool:
     return ":" in text and not place.exists()
 
 
-def load_against(source: str, dtype: str | None, exported: Exported | None, trust_remote_code: bool) -> nn.Module:
+def load_against(
+    source: str, dtype: str | None, exported: Exported | None, trust_remote_code: bool, *, own_dtype: bool = False
+) -> nn.Module:
     """Load the PyTorch model in the requested dtype, or else in the exported dtype, with the outliers that the export
-    injected into its weights.
+    injected into its weights. With `own_dtype` the model keeps its own dtype instead of the exported one.
 
     Raises:
         UsageError: as in `load_model`.
     """
     model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code).model
-    own = _dtype_of(model)
-    wanted = exported.dtype if exported is not None else None
+    own = dtype_of(model)
+    wanted = exported.dtype if exported is not None and not own_dtype else None
     if dtype is None and own is not None and wanted not in (None, own):
         # Load it again only if the dtype differs: a cast would change a model that mixes dtypes.
         model = load_model(source, dtype=wanted, trust_remote_code=trust_remote_code).model
@@ -232,13 +237,15 @@ def load_against(source: str, dtype: str | None, exported: Exported | None, trus
 
 
 def _check_dtype(candidate: Candidate, model: nn.Module) -> None:
-    own, exported = _dtype_of(model), candidate.manifest.get("dtype")
+    own, exported = dtype_of(model), candidate.manifest.get("dtype")
     if exported is not None and own is not None and own != exported:
         raise UsageError(
             f"{candidate.name} was exported in {exported}, but the PyTorch model is in {own}. Load it in "
-            f"{exported} (--dtype {exported}): the baseline must have the deployed dtype."
+            f"{exported} (--dtype {exported}): the baseline must have the deployed dtype. To judge what the "
+            "conversion loses, give a profile (--lossy)."
         )
 
 
-def _dtype_of(model: nn.Module) -> str | None:
+def dtype_of(model: nn.Module) -> str | None:
+    """PyTorch's name of the dtype of the first floating-point parameter; None without one."""
     return next((torch_name(p.dtype) for p in model.parameters() if p.is_floating_point()), None)

@@ -307,6 +307,10 @@ def test_a_prompt_without_a_tokenizer(rmsnorm: CommandLine, exported: Path, mode
         (("--atol", "nosuch:1e-3"), "limits are given for nosuch, but there is no such output. The outputs are: out"),
         (("--atol", "output:x"), "--atol output:x: expected a number of at least 0"),
         (("--ulp=-1",), "--ulp -1: expected a number of at least 0"),
+        (("--min-cosine", "output:1.5"), "--min-cosine output:1.5: expected a number from 0 to 1, such as 0.99"),
+        (("--max-kl", "0.1"), "--max-kl: expected an output that holds logits, whose name ends with 'logits', got out"),
+        (("--max-rms", "@norm:1"), "Limits may also be on @norms and @segments"),
+        (("--lossy", "int7"), "lossy: expected one of int8, int4, fp16, bf16, or none, got 'int7'"),
         (("--window", "0"), "--window"),
         (("--shape", "3"), "3x33"),
         (("--seed", "-1"), "--seed"),
@@ -389,3 +393,24 @@ def test_outliers_are_given_to_both_sides(rmsnorm: CommandLine, models: Path, tm
     del manifest["outliers"]
     (out / "manifest.json").write_text(json.dumps(manifest))
     assert rmsnorm(*arguments).code == 1
+
+
+# ------------------------------------------------------------------------------------------------------ lossy files
+
+
+def test_a_profile_and_limits_over_it(rmsnorm: CommandLine, wrong: Path, models: Path) -> None:
+    """One of the norm's weights is off by a hundredth: more than any profile for a norm allows, unless limits do."""
+    arguments = ("validate", wrong, "--against", f"{models}:net", "--shape", "2x5", "--lossy", "int8")
+    outcome = rmsnorm(*arguments)
+    assert (outcome.code, "RMS error / row RMS" in outcome.out) == (1, True)
+    assert "within the limits of int8" in outcome.out
+    outcome = rmsnorm(*arguments, "--max-rms", "@norms:0.1")
+    assert outcome.code == 0
+    losses = [line for line in outcome.out.splitlines() if line.startswith("largest loss: ")]
+    assert losses[0].startswith("largest loss: norm norm: cosine 1.0000, rms 0.")
+    assert losses[0].endswith("% of a row's RMS")
+    content = rmsnorm(*arguments, "--max-rms", "@norms:0.1", "--min-cosine", "output:0.9", "--json").json
+    assert content["settings"]["limits"]["@norms"]["max_rms"] == 0.1
+    assert content["settings"]["limits"]["output"]["min_cosine"] == 0.9
+    assert [row["kind"] for row in content["loss"]] == ["norm", "segment", "segment"]
+    assert rmsnorm("bisect", wrong, "--against", f"{models}:net", "--shape", "2x5", "--lossy", "int8").code == 1

@@ -18,7 +18,7 @@ from rmsnorm_deploy.cli.screen import Screen
 from rmsnorm_deploy.export.onnx_io.destinations import check_distinct, check_new_file
 from rmsnorm_deploy.export.onnx_io.owned_files import is_own_report
 from rmsnorm_deploy.models.errors import UsageError
-from rmsnorm_deploy.runtime.accuracy.tolerances import parse_limits
+from rmsnorm_deploy.runtime.accuracy.tolerances import KINDS_OF_LIMITS, parse_limits
 from rmsnorm_deploy.runtime.report.printed import print_validation
 from rmsnorm_deploy.runtime.validation.options import ValidationOptions
 
@@ -97,6 +97,40 @@ GIVEN: dict[str, Any] = {
         list[str] | None, typer.Option("--rtol", metavar="[OUTPUT:]X", help="See --atol; relative to the reference.")
     ],
     "ulp": Annotated[list[str] | None, typer.Option("--ulp", metavar="[OUTPUT:]X", help="See --atol; in ULPs.")],
+    "min_cosine": Annotated[
+        list[str] | None,
+        typer.Option(
+            "--min-cosine",
+            metavar="[OUTPUT:]X",
+            help="See --atol: the least cosine. OUTPUT may be @norms or @segments, for all of them.",
+        ),
+    ],
+    "min_top1": Annotated[
+        list[str] | None,
+        typer.Option(
+            "--min-top1", metavar="[OUTPUT:]X", help="See --atol: the least share of rows with the same largest logit."
+        ),
+    ],
+    "max_kl": Annotated[
+        list[str] | None,
+        typer.Option("--max-kl", metavar="[OUTPUT:]X", help="See --atol: the largest divergence of logits, in nats."),
+    ],
+    "max_rel": Annotated[
+        list[str] | None,
+        typer.Option("--max-rel", metavar="[OUTPUT:]X", help="See --atol: the largest error / RMS of its row."),
+    ],
+    "max_rms": Annotated[
+        list[str] | None,
+        typer.Option("--max-rms", metavar="[OUTPUT:]X", help="See --atol: the largest RMS error / RMS of a row."),
+    ],
+    "lossy": Annotated[
+        str | None,
+        typer.Option(
+            "--lossy",
+            metavar="PROFILE",
+            help="Limits for a quantized or converted file instead of PyTorch's own error: int8, int4, fp16 or bf16.",
+        ),
+    ],
     "outputs_only": Annotated[
         bool, typer.Option("--outputs-only", help="Compare only the outputs, not norms and segments: faster.")
     ],
@@ -142,9 +176,9 @@ def options_of(values: Mapping[str, Any]) -> ValidationOptions:
         UsageError: a text has the wrong form, or a value is out of range.
     """
     fields = dict(values)
-    limits = [fields.pop(name, None) or () for name in ("atol", "rtol", "ulp")]
+    limits = {name: fields.pop(name, None) or () for name in KINDS_OF_LIMITS}
     shapes, prompts = shapes_of(fields.pop("shape")), tuple(fields.pop("prompt") or ())
-    return ValidationOptions(**fields, shapes=shapes, prompts=prompts, limits=parse_limits(*limits))
+    return ValidationOptions(**fields, shapes=shapes, prompts=prompts, limits=parse_limits(**limits))
 
 
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML file.")]

@@ -111,3 +111,67 @@ def test_limits_on_an_output_that_does_not_exist() -> None:
         check_limits(limits, ["logits", "y"])
     check_limits(limits, ["logit"])
     check_limits(parse_limits(["1"], [], []), [])
+
+
+# ------------------------------------------------------------------------------------------- limits on statistics
+
+# Two rows of RMS 5; the candidate is off by 1 in one element of the first.
+ROWS = np.array([[3.0, 4.0, 5.0, -(50.0**0.5)], [5.0, 5.0, 5.0, -5.0]])
+NEAR = ROWS.astype(np.float32)
+NEAR[0, 1] += 1.0
+
+
+def limited(name: str = "y", candidate: np.ndarray = NEAR, **limits: float) -> tuple[bool | None, str]:
+    verdict = judge(name, candidate, ROWS, ROWS.astype(np.float32), limits=Limits(**limits))
+    assert verdict.margin is None
+    return verdict.passed, verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("limits", "passed", "reason"),
+    [
+        ({"max_rel": 0.21}, True, "largest error / row RMS 0.2 of at most 0.21 allowed"),
+        ({"max_rel": 0.19}, False, "largest error / row RMS 0.2 of at most 0.19 allowed"),
+        # Half of 1 / 5 in the first of two rows: sqrt(0.01 / 2).
+        ({"max_rms": 0.071}, True, "RMS error / row RMS 0.0707 of at most 0.071 allowed"),
+        ({"max_rms": 0.07}, False, "RMS error / row RMS 0.0707 of at most 0.07 allowed"),
+        ({"min_cosine": 0.99}, True, "cosine 0.9978 of at least 0.99 required"),
+        ({"min_cosine": 0.999}, False, "cosine 0.9978 of at least 0.999 required"),
+    ],
+)
+def test_statistics_are_limited(limits: dict[str, float], passed: bool, reason: str) -> None:
+    assert limited(**limits) == (passed, reason)
+
+
+def test_every_limit_is_named_and_what_failed_comes_first() -> None:
+    passed, reason = limited(max_rel=1.0, max_rms=0.01, atol=2.0)
+    assert passed is False
+    assert reason.startswith("RMS error / row RMS 0.0707 of at most 0.01 allowed; every element satisfies |error| <= 2")
+    assert reason.endswith("; largest error / row RMS 0.2 of at most 1 allowed")
+    passed, reason = limited(max_rel=1.0, atol=0.5)
+    assert (passed, "1 of 8 elements violate" in reason) == (False, True)
+
+
+def test_statistics_of_logits() -> None:
+    swapped = ROWS.astype(np.float32)
+    swapped[0, 2] = 3.5  # the largest of its row no longer
+    assert limited("logits", swapped, min_top1=0.5) == (True, "top-1 agreement 0.5000 of at least 0.5 required")
+    assert limited("logits", swapped, min_top1=0.75) == (False, "top-1 agreement 0.5000 of at least 0.75 required")
+    passed, reason = limited("logits", swapped, max_kl=1e-3)
+    assert (passed, reason.endswith("of at most 0.001 allowed")) == (False, True)
+    passed, reason = limited("y", swapped, min_top1=0.5)
+    assert passed is None
+    assert "not logits, or no row is finite, so top-1 agreement is not defined" in reason
+
+
+def test_a_cosine_near_one_is_shown_with_the_digits_that_decide() -> None:
+    candidate = (ROWS * np.array([[1.0, 1.0, 1.0, 1.0003]])).astype(np.float32)
+    passed, reason = limited(candidate=candidate, min_cosine=0.999999999)
+    assert passed is False
+    assert float(reason.split()[1]) < 0.999999999
+
+
+def test_nan_fails_statistics_however_wide() -> None:
+    broken = NEAR.copy()
+    broken[1, 0] = np.nan
+    assert limited(candidate=broken, min_cosine=0.0, max_rms=1e9)[0] is False

@@ -8,9 +8,15 @@ import pytest
 
 from rmsnorm_deploy.models.dtypes import NORM_DTYPES
 from rmsnorm_deploy.models.errors import UsageError
+from rmsnorm_deploy.runtime.accuracy.error_stats import Figures
 from rmsnorm_deploy.runtime.accuracy.float_formats import FORMATS
 from rmsnorm_deploy.runtime.accuracy.tolerances import (
     EVERY_OUTPUT,
+    FIGURE_LIMITS,
+    KINDS_OF_LIMITS,
+    NORMS,
+    PARTS,
+    SEGMENTS,
     TOLERANCES,
     Limits,
     Tolerance,
@@ -103,3 +109,73 @@ def test_check_limits_names_what_is_not_there_and_what_is() -> None:
     assert "b, logits" in str(error.value)
     with pytest.raises(UsageError, match="none"):
         check_limits({"a": Limits(ulp=1.0)}, [])
+
+
+# ------------------------------------------------------------------------------------------- limits on statistics
+
+
+@pytest.mark.parametrize(
+    ("label", "value", "expected"),
+    [
+        ("min_cosine", 1.5, "expected a number from 0 to 1"), ("min_top1", -0.1, "expected a number from 0 to 1"),
+        ("min_top1", math.nan, "expected a number from 0 to 1"), ("max_kl", -1.0, "expected a number of at least 0"),
+        ("max_rel", math.nan, "expected a number of at least 0"), ("max_rms", -1.0, "expected a number of at least 0"),
+    ],
+)  # fmt: skip
+def test_a_limit_on_a_statistic_is_in_its_range(label: str, value: float, expected: str) -> None:
+    with pytest.raises(UsageError, match=f"{label}: {expected}, got {value}"):
+        Limits(**{label: value})
+    with pytest.raises(UsageError, match=f"--{label.replace('_', '-')} y:{value}: {expected}, such as"):
+        parse_limits(**{label: [f"y:{value}"]})
+
+
+def test_limits_on_elements_and_on_statistics() -> None:
+    limits = Limits(atol=1.0, min_top1=0.9, max_rms=0.1)
+    assert (limits.is_set, limits.on_elements, limits.on_logits) == (True, True, ["min_top1"])
+    assert limits.on_figures == {"min_top1": 0.9, "max_rms": 0.1}
+    assert limits.without_logits() == Limits(atol=1.0, max_rms=0.1)
+    assert Limits(max_rms=0.2, max_kl=1.0).over(limits) == Limits(atol=1.0, min_top1=0.9, max_rms=0.2, max_kl=1.0)
+    assert (Limits(max_kl=0.1).is_set, Limits(max_kl=0.1).on_elements) == (True, False)
+
+
+def test_every_limit_on_a_statistic_names_a_field_of_the_figures() -> None:
+    assert set(KINDS_OF_LIMITS) == {"atol", "rtol", "ulp", *FIGURE_LIMITS}
+    assert {row.figure for row in FIGURE_LIMITS.values()} <= set(Figures.__dataclass_fields__)
+    assert all(row.at_least is label.startswith("min_") for label, row in FIGURE_LIMITS.items())
+
+
+def test_norms_and_segments_take_no_limits_of_outputs() -> None:
+    limits = parse_limits(["1"], min_cosine=["@segments:0.9", "0.99"], max_rms=["@norms:1e-3"])
+    assert limits[NORMS] == Limits(max_rms=1e-3)
+    assert limits[SEGMENTS] == Limits(min_cosine=0.9)
+    assert limits[EVERY_OUTPUT] == Limits(atol=1.0, min_cosine=0.99)
+    assert limits_of({EVERY_OUTPUT: Limits(atol=1.0)}, NORMS) is None
+
+
+def test_limits_on_logits_for_every_output_are_for_logits() -> None:
+    limits = parse_limits(min_top1=["0.9"], max_rel=["y:1"])
+    assert limits["y"] == Limits(max_rel=1.0)
+    assert limits_of(limits, "lm_logits") == Limits(min_top1=0.9)
+    assert limits_of(limits, "present.0.key") is None
+    check_limits(limits, ["y", "logits"])
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"y": Limits(min_top1=0.9)}, "--min-top1: expected an output that holds logits.*got y"),
+        ({EVERY_OUTPUT: Limits(max_kl=0.9)}, "--max-kl: expected an output that holds logits.*got y, z"),
+        ({SEGMENTS: Limits(max_kl=0.9)}, "--max-kl: expected an output that holds logits.*got @segments"),
+    ],
+)
+def test_limits_on_logits_need_logits(limits: dict[str, Limits], expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
+        check_limits(limits, ["y", "z"], PARTS)
+
+
+def test_norms_and_segments_are_names_only_where_there_are_any() -> None:
+    check_limits({NORMS: Limits(atol=1.0)}, ["y"], PARTS)
+    with pytest.raises(UsageError, match="given for @norms, but there is no such output"):
+        check_limits({NORMS: Limits(atol=1.0)}, ["y"])
+    with pytest.raises(UsageError, match="Limits may also be on @norms and @segments"):
+        check_limits({"@norm": Limits(atol=1.0)}, ["y"], PARTS)

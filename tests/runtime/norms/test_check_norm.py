@@ -11,6 +11,7 @@ import pytest
 from rmsnorm_deploy.models.dtypes import HALF_DTYPES, NORM_DTYPES, numpy_dtype
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.runtime.accuracy.compare_output import OutputVerdict
+from rmsnorm_deploy.runtime.accuracy.tolerances import Limits
 from rmsnorm_deploy.runtime.norms.access import CalledNorm, NormFeed
 from rmsnorm_deploy.runtime.norms.adversarial_rows import AS_IT_RUNS, KINDS, RowKind
 from rmsnorm_deploy.runtime.norms.check_norm import (
@@ -317,3 +318,29 @@ def test_the_summary_names_what_failed_once_and_the_first_reason() -> None:
 
 def test_the_limits_are_numbers() -> None:
     assert all(math.isfinite(sound_limit(SPEC, dtype)) for dtype in NORM_DTYPES)
+
+
+# -------------------------------------------------------------------------------------------------- explicit limits
+
+
+def test_limits_replace_the_comparison_with_the_baseline() -> None:
+    x = rows()
+    off = (exact(NormFeed(x)) * 1.01).astype(np.float32)
+    assert not checked(off, x)[0].passed
+    (verdict,) = checked(off, x, limits=Limits(max_rms=0.011))
+    assert verdict.passed
+    (verdict,) = checked(off, x, limits=Limits(max_rms=0.009))
+    assert (verdict.passed, verdict.reason) == (False, "RMS error / row RMS 0.01 of at most 0.009 allowed")
+
+
+@pytest.mark.parametrize(("kind", "passed"), [("normal", False), ("largest", True)])
+def test_where_pytorch_is_wrong_too_a_result_as_good_as_its_own_passes(kind: str, passed: bool) -> None:
+    """Squares may overflow in PyTorch itself, so a limit alone would fail every file there."""
+    x = rows()
+    kinds = np.full(len(x), NUMBER[kind])
+    expected = exact(NormFeed(x))
+    off = (expected * 1.01).astype(np.float32)
+    (verdict,) = check_norm(
+        called(shape=x.shape), NormFeed(x), kinds, off, off, exact, limits=Limits(max_rms=1e-3)
+    )  # fmt: skip
+    assert verdict.passed is passed

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.models.spec import NormSpec
-from rmsnorm_deploy.runtime.norms.formula import COMPARED, Formula, differences, read_formulas
+from rmsnorm_deploy.runtime.norms.access import Formula
+from rmsnorm_deploy.runtime.norms.formula import COMPARED, differences, read_formulas
 
 WEIGHT = np.linspace(0.5, 2.0, 64, dtype=np.float32)
 BASE = NormSpec(eps=1e-6)

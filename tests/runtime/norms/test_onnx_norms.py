@@ -13,7 +13,7 @@ from rmsnorm_deploy.export.from_torch.lower import lower
 from rmsnorm_deploy.export.graph.metadata import FORM_KEY, PATH_KEY, SPEC_KEY, VALUES_KEY
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.runtime.norms import onnx_norms
-from rmsnorm_deploy.runtime.norms.access import NormFeed
+from rmsnorm_deploy.runtime.norms.access import NormDtypes, NormFeed
 from rmsnorm_deploy.runtime.norms.activation_store import ActivationStore, Key
 from rmsnorm_deploy.runtime.norms.onnx_norms import OnnxNorms
 from tests.helpers.graphs.onnx_text import parsed, values
@@ -214,3 +214,9 @@ def test_without_norms_the_outputs_are_computed_all_the_same(path: Path) -> None
     traced = norms.trace(FEEDS, [], lambda *_: None)
     assert set(between) == set(traced) == {"out", "total"}
     assert all(np.array_equal(between[name], traced[name]) for name in traced)
+
+
+def test_the_dtypes_of_a_norm_are_the_files(path: Path) -> None:
+    norms = OnnxNorms(path, "cpu")
+    assert norms.dtypes(GATED) == NormDtypes("float32", "float32", "float32")
+    assert norms.dtypes(FIRST).gate is None

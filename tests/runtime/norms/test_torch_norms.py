@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -263,3 +264,26 @@ def test_the_callers_arrays_are_never_written_over(store: ActivationStore) -> No
     np.testing.assert_array_equal(feeds["x"], feeds_of()["x"])
     feeds["x"].setflags(write=False)
     norms.between(feeds, [("norm", 0)], store, lambda key, role, value: None)
+
+
+# -------------------------------------------------------------------------------------- a candidate of another dtype
+
+
+def test_values_at_norms_are_rounded_to_the_deployed_dtypes(store: ActivationStore) -> None:
+    """The float32 model gets values that float16 represents, and computes with them in float32."""
+    model, feeds = Residual().eval(), feeds_of()
+    _, survey = surveyed(model, feeds)
+    half = {k: dataclasses.replace(n, x_dtype="float16", y_dtype="float16") for k, n in survey.called.items()}
+    norms = TorchNorms(model, TorchRunner(model), find_norms(model), survey.called, half)
+    with in_float64(model):
+        norms.write_reference(wide(feeds), store)
+    assert {np.asarray(store.get(FIRST, role)).dtype.name for role in ("fed_x", "fed_y")} == {"float16"}
+    seen: dict[Key, np.ndarray] = {}
+    outputs = norms.between(feeds, [FIRST, SECOND], store, lambda key, role, value: seen.update({key: value.copy()}))
+    assert {value.dtype.name for value in (*seen.values(), *outputs.values())} == {"float32"}
+    x = np.asarray(store.get(FIRST, "fed_x"))
+    with norms.alone([FIRST]) as run:
+        y = run({FIRST: NormFeed(x)})[FIRST].y
+    assert y.dtype.name == "float32"
+    np.testing.assert_allclose(y, norms.exact(FIRST, NormFeed(x)), rtol=1e-5, atol=1e-6)
+    assert (norms.dtypes(FIRST).x, norms.deployed[FIRST].x_dtype) == ("float32", "float16")

@@ -124,6 +124,30 @@ def test_the_figures_are_those_of_the_pass_rule() -> None:
     assert word == "pass"
 
 
+def test_the_three_largest_losses_are_printed() -> None:
+    losses = [
+        {"kind": "segment", "name": f"s{n}", "cosine": 0.9967, "rms_rel_row": "inf" if n == 0 else 0.082 / n}
+        for n in range(5)
+    ]
+    lines = [line for line in validated(loss=losses).lines if "loss" in line]
+    assert lines == [
+        "largest loss: segment s0: cosine 0.9967, rms inf% of a row's RMS",
+        "largest loss: segment s1: cosine 0.9967, rms 8.20% of a row's RMS",
+        "largest loss: segment s2: cosine 0.9967, rms 4.10% of a row's RMS",
+    ]
+
+
+def test_of_passes_within_limits_only_the_worst_of_an_output_has_its_reason_printed() -> None:
+    def limited(case: str, error: float, passed: bool = True) -> dict[str, Any]:
+        figures = {**FIGURES, "rms_rel_row": error}
+        return row(case=case, passed=passed, reason=f"RMS {error}", figures=figures, margin=None)
+
+    rows = [limited("a", 0.1), limited("b", 0.3), limited("c", 0.2), limited("d", 0.9, False)]
+    page = validated(outputs=rows)
+    assert [line for line in page.lines if "RMS 0." in line] == ["b, y: RMS 0.3", "d, y: RMS 0.9"]
+    assert [cells[0] for cells in page.tables[0][1]] == ["d", "b (worst of 3)"]
+
+
 def test_quiet_lines_are_what_failed_and_the_verdict() -> None:
     rows = [row("a"), row("b", False, "because"), row("c", False, "because")]
     content = report(outputs=rows, verdict="fail", culprits=[{"kind": "norm", "name": "n", "reason": "why"}])

@@ -10,12 +10,14 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from rmsnorm_deploy.models.errors import UsageError
-from rmsnorm_deploy.runtime.accuracy.tolerances import Limits
+from rmsnorm_deploy.runtime.accuracy.lossy import PROFILES
+from rmsnorm_deploy.runtime.accuracy.tolerances import KINDS_OF_LIMITS, Limits
 from rmsnorm_deploy.runtime.validation.options import ValidationOptions
 
 FULL = ValidationOptions(
     dtype="float16", provider="cuda", seed=3, shapes=((2, 5), (1, 1)), prompts=("a", "b"), tokenizer="folder",
     limits={"*": Limits(atol=1e-3), "logits": Limits(rtol=0.5, ulp=2.0)}, depth=True, window=4, bisect=True,
+    lossy="int8",
 )  # fmt: skip
 
 
@@ -30,6 +32,8 @@ FULL = ValidationOptions(
         ({"seed": -1}, "seed"),
         ({"inputs": "a.npz", "prompts": ["text"]}, "prompts"),
         ({"bisect": True, "outputs_only": True}, "outputs_only"),
+        ({"lossy": "int7"}, "lossy: expected one of int8, int4, fp16, bf16, or none, got 'int7'"),
+        ({"outputs_only": True, "limits": {"@norms": Limits(atol=1.0)}}, "@norms, but outputs_only skips"),
     ],
 )
 def test_refusals(changes: dict[str, Any], word: str) -> None:
@@ -66,7 +70,7 @@ def test_every_field_is_in_the_dictionary_as_json() -> None:
     assert set(values) == {field.name for field in dataclasses.fields(ValidationOptions)}
     assert json.loads(json.dumps(values)) == values
     assert values["shapes"] == [[2, 5], [1, 1]]
-    assert values["limits"]["logits"] == {"atol": None, "rtol": 0.5, "ulp": 2.0}
+    assert values["limits"]["logits"] == dict.fromkeys(KINDS_OF_LIMITS) | {"rtol": 0.5, "ulp": 2.0}
 
 
 @pytest.mark.parametrize("options", [ValidationOptions(), FULL, ValidationOptions(inputs="x.npz", outputs_only=True)])
@@ -81,3 +85,12 @@ def test_the_way_through_json_and_back(options: ValidationOptions) -> None:
 def test_read_from_json_types_must_match_and_nothing_be_unknown(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         TypeAdapter(ValidationOptions).validate_json(json.dumps({**ValidationOptions().to_dict(), **wrong}))
+
+
+def test_a_profile_adds_its_limits_to_the_explicit_ones() -> None:
+    given = {"@segments": Limits(max_rms=0.5)}
+    assert ValidationOptions(limits=given).all_limits == given
+    found = ValidationOptions(limits=given, lossy="fp16").all_limits
+    assert found["@segments"].max_rms == 0.5
+    assert found["@norms"] == PROFILES["fp16"].norms
+    assert found["*"] == PROFILES["fp16"].outputs

@@ -216,6 +216,15 @@ def test_a_case_that_only_the_candidate_fails_on_is_a_failure_and_one_that_both_
     assert rows == [("required", "y", True), ("2 rows", "y", True), ("5 rows", "the run", False)]
 
 
+def test_a_model_that_runs_none_of_the_inputs_is_an_error() -> None:
+    runs = run_candidate(picky(9), "it", [optional(2), optional(3)], silent)
+    model = nn.Identity()
+    with pytest.raises(
+        UsageError, match=r"Identity runs none of the generated inputs: 2 rows.*too many rows.*Give inputs"
+    ):
+        run_baseline(Baseline(model, picky(1), find_norms(model)), runs, silent)
+
+
 def test_a_required_case_that_fails_is_an_error() -> None:
     with pytest.raises(UsageError, match="too many rows"):
         run_candidate(picky(2), "it", [Case("required", {"x": np.zeros((3, 1))})], silent)

@@ -81,7 +81,8 @@ def test_every_option_goes_through_a_report(tmp_path: Path) -> None:
     """Each field with a value that is not its default, so that none is lost on the way."""
     given: dict[str, Any] = {
         "dtype": "float16", "provider": "cuda", "seed": 5, "shapes": ((1, 2), (3, 4)), "prompts": ("a", "b"),
-        "tokenizer": "t", "limits": {"y": Limits(rtol=0.5, ulp=2.0)}, "outputs_only": True, "depth": True, "window": 3,
+        "tokenizer": "t", "limits": {"y": Limits(rtol=0.5, min_top1=0.5)}, "outputs_only": True, "depth": True,
+        "window": 3, "lossy": "int4",
     }  # fmt: skip
     path = tmp_path / "report.json"
     for values in (given, {"inputs": "x.npz", "bisect": True}, {"thorough": True}):

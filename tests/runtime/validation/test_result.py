@@ -256,3 +256,20 @@ def test_the_summary_says_that_no_norm_was_checked_and_that_the_model_is_another
     assert wrong == f"0 of 1 output as accurate as PyTorch; {place}: {why}; {hint}."
     faulty = report(norms=[norm_check(FIRST, False)], hint=hint).summary
     assert faulty.endswith(f"error is introduced in first; {hint}.")
+
+
+# ---------------------------------------------------------------------------------------------------------- loss
+
+
+def test_the_loss_of_a_lossy_file_is_sorted_and_the_summary_names_the_profile() -> None:
+    norm = norm_check(FIRST, kinds=[verdict("as it runs", error=0.5), verdict("large", error=9.0)])
+    parts: dict[str, Any] = {"norms": [norm], "segments": [segment("s", error=0.25), segment("t", error=1e-3)]}
+    lossy = report(**parts, settings={"lossy": "int8"})
+    assert [(part.kind, part.name) for part in lossy.loss] == [("norm", "first"), ("segment", "s"), ("segment", "t")]
+    # One of 64 ones is off by a half: the RMS of the errors is 0.5 / 8.
+    assert lossy.loss[0].rms_rel_row == pytest.approx(0.0625, rel=1e-6)
+    assert lossy.to_dict()["loss"][1]["rms_rel_row"] == pytest.approx(0.25 / 8, rel=1e-6)
+    assert "0 of 2 segments within the limits of int8; error is introduced in s" in lossy.summary
+    plain = report(**parts)
+    assert (plain.loss, plain.to_dict()["loss"]) == ([], [])
+    assert "0 of 2 segments as accurate as PyTorch; error is" in plain.summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -376,3 +377,23 @@ def test_a_runs_size_and_feeds_leave_the_cache_out() -> None:
     made = Run(Case("c", {"input_ids": ids, "past_key_values.0.key": np.zeros((2, 9))}), ())
     assert list(made.torch_feeds) == ["input_ids"]
     assert made.size == 6
+
+
+def test_limits_for_every_output_are_for_the_cache_too() -> None:
+    wrong = caches()["present.1.key"] * 1.01
+    present = {name: value.astype(np.float32) for name, value in caches(present_1_key=wrong).items()}
+    theirs, found = caches(), Run(Case("c", {}), (), present)
+    own = {name: value.astype(np.float32) for name, value in theirs.items()}
+    for limit, passed in ((0.011, True), (0.009, False)):
+        rows = judge_cache(found, theirs, own, {"*": Limits(max_rms=limit, min_top1=1.0)})
+        assert all(row.passed for row in rows) is passed
+        assert "top-1" not in rows[0].reason
+
+
+def test_pytorch_gets_floating_point_inputs_in_its_own_dtype() -> None:
+    feeds = {"x": np.ones(2, np.float16), "ids": np.ones(2, np.int64), "past_key_values.0.key": np.ones(1, np.float16)}
+    found = Run(Case("c", feeds), ())
+    assert {name: value.dtype.name for name, value in found.torch_feeds.items()} == {"x": "float16", "ids": "int64"}
+    wide_feeds = dataclasses.replace(found, torch_dtype="float32").torch_feeds
+    assert {name: value.dtype.name for name, value in wide_feeds.items()} == {"x": "float32", "ids": "int64"}
+    assert set(found.own_feeds) == {"x", "ids"}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rmsnorm_deploy.runtime.accuracy.tolerances import Limits
 from rmsnorm_deploy.runtime.norms.access import CalledNorm, Sources
 from rmsnorm_deploy.runtime.norms.activation_store import ActivationStore, Key
 from rmsnorm_deploy.runtime.validation.segment_checks import (
@@ -40,7 +41,9 @@ class Side:
 
 
 def checked(
-    mine: Mapping[tuple[Key, str], np.ndarray], outputs: dict[str, np.ndarray] | None = None
+    mine: Mapping[tuple[Key, str], np.ndarray],
+    outputs: dict[str, np.ndarray] | None = None,
+    limits: Limits | None = None,
 ) -> list[SegmentCheck]:
     """PyTorch is right everywhere; the norm `b` has a gate too."""
     places = [(A, "x"), (B, "x"), (B, "gate")]
@@ -53,7 +56,7 @@ def checked(
         found = check_segments(
             candidate, own, feeds, [A, B], store,  # type: ignore[arg-type]
             lambda end: (f"to {end if isinstance(end, str) else end[0]}", ["inside"] if end == B else []),
-            SegmentOutputs({"y": TRUE}, lambda found: {"y": found["output"]}),
+            SegmentOutputs({"y": TRUE}, lambda found: {"y": found["output"]}), limits,
         )  # fmt: skip
         assert candidate.asked == [(feeds[0], [A, B], store)]
         assert own.asked == [(feeds[1], [A, B], store)]
@@ -155,3 +158,11 @@ def test_where_the_inputs_go_in_too_it_may_be_before_the_norms() -> None:
 def test_from_several_norms_the_earliest_counts() -> None:
     found = names(Sources([C, A], reads_inputs=False), D, [A, C, D], (B,))
     assert found == ("c ... d", ["b"])
+
+
+def test_limits_replace_the_comparison_with_pytorch() -> None:
+    values = {(A, "x"): RIGHT, (B, "x"): WRONG, (B, "gate"): WRONG}
+    found = checked(values, {"y": WRONG}, Limits(max_rms=0.011))
+    assert all(check.verdict.passed for check in found)
+    failed = [check.name for check in checked(values, {"y": WRONG}, Limits(max_rms=0.009)) if not check.verdict.passed]
+    assert failed == ["to b", "to b (its gate)", "to y"]

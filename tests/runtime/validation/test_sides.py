@@ -19,7 +19,14 @@ from rmsnorm_deploy.runtime.inputs.exported import open_exported
 from rmsnorm_deploy.runtime.norms.norm_model import norm_model
 from rmsnorm_deploy.runtime.runners.base import TensorInfo
 from rmsnorm_deploy.runtime.validation.options import ValidationOptions
-from rmsnorm_deploy.runtime.validation.sides import Sides, cases_for, is_model_source, load_against, open_sides
+from rmsnorm_deploy.runtime.validation.sides import (
+    Sides,
+    cases_for,
+    dtype_of,
+    is_model_source,
+    load_against,
+    open_sides,
+)
 from tests.helpers.runtime.stand_ins import FunctionRunner
 
 OPTIONS = ValidationOptions()
@@ -180,6 +187,14 @@ def test_a_model_that_is_of_the_exports_dtype_is_loaded_once(
     asked.clear()
     load_against(code, None, open_exported(folder / "model.onnx"), False)
     assert asked == [None]
+
+
+def test_a_lossy_candidate_is_compared_with_the_model_in_its_own_dtype(code: str, folder: Path) -> None:
+    opened_sides, _ = opened(folder, code, ValidationOptions(lossy="fp16"))
+    assert dtype_of(opened_sides.model) == "float32"
+    with pytest.raises(UsageError, match=r"exported in float16.*float32.*give a profile \(--lossy\)"):
+        opened(folder, small())
+    assert opened(folder, small(), ValidationOptions(lossy="fp16"))[0].named is False
 
 
 # ----------------------------------------------------------------------------------------------------- cases_for

@@ -7,10 +7,11 @@ import dataclasses
 from rmsnorm_deploy.cli import options, validation
 from rmsnorm_deploy.cli.screen import Screen
 from rmsnorm_deploy.models.checkpoint_keys import allowing_missing
+from rmsnorm_deploy.runtime.accuracy.tolerances import KINDS_OF_LIMITS
 from rmsnorm_deploy.runtime.validation.options import ValidationOptions
 
 
-@validation.takes_options("atol", "rtol", "ulp", "outputs_only")
+@validation.takes_options(*KINDS_OF_LIMITS, "outputs_only")
 def bisect(
     given: ValidationOptions,
     candidate: validation.Candidate = None,

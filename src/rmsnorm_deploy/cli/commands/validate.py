@@ -39,7 +39,8 @@ def validate(
     """Compare a deployed model with PyTorch.
 
     Both run on the same inputs. Every output, every norm alone on adversarial inputs, and every segment between two
-    norms is compared with a float64 reference. Exits with 1 if anything is less accurate than PyTorch.
+    norms is compared with a float64 reference. Exits with 1 if anything is less accurate than PyTorch, or
+    than explicit limits or a profile (--lossy) allow.
     """
     screen = Screen(as_json, quiet)
     files = validation.ReportFiles(
