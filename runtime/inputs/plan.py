@@ -90,7 +90,7 @@ class _Planner:
             return self._plan
         for batch, length in shapes_within(self._limits, self._infos):
             calls = CALLS if (batch, length) == DEFAULT_SHAPES[1] else _STEP
-            self._add(f"{batch}x{length}", self._feeds(batch, length, calls), calls, required=True)
+            self._add(f"{batch}x{length}", self._feeds(batch, length, calls), calls, required=not self._plan.cases)
         self._add(f"{_SHORT[0]}x{_SHORT[1]}", self._feeds(*_SHORT))
         # A run that follows one of the same shapes shows outputs that are kept from it.
         self._add(f"{_SHORT[0]}x{_SHORT[1]} of other values", self._feeds(*_SHORT, seed=self._seed + 1), anew=True)

@@ -120,8 +120,9 @@ def test_encoder_and_decoder_have_other_lengths() -> None:
         assert case.feeds["input_ids"].shape[1] != case.feeds["decoder_input_ids"].shape[1], case.name
 
 
-def test_only_the_first_shapes_are_required() -> None:
-    assert [case.name for case in planned(IDS, MASK).cases if not case.optional] == ["1x1", "1x7", "2x33"]
+def test_only_the_first_case_is_required() -> None:
+    """A file that runs at all and fails on another case fails; one that does not run is an error."""
+    assert [case.name for case in planned(IDS, MASK).cases if not case.optional] == ["1x1"]
 
 
 def test_a_file_of_fixed_shape_has_its_own_shape() -> None:
