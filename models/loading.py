@@ -80,6 +80,7 @@ def as_loaded(
         return load_model(str(model), dtype=dtype, trust_remote_code=trust_remote_code)
     if not isinstance(model, nn.Module):
         raise UsageError(f"expected a PyTorch module, or the name or folder of a model, got {type(model).__name__}.")
+    check_eval_mode(model, "the module")
     return LoadedModel(model, "", "python")
 
 
@@ -111,8 +112,28 @@ def load_model(
         loaded.model = loaded.model.to(torch_dtype(dtype))
         if loaded.example_inputs is not None:
             loaded.example_inputs = _cast_floats(loaded.example_inputs, dtype)
+    check_eval_mode(loaded.model, source)
     loaded.model.eval()
     return loaded
+
+
+def check_eval_mode(model: nn.Module, where: str) -> None:
+    """Refuse a module that cannot be put in eval mode, as that of an `ExportedProgram`; it is not changed.
+
+    Raises:
+        UsageError: its mode is fixed.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+    except NotImplementedError as error:
+        raise UsageError(
+            f"{where}: {type(model).__name__} cannot be put in eval mode ({error}), as the module of an "
+            "ExportedProgram. Give the original module."
+        ) from error
+    finally:
+        for module, flag in flags:
+            module.training = flag
 
 
 def names_python(source: str) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...models.dtypes import torch_name
 from ...models.errors import UsageError
-from ...models.loading import LoadedModel, load_model, names_python
+from ...models.loading import LoadedModel, check_eval_mode, load_model, names_python
 from ...models.outliers import apply_recorded
 from ..inputs.cases import inputs_of, load_cases, made_up_for, prompt_cases
 from ..inputs.exported import Exported, open_exported
@@ -89,6 +89,8 @@ def open_sides(
     by_manifest = model is None
     if model is None:
         model = _allowed_origin(candidate, origin, allow_code)
+    if isinstance(model, nn.Module):
+        check_eval_mode(model, "the module to compare with")
     against = None if isinstance(model, nn.Module) else str(model)
     if not isinstance(model, nn.Module):
         progress(f"loading {model}")

@@ -14,7 +14,7 @@ from torch import nn
 
 from rmsnorm_deploy.models.dtypes import NORM_DTYPES
 from rmsnorm_deploy.models.errors import UsageError
-from rmsnorm_deploy.models.loading import BUILTINS, LoadedModel, load_model
+from rmsnorm_deploy.models.loading import BUILTINS, LoadedModel, as_loaded, load_model
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
 
 CODE = """
@@ -331,3 +331,29 @@ def test_what_is_loaded_says_where_it_came_from(llama: Path) -> None:
     loaded = load_model(str(llama))
     assert isinstance(loaded, LoadedModel)
     assert (loaded.source, loaded.notes, loaded.example_inputs) == (str(llama), [], None)
+
+
+def exported_program(tmp_path: Path) -> str:
+    """A factory that returns the module of an ExportedProgram."""
+    path = tmp_path / "program.py"
+    path.write_text(
+        "import torch\n"
+        "def made():\n"
+        "    return torch.export.export(torch.nn.Linear(4, 4), (torch.ones(2, 4),)).module()\n"
+    )
+    return f"{path}:made"
+
+
+def test_the_module_of_an_exported_program_is_refused(tmp_path: Path) -> None:
+    """Its mode is fixed, so it is neither evaluated nor swapped."""
+    with pytest.raises(UsageError, match=r"cannot be put in eval mode .*ExportedProgram\. Give the original module"):
+        load_model(exported_program(tmp_path))
+    module = torch.export.export(torch.nn.Linear(4, 4), (torch.ones(2, 4),)).module()
+    with pytest.raises(UsageError, match="Give the original module"):
+        as_loaded(module)
+
+
+def test_the_check_of_the_mode_changes_nothing() -> None:
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout().eval())
+    as_loaded(model)
+    assert [module.training for module in model.modules()] == [True, True, False]
