@@ -37,6 +37,8 @@ terms:
     Normed: a normalized value and the steps since.
 fused_ops:
     fused_norm: the norm that a single operator computes (ONNX's, ONNX Runtime's, the plugin's), or why it was refused.
+    is_read: whether a value is read by a node or is an output of its graph.
+    wrong_epsilon: why an operator with this epsilon is not a norm.
 to_spec:
     reading: the NormSpec of a normalized value and the values that it reads, or why there is none.
     Reading: the result of `reading`.

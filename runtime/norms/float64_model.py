@@ -17,9 +17,10 @@ from ...models.recognition.intercept import NormCall
 from ...models.reference import reference
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from ..runners.base import Array
+    Array = NDArray[Any]
 
 _WIDE: dict[torch.dtype, torch.dtype] = {
     torch.float16: torch.float64,

@@ -214,7 +214,8 @@ class GraphNorms:
         """The names of a norm's x, y and gate, or why they are not known.
 
         Whoever renames a value of the graph leaves its old name in the metadata. Where a noted name is not of a value
-        that the norm's nodes read or compute, and only one value can be meant, that one is taken.
+        that the norm's nodes read or compute, nor of another norm's result, and only one value can be meant, that one
+        is taken.
         """
         read = {str(v.name): v for node in group for v in _read(node) if v.producer() not in group and self._varies(v)}
         made = {str(v.name): v for node in group for v in node.outputs if v.name and (v.uses() or v.is_graph_output())}
@@ -229,7 +230,9 @@ class GraphNorms:
             "gate": read.keys() - {right.get("x")},
             "y": results - {right.get("x")},
         }
-        lost = [role for role, name in noted.items() if name is not None and role not in right]
+        lost = [
+            r for r, n in noted.items() if n is not None and r not in right and not self._is_of_another_norm(n, core)
+        ]
         if len({"x", "gate"} & set(lost)) < 2:
             right.update({role: str(next(iter(left[role]))) for role in lost if len(left[role]) == 1})
         for role, name in noted.items():
@@ -239,6 +242,12 @@ class GraphNorms:
                 return f"its metadata name the value {name!r}, which is missing in the file"
             right[role] = name
         return right["x"], right["y"], right.get("gate")
+
+    def _is_of_another_norm(self, name: str, core: ir.Node) -> bool:
+        """Whether another norm's nodes compute the value of a name: then the results were exchanged, not renamed."""
+        producer = self._values[name].producer() if name in self._values else None
+        path = None if producer is None else producer.metadata_props.get(PATH_KEY)
+        return path is not None and path != core.metadata_props.get(PATH_KEY)
 
     def _varies(self, value: ir.Value) -> bool:
         """Whether a value depends on the model's inputs."""

@@ -169,7 +169,7 @@ def test_validate_passes(rmsnorm: CommandLine, models: Path, exported: Path, tar
     outcome = rmsnorm("validate", exported / target, "--against", f"{models}:net", "--json")
     assert outcome.code == 0
     assert (outcome.json["schema"], outcome.json["verdict"]) == ("rmsnorm_deploy.validate/4", "pass")
-    assert [len(outcome.json[part]) for part in ("outputs", "norms", "segments")] == [6, 1, 2]
+    assert [len(outcome.json[part]) for part in ("outputs", "norms", "segments")] == [7, 1, 2]
 
 
 def test_validate_fails_against_another_model(rmsnorm: CommandLine, models: Path, exported: Path) -> None:

@@ -41,7 +41,11 @@ def test_an_input_of_impossible_size(rmsnorm: CommandLine, tmp_path: Path, rows:
     reason = outcome.json["proof"]["reason"]
     assert "input 'x', dim 0: expected at most 268435456 elements in a generated input" in reason
     assert f"got size {rows}" in reason
-    outcome = rmsnorm("validate", tmp_path / "rows.onnx", "--against", "builtin:small")
+    (tmp_path / "net.py").write_text(
+        "import torch\n\n\nclass Net(torch.nn.RMSNorm):\n    def forward(self, x):\n        return super().forward(x)\n"
+        "\n\ndef net():\n    return Net(8)\n"
+    )
+    outcome = rmsnorm("validate", tmp_path / "rows.onnx", "--against", f"{tmp_path / 'net.py'}:net")
     assert outcome.code == 2
     assert "input 'x', dim 0: expected" in outcome.err
 

@@ -223,7 +223,7 @@ def test_an_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("rmsnorm_deploy.models.regular_files.os.open", refuse)
     with pytest.raises(UsageError, match="cannot be read: Permission denied"):
         OrtRunner(path)
 

@@ -80,8 +80,8 @@ def test_an_honest_export_passes_and_reports(folder: Path, model: Residual) -> N
     rows = report.to_dict()
     assert rows["schema"] == "rmsnorm_deploy.validate/4"
     assert (rows["verdict"], rows["culprits"], rows["notes"]) == ("pass", [], [])
-    assert rows["summary"] == "5 of 5 outputs, 2 of 2 norms, 3 of 3 segments as accurate as PyTorch."
-    assert [row["case"] for row in rows["outputs"]] == ["1x1", "1x7", "2x33", "1x2", "5x7"]
+    assert rows["summary"] == "6 of 6 outputs, 2 of 2 norms, 3 of 3 segments as accurate as PyTorch."
+    assert [row["case"] for row in rows["outputs"]] == ["1x1", "1x7", "2x33", "1x2", "1x2 of other values", "5x7"]
     assert all(0 < row["figures"]["cosine"] <= 1 + 1e-12 for row in rows["outputs"])
     assert [row["path"] for row in rows["norms"]] == ["norms.0", "norms.1"]
     assert [row["name"] for row in rows["segments"]] == SEGMENTS
@@ -113,7 +113,7 @@ def test_norms_that_a_file_does_not_name_are_recognized(folder: Path, model: Res
     onnx.save(graph, tmp_path / "plain.onnx")
     report = bisect(tmp_path / "plain.onnx", model)
     assert (report.verdict, len(report.norms), len(report.segments)) == ("pass", 2, 3)
-    assert len(report.rows) == 5
+    assert len(report.rows) == 6
 
 
 def test_a_file_in_which_no_norm_is_found_has_its_outputs_compared(
@@ -126,7 +126,7 @@ def test_a_file_in_which_no_norm_is_found_has_its_outputs_compared(
     monkeypatch.setattr("rmsnorm_deploy.runtime.norms.graph_norms.annotate", lambda model: None)
     report = bisect(tmp_path / "plain.onnx", model)
     assert (report.verdict, report.norms, report.segments, report.depth) == ("pass", [], [], [])
-    assert len(report.rows) == 5
+    assert len(report.rows) == 6
     (note,) = report.notes
     assert "so only its outputs were compared" in note
 
@@ -134,7 +134,7 @@ def test_a_file_in_which_no_norm_is_found_has_its_outputs_compared(
 def test_outputs_only_looks_at_outputs_only(folder: Path, model: Residual) -> None:
     report = validate(folder, model, outputs_only=True, depth=True)
     assert (report.verdict, report.norms, report.segments, report.depth) == ("pass", [], [], [])
-    assert report.summary == "5 of 5 outputs as accurate as PyTorch."
+    assert report.summary == "6 of 6 outputs as accurate as PyTorch."
 
 
 def test_a_decoder_with_a_cache_runs_twice(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_a_norm_that_is_an_output_is_checked(target: str, tmp_path: Path) -> Non
     model = Returned(16).eval()
     save(prepare(model, inputs=residual_inputs()), tmp_path / "out", target)
     report = bisect(tmp_path / "out", model)
-    assert (report.verdict, len(report.rows), len(report.norms), len(report.segments)) == ("pass", 10, 1, 3)
+    assert (report.verdict, len(report.rows), len(report.norms), len(report.segments)) == ("pass", 12, 1, 3)
 
 
 def test_a_norm_that_the_file_lost_is_noted(folder: Path, model: Residual, tmp_path: Path) -> None:

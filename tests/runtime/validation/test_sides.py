@@ -220,7 +220,7 @@ def test_made_up_inputs_else() -> None:
 
 
 def test_planned_inputs_if_nothing_is_asked_for() -> None:
-    assert [case.feeds["x"].shape for case in cases(OPTIONS)] == [(1, 8), (2, 8), (5, 8)]
+    assert [case.feeds["x"].shape for case in cases(OPTIONS)] == [(1, 8), (2, 8), (1, 8), (5, 8)]
 
 
 @pytest.mark.parametrize("options", [{"shapes": ((2, 2),)}, {"inputs": "rows.npz"}], ids=["shapes", "inputs"])
