@@ -1,6 +1,6 @@
 """Check that `validate` detects faults without false alarms: plant every fault alone, and validate honest exports.
 
-    python -m benchmarks.mutations                  # all parts, about 20 minutes on two cores
+    python -m benchmarks.mutations                  # all parts, about an hour on two cores
     python -m benchmarks.mutations --faults-only
     python -m benchmarks.mutations --honest-only --runs 40
 
