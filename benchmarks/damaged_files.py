@@ -68,12 +68,16 @@ def honest_files(folder: Path) -> Files:
             os.chdir(here)
     from safetensors.numpy import save
 
-    arrays = {"input_ids": np.arange(3).reshape(1, 3), "x": np.ones((2, 8), np.float32)}
+    ids, x = {"input_ids": np.arange(3).reshape(1, 3)}, {"x": np.ones((2, 8), np.float32)}
+    files = {f"out/{path.name}": path.read_bytes() for path in (folder / "out").iterdir()}
+    return {**files, "report.json": (folder / "report.json").read_bytes(), "ids.npz": _npz(ids), "x.npz": _npz(x),
+            "ids.safetensors": save(ids)}  # fmt: skip
+
+
+def _npz(arrays: dict[str, np.ndarray]) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    files = {f"out/{path.name}": path.read_bytes() for path in (folder / "out").iterdir()}
-    return {**files, "report.json": (folder / "report.json").read_bytes(), "x.npz": buffer.getvalue(),
-            "x.safetensors": save(arrays)}  # fmt: skip
+    return buffer.getvalue()
 
 
 # Damage -----------------------------------------------------------------------------------------------------------
@@ -162,7 +166,7 @@ def _report(chance: random.Random, files: Files, folder: Path) -> list[list[str]
 
 def _manifest(chance: random.Random, files: Files, folder: Path) -> list[list[str]]:
     (folder / "out" / "manifest.json").write_bytes(_json(chance, files["out/manifest.json"]))
-    return [["inspect", "out"], ["run", "out", "--inputs", "x.npz", "-o", "y.npz"],
+    return [["inspect", "out"], ["run", "out", "--inputs", "ids.npz", "-o", "y.npz"],
             ["validate", "out", "--against", "builtin:small", "--outputs-only", "--shape", "1x3"]]  # fmt: skip
 
 
@@ -202,8 +206,8 @@ def _config(chance: random.Random, files: Files, folder: Path) -> list[list[str]
 KINDS: dict[str, Damage] = {
     "report": _report,
     "manifest": _manifest,
-    "npz": _arrays("x.npz", _zip),
-    "safetensors": _arrays("x.safetensors", _tensors),
+    "npz": _arrays("ids.npz", _zip),
+    "safetensors": _arrays("ids.safetensors", _tensors),
     "onnx": _graph,
     "config": _config,
 }
