@@ -168,21 +168,20 @@ class _Planner:
     def _add_padded(self) -> None:
         """Rows without padding, with padding left, right and on both sides, and with a hole; and one such row alone."""
         batch, length = _PADDED
-        first = length - sum(CALLS) + 2 if self._cached else length  # most of the tokens come in later calls
-        feeds = self._feeds(batch, first, CALLS)
+        feeds = self._feeds(batch, length)
         mask = feeds.get("attention_mask")
         if mask is None or mask.ndim != 2 or mask.shape[0] < 2 or mask.shape[1] < length:
-            self._add(f"{batch}x{first}", feeds, CALLS)
+            self._add(f"{batch}x{length}", feeds)
             return
         padded = np.ones_like(mask)
         for row, holes in enumerate(((), (slice(0, 2),), (slice(-2, None),), (slice(0, 1), slice(-1, None)))):
             for hole in holes:
                 padded[row % len(mask), hole] = 0
-        self._add(f"{batch}x{first}, padded left and right", {**feeds, "attention_mask": padded}, CALLS)
-        feeds = self._feeds(1, first, CALLS)
+        self._add(f"{batch}x{length}, padded left and right", {**feeds, "attention_mask": padded})
+        feeds = self._feeds(1, length, CALLS)
         alone = np.ones_like(feeds["attention_mask"])
         alone[:, [0, alone.shape[1] // 2, -1]] = 0
-        name = f"1x{first}, padded left and right, with a hole in the mask"
+        name = f"1x{length}, padded left and right, with a hole in the mask"
         self._add(name, {**feeds, "attention_mask": alone}, CALLS)
 
     def _add_positions(self) -> None:

@@ -107,7 +107,9 @@ def test_a_decoder_with_a_cache_gets_steps_and_a_chunk() -> None:
     plan = planned(IDS, TOTAL, PAST)
     assert CALLS == (1, 1, 1, 3)
     assert {case.calls for case in plan.cases} == {CALLS, (1,)}
-    assert feeds(plan, "5x3, padded left and right then 1+1+1+3 more")["attention_mask"].shape == (5, 9)
+    assert feeds(plan, "5x7, padded left and right then 1 more")["attention_mask"].shape == (5, 8)
+    alone = feeds(plan, "1x7, padded left and right, with a hole in the mask then 1+1+1+3 more")["attention_mask"]
+    assert [place for place, kept in enumerate(alone[0]) if not kept] == [0, 6, 12]
     assert feeds(plan, "1x7 then 1+1+1+3 more")["input_ids"].shape == (1, 13)
     assert feeds(plan, "1x7 then 1+1+1+3 more")["past_key_values.0.key"].shape == (1, 2, 0, 4)
 
