@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .errors import UsageError, few
 
 _LISTED = 5
 _allowed: ContextVar[tuple[str, ...]] = ContextVar("allowed_missing", default=())
@@ -63,13 +63,13 @@ def check_keys(where: str, info: Mapping[str, Any], allow_missing: Sequence[str]
         allowed = sorted(text for key, text in keys.items() if _matches(key, patterns))
         refused = sorted(text for key, text in keys.items() if not _matches(key, patterns))
         if refused:
-            problems.append(f"{kind} keys ({meaning}): {len(refused)}, namely {_listed(refused)}")
+            problems.append(f"{kind} keys ({meaning}): {len(refused)}, namely {few(refused, _LISTED)}")
         if allowed:
-            listed = f"{len(allowed)}, namely {_listed(allowed)}"
+            listed = f"{len(allowed)}, namely {few(allowed, _LISTED)}"
             notes.append(f"{kind} keys of the checkpoint that were allowed and {noted}: {listed}")
     errors = sorted(map(str, info.get("error_msgs", ())))
     if errors:
-        problems.append(f"errors: {len(errors)}, namely {_listed(errors)}")
+        problems.append(f"errors: {len(errors)}, namely {few(errors, _LISTED)}")
     if problems:
         raise UsageError(
             f"{where}: the weights do not fit the model: {'; '.join(problems)}. Give a complete checkpoint whose "
@@ -127,18 +127,13 @@ def _shards(index: Path) -> list[Path]:
     if missing:
         raise UsageError(
             f"{index} names {len(missing)} of {len(names)} files that do not exist in {index.parent}: "
-            f"{_listed(missing)}. Download the missing files."
+            f"{few(missing, _LISTED)}. Download the missing files."
         )
     return [index.parent / str(name) for name in names if str(name).endswith(".safetensors")]
 
 
 def _matches(key: str, patterns: Iterable[str]) -> bool:
     return any(key == pattern or fnmatchcase(key, pattern) for pattern in patterns)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def _shape(shape: Iterable[int]) -> str:

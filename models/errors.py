@@ -5,6 +5,8 @@ They are defined in the lowest package so that every other one can raise them; `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class RmsnormDeployError(Exception):
     """Base of every error raised on purpose.
@@ -40,3 +42,9 @@ class MismatchError(RmsnormDeployError):
     """Two computations that must agree differ: exit code 1."""
 
     exit_code = 1
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first names and the number of the others, for a message: `a, b, c and 2 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...models.companions import companion_files
-from ...models.errors import UsageError
-from .destinations import check_new_file, check_replaceable, real_place, some
+from ...models.errors import UsageError, few
+from .destinations import check_new_file, check_replaceable, real_place
 from .owned_files import delete_export, foreign_files
 from .partial_files import EARLIER, KEPT, PARTIAL, discard, locked_file, locked_folder, recover, umask
 
@@ -143,7 +143,7 @@ def _move_into_place(partial: Path, target: Path) -> None:
         others = foreign_files(partial)  # of the earlier export, which has the temporary name now
         if others:
             _exchange(partial, target)
-            raise UsageError(f"{target}: {some(others)} appeared during the export; move it away, and export again.")
+            raise UsageError(f"{target}: {few(others)} appeared during the export; move it away, and export again.")
         delete_export(partial)
         return
     earlier, lock = locked_folder(target, EARLIER)
@@ -152,9 +152,7 @@ def _move_into_place(partial: Path, target: Path) -> None:
         try:
             others = foreign_files(earlier / KEPT)
             if others:
-                raise UsageError(
-                    f"{target}: {some(others)} appeared during the export; move it away, and export again."
-                )
+                raise UsageError(f"{target}: {few(others)} appeared during the export; move it away, and export again.")
             _rename_to_free(partial, target)
         except BaseException:
             (earlier / KEPT).rename(target)

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from ...models.errors import UsageError
+from ...models.errors import UsageError, few
 from .owned_files import foreign_files
 from .partial_files import PARTIAL, recover
 
@@ -114,11 +114,6 @@ def check_replaceable(target: Path) -> None:
         raise UsageError(f"cannot read {target}: {error.strerror or error}") from error
     if others:
         raise UsageError(
-            f"{target} holds files that no export wrote, or that were changed since: {some(others)}. "
+            f"{target} holds files that no export wrote, or that were changed since: {few(others)}. "
             "Name another folder, or move them away."
         )
-
-
-def some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

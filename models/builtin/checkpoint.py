@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import UsageError, few
 from ..regular_files import read_json
 from .decoder import Decoder, DecoderConfig
 
@@ -125,21 +125,16 @@ def _check_weights(path: Path, found: dict[str, Tensor], wanted: dict[str, Tenso
     problems = []
     for what, names in (("missing", wanted.keys() - found.keys()), ("unexpected", found.keys() - wanted.keys())):
         if names:
-            problems.append(f"{what} tensors: {_some(sorted(names))}")
+            problems.append(f"{what} tensors: {few(sorted(names))}")
     misshaped = [
         f"{name} {list(found[name].shape)} instead of {list(tensor.shape)}"
         for name, tensor in wanted.items()
         if name in found and found[name].shape != tensor.shape
     ]
     if misshaped:
-        problems.append(f"misshaped tensors: {_some(misshaped)}")
+        problems.append(f"misshaped tensors: {few(misshaped)}")
     dtypes = {tensor.dtype for tensor in found.values()}
     if len(dtypes) > 1 or any(not dtype.is_floating_point for dtype in dtypes):
         problems.append(f"expected one floating dtype, got {', '.join(sorted(map(str, dtypes)))}")
     if problems:
         raise UsageError(f"{path} does not fit its {CONFIG_NAME}: {'; '.join(problems)}. Save the decoder again.")
-
-
-def _some(items: list[str]) -> str:
-    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
-    return ", ".join(items[:3]) + more

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ...models.errors import few
 from .page import Page, TextPage
 from .text import counted, label, verdict_word
 
@@ -43,7 +44,7 @@ def print_validation(
         ],
     )
     for row in report["unjudged"]:
-        page.line(f"cannot be judged: {_few(row['parts'])}: {row['reason']}")
+        page.line(f"cannot be judged: {few(row['parts'])}: {row['reason']}")
     for note in dict.fromkeys(report["notes"]):
         page.line(f"note: {note}")
     for kind in report["untried"]:
@@ -85,11 +86,6 @@ def _depth_row(point: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _verdict(row: Mapping[str, Any]) -> str:
     return verdict_word(row["passed"])
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def _error(row: Mapping[str, Any]) -> float:
@@ -178,7 +174,7 @@ def brief(payload: Mapping[str, Any]) -> list[str]:
     rows += [(row["target"], "fail") for row in payload.get("targets", ()) if row.get("verdict") == "fail"]
     _print_reasons(page, [(place, str(reason)) for place, reason in rows])
     for row in payload.get("unjudged", ()):
-        page.line(f"cannot be judged: {_few(row['parts'])}: {row['reason']}")
+        page.line(f"cannot be judged: {few(row['parts'])}: {row['reason']}")
     if payload.get("proof"):
         page.line(f"proof: {payload['proof']['verdict']} ({payload['proof']['reason']})")
     if "verdict" in payload:
