@@ -140,11 +140,10 @@ def _move_into_place(partial: Path, target: Path) -> None:
         _rename_to_free(partial, target)
         return
     if _exchange(partial, target):
-        others = foreign_files(partial)  # of the earlier export, which has the temporary name now
+        others = delete_export(partial)  # the earlier export, which has the temporary name now
         if others:
             _exchange(partial, target)
             raise UsageError(f"{target}: {few(others)} appeared during the export; move it away, and export again.")
-        delete_export(partial)
         return
     earlier, lock = locked_folder(target, EARLIER)
     try:

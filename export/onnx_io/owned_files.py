@@ -60,16 +60,18 @@ def foreign_files(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def delete_export(folder: Path) -> None:
+def delete_export(folder: Path) -> list[str]:
     """Delete an earlier export: the files that its manifest lists, and the folders that are empty then.
 
-    Nothing is deleted where the folder contains anything else.
+    Returns:
+        What else the folder contains, see `foreign_files`; then nothing is deleted.
 
     Raises:
         OSError: a file cannot be deleted.
     """
-    if foreign_files(folder):
-        return
+    others = foreign_files(folder)
+    if others:
+        return others
     listed = _listed(folder)
     for name in sorted(listed, key=lambda name: name == MANIFEST):  # the manifest last: it says what is ours
         path = folder / name
@@ -78,6 +80,7 @@ def delete_export(folder: Path) -> None:
     for place, _, _ in os.walk(folder, topdown=False):
         if not any(Path(place).iterdir()):
             Path(place).rmdir()
+    return []
 
 
 def has_manifest(folder: Path) -> bool:

@@ -17,6 +17,7 @@ from rmsnorm_deploy.cli import options
 from rmsnorm_deploy.cli.screen import Screen
 from rmsnorm_deploy.export.onnx_io.destinations import check_distinct, check_new_file
 from rmsnorm_deploy.export.onnx_io.owned_files import is_own_report
+from rmsnorm_deploy.models.checkpoint_keys import allowing_missing
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.accuracy.tolerances import KINDS_OF_LIMITS, parse_limits
 from rmsnorm_deploy.runtime.report.printed import print_validation
@@ -258,6 +259,7 @@ def run_validation(
     *,
     show_norms: bool,
     trust_remote_code: bool,
+    allow_missing: Sequence[str] | None,
     allow_code: bool = False,
     before: Mapping[str, Any] | None = None,
 ) -> int:
@@ -271,6 +273,7 @@ def run_validation(
         screen: prints the report.
         show_norms: print a line for each norm and segment.
         trust_remote_code: run Python code that is part of a checkpoint.
+        allow_missing: patterns of the keys in which a checkpoint may differ from its model.
         allow_code: run Python code that the manifest names.
         before: the report of the run that is repeated, or None.
     """
@@ -278,7 +281,7 @@ def run_validation(
         from rmsnorm_deploy.runtime.report.html import check_installed
 
         check_installed()
-    with screen.working(f"opening {candidate}") as progress:
+    with screen.working(f"opening {candidate}") as progress, allowing_missing(allow_missing or ()):
         from rmsnorm_deploy.runtime.validation.api import validate
 
         report = validate(

@@ -6,7 +6,6 @@ import dataclasses
 
 from rmsnorm_deploy.cli import options, validation
 from rmsnorm_deploy.cli.screen import Screen
-from rmsnorm_deploy.models.checkpoint_keys import allowing_missing
 from rmsnorm_deploy.runtime.accuracy.tolerances import KINDS_OF_LIMITS
 from rmsnorm_deploy.runtime.validation.options import ValidationOptions
 
@@ -34,14 +33,14 @@ def bisect(
     files = validation.ReportFiles(html, junit, output, validation.input_files(candidate, given))
     candidate = validation.required(candidate, "bisect")
     asked = dataclasses.replace(given, bisect=True)
-    with allowing_missing(allow_missing or ()):
-        return validation.run_validation(
-            candidate,
-            against,
-            asked,
-            files,
-            screen,
-            show_norms=True,
-            trust_remote_code=trust_remote_code,
-            allow_code=allow_code,
-        )
+    return validation.run_validation(
+        candidate,
+        against,
+        asked,
+        files,
+        screen,
+        show_norms=True,
+        trust_remote_code=trust_remote_code,
+        allow_missing=allow_missing,
+        allow_code=allow_code,
+    )

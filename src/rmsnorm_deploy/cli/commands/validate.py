@@ -10,7 +10,6 @@ import typer
 
 from rmsnorm_deploy.cli import options, validation
 from rmsnorm_deploy.cli.screen import Screen
-from rmsnorm_deploy.models.checkpoint_keys import allowing_missing
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.validation.options import ValidationOptions
 
@@ -49,22 +48,20 @@ def validate(
     if replay is not None:
         if candidate or against or given != ValidationOptions():
             raise UsageError("--replay reads the candidate and the options from the report; omit them.")
-        before = _read(replay, allow_code)
-        with allowing_missing(allow_missing or ()):
-            return _again(before, files, screen, norms, trust_remote_code)
+        return _again(_read(replay, allow_code), files, screen, norms, trust_remote_code, allow_missing)
     candidate = validation.required(candidate, "validate")
     asked = dataclasses.replace(given, depth=norms or (html is not None and not given.outputs_only))
-    with allowing_missing(allow_missing or ()):
-        return validation.run_validation(
-            candidate,
-            against,
-            asked,
-            files,
-            screen,
-            show_norms=norms,
-            trust_remote_code=trust_remote_code,
-            allow_code=allow_code,
-        )
+    return validation.run_validation(
+        candidate,
+        against,
+        asked,
+        files,
+        screen,
+        show_norms=norms,
+        trust_remote_code=trust_remote_code,
+        allow_missing=allow_missing,
+        allow_code=allow_code,
+    )
 
 
 def _read(replay: Path, allow_code: bool) -> Replay:
@@ -83,7 +80,12 @@ def _read(replay: Path, allow_code: bool) -> Replay:
 
 
 def _again(
-    before: Replay, files: validation.ReportFiles, screen: Screen, show_norms: bool, trust_remote_code: bool
+    before: Replay,
+    files: validation.ReportFiles,
+    screen: Screen,
+    show_norms: bool,
+    trust_remote_code: bool,
+    allow_missing: list[str] | None,
 ) -> int:
     return validation.run_validation(
         before.candidate,
@@ -93,5 +95,6 @@ def _again(
         screen,
         show_norms=show_norms or before.options.bisect,
         trust_remote_code=trust_remote_code,
+        allow_missing=allow_missing,
         before=before.report,
     )
