@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from rmsnorm_deploy.export.from_torch.example_inputs import vocabulary_size
+from rmsnorm_deploy.export.capture.example_inputs import vocabulary_size
 from rmsnorm_deploy.models.errors import RmsnormDeployError
 from rmsnorm_deploy.runtime.inputs.cases import Case
 from rmsnorm_deploy.runtime.inputs.synthetic import is_past, make_feeds

@@ -19,6 +19,10 @@ from ...models.errors import MismatchError, UsageError
 from ...models.loading import LoadedModel, as_loaded
 from ...models.recognition.find_norms import find_norms
 from ...models.recognition.site import Recognition
+from ..capture.capture import capture, detached
+from ..capture.captured import Capture
+from ..capture.example_inputs import as_tensors, example_inputs
+from ..capture.swap import swapped
 from ..graph.sizes import SizeLimits, metadata_of
 from ..lowering.plugin_functions import PluginStyle, plugin_style, style_notes
 from ..lowering.table import TARGETS, Environment, LoweringRefusal, opset_for, resolve
@@ -26,10 +30,7 @@ from ..onnx_io.atomic_files import copy_companions, new_folder, restrict_mode
 from ..onnx_io.destinations import check_destination
 from ..onnx_io.manifest import tensor_rows, write_manifest
 from ..onnx_io.owned_files import MANIFEST
-from .capture import Capture, capture, detached
-from .example_inputs import as_tensors, example_inputs
 from .lower import lower, site_rows
-from .swap import swapped
 
 MODEL_FILE = "model.onnx"
 # Weights above this many bytes are stored in model.onnx.data, because protobuf files are limited to 2 GB.

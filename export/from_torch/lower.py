@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from ...models.recognition.site import Recognition
 from ...models.spec import NormSpec
+from ..capture.swap import CAPTURE_DOMAIN, CAPTURE_OP
 from ..graph.metadata import Form
 from ..graph.residual import residual_operands
 from ..graph.site import GraphSite
@@ -17,7 +18,6 @@ from ..lowering.plugin_functions import PluginStyle, check_style, style_plugin_n
 from ..lowering.quantized_norms import fuse_quantized_outputs
 from ..lowering.table import opset_for
 from ..onnx_io.raise_opset import raise_opset
-from .swap import CAPTURE_DOMAIN, CAPTURE_OP
 
 # This metadata of the exporter contains source paths of the exporting machine; module names are kept.
 _DROPPED_METADATA = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")

@@ -156,6 +156,20 @@ def names_in(condition: str) -> set[str]:
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id not in _CALLS}
 
 
+def formula_value(formula: str, sizes: Mapping[str, int]) -> int:
+    """The value of arithmetic on dim names and integers, such as `2*sequence + 1`.
+
+    Raises:
+        ValueError: expected names of `sizes`, integers and + - * // % min max.
+    """
+    try:
+        tree = ast.parse(formula if len(formula) <= _MOST_CHARACTERS else "", mode="eval").body
+        _check(tree)
+        return _value(tree, sizes)
+    except (SyntaxError, LookupError, ZeroDivisionError, RecursionError, MemoryError, TypeError) as error:
+        raise ValueError(f"expected arithmetic on {', '.join(sizes) or 'integers'}, got {formula[:80]!r}") from error
+
+
 def holds(condition: str, sizes: Mapping[str, int]) -> bool:
     """Whether a condition is true for these sizes; one that divides by zero is not."""
     try:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...export.from_torch.example_inputs import example_inputs, vocabulary_size
+from ...export.capture.example_inputs import example_inputs, vocabulary_size
 from ...models.dtypes import numpy_dtype
 from ...models.errors import UsageError
 from ...models.loading import LoadedModel, python_attribute

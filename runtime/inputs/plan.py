@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...export.from_torch.example_inputs import vocabulary_size
+from ...export.capture.example_inputs import vocabulary_size
 from ...export.graph.sizes import SizeLimits, size_problem
 from ...models.errors import UsageError
 from ..runners.base import Array, TensorInfo

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from ...export.graph.sizes import SizeLimits, size_problem
 from ...models.errors import UsageError
 from ..runners.base import TensorInfo
-from .synthetic import DEFAULT_SHAPES, dim_size, is_past
+from .synthetic import DEFAULT_SHAPES, is_past, sizes_by_name
 
 Shape = tuple[int, int]
 
@@ -47,18 +47,8 @@ def shapes_within(limits: SizeLimits, infos: Sequence[TensorInfo]) -> list[Shape
 def _dims(infos: Sequence[TensorInfo]) -> tuple[set[str], set[str]]:
     """The names of the dims that get the batch, and of those that get the length."""
     names = {dim for info in infos if not is_past(info.name) for dim in info.shape or () if isinstance(dim, str)}
-    sizes = {name: _sizes(infos, 1, 2).get(name) for name in names}
+    sizes = {name: sizes_by_name(infos, 1, 2).get(name) for name in names}
     return {n for n in names if sizes[n] == 1}, {n for n in names if sizes[n] == 2}
-
-
-def _sizes(infos: Sequence[TensorInfo], batch: int, length: int) -> dict[str, int]:
-    """The sizes that `make_feeds` gives the named dims."""
-    return {
-        dim: dim_size(dim, index, batch, length)
-        for info in infos
-        for index, dim in enumerate(info.shape or ())
-        if isinstance(dim, str)
-    }
 
 
 def _common(ranges: Mapping[str, tuple[int, int | None]], names: set[str]) -> tuple[int, int | None]:
@@ -75,7 +65,7 @@ def _clamped(size: int, ends: tuple[int, int | None]) -> int:
 def _nearest(shape: Shape, limits: SizeLimits, infos: Sequence[TensorInfo]) -> Shape | None:
     """The shape, or the nearest one that meets every limit."""
     for candidate in _around(shape):
-        if size_problem(limits, _sizes(infos, *candidate)) is None:
+        if size_problem(limits, sizes_by_name(infos, *candidate)) is None:
             return candidate
     return None
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ...export.graph.metadata import PAST, PRESENT
+from ...export.graph.sizes import formula_value
 from ...models.dtypes import numpy_dtype
 from ...models.errors import UsageError
 from ..runners.base import ANY_DTYPE, Array, TensorInfo
@@ -59,7 +61,8 @@ def make_feeds(
         UsageError: no values can be generated for an input; the user has to give it.
     """
     rng = np.random.default_rng([seed, batch, length])
-    return {info.name: _values(_sized(info, sizes or {}), batch, length, seed, rng, vocabulary) for info in infos}
+    known = {**sizes_by_name(infos, batch, length), **(sizes or {})}
+    return {info.name: _values(_sized(info, known), batch, length, seed, rng, vocabulary) for info in infos}
 
 
 def with_empty_cache(feeds: Mapping[str, Array], infos: Sequence[TensorInfo]) -> dict[str, Array]:
@@ -91,11 +94,43 @@ def present_to_past(outputs: Mapping[str, Array]) -> dict[str, Array]:
     return {PAST + name.removeprefix(PRESENT): value for name, value in outputs.items() if name.startswith(PRESENT)}
 
 
+def sizes_by_name(infos: Sequence[TensorInfo], batch: int, length: int) -> dict[str, int]:
+    """The size of each named dynamic dim, one for a name wherever it stands: see `make_feeds`.
+
+    A dim that is a formula of others, such as `2*sequence`, is absent.
+    """
+    alone: dict[str, int] = {}
+    parts: dict[str, int] = {}
+    for info in infos:
+        for index, dim in enumerate(info.shape or ()):
+            if isinstance(dim, str):
+                names = _names_in(dim)
+                alone.update({dim: max(index, alone.get(dim, 0))} if not names else {})
+                parts.update(dict.fromkeys(names, 1))
+    return {name: dim_size(name, index, batch, length) for name, index in {**parts, **alone}.items()}
+
+
+def _names_in(dim: str) -> list[str]:
+    """The names in a dim that is a formula; none if it is a name, which may contain any character."""
+    is_formula = re.search(r"[+*/%(]|\s-|-\s", dim) and not re.search(r"[^\w\s+*/%(),-]|\w-\w", dim)
+    return re.findall(r"[A-Za-z_]\w*", dim) if is_formula else []
+
+
 def _sized(info: TensorInfo, sizes: Mapping[str, int]) -> TensorInfo:
+    """The input with the sizes of its named dims, and of those that are formulas of them."""
+
+    def size(dim: int | str | None) -> int | str | None:
+        if not isinstance(dim, str):
+            return dim
+        if dim in sizes or not _names_in(dim):
+            return sizes.get(dim, dim)
+        try:
+            return formula_value(dim, sizes)
+        except ValueError:
+            return dim
+
     shape = info.shape
-    if shape is None or not sizes:
-        return info
-    return dataclasses.replace(info, shape=tuple(sizes.get(d, d) if isinstance(d, str) else d for d in shape))
+    return info if shape is None else dataclasses.replace(info, shape=tuple(map(size, shape)))
 
 
 def _values(

@@ -45,8 +45,8 @@ def norm_model(
     """
     import onnx_ir as ir
 
+    from ...export.capture.swap import CAPTURE_DOMAIN, CAPTURE_OP
     from ...export.from_torch.lower import lower
-    from ...export.from_torch.swap import CAPTURE_DOMAIN, CAPTURE_OP
     from ...export.lowering.table import LOWEST_OPSET
 
     kind = onnx_dtype(dtype)

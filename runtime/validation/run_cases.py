@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...export.from_torch.example_inputs import vocabulary_size
+from ...export.capture.example_inputs import vocabulary_size
 from ...export.graph.metadata import PRESENT
 from ...models.dtypes import numpy_dtype
 from ...models.errors import RmsnormDeployError, UsageError

@@ -64,7 +64,7 @@ def test_manifest_describes_the_folder(prepared: PreparedModel, tmp_path: Path) 
     assert [site["path"] for site in on_disk["sites"]] == ["norms.0", "norms.1"]
     assert [site["calls"][0]["form"] for site in on_disk["sites"]] == ["residual_add", "residual_add"]
     assert on_disk["versions"]["torch"] == importlib.metadata.version("torch")
-    assert on_disk["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["batch", "x_dim_1", 16]}]
+    assert on_disk["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["x_dim_0", "x_dim_1", 16]}]
 
 
 def test_nodes_name_the_module_and_the_spec_after_loading(prepared: PreparedModel, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_a_norm_called_several_times(tmp_path: Path) -> None:
     for target in TARGETS:
         result = save(prepared, tmp_path / target, target)
         assert len(result.manifest["sites"][0]["calls"]) == 3
-        assert result.manifest["inputs"][0]["shape"] == ["batch", 16]
+        assert result.manifest["inputs"][0]["shape"] == ["x_dim_0", 16]
         with OrtRunner(result.folder / "model.onnx") as runner, torch.no_grad():
             (got,) = runner.run({"x": x}).values()
             assert np.abs(got - own(torch.from_numpy(x)).numpy()).max() < 4e-6

@@ -17,10 +17,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from rmsnorm_deploy.cli.application import run
+from rmsnorm_deploy.export.capture.swap import CAPTURE_DOMAIN, CAPTURE_OP
 from rmsnorm_deploy.export.from_onnx.rewrite import fuse_quantized, rewrite
 from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.export.from_torch.lower import lower
-from rmsnorm_deploy.export.from_torch.swap import CAPTURE_DOMAIN, CAPTURE_OP
 from rmsnorm_deploy.export.graph.metadata import PATH_KEY, SPEC_KEY, VALUES_KEY
 from rmsnorm_deploy.export.lowering.plugin_functions import plugin_function, style_plugin_nodes
 from rmsnorm_deploy.export.lowering.quantized_norms import (

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rmsnorm_deploy.export.from_torch.swap import CAPTURE_DOMAIN, CAPTURE_OP
+from rmsnorm_deploy.export.capture.swap import CAPTURE_DOMAIN, CAPTURE_OP
 from rmsnorm_deploy.models.spec import NormSpec
 
 from ..norms.norm_zoo import ZooNorm

@@ -42,11 +42,25 @@ def made(info: TensorInfo, batch: int = 3, length: int = 10, seed: int = 0, voca
         ((1, "past_sequence_length"), (1, 0)),
         (("batch", "past_sequence_length + sequence_length"), (3, 10)),
         (("batch", "past_length + 1"), (3, 1)),
+        (("T", "2*T", "T // 2 + 1", "max(4, T)"), (3, 6, 2, 4)),
+        (("seq-len", "batch size", "N/A"), (10, 3, 10)),
         ((), ()),
     ],
 )
 def test_open_dims(dims: tuple[Any, ...], shape: tuple[int, ...]) -> None:
     assert made(TensorInfo("x", "float32", dims)).shape == shape
+
+
+def test_a_name_has_one_size_wherever_it_stands() -> None:
+    image = TensorInfo("hidden_states", "float32", ("hidden_states_dim_0", "patches", 4))
+    ids = TensorInfo("img_ids", "float32", ("patches", 3))
+    pairs = TensorInfo("pairs", "float32", ("2*patches", "patches + past_length"))
+    feeds = make_feeds([image, ids, pairs], 3, 10, 0, None)
+    assert {name: array.shape for name, array in feeds.items()} == {
+        "hidden_states": (3, 10, 4), "img_ids": (10, 3), "pairs": (20, 10),
+    }  # fmt: skip
+    given = make_feeds([image, ids], 3, 10, 0, None, sizes={"patches": 6})
+    assert given["img_ids"].shape == (6, 3)
 
 
 def test_an_input_of_open_rank_is_refused() -> None:

@@ -50,19 +50,19 @@ INPUTS = {"x": torch.linspace(-1, 1, 2 * 10 * 8).reshape(2, 10, 8)}
 
 
 def test_other_values_are_a_mismatch_that_names_the_sizes(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(MismatchError, match=r"output: at batch 3, x_dim_1 13 the captured graph differs .*--static"):
+    with pytest.raises(MismatchError, match=r"output: at x_dim_0 5, x_dim_1 13 the captured graph differs .*--static"):
         export_model(KeepsAFactor().eval(), tmp_path / "out", inputs=INPUTS)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_fixed_output_dim_is_unsupported(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(UnsupportedError, match=r"model returns shape \[3, 13, 8\], but .* \[3, 10, 8\].*--static"):
+    with pytest.raises(UnsupportedError, match=r"model returns shape \[5, 13, 8\], but .* \[5, 10, 8\].*--static"):
         export_model(KeepsASize().eval(), tmp_path / "out", inputs=INPUTS)
 
 
 def test_a_size_that_is_fixed_in_pytorch_too_is_exported(tmp_path) -> None:  # type: ignore[no-untyped-def]
     result = export_model(ReturnsTenTokens().eval(), tmp_path / "out", inputs=INPUTS)
-    assert result.manifest["outputs"][0]["shape"] == ["batch", 10, 8]
+    assert result.manifest["outputs"][0]["shape"] == ["x_dim_0", 10, 8]
     assert result.manifest["notes"] == []
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rmsnorm_deploy.export.from_torch.capture import capture
-from rmsnorm_deploy.export.from_torch.ranges import comparison
+from rmsnorm_deploy.export.capture.capture import capture
+from rmsnorm_deploy.export.capture.ranges import comparison
 from rmsnorm_deploy.export.graph.sizes import SizeLimits
 
 
@@ -84,14 +84,14 @@ class PadsToMultiples(Plain):
         (PadsToMultiples, 10, SizeLimits()),
         (BranchesOnLength, 10, SizeLimits({"x_dim_1": (0, 16)})),
         (BranchesOnLength, 20, SizeLimits({"x_dim_1": (17, None)})),
-        (BranchesOnBatch, 10, SizeLimits({"batch": (0, 3)})),
+        (BranchesOnBatch, 10, SizeLimits({"x_dim_0": (0, 3)})),
         (BranchesOnOneToken, 10, SizeLimits({"x_dim_1": (2, None)})),
         (Asserts, 10, SizeLimits({"x_dim_1": (0, 64)})),
         (SlicesATable, 10, SizeLimits({"x_dim_1": (1, 32)})),
         (ReadsPositions, 10, SizeLimits({"x_dim_1": (0, 32)})),
         (ReadsDistances, 10, SizeLimits()),
         (BranchesOnMultiples, 10, SizeLimits({}, ("x_dim_1 % 5 == 0",))),
-        (BranchesOnTokens, 10, SizeLimits({}, ("16 < x_dim_1 * batch",))),
+        (BranchesOnTokens, 10, SizeLimits({}, ("16 < x_dim_1 * x_dim_0",))),
     ],
 )
 def test_limits_of_a_model(kind: type[Plain], length: int, wanted: SizeLimits) -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rmsnorm_deploy.export.from_torch.capture import capture
+from rmsnorm_deploy.export.capture.capture import capture
+from rmsnorm_deploy.export.capture.swap import CAPTURE_DOMAIN, CAPTURE_OP, swapped
 from rmsnorm_deploy.export.from_torch.export_model import export_model
-from rmsnorm_deploy.export.from_torch.swap import CAPTURE_DOMAIN, CAPTURE_OP, swapped
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.models.recognition.site import Recognition, Site
 from rmsnorm_deploy.models.spec import NormSpec

@@ -18,8 +18,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rmsnorm_deploy.export.from_torch import capture as module
-from rmsnorm_deploy.export.from_torch.capture import Capture, capture, capture_opset, detached, is_pretrained
+from rmsnorm_deploy.export.capture import transformers_model as module
+from rmsnorm_deploy.export.capture.capture import capture, capture_opset, detached
+from rmsnorm_deploy.export.capture.captured import Capture
+from rmsnorm_deploy.export.capture.transformers_model import is_pretrained
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, UnsupportedError, UsageError
 from tests.helpers.graphs.onnx_text import parsed
 
@@ -107,14 +109,14 @@ def test_outputs_may_be_named_by_the_module(
 
 def test_dynamic_dims_have_names_that_say_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = captured(monkeypatch)
-    assert dims(found.model.graph.inputs) == {"x": ["batch", "x_dim_1"], "y": ["batch", "x_dim_1"]}
-    assert dims(found.model.graph[0].outputs) == {"output_0": ["batch", "x_dim_1"]}
+    assert dims(found.model.graph.inputs) == {"x": ["x_dim_0", "x_dim_1"], "y": ["x_dim_0", "x_dim_1"]}
+    assert dims(found.model.graph[0].outputs) == {"output_0": ["x_dim_0", "x_dim_1"]}
 
 
 def test_a_dim_that_the_model_fixes_gets_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = captured(monkeypatch, fixed={"s0": (2, 100), "s1": (3, 3)})
     assert found.fixed_dims == {"s1": "3"}
-    assert dims(found.model.graph.inputs) == {"x": ["batch", 3], "y": ["batch", 3]}
+    assert dims(found.model.graph.inputs) == {"x": ["x_dim_0", 3], "y": ["x_dim_0", 3]}
 
 
 AUTO = torch.export.Dim.AUTO

@@ -1,0 +1,12 @@
+"""A PyTorch model as a graph: swap the norms for single nodes, capture the model, name its dims, check other sizes.
+
+capture: capture, a swapped model as an ONNX graph.
+captured: Capture, what that returns.
+transformers_model, torch_module: the two ways to capture, for a model of transformers and for any other module.
+dims: name_dims, the names of dynamic dims.
+swap: swapped, which replaces the forward of every norm while a model is captured.
+ranges: size_limits, the sizes for which a captured graph is valid.
+second_sizes: check_second_sizes, which runs the captured graph and the model at other sizes than the captured ones.
+captured_program: GraphRun, a captured program that runs in PyTorch at any sizes; table_ends, the ends of its tables.
+example_inputs: example_inputs, inputs to capture a model with; vocabulary_size.
+"""

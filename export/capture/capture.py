@@ -1,0 +1,124 @@
+"""Capture a model whose norms are swapped as an ONNX graph, which can then be lowered for any target."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ...models.errors import RmsnormDeployError, UnsupportedError
+from ..graph.sizes import SizeLimits
+from ..lowering.table import DEFAULT_OPSET
+from .captured import Capture
+from .dims import name_dims
+from .ranges import size_limits
+from .second_sizes import check_second_sizes, example_sizes
+from .torch_module import capture_module
+from .transformers_model import capture_transformers, is_pretrained
+
+
+def capture_opset(opset: int | None) -> int:
+    """The opset to capture at: at most 20, because later opsets change other operators too."""
+    return DEFAULT_OPSET if opset is None else min(opset, DEFAULT_OPSET)
+
+
+def capture(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    opset: int | None = None,
+    dynamic: bool | Mapping[str, Any] = True,
+    with_past: bool = False,
+) -> Capture:
+    """Capture `model` called with `inputs`.
+
+    Args:
+        model: in eval mode, its norms swapped.
+        inputs: keyword arguments of its forward, tensors of at least 2 in every dim that is to be dynamic.
+        opset: opset import of the exported file.
+        dynamic: True makes every dim dynamic that the model does not fix; False makes all static; a mapping is passed
+            to `torch.export` as `dynamic_shapes`.
+        with_past: make the KV cache an input and an output (decoders of transformers).
+
+    Raises:
+        UnsupportedError: the upstream exporter cannot capture the model; the message contains the cause.
+    """
+    is_transformers = is_pretrained(model)
+    if with_past and not is_transformers:
+        raise UnsupportedError(
+            f"{type(model).__name__} is not a transformers model, so there is no KV cache to export. Omit --with-past."
+        )
+    with _quiet():
+        try:
+            if is_transformers:
+                captured = capture_transformers(model, dict(inputs), capture_opset(opset), dynamic, with_past)
+            else:
+                captured = capture_module(model, dict(inputs), capture_opset(opset), dynamic)
+        except (RmsnormDeployError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            raise _explained(model, error) from error
+        names = name_dims(captured.model, captured.fixed_dims, dynamic)
+        _check_sizes(captured, names)
+    return captured
+
+
+def _check_sizes(captured: Capture, names: Mapping[str, str]) -> None:
+    """Set the limits of a graph with dynamic dims, and compare it with the model at other sizes."""
+    if captured.program is None:
+        return
+    model, program = captured.program
+    dynamic = {symbol: name for symbol, name in names.items() if not name.isdigit()}
+    example = example_sizes(program, {symbol: symbol for symbol in dynamic})
+    limits = size_limits(program, dynamic, example)
+    if captured.with_past:
+        # torch's conditions and lower ends describe the example's mask and cache, not what the graph computes.
+        highs = {name: (0, ends[1]) for name, ends in limits.ranges.items() if ends[1] is not None}
+        limits = SizeLimits(highs)
+    outputs = [str(value.name) for value in captured.model.graph.outputs]
+    checked = check_second_sizes(model, program, dynamic, limits, outputs)
+    captured.limits = checked.limits
+    captured.notes += checked.notes
+    captured.program = None  # it holds a second copy of the graph
+
+
+def _explained(model: nn.Module, error: Exception) -> UnsupportedError:
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)  # type: ignore[arg-type]
+    text = next((str(c).strip() for c in reversed(causes) if str(c).strip()), type(error).__name__)
+    first = " ".join(text.splitlines()[0].split())[:400]
+    advice = "Try other example inputs, a newer torch or transformers, or an attention implementation of 'eager'."
+    if "complex" in text.lower():
+        advice = (
+            "The model uses complex numbers (usually in its rotary embedding), which ONNX does not support. Try a "
+            "version of the model that rotates with cos and sin, or replace that module before exporting."
+        )
+    elif "grouped_mm" in text or "experts" in text.lower():
+        advice = 'Try model.set_experts_implementation("batched_mm") before exporting.'
+    return UnsupportedError(f"{type(model).__name__} could not be captured by torch's exporter: {first}. {advice}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the upstream exporters, whose output would hide this package's messages and corrupt JSON output."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def detached(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the inputs that a model may change."""
+    return {name: copy.deepcopy(value) for name, value in inputs.items()}

@@ -1,0 +1,136 @@
+"""The names of the dynamic dims of a captured graph (`name_dims`).
+
+torch gives each dim that can vary on its own a symbol, and dims that the model ties the same one. A symbol gets one
+name, and a name belongs to one symbol, so two dims of a file share a name only if the model ties them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from ..graph.metadata import PAST, PRESENT
+
+# What the dims of an input of this name and rank are by the convention of transformers, in the order of preference: the
+# first that has a symbol names it.
+_CONVENTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("input_ids", ("batch", "sequence")),
+    ("decoder_input_ids", ("batch", "decoder_sequence")),
+    ("inputs_embeds", ("batch", "sequence", "hidden")),
+    ("decoder_inputs_embeds", ("batch", "decoder_sequence", "hidden")),
+    ("attention_mask", ("batch", "sequence")),
+    ("decoder_attention_mask", ("batch", "decoder_sequence")),
+    ("encoder_attention_mask", ("batch", "encoder_sequence")),
+    ("encoder_hidden_states", ("batch", "encoder_sequence", "hidden")),
+    ("position_ids", ("batch", "sequence")),
+    ("position_ids", ("axes", "batch", "sequence")),
+    ("token_type_ids", ("batch", "sequence")),
+)
+_CACHE_DIMS = {0: "batch", 2: "past_sequence"}
+_SYMBOL = re.compile(r"[A-Za-z_]\w*")
+
+
+def name_dims(model: ir.Model, fixed: Mapping[str, str], dynamic: bool | Mapping[str, Any] = True) -> dict[str, str]:
+    """Replace the symbols in all shapes of the graph: dynamic dims by descriptive names, fixed dims by their values.
+
+    A dim that is computed from symbols, such as `2*s0`, gets the names in its formula.
+
+    Args:
+        model: the graph, whose shapes are changed.
+        fixed: the values of symbols that the model fixes.
+        dynamic: as for `capture`; the names of a mapping's dims (`{"x": {0: Dim("rows")}}`) are kept.
+
+    Returns:
+        The name or value of each symbol.
+    """
+    names = {**fixed, **_fixed_cache_dims(model)}
+    free = [symbol for symbol in _symbols(model) if symbol not in names]
+    taken = set()
+    for symbol, name in (*_given(model, dynamic), *_claims(model)):
+        if symbol in free and symbol not in names and name not in taken:
+            names[symbol] = name
+            taken.add(name)
+    if not names:
+        return names
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+
+    def renamed(dim: Any) -> Any:
+        if not isinstance(dim, ir.SymbolicDim) or dim.value is None:
+            return dim
+        text = pattern.sub(lambda m: names[m[1]], str(dim.value))
+        return int(text) if text.isdigit() else ir.SymbolicDim(text)
+
+    for graph in model.graphs():
+        values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+        for value in values:
+            if value.shape is not None:
+                value.shape = ir.Shape([renamed(dim) for dim in value.shape])
+    return names
+
+
+def _symbols(model: ir.Model) -> dict[str, None]:
+    """The symbols of the inputs, in order."""
+    found = {}
+    for value in model.graph.inputs:
+        for dim in value.shape or ():
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                found.update(dict.fromkeys(_SYMBOL.findall(str(dim.value))))
+    return found
+
+
+def _given(model: ir.Model, dynamic: bool | Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Symbols and the names that the user gave them."""
+    inputs = {value.name or "": value for value in model.graph.inputs}
+    for name, dims in dynamic.items() if isinstance(dynamic, Mapping) else ():
+        if isinstance(dims, Mapping | list | tuple):
+            by_axis = dict(dims.items() if isinstance(dims, Mapping) else enumerate(dims))
+            for index, symbol in _alone(inputs.get(name)):
+                dim = by_axis.get(index)
+                chosen = dim if isinstance(dim, str) else getattr(dim, "__name__", None)
+                if chosen is not None:
+                    yield symbol, chosen
+
+
+def _claims(model: ir.Model) -> Iterator[tuple[str, str]]:
+    """Symbols and the names that they could have, the best names first."""
+    inputs = {value.name or "input": value for value in model.graph.inputs}
+    past = any(name.startswith(PAST) for name in inputs)
+    for name, dims in _CONVENTIONS:
+        for index, symbol in _alone(inputs.get(name), len(dims)):
+            total = past and name == "attention_mask" and index == 1
+            yield symbol, "total_sequence" if total else dims[index]
+    for name, value in inputs.items():
+        if name.startswith(PAST):
+            for index, symbol in _alone(value):
+                yield symbol, _CACHE_DIMS.get(index, f"cache_dim_{index}")
+    for name, value in inputs.items():
+        for index, symbol in _alone(value):
+            yield symbol, f"{name}_dim_{index}"
+    # A symbol that is only part of formulas.
+    yield from ((symbol, f"dim_{number}") for number, symbol in enumerate(_symbols(model)))
+
+
+def _alone(value: ir.Value | None, rank: int | None = None) -> Iterator[tuple[int, str]]:
+    """Index and symbol of the dims that are one symbol, of a value of this rank."""
+    if value is None or value.shape is None or rank not in (None, len(value.shape)):
+        return
+    for index, dim in enumerate(value.shape):
+        if isinstance(dim, ir.SymbolicDim) and dim.value is not None and _SYMBOL.fullmatch(str(dim.value)):
+            yield index, str(dim.value)
+
+
+def _fixed_cache_dims(model: ir.Model) -> dict[str, str]:
+    """Symbols for the heads and the head size of a cache input, with the values that the cache outputs have."""
+    outputs = {value.name: value for value in model.graph.outputs}
+    fixed = {}
+    for value in model.graph.inputs:
+        present = outputs.get((value.name or "").replace(PAST, PRESENT, 1))
+        if present is None or present is value or value.shape is None or present.shape is None:
+            continue
+        for dim, known in zip(value.shape, present.shape, strict=False):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None and isinstance(known, int):
+                fixed[dim.value] = str(known)
+    return fixed
