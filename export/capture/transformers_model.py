@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeGuard
@@ -16,13 +15,9 @@ from torch import nn
 
 from ...models.errors import EnvironmentMissingError, UnsupportedError
 from ...models.experts import experts, has_experts
+from ..graph.cache_names import cache_name, past_name, present_name
 from ..graph.metadata import PAST, PRESENT
 from .captured import Capture
-
-# Cache tensors of a layer, as transformers' exporter names them.
-_PAST_INPUT = re.compile(r"^(?:input\.)?past_key_values\.layers\.(\d+)\.(key|value)s$")
-_PAST_OUTPUT = re.compile(r"^(?:output\.)?past_key_values\.layers\.(\d+)\.(key|value)s$")
-
 
 def is_pretrained(model: nn.Module) -> bool:
     """Whether the model is a transformers model, without importing transformers."""
@@ -48,10 +43,10 @@ def capture_transformers(
         with _recorded() as programs:
             program = exporter.export(target, sample, config).program
     if with_past:
-        _rename_cache(program)
+        _name_cache(program, sample, type(model).__name__)
     else:
         _drop_cache_outputs(program)
-    _freeze_scalars(program, sample)
+        _freeze_scalars(program, sample)
     _refuse_overflowed_mask(model, program)
     called = functools.partial(target, **plain)
     return Capture(program, with_past, notes, program=(called, programs[-1]) if programs else None)
@@ -94,7 +89,7 @@ def _transformers_exporter() -> tuple[Any, Any]:
 
 def _decode_step(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """One decode step of several tokens with a cache of any length; with an empty cache it is the prefill step."""
-    from transformers.exporters.utils import decompose_prefill_decode
+    from transformers.exporters.utils import apply_patches, decompose_prefill_decode
 
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) or not getattr(model, "can_generate", lambda: False)():
@@ -107,30 +102,48 @@ def _decode_step(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any
         mask = mask.clone()
         mask[0, 0] = 0
     sample = {"input_ids": inputs["input_ids"], "attention_mask": mask}
-    target, step = decompose_prefill_decode(model, sample, multi_token_decode=True)["decode"]
-    cache = step.get("past_key_values")
-    if cache is None or "cache_params" in step or not hasattr(cache, "layers"):
-        raise UnsupportedError(f"{type(model).__name__} has no KV cache (it is recurrent). Omit --with-past.")
+    # The patches of the exporter hold here too: they keep all tokens in the cache of a sliding window, which the graph
+    # does as well, so that the lengths of all layers are one dim.
+    with apply_patches("dynamo"):
+        target, step = decompose_prefill_decode(model, sample, multi_token_decode=True)["decode"]
     return target, step
 
 
-def _rename_cache(program: ir.Model) -> None:
+def _name_cache(program: ir.Model, sample: Mapping[str, Any], who: str) -> None:
+    """Name the cache's inputs and outputs, and make constants of the numbers in it that do not change.
+
+    Raises:
+        UnsupportedError: a tensor of the cache goes in and does not come out, or the other way round, so that the state
+            after a step would be lost.
+    """
+    _freeze_scalars(program, sample)
     for value in program.graph.inputs:
-        if match := _PAST_INPUT.match(value.name or ""):
-            value.name = f"{PAST}{match[1]}.{match[2]}"
+        value.name = past_name((value.name or "").removeprefix("input.")) or value.name
     for value in program.graph.outputs:
-        if match := _PAST_OUTPUT.match(value.name or ""):
-            value.name = f"{PRESENT}{match[1]}.{match[2]}"
-    _drop_outputs(program, "output.past_key_values")
+        value.name = present_name((value.name or "").removeprefix("output.")) or value.name
+    kept = [v for v in program.graph.outputs if not _is_present(v) or v.shape is None or len(v.shape) > 0]
+    program.graph.outputs[:] = kept
+    past, present = (
+        {(value.name or "").removeprefix(prefix) for value in values if (value.name or "").startswith(prefix)}
+        for values, prefix in ((program.graph.inputs, PAST), (program.graph.outputs, PRESENT))
+    )
+    if not past:
+        raise UnsupportedError(f"{who} has no cache that transformers' exporter captures. Omit --with-past.")
+    if past != present:
+        lost = ", ".join(sorted(past ^ present)[:4])
+        raise UnsupportedError(
+            f"{who}: expected every tensor of the cache as an input and as an output, got {lost} as one of them only, so "
+            "the state after a step would be lost. Omit --with-past."
+        )
+
+
+def _is_present(value: ir.Value) -> bool:
+    return (value.name or "").startswith(PRESENT)
 
 
 def _drop_cache_outputs(program: ir.Model) -> None:
     """Remove the cache outputs of a model without cache inputs, which T5 returns nevertheless."""
-    _drop_outputs(program, "past_key_values")
-
-
-def _drop_outputs(program: ir.Model, prefix: str) -> None:
-    kept = [value for value in program.graph.outputs if not (value.name or "").startswith(prefix)]
+    kept = [v for v in program.graph.outputs if cache_name((v.name or "").removeprefix("output.")) is None]
     if len(kept) != len(program.graph.outputs):
         program.graph.outputs[:] = kept
         RemoveUnusedNodesPass()(program)

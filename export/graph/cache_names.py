@@ -1,0 +1,47 @@
+"""The names of a cache's tensors in exported files (`cache_name`), from where transformers keeps them."""
+
+from __future__ import annotations
+
+import re
+
+from .metadata import PAST, PRESENT
+
+# The arguments and outputs of transformers that are caches.
+_CACHES = re.compile(r"^(?:past_key_values|cache_params|past_key_value)\.")
+_LAYER = re.compile(r"^(?:(self|cross)_attention_cache\.)?layers\.(\d+)\.(\w+)(?:\.(\d+))?$")
+# The two caches of an encoder-decoder, as other exporters call them.
+_SIDES = {None: "", "self": "decoder.", "cross": "encoder."}
+_TENSORS = {"keys": "key", "values": "value", "conv_states": "conv_state", "recurrent_states": "recurrent_state"}
+
+
+def cache_name(path: str) -> str | None:
+    """The name of a cache's tensor, without `past_key_values.` or `present.`; None if the path is not in a cache.
+
+    Args:
+        path: where transformers keeps it, such as `past_key_values.layers.0.keys`. The result is `0.key`, and likewise
+            `0.value`, `0.conv_state` and `0.recurrent_state` (with `.1` for a second one), and `0.decoder.key` and
+            `0.encoder.key` for the caches of self-attention and cross-attention. Other tensors keep their path.
+    """
+    rest = _CACHES.sub("", path, count=1)
+    if rest == path:
+        return None
+    match = _LAYER.match(rest)
+    if match is None:
+        return rest
+    side, layer, tensor, number = match.groups()
+    suffix = f".{number}" if number not in (None, "0") else ""
+    if tensor not in _TENSORS and number is not None:
+        suffix = f".{number}"
+    return f"{layer}.{_SIDES[side]}{_TENSORS.get(tensor, tensor)}{suffix}"
+
+
+def past_name(path: str) -> str | None:
+    """The name of a file's input for a cache's tensor; None if the path is not in a cache."""
+    name = cache_name(path)
+    return None if name is None else PAST + name
+
+
+def present_name(path: str) -> str | None:
+    """The name of a file's output for a cache's tensor; None if the path is not in a cache."""
+    name = cache_name(path)
+    return None if name is None else PRESENT + name
