@@ -18,7 +18,7 @@ from ..graph.sizes import SizeLimits
 from ..lowering.table import DEFAULT_OPSET
 from .captured import Capture
 from .dims import name_dims
-from .ranges import size_limits
+from .ranges import size_limits, symbols_of
 from .second_sizes import check_second_sizes, example_sizes
 from .torch_module import capture_module
 from .transformers_model import capture_transformers, is_pretrained
@@ -65,9 +65,17 @@ def capture(
             raise
         except Exception as error:
             raise _explained(model, error) from error
-        names = name_dims(captured.model, captured.fixed_dims, dynamic)
+        names = name_dims(captured.model, captured.fixed_dims, dynamic, _documented(captured, is_transformers))
         _check_sizes(captured, names)
     return captured
+
+
+def _documented(captured: Capture, is_transformers: bool) -> dict[str, int] | None:
+    """The sizes of all symbols of a model whose inputs are as transformers documents them."""
+    if not is_transformers or captured.program is None:
+        return None
+    program = captured.program[1]
+    return example_sizes(program, {symbol: symbol for _, _, symbol in symbols_of(program)})
 
 
 def _check_sizes(captured: Capture, names: Mapping[str, str]) -> None:

@@ -1,7 +1,9 @@
 """The names of the dynamic dims of a captured graph (`name_dims`).
 
 torch gives each dim that can vary on its own a symbol, and dims that the model ties the same one. A symbol gets one
-name, and a name belongs to one symbol, so two dims of a file share a name only if the model ties them.
+name, and a name belongs to one symbol, so two dims of a file share a name only if the model ties them. The documented
+inputs of transformers' models are tied by their documentation: the batch of the mask is that of the tokens, though the
+mask is read by index, which does not tie their sizes in torch.
 """
 
 from __future__ import annotations
@@ -30,10 +32,16 @@ _CONVENTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("token_type_ids", ("batch", "sequence")),
 )
 _CACHE_DIMS = {0: "batch", 2: "past_sequence"}
+_SHARED = {name for _, dims in _CONVENTIONS for name in dims} | {*_CACHE_DIMS.values(), "total_sequence"}
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 
 
-def name_dims(model: ir.Model, fixed: Mapping[str, str], dynamic: bool | Mapping[str, Any] = True) -> dict[str, str]:
+def name_dims(
+    model: ir.Model,
+    fixed: Mapping[str, str],
+    dynamic: bool | Mapping[str, Any] = True,
+    documented: Mapping[str, int] | None = None,
+) -> dict[str, str]:
     """Replace the symbols in all shapes of the graph: dynamic dims by descriptive names, fixed dims by their values.
 
     A dim that is computed from symbols, such as `2*s0`, gets the names in its formula.
@@ -42,17 +50,18 @@ def name_dims(model: ir.Model, fixed: Mapping[str, str], dynamic: bool | Mapping
         model: the graph, whose shapes are changed.
         fixed: the values of symbols that the model fixes.
         dynamic: as for `capture`; the names of a mapping's dims (`{"x": {0: Dim("rows")}}`) are kept.
+        documented: of a model whose inputs are as transformers documents them, the size of each symbol at capture.
 
     Returns:
         The name or value of each symbol.
     """
     names = {**fixed, **_fixed_cache_dims(model)}
     free = [symbol for symbol in _symbols(model) if symbol not in names]
-    taken = set()
-    for symbol, name in (*_given(model, dynamic), *_claims(model)):
-        if symbol in free and symbol not in names and name not in taken:
+    taken: dict[str, str] = {}
+    for symbol, name in (*_given(model, dynamic), *_documented(model), *_own(model)):
+        if symbol in free and symbol not in names and _may_have(symbol, name, taken, documented):
             names[symbol] = name
-            taken.add(name)
+            taken.setdefault(name, symbol)
     if not names:
         return names
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
@@ -94,9 +103,17 @@ def _given(model: ir.Model, dynamic: bool | Mapping[str, Any]) -> Iterator[tuple
                     yield symbol, chosen
 
 
-def _claims(model: ir.Model) -> Iterator[tuple[str, str]]:
-    """Symbols and the names that they could have, the best names first."""
-    inputs = {value.name or "input": value for value in model.graph.inputs}
+def _may_have(symbol: str, name: str, taken: Mapping[str, str], documented: Mapping[str, int] | None) -> bool:
+    """Whether a symbol may get a name: nothing has it, or only symbols to which the documentation ties this one."""
+    if name not in taken:
+        return True
+    shared = documented is not None and name in _SHARED
+    return shared and documented is not None and documented.get(symbol) == documented.get(taken[name])
+
+
+def _documented(model: ir.Model) -> Iterator[tuple[str, str]]:
+    """Symbols and the names of the dims that they are by the documentation of transformers."""
+    inputs = {value.name or "": value for value in model.graph.inputs}
     past = any(name.startswith(PAST) for name in inputs)
     for name, dims in _CONVENTIONS:
         for index, symbol in _alone(inputs.get(name), len(dims)):
@@ -105,10 +122,15 @@ def _claims(model: ir.Model) -> Iterator[tuple[str, str]]:
     for name, value in inputs.items():
         if name.startswith(PAST):
             for index, symbol in _alone(value):
-                yield symbol, _CACHE_DIMS.get(index, f"cache_dim_{index}")
-    for name, value in inputs.items():
+                if index in _CACHE_DIMS:
+                    yield symbol, _CACHE_DIMS[index]
+
+
+def _own(model: ir.Model) -> Iterator[tuple[str, str]]:
+    """Symbols, and names made from the input that they are in."""
+    for value in model.graph.inputs:
         for index, symbol in _alone(value):
-            yield symbol, f"{name}_dim_{index}"
+            yield symbol, f"{value.name or 'input'}_dim_{index}"
     # A symbol that is only part of formulas.
     yield from ((symbol, f"dim_{number}") for number, symbol in enumerate(_symbols(model)))
 

@@ -15,9 +15,11 @@ from torch import nn
 
 from ...models.errors import EnvironmentMissingError, UnsupportedError
 from ...models.experts import experts, has_experts
+from ...models.rotary import traceable_rotary
 from ..graph.cache_names import cache_name, past_name, present_name
 from ..graph.metadata import PAST, PRESENT
 from .captured import Capture
+
 
 def is_pretrained(model: nn.Module) -> bool:
     """Whether the model is a transformers model, without importing transformers."""
@@ -36,7 +38,7 @@ def capture_transformers(
     notes = []
     if has_experts(model):
         notes.append("experts were captured with their batched_mm implementation, the only one that can be exported")
-    with experts(model, "batched_mm"), torch.no_grad():
+    with experts(model, "batched_mm"), traceable_rotary(model), torch.no_grad():
         target, sample = (model, {**inputs, "use_cache": False}) if not with_past else _decode_step(model, inputs)
         # The exporter removes arguments that are plain values, such as use_cache; torch's program does not have them.
         plain = {name: value for name, value in sample.items() if isinstance(value, bool | int | str)}
@@ -48,8 +50,20 @@ def capture_transformers(
         _drop_cache_outputs(program)
         _freeze_scalars(program, sample)
     _refuse_overflowed_mask(model, program)
-    called = functools.partial(target, **plain)
+    called = functools.partial(_as_captured if with_past else _call, target, plain)
     return Capture(program, with_past, notes, program=(called, programs[-1]) if programs else None)
+
+
+def _call(target: Any, plain: Mapping[str, Any], **inputs: Any) -> Any:
+    return target(**inputs, **plain)
+
+
+def _as_captured(target: Any, plain: Mapping[str, Any], **inputs: Any) -> Any:
+    """Call a model with a cache that has all tokens in its sliding windows, as the captured graph has."""
+    from transformers.exporters.utils import apply_patches
+
+    with apply_patches("dynamo"):
+        return target(**inputs, **plain)
 
 
 def _is_program(value: Any) -> TypeGuard[torch.export.ExportedProgram]:
@@ -132,8 +146,8 @@ def _name_cache(program: ir.Model, sample: Mapping[str, Any], who: str) -> None:
     if past != present:
         lost = ", ".join(sorted(past ^ present)[:4])
         raise UnsupportedError(
-            f"{who}: expected every tensor of the cache as an input and as an output, got {lost} as one of them only, so "
-            "the state after a step would be lost. Omit --with-past."
+            f"{who}: expected every tensor of the cache as an input and as an output, got {lost} as one of them "
+            "only, so the state after a step would be lost. Omit --with-past."
         )
 
 

@@ -1,0 +1,97 @@
+"""Rotary embeddings of transformers whose frequencies follow the length (`rope_type` "dynamic").
+
+Such a module keeps, between calls, the frequencies of the longest sequence that it has seen, and it decides by the values
+of the positions, which a captured graph cannot. `traceable_rotary` computes the frequencies from the positions of each
+call instead. The two agree in a generation, where the sequence grows from call to call.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def dynamic_rotary(model: nn.Module) -> list[nn.Module]:
+    """The rotary embeddings of a model whose frequencies follow the length."""
+    found = []
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        kinds = list(kinds.values()) if isinstance(kinds, dict) else [kinds]
+        if any(isinstance(kind, str) and "dynamic" in kind for kind in kinds) and hasattr(module, "config"):
+            found.append(module)
+    return found
+
+
+def reset_rotary(model: nn.Module) -> None:
+    """Forget the lengths of earlier calls, so that a result does not depend on them."""
+    for module in dynamic_rotary(model):
+        for prefix in _prefixes(module):
+            original = getattr(module, f"{prefix}original_inv_freq", None)
+            if isinstance(original, Tensor) and hasattr(module, f"{prefix}max_seq_len_cached"):
+                setattr(module, f"{prefix}max_seq_len_cached", getattr(module, "original_max_seq_len", None))
+                module.register_buffer(f"{prefix}inv_freq", original, persistent=False)
+
+
+@contextmanager
+def traceable_rotary(model: nn.Module) -> Iterator[None]:
+    """Replace the forward of `dynamic_rotary` modules by one that can be captured."""
+    modules = dynamic_rotary(model)
+    reset_rotary(model)
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(_attribute(module, "forward", functools.partial(_forward, module)))
+        yield
+
+
+def _forward(module: Any, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+    """The module's result, with the frequencies of the largest position of this call."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    arguments = {} if layer_type is None else {"layer_type": layer_type}
+    kind = module.rope_type if layer_type is None else module.rope_type[layer_type]
+    inner = inspect.unwrap(type(module).forward)
+    if "dynamic" not in kind:
+        return inner(module, x, position_ids, **arguments)
+    length = position_ids.max() + 1
+    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](module.config, x.device, seq_len=length, **arguments)
+    with torch.no_grad(), _buffer(module, f"{prefix}inv_freq", frequencies):
+        return inner(module, x, position_ids, **arguments)
+
+
+def _prefixes(module: nn.Module) -> list[str]:
+    kinds = getattr(module, "rope_type", None)
+    return [f"{name}_" for name in kinds] if isinstance(kinds, dict) else [""]
+
+
+@contextmanager
+def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    before = module.__dict__.get(name, _MISSING)
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = before
+
+
+@contextmanager
+def _buffer(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
+    """Replace a buffer without a trace in the graph that is captured."""
+    before = module._buffers[name]
+    module._buffers[name] = value
+    try:
+        yield
+    finally:
+        module._buffers[name] = before
+
+
+_MISSING = object()
