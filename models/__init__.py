@@ -12,6 +12,7 @@ tensors: to_torch and to_numpy, arrays as tensors and back.
 regular_files: read_bytes and read_json, files that are not trusted.
 companions: folder_of, where the config and tokenizer files of a model are.
 experts: experts, which implementation of mixture-of-experts layers runs.
+rotary: reset_rotary and traceable_rotary, rotary embeddings whose frequencies follow the length.
 recognition: finding the norms of a model.
 builtin: the models shipped with this package.
 """

@@ -1,8 +1,8 @@
 """Rotary embeddings of transformers whose frequencies follow the length (`rope_type` "dynamic").
 
-Such a module keeps, between calls, the frequencies of the longest sequence that it has seen, and it decides by the values
-of the positions, which a captured graph cannot. `traceable_rotary` computes the frequencies from the positions of each
-call instead. The two agree in a generation, where the sequence grows from call to call.
+Such a module keeps, between calls, the frequencies of the longest sequence that it has seen, and it decides by the
+values of the positions, which a captured graph cannot. `traceable_rotary` computes the frequencies from the positions
+of each call instead. The two agree in a generation, where the sequence grows from call to call.
 """
 
 from __future__ import annotations

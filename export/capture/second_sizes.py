@@ -23,7 +23,9 @@ from .ranges import SPECIALIZED, symbols_of
 _STEPS = (3, -1, 1, 2, -2, -3, 4, 5, 6, 7, 8, 12, 16, 32, 64)
 _MOST_TRIED = 3
 # Dims of a KV cache and of its mask, whose sizes depend on each other.
-_TOTAL = "total_sequence"
+_TOKENS, _TOTAL = "sequence", "total_sequence"
+# Longer than the pieces into which models cut a sequence (64, 128 and 256 are common), and the most work for one run.
+_LONG, _MOST_WORK = 259, 1e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,35 @@ def check_second_sizes(
         if tried + 1 == _MOST_TRIED:
             notes.append(f"the graph could not be compared with the model at other sizes: {reason}")
             break
-    return Checked(_with_low_end(run, example, limits), notes)
+    return Checked(_with_high_end(run, example, _with_low_end(run, example, limits)), notes)
+
+
+def _with_high_end(run: _Comparison, example: Mapping[str, int], limits: SizeLimits) -> SizeLimits:
+    """The limits, with the largest number of new tokens where the model cuts them into pieces of a fixed length.
+
+    A loop over the pieces is unrolled as often as at the captured length, so that the graph is right up to it only.
+    """
+    if _TOKENS not in example or run.weights * _LONG > _MOST_WORK:
+        return limits
+
+    def wrong(length: int) -> bool:
+        sizes = _with_total({**example, _TOKENS: length}, example)
+        if size_problem(limits, sizes) is not None:
+            return False
+        try:
+            run.compare(sizes)
+        except (MismatchError, UnsupportedError):
+            return True
+        return False
+
+    low, high = example[_TOKENS], _LONG
+    if low >= high or not wrong(high):
+        return limits
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if wrong(middle) else (middle, high)
+    ends = limits.ranges.get(_TOKENS, (0, None))
+    return replace(limits, ranges={**limits.ranges, _TOKENS: (ends[0], low)})
 
 
 def _with_low_end(run: _Comparison, example: Mapping[str, int], limits: SizeLimits) -> SizeLimits:
@@ -106,15 +136,21 @@ def _others(example: Mapping[str, int], limits: SizeLimits) -> Iterator[dict[str
     for step in _STEPS:
         for batch in (1, -1, 0):
             sizes = {name: max(1, size + (batch if name == "batch" else step)) for name, size in example.items()}
-            if _TOTAL in sizes:
-                parts = [name for name in example if name in ("sequence", "past_sequence")]
-                sizes[_TOTAL] = example[_TOTAL] + sum(sizes[name] - example[name] for name in parts)
+            sizes = _with_total(sizes, example)
             for name, (low, high) in limits.ranges.items():
                 if name in sizes:
                     sizes[name] = max(low, sizes[name] if high is None else min(high, sizes[name]))
             if sizes not in seen and size_problem(limits, sizes) is None:
                 seen.append(sizes)
                 yield sizes
+
+
+def _with_total(sizes: Mapping[str, int], example: Mapping[str, int]) -> dict[str, int]:
+    """The sizes, with the length of the mask that belongs to the new tokens and those in the cache."""
+    if _TOTAL not in sizes:
+        return dict(sizes)
+    added = sum(sizes[name] - example[name] for name in (_TOKENS, "past_sequence") if name in example)
+    return {**sizes, _TOTAL: example[_TOTAL] + added}
 
 
 class _Comparison:
@@ -127,6 +163,7 @@ class _Comparison:
     ) -> None:
         self._model, self._program, self._names, self._outputs = model, program, names, outputs
         self._graph = GraphRun(program)
+        self.weights = sum(tensor.numel() for tensor in program.state_dict.values())
         self._leaves, self._spec = pytree.tree_flatten(program.example_inputs)
 
     def compare(self, sizes: Mapping[str, int]) -> str | None:

@@ -4,6 +4,7 @@ site: GraphSite, GraphRefusal and GraphRecognition, the norms of a graph.
 constants: constant, scalar, integers and dims of a value; widens, is_half, is_floating for dtypes.
 infer_types: fill_types, which infers missing dtypes and shapes.
 plugin_nodes: is_plugin_node, whether a node is a custom operator of this package.
+cache_names: cache_name, the names of a cache's tensors in exported files.
 metadata: the keys that an exported file has on its nodes, and the names of its constants and its KV cache.
 sizes: SizeLimits, the sizes of dynamic dims for which a graph is valid, and their form in a file's metadata.
 residual: residual_operands, the residual add in front of a norm.

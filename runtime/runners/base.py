@@ -21,6 +21,10 @@ Array = NDArray[Any]
 ANY_DTYPE = "any"
 
 
+# Inputs of a decoder with one element per token.
+_TOKEN_INPUTS = ("input_ids", "position_ids", "token_type_ids")
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """An input or output of a model.
@@ -71,6 +75,19 @@ class Runner(Protocol):
 
     def provenance(self) -> dict[str, Any]:
         """Versions, devices, options and file hashes behind the results, as JSON values."""
+        ...
+
+
+class CallsRunner(Runner, Protocol):
+    """A `Runner` of a decoder that keeps its own cache between the calls of one run."""
+
+    def run_calls(self, feeds: Mapping[str, Array], ends: Sequence[int]) -> dict[str, Array]:
+        """One run in several calls; the outputs of the calls are joined along the length.
+
+        Args:
+            feeds: the inputs of all tokens, `[batch, length]`.
+            ends: the number of tokens after each call, in ascending order.
+        """
         ...
 
 
@@ -164,3 +181,17 @@ def _check_shape(info: TensorInfo, shape: tuple[int, ...], where: str, symbols: 
                     f"{where}: input {info.name}: expected shape {wanted}, got {list(shape)}, but {dim} is "
                     f"{known} in input {owner}."
                 )
+
+
+def tokens_between(feeds: Mapping[str, Array], start: int, end: int) -> dict[str, Array]:
+    """The inputs of a decoder's call that reads the tokens from `start` to `end`; its mask is up to `end`.
+
+    Args:
+        feeds: the inputs of all tokens; `input_ids`, `position_ids` and `token_type_ids` have them in the last dim.
+        start: the number of tokens in the cache.
+        end: the number of tokens after the call.
+    """
+    part = {name: value[..., start:end] if name in _TOKEN_INPUTS else value for name, value in feeds.items()}
+    if "attention_mask" in part:
+        part["attention_mask"] = feeds["attention_mask"][:, :end]
+    return part

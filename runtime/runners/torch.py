@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+
 from ...models.dtypes import torch_name
 from ...models.errors import EnvironmentMissingError, UnsupportedError, UsageError
+from ...models.rotary import reset_rotary
 from ...models.tensors import to_numpy, to_torch
-from .base import ANY_DTYPE, Array, TensorInfo, check_feeds, describe_feeds
+from .base import ANY_DTYPE, Array, TensorInfo, check_feeds, describe_feeds, tokens_between
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 _CACHE_KEYS = ("past_key_values", "cache_params")
+_CACHE_TENSORS = ("keys", "values", "conv_states", "recurrent_states")
 
 
 class TorchRunner:
@@ -101,20 +106,60 @@ class TorchRunner:
                 that of `output_names`.
             UnsupportedError: the module returns something other than tensors.
         """
-        import torch
+        reset_rotary(self._opened())
+        return self._returned(self._call(feeds))
 
+    def run_calls(self, feeds: Mapping[str, Array], ends: Sequence[int]) -> dict[str, Array]:
+        """Run a decoder of transformers in several calls, each with the cache that the last one left.
+
+        Args:
+            feeds: all tokens, `[batch, length]`.
+            ends: the number of tokens after each call, in ascending order; the last is the length.
+
+        Returns:
+            As `run`, the outputs of the calls joined along the length.
+
+        Raises:
+            UsageError: as `run`; or the model returns no cache.
+        """
+        reset_rotary(self._opened())
+        found: list[dict[str, Array]] = []
+        result: Any = None
+        for start, end in itertools.pairwise([0, *ends]):
+            cache: Any = None if result is None else getattr(result, "past_key_values", None)
+            if start and cache is None:
+                raise UsageError(f"{self._where} returns no past_key_values, so it cannot run in several calls.")
+            result = self._call(tokens_between(feeds, start, end), past_key_values=cache, use_cache=True)
+            found.append(dict(_flatten(result, "", False, self._where)))
+        last = self._returned(result)
+        joined = {
+            name: np.concatenate([part[name] for part in found], axis=1) if value.ndim > 1 else value
+            for name, value in found[-1].items()
+        }
+        return {name: joined.get(name, value) for name, value in last.items()}
+
+    def _opened(self) -> nn.Module:
         if self._model is None:
             raise UsageError(f"{self._where}: the runner is closed.")
+        return self._model
+
+    def _call(self, feeds: Mapping[str, Array], **more: Any) -> Any:
+        """What the module returns for arrays, and for arguments that are given to it as they are."""
+        import torch
+
+        model = self._opened()
         keywords = self._parameters.keywords(feeds, self._where)
-        device = _device_of(self._model)
+        device = _device_of(model)
         tensors = {name: self._placed(to_torch(array), device) for name, array in keywords.items()}
         # Set it before every run: other code may have changed the mode in between.
-        self._model.eval()
+        model.eval()
         try:
             with torch.no_grad():
-                result = self._model(**tensors)
+                return model(**tensors, **more)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError) as error:
             raise UsageError(f"{self._where} failed on {describe_feeds(feeds)}: {error}") from error
+
+    def _returned(self, result: Any) -> dict[str, Array]:
         outputs = self._named(dict(_flatten(result, "", self._include_cache, self._where)))
         self._last_outputs = [TensorInfo(n, a.dtype.name, tuple(a.shape)) for n, a in outputs.items()]
         return outputs
@@ -274,11 +319,19 @@ def _flatten_container(value: Any, name: str, include_cache: bool, where: str) -
 
 
 def _flatten_cache(cache: Any, name: str, where: str) -> Iterator[tuple[str, Array]]:
-    """Keys and values of each layer, named by their path as transformers' own exporters name them."""
+    """The tensors of each layer, named by their path as transformers' own exporters name them."""
+    sides = [side for side in ("self_attention_cache", "cross_attention_cache") if hasattr(cache, side)]
+    for side in sides:
+        yield from _flatten_cache(getattr(cache, side), f"{name}.{side}", where)
     layers = getattr(cache, "layers", None)
     if layers is None:
-        yield from _flatten_container(cache, name, True, where)
+        if not sides:
+            yield from _flatten_container(cache, name, True, where)
         return
     for index, layer in enumerate(layers):
-        for part in ("keys", "values"):
-            yield from _flatten(getattr(layer, part, None), f"{name}.layers.{index}.{part}", True, where)
+        for part in _CACHE_TENSORS:
+            value = getattr(layer, part, None)
+            states = value.items() if isinstance(value, Mapping) else [(None, value)]
+            for number, state in states:
+                path = f"{name}.layers.{index}.{part}" + ("" if number is None else f".{number}")
+                yield from _flatten(state, path, True, where)

@@ -21,7 +21,7 @@ from ..runners.open import open_runner
 from ..runners.ort_graph import file_record
 from .candidate import Candidate
 from .depth import DepthPoint, errors_introduced, measure_depth
-from .names import Renamed, match_inputs, own_names, renamed_infos
+from .names import Renamed, RenamedTorch, match_inputs, own_names, renamed_infos
 from .norm_checks import unsound_norms
 from .options import ValidationOptions
 from .pipeline import (
@@ -151,7 +151,7 @@ def _compared(
         runs = runs.for_torch(dtype_of(sides.model))
     cached = any(run.present for run in runs.runs)
     with open_runner(sides.model, include_cache=cached) as torch_runner:
-        baseline = Baseline(sides.model, Renamed(torch_runner, matched.kept), find_norms(sides.model))
+        baseline = Baseline(sides.model, RenamedTorch(torch_runner, matched.kept), find_norms(sides.model))
         report = _examined(sides, runs, baseline, options, progress)
         report.untried[:0] = plan.untried
         report.notes[:0] = [*([sides.hint] if sides.hint else []), *matched.notes]
@@ -165,7 +165,7 @@ def _examined(
     """All stages after the candidate's runs."""
     candidate = sides.candidate
     runs, own = run_baseline(baseline, runs, progress, candidate.name)
-    baseline = dataclasses.replace(baseline, runner=Renamed(baseline.runner, outputs=own.names))
+    baseline = dataclasses.replace(baseline, runner=RenamedTorch(baseline.runner, outputs=own.names))
     largest = runs.runs[runs.largest]
     access = None
     if candidate.norms is not None and not options.outputs_only:

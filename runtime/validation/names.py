@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ...export.graph.metadata import PRESENT
 from ...models.errors import UsageError
 from ..inputs.synthetic import is_past
-from ..runners.base import ANY_DTYPE, Array, Runner, TensorInfo
+from ..runners.base import ANY_DTYPE, Array, CallsRunner, Runner, TensorInfo
 from .run_cases import is_last_token
 
 if TYPE_CHECKING:
@@ -190,6 +190,20 @@ class Renamed:
     def provenance(self) -> dict[str, Any]:
         """See `Runner.provenance`."""
         return self._runner.provenance()
+
+
+class RenamedTorch(Renamed):
+    """`Renamed`, of a runner that can run in calls."""
+
+    def __init__(
+        self, runner: CallsRunner, inputs: Mapping[str, str] | None = None, outputs: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(runner, inputs, outputs)
+        self._calls = runner
+
+    def run_calls(self, feeds: Mapping[str, Array], ends: Sequence[int]) -> dict[str, Array]:
+        """See `CallsRunner.run_calls`."""
+        return renamed(self._calls.run_calls(own_names(feeds, self._inputs), ends), self._outputs)
 
 
 def renamed(arrays: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:

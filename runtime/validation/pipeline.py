@@ -15,6 +15,7 @@ from ...models.dtypes import HALF_DTYPES
 from ...models.errors import RmsnormDeployError, UsageError
 from ...models.recognition.intercept import at_norms
 from ...models.recognition.site import Recognition, norm_name
+from ...models.rotary import dynamic_rotary
 from ..accuracy.baseline import signal_warning
 from ..accuracy.compare_output import OutputVerdict
 from ..accuracy.tolerances import NORMS, SEGMENTS, Limits
@@ -24,12 +25,12 @@ from ..norms.activation_store import ActivationStore, Key
 from ..norms.float64_model import exactly, in_float64
 from ..norms.formula import differences
 from ..norms.torch_norms import TorchNorms, survey_norms
-from ..runners.base import Runner
+from ..runners.base import Array, CallsRunner, Runner
 from .candidate import Candidate
 from .names import match_outputs, names_for_torch, own_names, renamed
 from .norm_checks import NormCheck, check_norms, failed, unsound_norms, without_reference
 from .options import ValidationOptions
-from .run_cases import Call, Outputs, Run, judge_run, named, repeats, run_guarded, wide, with_cache_names
+from .run_cases import Call, Outputs, Run, call_ends, judge_run, named, repeats, run_guarded, wide, with_cache_names
 from .segment_checks import SegmentCheck, SegmentOutputs, check_segments, segment_names
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Baseline:
     """PyTorch: the model in the deployed dtype, its runner, and its norms."""
 
     model: nn.Module
-    runner: Runner
+    runner: CallsRunner
     recognition: Recognition
 
 
@@ -164,6 +165,17 @@ def run_candidate(runner: Runner, name: str, cases: Sequence[Case], progress: Pr
     return CandidateRuns(tuple(runs), tuple(names))
 
 
+def _in_calls(baseline: Baseline, run: Run) -> bool:
+    """Whether PyTorch's result depends on the calls in which it reads the tokens: its rotary embedding follows them."""
+    return len(run.calls) > 1 and bool(dynamic_rotary(baseline.model))
+
+
+def _run_torch(baseline: Baseline, run: Run, feeds: Mapping[str, Array]) -> Outputs:
+    if _in_calls(baseline, run):
+        return baseline.runner.run_calls(feeds, call_ends(run.case))
+    return baseline.runner.run(feeds)
+
+
 def _repeated(candidate: CandidateRuns) -> list[int]:
     """The indices of the runs that are repeated."""
     optional = [number for number, run in enumerate(candidate.runs) if run.case.optional and not run.error]
@@ -192,8 +204,8 @@ def run_baseline(
             if number == candidate.largest:
                 survey = survey_norms(baseline.model, baseline.runner, baseline.recognition, run.torch_feeds)
                 called, found = survey.called, survey.outputs
-            else:
-                found = baseline.runner.run(run.torch_feeds)
+            if number != candidate.largest or _in_calls(baseline, run):
+                found = _run_torch(baseline, run, run.torch_feeds)
         except RmsnormDeployError as error:
             if not run.case.optional:
                 raise
@@ -286,10 +298,12 @@ def compute_references(
             progress(f"PyTorch in float64: {run.case.name} ({number + 1} of {len(candidate.runs)})")
             feeds = wide(run.torch_feeds)
             if with_depth and keys and number == candidate.largest:
-                outputs.append(with_cache_names(norms.trace_reference(feeds, list(keys), stores.free.put)))
-                continue
+                found = norms.trace_reference(feeds, list(keys), stores.free.put)
+                if not _in_calls(baseline, run):
+                    outputs.append(with_cache_names(found))
+                    continue
             with at_norms(baseline.model, baseline.recognition.sites, exactly):
-                outputs.append(with_cache_names(baseline.runner.run(feeds)))
+                outputs.append(with_cache_names(_run_torch(baseline, run, feeds)))
         if not keys:
             return References(tuple(outputs), {}, {})
         progress("PyTorch in float64, norm by norm")

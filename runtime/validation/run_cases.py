@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...export.capture.example_inputs import vocabulary_size
+from ...export.graph.cache_names import present_name
 from ...export.graph.metadata import PRESENT
 from ...models.dtypes import numpy_dtype
 from ...models.errors import RmsnormDeployError, UsageError
@@ -20,16 +20,13 @@ from ..accuracy.compare_output import OutputVerdict, judge
 from ..accuracy.tolerances import Limits, limits_of
 from ..inputs.cases import Case
 from ..inputs.synthetic import DEFAULT_SHAPES, is_past, make_feeds, present_to_past
-from ..runners.base import Array, Runner, TensorInfo
+from ..runners.base import Array, Runner, TensorInfo, tokens_between
 
 if TYPE_CHECKING:
     from torch import nn
 
 # Suffixes of the names of the outputs of a decode step of one token, and of a later call with several tokens.
 DECODE_SUFFIX, CHUNK_SUFFIX = "@decode", "@chunk"
-
-# A tensor of PyTorch's KV cache, as `TorchRunner` names it.
-_CACHE = re.compile(r"past_key_values\.layers\.(\d+)\.(key|value)s")
 
 Outputs = dict[str, Array]
 
@@ -160,16 +157,10 @@ def _run_candidate(runner: Runner, case: Case) -> Run:
 def _run_with_cache(runner: Runner, case: Case) -> Run:
     """Run the first tokens with an empty cache, then each further call with the cache that the last one returned."""
     feeds = case.feeds
-    length = feeds["input_ids"].shape[1]
-    calls = case.calls if sum(case.calls) < length and case.calls else (1,)
-    ends = list(itertools.accumulate(calls, initial=length - sum(calls)))
-    tokens = ("input_ids", "position_ids", "token_type_ids")
+    ends = call_ends(case)
     given, start, found = dict(feeds), 0, []
     for end in ends:
-        part = {k: v[:, start:end] if k in tokens else v for k, v in given.items()}
-        if "attention_mask" in part:
-            part["attention_mask"] = feeds["attention_mask"][:, :end]
-        outputs = runner.run(part)
+        outputs = runner.run(tokens_between(given, start, end))
         suffix = "" if start == 0 else DECODE_SUFFIX if end - start == 1 else CHUNK_SUFFIX
         present = {name: value for name, value in outputs.items() if name.startswith(PRESENT)}
         own = {name: value for name, value in outputs.items() if name not in present}
@@ -177,6 +168,13 @@ def _run_with_cache(runner: Runner, case: Case) -> Run:
         given.update({k: v for k, v in present_to_past(present).items() if k in feeds})
         start = end
     return Run(case, tuple(_joined(found)), present)
+
+
+def call_ends(case: Case) -> list[int]:
+    """The number of tokens after each call of a model with a KV cache."""
+    length = case.feeds["input_ids"].shape[1]
+    calls = case.calls if sum(case.calls) < length and case.calls else (1,)
+    return list(itertools.accumulate(calls, initial=length - sum(calls)))
 
 
 def _joined(calls: Sequence[Call]) -> Iterator[Call]:
@@ -246,7 +244,11 @@ def judge_cache(
     rows = []
     for name, got in run.present.items():
         true, wanted = reference.get(name), baseline.get(name)
-        if true is None or wanted is None or got.ndim != 4 or wanted.ndim != 4:
+        if true is None or wanted is None:
+            continue
+        if not name.endswith((".key", ".value")) or got.ndim != 4 or wanted.ndim != 4:
+            if got.shape == wanted.shape:  # a state, which has no dim of tokens
+                rows.append(judge_output(name, got, true, wanted, limits_of(limits or {}, name)))
             continue
         count = min(got.shape[2], wanted.shape[2])
         mine, ours, theirs = (side[:, :, side.shape[2] - count :].swapaxes(1, 2) for side in (got, true, wanted))
@@ -326,7 +328,7 @@ def named(returned: Outputs, names: Sequence[str]) -> Outputs:
 
 def with_cache_names(outputs: Outputs) -> Outputs:
     """PyTorch's outputs, with the tensors of its KV cache under the names that exported files have."""
-    return {_CACHE.sub(lambda m: f"{PRESENT}{m[1]}.{m[2]}", name): value for name, value in outputs.items()}
+    return {present_name(name) or name: value for name, value in outputs.items()}
 
 
 def wide(feeds: Mapping[str, Array]) -> dict[str, Array]:
