@@ -3,6 +3,7 @@
 capture: capture, a swapped model as an ONNX graph.
 captured: Capture, what that returns.
 transformers_model, torch_module: the two ways to capture, for a model of transformers and for any other module.
+recurrences: traceable_recurrences, the recurrences of hybrid models as one scan.
 dims: name_dims, the names of dynamic dims.
 swap: swapped, which replaces the forward of every norm while a model is captured.
 ranges: size_limits, the sizes for which a captured graph is valid.

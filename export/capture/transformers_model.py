@@ -19,6 +19,7 @@ from ...models.rotary import traceable_rotary
 from ..graph.cache_names import cache_name, past_name, present_name
 from ..graph.metadata import PAST, PRESENT
 from .captured import Capture
+from .recurrences import traceable_recurrences
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -38,7 +39,7 @@ def capture_transformers(
     notes = []
     if has_experts(model):
         notes.append("experts were captured with their batched_mm implementation, the only one that can be exported")
-    with experts(model, "batched_mm"), traceable_rotary(model), torch.no_grad():
+    with experts(model, "batched_mm"), traceable_rotary(model), traceable_recurrences(model), torch.no_grad():
         target, sample = (model, {**inputs, "use_cache": False}) if not with_past else _decode_step(model, inputs)
         # The exporter removes arguments that are plain values, such as use_cache; torch's program does not have them.
         plain = {name: value for name, value in sample.items() if isinstance(value, bool | int | str)}
@@ -59,10 +60,10 @@ def _call(target: Any, plain: Mapping[str, Any], **inputs: Any) -> Any:
 
 
 def _as_captured(target: Any, plain: Mapping[str, Any], **inputs: Any) -> Any:
-    """Call a model with a cache that has all tokens in its sliding windows, as the captured graph has."""
+    """Call a model as it was captured: with all tokens in the cache of a sliding window, and a state before any chunk."""
     from transformers.exporters.utils import apply_patches
 
-    with apply_patches("dynamo"):
+    with apply_patches("dynamo"), traceable_recurrences(target):
         return target(**inputs, **plain)
 
 

@@ -1,0 +1,183 @@
+"""Recurrences of hybrid models in a form that a graph of any length holds (`traceable_recurrences`).
+
+transformers computes them with Python loops over tokens or chunks, which a capture unrolls for the captured length.
+Here they are one `scan` over the tokens, which becomes the ONNX operator Scan.
+"""
+
+# ruff: noqa: N803 (the argument names of transformers)
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@contextmanager
+def traceable_recurrences(model: nn.Module) -> Iterator[None]:
+    """Replace the loops in the modules of transformers that define the parts of a model."""
+    states = _States()
+    replacements: dict[str, Callable[..., Any]] = {
+        "torch_chunk_gated_delta_rule": gated_delta_rule,
+        "mamba_selective_scan": states.selective_scan,
+    }
+    sources = {type(module).__module__ for module in model.modules()}
+    with ExitStack() as stack:
+        for source in sorted(source for source in sources if source.startswith("transformers.")):
+            for name, replacement in replacements.items():
+                if hasattr(sys.modules[source], name):
+                    stack.enter_context(mock.patch.object(sys.modules[source], name, replacement))
+                    stack.enter_context(states.recorded())
+        yield
+
+
+def gated_delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    chunk_size: int = 64,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The gated delta rule, token by token in float32, with the arguments of transformers' function.
+
+    S = exp(g) S;  S = S + k (beta (v - k S));  y = q S / sqrt(width), as in "Gated Delta Networks: Improving Mamba2
+    with Delta Rule" (https://arxiv.org/abs/2412.06464).
+
+    Args:
+        query: `[batch, length, key heads, width]`.
+        key: as the query.
+        value: `[batch, length, value heads, value width]`.
+        g: the logarithm of the decay, `[batch, length, value heads]`.
+        beta: how much of a new value is written, as g.
+        chunk_size: not used.
+        initial_state: `[batch, value heads, width, value width]`; zeros if None.
+        output_final_state: whether to return the state after the last token.
+        use_qk_l2norm_in_kernel: normalize queries and keys to length 1.
+
+    Returns:
+        The result, `[batch, length, value heads, value width]` in the query's dtype, and the state or None.
+    """
+    dtype, groups = query.dtype, value.shape[2] // key.shape[2]
+    query, key = (x.repeat_interleave(groups, dim=2) if groups > 1 else x for x in (query, key))
+    q, k, v, decay, write = (x.float() for x in (query, key, value, g, beta))
+    if use_qk_l2norm_in_kernel:
+        q, k = (x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + 1e-6) for x in (q, k))
+    q = q * q.shape[-1] ** -0.5
+    state = v.new_zeros(v.shape[0], v.shape[2], k.shape[-1], v.shape[-1])
+    if initial_state is not None:
+        state = initial_state.to(state)
+
+    def step(state: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        q_t, k_t, v_t, decay_t, write_t = token
+        state = state * decay_t.exp()[..., None, None]
+        known = (state * k_t.unsqueeze(-1)).sum(dim=-2)
+        state = state + k_t.unsqueeze(-1) * ((v_t - known) * write_t.unsqueeze(-1)).unsqueeze(-2)
+        return state, (state * q_t.unsqueeze(-1)).sum(dim=-2)
+
+    last, result = _scan(step, state, (q, k, v, decay, write))
+    return result.to(dtype), last if output_final_state else None
+
+
+class _States:
+    """The recurrent state that a layer read last, which `mamba_selective_scan` of transformers does not get."""
+
+    def __init__(self) -> None:
+        self._state: Tensor | None = None
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        from transformers.cache_utils import Cache
+
+        original = Cache.get_recurrent_state
+
+        def get(cache: Any, *arguments: Any, **keywords: Any) -> Any:
+            self._state = original(cache, *arguments, **keywords)
+            return self._state
+
+        with mock.patch.object(Cache, "get_recurrent_state", get):
+            yield
+
+    def selective_scan(
+        self,
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+        **_: Any,
+    ) -> Any:
+        """Mamba's selective scan from the state that the layer read, with the arguments of transformers' function.
+
+        h = exp(A dt) h + dt B x;  y = h C + D x (https://arxiv.org/abs/2312.00752).
+
+        Args:
+            hidden_states: x, `[batch, width, length]`.
+            dt: time steps, as x.
+            A: `[width, states]`.
+            B: `[batch, states, length]`.
+            C: as B.
+            D: `[width]`.
+            z: a gate of the result, as x.
+            delta_bias: added to dt, `[width]`.
+            delta_softplus: apply softplus to dt.
+            return_last_state: return the state after the last token too, `[batch, width, states]`.
+        """
+        dtype = hidden_states.dtype
+        if delta_bias is not None:
+            dt = dt + delta_bias.to(dt.dtype)[..., None]
+        dt = functional.softplus(dt) if delta_softplus else dt
+        x, steps = hidden_states.transpose(1, 2), dt.transpose(1, 2)
+        decay = torch.exp(A * steps.unsqueeze(-1))
+        added = steps.unsqueeze(-1) * B.transpose(1, 2).float().unsqueeze(2) * x.float().unsqueeze(-1)
+        state, self._state = self._state, None
+        if state is None:
+            state = added.new_zeros(x.shape[0], x.shape[2], A.shape[-1])
+
+        def step(state: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+            decay_t, added_t, c_t = token
+            state = decay_t * state + added_t
+            return state, (state.to(dtype) @ c_t.unsqueeze(-1)).squeeze(-1)
+
+        last, result = _scan(step, state.to(added), (decay, added, C.transpose(1, 2)))
+        y = result.transpose(1, 2)
+        if D is not None:
+            y = y + hidden_states * D[None, :, None]
+        if z is not None:
+            y = y * functional.silu(z)
+        return (y, last) if return_last_state else y
+
+
+def _scan(
+    step: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]], state: Tensor, tokens: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """The last state, and the results `[batch, length, ...]`, of a recurrence over dim 1 of each of the tokens."""
+    if not torch.compiler.is_exporting():  # torch would compile a scan for each shape
+        results = []
+        for token in zip(*(x.unbind(1) for x in tokens), strict=True):
+            state, result = step(state, token)
+            results.append(result)
+        return state, torch.stack(results, dim=1)
+    from torch._higher_order_ops.scan import scan
+
+    def copied(state: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        state, result = step(state, token)
+        return state.clone(), result.clone()  # torch refuses results that are the same tensor as an input
+
+    last, results = scan(copied, state, tuple(x.movedim(1, 0) for x in tokens), dim=0)
+    return last, results.movedim(0, 1)
