@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from .constants import DEFAULT_DOMAINS, constant, integers
+from .stand_ins import StandIns
 
 # Constants of at most this many elements may hold a shape.
 _SMALL = 1024
@@ -25,7 +26,6 @@ _LIKE_FIRST_INPUT: dict[tuple[str, str], tuple[int, ...]] = {
     ("com.microsoft", "SimplifiedLayerNormalization"): (0,),
     ("com.microsoft", "SkipSimplifiedLayerNormalization"): (0, 3),
     ("com.microsoft", "SkipLayerNormalization"): (0, 3),
-    ("com.microsoft", "GroupQueryAttention"): (0,),
     ("com.microsoft", "RotaryEmbedding"): (0,),
     ("com.microsoft", "BiasGelu"): (0,),
     ("com.microsoft", "FastGelu"): (0,),
@@ -149,6 +149,9 @@ def _skeleton(model: ir.Model, computed: Mapping[str, list[int]]) -> onnx.ModelP
                 output=[str(node.outputs[0].name)],
                 attribute=[onnx.helper.make_attribute("value_ints", computed[str(node.outputs[0].name)])],
             )
+        elif (stand_ins := StandIns(node)).nodes:
+            graph.node.extend(stand_ins.nodes)
+            graph.input.extend(stand_ins.inputs)
         elif like_first is None:
             ir.serde.serialize_node_into(graph.node.add(), node)
         elif node.inputs and node.inputs[0] is not None:

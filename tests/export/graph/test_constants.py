@@ -138,7 +138,8 @@ def test_a_bfloat16_constant_is_cast() -> None:
 
 
 COMPUTED = """h = Shape (x)  one = Constant <value_int = 1> ()  two = Constant <value_int = 2> ()
-v = Constant <value_ints = [4, -7, 2, 9, -3]> ()  at = Constant <value_ints = [1]> ()  to = Constant <value_ints = [-1]> ()
+v = Constant <value_ints = [4, -7, 2, 9, -3]> ()  at = Constant <value_ints = [1]> ()
+to = Constant <value_ints = [-1]> ()
 back = Constant <value_ints = [-9]> ()  ends = Constant <value_ints = [3, -1]> ()  zero = Constant <value_ints = [0]> ()
 """
 

@@ -19,9 +19,7 @@ from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
 
 NORM = "test_rms_normalization_"
-NORMALIZATIONS = re.compile(
-    "test_(rms|layer|group|l1|l2|lp)_?normalization|test_(batchnorm|instancenorm|lrn|mvn)(_|$)"
-)
+NORMALIZATIONS = re.compile("test_(rms|layer|group|l1|l2|lp)_?normalization|test_(batchnorm|instancenorm|lrn|mvn)(_|$)")
 
 
 @cache
