@@ -1,8 +1,9 @@
 """Norms, constants, dtypes and shapes of an ONNX graph, as the other packages of export read them.
 
-site: GraphSite, GraphRefusal and GraphRecognition, the norms of a graph.
+site: GraphSite, GraphRefusal and GraphRecognition, the norms of a graph; node_name, how messages show a node.
 constants: constant, scalar, integers and dims of a value; widens, is_half, is_floating for dtypes.
 infer_types: fill_types, which infers missing dtypes and shapes.
+stand_ins: StandIns, ONNX nodes with the dtypes and shapes of an operator of ONNX Runtime.
 plugin_nodes: is_plugin_node, whether a node is a custom operator of this package.
 cache_names: cache_name, the names of a cache's tensors in exported files.
 metadata: the keys that an exported file has on its nodes, and the names of its constants and its KV cache.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,17 @@ _MOST_ELEMENTS = 1 << 20
 HALF_TYPES = tuple(map(onnx_dtype, HALF_DTYPES))
 _WIDTH = {onnx_dtype(name): BYTES[name] for name in NORM_DTYPES}
 
-_HANDED_ON = ("Identity", "Cast", "CastLike", "Reshape", "Unsqueeze", "Squeeze")
-_CASTS = (*_WIDTH, ir.DataType.INT32, ir.DataType.INT64)
+# Operators that only cast or reshape a constant, of any dtype; and those whose other inputs are read elsewhere.
+_CAST_LIKE = ("Identity", "Cast", "CastLike", "Reshape", "Unsqueeze", "Squeeze")
+_FIRST_ONLY = ("CastLike", "Reshape", "Unsqueeze", "Squeeze")
+_INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
+_CASTS = (*_WIDTH, *_INTEGERS)
+# The most elements of a computed constant, and the most nodes between it and a constant or a shape.
+_MOST_FOLDED, _DEEPEST = 64, 8
 DEFAULT_DOMAINS = ("", "ai.onnx")
 
 Dim = int | ir.SymbolicDim
+_Known = np.ma.MaskedArray[Any, np.dtype[Any]]
 
 
 def constant(value: ir.Value | None) -> NDArray[Any] | None:
@@ -45,33 +51,144 @@ def scalar(value: ir.Value | None) -> float | None:
     return float(array.reshape(()).astype(np.float64))
 
 
-def _folded(value: ir.Value | None, deepest: int = 4) -> NDArray[Any] | None:
-    """`constant`, also through nodes that only cast or reshape it, which exporters write; the shape may differ."""
+def _folded(value: ir.Value | None) -> NDArray[Any] | None:
+    """`constant`, also through casts and the integer arithmetic by which exporters compute shapes and axes."""
     array = constant(value)
-    node = None if value is None else value.producer()
-    if array is not None or node is None or node.domain not in DEFAULT_DOMAINS:
+    if array is not None or value is None:
         return array
-    if node.op_type == "Gather":
-        return _of_shape(node)
-    if node.op_type not in _HANDED_ON:
-        return None
-    inner = _folded(node.inputs[0], deepest - 1) if deepest and node.inputs else None
-    if inner is None or inner.size > 64 or not node.op_type.startswith("Cast"):
-        return inner
-    to = value.dtype if value is not None else None
-    return inner.astype(to.numpy()) if to in _CASTS else None
+    known = _computed(value, _DEEPEST)
+    return None if known is None or np.ma.is_masked(known) else np.asarray(known.data)
 
 
-def _of_shape(gather: ir.Node) -> NDArray[Any] | None:
-    """A static dim that a Gather node reads from a Shape node, or None."""
-    taken = gather.inputs[0].producer() if gather.inputs and gather.inputs[0] is not None else None
-    if taken is None or taken.op_type != "Shape" or taken.domain not in DEFAULT_DOMAINS or taken.attributes:
+def _computed(value: ir.Value | None, deepest: int) -> _Known | None:
+    """What is known of a value that nodes compute from constants and shapes; the unknown elements are masked."""
+    array = constant(value)
+    if array is not None:
+        return np.ma.MaskedArray(array)
+    node = None if value is None else value.producer()
+    if node is None or not deepest or node.domain not in DEFAULT_DOMAINS or value is not node.outputs[0]:
         return None
-    shape, picked = dims(taken.inputs[0]), _folded(gather.inputs[1], 1)
-    if shape is None or picked is None or picked.size != 1 or not -len(shape) <= int(picked.reshape(())) < len(shape):
+    if node.op_type == "Shape":
+        return _shape_of(node)
+    if node.op_type == "Size":
+        return _size_of(node, deepest)
+    fold = _FOLDS.get(node.op_type)
+    # The dtype keeps activations out, of which there are many and which have no constant operands.
+    if fold is None or (node.op_type not in _CAST_LIKE and value.dtype not in _INTEGERS):
         return None
-    dim = shape[int(picked.reshape(()))]
-    return np.full(picked.shape, dim, np.int64) if isinstance(dim, int) else None
+    inputs = [_computed(given, deepest - 1) for given in node.inputs[: 1 if node.op_type in _FIRST_ONLY else None]]
+    known = [array for array in inputs if array is not None and array.size <= _MOST_FOLDED]
+    if len(known) != len(node.inputs[: len(inputs)]) or not known:
+        return None
+    try:
+        result = fold(node, *known)
+    except (TypeError, ValueError, IndexError, np.exceptions.AxisError):  # the node's inputs do not fit together
+        return None
+    return None if result is None or result.size > _MOST_FOLDED else np.ma.asanyarray(result)
+
+
+def _shape_of(node: ir.Node) -> _Known | None:
+    shape = dims(node.inputs[0])
+    if shape is None or len(shape) > _MOST_FOLDED:
+        return None
+    start, end = (node.attributes[n].as_int() if n in node.attributes else None for n in ("start", "end"))
+    shape = shape[start:end]
+    known = [isinstance(dim, int) for dim in shape]
+    sizes = [dim if isinstance(dim, int) else 0 for dim in shape]
+    return np.ma.MaskedArray(np.array(sizes, np.int64), mask=np.logical_not(np.array(known, np.bool_)))
+
+
+def _size_of(node: ir.Node, deepest: int) -> _Known | None:
+    shape = dims(node.inputs[0])
+    if shape is None:
+        known = _computed(node.inputs[0], deepest - 1)
+        shape = None if known is None else list(known.shape)
+    if shape is None or not all(isinstance(dim, int) for dim in shape):
+        return None
+    return np.ma.MaskedArray(np.array(math.prod(dim for dim in shape if isinstance(dim, int)), np.int64))
+
+
+def _cast(node: ir.Node, array: _Known) -> _Known | None:
+    to = node.outputs[0].dtype
+    return np.ma.asanyarray(array.astype(to.numpy())) if to in _CASTS else None
+
+
+def _divided(_: ir.Node, a: _Known, b: _Known) -> _Known:
+    """ONNX rounds integer quotients toward zero; a quotient by zero is masked."""
+    return np.ma.floor_divide(abs(a), abs(b)) * np.ma.where(a < 0, -1, 1) * np.ma.where(b < 0, -1, 1)
+
+
+def _range(_: ir.Node, start: _Known, limit: _Known, delta: _Known) -> _Known | None:
+    if any(np.ma.is_masked(given) or given.size != 1 for given in (start, limit, delta)) or int(delta.item()) == 0:
+        return None
+    numbers = range(int(start.item()), int(limit.item()), int(delta.item()))
+    return np.ma.MaskedArray(np.array(numbers, start.dtype)) if len(numbers) <= _MOST_FOLDED else None
+
+
+def _gather(node: ir.Node, data: _Known, picked: _Known) -> _Known | None:
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    if np.ma.is_masked(picked) or data.ndim != 1 or axis not in (0, -1):
+        return None
+    return np.ma.asanyarray(data[np.ma.getdata(picked).astype(np.int64)])
+
+
+def _slice(node: ir.Node, data: _Known, *given: _Known) -> _Known | None:
+    """A slice of a vector, in the form since opset 10."""
+    if data.ndim != 1 or len(given) not in (2, 3, 4) or any(np.ma.is_masked(row) or row.size != 1 for row in given):
+        return None
+    start, end, axis, step = (*(int(row.item()) for row in given), *(0, 1)[len(given) - 2 :])
+    if axis not in (0, -1) or step == 0:
+        return None
+    return data[start:end:step]
+
+
+def _concat(node: ir.Node, *parts: _Known) -> _Known:
+    return np.ma.concatenate(parts, axis=node.attributes["axis"].as_int())
+
+
+def _filled(node: ir.Node, shape: _Known) -> _Known | None:
+    if np.ma.is_masked(shape) or math.prod(map(int, shape)) > _MOST_FOLDED:
+        return None
+    value = node.attributes["value"].as_tensor().numpy() if "value" in node.attributes else np.zeros(1, np.float32)
+    return np.ma.MaskedArray(np.full([int(size) for size in shape], value.reshape(())))
+
+
+def _reshaped(node: ir.Node, array: _Known) -> _Known | None:
+    """Reshape, Squeeze and Unsqueeze. Without a known target, only one element stays what it was."""
+    axes = axes_of(node)
+    if node.op_type == "Unsqueeze" and axes is not None:
+        return np.ma.MaskedArray(np.expand_dims(np.ma.getdata(array), axes), np.expand_dims(_mask(array), axes))
+    if node.op_type == "Squeeze" and (axes is not None or len(node.inputs) == 1):
+        return array.squeeze(None if axes is None else tuple(axes))
+    target = integers(node.inputs[1]) if node.op_type == "Reshape" and len(node.inputs) > 1 else None
+    if target is not None and (0 not in target):
+        return array.reshape(target)
+    return array if array.size == 1 else None
+
+
+def _mask(array: _Known) -> NDArray[np.bool_]:
+    return np.ma.getmaskarray(array)
+
+
+# How integer nodes are computed: the node and what is known of its inputs.
+_FOLDS: dict[str, Callable[..., _Known | None]] = {
+    "Identity": lambda _, array: array,
+    "Cast": _cast,
+    "CastLike": _cast,
+    "Reshape": _reshaped,
+    "Squeeze": _reshaped,
+    "Unsqueeze": _reshaped,
+    "Range": _range,
+    "Add": lambda _, a, b: a + b,
+    "Sub": lambda _, a, b: a - b,
+    "Mul": lambda _, a, b: a * b,
+    "Div": _divided,
+    "Neg": lambda _, array: -array,
+    "Gather": _gather,
+    "Slice": _slice,
+    "Concat": _concat,
+    "ConstantOfShape": _filled,
+}
 
 
 def integers(value: ir.Value | None) -> list[int] | None:

@@ -6,10 +6,14 @@ output has the type of its first input.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
+
+from .constants import DEFAULT_DOMAINS, constant, integers
+from .stand_ins import StandIns
 
 # Constants of at most this many elements may hold a shape.
 _SMALL = 1024
@@ -22,7 +26,6 @@ _LIKE_FIRST_INPUT: dict[tuple[str, str], tuple[int, ...]] = {
     ("com.microsoft", "SimplifiedLayerNormalization"): (0,),
     ("com.microsoft", "SkipSimplifiedLayerNormalization"): (0, 3),
     ("com.microsoft", "SkipLayerNormalization"): (0, 3),
-    ("com.microsoft", "GroupQueryAttention"): (0,),
     ("com.microsoft", "RotaryEmbedding"): (0,),
     ("com.microsoft", "BiasGelu"): (0,),
     ("com.microsoft", "FastGelu"): (0,),
@@ -54,11 +57,35 @@ def fill_types(model: ir.Model) -> list[Filled]:
         The values that were changed.
     """
     filled: list[Filled] = []
-    skeleton = _skeleton(model)
+    _fill_types(model, {}, filled)
+    computed = _computed_shapes(model)
+    if computed:
+        _fill_types(model, computed, filled)
+    return filled
+
+
+def _computed_shapes(model: ir.Model) -> dict[str, list[int]]:
+    """The integer vectors that nodes compute from known shapes and that ONNX's inference does not follow, by name.
+
+    Only those count whose readers have a result of unknown rank, such as a mean over axes that are a Range.
+    """
+    found: dict[str, list[int]] = {}
+    for node in model.graph:
+        if node.domain not in DEFAULT_DOMAINS or all(output.shape is not None for output in node.outputs):
+            continue
+        for value in node.inputs[1:]:
+            known = integers(value) if value is not None and constant(value) is None else None
+            if value is not None and known is not None and value.shape is not None and len(value.shape) == 1:
+                found[str(value.name)] = known
+    return found
+
+
+def _fill_types(model: ir.Model, computed: Mapping[str, list[int]], filled: list[Filled]) -> None:
+    skeleton = _skeleton(model, computed)
     try:
         inferred = _inferred(skeleton)
     except Exception:  # the graph contradicts itself, so only the stated types are known
-        return filled
+        return
     known = {info.name: info.type for info in (*inferred.graph.value_info, *inferred.graph.output)}
     with_graphs = (node for node in inferred.graph.node if any(a.type == _GRAPH for a in node.attribute))
     pending: list[tuple[ir.Graph, dict[str, onnx.TypeProto], list[onnx.NodeProto]]] = [
@@ -75,7 +102,6 @@ def fill_types(model: ir.Model) -> list[Filled]:
             if inner and (node.domain, node.op_type) not in _LIKE_FIRST_INPUT:
                 protos = [a.g for a in next(following).attribute if a.type == _GRAPH]
                 pending.extend(_inner(g, p) for g, p in zip(inner, protos, strict=True))
-    return filled
 
 
 def _inferred(skeleton: onnx.ModelProto) -> onnx.ModelProto:
@@ -96,8 +122,11 @@ def _inner(graph: ir.Graph, proto: onnx.GraphProto) -> tuple[ir.Graph, dict[str,
     return graph, known, [node for node in proto.node if any(a.type == _GRAPH for a in node.attribute)]
 
 
-def _skeleton(model: ir.Model) -> onnx.ModelProto:
-    """The model as a proto in which large constants are replaced by inputs of the same type."""
+def _skeleton(model: ir.Model, computed: Mapping[str, list[int]]) -> onnx.ModelProto:
+    """The model as a proto in which large constants are replaced by inputs of the same type.
+
+    A node whose result is in `computed` becomes a constant.
+    """
     proto = onnx.ModelProto(ir_version=10)
     for domain, version in model.opset_imports.items():
         proto.opset_import.add(domain=domain, version=version)
@@ -114,7 +143,16 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
             ir.serde.serialize_value_into(graph.input.add(), value)
     for node in model.graph:
         like_first = _LIKE_FIRST_INPUT.get((node.domain, node.op_type))
-        if like_first is None:
+        if node.outputs and node.outputs[0].name in computed:
+            graph.node.add(
+                op_type="Constant",
+                output=[str(node.outputs[0].name)],
+                attribute=[onnx.helper.make_attribute("value_ints", computed[str(node.outputs[0].name)])],
+            )
+        elif (stand_ins := StandIns(node)).nodes:
+            graph.node.extend(stand_ins.nodes)
+            graph.input.extend(stand_ins.inputs)
+        elif like_first is None:
             ir.serde.serialize_node_into(graph.node.add(), node)
         elif node.inputs and node.inputs[0] is not None:
             outputs = [node.outputs[index] for index in like_first if index < len(node.outputs)]

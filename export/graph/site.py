@@ -12,6 +12,11 @@ from ...models.spec import NormSpec
 from .metadata import Form
 
 
+def node_name(node: ir.Node) -> str:
+    """The name by which messages and reports show a node: its own, or else that of its first output."""
+    return node.name or next((output.name for output in node.outputs if output.name), "")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class GraphSite:
     """One norm in a graph.
@@ -28,7 +33,7 @@ class GraphSite:
         y: the result.
         sum_of: the two operands of the residual add, where `form` is `residual_add`.
         nodes: the nodes that compute y from x, in graph order, without constants and without the residual add.
-        node: name of the main node.
+        node: name of the main node; of a node without a name, that of its first output.
         shape: shape of x; None for an unknown dim or an unknown rank.
         dtype: dtype of x.
         target: the target that the norm's single operator belongs to, or None.

@@ -15,6 +15,7 @@ from ...plugins import contract
 from ..graph.constants import DEFAULT_DOMAINS, constant
 from ..graph.metadata import PATH_KEY, VALUES_KEY
 from ..graph.plugin_nodes import is_plugin_node
+from ..graph.site import node_name
 from ..onnx_io.raise_opset import raise_opset
 from .builder import Builder
 from .plugin_functions import QUANTIZED_OPSET
@@ -101,7 +102,7 @@ def split_quantized_outputs(model: ir.Model) -> list[str]:
     split = [node for node in model.graph if is_quantized_norm(node) and _is_one_number(node.inputs[-1])]
     for node in split:
         _split(node)
-    return [node.name or "" for node in split]
+    return [node_name(node) for node in split]
 
 
 def is_quantized_norm(node: ir.Node) -> bool:
@@ -110,7 +111,7 @@ def is_quantized_norm(node: ir.Node) -> bool:
 
 
 def _row(node: ir.Node, dtype: str | None, reason: str = "") -> QuantizedOutput:
-    return QuantizedOutput(node.metadata_props.get(PATH_KEY, ""), node.name or "", dtype, reason)
+    return QuantizedOutput(node.metadata_props.get(PATH_KEY, ""), node_name(node), dtype, reason)
 
 
 def _opset(model: ir.Model) -> int | None:
@@ -276,7 +277,7 @@ def _split(node: ir.Node) -> None:
     name, dtype, shape = result.name, x.dtype, result.shape
     quantize = ir.Node(
         "", "QuantizeLinear", [None, y_scale], [ir.AttrInt64("output_dtype", quant_type)],
-        name=f"{node.name}/QuantizeLinear",
+        name=f"{node_name(node)}/QuantizeLinear",
     )  # fmt: skip
     quantized = quantize.outputs[0]
     quantized.type, quantized.shape = ir.TensorType(ir.DataType(quant_type)), shape
@@ -285,7 +286,9 @@ def _split(node: ir.Node) -> None:
     result.type = None if dtype is None else ir.TensorType(dtype)
     read, made = result, [quantize]
     if dtype != ir.DataType.FLOAT:
-        cast = ir.Node("", "Cast", [result], [ir.AttrInt64("to", int(ir.DataType.FLOAT))], name=f"{node.name}/Cast")
+        cast = ir.Node(
+            "", "Cast", [result], [ir.AttrInt64("to", int(ir.DataType.FLOAT))], name=f"{node_name(node)}/Cast"
+        )
         read, made = cast.outputs[0], [cast, quantize]
         read.name, read.type, read.shape = f"{name}.normed32", ir.TensorType(ir.DataType.FLOAT), shape
     quantize.replace_input_with(0, read)

@@ -15,7 +15,7 @@ from ..graph.infer_types import fill_types
 from ..graph.metadata import ONES, PATH_KEY, SPEC_KEY, Form
 from ..graph.plugin_nodes import PLUGIN_DOMAINS, is_plugin_node
 from ..graph.residual import residual_operands
-from ..graph.site import GraphRecognition, GraphRefusal, GraphSite
+from ..graph.site import GraphRecognition, GraphRefusal, GraphSite, node_name
 from .dataflow import GraphReader
 from .fused_ops import OTHER_PLUGIN, is_read, wrong_epsilon
 from .terms import Normed
@@ -82,7 +82,7 @@ def find_norms(model: ir.Model) -> GraphRecognition:
 
 
 def _refusal(node: ir.Node, nodes: tuple[ir.Node, ...], reason: str) -> GraphRefusal:
-    return GraphRefusal(node.name or "", _path(nodes, None, {}), reason, node.op_type)
+    return GraphRefusal(node_name(node), _path(nodes, None, {}), reason, node.op_type)
 
 
 def _last(read: Reading) -> ir.Node:
@@ -99,7 +99,7 @@ def _site(read: Reading, shared: _Shared) -> GraphSite:
     assert read.x.dtype is not None
     return GraphSite(
         _path(nodes, read.weight, shared), spec, form, read.x, weight, read.bias, read.gate, read.y, operands, nodes,
-        read.normed.reduce.name or "", _shape(read.x), read.x.dtype,
+        node_name(read.normed.reduce), _shape(read.x), read.x.dtype,
     )  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def _composite(node: ir.Node, shared: _Shared) -> GraphSite | str:
     spec, weight = _refined(spec, (node,), weight)
     return GraphSite(
         _path((node,), scale, shared), spec, "residual_add", total, weight, None, None, node.outputs[0], (a, b),
-        (node,), node.name or "", _shape(a), a.dtype, "plugin" if ours else "ort",
+        (node,), node_name(node), _shape(a), a.dtype, "plugin" if ours else "ort",
     )  # fmt: skip
 
 
@@ -216,7 +216,7 @@ def _path(nodes: tuple[ir.Node, ...], weight: ir.Value | None, shared: _Shared) 
             return scopes
     name = next((node.name for node in nodes if node.name), "")
     head = name.rpartition("/")[0].strip("/")
-    return head.replace("/", ".") or named or name
+    return head.replace("/", ".") or named or name or node_name(nodes[-1])
 
 
 def _owner(name: str) -> str:

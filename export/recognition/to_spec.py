@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ...models.spec import NormSpec, Order, Statistics
 from ..graph.constants import DEFAULT_DOMAINS, constant, dims, is_half, regrouping, same_dims, scalar, static
+from ..graph.site import node_name
 from .dataflow import GraphReader
 from .terms import Activated, Normed, Step
 
@@ -82,7 +83,21 @@ def reading(normed: Normed, reader: GraphReader) -> Reading | str:
         elif not reason:
             reason = _l2(current)
         current = current.previous
-    return reason or "its casts, scales and gates are in an order that no NormSpec describes"
+    return reason or _narrow(normed) or "its casts, scales and gates are in an order that no NormSpec describes"
+
+
+def _narrow(normed: Normed) -> str:
+    """That the statistics pass through a half type; empty where they do not."""
+    if not normed.half:
+        return ""
+    narrow = next((node for node in normed.nodes if is_half(node.outputs[0].dtype)), None)
+    if narrow is None or narrow.outputs[0].dtype is None:
+        return ""
+    squared = normed.nodes.index(narrow) <= normed.nodes.index(normed.reduce)
+    what = "squares pass" if squared else "mean of squares passes"
+    dtype = narrow.outputs[0].dtype.name.lower()
+    effect = ", where large values overflow" if dtype == "float16" else ""
+    return f"its {what} through {dtype}{effect} ({narrow.op_type} {node_name(narrow)!r})"
 
 
 def _is_whole(normed: Normed) -> bool:

@@ -17,6 +17,7 @@ from ...export.graph.sizes import SizeLimits, size_problem
 from ...models.errors import UsageError
 from ..runners.base import Array, TensorInfo
 from .boundaries import last_position, lengths_named, longest_length, special_ids
+from .cache_sizes import cache_sizes
 from .cases import Case
 from .ranges import shapes_within
 from .synthetic import DEFAULT_SHAPES, is_past, make_feeds
@@ -79,6 +80,7 @@ class _Planner:
         self._vocabulary = vocabulary_size(model)
         self._work = sum(p.numel() for p in model.parameters())
         self._cached = any(is_past(info.name) for info in infos)
+        self._cache_sizes = cache_sizes(infos, model)
         self._plan = Plan()
 
     def run(self) -> Plan:
@@ -127,7 +129,7 @@ class _Planner:
     ) -> dict[str, Array]:
         extra = sum(calls) if self._cached else 0
         seed = self._seed if seed is None else seed
-        sizes = self._other_lengths(length // 2 + 2 if decoder is None else decoder)
+        sizes = {**self._other_lengths(length // 2 + 2 if decoder is None else decoder), **self._cache_sizes}
         return make_feeds(self._infos, batch, length + extra, seed, self._vocabulary, sizes=sizes)
 
     def _other_lengths(self, length: int) -> dict[str, int]:

@@ -17,6 +17,8 @@ from ..runners.base import ANY_DTYPE, Array, TensorInfo
 
 # Default batch and length of the runs of a validation.
 DEFAULT_SHAPES: tuple[tuple[int, int], ...] = ((1, 1), (1, 7), (2, 33))
+# What the name of a length contains.
+_LENGTHS = ("past", "seq", "len")
 _TOKENS = ("input_ids", "decoder_input_ids")
 _OUTLIER_CHANNELS, _OUTLIER_FACTOR = 2, 30.0
 # Most squares of large values overflow float16; for tiny values, eps outweighs the mean square.
@@ -62,6 +64,14 @@ def make_feeds(
     """
     rng = np.random.default_rng([seed, batch, length])
     known = {**sizes_by_name(infos, batch, length), **(sizes or {})}
+    for info in infos:
+        for index, field in head_dims(info).items():
+            dim = (info.shape or ())[index]
+            if dim not in (sizes or {}):
+                raise UsageError(
+                    f"input {info.name!r}, dim {index} ({dim or 'without a name'}): expected a fixed size or a model "
+                    f"whose config states {field}, got neither; give --inputs, or export the file with a fixed size."
+                )
     return {info.name: _values(_sized(info, known), batch, length, seed, rng, vocabulary) for info in infos}
 
 
@@ -87,6 +97,19 @@ def cast_feeds(feeds: Mapping[str, Array], infos: Iterable[TensorInfo]) -> dict[
 def is_past(name: str) -> bool:
     """Whether an input is part of the KV cache."""
     return name.startswith(PAST)
+
+
+def head_dims(info: TensorInfo) -> dict[int, str]:
+    """The dims of a cache's input without a fixed size that count heads or their elements, each with its config field.
+
+    A cache has rank 4: batch, heads, length, head size; or the length before the heads, where its name says so.
+    """
+    shape = info.shape or ()
+    if not is_past(info.name) or len(shape) != 4:
+        return {}
+    heads = 2 if isinstance(shape[1], str) and any(word in shape[1] for word in _LENGTHS) else 1
+    fields = {heads: "num_key_value_heads", 3: "head_dim"}
+    return {index: field for index, field in fields.items() if not isinstance(shape[index], int)}
 
 
 def present_to_past(outputs: Mapping[str, Array]) -> dict[str, Array]:

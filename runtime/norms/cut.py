@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from ...export.graph.site import node_name
 from ...models.errors import UnsupportedError
 from ..runners.base import Array
 from ..runners.open import open_runner
@@ -205,7 +206,7 @@ class _Copy:
 
     def _node(self, node: ir.Node, copies: dict[ir.Value, ir.Value], cut: str) -> None:
         if any(attribute.type in _GRAPHS for attribute in node.attributes.values()):
-            raise UnsupportedError(f"norm {cut!r} contains the control-flow node {node.name!r} ({node.op_type}).")
+            raise UnsupportedError(f"norm {cut!r} contains the control-flow node {node_name(node)!r} ({node.op_type}).")
         made = ir.Node(
             node.domain, node.op_type, [None if v is None else copies[v] for v in node.inputs],
             list(node.attributes.values()), overload=node.overload, num_outputs=len(node.outputs), name=self._name("n"),

@@ -18,6 +18,7 @@ from ...models.errors import RmsnormDeployError, UsageError
 from ..accuracy.baseline import unless_wrong
 from ..accuracy.compare_output import OutputVerdict, judge
 from ..accuracy.tolerances import Limits, limits_of
+from ..inputs.cache_sizes import cache_sizes
 from ..inputs.cases import Case
 from ..inputs.synthetic import DEFAULT_SHAPES, is_past, make_feeds, present_to_past
 from ..runners.base import Array, Runner, TensorInfo, tokens_between
@@ -101,9 +102,10 @@ def made_up_cases(
     """
     vocabulary = vocabulary_size(model)
     extra = 1 if any(is_past(info.name) for info in infos) else 0
+    sizes = cache_sizes(infos, model)
     cases: list[Case] = []
     for batch, length in shapes or DEFAULT_SHAPES:
-        feeds = make_feeds(infos, batch, length + extra, seed, vocabulary)
+        feeds = make_feeds(infos, batch, length + extra, seed, vocabulary, sizes=sizes)
         if not any(_same_shapes(feeds, other.feeds) for other in cases):
             name = f"{batch}x{length}" + (" then 1 more" if extra else "")
             cases.append(Case(name if _is_dynamic(infos) else "the file's own shape", feeds))

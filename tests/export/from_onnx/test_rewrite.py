@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from rmsnorm_deploy.export.from_onnx.rewrite import fuse_quantized, rewrite
@@ -281,3 +283,24 @@ def test_rewriting_twice_changes_nothing(target: str) -> None:
     assert not again.changed
     assert all(site.stood for site in again.sites)
     assert op_types(again.model) == op_types(once.model)
+
+
+INNER = """g (float[2, 8] x) => (float[2, 8] y, float[2, k] {output}) <float two = {{2.0}}, float eps = {{0.125}},
+    int64[1] last = {{-1}}, float[8] w = {{1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0}}>
+    {{ s = Pow (x, two)  m = ReduceMean (s, last)  e = Add (m, eps)  r = Sqrt (e)  i = Reciprocal (r)
+    n = Mul (x, i)  y = Mul (n, w) }}"""
+
+
+@pytest.mark.parametrize("target", ["primitives", "standard", "ort", "plugin"])
+@pytest.mark.parametrize("output", ["s", "m", "e", "r", "i", "n"])
+def test_an_inner_value_that_is_an_output_is_still_computed(output: str, target: str) -> None:
+    given = INNER.format(output=output)
+    result = rewrite(parsed(given), target)
+    assert ([site.changed for site in result.sites], result.refusals) == ([True], [])
+    x = {"x": np.linspace(-3.0, 4.0, 16, dtype=np.float32).reshape(2, 8)}
+    before, after = (
+        onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, x)
+        for model in (parsed(given), result.model)
+    )
+    for left, right in zip(before, after, strict=True):
+        np.testing.assert_allclose(right, left, rtol=1e-6)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 from rmsnorm_deploy.export.graph import constants
 from rmsnorm_deploy.export.graph.infer_types import fill_types
@@ -111,7 +113,7 @@ def test_scalars_also_behind_casts_and_reshapes(body: str, number: float) -> Non
         "y = Constant <value = float[2] {1.0, 1.0}> ()",
         'y = Constant <value = string {"1"}> ()',
         "c = Constant <value_float = 1.0> ()  y = Neg (c)",
-        "h = Shape <start = 1> (x)  c = Constant <value_int = 0> ()  y = Gather (h, c)",
+        "h = Shape <start = 1> (x)  c = Constant <value_int = 1> ()  y = Gather (h, c)",
         "h = Shape (x)  c = Constant <value_int = 2> ()  y = Gather (h, c)",
         "y = Cast <to = 10> (x)",
     ],
@@ -126,9 +128,76 @@ def test_a_dim_that_is_not_fixed_is_no_scalar() -> None:
 
 
 def test_casts_in_a_long_chain_are_not_followed() -> None:
-    chain = "c0 = Constant <value_float = 1.0> ()  " + "".join(f"c{i + 1} = Identity (c{i})  " for i in range(6))
-    assert constants.scalar(of(chain + "y = Identity (c2)")) == 1.0
-    assert constants.scalar(of(chain + "y = Identity (c6)")) is None
+    chain = "c0 = Constant <value_float = 1.0> ()  " + "".join(f"c{i + 1} = Identity (c{i})  " for i in range(9))
+    assert constants.scalar(of(chain + "y = Identity (c7)")) == 1.0
+    assert constants.scalar(of(chain + "y = Identity (c9)")) is None
+
+
+def test_a_bfloat16_constant_is_cast() -> None:
+    assert constants.scalar(of("c = Constant <value = bfloat16[1] {16256}> ()  y = Cast <to = 1> (c)")) == 1.0
+
+
+COMPUTED = """h = Shape (x)  one = Constant <value_int = 1> ()  two = Constant <value_int = 2> ()
+v = Constant <value_ints = [4, -7, 2, 9, -3]> ()  at = Constant <value_ints = [1]> ()
+to = Constant <value_ints = [-1]> ()
+back = Constant <value_ints = [-9]> ()  ends = Constant <value_ints = [3, -1]> ()  zero = Constant <value_ints = [0]> ()
+"""
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y = Shape <start = -2, end = 3> (x)",
+        "r = Size (h)  y = Range (one, r, one)",
+        "n = Constant <value_int = -2> ()  r = Size (h)  a = Add (n, r)  y = Range (a, r, one)",
+        "y = Size (x)",
+        "m = Neg (one)  a = Mul (m, two)  y = Range (two, a, m)",
+        "y = Div (v, two)",
+        "n = Neg (two)  y = Div (v, n)",
+        "a = Sub (v, two)  m = Mul (a, v)  y = Neg (m)",
+        "y = Gather (v, ends)",
+        "y = Gather <axis = -1> (v, to)",
+        "y = Slice (v, at, to)",
+        "y = Slice (v, to, back, zero, to)",
+        "y = Slice (h, to, back, zero, to)",
+        "y = Slice (v, back, to, zero, at)",
+        "y = Concat <axis = 0> (at, h, to)",
+        "u = Unsqueeze (v, zero)  s = Squeeze (u, zero)  y = Concat <axis = -1> (s, at)",
+        "y = Unsqueeze (two, zero)",
+        "n = Sub (two, one)  u = Reshape (n, at)  y = Concat <axis = 0> (u, u)",
+        "y = ConstantOfShape <value = int64[1] {1}> (at)",
+        "c = Cast <to = 6> (h)  d = CastLike (c, two)  y = Add (d, d)",
+    ],
+)
+def test_integers_that_nodes_compute_are_those_of_onnx(body: str) -> None:
+    made = of(COMPUTED + body, "float[2, 3, 5] x")
+    model = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["" : 20]> g (float[2, 3, 5] x) => (int64 y) {{ {COMPUTED} {body} }}'
+    )
+    (wanted,) = ReferenceEvaluator(model).run(None, {"x": np.zeros((2, 3, 5), np.float32)})
+    assert constants.integers(made) == wanted.reshape(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ("y = Shape (x)", None),
+        ("y = Gather (h, to)", [5]),
+        ("y = Gather (h, zero)", None),
+        ("y = Slice (h, at, ends)", None),
+        ("k = Shape <start = 1> (x)  y = Add (k, k)", [6, 10]),
+        ("r = Size (h)  y = Range (one, r, one)", [1, 2]),
+        ("y = Size (x)", None),
+        ("z = Sub (one, one)  y = Div (v, z)", None),
+        ("z = Sub (one, one)  y = Range (one, two, z)", None),
+        ("big = Constant <value_int = 100> ()  y = Range (one, big, one)", None),
+        ("big = Constant <value_ints = [100]> ()  y = ConstantOfShape <value = int64[1] {1}> (big)", None),
+        ("y = Gather (v, back)", None),
+        ("f = Cast <to = 1> (two)  y = Add (f, f)", None),
+    ],
+)
+def test_integers_of_a_shape_that_is_known_in_part(body: str, found: list[int] | None) -> None:
+    assert constants.integers(of(COMPUTED + body, "float[batch, 3, 5] x")) == found
 
 
 def test_integers() -> None:
@@ -220,7 +289,7 @@ def test_regrouping(
     [
         ("y = ReduceMean (x, a)", "<int64[2] a = {-1, 0}>", [-1, 0]),
         ("y = ReduceMean (x)", "", None),
-        ("h = Shape (x)  y = ReduceMean (x, h)", "", None),
+        ("h = Shape (x)  y = ReduceMean (x, h)", "", [2, 3]),
         ("y = Unsqueeze (x, a)", "<int64[1] a = {1}>", [1]),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 from rmsnorm_deploy.export.graph.constants import constant
 from rmsnorm_deploy.export.graph.infer_types import fill_types
 from rmsnorm_deploy.export.recognition.dataflow import GraphReader
+from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
 from rmsnorm_deploy.export.recognition.terms import Normed
 from rmsnorm_deploy.export.recognition.to_spec import Reading, reading, shortest, unfolded
 from rmsnorm_deploy.models.spec import NormSpec
@@ -157,7 +158,7 @@ def test_sum_of_squares_and_root_of_the_width_are_an_rms_norm() -> None:
         ("float", "r = ReduceL2 (x, last)  y = Div (x, r)", "not of their mean: an L2 norm"),
         ("float", FLOAT + "g = Div (two, r)  y = Mul (h, g)", "its result is 2 times that of an RMSNorm"),
         ("float16", HALVES + "h = Cast <to = 1> (x)  k = Cast <to = 1> (f)  y = Mul (h, k)",
-         "in an order that no NormSpec describes"),
+         "its squares pass through float16, where large values overflow (Pow 'node_s')"),
     ],
 )  # fmt: skip
 def test_refusals(dtype: str, body: str, reason: str) -> None:
@@ -213,3 +214,35 @@ def test_unfolded_refuses_what_no_weight_gives() -> None:
 def test_unfolded_needs_a_constant() -> None:
     given = ir.Value(name="x", shape=ir.Shape([8]), type=ir.TensorType(ir.DataType.FLOAT))
     assert unfolded(given, ir.DataType.FLOAT) is None
+
+
+# A norm as float16 converters write it: x is float16, and each operator that stays in float32 stands between casts.
+BLOCKED = """g (float16[2, 8] x) => (float16[2, 8] y)
+    <float two = {{2.0}}, float eps = {{0.125}}, int64[1] last = {{-1}}>
+    {{ w = Cast <to = 1> (x)  {squares}  m = ReduceMean (s, last)  {mean}  e = Add (k, eps)  r = Sqrt (e)
+    q = Div (w, r)  y = Cast <to = 10> (q) }}"""
+WHOLE, IN_HALF = "s = Pow (w, two)", "h = Mul (x, x)  s = Cast <to = 1> (h)"
+CAST_SQUARES = "p = Pow (w, two)  h = Cast <to = {to}> (p)  s = Cast <to = 1> (h)"
+CAST_MEAN = "c = Cast <to = 10> (m)  k = Cast <to = 1> (c)"
+
+
+@pytest.mark.parametrize(
+    ("squares", "mean", "reason"),
+    [
+        (CAST_SQUARES.format(to=10), "k = Identity (m)",
+         "its squares pass through float16, where large values overflow (Cast 'node_h')"),
+        (IN_HALF, "k = Identity (m)", "its squares pass through float16, where large values overflow (Mul 'node_h')"),
+        (WHOLE, CAST_MEAN, "its mean of squares passes through float16, where large values overflow (Cast 'node_c')"),
+        (CAST_SQUARES.format(to=16), "k = Identity (m)", "its squares pass through bfloat16 (Cast 'node_h')"),
+    ],
+)  # fmt: skip
+def test_statistics_that_pass_through_a_half_type_are_refused_with_the_node(
+    squares: str, mean: str, reason: str
+) -> None:
+    found = find_graph_norms(parsed(BLOCKED.format(squares=squares, mean=mean)))
+    assert ([site.path for site in found.sites], [refusal.reason for refusal in found.refusals]) == ([], [reason])
+
+
+def test_statistics_between_casts_that_stay_in_float32_are_a_norm() -> None:
+    found = find_graph_norms(parsed(BLOCKED.format(squares=WHOLE, mean="k = Identity (m)")))
+    assert ([site.path for site in found.sites], found.refusals) == (["node_s"], [])
