@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeGuard
@@ -60,7 +61,7 @@ def _call(target: Any, plain: Mapping[str, Any], **inputs: Any) -> Any:
 
 
 def _as_captured(target: Any, plain: Mapping[str, Any], **inputs: Any) -> Any:
-    """Call a model as it was captured: with all tokens in the cache of a sliding window, and a state before any chunk."""
+    """Call a model as it was captured: all tokens in the cache of a sliding window, and a state before any chunk."""
     from transformers.exporters.utils import apply_patches
 
     with apply_patches("dynamo"), traceable_recurrences(target):
@@ -121,7 +122,14 @@ def _decode_step(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any
     # does as well, so that the lengths of all layers are one dim.
     with apply_patches("dynamo"):
         target, step = decompose_prefill_decode(model, sample, multi_token_decode=True)["decode"]
+    if step.get("attention_mask") is None and mask is not None and _takes(model, "attention_mask"):
+        # generate() omits the mask in a decode step of a recurrent model, and the first call needs it.
+        step["attention_mask"] = torch.cat([mask, mask.new_ones(step["input_ids"].shape)], dim=1)
     return target, step
+
+
+def _takes(model: Any, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters
 
 
 def _name_cache(program: ir.Model, sample: Mapping[str, Any], who: str) -> None:
