@@ -1,4 +1,4 @@
-"""At least 150 architectures and states of a model: what each step from PyTorch to tokens gives (`python -m benchmarks.zoo`).
+"""A table of architectures and states of a model, from PyTorch to tokens (`python -m benchmarks.zoo`).
 
 - `entries`: what an entry is, small models from transformers' configs, and the norms that are there
 - `decoders`, `hybrids`, `encoder_decoders`, `multimodal`, `encoders`: architectures

@@ -115,7 +115,7 @@ def _with_parts(config_class: Any, options: Mapping[str, Any]) -> Options:
 
 def common_options(config_class: type, common: Mapping[str, Any] = COMMON) -> Options:
     """The common options that a config class has fields for."""
-    fields = {name for base in config_class.__mro__ for name in base.__dict__.get("__annotations__", {})}
+    fields = {name for base in config_class.__mro__ for name in inspect.get_annotations(base)}
     fields |= set(inspect.signature(config_class).parameters)
     return {name: value for name, value in common.items() if name in fields}
 

@@ -3,7 +3,7 @@
     python -m benchmarks.zoo [--only NAME ...] [--kind KIND ...] [--quick] [--jobs N] [--steps STEP,...]
                              [--json FILE] [--markdown FILE]
 
-Every model is small and has random weights. A row shows the norms found and the norms there, the export, its validation,
+Every model is small, with random weights. A row shows the norms found and the norms there, the export, its validation,
 the export with a KV cache, whether its tokens are PyTorch's over 24 greedy steps from a left-padded batch of two, and
 whether transformers' own exporter exports the model. Rows that FILE of `--json` already has are not run again. The exit
 code is 1 if a row is wrong: an export without an error whose validation fails or whose tokens differ.
@@ -75,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="the rows that the tests take through all steps")
     parser.add_argument("--jobs", type=int, default=1, help="rows at the same time")
     parser.add_argument("--steps", type=lambda text: text.split(","), default=list(STEPS), metavar="STEP,...")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write each row as it finishes; continue an earlier run")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write each row as it finishes; continue an earlier run"
+    )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table")
     return parser

@@ -108,8 +108,6 @@ class _LastToken(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, -1:]
 
 
-
-
 def _peft(merged: bool) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         import peft

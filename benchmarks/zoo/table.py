@@ -85,7 +85,9 @@ def summary(rows: Rows) -> str:
     """The counts."""
     found = {name: {result["step"]: result["status"] for result in results} for name, results in rows.items()}
     upstream = [steps for steps in found.values() if steps.get("upstream") == "ok"]
-    tokens = [steps["tokens"] for steps in found.values() if steps.get("tokens") in ("ok", "wrong", "failed", "refused")]
+    tokens = [
+        steps["tokens"] for steps in found.values() if steps.get("tokens") in ("ok", "wrong", "failed", "refused")
+    ]
     exported = [steps for steps in found.values() if steps.get("export") == "ok"]
     missing = [steps for steps in found.values() if steps.get("build") == "not installed"]
     return (
