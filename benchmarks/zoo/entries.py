@@ -101,13 +101,13 @@ def small_model(model: str, options: Mapping[str, Any], config: str = "") -> nn.
 
 def _with_parts(config_class: Any, options: Mapping[str, Any]) -> Options:
     """The options, with those of every part of a composed config that has fields for the common ones."""
-    from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     result = dict(options)
     for name, default in getattr(config_class, "sub_configs", {}).items():
         given = result.get(name, {})
         part = CONFIG_MAPPING[given["model_type"]] if "model_type" in given else default
-        if part.__name__ == "AutoConfig":
+        if part is AutoConfig:
             raise ValueError(f"{name}: expected a model_type, because {config_class.__name__} accepts several")
         result[name] = {**common_options(part, _PARTS), **_with_parts(part, given)}
     return result
