@@ -107,8 +107,8 @@ def _with_parts(config_class: Any, options: Mapping[str, Any]) -> Options:
     for name, default in getattr(config_class, "sub_configs", {}).items():
         given = result.get(name, {})
         part = CONFIG_MAPPING[given["model_type"]] if "model_type" in given else default
-        if part is AutoConfig:
-            raise ValueError(f"{name}: expected a model_type, because {config_class.__name__} accepts several")
+        if part is AutoConfig:  # any model; the composed config has a default for it
+            continue
         result[name] = {**common_options(part, _PARTS), **_with_parts(part, given)}
     return result
 
