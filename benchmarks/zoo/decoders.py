@@ -119,7 +119,7 @@ _WITHOUT_NORMS = (
     ("phi", "PhiForCausalLM", {}),
     ("stablelm", "StableLmForCausalLM", {}),
 )
-_QUICK = {"arcee", "cwm", "deepseek_v3", "ernie4_5", "exaone4", "glm4", "granite", "olmo3", "smollm3"}
+_QUICK = {"arcee", "cwm", "deepseek_v3", "ernie4_5", "exaone4", "glm4", "olmo3"}
 
 DECODERS: tuple[Entry, ...] = (
     *(

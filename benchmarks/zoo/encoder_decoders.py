@@ -39,7 +39,7 @@ def _t5gemma() -> nn.Module:
 ENCODER_DECODERS: tuple[Entry, ...] = (
     small("t5", "encoder-decoder", "T5ForConditionalGeneration", **_T5),
     small("t5_gated", "encoder-decoder", "T5ForConditionalGeneration", **_T5, feed_forward_proj="gated-gelu"),
-    small("mt5", "encoder-decoder", "MT5ForConditionalGeneration", **_T5, quick=True),
+    small("mt5", "encoder-decoder", "MT5ForConditionalGeneration", **_T5),
     small("umt5", "encoder-decoder", "UMT5ForConditionalGeneration", **_T5),
     small("longt5_local", "encoder-decoder", "LongT5ForConditionalGeneration", **_T5, local_radius=4),
     small(
