@@ -69,10 +69,10 @@ def captured(
     """
     asked: dict[str, Any] = {}
 
-    def export(*_: Any, **options: Any) -> Any:
+    def export(called: nn.Module, *_: Any, **options: Any) -> Any:
         asked.update(options)
+        called(**options["kwargs"])
         program = SimpleNamespace(
-            call_spec=SimpleNamespace(out_spec=torch.utils._pytree.tree_flatten(outputs)[1]),
             range_constraints={s: SimpleNamespace(lower=low, upper=high) for s, (low, high) in (fixed or {}).items()},
         )
         return SimpleNamespace(model=parsed(GRAPH), exported_program=program)
