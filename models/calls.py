@@ -224,7 +224,7 @@ def named_arguments(forward: Callable[..., Any], inputs: Any, where: str) -> dic
             f"{where}: expected inputs as a dict by the forward's parameter names, a tuple or list of positional "
             f"arguments, or one tensor or array, got {type(inputs).__name__}."
         )
-    parameters = inspect.signature(forward).parameters.values()
+    parameters = _parameters(forward).values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
     if rest is None and len(inputs) > len(names):
@@ -236,9 +236,16 @@ def named_arguments(forward: Callable[..., Any], inputs: Any, where: str) -> dic
     return dict(zip(names, inputs, strict=False))
 
 
+def _parameters(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(forward).parameters
+    except ValueError:  # of a TorchScript module; its tensors are by name already
+        return {"args": inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)}
+
+
 def split_arguments(forward: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """Positional and keyword arguments for a forward, from arguments by name; see `named_arguments`."""
-    parameters = inspect.signature(forward).parameters
+    parameters = _parameters(forward)
     rest = next((p.name for p in parameters.values() if p.kind is p.VAR_POSITIONAL), None)
     extra = [name for name in arguments if name not in parameters and _is_numbered(name, rest)]
     positional: list[Any] = []

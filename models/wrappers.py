@@ -46,15 +46,19 @@ def _sharded(wrapper: nn.Module) -> nn.Module | None:
     )
 
 
-# The classes that are looked through, by their full names, with what is inside.
-WRAPPERS: dict[str, Callable[[Any], nn.Module | None]] = {
-    "torch.nn.parallel.data_parallel.DataParallel": _attribute("module"),
-    "torch.nn.parallel.distributed.DistributedDataParallel": _attribute("module"),
-    "torch._dynamo.eval_frame.OptimizedModule": _attribute("_orig_mod"),
-    "torch.optim.swa_utils.AveragedModel": _attribute("module"),
-    "deepspeed.runtime.engine.DeepSpeedEngine": _attribute("module"),
-    "peft.peft_model.PeftModel": _of_peft,
-    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": _sharded,
+_COMPILE = "torch.compile"
+# The classes that are looked through, by their full names: what a note calls them, and how the inside is found.
+WRAPPERS: dict[str, tuple[str, Callable[[Any], nn.Module | None]]] = {
+    "torch.nn.parallel.data_parallel.DataParallel": ("torch.nn.DataParallel", _attribute("module")),
+    "torch.nn.parallel.distributed.DistributedDataParallel": ("DistributedDataParallel", _attribute("module")),
+    "torch._dynamo.eval_frame.OptimizedModule": (_COMPILE, _attribute("_orig_mod")),
+    "torch.optim.swa_utils.AveragedModel": ("torch.optim.swa_utils.AveragedModel", _attribute("module")),
+    "deepspeed.runtime.engine.DeepSpeedEngine": ("the engine of DeepSpeed", _attribute("module")),
+    "peft.peft_model.PeftModel": ("PeftModel, with its adapters as they are", _of_peft),
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": (
+        "FullyShardedDataParallel",
+        _sharded,
+    ),
 }
 # Hooks of accelerate that move tensors between devices and compute nothing.
 _MOVING_HOOKS = ("AlignDevicesHook", "SequentialHook", "CpuOffload", "UserCpuOffloadHook")
@@ -91,9 +95,9 @@ def look_through(model: Any, other: str = "") -> LookedThrough:
 
 def _note(kind: str, paths: list[str]) -> str:
     if paths == [""]:
-        return f"the module inside {kind} was taken"
+        return f"took the module inside {kind}"
     shown = ", ".join(path or "the model" for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
-    return f"the modules inside {kind} were taken ({len(paths)}: {shown})"
+    return f"took the modules inside {kind} ({len(paths)}: {shown})"
 
 
 def _without_wrappers(
@@ -130,7 +134,7 @@ def _copied(module: nn.Module, children: dict[str, nn.Module | None], forward: A
     own["_modules"] = children
     for name in ("_hf_hook", "_old_forward", "forward", "_compiled_call_impl"):
         own.pop(name, None)
-    if forward is not None:
+    if forward is not None and forward is not type(module).forward:
         is_own = isinstance(forward, types.MethodType) and forward.__self__ is module
         if not is_own or forward.__func__ is not type(module).forward:
             own["forward"] = types.MethodType(forward.__func__, found) if is_own else forward
@@ -138,17 +142,17 @@ def _copied(module: nn.Module, children: dict[str, nn.Module | None], forward: A
 
 
 def _inside(module: nn.Module) -> tuple[str, nn.Module | None]:
-    """The class of a wrapper and the module inside of it; None if the module is not a wrapper."""
+    """What a wrapper is called, and the module inside of it; None if the module is not a wrapper."""
     for cls in type(module).__mro__:
-        name = f"{cls.__module__}.{cls.__qualname__}"
-        if name in WRAPPERS:
-            inner = WRAPPERS[name](module)
+        label, inside = WRAPPERS.get(f"{cls.__module__}.{cls.__qualname__}", ("", None))
+        if inside is not None:
+            inner = inside(module)
             if inner is not None and any(getattr(module, hooks, None) for hooks in _HOOKS):
                 raise UsageError(
                     f"{type(module).__name__} has forward hooks, which the module inside of it would lose. Remove "
                     "these hooks, or register them on the module inside."
                 )
-            return name, inner
+            return label, inner
     return "", None
 
 
@@ -171,9 +175,9 @@ def _plain_forward(module: nn.Module) -> tuple[Any, str]:
     forward = own.get("forward")
     compiled = getattr(forward, "_torchdynamo_orig_callable", None)
     if compiled is not None:
-        return compiled, "torch.compile"
+        return compiled, _COMPILE
     if own.get("_compiled_call_impl") is not None:
-        return forward, "torch.compile"
+        return forward, _COMPILE
     return forward, ""
 
 

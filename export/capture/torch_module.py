@@ -41,8 +41,9 @@ def capture_module(model: nn.Module, inputs: dict[str, Any], opset: int, dynamic
     if program is None:
         raise UnsupportedError(f"torch.onnx.export returned nothing for {type(model).__name__}.")
     exported = program.exported_program
-    _name(program.model.graph.outputs, _output_names(model, flat.outputs))
-    _name(program.model.graph.inputs, list(tensors))
+    if exported is not None:
+        _name(program.model.graph.outputs, _output_names(model, flat.outputs))
+        _name(program.model.graph.inputs, list(tensors))
     captured = Capture(program.model, fixed_dims=_fixed_dims(exported))
     if isinstance(exported, torch.export.ExportedProgram):
         captured.program = (flat, exported)

@@ -25,7 +25,7 @@ from .synthetic import DEFAULT_SHAPES, cast_feeds, make_feeds, with_empty_cache
 from .tokenizer import load_tokenizer
 
 # Inputs with one element per token of a prompt, for models that do not specify their shapes.
-_PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 _PROMPT_SHOWN = 24
 
 
@@ -241,7 +241,7 @@ def _array(source: str, name: str, value: Any) -> Array:
 
 def _per_token(info: TensorInfo) -> TensorInfo:
     """An input with the shape and dtype of a prompt's tokens, where the model does not specify them."""
-    if info.name not in _PER_TOKEN:
+    if info.name not in PER_TOKEN:
         return info
     return dataclasses.replace(
         info,
