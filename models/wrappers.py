@@ -175,7 +175,9 @@ def _plain_forward(module: nn.Module) -> tuple[Any, str]:
     forward = own.get("forward")
     compiled = getattr(forward, "_torchdynamo_orig_callable", None)
     if compiled is not None:
-        return compiled, _COMPILE
+        # torch wraps a method in a function of its own before it compiles it.
+        made_by_torch = "_dynamo" in getattr(getattr(compiled, "__code__", None), "co_filename", "")
+        return getattr(compiled, "__wrapped__", compiled) if made_by_torch else compiled, _COMPILE
     if own.get("_compiled_call_impl") is not None:
         return forward, _COMPILE
     return forward, ""

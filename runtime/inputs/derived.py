@@ -93,7 +93,8 @@ def derived_cases(
 
 def _other_sizes(infos: Sequence[TensorInfo], sizes: Mapping[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
     """The sizes of the dynamic dims in each variant, without those that are equal to earlier ones."""
-    leading = {(info.shape or ("",))[0] for info in infos}
+    later = {dim for info in infos for dim in (info.shape or ())[1:]}
+    leading = {(info.shape or ("",))[0] for info in infos} - later
     plain = {name: size for name, size in sizes.items() if name.isidentifier()}
     seen = [dict(plain)]
     for label, batch, other in _VARIANTS:
