@@ -14,11 +14,13 @@ from typing import Any, Literal
 
 from torch import nn
 
+from .calls import named_arguments
 from .checkpoint_keys import check_keys, check_weight_files
 from .companions import weight_files
 from .dtypes import NORM_DTYPES, torch_dtype
 from .errors import EnvironmentMissingError, UsageError
 from .regular_files import read_json
+from .wrappers import look_through
 
 Kind = Literal["transformers", "decoder", "python"]
 BUILTINS = ("addition", "small")
@@ -33,7 +35,7 @@ class LoadedModel:
         source: the name that the user gave; empty for a module.
         kind: what kind of source that was.
         folder: the local folder that it was read from, if any.
-        example_inputs: keyword arguments that a Python factory returned with its model.
+        example_inputs: arguments by name that a Python factory returned with its model, see `named_arguments`.
         task: `addition` for the model that adds numbers, else None.
         notes: remarks for the user.
     """
@@ -78,10 +80,9 @@ def as_loaded(
         return model
     if isinstance(model, str | Path):
         return load_model(str(model), dtype=dtype, trust_remote_code=trust_remote_code)
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"expected a PyTorch module, or the name or folder of a model, got {type(model).__name__}.")
-    check_eval_mode(model, "the module")
-    return LoadedModel(model, "", "python")
+    inside = look_through(model, "the name or folder of a model")
+    check_eval_mode(inside.model, "the module")
+    return LoadedModel(inside.model, "", "python", notes=inside.notes)
 
 
 def load_model(
@@ -91,8 +92,9 @@ def load_model(
 
     Args:
         source: `builtin:addition` or `builtin:small`; `package.module:factory` or `file.py:factory`, a callable that
-            returns a module, or a module and a dict of example inputs; a folder saved by this package or by
-            `save_pretrained`; or a hub name such as `Qwen/Qwen3-0.6B`.
+            returns a module, or a module and its example inputs (a dict by the forward's parameter names, a tuple of
+            positional arguments, or one tensor); a folder saved by this package or by `save_pretrained`; or a hub name
+            such as `Qwen/Qwen3-0.6B`.
         dtype: `float32`, `float16`, `bfloat16` or `float64`; None keeps the checkpoint's dtype.
         trust_remote_code: run Python code that is part of a transformers checkpoint.
         allow_missing: names or patterns (`fnmatch`) of keys that a transformers checkpoint may lack, have besides, or
@@ -111,7 +113,7 @@ def load_model(
     if dtype is not None and loaded.kind != "transformers":
         loaded.model = loaded.model.to(torch_dtype(dtype))
         if loaded.example_inputs is not None:
-            loaded.example_inputs = _cast_floats(loaded.example_inputs, dtype)
+            loaded.example_inputs = cast_floats(loaded.example_inputs, dtype)
     check_eval_mode(loaded.model, source)
     loaded.model.eval()
     return loaded
@@ -243,18 +245,29 @@ def _architecture(transformers: ModuleType, config: Any) -> Any:
 
 
 def _python(source: str, name: str, attribute: str) -> LoadedModel:
+    import torch
+
     factory = python_attribute(source, name, attribute)
     try:
         made = factory if isinstance(factory, nn.Module) else factory()
     except (Exception, SystemExit) as error:
         raise UsageError(f"{source}: calling {attribute}() failed: {type(error).__name__}: {error}") from error
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, nn.Module) or not (inputs is None or isinstance(inputs, Mapping)):
+    if not isinstance(model, nn.Module | torch.export.ExportedProgram):
         raise UsageError(
-            f"{source}: expected {attribute}() to return a torch.nn.Module, or a tuple of a module and a dict of "
-            f"example inputs, got {type(made).__name__}."
+            f"{source}: expected {attribute}() to return a torch.nn.Module, or a tuple of a module and its example "
+            f"inputs, got {_what(made)}."
         )
-    return LoadedModel(model, source, "python", example_inputs=inputs)
+    inside = look_through(model)
+    if inputs is not None:
+        inputs = named_arguments(inside.model.forward, inputs, source)
+    return LoadedModel(inside.model, source, "python", example_inputs=inputs, notes=inside.notes)
+
+
+def _what(made: Any) -> str:
+    if isinstance(made, tuple):
+        return f"a tuple of {', '.join(type(item).__name__ for item in made) or 'nothing'}"
+    return type(made).__name__
 
 
 def python_attribute(source: str, name: str, attribute: str) -> Any:
@@ -311,11 +324,14 @@ def _module_name(path: Path) -> str:
     return f"user_{path.stem}"
 
 
-def _cast_floats(inputs: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def cast_floats(inputs: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Inputs with their floating-point tensors, also those inside of containers, in a dtype."""
     import torch
+    from torch.utils._pytree import tree_map
 
     wanted = torch_dtype(dtype)
-    return {
-        name: value.to(wanted) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
+
+    def cast(value: Any) -> Any:
+        return value.to(wanted) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return {name: tree_map(cast, value) for name, value in inputs.items()}

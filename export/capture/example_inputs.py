@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from ...models.errors import UsageError
 from ...models.tensors import to_torch
@@ -51,7 +52,7 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
 
 
 def as_tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """A user's inputs with numpy arrays as tensors; everything else as it is.
+    """A user's inputs with numpy arrays as tensors, also inside of containers; everything else as it is.
 
     Raises:
         UsageError: expected a mapping of input name to value.
@@ -61,7 +62,10 @@ def as_tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:
             f"inputs: expected a mapping of the forward's parameter names to tensors or arrays, got "
             f"{type(inputs).__name__}."
         )
-    return {name: to_torch(value) if isinstance(value, np.ndarray) else value for name, value in inputs.items()}
+    return {
+        name: tree_map(lambda leaf: to_torch(leaf) if isinstance(leaf, np.ndarray) else leaf, value)
+        for name, value in inputs.items()
+    }
 
 
 def vocabulary_size(model: nn.Module) -> int | None:

@@ -2,52 +2,132 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from ...models.errors import UnsupportedError
+from ...models.calls import CallForm, call_form, named_tensors, split_arguments
+from ...models.errors import UnsupportedError, UsageError
 from .captured import Capture
+
+# What a module keeps for its own hooks.
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 
 
 def capture_module(model: nn.Module, inputs: dict[str, Any], opset: int, dynamic: bool | Mapping[str, Any]) -> Capture:
+    form = call_form(inputs)
+    tensors = form.flat(inputs)
+    flat = _FlatModel(model, form)
     shapes: Any = None
-    if isinstance(dynamic, Mapping):
-        shapes = dict(dynamic)
-    elif dynamic:
-        shapes = {name: _auto_dims(value) for name, value in inputs.items()}
-    with torch.no_grad():
+    if dynamic:
+        chosen = flat_dims(form, inputs, dynamic) if isinstance(dynamic, Mapping) else dict.fromkeys(tensors, True)
+        shapes = {name: _auto_dims(tensors[name]) if dims is True else dims for name, dims in chosen.items()}
+    with torch.no_grad(), flat.in_place_of_the_forward(tensors):
         program = torch.onnx.export(
-            model, (), kwargs=inputs, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
+            model, (), kwargs=tensors, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
         )
     if program is None:
         raise UnsupportedError(f"torch.onnx.export returned nothing for {type(model).__name__}.")
     exported = program.exported_program
     if exported is not None:
-        names = _output_names(model, exported)
-        for value, name in zip(program.model.graph.outputs, names, strict=True):
-            value.name = name
+        _name(program.model.graph.outputs, _output_names(model, flat.outputs))
+        _name(program.model.graph.inputs, list(tensors))
     captured = Capture(program.model, fixed_dims=_fixed_dims(exported))
     if isinstance(exported, torch.export.ExportedProgram):
-        captured.program = (model, exported)
+        captured.program = (flat, exported)
     return captured
 
 
-def _output_names(model: nn.Module, program: torch.export.ExportedProgram) -> list[str]:
-    """The module's `output_names`; else the keys of a mapping, `output` for one tensor, `output_0` ... for several."""
-    spec = program.call_spec.out_spec
-    if spec is None:
-        return []
-    leaves = torch.utils._pytree.tree_flatten_with_path(
-        torch.utils._pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    )[0]
+class _FlatModel:
+    """A model that is called with flat, named tensors and returns the tensors of its result as a flat tuple.
+
+    Args:
+        model: the model.
+        form: how it is called.
+    """
+
+    def __init__(self, model: nn.Module, form: CallForm) -> None:
+        self._model, self._form = model, form
+        self.outputs: list[str] = []
+
+    def __call__(self, **tensors: Any) -> tuple[torch.Tensor, ...]:
+        positional, keyword = split_arguments(self._model.forward, self._form.nested(tensors))
+        found = named_tensors(self._model(*positional, **keyword), type(self._model).__name__)
+        if not found:
+            raise UnsupportedError(f"{type(self._model).__name__} returns no tensors, so there is nothing to export.")
+        self.outputs = list(found)
+        return tuple(found.values())
+
+    @contextmanager
+    def in_place_of_the_forward(self, names: Iterable[str]) -> Iterator[None]:
+        """The model with this as its forward and without its own hooks, which run inside of it."""
+        own = vars(self._model)
+        before = {name: own[name] for name in ("forward", *_HOOKS) if name in own}
+
+        def forward(**tensors: Any) -> tuple[torch.Tensor, ...]:
+            with _exchanged(self._model, before):
+                return self(**tensors)
+
+        parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        with _exchanged(self._model, {"forward": forward, **{name: OrderedDict() for name in _HOOKS}}):
+            yield
+
+
+@contextmanager
+def _exchanged(model: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
+    """The module with these values of its forward and its hooks, as attributes of the instance."""
+    own = vars(model)
+    before = {name: own.pop(name) for name in ("forward", *_HOOKS) if name in own}
+    own.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            own.pop(name, None)
+        own.update(before)
+
+
+def flat_dims(form: CallForm, inputs: Mapping[str, Any], dynamic: Mapping[str, Any]) -> dict[str, Any]:
+    """A user's `dynamic_shapes` by the names of the flat inputs; they may be nested as the arguments are.
+
+    Raises:
+        UsageError: it has a name that is not an input's.
+    """
+    unknown = [name for name in dynamic if name not in inputs and name not in form.tensors]
+    if unknown:
+        raise UsageError(
+            f"dynamic: expected names of inputs ({', '.join(inputs)}), got {', '.join(map(str, unknown))}."
+        )
+    found = {name: dynamic.get(name) for name in form.tensors}
+    for key, argument in form.arguments.items():
+        if argument.is_nested and dynamic.get(key) is not None:
+            parts = pytree.tree_structure(inputs[key]).flatten_up_to(dynamic[key])
+            found.update({name: part for name, part in zip(argument.leaves, parts, strict=True) if name in found})
+    return found
+
+
+def _name(values: Iterable[Any], names: list[str]) -> None:
+    for value, name in zip(values, names, strict=True):
+        value.name = name
+
+
+def _output_names(model: nn.Module, found: list[str]) -> list[str]:
+    """The module's `output_names` where it has them for each output, else the names in its result."""
     declared = getattr(model, "output_names", None)
-    if declared is not None and len(declared) == len(leaves):
-        return list(declared)
-    names = ["_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in leaves]
-    return [f"output_{name}" if name.isdigit() else name or "output" for name in names]
+    return list(declared) if declared is not None and len(declared) == len(found) else found
 
 
 def _fixed_dims(program: torch.export.ExportedProgram | None) -> dict[str, str]:
@@ -56,11 +136,5 @@ def _fixed_dims(program: torch.export.ExportedProgram | None) -> dict[str, str]:
     return {str(symbol): str(int(r.lower)) for symbol, r in constraints.items() if r.lower == r.upper}
 
 
-def _auto_dims(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return dict.fromkeys(range(value.ndim), torch.export.Dim.AUTO)
-    if isinstance(value, list | tuple):
-        return type(value)(_auto_dims(item) for item in value)
-    if isinstance(value, Mapping):
-        return {key: _auto_dims(item) for key, item in value.items()}
-    return None
+def _auto_dims(value: torch.Tensor) -> dict[int, Any]:
+    return dict.fromkeys(range(value.ndim), torch.export.Dim.AUTO)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,10 +13,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from ...models.calls import call_form, named_arguments, named_tensors, split_arguments
 from ...models.companions import folder_of, weight_files
 from ...models.dtypes import NORM_DTYPES, torch_dtype, torch_name
-from ...models.errors import MismatchError, UsageError
-from ...models.loading import LoadedModel, as_loaded
+from ...models.errors import MismatchError, UnsupportedError, UsageError
+from ...models.loading import LoadedModel, as_loaded, cast_floats
 from ...models.recognition.find_norms import find_norms
 from ...models.recognition.site import Recognition
 from ..capture.capture import capture, detached
@@ -124,7 +125,7 @@ def export_model(
     options: ExportOptions | None = None,
     *,
     target: str | Sequence[str] = "primitives",
-    inputs: Mapping[str, Any] | None = None,
+    inputs: Any = None,
     details: Mapping[str, Any] | None = None,
     companions: Path | None = None,
     trust_remote_code: bool = False,
@@ -140,9 +141,10 @@ def export_model(
             is replaced; a folder with other files is refused.
         options: how; `ExportOptions()` when None.
         target: one or several (a list) of `primitives`, `standard`, `ort`, `plugin`.
-        inputs: keyword arguments of the forward, as tensors or numpy arrays; those of the model's factory when None,
-            else token inputs are generated where it reads `input_ids`. A dim of size 1 becomes static, so give at
-            least 2 wherever it is to be dynamic.
+        inputs: arguments of the forward, as tensors or numpy arrays, plain values, and lists, tuples and dicts of
+            them: a mapping by name, a tuple of positional arguments, or one tensor. Those of the model's factory when
+            None, else token inputs are generated where it reads `input_ids`. Values that are not tensors are constants
+            in the file. A dim of size 1 becomes static, so give at least 2 wherever it is to be dynamic.
         details: more fields for the manifest.
         companions: a folder to copy config and tokenizer files from; the model's own when None, also of a module that
             `from_pretrained` loaded.
@@ -174,7 +176,7 @@ def export_model(
     if isinstance(model, str | Path) and progress is not None:
         progress(f"loading {model}")
     loaded = as_loaded(model, dtype=options.dtype, trust_remote_code=trust_remote_code)
-    feeds = loaded.example_inputs if inputs is None else inputs
+    feeds = _inputs_of(loaded, inputs)
     prepared = prepare(loaded.model, options, inputs=feeds, targets=targets, progress=progress)
     prepared.details.update({**loaded.details, **(details or {})})
     prepared.notes += loaded.notes
@@ -215,7 +217,8 @@ def prepare(
     model = _in_dtype(model, options.dtype)
     feeds = as_tensors(inputs) if inputs is not None else example_inputs(model)
     if converted:
-        feeds = {name: _cast(value, torch_dtype(str(options.dtype))) for name, value in feeds.items()}
+        feeds = cast_floats(feeds, str(options.dtype))
+    _refuse_scripted(model)
     progress("finding the norms")
     recognition = find_norms(model)
     for target in targets:
@@ -237,7 +240,7 @@ def prepare(
     finally:
         for name, module in model.named_modules():
             module.training = training[name]
-    return PreparedModel(captured, recognition, _dtype_of(model))
+    return PreparedModel(captured, recognition, _dtype_of(model), call_form(feeds).to_json())
 
 
 def save(
@@ -320,6 +323,15 @@ def _checked(model: nn.Module, recognition: Recognition, feeds: Mapping[str, Any
     return recognition
 
 
+def _refuse_scripted(model: nn.Module) -> None:
+    path = next((path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)), None)
+    if path is not None:
+        raise UnsupportedError(
+            f"{path or 'the model'} is a TorchScript module (torch.jit.script, torch.jit.trace), whose code torch's "
+            "exporter does not read. Give the module that it was made from."
+        )
+
+
 def _refuse_early(recognition: Recognition, target: str, opset: int | None, dtype: str) -> None:
     environment = Environment(opset=opset_for(target, opset), dtype=dtype)
     for site in recognition.sites:
@@ -328,13 +340,29 @@ def _refuse_early(recognition: Recognition, target: str, opset: int | None, dtyp
             raise found.to_error()
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+def _inputs_of(loaded: LoadedModel, inputs: Any) -> Mapping[str, Any] | None:
+    """The inputs by the forward's parameter names: the given ones, with the factory's values for what they lack.
+
+    Given tensors may have the names that the factory's nested inputs have in a file, as those of an .npz file have.
+    """
+    own = loaded.example_inputs
+    if inputs is None:
+        return own
+    given = named_arguments(loaded.model.forward, inputs, "inputs")
+    if own is None:
+        return given
+    form = call_form(own)
+    constants = {name: own[name] for name in own if name in form.constants}
+    inside = {name for argument in form.arguments.values() if argument.is_nested for name in argument.leaves}
+    if not inside.isdisjoint(given):
+        given = form.nested(given)
+    return {**constants, **given}
 
 
 def _run(model: nn.Module, feeds: Mapping[str, Any]) -> Any:
     try:
-        return model(**detached(feeds))
+        positional, keyword = split_arguments(model.forward, detached(feeds))
+        return model(*positional, **keyword)
     except Exception as error:
         shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in feeds.items()}
         first = " ".join(str(error).split())[:300]
@@ -342,8 +370,13 @@ def _run(model: nn.Module, feeds: Mapping[str, Any]) -> Any:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(output)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    tensors = []
+    for leaf in torch.utils._pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+        elif is_dataclass(leaf):
+            tensors += named_tensors(leaf, type(leaf).__name__).values()
+    return tensors
 
 
 def _in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:

@@ -9,4 +9,5 @@ ranges: `shapes_within`, the default shapes moved into the sizes for which a mod
 arrays: `read_arrays`, for .npz and .safetensors files.
 tokenizer: `load_tokenizer` and `has_tokenizer`.
 exported: `open_exported`, which opens an exported folder or an .onnx file.
+derived: derived_cases, the inputs of a factory and others with values like theirs; factory_case.
 """

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ...export.capture.example_inputs import example_inputs, vocabulary_size
+from ...models.calls import call_form
 from ...models.dtypes import numpy_dtype
 from ...models.errors import UsageError
 from ...models.loading import LoadedModel, python_attribute
@@ -24,7 +25,7 @@ from .synthetic import DEFAULT_SHAPES, cast_feeds, make_feeds, with_empty_cache
 from .tokenizer import load_tokenizer
 
 # Inputs with one element per token of a prompt, for models that do not specify their shapes.
-_PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 _PROMPT_SHOWN = 24
 
 
@@ -120,7 +121,7 @@ def inputs_of(loaded: LoadedModel) -> list[TensorInfo]:
     rejects inputs that do not match.
     """
     if loaded.example_inputs is not None:
-        arrays = _given_arrays(loaded)
+        arrays = factory_arrays(loaded.example_inputs)
         return [TensorInfo(name, array.dtype.name, None) for name, array in arrays.items()]
     if "input_ids" in inspect.signature(loaded.model.forward).parameters:
         return [TensorInfo(name, ANY_DTYPE, None) for name in example_inputs(loaded.model)]
@@ -135,15 +136,16 @@ def made_up_for(loaded: LoadedModel, shapes: Sequence[tuple[int, int]] | None = 
         UsageError: the model does not read tokens, and its factory returned no inputs.
     """
     if loaded.example_inputs is not None:
-        return [Case("the factory's inputs", _given_arrays(loaded))]
+        return [Case("the factory's inputs", factory_arrays(loaded.example_inputs))]
     infos = [TensorInfo(name, "int64", ("batch", "sequence")) for name in example_inputs(loaded.model)]
     vocabulary = vocabulary_size(loaded.model)
     return [Case(f"{b}x{n}", make_feeds(infos, b, n, seed, vocabulary)) for b, n in shapes or DEFAULT_SHAPES]
 
 
-def _given_arrays(loaded: LoadedModel) -> dict[str, Array]:
-    given = (loaded.example_inputs or {}).items()
-    return {name: to_numpy(value) if isinstance(value, torch.Tensor) else np.asarray(value) for name, value in given}
+def factory_arrays(inputs: Mapping[str, Any]) -> dict[str, Array]:
+    """The tensors among the arguments that a factory returned, as flat, named arrays; see `CallForm`."""
+    found = call_form(inputs).flat(inputs)
+    return {name: to_numpy(value) if isinstance(value, torch.Tensor) else value for name, value in found.items()}
 
 
 def _called(feeds: Mapping[str, Any], names: Mapping[str, str] | None) -> dict[str, Any]:
@@ -239,7 +241,7 @@ def _array(source: str, name: str, value: Any) -> Array:
 
 def _per_token(info: TensorInfo) -> TensorInfo:
     """An input with the shape and dtype of a prompt's tokens, where the model does not specify them."""
-    if info.name not in _PER_TOKEN:
+    if info.name not in PER_TOKEN:
         return info
     return dataclasses.replace(
         info,

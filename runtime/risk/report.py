@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...export.lowering.table import TARGETS, opset_for
+from ...models.calls import CallForm
 from ...models.errors import RmsnormDeployError, UsageError
 from ...models.recognition.find_norms import find_norms
 from ...models.recognition.intercept import NormCall, at_norms
@@ -145,6 +146,7 @@ def risk(
     *,
     targets: Sequence[str] = TARGETS,
     progress: Progress | None = None,
+    form: CallForm | None = None,
 ) -> RiskReport:
     """Run a PyTorch model and find the norms that are at risk in float32, float16 and bfloat16.
 
@@ -157,6 +159,7 @@ def risk(
         cases: inputs by the names of the parameters of `forward`, one mapping for each run.
         targets: targets whose lowerings are measured in ONNX Runtime on the CPU.
         progress: called with a line of text at each step.
+        form: which inputs are parts of nested arguments, and the arguments that are not tensors.
 
     Returns:
         The verdict on each norm, and on the model in each dtype.
@@ -177,7 +180,8 @@ def risk(
     if not recognition.sites:
         return RiskReport(len(cases), [], notes, recognition)
     watches = _Watches(notes)
-    with at_norms(model, recognition.sites, watches.visit, watches.unknown), open_runner(model) as runner:
+    visiting = at_norms(model, recognition.sites, watches.visit, watches.unknown)
+    with visiting, open_runner(model, form=form) as runner:
         for number, feeds in enumerate(cases, 1):
             progress(f"running case {number} of {len(cases)}")
             runner.run(feeds)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from ...models.calls import CallForm, named_tensors, split_arguments
 from ...models.dtypes import torch_name
 from ...models.errors import EnvironmentMissingError, UnsupportedError, UsageError
 from ...models.rotary import reset_rotary
@@ -20,9 +21,6 @@ from .base import ANY_DTYPE, Array, TensorInfo, check_feeds, describe_feeds, tok
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-_CACHE_KEYS = ("past_key_values", "cache_params")
-_CACHE_TENSORS = ("keys", "values", "conv_states", "recurrent_states")
 
 
 class TorchRunner:
@@ -43,6 +41,7 @@ class TorchRunner:
         dtype: a floating-point dtype to which a deep copy and the floating-point feeds are cast.
         device: the device on which a deep copy runs, such as `cuda`.
         include_cache: return the tensors of key-value caches too.
+        form: which of the feeds are parts of nested arguments, and the arguments that are not tensors.
 
     Raises:
         UsageError: the model is not a module or cannot be copied, or the names do not match `forward`.
@@ -58,6 +57,7 @@ class TorchRunner:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         include_cache: bool = False,
+        form: CallForm | None = None,
     ) -> None:
         from torch import nn
 
@@ -65,7 +65,8 @@ class TorchRunner:
             raise UsageError(f"TorchRunner: expected an nn.Module, got {type(model).__name__}.")
         self._where = type(model).__name__
         self._dtype = _floating_dtype(dtype)
-        self._parameters = _Parameters(model, input_names)
+        self._form = form or CallForm()
+        self._parameters = _Parameters(model, input_names, self._form)
         self._output_names = None if output_names is None else list(output_names)
         self._include_cache = include_cache
         self._last_outputs: list[TensorInfo] = []
@@ -130,7 +131,7 @@ class TorchRunner:
             if start and cache is None:
                 raise UsageError(f"{self._where} returns no past_key_values, so it cannot run in several calls.")
             result = self._call(tokens_between(feeds, start, end), past_key_values=cache, use_cache=True)
-            found.append(dict(_flatten(result, "", False, self._where)))
+            found.append(self._arrays(result, False))
         last = self._returned(result)
         joined = {
             name: np.concatenate([part[name] for part in found], axis=1) if value.ndim > 1 else value
@@ -155,12 +156,17 @@ class TorchRunner:
         model.eval()
         try:
             with torch.no_grad():
-                return model(**tensors, **more)
+                positional, keyword = split_arguments(model.forward, self._form.nested(tensors))
+                return model(*positional, **keyword, **more)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError) as error:
             raise UsageError(f"{self._where} failed on {describe_feeds(feeds)}: {error}") from error
 
+    def _arrays(self, result: Any, include_cache: bool) -> dict[str, Array]:
+        found = named_tensors(result, self._where, include_cache)
+        return {name: _array(tensor, name, self._where) for name, tensor in found.items()}
+
     def _returned(self, result: Any) -> dict[str, Array]:
-        outputs = self._named(dict(_flatten(result, "", self._include_cache, self._where)))
+        outputs = self._named(self._arrays(result, self._include_cache))
         self._last_outputs = [TensorInfo(n, a.dtype.name, tuple(a.shape)) for n, a in outputs.items()]
         return outputs
 
@@ -211,14 +217,15 @@ class _Parameters:
         required: names that must be fed, in order.
     """
 
-    def __init__(self, model: nn.Module, input_names: Sequence[str] | None) -> None:
+    def __init__(self, model: nn.Module, input_names: Sequence[str] | None, form: CallForm) -> None:
         parameters = inspect.signature(model.forward).parameters.values()
-        plain = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         names = [p.name for p in plain]
         self._takes_any = input_names is None and any(p.kind is p.VAR_KEYWORD for p in parameters)
         if input_names is None:
-            self._keyword_of = {name: name for name in names}
-            self.required = [p.name for p in plain if p.default is p.empty]
+            self._keyword_of = {name: name for name in (*names, *form.tensors)}
+            own = [p.name for p in plain if p.default is p.empty and p.name not in form.arguments]
+            self.required = [*own, *form.required(model.forward)]
             return
         self.required = list(input_names)
         if set(input_names) <= set(names):
@@ -283,55 +290,10 @@ def _device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def _flatten(value: Any, name: str, include_cache: bool, where: str) -> Iterator[tuple[str, Array]]:
-    """Every tensor in a module's result with its name; the outermost result has the empty name."""
-    import torch
-
-    if value is None:
-        return
-    if isinstance(value, torch.Tensor):
-        try:
-            yield name or "output", to_numpy(value)
-        except (TypeError, RuntimeError) as error:
-            raise UnsupportedError(
-                f"{where}: output {name or 'output'} is a {value.dtype} tensor, which numpy does not support: {error}"
-            ) from error
-        return
-    if name in _CACHE_KEYS or type(value).__name__.endswith("Cache"):
-        if include_cache:
-            yield from _flatten_cache(value, name or "cache", where)
-        return
-    yield from _flatten_container(value, name, include_cache, where)
-
-
-def _flatten_container(value: Any, name: str, include_cache: bool, where: str) -> Iterator[tuple[str, Array]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flatten(item, f"{name}_{key}" if name else str(key), include_cache, where)
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from _flatten(item, f"{name or 'output'}_{index}", include_cache, where)
-    else:
+def _array(tensor: torch.Tensor, name: str, where: str) -> Array:
+    try:
+        return to_numpy(tensor)
+    except (TypeError, RuntimeError) as error:
         raise UnsupportedError(
-            f"{where}: output {name or 'output'}: expected a tensor, or a tuple, list or mapping of tensors, "
-            f"got {type(value).__name__}. Wrap the module in one that returns tensors only."
-        )
-
-
-def _flatten_cache(cache: Any, name: str, where: str) -> Iterator[tuple[str, Array]]:
-    """The tensors of each layer, named by their path as transformers' own exporters name them."""
-    sides = [side for side in ("self_attention_cache", "cross_attention_cache") if hasattr(cache, side)]
-    for side in sides:
-        yield from _flatten_cache(getattr(cache, side), f"{name}.{side}", where)
-    layers = getattr(cache, "layers", None)
-    if layers is None:
-        if not sides:
-            yield from _flatten_container(cache, name, True, where)
-        return
-    for index, layer in enumerate(layers):
-        for part in _CACHE_TENSORS:
-            value = getattr(layer, part, None)
-            states = value.items() if isinstance(value, Mapping) else [(None, value)]
-            for number, state in states:
-                path = f"{name}.layers.{index}.{part}" + ("" if number is None else f".{number}")
-                yield from _flatten(state, path, True, where)
+            f"{where}: output {name} is a {tensor.dtype} tensor, which numpy does not support: {error}"
+        ) from error

@@ -136,7 +136,7 @@ def _compared(
     progress(f"opening {side.name}")
     with side.opened() as runner:
         infos = runner.inputs()
-        matched = match_inputs(infos, sides.model, side.manifest.get("inputs", ()), side.name)
+        matched = match_inputs(infos, sides.model, side.manifest.get("inputs", ()), side.name, sides.form)
         side = dataclasses.replace(side, inputs=matched.names)
         sides = dataclasses.replace(sides, candidate=side)
         shown = renamed_infos(infos, matched.names)
@@ -150,7 +150,7 @@ def _compared(
     if options.lossy is not None:
         runs = runs.for_torch(dtype_of(sides.model))
     cached = any(run.present for run in runs.runs)
-    with open_runner(sides.model, include_cache=cached) as torch_runner:
+    with open_runner(sides.model, include_cache=cached, form=sides.form) as torch_runner:
         baseline = Baseline(sides.model, RenamedTorch(torch_runner, matched.kept), find_norms(sides.model))
         report = _examined(sides, runs, baseline, options, progress)
         report.untried[:0] = plan.untried

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...export.graph.sizes import SizeLimits, limits_in, size_limits_of
 from ...export.onnx_io.read_model import read_model
+from ...models.calls import CallForm
 from ...models.errors import UsageError
 from ...models.recognition.find_norms import find_norms
 from ..inputs.exported import Exported, open_exported
@@ -45,12 +46,15 @@ class Candidate:
     inputs: Mapping[str, str] = field(default_factory=dict)
 
 
-def candidate_of(thing: str | Path | Exported | nn.Module | Runner, options: ValidationOptions) -> Candidate:
+def candidate_of(
+    thing: str | Path | Exported | nn.Module | Runner, options: ValidationOptions, form: CallForm | None = None
+) -> Candidate:
     """The candidate for a path, a module or a runner.
 
     Args:
         thing: an exported folder or .onnx file, a PyTorch module, or an open runner.
         options: the provider and the window of norms, for files.
+        form: how a module is called.
 
     Raises:
         UsageError: `thing` is not one of these, or the file does not exist.
@@ -60,7 +64,7 @@ def candidate_of(thing: str | Path | Exported | nn.Module | Runner, options: Val
     if isinstance(thing, str | Path | Exported):
         return _of_file(thing if isinstance(thing, Exported) else open_exported(thing), options)
     if isinstance(thing, nn.Module):
-        return _of_module(thing)
+        return _of_module(thing, form)
     if isinstance(thing, Runner):
         return _of_runner(thing)
     raise UsageError(f"expected a path, a PyTorch module or a runner to validate, got {type(thing).__name__}.")
@@ -84,12 +88,12 @@ def _limits(exported: Exported) -> SizeLimits:
     return limits_in({row.key: row.value for row in file.model.metadata_props}, file.where)
 
 
-def _of_module(model: nn.Module) -> Candidate:
+def _of_module(model: nn.Module, form: CallForm | None) -> Candidate:
     def norms(feeds: Mapping[str, Array]) -> TorchNorms:
-        runner, recognition = open_runner(model), find_norms(model)
+        runner, recognition = open_runner(model, form=form), find_norms(model)
         return TorchNorms(model, runner, recognition, survey_norms(model, runner, recognition, feeds).called)
 
-    return Candidate(type(model).__name__, lambda: open_runner(model), norms)
+    return Candidate(type(model).__name__, lambda: open_runner(model, form=form), norms)
 
 
 def _of_runner(runner: Runner) -> Candidate:

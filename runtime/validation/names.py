@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ...export.graph.metadata import PRESENT
+from ...models.calls import CallForm
 from ...models.errors import UsageError
 from ..inputs.synthetic import is_past
 from ..runners.base import ANY_DTYPE, Array, CallsRunner, Runner, TensorInfo
@@ -49,7 +50,11 @@ class Matched:
 
 
 def match_inputs(
-    infos: Sequence[TensorInfo], model: nn.Module, exported: Sequence[Mapping[str, Any]], name: str
+    infos: Sequence[TensorInfo],
+    model: nn.Module,
+    exported: Sequence[Mapping[str, Any]],
+    name: str,
+    form: CallForm | None = None,
 ) -> Matched:
     """Which parameter of PyTorch's `forward` each input of the candidate stands for, except those of a KV cache.
 
@@ -61,15 +66,21 @@ def match_inputs(
         model: the PyTorch model.
         exported: the inputs in the manifest of the export, which have the parameters' names; may be empty.
         name: the candidate's name in messages.
+        form: how the model is called: which inputs are parts of nested arguments, and which arguments are constants.
 
     Raises:
         UsageError: an input fits no parameter, or a required parameter has no input.
     """
-    parameters = inspect.signature(model.forward).parameters.values()
-    plain = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    form = form or CallForm()
+    plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     known = {row["name"]: TensorInfo(row["name"], row["dtype"], tuple(row["shape"])) for row in exported}
-    theirs = [known.get(p.name) or _of_parameter(p.name) for p in plain]
-    required = {p.name for p in plain if p.default is p.empty}
+    free_form = len(plain) < len(parameters)  # the export knows what *args and **kwargs stand for
+    own = [p for p in plain if p.name not in form.arguments]
+    names = [*(p.name for p in own), *form.tensors]
+    names += [n for n in known if free_form and n not in names and not is_past(n)]
+    theirs = [known.get(n) or _of_parameter(n) for n in names]
+    required = {p.name for p in own if p.default is p.empty} | set(form.required(model.forward))
     mine = [info for info in infos if not is_past(info.name)]
     pairs, how = _pairs(mine, theirs, _fits)
     left = [info for info in mine if info.name not in pairs]

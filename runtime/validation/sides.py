@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...models.calls import CallForm, call_form
 from ...models.dtypes import torch_name
 from ...models.errors import UsageError
 from ...models.loading import LoadedModel, check_eval_mode, load_model, names_python
 from ...models.outliers import apply_recorded
-from ..inputs.cases import inputs_of, load_cases, made_up_for, prompt_cases
+from ...models.wrappers import look_through
+from ..inputs.cases import PER_TOKEN, factory_arrays, inputs_of, load_cases, made_up_for, prompt_cases
+from ..inputs.derived import FACTORY_CASE, derived_cases, factory_case
 from ..inputs.exported import Exported, open_exported
 from ..inputs.plan import Plan, plan_cases
+from ..inputs.synthetic import is_past
 from ..inputs.tokenizer import has_tokenizer
 from ..runners.base import Runner, TensorInfo
 from .candidate import Candidate, candidate_of
@@ -43,6 +47,8 @@ class Sides:
         folder: the candidate's exported folder, or None.
         named: whether both sides were given by name, so that the report can be run again.
         hint: that the export came from another model than the one that is compared; else empty.
+        inputs: the arguments that the PyTorch model's factory returned with it, by name; None if there are none.
+        form: how PyTorch is called with the file's flat inputs.
     """
 
     candidate: Candidate
@@ -52,6 +58,8 @@ class Sides:
     folder: Path | None
     named: bool
     hint: str = ""
+    inputs: Mapping[str, Any] | None = None
+    form: CallForm = field(default_factory=CallForm)
 
 
 def open_sides(
@@ -90,12 +98,14 @@ def open_sides(
     if model is None:
         model = _allowed_origin(candidate, origin, allow_code)
     if isinstance(model, nn.Module):
+        model = look_through(model).model
         check_eval_mode(model, "the module to compare with")
     against = None if isinstance(model, nn.Module) else str(model)
+    inputs = None
     if not isinstance(model, nn.Module):
         progress(f"loading {model}")
         try:
-            model = load_against(
+            named = load_against(
                 str(model), options.dtype, exported, trust_remote_code, own_dtype=options.lossy is not None
             )
         except UsageError as error:
@@ -105,21 +115,48 @@ def open_sides(
                 f"{candidate}: its manifest says that it was exported from {origin}, which cannot be loaded: {error} "
                 "A relative path starts at the working directory. If the model is elsewhere, name it (--against MODEL)."
             ) from error
+        model, inputs = named.model, named.example_inputs
     loaded = None
     thing: Any = candidate if exported is None else exported
+    if isinstance(thing, nn.Module):
+        thing = look_through(thing).model
     if is_source:
         progress(f"loading {candidate}")
         loaded = load_model(str(candidate), trust_remote_code=trust_remote_code)
         thing = loaded.model
-    side = candidate_of(thing, options)
+    if loaded is not None and loaded.example_inputs is not None:
+        inputs = loaded.example_inputs
+    form = _form(exported, inputs)
+    side = candidate_of(thing, options, form)
     hint = ""
     if origin is not None and against is not None and not _same_source(origin, against):
         hint = f"this export came from {origin}, and --against names {against}"
     if options.lossy is None:
         with hinting(hint):
             _check_dtype(side, model)
-    named = isinstance(candidate, str | Path) and against is not None
-    return Sides(side, model, against, loaded, None if exported is None else exported.folder, named, hint)
+    by_name = isinstance(candidate, str | Path) and against is not None
+    folder = None if exported is None else exported.folder
+    return Sides(side, model, against, loaded, folder, by_name, hint, inputs, form)
+
+
+def _form(exported: Exported | None, inputs: Mapping[str, Any] | None) -> CallForm:
+    """How PyTorch is called: as the export recorded it, else as the factory's inputs say.
+
+    Raises:
+        UsageError: the export has values that only Python code can give, and no factory gives them.
+    """
+    own = None if inputs is None else call_form(inputs)
+    manifest = {} if exported is None else exported.manifest
+    recorded = CallForm.from_json(manifest)
+    if recorded is not None and recorded.arguments:
+        return recorded
+    if own is not None or recorded is not None:
+        return own or CallForm()
+    raise UsageError(
+        f"the file was exported with arguments that a manifest cannot hold (constants: "
+        f"{manifest.get('constants', {})}). Name the factory that returns the model with its inputs "
+        "(--against file.py:function)."
+    )
 
 
 @contextmanager
@@ -191,9 +228,27 @@ def cases_for(sides: Sides, infos: Sequence[TensorInfo], options: ValidationOpti
         return Plan(made_up_for(sides.loaded, options.shapes, options.seed), [_FACTORY])
     if sides.loaded is not None:
         infos = [TensorInfo(info.name, "int64", ("batch", "sequence")) for info in known]
+    plan = Plan() if sides.inputs is None or options.shapes is not None else _from_factory(sides, infos, options)
+    if plan.cases and not _reads_tokens(infos):
+        return plan
     if options.shapes is None:
-        return plan_cases(infos, sides.model, options.seed, sides.candidate.limits, options.thorough)
+        generated = plan_cases(infos, sides.model, options.seed, sides.candidate.limits, options.thorough)
+        return Plan([*plan.cases[:1], *generated.cases], [*plan.untried[: not plan.cases], *generated.untried])
     return Plan(made_up_cases(infos, sides.model, options.shapes, options.seed), [_SHAPES])
+
+
+def _from_factory(sides: Sides, infos: Sequence[TensorInfo], options: ValidationOptions) -> Plan:
+    """The factory's inputs and cases like them; no case and the reason where they are not inputs of the file."""
+    first = factory_case(infos, factory_arrays(sides.inputs or {}))
+    if isinstance(first, str):
+        return Plan(untried=[f"{FACTORY_CASE}: {first}"])
+    return derived_cases(infos, first, options.seed, sides.candidate.limits, options.thorough)
+
+
+def _reads_tokens(infos: Sequence[TensorInfo]) -> bool:
+    """Whether every input is one whose values are generated by its name."""
+    names = {info.name for info in infos if not is_past(info.name)}
+    return "input_ids" in names and names <= set(PER_TOKEN)
 
 
 def _tokenizer(sides: Sides, options: ValidationOptions) -> str:
@@ -220,22 +275,22 @@ def is_model_source(text: str) -> bool:
 
 def load_against(
     source: str, dtype: str | None, exported: Exported | None, trust_remote_code: bool, *, own_dtype: bool = False
-) -> nn.Module:
+) -> LoadedModel:
     """Load the PyTorch model in the requested dtype, or else in the exported dtype, with the outliers that the export
     injected into its weights. With `own_dtype` the model keeps its own dtype instead of the exported one.
 
     Raises:
         UsageError: as in `load_model`.
     """
-    model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code).model
-    own = dtype_of(model)
+    loaded = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    own = dtype_of(loaded.model)
     wanted = exported.dtype if exported is not None and not own_dtype else None
     if dtype is None and own is not None and wanted not in (None, own):
         # Load it again only if the dtype differs: a cast would change a model that mixes dtypes.
-        model = load_model(source, dtype=wanted, trust_remote_code=trust_remote_code).model
+        loaded = load_model(source, dtype=wanted, trust_remote_code=trust_remote_code)
     if exported is not None:
-        apply_recorded(model, exported.manifest)
-    return model
+        apply_recorded(loaded.model, exported.manifest)
+    return loaded
 
 
 def _check_dtype(candidate: Candidate, model: nn.Module) -> None:

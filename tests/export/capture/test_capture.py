@@ -38,10 +38,16 @@ class Llama(PreTrainedModel):
 
 
 class Two(nn.Module):
-    """Two inputs, a mapping of two outputs."""
+    """Two inputs, and two outputs, each a tensor in `result`."""
 
-    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        return {"sum": x + y, "double": 2 * x}
+    def __init__(self, result: Any = None) -> None:
+        super().__init__()
+        self.result = result
+
+    def forward(self, x: Any, y: Any, flag: bool = False) -> Any:
+        if self.result is not None:
+            return self.result
+        return x + y, 2 * x
 
 
 def dims(values: Any) -> dict[str, list[Any]]:
@@ -56,11 +62,12 @@ def names(values: Any) -> list[str]:
 
 
 GRAPH = "g (float[s0, s1] x, float[s0, s1] y) => (float[s0, s1] a, float[s0, s1] b) { a = Add (x, y)  b = Neg (x) }"
+ONE = torch.ones(1)
 INPUTS = {"x": torch.ones(2, 3), "y": torch.ones(2, 3)}
 
 
 def captured(
-    monkeypatch: pytest.MonkeyPatch, outputs: Any = (0, 0), fixed: dict[str, tuple[int, int]] | None = None,
+    monkeypatch: pytest.MonkeyPatch, outputs: Any = None, fixed: dict[str, tuple[int, int]] | None = None,
     model: nn.Module | None = None, inputs: dict[str, Any] | None = None, **arguments: Any,
 ) -> tuple[Capture, dict[str, Any]]:  # fmt: skip
     """A module captured as `GRAPH`, and what torch's exporter was asked for.
@@ -69,31 +76,32 @@ def captured(
     """
     asked: dict[str, Any] = {}
 
-    def export(*_: Any, **options: Any) -> Any:
+    def export(called: nn.Module, *_: Any, **options: Any) -> Any:
         asked.update(options)
+        called(**options["kwargs"])
         program = SimpleNamespace(
-            call_spec=SimpleNamespace(out_spec=torch.utils._pytree.tree_flatten(outputs)[1]),
             range_constraints={s: SimpleNamespace(lower=low, upper=high) for s, (low, high) in (fixed or {}).items()},
         )
         return SimpleNamespace(model=parsed(GRAPH), exported_program=program)
 
     monkeypatch.setattr(torch.onnx, "export", export)
-    return capture(model or Two(), inputs or INPUTS, **arguments), asked
+    return capture(model or Two(outputs), inputs or INPUTS, **arguments), asked
 
 
 @pytest.mark.parametrize(
     ("outputs", "wanted"),
     [
-        ({"sum": 0, "double": 0}, ["double", "sum"]),
-        ((0, 0), ["output_0", "output_1"]),
-        ({"logits": 0, "states": [0]}, ["logits", "states_0"]),
+        ({"sum": ONE, "double": ONE}, ["sum", "double"]),
+        ((ONE, ONE), ["output_0", "output_1"]),
+        ({"logits": ONE, "states": [ONE], "cache": None, "count": 3}, ["logits", "states_0"]),
+        ([ONE, (ONE,)], ["output_0", "output_1_0"]),
     ],
 )
 def test_outputs_are_called_after_what_the_module_returns(
     outputs: Any, wanted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, _ = captured(monkeypatch, outputs)
-    assert sorted(names(found.model.graph.outputs)) == wanted
+    assert names(found.model.graph.outputs) == wanted
     assert (found.with_past, found.notes, found.fixed_dims) == (False, [], {})
 
 
@@ -137,10 +145,10 @@ def test_what_the_exporter_is_asked_for(dynamic: Any, shapes: Any, monkeypatch: 
 
 
 def test_dims_of_inputs_inside_of_others_are_dynamic_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = {"x": [torch.ones(2), (torch.ones(2, 3), 7)], "y": {"deep": torch.ones(2)}, "flag": True}
-    _, asked = captured(monkeypatch, inputs=inputs)
-    wanted = {"x": [{0: AUTO}, ({0: AUTO, 1: AUTO}, None)], "y": {"deep": {0: AUTO}}, "flag": None}
-    assert asked["dynamic_shapes"] == wanted
+    inputs = {"x": [(torch.ones(2, 3), 7)], "y": {"deep": torch.ones(2)}, "flag": True}
+    found, asked = captured(monkeypatch, (ONE, ONE), inputs=inputs)
+    assert asked["dynamic_shapes"] == {"x_0_0": {0: AUTO, 1: AUTO}, "y_deep": {0: AUTO}}
+    assert names(found.model.graph.inputs) == ["x_0_0", "y_deep"]
 
 
 def test_opsets_of_the_capture() -> None:

@@ -218,8 +218,8 @@ def test_refusals() -> None:
 
 
 def test_outputs_that_are_not_tensors_are_refused() -> None:
-    with TorchRunner(Returns({"logits": A, "note": "text"})) as runner:
-        with pytest.raises(UnsupportedError, match=r"output note: expected a tensor.*, got str") as caught:
+    with TorchRunner(Returns({"logits": A, "note": object()})) as runner:
+        with pytest.raises(UnsupportedError, match=r"output note: expected a tensor.*, got object") as caught:
             runner.run({"x": X})
         assert caught.value.exit_code == 3
     eighth = Returns(torch.zeros(2, dtype=torch.float8_e4m3fn))

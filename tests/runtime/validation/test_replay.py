@@ -234,18 +234,18 @@ def test_the_model_is_loaded_in_the_exported_dtype_by_default(folder: Path, sour
     exported = open_exported(folder)
     half = Exported(exported.model, exported.folder, {**exported.manifest, "dtype": "float16"})
     name = f"{source}:residual"
-    assert dtypes(load_against(name, None, exported, False)) == {torch.float32}
-    assert dtypes(load_against(name, None, half, False)) == {torch.float16}
-    assert dtypes(load_against(name, "bfloat16", half, False)) == {torch.bfloat16}
-    assert dtypes(load_against(name, None, None, False)) == {torch.float32}
+    assert dtypes(load_against(name, None, exported, False).model) == {torch.float32}
+    assert dtypes(load_against(name, None, half, False).model) == {torch.float16}
+    assert dtypes(load_against(name, "bfloat16", half, False).model) == {torch.bfloat16}
+    assert dtypes(load_against(name, None, None, False).model) == {torch.float32}
     # A model that mixes dtypes stays mixed where its first one is the exported one.
-    assert dtypes(load_against(f"{source}:mixed", None, half, False)) == {torch.float16, torch.float32}
+    assert dtypes(load_against(f"{source}:mixed", None, half, False).model) == {torch.float16, torch.float32}
 
 
 def test_outliers_of_the_export_are_applied(folder: Path) -> None:
     record = {"channels": 2, "factor": 50.0, "seed": 0}
     exported = Exported(folder / "model.onnx", folder, {"outliers": record})
-    plain, changed = (load_against("builtin:small", None, e, False) for e in (None, exported))
+    plain, changed = (load_against("builtin:small", None, e, False).model for e in (None, exported))
     found = {
         name: set(np.flatnonzero((new != old).reshape(-1, old.shape[-1]).any(dim=0)).tolist())
         for (name, new), old in zip(changed.named_parameters(), plain.parameters(), strict=True)

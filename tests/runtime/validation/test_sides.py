@@ -165,12 +165,12 @@ def test_a_candidate_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
 def test_a_model_is_loaded_in_the_dtype_asked_for(code: str, dtype: str | None, expected: torch.dtype) -> None:
-    model = load_against(code, dtype, None, False)
+    model = load_against(code, dtype, None, False).model
     assert {p.dtype for p in model.parameters()} == {expected}
 
 
 def test_the_dtype_asked_for_comes_before_the_exports(code: str, folder: Path) -> None:
-    model = load_against(code, "bfloat16", open_exported(folder), False)
+    model = load_against(code, "bfloat16", open_exported(folder), False).model
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 

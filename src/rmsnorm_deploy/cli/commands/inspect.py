@@ -123,6 +123,7 @@ def _size_lines(sizes: dict[str, Any]) -> list[str]:
 
 
 def _risk(loaded: LoadedModel, wanted: _Wanted, trust_remote_code: bool, progress: Callable[[str], None]) -> RiskReport:
+    from rmsnorm_deploy.models.calls import call_form
     from rmsnorm_deploy.runtime.inputs.cases import inputs_of, load_cases, made_up_for, prompt_cases
     from rmsnorm_deploy.runtime.risk.report import risk
 
@@ -135,7 +136,8 @@ def _risk(loaded: LoadedModel, wanted: _Wanted, trust_remote_code: bool, progres
             raise UsageError(f"--prompt requires a tokenizer, and {loaded.source} has none; give --inputs instead.")
         tokenizer = str(loaded.folder or loaded.source)
         cases += prompt_cases(wanted.prompts, tokenizer, infos, trust_remote_code=trust_remote_code)
-    return risk(loaded.model, [case.feeds for case in cases], progress=progress)
+    form = None if loaded.example_inputs is None else call_form(loaded.example_inputs)
+    return risk(loaded.model, [case.feeds for case in cases], progress=progress, form=form)
 
 
 def _is_exported_folder(place: Path) -> bool:
