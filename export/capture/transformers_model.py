@@ -16,12 +16,13 @@ from torch import nn
 
 from ...models.errors import EnvironmentMissingError, UnsupportedError
 from ...models.experts import experts, has_experts
-from ..graph.metadata import PAST, PRESENT
+from ..graph.metadata import CACHE_NAMES, PAST, PRESENT
 from .captured import Capture
 
 # Cache tensors of a layer, as transformers' exporter names them.
-_PAST_INPUT = re.compile(r"^(?:input\.)?past_key_values\.layers\.(\d+)\.(key|value)s$")
-_PAST_OUTPUT = re.compile(r"^(?:output\.)?past_key_values\.layers\.(\d+)\.(key|value)s$")
+_CACHE = rf"(?:{'|'.join(CACHE_NAMES)})\.layers\.(\d+)\.(key|value)s$"
+_PAST_INPUT = re.compile(rf"^(?:input\.)?{_CACHE}")
+_PAST_OUTPUT = re.compile(rf"^(?:output\.)?{_CACHE}")
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -108,8 +109,11 @@ def _decode_step(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any
         mask[0, 0] = 0
     sample = {"input_ids": inputs["input_ids"], "attention_mask": mask}
     target, step = decompose_prefill_decode(model, sample, multi_token_decode=True)["decode"]
-    cache = step.get("past_key_values")
-    if cache is None or "cache_params" in step or not hasattr(cache, "layers"):
+    cache = next((step[name] for name in CACHE_NAMES if step.get(name) is not None), None)
+    # A recurrent model has a cache without layers, or one whose layers have no keys; up to 5.23 its name differs, too.
+    layers = getattr(cache, "layers", None)
+    recurrent = layers is None or (len(layers) > 0 and not any(hasattr(layer, "keys") for layer in layers))
+    if recurrent or "cache_params" in step:
         raise UnsupportedError(f"{type(model).__name__} has no KV cache (it is recurrent). Omit --with-past.")
     return target, step
 
@@ -121,16 +125,18 @@ def _rename_cache(program: ir.Model) -> None:
     for value in program.graph.outputs:
         if match := _PAST_OUTPUT.match(value.name or ""):
             value.name = f"{PRESENT}{match[1]}.{match[2]}"
-    _drop_outputs(program, "output.past_key_values")
+    _drop_outputs(program, [f"output.{name}" for name in CACHE_NAMES])
 
 
 def _drop_cache_outputs(program: ir.Model) -> None:
     """Remove the cache outputs of a model without cache inputs, which T5 returns nevertheless."""
-    _drop_outputs(program, "past_key_values")
+    _drop_outputs(program, CACHE_NAMES)
 
 
-def _drop_outputs(program: ir.Model, prefix: str) -> None:
-    kept = [value for value in program.graph.outputs if not (value.name or "").startswith(prefix)]
+def _drop_outputs(program: ir.Model, names: Sequence[str]) -> None:
+    """Remove the outputs of these names, and their parts `name.*`."""
+    parts = tuple(f"{name}." for name in names)
+    kept = [v for v in program.graph.outputs if v.name not in names and not (v.name or "").startswith(parts)]
     if len(kept) != len(program.graph.outputs):
         program.graph.outputs[:] = kept
         RemoveUnusedNodesPass()(program)

@@ -22,3 +22,5 @@ ONES: Final = METADATA_PREFIX + "ones"
 # and the same with `value`.
 PAST: Final = "past_key_values."
 PRESENT: Final = "present."
+# What transformers calls the argument and the output that hold the KV cache: up to 5.23, and from 5.24 on.
+CACHE_NAMES: Final = ("past_key_values", "cache")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from ...export.graph.metadata import CACHE_NAMES
 from ...models.dtypes import torch_name
 from ...models.errors import EnvironmentMissingError, UnsupportedError, UsageError
 from ...models.tensors import to_numpy, to_torch
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_CACHE_KEYS = ("past_key_values", "cache_params")
+_CACHE_KEYS = (*CACHE_NAMES, "cache_params")
 
 
 class TorchRunner:

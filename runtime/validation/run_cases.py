@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...export.capture.example_inputs import vocabulary_size
-from ...export.graph.metadata import PRESENT
+from ...export.graph.metadata import CACHE_NAMES, PRESENT
 from ...models.dtypes import numpy_dtype
 from ...models.errors import RmsnormDeployError, UsageError
 from ..accuracy.baseline import unless_wrong
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DECODE_SUFFIX, CHUNK_SUFFIX = "@decode", "@chunk"
 
 # A tensor of PyTorch's KV cache, as `TorchRunner` names it.
-_CACHE = re.compile(r"past_key_values\.layers\.(\d+)\.(key|value)s")
+_CACHE = re.compile(rf"(?:{'|'.join(CACHE_NAMES)})\.layers\.(\d+)\.(key|value)s")
 
 Outputs = dict[str, Array]
 

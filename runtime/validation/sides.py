@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...models.dtypes import torch_name
+from ...models.dtypes import norm_dtype, torch_name
 from ...models.errors import UsageError
 from ...models.loading import LoadedModel, check_eval_mode, load_model, names_python
 from ...models.outliers import apply_recorded
@@ -227,6 +227,7 @@ def load_against(
     Raises:
         UsageError: as in `load_model`.
     """
+    dtype = None if dtype is None else norm_dtype(dtype)
     model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code).model
     own = dtype_of(model)
     wanted = exported.dtype if exported is not None and not own_dtype else None
