@@ -176,8 +176,8 @@ class LoweringRefusal:
 
 # Names of runtimes that users give as targets, and which target fits.
 _NOT_TARGETS = {
-    "tensorrt": "For TensorRT: standard (from 10.15, which fuses these norms by itself), plugin (this package's kernel, "
-    "also for older versions), or primitives (any version).",
+    "tensorrt": "For TensorRT: standard (from 10.15, which fuses these norms by itself), plugin (the kernel of this "
+    "package, from 10.7), or primitives (operators that every version has).",
     "onnxruntime": "For ONNX Runtime: ort (its own fused operator), or standard (the operator of ONNX opset 23).",
     "onnx": "For the operator of the ONNX standard, opset 23: standard; for operators of any opset: primitives.",
     "cuda": "A target is the form of the norms, not a device. For ONNX Runtime on CUDA: ort; for TensorRT: standard or "
