@@ -25,7 +25,7 @@ def pinned(name: str) -> dict[str, str]:
     """The versions of a constraints file."""
     lines = (ROOT / "tests" / "versions" / name).read_text().splitlines()
     rows = [line.partition(";")[0].split("==") for line in lines if not line.startswith("#")]
-    return {library: version for library, version in reversed(rows)}
+    return dict(reversed(rows))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.distribution)
