@@ -66,7 +66,8 @@ CAUSES: Final = (
         'Try model.set_experts_implementation("batched_mm") before exporting.',
     ),
     _cause(
-        "output type", r"outputs? with type|output of type|Found <class .*> in output|unsupported output type|register_dataclass",
+        "output type", r"outputs? with type|output of type|Found <class .*> in output|"
+        r"unsupported output type|register_dataclass",
         "An output has a type that torch's exporter does not know, such as a dataclass. Return tensors, tuples or "
         "dicts: with transformers, set model.config.return_dict = False or call it with return_dict=False.",
     ),
