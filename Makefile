@@ -8,7 +8,7 @@ WORKERS ?= 2
 # /dev/null installs the newest of everything that pyproject.toml allows
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test lint types pytest install clean
+.PHONY: demo test test-versions lint types pytest install clean
 .DEFAULT_GOAL := demo
 
 install: $(VENV)/.installed
@@ -25,6 +25,10 @@ demo: install
 	$(BIN)/rmsnorm demo -o demo-out
 
 test: lint types pytest
+
+# the smoke test with the oldest and with the newest versions of each library, in environments of their own
+test-versions:
+	PYTHON=$(PYTHON) tests/versions/run
 
 lint: install
 	$(BIN)/ruff check .

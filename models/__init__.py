@@ -12,6 +12,7 @@ checkpoint_keys: check_keys, what a transformers checkpoint lacks; check_weight_
 outliers: inject_outliers, outlier channels in a model's weights; apply_recorded.
 tensors: to_torch and to_numpy, arrays as tensors and back.
 regular_files: read_bytes and read_json, files that are not trusted.
+versions: LIBRARIES, the supported versions of other libraries; too_old, newer_than_tested.
 companions: folder_of, where the config and tokenizer files of a model are.
 experts: experts, which implementation of mixture-of-experts layers runs.
 rotary: reset_rotary and traceable_rotary, rotary embeddings whose frequencies follow the length.

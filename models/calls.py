@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
 _PLAIN = (type(None), bool, int, float, str)
-_CACHE_KEYS = ("past_key_values", "cache_params")
+_CACHE_KEYS = ("past_key_values", "cache_params", "cache")
 _CACHE_TENSORS = ("keys", "values", "conv_states", "recurrent_states", "indexer_keys")
 
 

@@ -27,6 +27,7 @@ class Dtype:
         onnx_number: the number of that member.
         bytes: size of one element in bytes.
         has_norms: whether norms are computed in it; otherwise it occurs only as the dtype of a quantized output.
+        aliases: other names that a user may give.
     """
 
     name: str
@@ -35,13 +36,14 @@ class Dtype:
     onnx_number: int
     bytes: int
     has_norms: bool
+    aliases: tuple[str, ...] = ()
 
 
 TABLE: Final = (
-    Dtype("float32", "float32", "FLOAT", 1, 4, True),
-    Dtype("float16", "float16", "FLOAT16", 10, 2, True),
-    Dtype("bfloat16", "bfloat16", "BFLOAT16", 16, 2, True),
-    Dtype("float64", "float64", "DOUBLE", 11, 8, True),
+    Dtype("float32", "float32", "FLOAT", 1, 4, True, ("fp32", "f32", "float", "single")),
+    Dtype("float16", "float16", "FLOAT16", 10, 2, True, ("fp16", "f16", "half")),
+    Dtype("bfloat16", "bfloat16", "BFLOAT16", 16, 2, True, ("bf16", "bfloat")),
+    Dtype("float64", "float64", "DOUBLE", 11, 8, True, ("fp64", "f64", "double")),
     Dtype("int8", "int8", "INT8", 3, 1, False),
     Dtype("float8_e4m3", "float8_e4m3fn", "FLOAT8E4M3FN", 17, 1, False),
 )
@@ -54,6 +56,23 @@ ONNX_NUMBERS: Final[dict[str, int]] = {dtype.name: dtype.onnx_number for dtype i
 
 _BY_LIBRARY_NAME: Final = {dtype.library_name: dtype.name for dtype in TABLE}
 _BY_ONNX_NUMBER: Final = {dtype.onnx_number: dtype.name for dtype in TABLE}
+_BY_ALIAS: Final = {alias: dtype.name for dtype in TABLE for alias in (dtype.name, *dtype.aliases)}
+
+
+def norm_dtype(given: str | torch.dtype) -> str:
+    """The name of a dtype that a user chose for a model.
+
+    Args:
+        given: a name of the table or an alias in any case, such as `float16`, `fp16` or `half`; PyTorch's dtype, or
+            its name with `torch.`.
+
+    Raises:
+        UsageError: it is not a dtype that norms are computed in.
+    """
+    name = _BY_ALIAS.get(str(given).strip().lower().removeprefix("torch."))
+    if name not in NORM_DTYPES:
+        raise UsageError(f"dtype: expected one of {', '.join(NORM_DTYPES)}, got {str(given)!r}.")
+    return name
 
 
 def dtype_named(name: str) -> Dtype:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..export.lowering.table import TARGETS, Environment, LoweringRefusal, Target, resolve
-from ..export.onnx_io.manifest import installed_version
 from ..models.errors import EnvironmentMissingError
 from ..models.spec import NormSpec
+from ..models.versions import LIBRARIES, installed_version, newer_than_tested, too_old
 from ..plugins.tensorrt.library import find_library, find_toolchain
 from .tensorrt.api import FLAVORS
 
@@ -270,6 +270,8 @@ def _warnings(found: Surroundings) -> list[str]:
         )
     if found.gpus and found.torch_cuda is None and not found.imports["torch"]:
         warnings.append("a GPU was found, but this torch was built without CUDA, so PyTorch runs on the CPU.")
+    warnings += [f"{text}." for library in LIBRARIES if (text := too_old(library.distribution))]
+    warnings += [f"{text}." for library in LIBRARIES if (text := newer_than_tested(library.distribution))]
     if not found.versions.get("transformers"):
         warnings.append('models of transformers cannot be loaded: pip install "rmsnorm-deploy[hf]"')
     return warnings

@@ -17,6 +17,7 @@ from ...models.errors import RmsnormDeployError, UnsupportedError
 from ..graph.sizes import SizeLimits
 from ..lowering.table import DEFAULT_OPSET
 from .captured import Capture
+from .causes import explained
 from .dims import name_dims
 from .ranges import size_limits, symbols_of
 from .second_sizes import check_second_sizes, example_sizes
@@ -64,7 +65,7 @@ def capture(
         except (RmsnormDeployError, KeyboardInterrupt):
             raise
         except Exception as error:
-            raise _explained(model, error) from error
+            raise explained(model, error) from error
         names = name_dims(captured.model, captured.fixed_dims, dynamic, _documented(captured, is_transformers))
         _check_sizes(captured, names)
     return captured
@@ -95,23 +96,6 @@ def _check_sizes(captured: Capture, names: Mapping[str, str]) -> None:
     captured.limits = checked.limits
     captured.notes += checked.notes
     captured.program = None  # it holds a second copy of the graph
-
-
-def _explained(model: nn.Module, error: Exception) -> UnsupportedError:
-    causes = [error]
-    while (cause := causes[-1].__cause__) is not None:
-        causes.append(cause)  # type: ignore[arg-type]
-    text = next((str(c).strip() for c in reversed(causes) if str(c).strip()), type(error).__name__)
-    first = " ".join(text.splitlines()[0].split())[:400]
-    advice = "Try other example inputs, a newer torch or transformers, or an attention implementation of 'eager'."
-    if "complex" in text.lower():
-        advice = (
-            "The model uses complex numbers (usually in its rotary embedding), which ONNX does not support. Try a "
-            "version of the model that rotates with cos and sin, or replace that module before exporting."
-        )
-    elif "grouped_mm" in text or "experts" in text.lower():
-        advice = 'Try model.set_experts_implementation("batched_mm") before exporting.'
-    return UnsupportedError(f"{type(model).__name__} could not be captured by torch's exporter: {first}. {advice}")
 
 
 @contextmanager

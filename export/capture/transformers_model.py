@@ -17,6 +17,7 @@ from torch import nn
 from ...models.errors import EnvironmentMissingError, UnsupportedError
 from ...models.experts import experts, has_experts
 from ...models.rotary import traceable_rotary
+from ...models.versions import installed_version, too_old
 from ..graph.cache_names import cache_name, past_name, present_name
 from ..graph.metadata import PAST, PRESENT
 from .captured import Capture
@@ -45,7 +46,9 @@ def capture_transformers(
         # The exporter removes arguments that are plain values, such as use_cache; torch's program does not have them.
         plain = {name: value for name, value in sample.items() if isinstance(value, bool | int | str)}
         with _recorded() as programs:
-            program = exporter.export(target, sample, config).program
+            exported = exporter.export(target, sample, config)
+    # Older versions return torch's ONNXProgram, later ones an object of their own.
+    program = exported.program if hasattr(exported, "program") else exported.model
     if with_past:
         _name_cache(program, sample, type(model).__name__)
     else:
@@ -93,12 +96,14 @@ def _recorded() -> Iterator[list[torch.export.ExportedProgram]]:
 
 def _transformers_exporter() -> tuple[Any, Any]:
     """The exporter and config classes of transformers' ONNX exporter, which only this function imports."""
+    if problem := too_old("transformers"):
+        raise EnvironmentMissingError(f"exporting a transformers model: {problem}")
     try:
         from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
     except ImportError as error:
         raise EnvironmentMissingError(
-            f"exporting a transformers model requires transformers with its ONNX exporter ({error}). "
-            'Install it with: pip install "rmsnorm-deploy[hf]"'
+            f"exporting a transformers model: the ONNX exporter of transformers {installed_version('transformers')} "
+            f'cannot be imported ({error}). Install it with: pip install --upgrade "rmsnorm-deploy[hf]"'
         ) from error
     return OnnxExporter(), OnnxConfig
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...models.calls import call_form, named_arguments, named_tensors, split_arguments
 from ...models.companions import folder_of, weight_files
-from ...models.dtypes import NORM_DTYPES, torch_dtype, torch_name
+from ...models.dtypes import norm_dtype, torch_dtype, torch_name
 from ...models.errors import MismatchError, UnsupportedError, UsageError
 from ...models.loading import LoadedModel, as_loaded, cast_floats
 from ...models.recognition.find_norms import find_norms
@@ -26,7 +26,7 @@ from ..capture.example_inputs import as_tensors, example_inputs
 from ..capture.swap import swapped
 from ..graph.sizes import SizeLimits, metadata_of
 from ..lowering.plugin_functions import PluginStyle, plugin_style, style_notes
-from ..lowering.table import TARGETS, Environment, LoweringRefusal, opset_for, resolve
+from ..lowering.table import DEFAULT_TARGET, Environment, LoweringRefusal, opset_for, parse_targets, resolve
 from ..onnx_io.atomic_files import copy_companions, new_folder, restrict_mode
 from ..onnx_io.destinations import check_destination
 from ..onnx_io.manifest import tensor_rows, write_manifest
@@ -78,7 +78,8 @@ class ExportOptions:
     """How a model is exported.
 
     Attributes:
-        dtype: `float32`, `float16`, `bfloat16` or `float64`; another dtype than the model's exports a converted copy.
+        dtype: `float32`, `float16`, `bfloat16` or `float64`, or another name of one, such as `fp16`; another dtype
+            than the model's exports a converted copy.
         opset: opset import of the file, 18 to 23; None for the target's default (20; 23 for `standard`).
         dynamic: True makes every dim dynamic that the model does not fix; False makes all static; a mapping is passed
             to `torch.export` as `dynamic_shapes`.
@@ -124,7 +125,7 @@ def export_model(
     path: str | os.PathLike[str],
     options: ExportOptions | None = None,
     *,
-    target: str | Sequence[str] = "primitives",
+    target: str | Sequence[str] = DEFAULT_TARGET,
     inputs: Any = None,
     details: Mapping[str, Any] | None = None,
     companions: Path | None = None,
@@ -140,7 +141,7 @@ def export_model(
         path: the folder to create. With several targets, each gets a subfolder with its name. An earlier export there
             is replaced; a folder with other files is refused.
         options: how; `ExportOptions()` when None.
-        target: one or several (a list) of `primitives`, `standard`, `ort`, `plugin`.
+        target: one or several of `primitives`, `standard`, `ort`, `plugin`: a list, or a text such as `ort,standard`.
         inputs: arguments of the forward, as tensors or numpy arrays, plain values, and lists, tuples and dicts of
             them: a mapping by name, a tuple of positional arguments, or one tensor. Those of the model's factory when
             None, else token inputs are generated where it reads `input_ids`. Values that are not tensors are constants
@@ -153,20 +154,16 @@ def export_model(
         changes: fields of `ExportOptions` that differ from `options`, such as `dtype="float16"`.
 
     Returns:
-        The result; or for a list of targets a list of results, in the order given.
+        The result; or for a list or several targets a list of results, in the order given.
 
     Raises:
         UsageError: an argument is wrong or the folder cannot be written to; nothing is left behind.
         UnsupportedError: the target, opset or dtype does not support a norm, or the exporter cannot capture the model.
         MismatchError: the outputs of the swapped model are not bit for bit those of the original.
     """
-    options = replace(options or ExportOptions(), **changes)
-    targets = [target] if isinstance(target, str) else list(target)
-    if not targets:
-        raise UsageError(f"target is empty; expected one or several of {', '.join(TARGETS)}.")
+    options = _changed(options, changes)
+    targets = parse_targets(target)
     for name in targets:
-        if name not in TARGETS:
-            raise UsageError(f"target: expected one of {', '.join(TARGETS)}, got {name!r}.")
         opset_for(name, options.opset)
     style = plugin_style(options.function, options.ort_trt, targets)
     folder = Path(path)
@@ -195,7 +192,7 @@ def export_model(
         )
         for name, place in zip(targets, places, strict=True)
     ]
-    return results[0] if isinstance(target, str) else results
+    return results[0] if isinstance(target, str) and len(results) == 1 else results
 
 
 def prepare(
@@ -212,7 +209,7 @@ def prepare(
     The arguments are those of `export_model`. A norm that one of `targets` does not support is refused before the
     capture.
     """
-    options, progress = replace(options or ExportOptions(), **changes), progress or _silent
+    options, progress = _changed(options, changes), progress or _silent
     converted = options.dtype is not None and options.dtype != _dtype_of(model)
     model = _in_dtype(model, options.dtype)
     feeds = as_tensors(inputs) if inputs is not None else example_inputs(model)
@@ -359,6 +356,11 @@ def _inputs_of(loaded: LoadedModel, inputs: Any) -> Mapping[str, Any] | None:
     return {**constants, **given}
 
 
+def _changed(options: ExportOptions | None, changes: Mapping[str, Any]) -> ExportOptions:
+    options = replace(options or ExportOptions(), **changes)
+    return options if options.dtype is None else replace(options, dtype=norm_dtype(options.dtype))
+
+
 def _run(model: nn.Module, feeds: Mapping[str, Any]) -> Any:
     try:
         positional, keyword = split_arguments(model.forward, detached(feeds))
@@ -382,8 +384,6 @@ def _tensors(output: Any) -> list[Tensor]:
 def _in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:
     if dtype is None or dtype == _dtype_of(model):
         return model
-    if dtype not in NORM_DTYPES:
-        raise UsageError(f"dtype: expected one of {', '.join(NORM_DTYPES)}, got {dtype!r}.")
     return copy.deepcopy(model).to(torch_dtype(dtype))
 
 

@@ -6,8 +6,8 @@ import re
 
 from .metadata import PAST, PRESENT
 
-# The arguments and outputs of transformers that are caches.
-_CACHES = re.compile(r"^(?:past_key_values|cache_params|past_key_value)\.")
+# What transformers calls the argument and the output that are a cache: `cache` is the name from 5.24 on.
+_CACHES = re.compile(r"^(?:past_key_values|cache_params|cache)\.")
 _LAYER = re.compile(r"^(?:(self|cross)_attention_cache\.)?layers\.(\d+)\.(\w+)(?:\.(\d+))?$")
 # The two caches of an encoder-decoder, as other exporters call them.
 _SIDES = {None: "", "self": "decoder.", "cross": "encoder."}

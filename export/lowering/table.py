@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, assert_never, get_args
 
@@ -18,6 +19,8 @@ from ..graph.metadata import Form
 
 Target = Literal["primitives", "standard", "ort", "plugin"]
 TARGETS: tuple[Target, ...] = get_args(Target)
+# It runs in every runtime from opset 7 on, and ONNX Runtime fuses it.
+DEFAULT_TARGET: Target = "primitives"
 FORMS: tuple[Form, ...] = get_args(Form)
 
 LOWEST_OPSET = 18
@@ -171,6 +174,59 @@ class LoweringRefusal:
         return UnsupportedError(f"target {self.target!r} cannot be used: {'; '.join(self.reasons)}.{advice}")
 
 
+# Names of runtimes that users give as targets, and which target fits.
+_NOT_TARGETS = {
+    "tensorrt": "For TensorRT: standard (from 10.15, which fuses these norms by itself), plugin (the kernel of this "
+    "package, from 10.7), or primitives (operators that every version has).",
+    "onnxruntime": "For ONNX Runtime: ort (its own fused operator), or standard (the operator of ONNX opset 23).",
+    "onnx": "For the operator of the ONNX standard, opset 23: standard; for operators of any opset: primitives.",
+    "cuda": "A target is the form of the norms, not a device. For ONNX Runtime on CUDA: ort; for TensorRT: standard or "
+    "plugin. The device is chosen when the file runs (--provider cuda).",
+}
+_SAME_NAMES = {
+    "trt": "tensorrt", "tensorrt-rtx": "tensorrt", "tensorrt_rtx": "tensorrt", "rtx": "tensorrt",
+    "onnx-runtime": "onnxruntime", "onnx_runtime": "onnxruntime", "gpu": "cuda",
+}  # fmt: skip
+
+
+def parse_targets(given: str | Sequence[str]) -> list[Target]:
+    """The targets that a user named, each once, in the order given.
+
+    Args:
+        given: names in any case; each text may have several, separated by commas.
+
+    Raises:
+        UsageError: there is none, or one is unknown; if it is the name of a runtime, the message says which fits.
+    """
+    texts = [given] if isinstance(given, str) else given
+    names = [name.strip() for text in texts for name in text.split(",") if name.strip()]
+    if not names:
+        raise UsageError(f"target is empty; expected one or several of {', '.join(TARGETS)}.")
+    known: dict[str, Target] = {target: target for target in TARGETS}
+    for name in names:
+        if name.lower() not in known:
+            raise _unknown(name)
+    return list(dict.fromkeys(known[name.lower()] for name in names))
+
+
+def parse_target(given: str) -> Target:
+    """The one target that a user named, in any case.
+
+    Raises:
+        UsageError: as in `parse_targets`; or there are several.
+    """
+    targets = parse_targets(given)
+    if len(targets) > 1:
+        raise UsageError(f"target: expected one of {', '.join(TARGETS)}, got {len(targets)}: {', '.join(targets)}.")
+    return targets[0]
+
+
+def _unknown(name: str) -> UsageError:
+    runtime = _SAME_NAMES.get(name.lower(), name.lower())
+    hint = f" {_NOT_TARGETS[runtime]} See: rmsnorm targets" if runtime in _NOT_TARGETS else ""
+    return UsageError(f"target: expected one of {', '.join(TARGETS)}, got {name!r}.{hint}")
+
+
 def cell(target: str, form: Form) -> Cell:
     """The table's cell for a target and a form.
 
@@ -180,7 +236,7 @@ def cell(target: str, form: Form) -> Cell:
     for row in TABLE:
         if row.target == target and row.form == form:
             return row
-    raise UsageError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}.")
+    raise _unknown(target)
 
 
 def resolve(spec: NormSpec, form: Form, target: str, environment: Environment) -> Cell | LoweringRefusal:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 from collections.abc import Collection
@@ -13,6 +12,7 @@ import onnx_ir as ir
 
 from ...models.errors import UsageError
 from ...models.regular_files import read_json
+from ...models.versions import installed_version
 from .owned_files import MANIFEST, sha256
 
 SCHEMA = "rmsnorm_deploy.manifest/2"
@@ -23,14 +23,6 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that affect the result."""
     installed = {name: installed_version(name) for name in _VERSIONS}
     return {"python": platform.python_version(), **{name: text for name, text in installed.items() if text is not None}}
-
-
-def installed_version(distribution: str) -> str | None:
-    """Version of a package; None where it is not installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def deviation_rows(manifest: dict[str, Any], runtime: str | None = None) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ...export.from_onnx.rewrite import Rewritten, fuse_quantized, rewrite, rewritten_rows
 from ...export.graph.site import GraphRefusal
 from ...export.lowering.plugin_functions import PluginStyle, plugin_style, style_notes, style_plugin_nodes
+from ...export.lowering.table import DEFAULT_TARGET, parse_target
 from ...export.onnx_io.atomic_files import copy_companions, new_file, new_folder, restrict_mode
 from ...export.onnx_io.check_graph import check_graph
 from ...export.onnx_io.destinations import check_destination, check_new_file
@@ -65,7 +66,7 @@ def rewrite_model(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    target: str = "ort",
+    target: str = DEFAULT_TARGET,
     opset: int | None = None,
     function: bool = True,
     ort_trt: bool = False,
@@ -106,6 +107,7 @@ def rewrite_model(
     progress = progress or (lambda text: None)
     if weights not in WEIGHTS:
         raise UsageError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}.")
+    target = parse_target(target)
     style = plugin_style(function, ort_trt, [target])
     source, place = Path(path), Path(output).expanduser()
     beside = place.suffix == ".onnx"

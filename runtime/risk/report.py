@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...export.lowering.table import TARGETS, opset_for
+from ...export.lowering.table import TARGETS, parse_targets
 from ...models.calls import CallForm
 from ...models.errors import RmsnormDeployError, UsageError
 from ...models.recognition.find_norms import find_norms
@@ -167,8 +167,7 @@ def risk(
     Raises:
         UsageError: there is no case, a target is unknown, or the inputs do not match the model.
     """
-    for target in targets:
-        opset_for(target, None)
+    targets = parse_targets(targets)
     if not cases:
         raise UsageError("there are no inputs to run the model on; give at least one case.")
     progress = progress or (lambda _: None)

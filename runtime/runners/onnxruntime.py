@@ -20,6 +20,7 @@ from ...export.graph.sizes import limits_in
 from ...export.onnx_io.atomic_files import new_file
 from ...export.onnx_io.read_model import ModelFile, read_model
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
+from ...models.versions import too_old
 from ...plugins import contract
 from .base import Array, TensorInfo, check_feeds, describe_feeds
 from .ort_graph import file_record, input_dtypes, op_counts
@@ -76,6 +77,9 @@ def import_onnxruntime() -> ModuleType:
             f'onnxruntime cannot be imported ({error}). Install it with: pip install "rmsnorm-deploy[cpu]", '
             "or [gpu] for CUDA and TensorRT."
         ) from error
+    for distribution in ("onnxruntime", "onnxruntime-gpu"):
+        if problem := too_old(distribution):
+            raise EnvironmentMissingError(problem)
     return onnxruntime
 
 

@@ -127,10 +127,11 @@ class TorchRunner:
         found: list[dict[str, Array]] = []
         result: Any = None
         for start, end in itertools.pairwise([0, *ends]):
-            cache: Any = None if result is None else getattr(result, "past_key_values", None)
-            if start and cache is None:
+            names = [name for name in ("cache", "past_key_values") if getattr(result, name, None) is not None]
+            if start and not names:
                 raise UsageError(f"{self._where} returns no past_key_values, so it cannot run in several calls.")
-            result = self._call(tokens_between(feeds, start, end), past_key_values=cache, use_cache=True)
+            cache = {name: getattr(result, name) for name in names[:1]}
+            result = self._call(tokens_between(feeds, start, end), **cache, use_cache=True)
             found.append(self._arrays(result, False))
         last = self._returned(result)
         joined = {

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ...export.onnx_io.atomic_files import partial_folder
-from ...export.onnx_io.manifest import installed_version
 from ...export.onnx_io.owned_files import sha256
 from ...models.errors import UsageError
+from ...models.versions import installed_version
 from ..tensorrt import worker
 from .api import Flavor, cuda_device, flavor_of
 from .engine_files import lock

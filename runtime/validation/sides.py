@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...models.calls import CallForm, call_form
-from ...models.dtypes import torch_name
+from ...models.dtypes import norm_dtype, torch_name
 from ...models.errors import UsageError
 from ...models.loading import LoadedModel, check_eval_mode, load_model, names_python
 from ...models.outliers import apply_recorded
@@ -282,6 +282,7 @@ def load_against(
     Raises:
         UsageError: as in `load_model`.
     """
+    dtype = None if dtype is None else norm_dtype(dtype)
     loaded = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
     own = dtype_of(loaded.model)
     wanted = exported.dtype if exported is not None and not own_dtype else None

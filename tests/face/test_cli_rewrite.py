@@ -42,7 +42,7 @@ def test_what_was_found_done_and_proven(model: Path, tmp_path: Path, capsys: pyt
 def test_json_is_one_object(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["rewrite", str(model), "-o", str(tmp_path / "out"), "--json"]) == 0
     payload = json.loads(capsys.readouterr().out)
-    assert payload["schema"] == "rmsnorm_deploy.rewrite/1"
+    assert payload["schema"] == "rmsnorm_deploy.rewrite/2"
     assert (payload["norms"], payload["changed"], payload["kept"], payload["refusals"]) == (4, 4, 0, [])
     assert payload["proof"]["verdict"] == "pass"
     assert [row["kinds"] for row in payload["proof"]["norms"]] == [10, 10, 10, 10]

@@ -27,7 +27,9 @@ from rmsnorm_deploy.models.dtypes import (
     NORM_DTYPES,
     ONNX_NUMBERS,
     TABLE,
+    Dtype,
     dtype_named,
+    norm_dtype,
     numpy_dtype,
     onnx_dtype,
     onnx_name,
@@ -198,3 +200,16 @@ def test_a_dtype_without_norms_is_refused_by_name(name: str, target: str) -> Non
         )  # fmt: skip
     with pytest.raises(UsageError, match=f"a kernel's dtype is '{name}'"):
         norm_kernel.NormKernel(64, 1e-6, dtype=name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if row.has_norms], ids=lambda row: row.name)
+def test_every_alias_of_a_dtype_is_read(row: Dtype) -> None:
+    for text in (row.name, *row.aliases, row.name.upper(), f"torch.{row.name}"):
+        assert norm_dtype(text) == row.name
+    assert norm_dtype(torch_dtype(row.name)) == row.name
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "", "float128"])
+def test_a_dtype_without_norms_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=r"^dtype: expected one of float32, float16, bfloat16, float64, got '"):
+        norm_dtype(name)

@@ -54,11 +54,19 @@ def _print_refusals(screen: Screen, refusals: Sequence[Mapping[str, Any]]) -> No
         screen.line(f"  {_patterns([row['path'] for row in rows])} ({classes}): {reason}")
 
 
-def found_line(sites: Sequence[Any], refusals: Sequence[Any], model: str) -> str:
-    """A sentence with the number of norms that recognition found."""
+def found_line(sites: Sequence[Any], refusals: Sequence[Any], model: str, calls: int | None = None) -> str:
+    """A sentence with the number of norms that recognition found.
+
+    Args:
+        sites: the norms, one for each module; a module with several paths or calls is one norm.
+        refusals: what was refused.
+        model: the name of the model.
+        calls: the number of calls, which is shown if it differs; None if it is unknown.
+    """
     if not sites:
         return f"There is no RMSNorm in {model}." + (" What was refused is listed below." if refusals else "")
-    return f"{counted(len(sites), 'RMSNorm')} in {model}."
+    called = "" if calls in (None, len(sites)) else f" ({counted(calls or 0, 'call')})"
+    return f"{counted(len(sites), 'RMSNorm')} in {model}{called}."
 
 
 def _width(width: Any) -> str:

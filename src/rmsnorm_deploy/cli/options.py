@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from rmsnorm_deploy.models.dtypes import norm_dtype
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -18,10 +20,29 @@ Model = Annotated[
 Exported = Annotated[
     Path, typer.Argument(metavar="DIR_OR_ONNX", help="An exported folder, or a single .onnx file.", show_default=False)
 ]
+
+
+def dtype_name(given: str | None) -> str | None:
+    """The table's name of a dtype option, which is refused before slow work."""
+    return None if given is None else norm_dtype(given)
+
+
 Dtype = Annotated[
     str | None,
     typer.Option(
-        "--dtype", metavar="DTYPE", help="float32, float16, bfloat16 or float64; the checkpoint's if omitted."
+        "--dtype",
+        metavar="DTYPE",
+        help="float32, float16, bfloat16 or float64 (also fp16, half, bf16 and so on); the checkpoint's if omitted.",
+        callback=dtype_name,
+    ),
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        metavar="TARGET",
+        help="primitives, standard, ort or plugin, see `rmsnorm targets`; several as ort,standard or by repeating it.",
+        show_default="primitives, which every runtime runs",
     ),
 ]
 TrustRemoteCode = Annotated[

@@ -50,7 +50,12 @@ _LIMIT = "a fixed limit on an output's error instead of PyTorch's own error, suc
 GIVEN: dict[str, Any] = {
     "dtype": Annotated[
         str | None,
-        typer.Option("--dtype", metavar="DTYPE", help="Dtype to load MODEL in; the exported one if omitted."),
+        typer.Option(
+            "--dtype",
+            metavar="DTYPE",
+            help="Dtype to load MODEL in; the exported one if omitted.",
+            callback=options.dtype_name,
+        ),
     ],
     "provider": options.Provider,
     "seed": Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the generated inputs.")],

@@ -311,8 +311,10 @@ CACHED = (
 CACHE_NAMES = {"pk": "input.past_key_values.layers.0.keys", "k": "output.past_key_values.layers.0.keys"}
 
 
-def test_a_cache_is_named_as_runtimes_expect_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, exporter = exported(monkeypatch, CACHED, CACHE_NAMES, {"input_ids": 1}, with_past=True)
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_is_named_as_runtimes_expect_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    renamed = {key: text.replace("past_key_values", name) for key, text in CACHE_NAMES.items()}
+    found, exporter = exported(monkeypatch, CACHED, renamed, {"input_ids": 1}, with_past=True)
     assert found.with_past
     assert exporter.asked["sample"] == {"input_ids": 1}
     assert names(found.model.graph.inputs) == ["input_ids", "attention_mask", "past_key_values.0.key"]
@@ -406,8 +408,9 @@ def test_a_decoder_has_a_cache(decode_step: dict[str, Any]) -> None:
         {},
         {"past_key_values": SimpleNamespace()},
         {"past_key_values": SimpleNamespace(layers=[]), "cache_params": 1},
+        {"cache": SimpleNamespace(layers=[SimpleNamespace(conv_states={})])},
     ],
-    ids=["nothing", "a cache without layers", "a state"],
+    ids=["nothing", "a cache without layers", "a state", "layers without keys"],
 )
 def test_no_cache_for_what_is_recurrent(kept: dict[str, Any], decode_step: dict[str, Any]) -> None:
     decode_step.update(kept)
@@ -426,5 +429,8 @@ def test_a_mask_of_ones_gets_one_padded_position_so_that_it_stays_an_input(decod
 
 def test_a_missing_exporter_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers.exporters.exporter_onnx", None)
-    with pytest.raises(EnvironmentMissingError, match=r'pip install "rmsnorm-deploy\[hf\]"'):
+    with pytest.raises(
+        EnvironmentMissingError,
+        match=r'transformers [\d.]+ cannot be imported .*pip install --upgrade "rmsnorm-deploy\[hf\]"',
+    ):
         capture(Llama(), {"input_ids": torch.zeros(2, 9, dtype=torch.int64)})

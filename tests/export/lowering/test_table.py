@@ -22,6 +22,8 @@ from rmsnorm_deploy.export.lowering.table import (
     cell,
     deviations,
     opset_for,
+    parse_target,
+    parse_targets,
     resolve,
 )
 from rmsnorm_deploy.models.dtypes import HALF_DTYPES, NORM_DTYPES
@@ -292,3 +294,42 @@ def test_deviations_show_in_the_runtimes_that_have_them(
     for form in FORMS:
         assert [d.ulp for d in deviations(cell(target, form), spec, "float16", runtime)] == ulp
         assert deviations(cell(target, form), spec, "float32", runtime) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "targets"),
+    [
+        ("ORT", ["ort"]),
+        ("ort,standard", ["ort", "standard"]),
+        (["ort, Plugin", "ort"], ["ort", "plugin"]),
+        ([" primitives "], ["primitives"]),
+    ],
+)
+def test_targets_are_read_in_any_case_and_as_lists(given: str | list[str], targets: list[str]) -> None:
+    assert parse_targets(given) == targets
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [
+        ("TensorRT", "standard (from 10.15, which fuses these norms by itself), plugin"),
+        ("trt", "standard (from 10.15, which fuses these norms by itself), plugin"),
+        ("onnxruntime", "For ONNX Runtime: ort"),
+        ("onnx", "opset 23: standard"),
+        ("cuda", "not a device. For ONNX Runtime on CUDA: ort"),
+    ],
+)
+def test_the_name_of_a_runtime_is_answered_with_the_target_that_fits(name: str, fits: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        parse_targets(f"ort,{name}")
+    known = f"target: expected one of primitives, standard, ort, plugin, got {name!r}. "
+    assert str(raised.value).startswith(known)
+    assert fits in str(raised.value)
+
+
+def test_one_target_is_one() -> None:
+    assert parse_target("Ort") == "ort"
+    with pytest.raises(UsageError, match=r"expected one of primitives, .*, got 2: ort, plugin\."):
+        parse_target("ort,plugin")
+    with pytest.raises(UsageError, match=r"target is empty; expected one or several of primitives"):
+        parse_targets(" , ")

@@ -123,7 +123,7 @@ def test_nothing_of_the_rest_changes(tmp_path: Path) -> None:
     model.doc_string, model.producer_name = "a note", "somebody"
     model.metadata_props.add(key="author", value="somebody")
     model.graph.node[0].doc_string = "a quantized input"
-    result = rewrite_model(saved(tmp_path / "model.onnx", model), tmp_path / "out")
+    result = rewrite_model(saved(tmp_path / "model.onnx", model), tmp_path / "out", target="ort")
     written = onnx.load(result.model)
     assert (written.doc_string, written.producer_name, written.metadata_props[0].value) == (
         "a note",
@@ -265,7 +265,7 @@ def test_a_norm_that_was_recognized_wrongly_is_left_unchanged(
         return found
 
     monkeypatch.setattr(export_rewrite, "find_norms", misread)
-    result = rewrite_model(path, tmp_path / "out")
+    result = rewrite_model(path, tmp_path / "out", target="ort")
     assert [site.changed for site in result.rewritten.sites] == [True, False, True]
     (refusal,) = result.rewritten.refusals
     assert refusal.path == "layers.1.norm"

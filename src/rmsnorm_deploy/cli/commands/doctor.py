@@ -24,11 +24,11 @@ def doctor(
     as_json: options.AsJson = False,
 ) -> int:
     """Show what this machine can run and what is missing."""
-    from rmsnorm_deploy.export.lowering.table import cell
+    from rmsnorm_deploy.export.lowering.table import parse_target
 
     screen = Screen(as_json, quiet)
     if target is not None:
-        cell(target, "plain")  # refuses an unknown target
+        target = parse_target(target)
     with screen.working("examining this machine") as progress:
         from rmsnorm_deploy.runtime.doctor import examine
 

@@ -31,15 +31,7 @@ def export(
             help="The folder to create; with several targets it gets a subfolder for each.",
         ),
     ],
-    target: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--target",
-            metavar="TARGET",
-            help="primitives, standard, ort or plugin, see `rmsnorm targets`; may be repeated.",
-            show_default="primitives",
-        ),
-    ] = None,
+    target: options.Targets = None,
     dtype: options.Dtype = None,
     opset: Annotated[
         int | None,
@@ -77,10 +69,10 @@ def export(
 ) -> None:
     """Export a model to ONNX with its norms in the form that the target requires."""
     from rmsnorm_deploy.export.lowering.plugin_functions import plugin_style
-    from rmsnorm_deploy.export.lowering.table import opset_for
+    from rmsnorm_deploy.export.lowering.table import DEFAULT_TARGET, opset_for, parse_targets
 
     screen = Screen(as_json, quiet)
-    targets = list(dict.fromkeys(target or ["primitives"]))
+    targets = parse_targets(target or DEFAULT_TARGET)
     for name in targets:
         opset_for(name, opset)  # refuses a wrong target or opset before slow work
     plugin_style(not no_function, ort_trt, targets)
@@ -135,6 +127,7 @@ def _payload(results: list[ExportResult], injected: OutlierReport | None) -> dic
         "files": [file for row in exports for file in row["files"]],
         "manifest": single["manifest"] if single else [row["manifest"] for row in exports],
         "sites": [{k: v for k, v in site.items() if k != "calls"} for site in first["sites"]],
+        "calls": sum(len(site["calls"]) for site in first["sites"]),
         "refusals": first["refusals"],
         "notes": list(dict.fromkeys(text for result in results for text in result.manifest["notes"])),
         "outliers": injected and injected.to_dict(),
@@ -157,7 +150,7 @@ def _export_row(result: ExportResult) -> dict[str, Any]:
 
 def _print(screen: Screen, model: str, payload: dict[str, Any]) -> None:
     sites, refusals = payload["sites"], payload["refusals"]
-    first = found_line(sites, refusals, model) + ("" if sites else " It was exported unchanged.")
+    first = found_line(sites, refusals, model, payload["calls"]) + ("" if sites else " It was exported unchanged.")
     print_found(screen, sites, refusals, first)
     if payload["outliers"] is not None:
         screen.line(_outlier_line(payload["outliers"]))

@@ -63,8 +63,10 @@ def inspect(
     extra: dict[str, Any] = {}
     if _is_exported_folder(place) or (place.is_file() and place.suffix == ".onnx"):
         wanted.refuse_exported(model)
-        sites, refusals, limits = _from_folder(place) if place.is_dir() else _from_file(place)
-        extra = {"sizes": limits.to_dict()} if limits else {}
+        found_in_file = _from_folder(place) if place.is_dir() else _from_file(place)
+        sites, refusals = found_in_file.sites, found_in_file.refusals
+        extra = {"calls": found_in_file.calls}
+        extra |= {"sizes": found_in_file.limits.to_dict()} if found_in_file.limits else {}
     else:
         with screen.working(f"loading {model}") as progress:
             from rmsnorm_deploy.models.loading import load_model
@@ -106,7 +108,7 @@ class _Wanted:
 
 def _print(screen: Screen, payload: dict[str, Any]) -> None:
     sites, refusals = payload["sites"], payload["refusals"]
-    print_found(screen, sites, refusals, found_line(sites, refusals, payload["model"]))
+    print_found(screen, sites, refusals, found_line(sites, refusals, payload["model"], payload.get("calls")))
     for line in _size_lines(payload.get("sizes", {})):
         screen.line(line)
     if payload.get("risk", {}).get("norms"):
@@ -152,17 +154,30 @@ def _is_exported_folder(place: Path) -> bool:
     return isinstance(content, dict) and str(content.get("schema")).partition("/")[0] == kind
 
 
-def _from_folder(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], SizeLimits]:
+@dataclass(frozen=True, slots=True)
+class _InFile:
+    """The norms of an exported model, one for each module, the number of their calls, and what else it says."""
+
+    sites: list[dict[str, Any]]
+    calls: int
+    refusals: list[dict[str, Any]]
+    limits: SizeLimits
+
+
+def _from_folder(folder: Path) -> _InFile:
     from rmsnorm_deploy.export.graph.sizes import size_limits_of
     from rmsnorm_deploy.export.onnx_io.manifest import read_manifest
 
     manifest = read_manifest(folder)
+    calls = sum(len(site.get("calls") or [None]) for site in manifest.get("sites", ()))
     sites = [{key: value for key, value in site.items() if key != "calls"} for site in manifest.get("sites", ())]
     sites = [{"class": None, "width": None, "dtype": None, **site} for site in sites]
-    return sites, [{"class": "", **row} for row in manifest.get("refusals", ())], size_limits_of(manifest)
+    return _InFile(
+        sites, calls, [{"class": "", **row} for row in manifest.get("refusals", ())], size_limits_of(manifest)
+    )
 
 
-def _from_file(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], SizeLimits]:
+def _from_file(path: Path) -> _InFile:
     """The norms and refusals of an ONNX file, and the sizes for which it was exported."""
     from rmsnorm_deploy.export.from_onnx.inline_functions import inline_norm_functions
     from rmsnorm_deploy.export.graph.sizes import limits_in
@@ -177,4 +192,5 @@ def _from_file(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], 
     split_quantized_outputs(model)  # an operator with a quantized output is also a norm
     found = find_graph_norms(model)
     limits = limits_in({row.key: row.value for row in file.model.metadata_props}, file.where)
-    return [site.to_dict() for site in found.sites], [refusal.to_dict() for refusal in found.refusals], limits
+    sites = list({site.path: site.to_dict() for site in reversed(found.sites)}.values())[::-1]
+    return _InFile(sites, len(found.sites), [refusal.to_dict() for refusal in found.refusals], limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,13 +12,14 @@ import typer
 from rmsnorm_deploy.cli import options
 from rmsnorm_deploy.cli.norms import found_line, print_sites
 from rmsnorm_deploy.cli.screen import Screen, file_size
+from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.inputs.arrays import read_arrays
 from rmsnorm_deploy.runtime.report.printed import print_deviations
 
 if TYPE_CHECKING:
     from rmsnorm_deploy.runtime.rewriting.rewrite_file import RewriteResult
 
-SCHEMA = "rmsnorm_deploy.rewrite/1"
+SCHEMA = "rmsnorm_deploy.rewrite/2"
 _REFUSALS_SHOWN = 20
 
 
@@ -38,13 +40,11 @@ def rewrite(
             "--output",
             "-o",
             metavar="DIR_OR_ONNX",
-            help="The folder to create; or a new .onnx file in the model's folder, which refers to the same weights.",
+            help="The folder to create, with several targets a subfolder for each; or a new .onnx file in the model's "
+            "folder, which refers to the same weights.",
         ),
     ],
-    target: Annotated[
-        str,
-        typer.Option("--target", metavar="TARGET", help="primitives, standard, ort or plugin, see `rmsnorm targets`."),
-    ] = "ort",
+    target: options.Targets = None,
     opset: Annotated[
         int | None,
         typer.Option(
@@ -75,36 +75,61 @@ def rewrite(
 ) -> None:
     """Rewrite the norms of any .onnx file for a target, and verify the result."""
     from rmsnorm_deploy.export.lowering.plugin_functions import plugin_style
-    from rmsnorm_deploy.export.lowering.table import cell
+    from rmsnorm_deploy.export.lowering.table import DEFAULT_TARGET, parse_targets
 
     screen = Screen(as_json, quiet)
-    cell(target, "plain")  # refuses a wrong target before slow work
-    plugin_style(not no_function, ort_trt, [target])
+    targets = parse_targets(target or DEFAULT_TARGET)
+    plugin_style(not no_function, ort_trt, targets)
+    places = _places(output, targets)
     feeds = read_arrays(inputs) if inputs is not None else None
     with screen.working(f"reading {path}") as progress:
         from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
 
-        result = rewrite_model(
-            path, output, target=target, opset=opset, function=not no_function, ort_trt=ort_trt, weights=weights.value,
-            verify=verify, inputs=feeds, seed=seed, progress=progress,
-        )  # fmt: skip
-    payload = _payload(result)
-    screen.result(payload, lambda: _print(screen, path, payload))
+        styles = {name: (not no_function, ort_trt) if name == "plugin" else (True, False) for name in places}
+        results = [
+            rewrite_model(
+                path, place, target=name, opset=opset, function=styles[name][0], ort_trt=styles[name][1],
+                weights=weights.value, verify=verify, inputs=feeds, seed=seed, progress=progress,
+            )
+            for name, place in places.items()
+        ]  # fmt: skip
+    payloads = [_payload(result) for result in results]
+    whole = payloads[0] if len(payloads) == 1 else {"schema": SCHEMA, "rewrites": payloads}
+    screen.result(whole, lambda: _print_all(screen, path, payloads))
+
+
+def _places(output: Path, targets: Sequence[str]) -> dict[str, Path]:
+    """Where the file of each target is written."""
+    if len(targets) == 1:
+        return {targets[0]: output}
+    if output.suffix == ".onnx":
+        raise UsageError(f"{output}: expected a folder for {len(targets)} targets, got the name of one file.")
+    return {name: output / name for name in targets}
+
+
+def _print_all(screen: Screen, path: Path, payloads: Sequence[dict[str, Any]]) -> None:
+    for index, payload in enumerate(payloads):
+        if index:
+            screen.line()
+        _print(screen, path, payload)
 
 
 def _payload(result: RewriteResult) -> dict[str, Any]:
     from rmsnorm_deploy.export.onnx_io.manifest import deviation_rows
 
-    manifest, sites = result.manifest, result.rewritten.sites
+    manifest, calls = result.manifest, result.rewritten.sites
+    changed = {site.before.path for site in calls if site.changed}
+    kept = {site.before.path for site in calls} - {site.before.path for site in calls if not site.stood}
     return {
         "schema": SCHEMA,
         "target": manifest["target"],
         "opset": manifest["opset"],
         "folder": str(result.folder),
         "files": [str(file) for file in result.files],
-        "norms": len(sites),
-        "changed": sum(site.changed for site in sites),
-        "kept": sum(site.stood for site in sites),
+        "norms": len(manifest["sites"]),
+        "calls": len(calls),
+        "changed": len(changed),
+        "kept": len(kept),
         "sites": manifest["sites"],
         "refusals": manifest["refusals"],
         "notes": manifest["notes"],
@@ -115,10 +140,10 @@ def _payload(result: RewriteResult) -> dict[str, Any]:
 
 def _print(screen: Screen, path: Path, payload: dict[str, Any]) -> None:
     sites, refusals = payload["sites"], payload["refusals"]
-    screen.line(found_line(range(payload["norms"]), refusals, str(path)))
+    screen.line(found_line(sites, refusals, str(path), payload["calls"]))
     if sites:
         screen.line()
-        print_sites(screen, [site for site in sites for _ in site["calls"] or [None]])
+        print_sites(screen, sites)
         screen.line()
         same = f", {payload['kept']} were in its form already" if payload["kept"] else ""
         screen.line(f"Rewritten for {payload['target']}: {payload['changed']} of {payload['norms']}{same}.")
