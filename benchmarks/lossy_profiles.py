@@ -30,7 +30,8 @@ import transformers
 from onnx import numpy_helper
 from torch import nn
 
-from rmsnorm_deploy.export.from_torch.export_model import prepare, save
+from rmsnorm_deploy.export.from_torch.export_model import prepare
+from rmsnorm_deploy.export.from_torch.save import save
 from rmsnorm_deploy.models.builtin.checkpoint import addition
 from rmsnorm_deploy.runtime.accuracy.lossy import PROFILES
 from rmsnorm_deploy.runtime.accuracy.tolerances import FIGURE_LIMITS, Limits

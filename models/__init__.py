@@ -6,16 +6,13 @@ eager: eager, the norm in PyTorch, bit for bit what the module computes; statist
 errors: RmsnormDeployError and its kinds, each with an exit code.
 dtypes: Dtype and DTYPES, the names of each dtype in PyTorch, NumPy and ONNX.
 loading: load_model, a model from a built-in, Python code, a local folder or the Hugging Face hub; LoadedModel.
-calls: CallForm, how flat, named tensors become a model's arguments; named_tensors, the tensors in its result.
-wrappers: look_through, the model inside of DataParallel, torch.compile, PEFT and the like.
 checkpoint_keys: check_keys, what a transformers checkpoint lacks; check_weight_files; allowing_missing.
 outliers: inject_outliers, outlier channels in a model's weights; apply_recorded.
 tensors: to_torch and to_numpy, arrays as tensors and back.
 regular_files: read_bytes and read_json, files that are not trusted.
 versions: LIBRARIES, the supported versions of other libraries; too_old, newer_than_tested.
 companions: folder_of, where the config and tokenizer files of a model are.
-experts: experts, which implementation of mixture-of-experts layers runs.
-rotary: reset_rotary and traceable_rotary, rotary embeddings whose frequencies follow the length.
+calling: how a model is called, and its parts.
 recognition: finding the norms of a model.
 builtin: the models shipped with this package.
 """

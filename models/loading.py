@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .calls import named_arguments
+from .calling.calls import named_arguments
+from .calling.wrappers import look_through
 from .checkpoint_keys import check_keys, check_weight_files
 from .companions import weight_files
 from .dtypes import NORM_DTYPES, torch_dtype
 from .errors import EnvironmentMissingError, UsageError
 from .regular_files import read_json
-from .wrappers import look_through
 
 Kind = Literal["transformers", "decoder", "python"]
 BUILTINS = ("addition", "small")

@@ -11,7 +11,8 @@ import torch
 import transformers
 from torch import nn
 
-from rmsnorm_deploy.export.from_torch.export_model import PreparedModel, prepare, save
+from rmsnorm_deploy.export.from_torch.export_model import prepare
+from rmsnorm_deploy.export.from_torch.save import PreparedModel, save
 from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.models.errors import UnsupportedError
 from rmsnorm_deploy.models.recognition.find_norms import find_norms

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rmsnorm_deploy.export.from_torch.export_model import PreparedModel, prepare, save
+from rmsnorm_deploy.export.from_torch.export_model import prepare
+from rmsnorm_deploy.export.from_torch.save import PreparedModel, save
 from rmsnorm_deploy.models.builtin.checkpoint import addition
 from rmsnorm_deploy.models.outliers import inject_outliers
 from tests.helpers.models.families import build

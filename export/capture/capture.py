@@ -37,6 +37,7 @@ def capture(
     opset: int | None = None,
     dynamic: bool | Mapping[str, Any] = True,
     with_past: bool = False,
+    part: str | None = None,
 ) -> Capture:
     """Capture `model` called with `inputs`.
 
@@ -47,6 +48,7 @@ def capture(
         dynamic: True makes every dim dynamic that the model does not fix; False makes all static; a mapping is passed
             to `torch.export` as `dynamic_shapes`.
         with_past: make the KV cache an input and an output (decoders of transformers).
+        part: capture this part of an encoder-decoder only, with its cache; see `part_of`.
 
     Raises:
         UnsupportedError: the upstream exporter cannot capture the model; the message contains the cause.
@@ -59,7 +61,7 @@ def capture(
     with _quiet():
         try:
             if is_transformers:
-                captured = capture_transformers(model, dict(inputs), capture_opset(opset), dynamic, with_past)
+                captured = capture_transformers(model, dict(inputs), capture_opset(opset), dynamic, with_past, part)
             else:
                 captured = capture_module(model, dict(inputs), capture_opset(opset), dynamic)
         except (RmsnormDeployError, KeyboardInterrupt):

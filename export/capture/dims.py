@@ -31,8 +31,13 @@ _CONVENTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("position_ids", ("axes", "batch", "sequence")),
     ("token_type_ids", ("batch", "sequence")),
 )
-_CACHE_DIMS = {0: "batch", 2: "past_sequence"}
-_SHARED = {name for _, dims in _CONVENTIONS for name in dims} | {*_CACHE_DIMS.values(), "total_sequence"}
+# The dims of a cache's tensors that follow the batch and the tokens, by the end of their names.
+_CACHE_DIMS: dict[tuple[str, ...], dict[int, str]] = {
+    (".encoder.key", ".encoder.value"): {0: "batch", 2: "encoder_sequence"},
+    (".key", ".value"): {0: "batch", 2: "past_sequence"},
+    (".indexer_keys", ".indexer_position_ids"): {0: "batch", 1: "past_sequence"},
+}
+_SHARED = {name for _, dims in _CONVENTIONS for name in dims} | {"batch", "past_sequence", "total_sequence"}
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -115,15 +120,22 @@ def _documented(model: ir.Model) -> Iterator[tuple[str, str]]:
     """Symbols and the names of the dims that they are by the documentation of transformers."""
     inputs = {value.name or "": value for value in model.graph.inputs}
     past = any(name.startswith(PAST) for name in inputs)
+    # With a cache, the mask of a decoder is as long as the cache and the new tokens; the decoder of an encoder-decoder
+    # has the encoder's mask.
+    length = "encoder_sequence" if past and "decoder_input_ids" in inputs else "total_sequence" if past else "sequence"
     for name, dims in _CONVENTIONS:
         for index, symbol in _alone(inputs.get(name), len(dims)):
-            total = past and name == "attention_mask" and index == 1
-            yield symbol, "total_sequence" if total else dims[index]
+            yield symbol, length if name == "attention_mask" and index == 1 else dims[index]
     for name, value in inputs.items():
         if name.startswith(PAST):
+            dims_of_cache = _cache_dims(name)
             for index, symbol in _alone(value):
-                if index in _CACHE_DIMS:
-                    yield symbol, _CACHE_DIMS[index]
+                if index in dims_of_cache:
+                    yield symbol, dims_of_cache[index]
+
+
+def _cache_dims(name: str) -> dict[int, str]:
+    return next((dims for ends, dims in _CACHE_DIMS.items() if name.endswith(ends)), {0: "batch"})
 
 
 def _own(model: ir.Model) -> Iterator[tuple[str, str]]:

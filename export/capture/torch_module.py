@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ...models.calls import CallForm, call_form, named_tensors, split_arguments
+from ...models.calling.calls import CallForm, call_form, named_tensors, split_arguments
 from ...models.errors import UnsupportedError, UsageError
 from .captured import Capture
 

@@ -14,13 +14,15 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
+from ...models.calling.experts import experts, has_experts
+from ...models.calling.parts import DECODER
+from ...models.calling.rotary import traceable_rotary
 from ...models.errors import EnvironmentMissingError, UnsupportedError
-from ...models.experts import experts, has_experts
-from ...models.rotary import traceable_rotary
 from ...models.versions import installed_version, too_old
 from ..graph.cache_names import cache_name, past_name, present_name
 from ..graph.metadata import PAST, PRESENT
 from .captured import Capture
+from .decoder_parts import keep_part, lost_states, part_sample
 from .recurrences import traceable_recurrences
 
 
@@ -30,8 +32,14 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 def capture_transformers(
-    model: Any, inputs: dict[str, Any], opset: int, dynamic: bool | Mapping[str, Any], with_past: bool
+    model: Any,
+    inputs: dict[str, Any],
+    opset: int,
+    dynamic: bool | Mapping[str, Any],
+    with_past: bool,
+    part: str | None = None,
 ) -> Capture:
+    """Capture a model, or a part of it; see `capture`."""
     exporter, config_class = _transformers_exporter()
     config = config_class(
         opset_version=opset,
@@ -42,15 +50,26 @@ def capture_transformers(
     if has_experts(model):
         notes.append("experts were captured with their batched_mm implementation, the only one that can be exported")
     with experts(model, "batched_mm"), traceable_rotary(model), traceable_recurrences(model), torch.no_grad():
-        target, sample = (model, {**inputs, "use_cache": False}) if not with_past else _decode_step(model, inputs)
+        target, sample = model, {**inputs, "use_cache": False}
+        if part is not None:
+            sample = part_sample(model, part, inputs)
+        elif with_past:
+            target, sample = _decode_step(model, inputs)
         # The exporter removes arguments that are plain values, such as use_cache; torch's program does not have them.
         plain = {name: value for name, value in sample.items() if isinstance(value, bool | int | str)}
         with _recorded() as programs:
             exported = exporter.export(target, sample, config)
     # Older versions return torch's ONNXProgram, later ones an object of their own.
     program = exported.program if hasattr(exported, "program") else exported.model
-    if with_past:
-        _name_cache(program, sample, type(model).__name__)
+    if part is not None:
+        _freeze_scalars(program, sample)
+        keep_part(program, part)
+        if part == DECODER:
+            _check_cache(program, type(model).__name__)
+    elif with_past:
+        _freeze_scalars(program, sample)
+        _name_cache(program)
+        _check_cache(program, type(model).__name__)
     else:
         _drop_cache_outputs(program)
         _freeze_scalars(program, sample)
@@ -137,31 +156,29 @@ def _takes(model: Any, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
 
-def _name_cache(program: ir.Model, sample: Mapping[str, Any], who: str) -> None:
-    """Name the cache's inputs and outputs, and make constants of the numbers in it that do not change.
-
-    Raises:
-        UnsupportedError: a tensor of the cache goes in and does not come out, or the other way round, so that the state
-            after a step would be lost.
-    """
-    _freeze_scalars(program, sample)
+def _name_cache(program: ir.Model) -> None:
+    """Name the cache's inputs and outputs, and drop the numbers in it that do not change."""
     for value in program.graph.inputs:
         value.name = past_name((value.name or "").removeprefix("input.")) or value.name
     for value in program.graph.outputs:
         value.name = present_name((value.name or "").removeprefix("output.")) or value.name
     kept = [v for v in program.graph.outputs if not _is_present(v) or v.shape is None or len(v.shape) > 0]
     program.graph.outputs[:] = kept
-    past, present = (
-        {(value.name or "").removeprefix(prefix) for value in values if (value.name or "").startswith(prefix)}
-        for values, prefix in ((program.graph.inputs, PAST), (program.graph.outputs, PRESENT))
-    )
-    if not past:
+
+
+def _check_cache(program: ir.Model, who: str) -> None:
+    """Check that every tensor of the cache goes in and comes out.
+
+    Raises:
+        UnsupportedError: one does not, so that the state after a step would be lost; or there is no cache.
+    """
+    if not any((value.name or "").startswith(PAST) for value in program.graph.inputs):
         raise UnsupportedError(f"{who} has no cache that transformers' exporter captures. Omit --with-past.")
-    if past != present:
-        lost = ", ".join(sorted(past ^ present)[:4])
+    lost = lost_states(program)
+    if lost:
         raise UnsupportedError(
-            f"{who}: expected every tensor of the cache as an input and as an output, got {lost} as one of them "
-            "only, so the state after a step would be lost. Omit --with-past."
+            f"{who}: expected every tensor of the cache as an input and as an output, got {', '.join(lost[:4])} as one "
+            "of them only, so the state after a step would be lost. Omit --with-past."
         )
 
 

@@ -1,5 +1,6 @@
 """PyTorch to ONNX: find and check the norms, capture the model, lower the norms, save the files.
 
-export_model: export_model, the whole export; prepare and save, its two halves; ExportResult, PreparedModel.
+export_model: export_model, the whole export; prepare, its first half.
+save: save and save_all, its second half, which write the folder; ExportResult, PreparedModel.
 lower: lower, a captured graph with its norms in a target's form.
 """

@@ -4,73 +4,29 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
-import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from ...models.calls import call_form, named_arguments, named_tensors, split_arguments
-from ...models.companions import folder_of, weight_files
+from ...models.calling.calls import call_form, named_arguments, named_tensors, split_arguments
+from ...models.calling.parts import PARTS, is_encoder_decoder
+from ...models.companions import folder_of
 from ...models.dtypes import norm_dtype, torch_dtype, torch_name
 from ...models.errors import MismatchError, UnsupportedError, UsageError
 from ...models.loading import LoadedModel, as_loaded, cast_floats
 from ...models.recognition.find_norms import find_norms
 from ...models.recognition.site import Recognition
 from ..capture.capture import capture, detached
-from ..capture.captured import Capture
 from ..capture.example_inputs import as_tensors, example_inputs
 from ..capture.swap import swapped
-from ..graph.sizes import SizeLimits, metadata_of
-from ..lowering.plugin_functions import PluginStyle, plugin_style, style_notes
+from ..lowering.plugin_functions import plugin_style
 from ..lowering.table import DEFAULT_TARGET, Environment, LoweringRefusal, opset_for, parse_targets, resolve
-from ..onnx_io.atomic_files import copy_companions, new_folder, restrict_mode
 from ..onnx_io.destinations import check_destination
-from ..onnx_io.manifest import tensor_rows, write_manifest
-from ..onnx_io.owned_files import MANIFEST
-from .lower import lower, site_rows
-
-MODEL_FILE = "model.onnx"
-# Weights above this many bytes are stored in model.onnx.data, because protobuf files are limited to 2 GB.
-_EXTERNAL_BYTES = 1024
-Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class ExportResult:
-    """One exported folder.
-
-    Attributes:
-        folder: path of the folder.
-        target: the target of the lowering.
-        manifest: content of the manifest; the file is `folder / "manifest.json"`.
-        recognition: the norms that were found and those that were refused.
-    """
-
-    folder: Path
-    target: str
-    manifest: dict[str, Any]
-    recognition: Recognition
-
-    @property
-    def files(self) -> list[str]:
-        """Names of all files, including the manifest."""
-        return [*self.manifest["files"], MANIFEST]
-
-
-@dataclass(slots=True)
-class PreparedModel:
-    """A model that was recognized and captured; it can be lowered for any number of targets."""
-
-    capture: Capture
-    recognition: Recognition
-    dtype: str
-    details: dict[str, Any] = field(default_factory=dict)
-    companions: Path | None = None
-    notes: list[str] = field(default_factory=list)
+from .save import ExportResult, PreparedModel, Progress, save_all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,22 +130,22 @@ def export_model(
         progress(f"loading {model}")
     loaded = as_loaded(model, dtype=options.dtype, trust_remote_code=trust_remote_code)
     feeds = _inputs_of(loaded, inputs)
-    prepared = prepare(loaded.model, options, inputs=feeds, targets=targets, progress=progress)
-    prepared.details.update({**loaded.details, **(details or {})})
-    prepared.notes += loaded.notes
-    prepared.companions = companions if companions is not None else loaded.folder
-    if prepared.companions is None:
-        prepared.companions, problem = folder_of(loaded.model)
-        prepared.notes += [problem] if problem else []
+    parts = PARTS if options.with_past and is_encoder_decoder(loaded.model) else (None,)
+    prepared = {
+        part: prepare(loaded.model, options, inputs=feeds, targets=targets, progress=progress, part=part)
+        for part in parts
+    }
+    companions = companions if companions is not None else loaded.folder
+    notes = [*loaded.notes]
+    if companions is None:
+        companions, problem = folder_of(loaded.model)
+        notes += [problem] if problem else []
+    for one in prepared.values():
+        one.details.update({**loaded.details, **(details or {})})
+        one.notes += notes
+        one.companions = companions
     results = [
-        save(
-            prepared,
-            place,
-            name,
-            opset=options.opset,
-            style=style if name == "plugin" else "function",
-            progress=progress,
-        )
+        save_all(prepared, place, name, options.opset, style if name == "plugin" else "function", progress)
         for name, place in zip(targets, places, strict=True)
     ]
     return results[0] if isinstance(target, str) and len(results) == 1 else results
@@ -202,12 +158,13 @@ def prepare(
     inputs: Mapping[str, Any] | None = None,
     targets: Sequence[str] = (),
     progress: Progress | None = None,
+    part: str | None = None,
     **changes: Any,
 ) -> PreparedModel:
     """Recognize, check and capture a model: the steps that do not depend on the target.
 
-    The arguments are those of `export_model`. A norm that one of `targets` does not support is refused before the
-    capture.
+    The arguments are those of `export_model`, and `part`, a part of an encoder-decoder (see `part_of`) or None. A norm
+    that one of `targets` does not support is refused before the capture.
     """
     options, progress = _changed(options, changes), progress or _silent
     converted = options.dtype is not None and options.dtype != _dtype_of(model)
@@ -233,68 +190,12 @@ def prepare(
                 opset=options.opset,
                 dynamic=options.dynamic,
                 with_past=options.with_past,
+                part=part,
             )
     finally:
         for name, module in model.named_modules():
             module.training = training[name]
     return PreparedModel(captured, recognition, _dtype_of(model), call_form(feeds).to_json())
-
-
-def save(
-    prepared: PreparedModel,
-    path: str | os.PathLike[str],
-    target: str,
-    *,
-    opset: int | None = None,
-    style: PluginStyle = "function",
-    progress: Progress | None = None,
-) -> ExportResult:
-    """Lower a prepared model for one target and write its folder, completely or not at all.
-
-    The arguments are those of `export_model`; `style` is how the file contains the custom operators of target `plugin`.
-    """
-    progress = progress or _silent
-    progress(f"lowering for {target}")
-    lowered, sites = lower(prepared.capture.model, target, opset, style)
-    graph, limits = lowered.graph, prepared.capture.limits
-    lowered.metadata_props.update(metadata_of(limits))
-    content = {
-        **prepared.details,
-        "target": target,
-        "opset": graph.opset_imports[""],
-        "dtype": prepared.dtype,
-        "with_past": prepared.capture.with_past,
-        "model": MODEL_FILE,
-        "inputs": [{**row, **_ranges(row, limits)} for row in tensor_rows(list(graph.inputs))],
-        "outputs": tensor_rows(list(graph.outputs)),
-        **({"conditions": [*limits.conditions]} if limits.conditions else {}),
-        "sites": site_rows(prepared.recognition, sites),
-        "refusals": [refusal.to_dict() for refusal in prepared.recognition.refusals],
-        "notes": [*prepared.notes, *prepared.capture.notes, *style_notes(lowered, style)],
-    }
-    with new_folder(path) as folder:
-        progress("writing the model")
-        _write_model(lowered, folder)
-        if prepared.companions is not None:
-            content["notes"] += copy_companions(prepared.companions, folder)
-            for file in folder.glob(f"{MODEL_FILE}*"):
-                restrict_mode(file, weight_files(prepared.companions))
-        progress("hashing the files")
-        manifest = write_manifest(folder, content)
-    return ExportResult(Path(path), target, manifest, prepared.recognition)
-
-
-def _ranges(row: Mapping[str, Any], limits: SizeLimits) -> dict[str, Any]:
-    found = {dim: list(limits.ranges[dim]) for dim in row["shape"] if dim in limits.ranges}
-    return {"ranges": found} if found else {}
-
-
-def _write_model(model: ir.Model, folder: Path) -> None:
-    model.producer_name = "rmsnorm-deploy"
-    data = folder / f"{MODEL_FILE}.data"
-    ir.save(model, folder / MODEL_FILE, external_data=data.name, size_threshold_bytes=_EXTERNAL_BYTES)
-    if data.is_file() and data.stat().st_size == 0:
-        data.unlink()
 
 
 def _checked(model: nn.Module, recognition: Recognition, feeds: Mapping[str, Any]) -> Recognition:

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from ...models.experts import experts
+from ...models.calling.experts import experts
 from ...models.recognition.intercept import NormCall
 from ...models.reference import reference
 

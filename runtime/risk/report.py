@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...export.lowering.table import TARGETS, parse_targets
-from ...models.calls import CallForm
+from ...models.calling.calls import CallForm
 from ...models.errors import RmsnormDeployError, UsageError
 from ...models.recognition.find_norms import find_norms
 from ...models.recognition.intercept import NormCall, at_norms

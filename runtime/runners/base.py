@@ -78,7 +78,7 @@ class Runner(Protocol):
         ...
 
 
-class CallsRunner(Runner, Protocol):
+class DecoderSession(Runner, Protocol):
     """A `Runner` of a decoder that keeps its own cache between the calls of one run."""
 
     def run_calls(self, feeds: Mapping[str, Array], ends: Sequence[int]) -> dict[str, Array]:

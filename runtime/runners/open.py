@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from ...models.errors import UsageError
-from .base import CallsRunner, OnnxSession, Runner
+from .base import DecoderSession, OnnxSession, Runner
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +26,7 @@ def open_runner(
 
 
 @overload
-def open_runner(source: nn.Module, provider: str | Sequence[str] = ..., **options: Any) -> CallsRunner: ...
+def open_runner(source: nn.Module, provider: str | Sequence[str] = ..., **options: Any) -> DecoderSession: ...
 
 
 def open_runner(source: Source, provider: str | Sequence[str] = "cpu", **options: Any) -> Runner:

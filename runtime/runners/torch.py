@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from ...models.calls import CallForm, named_tensors, split_arguments
+from ...models.calling.calls import CallForm, named_tensors, split_arguments
+from ...models.calling.rotary import reset_rotary
 from ...models.dtypes import torch_name
 from ...models.errors import EnvironmentMissingError, UnsupportedError, UsageError
-from ...models.rotary import reset_rotary
 from ...models.tensors import to_numpy, to_torch
 from .base import ANY_DTYPE, Array, TensorInfo, check_feeds, describe_feeds, tokens_between
 

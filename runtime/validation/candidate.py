@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...export.graph.sizes import SizeLimits, limits_in, size_limits_of
 from ...export.onnx_io.read_model import read_model
-from ...models.calls import CallForm
+from ...models.calling.calls import CallForm
 from ...models.errors import UsageError
 from ...models.recognition.find_norms import find_norms
 from ..inputs.exported import Exported, open_exported

@@ -11,10 +11,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ...export.graph.metadata import PRESENT
-from ...models.calls import CallForm
+from ...models.calling.calls import CallForm
 from ...models.errors import UsageError
 from ..inputs.synthetic import is_past
-from ..runners.base import ANY_DTYPE, Array, CallsRunner, Runner, TensorInfo
+from ..runners.base import ANY_DTYPE, Array, DecoderSession, Runner, TensorInfo
 from .run_cases import is_last_token
 
 if TYPE_CHECKING:
@@ -207,13 +207,13 @@ class RenamedTorch(Renamed):
     """`Renamed`, of a runner that can run in calls."""
 
     def __init__(
-        self, runner: CallsRunner, inputs: Mapping[str, str] | None = None, outputs: Mapping[str, str] | None = None
+        self, runner: DecoderSession, inputs: Mapping[str, str] | None = None, outputs: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(runner, inputs, outputs)
         self._calls = runner
 
     def run_calls(self, feeds: Mapping[str, Array], ends: Sequence[int]) -> dict[str, Array]:
-        """See `CallsRunner.run_calls`."""
+        """See `DecoderSession.run_calls`."""
         return renamed(self._calls.run_calls(own_names(feeds, self._inputs), ends), self._outputs)
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...export.graph.metadata import PRESENT
+from ...models.calling.rotary import dynamic_rotary
 from ...models.dtypes import HALF_DTYPES
 from ...models.errors import RmsnormDeployError, UsageError
 from ...models.recognition.intercept import at_norms
 from ...models.recognition.site import Recognition, norm_name
-from ...models.rotary import dynamic_rotary
 from ..accuracy.baseline import signal_warning
 from ..accuracy.compare_output import OutputVerdict
 from ..accuracy.tolerances import NORMS, SEGMENTS, Limits
@@ -25,7 +25,7 @@ from ..norms.activation_store import ActivationStore, Key
 from ..norms.float64_model import exactly, in_float64
 from ..norms.formula import differences
 from ..norms.torch_norms import TorchNorms, survey_norms
-from ..runners.base import Array, CallsRunner, Runner
+from ..runners.base import Array, DecoderSession, Runner
 from .candidate import Candidate
 from .names import match_outputs, names_for_torch, own_names, renamed
 from .norm_checks import NormCheck, check_norms, failed, unsound_norms, without_reference
@@ -71,7 +71,7 @@ class Baseline:
     """PyTorch: the model in the deployed dtype, its runner, and its norms."""
 
     model: nn.Module
-    runner: CallsRunner
+    runner: DecoderSession
     recognition: Recognition
 
 

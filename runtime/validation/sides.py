@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...models.calls import CallForm, call_form
+from ...models.calling.calls import CallForm, call_form
+from ...models.calling.wrappers import look_through
 from ...models.dtypes import norm_dtype, torch_name
 from ...models.errors import UsageError
 from ...models.loading import LoadedModel, check_eval_mode, load_model, names_python
 from ...models.outliers import apply_recorded
-from ...models.wrappers import look_through
 from ..inputs.cases import PER_TOKEN, factory_arrays, inputs_of, load_cases, made_up_for, prompt_cases
 from ..inputs.derived import FACTORY_CASE, derived_cases, factory_case
 from ..inputs.exported import Exported, open_exported

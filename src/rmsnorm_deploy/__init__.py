@@ -10,11 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rmsnorm_deploy.export.from_torch.export_model import (
-        ExportOptions,
-        ExportResult,
-        export_model,
-    )
+    from rmsnorm_deploy.export.from_torch.export_model import ExportOptions, export_model
+    from rmsnorm_deploy.export.from_torch.save import ExportResult
     from rmsnorm_deploy.export.lowering.table import TARGETS
     from rmsnorm_deploy.models.errors import (
         EnvironmentMissingError,

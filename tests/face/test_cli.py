@@ -15,7 +15,8 @@ import pytest
 
 from rmsnorm_deploy.cli.arrays import write_npz
 from rmsnorm_deploy.cli.commands.table import COMMANDS
-from rmsnorm_deploy.export.from_torch.export_model import ExportResult, export_model
+from rmsnorm_deploy.export.from_torch.export_model import export_model
+from rmsnorm_deploy.export.from_torch.save import ExportResult
 from rmsnorm_deploy.export.lowering.table import TABLE, TARGETS
 from rmsnorm_deploy.runtime.doctor import Diagnosis, Surroundings, diagnose, look
 from rmsnorm_deploy.runtime.inputs.arrays import read_arrays

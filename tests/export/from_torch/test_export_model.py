@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from rmsnorm_deploy.export.from_torch import export_model as exporter
-from rmsnorm_deploy.export.from_torch.export_model import PreparedModel, export_model, prepare, save
+from rmsnorm_deploy.export.from_torch.export_model import export_model, prepare
+from rmsnorm_deploy.export.from_torch.save import PreparedModel, save
 from rmsnorm_deploy.export.graph.metadata import PATH_KEY, SPEC_KEY, TARGET_KEY
 from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.export.onnx_io.owned_files import sha256

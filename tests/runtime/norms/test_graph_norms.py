@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rmsnorm_deploy.export.from_torch.export_model import ExportResult, prepare, save
+from rmsnorm_deploy.export.from_torch.export_model import prepare
+from rmsnorm_deploy.export.from_torch.save import ExportResult, save
 from rmsnorm_deploy.export.graph.metadata import PATH_KEY, SPEC_KEY, VALUES_KEY
 from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.models.spec import NormSpec

@@ -15,7 +15,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from rmsnorm_deploy.export.from_torch.export_model import prepare, save
+from rmsnorm_deploy.export.from_torch.export_model import prepare
+from rmsnorm_deploy.export.from_torch.save import save
 from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, UsageError
 from rmsnorm_deploy.models.reference import reference

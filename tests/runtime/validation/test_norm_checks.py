@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rmsnorm_deploy.export.from_torch.export_model import PreparedModel, prepare, save
+from rmsnorm_deploy.export.from_torch.export_model import prepare
+from rmsnorm_deploy.export.from_torch.save import PreparedModel, save
 from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.models.dtypes import numpy_dtype
 from rmsnorm_deploy.models.errors import UsageError

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from rmsnorm_deploy.export.from_torch.export_model import prepare, save
+from rmsnorm_deploy.export.from_torch.export_model import prepare
+from rmsnorm_deploy.export.from_torch.save import save
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.loading import LoadedModel
 from rmsnorm_deploy.runtime.accuracy.tolerances import Limits

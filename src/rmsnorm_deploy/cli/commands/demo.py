@@ -17,7 +17,7 @@ from rmsnorm_deploy.runtime.report.printed import print_deviations
 if TYPE_CHECKING:
     from torch import nn
 
-    from rmsnorm_deploy.export.from_torch.export_model import ExportResult
+    from rmsnorm_deploy.export.from_torch.save import ExportResult
     from rmsnorm_deploy.models.builtin.addition_task import Problem, TaskAccuracy
 
 SCHEMA = "rmsnorm_deploy.demo/1"

@@ -14,7 +14,7 @@ from rmsnorm_deploy.runtime.inputs.arrays import read_arrays
 from rmsnorm_deploy.runtime.report.printed import print_deviations
 
 if TYPE_CHECKING:
-    from rmsnorm_deploy.export.from_torch.export_model import ExportResult
+    from rmsnorm_deploy.export.from_torch.save import ExportResult
     from rmsnorm_deploy.models.outliers import OutlierReport
 
 SCHEMA = "rmsnorm_deploy.export/1"

@@ -125,7 +125,7 @@ def _size_lines(sizes: dict[str, Any]) -> list[str]:
 
 
 def _risk(loaded: LoadedModel, wanted: _Wanted, trust_remote_code: bool, progress: Callable[[str], None]) -> RiskReport:
-    from rmsnorm_deploy.models.calls import call_form
+    from rmsnorm_deploy.models.calling.calls import call_form
     from rmsnorm_deploy.runtime.inputs.cases import inputs_of, load_cases, made_up_for, prompt_cases
     from rmsnorm_deploy.runtime.risk.report import risk
 

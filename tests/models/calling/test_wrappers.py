@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from rmsnorm_deploy.export.from_torch.export_model import export_model
+from rmsnorm_deploy.models.calling.wrappers import WRAPPERS, look_through
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.models.loading import as_loaded
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
-from rmsnorm_deploy.models.wrappers import WRAPPERS, look_through
 
 
 def small() -> nn.Sequential:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import UnsupportedError, UsageError
+from ..errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor

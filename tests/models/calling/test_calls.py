@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmsnorm_deploy.models.calls import CallForm, call_form, named_arguments, named_tensors, split_arguments
+from rmsnorm_deploy.models.calling.calls import CallForm, call_form, named_arguments, named_tensors, split_arguments
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 
 A, B = torch.ones(2), torch.zeros(3)

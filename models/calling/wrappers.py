@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import UnsupportedError, UsageError
+from ..errors import UnsupportedError, UsageError
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,174 @@
+"""Write a prepared model as an exported folder (`save`), or its parts as folders in one (`save_all`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ...models.companions import weight_files
+from ...models.recognition.site import Recognition
+from ..capture.captured import Capture
+from ..graph.sizes import SizeLimits, metadata_of
+from ..lowering.plugin_functions import PluginStyle, style_notes
+from ..onnx_io.atomic_files import copy_companions, new_folder, restrict_mode
+from ..onnx_io.manifest import tensor_rows, write_manifest
+from ..onnx_io.owned_files import MANIFEST
+from .lower import lower, site_rows
+
+MODEL_FILE = "model.onnx"
+# Weights above this many bytes are stored in model.onnx.data, because protobuf files are limited to 2 GB.
+_EXTERNAL_BYTES = 1024
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """One exported folder.
+
+    Attributes:
+        folder: path of the folder.
+        target: the target of the lowering.
+        manifest: content of the manifest; the file is `folder / "manifest.json"`.
+        recognition: the norms that were found and those that were refused.
+    """
+
+    folder: Path
+    target: str
+    manifest: dict[str, Any]
+    recognition: Recognition
+
+    @property
+    def files(self) -> list[str]:
+        """Names of all files, including the manifest."""
+        return [*self.manifest["files"], MANIFEST]
+
+
+@dataclass(slots=True)
+class PreparedModel:
+    """A model that was recognized and captured; it can be lowered for any number of targets."""
+
+    capture: Capture
+    recognition: Recognition
+    dtype: str
+    details: dict[str, Any] = field(default_factory=dict)
+    companions: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def save(
+    prepared: PreparedModel,
+    path: str | os.PathLike[str],
+    target: str,
+    *,
+    opset: int | None = None,
+    style: PluginStyle = "function",
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Lower a prepared model for one target and write its folder, completely or not at all.
+
+    The arguments are those of `export_model`; `style` is how the file contains the custom operators of target `plugin`.
+    """
+    progress = progress or _silent
+    progress(f"lowering for {target}")
+    lowered, sites = lower(prepared.capture.model, target, opset, style)
+    graph, limits = lowered.graph, prepared.capture.limits
+    lowered.metadata_props.update(metadata_of(limits))
+    content = {
+        **prepared.details,
+        "target": target,
+        "opset": graph.opset_imports[""],
+        "dtype": prepared.dtype,
+        "with_past": prepared.capture.with_past,
+        "model": MODEL_FILE,
+        "inputs": [{**row, **_ranges(row, limits)} for row in tensor_rows(list(graph.inputs))],
+        "outputs": tensor_rows(list(graph.outputs)),
+        **({"conditions": [*limits.conditions]} if limits.conditions else {}),
+        "sites": site_rows(prepared.recognition, sites),
+        "refusals": [refusal.to_dict() for refusal in prepared.recognition.refusals],
+        "notes": [*prepared.notes, *prepared.capture.notes, *style_notes(lowered, style)],
+    }
+    with new_folder(path) as folder:
+        progress("writing the model")
+        _write_model(lowered, folder)
+        if prepared.companions is not None:
+            content["notes"] += copy_companions(prepared.companions, folder)
+            for file in folder.glob(f"{MODEL_FILE}*"):
+                restrict_mode(file, weight_files(prepared.companions))
+        progress("hashing the files")
+        manifest = write_manifest(folder, content)
+    return ExportResult(Path(path), target, manifest, prepared.recognition)
+
+
+def save_all(
+    prepared: Mapping[str | None, PreparedModel],
+    path: str | os.PathLike[str],
+    target: str,
+    opset: int | None,
+    style: PluginStyle,
+    progress: Progress | None,
+) -> ExportResult:
+    """Write the folder of a model, or one with a folder for each of its parts and a manifest that lists them.
+
+    Args:
+        prepared: the whole model under None, or each part under its name.
+        path, target, opset, style, progress: see `save`.
+    """
+    if None in prepared:
+        return save(prepared[None], path, target, opset=opset, style=style, progress=progress)
+    first = next(iter(prepared.values()))
+    companions = first.companions
+    with new_folder(path) as folder:
+        results = {}
+        for name, part in prepared.items():
+            alone = replace(part, companions=None, details={**part.details, "part": name})
+            results[str(name)] = save(alone, folder / str(name), target, opset=opset, style=style, progress=progress)
+        manifests = [result.manifest for result in results.values()]
+        notes = list(dict.fromkeys(note for manifest in manifests for note in manifest["notes"]))
+        if companions is not None:
+            notes += copy_companions(companions, folder)
+            for file in folder.glob(f"*/{MODEL_FILE}*"):
+                restrict_mode(file, weight_files(companions))
+        content = {
+            **first.details,
+            "target": target,
+            "opset": manifests[0]["opset"],
+            "dtype": first.dtype,
+            "with_past": True,
+            "components": list(results),
+            "sites": _all_calls(manifests),
+            "refusals": manifests[0]["refusals"],
+            "notes": notes,
+        }
+        manifest = write_manifest(folder, content)
+    return ExportResult(Path(path), target, manifest, first.recognition)
+
+
+def _all_calls(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The norms of all parts, each once, with its calls in every part."""
+    rows: dict[str, dict[str, Any]] = {}
+    for site in (site for manifest in manifests for site in manifest["sites"]):
+        row = rows.setdefault(site["path"], {**site, "calls": []})
+        row["calls"] = [*row["calls"], *site["calls"]]
+    return list(rows.values())
+
+
+def _ranges(row: Mapping[str, Any], limits: SizeLimits) -> dict[str, Any]:
+    found = {dim: list(limits.ranges[dim]) for dim in row["shape"] if dim in limits.ranges}
+    return {"ranges": found} if found else {}
+
+
+def _write_model(model: ir.Model, folder: Path) -> None:
+    model.producer_name = "rmsnorm-deploy"
+    data = folder / f"{MODEL_FILE}.data"
+    ir.save(model, folder / MODEL_FILE, external_data=data.name, size_threshold_bytes=_EXTERNAL_BYTES)
+    if data.is_file() and data.stat().st_size == 0:
+        data.unlink()
+
+
+def _silent(_: str) -> None:
+    return None

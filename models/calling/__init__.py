@@ -1,0 +1,8 @@
+"""How a model is called: its arguments and results, what stands around it, and its parts.
+
+calls: CallForm, flat named tensors as the arguments of a forward; named_tensors, the tensors of its result.
+wrappers: look_through, the model inside DataParallel, torch.compile, PEFT and others.
+parts: part_of, the encoder and the decoder of a model as modules of their own.
+experts: experts, which implementation of mixture-of-experts layers runs.
+rotary: reset_rotary and traceable_rotary, rotary embeddings whose frequencies follow the length.
+"""
