@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ..export.graph.cache_names import is_past
+from ..export.graph.metadata import PAST, PRESENT
+from ..models.calling.parts import PARTS
 from ..models.errors import UnsupportedError, UsageError
 from ..models.regular_files import read_json
-from .inputs.exported import Exported, open_exported
-from .inputs.synthetic import is_past, make_feeds, present_to_past
+from .inputs.exported import Exported, component_folders, open_exported
+from .inputs.synthetic import make_feeds, present_to_past
 from .inputs.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, token_ids
 from .runners.base import Array, Runner
 from .runners.open import open_runner
@@ -60,24 +64,72 @@ def generate(
     """
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens: expected at least 1, got {max_new_tokens}.")
-    exported = open_exported(folder)
-    tokenizer = _tokenizer(exported) if isinstance(prompt, str) else None
+    parts = component_folders(folder)
+    tokenizer = _tokenizer(Path(folder).expanduser(), parts) if isinstance(prompt, str) else None
     prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) and tokenizer is not None else token_ids(prompt)
+    if parts:
+        return _with_encoder(Path(folder).expanduser(), parts, prompt_ids, tokenizer, max_new_tokens, provider)
+    exported = open_exported(folder)
     with open_runner(exported.model, provider) as runner:
         _check_decoder(runner, exported, prompt_ids)
         start = time.perf_counter()
-        ids = _greedy(runner, prompt_ids, max_new_tokens, _end_tokens(exported))
+        ids = _greedy(runner, prompt_ids, max_new_tokens, _end_tokens(exported.folder))
         seconds = time.perf_counter() - start
     text = tokenizer.decode(ids) if tokenizer is not None else None
     return Generation(ids, prompt_ids, text, len(ids) / seconds, any(is_past(i.name) for i in runner.inputs()))
 
 
-def _tokenizer(exported: Exported) -> Tokenizer:
-    if exported.folder is None or not has_tokenizer(exported.folder):
+def _tokenizer(path: Path, parts: Mapping[str, Path]) -> Tokenizer:
+    """The tokenizer of an exported folder, in the folder itself if it holds several models."""
+    folder = path if parts else open_exported(path).folder
+    if folder is None or not has_tokenizer(folder):
         raise UsageError(
-            f"{exported.model.parent} contains no tokenizer; give the prompt as token ids: --prompt-ids 1,2,3"
+            f"{folder or path.parent} contains no tokenizer; give the prompt as token ids: --prompt-ids 1,2,3"
         )
-    return load_tokenizer(exported.folder)
+    return load_tokenizer(folder)
+
+
+def _with_encoder(
+    folder: Path, parts: Mapping[str, Path], prompt: list[int], tokenizer: Tokenizer | None, count: int, provider: str
+) -> Generation:
+    """Generate with an encoder and a decoder that reads its cross-attention cache."""
+    if set(parts) != set(PARTS):
+        raise UnsupportedError(f"{folder}: expected the models {', '.join(PARTS)}, got {', '.join(parts)}.")
+    config = _config(folder)
+    start_token = config.get("decoder_start_token_id")
+    if not isinstance(start_token, int):
+        raise UsageError(f"{folder / 'config.json'}: decoder_start_token_id: expected a token id, got {start_token!r}.")
+    encoder, decoder = (open_exported(parts[name]) for name in PARTS)
+    with open_runner(encoder.model, provider) as first, open_runner(decoder.model, provider) as second:
+        start = time.perf_counter()
+        ids = np.array([prompt], np.int64)
+        encoded = first.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+        fixed: dict[str, Array] = {"attention_mask": np.ones_like(ids)}
+        fixed |= {PAST + n.removeprefix(PRESENT): v for n, v in encoded.items() if n.startswith(PRESENT)}
+        fixed["encoder_hidden_states"] = encoded["last_hidden_state"]
+        infos = second.inputs()
+        past = make_feeds([info for info in infos if is_past(info.name)], 1, 1, 0, None)
+        names = {info.name for info in infos}
+        tokens, ends = [start_token], _end_tokens(folder)
+        while len(tokens) <= count and tokens[-1] not in (ends if len(tokens) > 1 else ()):
+            feeds = {**fixed, **past, "decoder_input_ids": np.array([tokens[-1:]], np.int64)}
+            outputs = second.run({name: value for name, value in feeds.items() if name in names})
+            tokens.append(int(outputs["logits"][0, -1].astype(np.float32).argmax()))
+            past = present_to_past(outputs)
+        seconds = time.perf_counter() - start
+    new = tokens[1:]
+    text = tokenizer.decode(new) if tokenizer is not None else None
+    return Generation(new, prompt, text, len(new) / seconds, True)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The model's config, with the fields of its generation config."""
+    found: dict[str, Any] = {}
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            content = read_json(folder / name, "Export the model again.")
+            found |= content if isinstance(content, dict) else {}
+    return found
 
 
 def _greedy(runner: Runner, prompt: list[int], count: int, ends: set[int]) -> list[int]:
@@ -118,10 +170,10 @@ def _check_decoder(runner: Runner, exported: Exported, prompt: list[int]) -> Non
         raise UsageError(f"prompt ids: expected ids in the model's vocabulary of {vocabulary} tokens, got {wrong}.")
 
 
-def _end_tokens(exported: Exported) -> set[int]:
+def _end_tokens(folder: Path | None) -> set[int]:
     """End-of-sequence ids, from generation_config.json or else config.json."""
     for name in ("generation_config.json", "config.json"):
-        path = exported.folder / name if exported.folder is not None else None
+        path = folder / name if folder is not None else None
         if path is None or not path.is_file():
             continue
         config = read_json(path, "Export the model again.")

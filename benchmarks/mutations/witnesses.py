@@ -13,9 +13,10 @@ import numpy as np
 from torch import nn
 
 from rmsnorm_deploy.export.capture.example_inputs import vocabulary_size
+from rmsnorm_deploy.export.graph.cache_names import is_past
 from rmsnorm_deploy.models.errors import RmsnormDeployError
 from rmsnorm_deploy.runtime.inputs.cases import Case
-from rmsnorm_deploy.runtime.inputs.synthetic import is_past, make_feeds
+from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds
 from rmsnorm_deploy.runtime.runners.base import Array, Runner, TensorInfo
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 from rmsnorm_deploy.runtime.validation.run_cases import run_guarded

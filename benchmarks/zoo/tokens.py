@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rmsnorm_deploy.export.graph.cache_names import is_past
 from rmsnorm_deploy.models.errors import UnsupportedError
-from rmsnorm_deploy.runtime.inputs.synthetic import is_past, make_feeds, present_to_past
+from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds, present_to_past
 from rmsnorm_deploy.runtime.runners.base import Array, Runner, TensorInfo
 from rmsnorm_deploy.runtime.runners.open import open_runner
 

@@ -11,6 +11,7 @@ _CACHES = re.compile(r"^(?:past_key_values|cache_params|cache)\.")
 _LAYER = re.compile(r"^(?:(self|cross)_attention_cache\.)?layers\.(\d+)\.(\w+)(?:\.(\d+))?$")
 # The two caches of an encoder-decoder, as other exporters call them.
 _SIDES = {None: "", "self": "decoder.", "cross": "encoder."}
+_CROSS = ".encoder."
 _TENSORS = {"keys": "key", "values": "value", "conv_states": "conv_state", "recurrent_states": "recurrent_state"}
 
 
@@ -45,3 +46,13 @@ def present_name(path: str) -> str | None:
     """The name of a file's output for a cache's tensor; None if the path is not in a cache."""
     name = cache_name(path)
     return None if name is None else PRESENT + name
+
+
+def is_past(name: str) -> bool:
+    """Whether an input is part of a cache that a step changes: not a cross-attention cache, which stays the same."""
+    return name.startswith(PAST) and _CROSS not in name
+
+
+def is_present(name: str) -> bool:
+    """Whether an output is part of a cache that a step changes; see `is_past`."""
+    return name.startswith(PRESENT) and _CROSS not in name

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from ...models.errors import UsageError
 from ...models.spec import NormSpec
@@ -80,6 +80,8 @@ class ManifestFields(_Fields):
     dtype: Text | None = None
     opset: int | None = None
     with_past: bool = False
+    part: Text | None = None
+    components: list[Annotated[str, StringConstraints(pattern=r"^[a-z_]+$")]] = []
     tokenizer: Text | None = None
     inputs: list[_Tensor] = []
     outputs: list[_Tensor] = []

@@ -7,6 +7,7 @@ names in both.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ class DecoderPart(Part):
         encoder_hidden_states: Tensor | None = None,
         **cross: Tensor,
     ) -> dict[str, Any]:
-        """The logits and the cache of self-attention, from an empty one.
+        """The logits, and the cache of self-attention from an empty one.
 
         Args:
             decoder_input_ids: `[batch, decoder sequence]`.
@@ -109,7 +110,7 @@ class DecoderPart(Part):
         if encoder_hidden_states is None:
             first = next(iter(cross.values()))
             encoder_hidden_states = first.new_zeros(*attention_mask.shape, hidden_size(whole))
-        return whole(
+        result = whole(
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,
             encoder_outputs=encoder_outputs(encoder_hidden_states),
@@ -117,6 +118,8 @@ class DecoderPart(Part):
             use_cache=True,
             return_dict=True,
         )
+        own = SimpleNamespace(self_attention_cache=result.past_key_values.self_attention_cache)
+        return {"logits": result.logits, "past_key_values": own}
 
 
 def hidden_size(model: Any) -> int:

@@ -41,6 +41,11 @@ def open_exported(path: str | Path) -> Exported:
     place = Path(path).expanduser()
     if place.is_dir():
         manifest = read_manifest(place)
+        parts = manifest.get("components", [])
+        if parts:
+            raise UsageError(
+                f"{place} holds several models: {', '.join(parts)}. Name one of them, such as {place / parts[-1]}."
+            )
         name = manifest.get("model", "model.onnx")
         model = place / name
         try:
@@ -56,3 +61,20 @@ def open_exported(path: str | Path) -> Exported:
         raise UsageError(f"{place} does not exist; name an exported folder or an .onnx file.")
     regular_size(place)  # refuses devices and pipes
     return Exported(place)
+
+
+def component_folders(path: str | Path) -> dict[str, Path]:
+    """The folders of the models in an exported folder, by name; empty for a folder of one model, and for a file.
+
+    Raises:
+        UsageError: the folder has no manifest that can be read, or one of the models is missing.
+    """
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        return {}
+    names = read_manifest(place).get("components", [])
+    folders = {name: place / name for name in names}
+    missing = [name for name, folder in folders.items() if not folder.is_dir()]
+    if missing:
+        raise UsageError(f"{place}: its manifest names the models {', '.join(names)}, but {missing[0]} is missing.")
+    return folders

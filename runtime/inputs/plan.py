@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...export.capture.example_inputs import vocabulary_size
+from ...export.graph.cache_names import is_past
 from ...export.graph.sizes import SizeLimits, size_problem
 from ...models.errors import UsageError
 from ..runners.base import Array, TensorInfo
@@ -20,7 +21,7 @@ from .boundaries import last_position, lengths_named, longest_length, special_id
 from .cache_sizes import cache_sizes
 from .cases import Case
 from .ranges import shapes_within
-from .synthetic import DEFAULT_SHAPES, is_past, make_feeds
+from .synthetic import DEFAULT_SHAPES, make_feeds
 
 if TYPE_CHECKING:
     from torch import nn
@@ -129,7 +130,7 @@ class _Planner:
     ) -> dict[str, Array]:
         extra = sum(calls) if self._cached else 0
         seed = self._seed if seed is None else seed
-        sizes = {**self._other_lengths(length // 2 + 2 if decoder is None else decoder), **self._cache_sizes}
+        sizes = {**self._other_lengths((length // 2 + 2 if decoder is None else decoder) + extra), **self._cache_sizes}
         return make_feeds(self._infos, batch, length + extra, seed, self._vocabulary, sizes=sizes)
 
     def _other_lengths(self, length: int) -> dict[str, int]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from ...export.graph.cache_names import is_past
 from ...export.graph.sizes import SizeLimits, size_problem
 from ...models.errors import UsageError
 from ..runners.base import TensorInfo
-from .synthetic import DEFAULT_SHAPES, is_past, sizes_by_name
+from .synthetic import DEFAULT_SHAPES, sizes_by_name
 
 Shape = tuple[int, int]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...export.graph.cache_names import is_past, is_present
 from ...export.graph.metadata import PAST, PRESENT
 from ...export.graph.sizes import formula_value
 from ...models.dtypes import numpy_dtype
@@ -94,11 +95,6 @@ def cast_feeds(feeds: Mapping[str, Array], infos: Iterable[TensorInfo]) -> dict[
     return {name: _cast(array, wanted.get(name, ANY_DTYPE)) for name, array in feeds.items()}
 
 
-def is_past(name: str) -> bool:
-    """Whether an input is part of the KV cache."""
-    return name.startswith(PAST)
-
-
 def head_dims(info: TensorInfo) -> dict[int, str]:
     """The dims of a cache's input without a fixed size that count heads or their elements, each with its config field.
 
@@ -114,7 +110,7 @@ def head_dims(info: TensorInfo) -> dict[int, str]:
 
 def present_to_past(outputs: Mapping[str, Array]) -> dict[str, Array]:
     """The cache among the outputs of a run, under the names of the inputs of the next run."""
-    return {PAST + name.removeprefix(PRESENT): value for name, value in outputs.items() if name.startswith(PRESENT)}
+    return {PAST + name.removeprefix(PRESENT): value for name, value in outputs.items() if is_present(name)}
 
 
 def sizes_by_name(infos: Sequence[TensorInfo], batch: int, length: int) -> dict[str, int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...export.from_onnx.rewrite import Rewritten, fuse_quantized, rewrite, rewritten_rows
+from ...export.graph.cache_names import is_past
 from ...export.graph.site import GraphRefusal
 from ...export.lowering.plugin_functions import PluginStyle, plugin_style, style_notes, style_plugin_nodes
 from ...export.lowering.table import DEFAULT_TARGET, parse_target
@@ -24,7 +25,6 @@ from ...export.onnx_io.read_model import ModelFile, read_model, to_ir
 from ...export.onnx_io.write_model import write_model
 from ...models.dtypes import onnx_name
 from ...models.errors import MismatchError, UsageError
-from ..inputs.synthetic import is_past
 
 if TYPE_CHECKING:
     from ..runners.base import Array

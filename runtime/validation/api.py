@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...export.onnx_io.manifest import deviation_rows, versions
 from ...models.recognition.find_norms import find_norms
+from ...models.recognition.site import Recognition
 from ..accuracy.tolerances import PARTS, check_limits
 from ..inputs.cases import Case, given_cases
 from ..inputs.plan import Plan
@@ -124,6 +125,15 @@ def bisect(
     return validate(candidate, model, options, **{**more, "bisect": True})
 
 
+def _norms_of(sides: Sides) -> Recognition:
+    """The norms of the PyTorch model; of a part of a model, those that the part's graph has."""
+    found = find_norms(sides.model)
+    if "part" not in sides.candidate.manifest:
+        return found
+    own = {site["path"] for site in sides.candidate.manifest.get("sites", ()) if site["calls"]}
+    return dataclasses.replace(found, sites=[site for site in found.sites if site.path in own])
+
+
 def _compared(
     sides: Sides,
     options: ValidationOptions,
@@ -151,7 +161,7 @@ def _compared(
         runs = runs.for_torch(dtype_of(sides.model))
     cached = any(run.present for run in runs.runs)
     with open_runner(sides.model, include_cache=cached, form=sides.form) as torch_runner:
-        baseline = Baseline(sides.model, RenamedTorch(torch_runner, matched.kept), find_norms(sides.model))
+        baseline = Baseline(sides.model, RenamedTorch(torch_runner, matched.kept), _norms_of(sides))
         report = _examined(sides, runs, baseline, options, progress)
         report.untried[:0] = plan.untried
         report.notes[:0] = [*([sides.hint] if sides.hint else []), *matched.notes]

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from ...export.graph.metadata import PRESENT
+from ...export.graph.cache_names import is_past, is_present
 from ...models.calling.calls import CallForm
 from ...models.errors import UsageError
-from ..inputs.synthetic import is_past
 from ..runners.base import ANY_DTYPE, Array, DecoderSession, Runner, TensorInfo
 from .run_cases import is_last_token
 
@@ -311,7 +310,7 @@ def _shares(a: frozenset[str], b: frozenset[str]) -> bool:
 
 
 def _without_cache(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: array for name, array in arrays.items() if not name.startswith(PRESENT)}
+    return {name: array for name, array in arrays.items() if not is_present(name)}
 
 
 def _listed(infos: Sequence[TensorInfo]) -> str:

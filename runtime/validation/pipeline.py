@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ...export.graph.metadata import PRESENT
+from ...export.graph.cache_names import is_present
 from ...models.calling.rotary import dynamic_rotary
 from ...models.dtypes import HALF_DTYPES
 from ...models.errors import RmsnormDeployError, UsageError
@@ -432,7 +432,7 @@ def try_or_note(what: str, notes: list[str], run: Callable[[], list[Any]]) -> li
 
 def missing_outputs(candidate: Candidate, runs: CandidateRuns, baseline: BaselineRuns) -> list[str]:
     """Notes on outputs of PyTorch that the candidate does not return, if their outputs have names in common."""
-    returned = [name for name in baseline.outputs[runs.largest] if not name.startswith(PRESENT)]
+    returned = [name for name in baseline.outputs[runs.largest] if not is_present(name)]
     if not set(runs.names) & set(returned):
         return []
     return [

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...export.capture.example_inputs import vocabulary_size
-from ...export.graph.cache_names import present_name
-from ...export.graph.metadata import PRESENT
+from ...export.graph.cache_names import is_past, is_present, present_name
 from ...models.dtypes import numpy_dtype
 from ...models.errors import RmsnormDeployError, UsageError
 from ..accuracy.baseline import unless_wrong
@@ -20,8 +19,8 @@ from ..accuracy.compare_output import OutputVerdict, judge
 from ..accuracy.tolerances import Limits, limits_of
 from ..inputs.cache_sizes import cache_sizes
 from ..inputs.cases import Case
-from ..inputs.synthetic import DEFAULT_SHAPES, is_past, make_feeds, present_to_past
-from ..runners.base import Array, Runner, TensorInfo, tokens_between
+from ..inputs.synthetic import DEFAULT_SHAPES, make_feeds, present_to_past
+from ..runners.base import Array, Runner, TensorInfo, token_input, tokens_between
 
 if TYPE_CHECKING:
     from torch import nn
@@ -125,9 +124,7 @@ def run_guarded(runner: Runner, case: Case, name: str) -> Run:
     except Exception as error:  # a runner that the user wrote may raise any error
         raise UsageError(f"{name} failed on case {case.name}: {type(error).__name__}: {error}") from error
     returned = {output for call in run.calls for output in call.outputs}
-    missing = [
-        info.name for info in runner.outputs() if info.name not in returned and not info.name.startswith(PRESENT)
-    ]
+    missing = [info.name for info in runner.outputs() if info.name not in returned and not is_present(info.name)]
     if missing or not returned:
         raise UsageError(
             f"{name}: case {case.name}: expected the outputs {', '.join(missing) or 'that it declares'}, "
@@ -149,9 +146,9 @@ def repeats(runner: Runner, run: Run) -> Run:
 
 def _run_candidate(runner: Runner, case: Case) -> Run:
     cached = any(is_past(name) for name in case.feeds)
-    if not cached or case.feeds["input_ids"].shape[1] == 1:
+    if not cached or case.feeds[token_input(case.feeds)].shape[1] == 1:
         outputs = runner.run(case.feeds)
-        present = {n: v for n, v in outputs.items() if cached and n.startswith(PRESENT)}
+        present = {n: v for n, v in outputs.items() if cached and is_present(n)}
         return Run(case, (Call({n: v for n, v in outputs.items() if n not in present}),), present)
     return _run_with_cache(runner, case)
 
@@ -164,7 +161,7 @@ def _run_with_cache(runner: Runner, case: Case) -> Run:
     for end in ends:
         outputs = runner.run(tokens_between(given, start, end))
         suffix = "" if start == 0 else DECODE_SUFFIX if end - start == 1 else CHUNK_SUFFIX
-        present = {name: value for name, value in outputs.items() if name.startswith(PRESENT)}
+        present = {name: value for name, value in outputs.items() if is_present(name)}
         own = {name: value for name, value in outputs.items() if name not in present}
         found.append(Call(own, tuple(range(start, end)), suffix))
         given.update({k: v for k, v in present_to_past(present).items() if k in feeds})
@@ -174,7 +171,7 @@ def _run_with_cache(runner: Runner, case: Case) -> Run:
 
 def call_ends(case: Case) -> list[int]:
     """The number of tokens after each call of a model with a KV cache."""
-    length = case.feeds["input_ids"].shape[1]
+    length = case.feeds[token_input(case.feeds)].shape[1]
     calls = case.calls if sum(case.calls) < length and case.calls else (1,)
     return list(itertools.accumulate(calls, initial=length - sum(calls)))
 
@@ -316,8 +313,8 @@ def last_token_notes(runs: Sequence[Run], baseline: Sequence[Outputs]) -> list[s
 
 def named(returned: Outputs, names: Sequence[str]) -> Outputs:
     """PyTorch's outputs under the candidate's names: matched by name if all names exist, else by order."""
-    wanted = [name for name in names if not name.startswith(PRESENT)]
-    returned = {name: value for name, value in returned.items() if not name.startswith(PRESENT)}
+    wanted = [name for name in names if not is_present(name)]
+    returned = {name: value for name, value in returned.items() if not is_present(name)}
     if set(wanted) <= set(returned):
         return {name: returned[name] for name in wanted}
     if len(wanted) != len(returned):

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...export.graph.cache_names import is_past
 from ...models.calling.calls import CallForm, call_form
+from ...models.calling.parts import part_of
 from ...models.calling.wrappers import look_through
 from ...models.dtypes import norm_dtype, torch_name
 from ...models.errors import UsageError
@@ -19,7 +21,6 @@ from ..inputs.cases import PER_TOKEN, factory_arrays, inputs_of, load_cases, mad
 from ..inputs.derived import FACTORY_CASE, derived_cases, factory_case
 from ..inputs.exported import Exported, open_exported
 from ..inputs.plan import Plan, plan_cases
-from ..inputs.synthetic import is_past
 from ..inputs.tokenizer import has_tokenizer
 from ..runners.base import Runner, TensorInfo
 from .candidate import Candidate, candidate_of
@@ -126,6 +127,9 @@ def open_sides(
         thing = loaded.model
     if loaded is not None and loaded.example_inputs is not None:
         inputs = loaded.example_inputs
+    part = None if exported is None else exported.manifest.get("part")
+    if part is not None:
+        model, inputs = part_of(model, part), None
     form = _form(exported, inputs)
     side = candidate_of(thing, options, form)
     hint = ""
