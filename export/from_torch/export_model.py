@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.calling.calls import call_form, named_arguments, named_tensors, split_arguments
+from ...models.calling.modalities import TEXT_INPUTS, left_out, text_only_note
 from ...models.calling.parts import PARTS, is_encoder_decoder
 from ...models.companions import folder_of
 from ...models.dtypes import norm_dtype, torch_dtype, torch_name
@@ -173,6 +174,13 @@ def prepare(
     if converted:
         feeds = cast_floats(feeds, str(options.dtype))
     _refuse_scripted(model)
+    others = sorted(set(feeds) - TEXT_INPUTS)
+    if options.with_past and others:
+        raise UnsupportedError(
+            f"{type(model).__name__}: an export with a KV cache reads text only, and the inputs have "
+            f"{', '.join(others)} too. Omit --with-past, or omit these inputs to export the model without them."
+        )
+    note = text_only_note(model, feeds)
     progress("finding the norms")
     recognition = find_norms(model)
     for target in targets:
@@ -195,7 +203,11 @@ def prepare(
     finally:
         for name, module in model.named_modules():
             module.training = training[name]
-    return PreparedModel(captured, recognition, _dtype_of(model), call_form(feeds).to_json())
+    prepared = PreparedModel(captured, recognition, _dtype_of(model), call_form(feeds).to_json())
+    if note is not None:
+        prepared.notes.append(note)
+        prepared.details["left_out"] = left_out(model, feeds)
+    return prepared
 
 
 def _checked(model: nn.Module, recognition: Recognition, feeds: Mapping[str, Any]) -> Recognition:

@@ -3,6 +3,7 @@
 calls: CallForm, flat named tensors as the arguments of a forward; named_tensors, the tensors of its result.
 wrappers: look_through, the model inside DataParallel, torch.compile, PEFT and others.
 parts: part_of, the encoder and the decoder of a model as modules of their own.
+modalities: text_only_note, whether an export leaves out the images or sounds that a model reads.
 experts: experts, which implementation of mixture-of-experts layers runs.
 rotary: reset_rotary and traceable_rotary, rotary embeddings whose frequencies follow the length.
 """

@@ -129,6 +129,7 @@ def _payload(results: list[ExportResult], injected: OutlierReport | None) -> dic
         "sites": [{k: v for k, v in site.items() if k != "calls"} for site in first["sites"]],
         "calls": sum(len(site["calls"]) for site in first["sites"]),
         "refusals": first["refusals"],
+        "left_out": first.get("left_out", []),
         "notes": list(dict.fromkeys(text for result in results for text in result.manifest["notes"])),
         "outliers": injected and injected.to_dict(),
     }
@@ -151,6 +152,8 @@ def _export_row(result: ExportResult) -> dict[str, Any]:
 def _print(screen: Screen, model: str, payload: dict[str, Any]) -> None:
     sites, refusals = payload["sites"], payload["refusals"]
     first = found_line(sites, refusals, model, payload["calls"]) + ("" if sites else " It was exported unchanged.")
+    if payload["left_out"]:
+        first += f" It was exported without its {' and '.join(payload['left_out'])} inputs: the file reads text only."
     print_found(screen, sites, refusals, first)
     if payload["outliers"] is not None:
         screen.line(_outlier_line(payload["outliers"]))
