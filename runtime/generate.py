@@ -12,7 +12,7 @@ import numpy as np
 
 from ..export.graph.cache_names import is_past
 from ..export.graph.metadata import PAST, PRESENT
-from ..models.calling.parts import PARTS
+from ..models.calling.parts import DECODER, ENCODER
 from ..models.errors import UnsupportedError, UsageError
 from ..models.regular_files import read_json
 from .inputs.exported import Exported, component_folders, open_exported
@@ -93,13 +93,13 @@ def _with_encoder(
     folder: Path, parts: Mapping[str, Path], prompt: list[int], tokenizer: Tokenizer | None, count: int, provider: str
 ) -> Generation:
     """Generate with an encoder and a decoder that reads its cross-attention cache."""
-    if set(parts) != set(PARTS):
-        raise UnsupportedError(f"{folder}: expected the models {', '.join(PARTS)}, got {', '.join(parts)}.")
+    if set(parts) != {ENCODER, DECODER}:
+        raise UnsupportedError(f"{folder}: expected the models {ENCODER} and {DECODER}, got {', '.join(parts)}.")
     config = _config(folder)
     start_token = config.get("decoder_start_token_id")
     if not isinstance(start_token, int):
         raise UsageError(f"{folder / 'config.json'}: decoder_start_token_id: expected a token id, got {start_token!r}.")
-    encoder, decoder = (open_exported(parts[name]) for name in PARTS)
+    encoder, decoder = (open_exported(parts[name]) for name in (ENCODER, DECODER))
     with open_runner(encoder.model, provider) as first, open_runner(decoder.model, provider) as second:
         start = time.perf_counter()
         ids = np.array([prompt], np.int64)

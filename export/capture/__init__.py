@@ -4,7 +4,7 @@ capture: capture, a swapped model as an ONNX graph.
 captured: Capture, what that returns.
 causes: explained, why the exporter failed; CAUSES, the table of causes with advice.
 transformers_model, torch_module: the two ways to capture, for a model of transformers and for any other module.
-decoder_parts: part_sample and keep_part, an encoder and its decoder as graphs of their own.
+part_graphs: part_sample, vision_sample and keep_part, the parts of a model as graphs of their own.
 recurrences: traceable_recurrences, the recurrences of hybrid models as one scan.
 dims: name_dims, the names of dynamic dims.
 swap: swapped, which replaces the forward of every norm while a model is captured.

@@ -67,9 +67,7 @@ def name_dims(
         if symbol in free and symbol not in names and _may_have(symbol, name, taken, documented):
             names[symbol] = name
             taken.setdefault(name, symbol)
-    if not names:
-        return names
-    pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    pattern = re.compile(r"\b(" + ("|".join(map(re.escape, names)) or "(?!)") + r")\b")
 
     def renamed(dim: Any) -> Any:
         if not isinstance(dim, ir.SymbolicDim) or dim.value is None:

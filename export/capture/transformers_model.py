@@ -15,14 +15,15 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
 from ...models.calling.experts import experts, has_experts
-from ...models.calling.parts import DECODER
+from ...models.calling.parts import DECODER, is_encoder_decoder
 from ...models.calling.rotary import traceable_rotary
+from ...models.calling.vision_parts import EMBEDDING, VISION
 from ...models.errors import EnvironmentMissingError, UnsupportedError
 from ...models.versions import installed_version, too_old
 from ..graph.cache_names import cache_name, past_name, present_name
 from ..graph.metadata import PAST, PRESENT
 from .captured import Capture
-from .decoder_parts import keep_part, lost_states, part_sample
+from .part_graphs import embeds_sample, keep_part, lost_states, part_sample, vision_sample
 from .recurrences import traceable_recurrences
 
 
@@ -43,7 +44,8 @@ def capture_transformers(
     exporter, config_class = _transformers_exporter()
     config = config_class(
         opset_version=opset,
-        dynamic=bool(dynamic),
+        # A vision encoder computes its positions and patches from the size of the image, which is fixed here.
+        dynamic=bool(dynamic) and part != VISION,
         dynamic_shapes=dict(dynamic) if isinstance(dynamic, Mapping) else None,
     )
     notes = []
@@ -51,17 +53,27 @@ def capture_transformers(
         notes.append("experts were captured with their batched_mm implementation, the only one that can be exported")
     with experts(model, "batched_mm"), traceable_rotary(model), traceable_recurrences(model), torch.no_grad():
         target, sample = model, {**inputs, "use_cache": False}
-        if part is not None:
+        is_vision = part is not None and not is_encoder_decoder(model)
+        if part in (VISION, EMBEDDING):
+            target, sample = vision_sample(model, part, inputs)
+        elif part is not None and not is_vision:
             sample = part_sample(model, part, inputs)
         elif with_past:
             target, sample = _decode_step(model, inputs)
+            sample = embeds_sample(target, sample) if is_vision else sample
         # The exporter removes arguments that are plain values, such as use_cache; torch's program does not have them.
         plain = {name: value for name, value in sample.items() if isinstance(value, bool | int | str)}
         with _recorded() as programs:
             exported = exporter.export(target, sample, config)
     # Older versions return torch's ONNXProgram, later ones an object of their own.
     program = exported.program if hasattr(exported, "program") else exported.model
-    if part is not None:
+    if part == VISION:
+        notes.append("the vision encoder reads one image of the size of the example inputs")
+    if part in (VISION, EMBEDDING):
+        with_past = False
+        for value in program.graph.outputs:
+            value.name = (value.name or "").removeprefix("output.")
+    elif part is not None and not is_vision:
         _freeze_scalars(program, sample)
         keep_part(program, part)
         if part == DECODER:

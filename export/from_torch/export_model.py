@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ...models.calling.calls import call_form, named_arguments, named_tensors, split_arguments
 from ...models.calling.modalities import TEXT_INPUTS, left_out, text_only_note
-from ...models.calling.parts import PARTS, is_encoder_decoder
+from ...models.calling.parts import parts_for
+from ...models.calling.vision_parts import VISION, check_parts
 from ...models.companions import folder_of
 from ...models.dtypes import norm_dtype, torch_dtype, torch_name
 from ...models.errors import MismatchError, UnsupportedError, UsageError
@@ -131,7 +132,9 @@ def export_model(
         progress(f"loading {model}")
     loaded = as_loaded(model, dtype=options.dtype, trust_remote_code=trust_remote_code)
     feeds = _inputs_of(loaded, inputs)
-    parts = PARTS if options.with_past and is_encoder_decoder(loaded.model) else (None,)
+    parts: tuple[str | None, ...] = (None,)
+    if options.with_past:
+        parts = parts_for(loaded.model, feeds or {}) or (None,)
     prepared = {
         part: prepare(loaded.model, options, inputs=feeds, targets=targets, progress=progress, part=part)
         for part in parts
@@ -175,7 +178,7 @@ def prepare(
         feeds = cast_floats(feeds, str(options.dtype))
     _refuse_scripted(model)
     others = sorted(set(feeds) - TEXT_INPUTS)
-    if options.with_past and others:
+    if options.with_past and others and part is None:
         raise UnsupportedError(
             f"{type(model).__name__}: an export with a KV cache reads text only, and the inputs have "
             f"{', '.join(others)} too. Omit --with-past, or omit these inputs to export the model without them."
@@ -190,6 +193,9 @@ def prepare(
     try:
         progress(f"checking {len(recognition.sites)} norms in the running model")
         recognition = _checked(model, recognition, feeds)
+        if part == VISION:
+            progress("checking that the parts compute what the model does")
+            check_parts(model, detached(feeds))
         progress("capturing the graph")
         with swapped(model, recognition.sites):
             captured = capture(

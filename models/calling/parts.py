@@ -6,17 +6,17 @@ names in both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from .part import Part
+from .vision_parts import EMBEDDING, VISION, EmbeddingPart, VisionPart, image_token, reads_images
 
 ENCODER, DECODER = "encoder", "decoder"
-PARTS = (ENCODER, DECODER)
 # The names of the cross-attention cache's tensors, of a layer.
 _CROSS = "past_key_values.{}.encoder.{}"
 
@@ -28,33 +28,28 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False)) and bool(generates)
 
 
+def parts_for(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parts into which an export with a cache splits a model with these inputs; none for a decoder of text."""
+    if is_encoder_decoder(model):
+        return (ENCODER, DECODER)
+    if reads_images(model, inputs):
+        return (VISION, EMBEDDING, DECODER)
+    return ()
+
+
 def part_of(model: nn.Module, name: str) -> nn.Module:
     """A part of a model by its name, as a module that shares the model's submodules.
 
     Raises:
         UsageError: the model has no part of that name.
     """
-    make = _PARTS.get(name)
-    if make is None or not is_encoder_decoder(model):
-        known = ", ".join(_PARTS) if is_encoder_decoder(model) else "none"
-        raise UsageError(f"{type(model).__name__}: expected the name of one of its parts ({known}), got {name!r}.")
-    return make(model)
-
-
-class Part(nn.Module):
-    """A part of a model; see the module's text.
-
-    Args:
-        whole: the model.
-    """
-
-    def __init__(self, whole: nn.Module) -> None:
-        super().__init__()
-        self._modules = whole._modules
-        self._parameters, self._buffers = whole._parameters, whole._buffers
-        self.__dict__["whole"] = whole  # not as a submodule, which would change the paths
-        self.config = getattr(whole, "config", None)
-        self.training = whole.training
+    known = _PARTS if is_encoder_decoder(model) else _VISION_PARTS if image_token(model) is not None else {}
+    if name not in known:
+        raise UsageError(
+            f"{type(model).__name__}: expected the name of one of its parts ({', '.join(known) or 'it has none'}), got "
+            f"{name!r}. Name the model that was exported (--against)."
+        )
+    return known[name](model)
 
 
 class EncoderPart(Part):
@@ -162,26 +157,13 @@ def cross_cache(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.replace("present.", "past_key_values.", 1): t for n, t in outputs.items() if n.startswith("present.")}
 
 
+def _itself(model: nn.Module) -> nn.Module:
+    return model
+
+
 _PARTS: dict[str, Callable[[nn.Module], nn.Module]] = {ENCODER: EncoderPart, DECODER: DecoderPart}
-
-
-def part_inputs(model: Any, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Example inputs of a part, made from those of the whole model by running it.
-
-    Args:
-        model: the whole model, in eval mode.
-        name: the part.
-        inputs: `input_ids`, `attention_mask` and `decoder_input_ids` of the whole model.
-    """
-    ids = inputs["input_ids"]
-    mask = inputs.get("attention_mask", torch.ones_like(ids))
-    if name == ENCODER:
-        return {"input_ids": ids, "attention_mask": mask}
-    with torch.no_grad():
-        encoded = EncoderPart(model)(ids, mask)
-    return {
-        "decoder_input_ids": inputs["decoder_input_ids"],
-        "attention_mask": mask,
-        "encoder_hidden_states": encoded["last_hidden_state"],
-        **cross_cache(encoded),
-    }
+_VISION_PARTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    VISION: VisionPart,
+    EMBEDDING: EmbeddingPart,
+    DECODER: _itself,  # it reads embeddings too
+}

@@ -23,6 +23,7 @@ ANY_DTYPE = "any"
 
 # Inputs of a decoder with one element per token; of the decoder of an encoder-decoder, these are its own.
 _TOKEN_INPUTS = ("input_ids", "position_ids", "token_type_ids")
+_EMBEDDED = "inputs_embeds"
 _DECODER_TOKENS = "decoder_input_ids"
 
 
@@ -185,21 +186,24 @@ def _check_shape(info: TensorInfo, shape: tuple[int, ...], where: str, symbols: 
 
 
 def token_input(names: Container[str]) -> str:
-    """The input that has the tokens of a decoder."""
-    return _DECODER_TOKENS if _DECODER_TOKENS in names and "input_ids" not in names else "input_ids"
+    """The input that has the tokens of a decoder, or their embeddings."""
+    return next((name for name in ("input_ids", _DECODER_TOKENS, _EMBEDDED) if name in names), "input_ids")
 
 
 def tokens_between(feeds: Mapping[str, Array], start: int, end: int) -> dict[str, Array]:
     """The inputs of a decoder's call that reads the tokens from `start` to `end`; its mask is up to `end`.
 
     Args:
-        feeds: the inputs of all tokens; `input_ids`, `position_ids` and `token_type_ids` have them in the last dim. Of
-            the decoder of an encoder-decoder, `decoder_input_ids` has them, and `attention_mask` is the encoder's.
+        feeds: the inputs of all tokens; `input_ids`, `position_ids` and `token_type_ids` have them in the last dim, and
+            `inputs_embeds` in the one before. Of the decoder of an encoder-decoder, `decoder_input_ids` has them, and
+            `attention_mask` is the encoder's.
         start: the number of tokens in the cache.
         end: the number of tokens after the call.
     """
     own = (_DECODER_TOKENS,) if token_input(feeds) == _DECODER_TOKENS else _TOKEN_INPUTS
     part = {name: value[..., start:end] if name in own else value for name, value in feeds.items()}
+    if _EMBEDDED in part:
+        part[_EMBEDDED] = feeds[_EMBEDDED][:, start:end]
     if "attention_mask" in part and own is _TOKEN_INPUTS:
         part["attention_mask"] = feeds["attention_mask"][:, :end]
     return part

@@ -1,6 +1,6 @@
-"""The encoder and the decoder of a transformers model as graphs of their own: what each is called with, and returns.
+"""The parts of a transformers model as graphs of their own: what each is called with (`part_sample`), and returns.
 
-The encoder's graph returns the cross-attention cache too, so that the decoder's does not compute it in every step.
+The graph of an encoder returns the cross-attention cache too, so that the decoder's does not compute it in every step.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ...models.calling.parts import DECODER, ENCODER, EncoderPart, cross_cache, empty_cache, encoder_outputs
+from ...models.calling.vision_parts import PIXELS, VISION, EmbeddingPart, VisionPart, vision_inputs
 from ..graph.cache_names import cache_name, past_name
 from ..graph.metadata import PAST, PRESENT
 
@@ -22,6 +23,30 @@ _ENCODER_STATES = "encoder_outputs.last_hidden_state"
 # Outputs of a part, by the names that transformers gives them.
 _OUTPUTS = {ENCODER: {"encoder_last_hidden_state": "last_hidden_state"}, DECODER: {"logits": "logits"}}
 _SIDE = {ENCODER: ".encoder.", DECODER: ".decoder."}
+
+
+def vision_sample(model: Any, part: str, inputs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What is captured for the vision encoder or the embedding of a model, and what it is called with.
+
+    Args:
+        model: a model of transformers that reads images, in eval mode.
+        part: `vision_encoder` or `embedding`.
+        inputs: example inputs of the whole model.
+    """
+    images = inputs[PIXELS].shape[0] if "image_grid_thw" not in inputs else len(inputs["image_grid_thw"])
+    one = vision_inputs(inputs, images)
+    if part == VISION:
+        return VisionPart(model), one
+    with torch.no_grad():
+        features = VisionPart(model)(**one)["image_features"]
+    return EmbeddingPart(model), {"input_ids": inputs["input_ids"], "image_features": features.repeat(images, 1)}
+
+
+def embeds_sample(model: Any, step: Mapping[str, Any]) -> dict[str, Any]:
+    """A decode step that reads embeddings instead of token ids."""
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(step["input_ids"])
+    return {"inputs_embeds": embedded, **{name: value for name, value in step.items() if name != "input_ids"}}
 
 
 def part_sample(model: Any, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
