@@ -10,5 +10,6 @@ risk: find the norms that are at risk in float32, float16 or bfloat16 (`risk`).
 tensorrt: build TensorRT engines (`build_engine`).
 report: write reports as HTML and JUnit XML, and compare two results.
 doctor: what this machine can export, build and run (`examine`).
+generate_parts: generation with the parts of a model, such as an encoder and its decoder.
 generate: greedy text generation with an exported decoder (`generate`).
 """

@@ -6,15 +6,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..export.graph.cache_names import is_past
-from ..export.graph.metadata import PAST, PRESENT
-from ..models.calling.parts import DECODER, ENCODER
 from ..models.errors import UnsupportedError, UsageError
 from ..models.regular_files import read_json
+from .generate_parts import with_parts
 from .inputs.exported import Exported, component_folders, open_exported
 from .inputs.synthetic import make_feeds, present_to_past
 from .inputs.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, token_ids
@@ -44,7 +42,12 @@ class Generation:
 
 
 def generate(
-    folder: str | Path, prompt: str | Sequence[int], *, max_new_tokens: int = 32, provider: str = "cpu"
+    folder: str | Path,
+    prompt: str | Sequence[int],
+    *,
+    max_new_tokens: int = 32,
+    provider: str = "cpu",
+    images: Mapping[str, Array] | None = None,
 ) -> Generation:
     """Continue a prompt with the most likely token at each step.
 
@@ -56,6 +59,7 @@ def generate(
         prompt: text, which requires a tokenizer in the folder, or token ids.
         max_new_tokens: at least 1.
         provider: ONNX Runtime's execution provider.
+        images: of a model that reads images, `pixel_values` of all images of the prompt, in the exported size.
 
     Raises:
         UsageError: the folder, the prompt or the number is wrong.
@@ -68,7 +72,17 @@ def generate(
     tokenizer = _tokenizer(Path(folder).expanduser(), parts) if isinstance(prompt, str) else None
     prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) and tokenizer is not None else token_ids(prompt)
     if parts:
-        return _with_encoder(Path(folder).expanduser(), parts, prompt_ids, tokenizer, max_new_tokens, provider)
+        place = Path(folder).expanduser()
+        start = time.perf_counter()
+        ids = with_parts(place, parts, prompt_ids, images or {}, max_new_tokens, _end_tokens(place), provider)
+        seconds = time.perf_counter() - start
+        text = tokenizer.decode(ids) if tokenizer is not None else None
+        return Generation(ids, prompt_ids, text, len(ids) / seconds, True)
+    if images:
+        raise UsageError(
+            f"{folder} reads text only, got {', '.join(images)} too. Export the model with example inputs that have "
+            "images (--with-past --inputs)."
+        )
     exported = open_exported(folder)
     with open_runner(exported.model, provider) as runner:
         _check_decoder(runner, exported, prompt_ids)
@@ -87,49 +101,6 @@ def _tokenizer(path: Path, parts: Mapping[str, Path]) -> Tokenizer:
             f"{folder or path.parent} contains no tokenizer; give the prompt as token ids: --prompt-ids 1,2,3"
         )
     return load_tokenizer(folder)
-
-
-def _with_encoder(
-    folder: Path, parts: Mapping[str, Path], prompt: list[int], tokenizer: Tokenizer | None, count: int, provider: str
-) -> Generation:
-    """Generate with an encoder and a decoder that reads its cross-attention cache."""
-    if set(parts) != {ENCODER, DECODER}:
-        raise UnsupportedError(f"{folder}: expected the models {ENCODER} and {DECODER}, got {', '.join(parts)}.")
-    config = _config(folder)
-    start_token = config.get("decoder_start_token_id")
-    if not isinstance(start_token, int):
-        raise UsageError(f"{folder / 'config.json'}: decoder_start_token_id: expected a token id, got {start_token!r}.")
-    encoder, decoder = (open_exported(parts[name]) for name in (ENCODER, DECODER))
-    with open_runner(encoder.model, provider) as first, open_runner(decoder.model, provider) as second:
-        start = time.perf_counter()
-        ids = np.array([prompt], np.int64)
-        encoded = first.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})
-        fixed: dict[str, Array] = {"attention_mask": np.ones_like(ids)}
-        fixed |= {PAST + n.removeprefix(PRESENT): v for n, v in encoded.items() if n.startswith(PRESENT)}
-        fixed["encoder_hidden_states"] = encoded["last_hidden_state"]
-        infos = second.inputs()
-        past = make_feeds([info for info in infos if is_past(info.name)], 1, 1, 0, None)
-        names = {info.name for info in infos}
-        tokens, ends = [start_token], _end_tokens(folder)
-        while len(tokens) <= count and tokens[-1] not in (ends if len(tokens) > 1 else ()):
-            feeds = {**fixed, **past, "decoder_input_ids": np.array([tokens[-1:]], np.int64)}
-            outputs = second.run({name: value for name, value in feeds.items() if name in names})
-            tokens.append(int(outputs["logits"][0, -1].astype(np.float32).argmax()))
-            past = present_to_past(outputs)
-        seconds = time.perf_counter() - start
-    new = tokens[1:]
-    text = tokenizer.decode(new) if tokenizer is not None else None
-    return Generation(new, prompt, text, len(new) / seconds, True)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """The model's config, with the fields of its generation config."""
-    found: dict[str, Any] = {}
-    for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            content = read_json(folder / name, "Export the model again.")
-            found |= content if isinstance(content, dict) else {}
-    return found
 
 
 def _greedy(runner: Runner, prompt: list[int], count: int, ends: set[int]) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ...models.calling.parts import DECODER, ENCODER, EncoderPart, cross_cache, empty_cache, encoder_outputs
-from ...models.calling.vision_parts import PIXELS, VISION, EmbeddingPart, VisionPart, vision_inputs
+from ...models.calling.vision_parts import VISION, EmbeddingPart, VisionPart, first_image
 from ..graph.cache_names import cache_name, past_name
 from ..graph.metadata import PAST, PRESENT
 
@@ -33,12 +33,12 @@ def vision_sample(model: Any, part: str, inputs: Mapping[str, Any]) -> tuple[Any
         part: `vision_encoder` or `embedding`.
         inputs: example inputs of the whole model.
     """
-    images = inputs[PIXELS].shape[0] if "image_grid_thw" not in inputs else len(inputs["image_grid_thw"])
-    one = vision_inputs(inputs, images)
+    image, grid, images = first_image(inputs)
+    encoder = VisionPart(model, grid)
     if part == VISION:
-        return VisionPart(model), one
+        return encoder.with_tables(), image
     with torch.no_grad():
-        features = VisionPart(model)(**one)["image_features"]
+        features = encoder(**image)["image_features"]
     return EmbeddingPart(model), {"input_ids": inputs["input_ids"], "image_features": features.repeat(images, 1)}
 
 

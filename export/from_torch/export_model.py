@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...models.calling.calls import call_form, named_arguments, named_tensors, split_arguments
 from ...models.calling.modalities import TEXT_INPUTS, left_out, text_only_note
 from ...models.calling.parts import parts_for
-from ...models.calling.vision_parts import VISION, check_parts
+from ...models.calling.vision_parts import PIXELS, VISION, check_parts, image_record
 from ...models.companions import folder_of
 from ...models.dtypes import norm_dtype, torch_dtype, torch_name
 from ...models.errors import MismatchError, UnsupportedError, UsageError
@@ -210,6 +210,8 @@ def prepare(
         for name, module in model.named_modules():
             module.training = training[name]
     prepared = PreparedModel(captured, recognition, _dtype_of(model), call_form(feeds).to_json())
+    if part is not None and PIXELS in feeds:
+        prepared.details.update(image_record(model, feeds))
     if note is not None:
         prepared.notes.append(note)
         prepared.details["left_out"] = left_out(model, feeds)

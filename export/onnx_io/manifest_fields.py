@@ -81,6 +81,9 @@ class ManifestFields(_Fields):
     opset: int | None = None
     with_past: bool = False
     part: Text | None = None
+    image_token_id: int | None = None
+    image_grid_thw: list[list[int]] | None = None
+    image_merge_size: int | None = None
     components: list[Annotated[str, StringConstraints(pattern=r"^[a-z_]+$")]] = []
     tokenizer: Text | None = None
     inputs: list[_Tensor] = []

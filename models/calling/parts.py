@@ -6,7 +6,7 @@ names in both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,8 +37,13 @@ def parts_for(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, ...]:
     return ()
 
 
-def part_of(model: nn.Module, name: str) -> nn.Module:
+def part_of(model: nn.Module, name: str, grid: Sequence[Sequence[int]] | None = None) -> nn.Module:
     """A part of a model by its name, as a module that shares the model's submodules.
+
+    Args:
+        model: the whole model.
+        name: of the part.
+        grid: of a vision encoder, see `VisionPart`.
 
     Raises:
         UsageError: the model has no part of that name.
@@ -49,7 +54,7 @@ def part_of(model: nn.Module, name: str) -> nn.Module:
             f"{type(model).__name__}: expected the name of one of its parts ({', '.join(known) or 'it has none'}), got "
             f"{name!r}. Name the model that was exported (--against)."
         )
-    return known[name](model)
+    return VisionPart(model, grid) if name == VISION else known[name](model)
 
 
 class EncoderPart(Part):

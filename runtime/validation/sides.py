@@ -128,8 +128,8 @@ def open_sides(
     if loaded is not None and loaded.example_inputs is not None:
         inputs = loaded.example_inputs
     part = None if exported is None else exported.manifest.get("part")
-    if part is not None:
-        model, inputs = part_of(model, part), None
+    if exported is not None and part is not None:
+        model, inputs = part_of(model, part, exported.manifest.get("image_grid_thw")), None
     form = _form(exported, inputs)
     side = candidate_of(thing, options, form)
     hint = ""

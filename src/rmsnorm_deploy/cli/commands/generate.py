@@ -10,6 +10,7 @@ import typer
 from rmsnorm_deploy.cli import options
 from rmsnorm_deploy.cli.screen import Screen
 from rmsnorm_deploy.models.errors import UsageError
+from rmsnorm_deploy.runtime.inputs.arrays import read_arrays
 
 if TYPE_CHECKING:
     from rmsnorm_deploy.runtime.generate import Generation
@@ -26,6 +27,10 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Maximum number of new tokens.")
     ] = 32,
+    inputs: Annotated[
+        str | None,
+        typer.Option("--inputs", metavar="FILE", help="The images of the prompt: pixel_values, .npz or .safetensors."),
+    ] = None,
     provider: options.Provider = "cpu",
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
@@ -33,10 +38,11 @@ def generate(
     """Continue a prompt with an exported decoder."""
     screen = Screen(as_json, quiet)
     wanted = _prompt(prompt, prompt_ids)
+    images = read_arrays(inputs) if inputs is not None else None
     with screen.working(f"generating with {path}"):
         from rmsnorm_deploy.runtime.generate import generate as generate_tokens
 
-        result = generate_tokens(path, wanted, max_new_tokens=max_new_tokens, provider=provider)
+        result = generate_tokens(path, wanted, max_new_tokens=max_new_tokens, provider=provider, images=images)
     screen.result(_payload(result), lambda: _print(screen, result), is_answer=True)
 
 

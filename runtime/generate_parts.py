@@ -1,0 +1,208 @@
+"""Greedy generation with the parts of a model: an encoder and a decoder, or a vision encoder and a decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..export.graph.cache_names import is_past
+from ..export.graph.metadata import PAST, PRESENT
+from ..export.onnx_io.manifest import read_manifest
+from ..models.calling.parts import DECODER, EMBEDDING, ENCODER, VISION
+from ..models.errors import UnsupportedError, UsageError
+from ..models.regular_files import read_json
+from .inputs.exported import open_exported
+from .inputs.synthetic import make_feeds, present_to_past
+from .runners.base import Array, OnnxSession
+from .runners.open import open_runner
+
+_ENCODER_PARTS, _VISION_PARTS = {ENCODER, DECODER}, {VISION, EMBEDDING, DECODER}
+_PIXELS = "pixel_values"
+
+
+def with_parts(
+    folder: Path,
+    parts: Mapping[str, Path],
+    prompt: list[int],
+    images: Mapping[str, Array],
+    count: int,
+    ends: set[int],
+    provider: str,
+) -> list[int]:
+    """The new tokens after a prompt.
+
+    Args:
+        folder: the exported folder.
+        parts: its models, by name.
+        prompt: token ids; of the encoder, where there is one.
+        images: inputs of the vision encoder, of all images in order; empty for a prompt without images.
+        count: the most new tokens.
+        ends: token ids after which to stop.
+        provider: ONNX Runtime's execution provider.
+
+    Raises:
+        UsageError: the images do not fit the model or the prompt, or config.json lacks a field.
+        UnsupportedError: the folder has other parts.
+    """
+    if set(parts) not in (_ENCODER_PARTS, _VISION_PARTS):
+        raise UnsupportedError(f"{folder}: expected an encoder and a decoder, got the models {', '.join(parts)}.")
+    with ExitStack() as stack:
+        runners = {
+            name: stack.enter_context(open_runner(open_exported(part).model, provider)) for name, part in parts.items()
+        }
+        if set(parts) == _ENCODER_PARTS:
+            if images:
+                raise UsageError(f"{folder}: expected a prompt only, got {', '.join(images)} too: it reads no images.")
+            return _from_encoder(runners, _start_token(folder), prompt, count, ends)
+        return _from_images(runners, read_manifest(folder), prompt, images, count, ends)
+
+
+def _from_encoder(
+    runners: Mapping[str, OnnxSession], start: int, prompt: list[int], count: int, ends: set[int]
+) -> list[int]:
+    ids = np.array([prompt], np.int64)
+    encoded = runners[ENCODER].run({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    fixed: dict[str, Array] = {PAST + n.removeprefix(PRESENT): v for n, v in encoded.items() if n.startswith(PRESENT)}
+    fixed |= {"attention_mask": np.ones_like(ids), "encoder_hidden_states": encoded["last_hidden_state"]}
+    decoder, tokens = runners[DECODER], [start]
+    past = _empty_cache(decoder)
+    while len(tokens) <= count and (len(tokens) == 1 or tokens[-1] not in ends):
+        outputs = _run(decoder, {**fixed, **past, "decoder_input_ids": np.array([tokens[-1:]], np.int64)})
+        tokens.append(_next_token(outputs))
+        past = present_to_past(outputs)
+    return tokens[1:]
+
+
+def _from_images(
+    runners: Mapping[str, OnnxSession],
+    manifest: Mapping[str, Any],
+    prompt: list[int],
+    images: Mapping[str, Array],
+    count: int,
+    ends: set[int],
+) -> list[int]:
+    features = _features(runners[VISION], images, prompt, manifest)
+    decoder, new = runners[DECODER], list[int]()
+    past = _empty_cache(decoder)
+    positions = _Positions(decoder, prompt, manifest)
+    pending, length = list(prompt), len(prompt)
+    while True:
+        ids = np.array([pending], np.int64)
+        embedded = runners[EMBEDDING].run({"input_ids": ids, "image_features": features})["inputs_embeds"]
+        given = {"inputs_embeds": embedded, "attention_mask": np.ones((1, length), np.int64)}
+        outputs = _run(decoder, {**given, **past, "position_ids": positions.last(len(pending), length)})
+        new.append(_next_token(outputs))
+        if len(new) == count or new[-1] in ends:
+            return new
+        past, pending, length = present_to_past(outputs), new[-1:], length + 1
+
+
+def _features(
+    runner: OnnxSession, images: Mapping[str, Array], prompt: Sequence[int], manifest: Mapping[str, Any]
+) -> Array:
+    """The features of all images, one row for each image token of the prompt; one row of zeros without images."""
+    (info,) = [info for info in runner.inputs() if info.name == _PIXELS]
+    (result,) = runner.outputs()
+    wanted = sum(token == manifest.get("image_token_id") for token in prompt)
+    if not images:
+        if wanted:
+            raise UsageError(f"the prompt has {wanted} image tokens, and there are no images; give them (--inputs).")
+        width = (result.shape or (0,))[-1]
+        return np.zeros((1, int(width or 0)), np.float32)
+    rows, pixels = (info.shape or (1,))[0], images.get(_PIXELS)
+    if pixels is None or not isinstance(rows, int) or pixels.shape[0] % rows or pixels.shape[1:] != info.shape[1:]:  # type: ignore[index]
+        got = "none" if pixels is None else "x".join(map(str, pixels.shape))
+        raise UsageError(
+            f"{_PIXELS}: expected images of shape {'x'.join(map(str, info.shape or ()))}, as the model was exported "
+            f"for this size, got {got}."
+        )
+    others = {i.name: images[i.name] for i in runner.inputs() if i.name != _PIXELS and i.name in images}
+    number = pixels.shape[0] // rows
+    found = [
+        runner.run({_PIXELS: pixels[n * rows : (n + 1) * rows], **{k: v[n : n + 1] for k, v in others.items()}})
+        for n in range(number)
+    ]
+    features = np.concatenate([outputs["image_features"] for outputs in found])
+    if len(features) != wanted:
+        raise UsageError(f"the prompt: expected {len(features)} image tokens for {number} images, got {wanted}.")
+    return features
+
+
+class _Positions:
+    """The positions of the tokens, in the form that a decoder reads them.
+
+    A decoder whose positions have rank 3 reads time, height and width of the patches of an image, in three or, after
+    the position in the text, four rows (Qwen2-VL, https://arxiv.org/abs/2409.12191).
+    """
+
+    def __init__(self, runner: OnnxSession, prompt: Sequence[int], manifest: Mapping[str, Any]) -> None:
+        shape = next((info.shape for info in runner.inputs() if info.name == "position_ids"), None) or ()
+        self._rows = shape[0] if len(shape) == 3 and isinstance(shape[0], int) else 0
+        grid = (manifest.get("image_grid_thw") or [[1, 1, 1]])[0]
+        merge = manifest.get("image_merge_size") or 1
+        self._known = _image_positions(prompt, manifest.get("image_token_id"), grid, merge)
+
+    def last(self, count: int, length: int) -> Array:
+        """The positions of the last tokens of a text of this length."""
+        text = np.arange(length - count, length, dtype=np.int64)[None]
+        if not self._rows:
+            return text
+        missing = length - self._known.shape[1]
+        if missing > 0:
+            following = self._known.max() + 1 + np.arange(missing)
+            self._known = np.concatenate([self._known, np.broadcast_to(following, (3, missing))], axis=1)
+        axes = self._known[:, None, length - count : length]
+        return np.concatenate([text[None], axes]) if self._rows == 4 else axes
+
+
+def _image_positions(prompt: Sequence[int], token: int | None, grid: Sequence[int], merge: int) -> Array:
+    """Time, height and width of each token of a prompt, `[3, length]`: equal for text, and those of an image's patches.
+
+    Args:
+        prompt: token ids; each image is a block of its image tokens.
+        token: the image token.
+        grid: numbers of patches in time, height and width of an image.
+        merge: how many patches in height and in width are one token.
+    """
+    frames, height, width = grid[0], grid[1] // merge, grid[2] // merge
+    block = np.stack(np.unravel_index(np.arange(frames * height * width), (frames, height, width)))
+    columns: list[Array] = []
+    start = place = 0
+    while place < len(prompt):
+        if prompt[place] == token:
+            columns.append(start + block)
+            place += block.shape[1]
+            start = int(columns[-1].max()) + 1
+        else:
+            columns.append(np.full((3, 1), start))
+            start, place = start + 1, place + 1
+    return np.concatenate(columns, axis=1)[:, : len(prompt)].astype(np.int64)
+
+
+def _run(runner: OnnxSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    names = {info.name for info in runner.inputs()}
+    return runner.run({name: value for name, value in feeds.items() if name in names})
+
+
+def _empty_cache(runner: OnnxSession) -> dict[str, Array]:
+    return make_feeds([info for info in runner.inputs() if is_past(info.name)], 1, 1, 0, None)
+
+
+def _next_token(outputs: Mapping[str, Array]) -> int:
+    return int(outputs["logits"][0, -1].astype(np.float32).argmax())
+
+
+def _start_token(folder: Path) -> int:
+    """The decoder's first token."""
+    found = None
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            content = read_json(folder / name, "Export the model again.")
+            found = content.get("decoder_start_token_id", found) if isinstance(content, dict) else found
+    if not isinstance(found, int):
+        raise UsageError(f"{folder / 'config.json'}: decoder_start_token_id: expected a token id, got {found!r}.")
+    return found
