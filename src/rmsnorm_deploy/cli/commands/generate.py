@@ -38,7 +38,7 @@ def generate(
     """Continue a prompt with an exported decoder."""
     screen = Screen(as_json, quiet)
     wanted = _prompt(prompt, prompt_ids)
-    images = read_arrays(inputs) if inputs is not None else None
+    images = read_arrays(Path(inputs)) if inputs is not None else None
     with screen.working(f"generating with {path}"):
         from rmsnorm_deploy.runtime.generate import generate as generate_tokens
 
