@@ -52,7 +52,7 @@ def capture_module(model: nn.Module, inputs: dict[str, Any], opset: int, dynamic
         raise UnsupportedError(f"torch.onnx.export returned nothing for {type(model).__name__}.")
     exported = program.exported_program
     if exported is not None:
-        _name(program.model.graph.outputs, _output_names(model, flat.outputs))
+        _name(program.model.graph.outputs, _distinct(_output_names(model, flat.outputs), tensors))
         _name(program.model.graph.inputs, list(tensors))
     captured = Capture(program.model, notes=notes, fixed_dims=_fixed_dims(exported))
     if isinstance(exported, torch.export.ExportedProgram):
@@ -161,6 +161,11 @@ def _output_names(model: nn.Module, found: list[str]) -> list[str]:
     """The module's `output_names` where it has them for each output, else the names in its result."""
     declared = getattr(model, "output_names", None)
     return list(declared) if declared is not None and len(declared) == len(found) else found
+
+
+def _distinct(outputs: list[str], inputs: Mapping[str, Any]) -> list[str]:
+    """The names of the outputs; one that is an input's too gets a suffix, because a graph has each name once."""
+    return [f"{name}_output" if name in inputs else name for name in outputs]
 
 
 def _fixed_dims(program: torch.export.ExportedProgram | None) -> dict[str, str]:

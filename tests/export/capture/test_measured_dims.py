@@ -100,3 +100,12 @@ def test_the_first_error_is_explained_where_no_dims_help() -> None:
 
     with pytest.raises(UnsupportedError, match="decides by the values of tensors"):
         capture(Loop(), {"x": torch.zeros(2, 5), "mask": torch.ones(2, 5, dtype=torch.int64)})
+
+
+def test_an_output_that_has_the_name_of_an_input_gets_another() -> None:
+    class Same(nn.Module):
+        def forward(self, sample: Tensor) -> dict[str, Tensor]:
+            return {"sample": sample * 2}
+
+    graph = capture(Same(), {"sample": torch.zeros(2, 3)}).model.graph
+    assert [value.name for value in (*graph.inputs, *graph.outputs)] == ["sample", "sample_output"]
