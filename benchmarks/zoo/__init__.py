@@ -2,7 +2,8 @@
 
 - `entries`: what an entry is, small models from transformers' configs, and the norms that are there
 - `decoders`, `hybrids`, `encoder_decoders`, `multimodal`, `encoders`: architectures
-- `states`: states of a model, wrappers, and models of libraries that may not be installed
+- `states`: states of a model, and wrappers
+- `libraries`: models of diffusers, timm, x-transformers and litgpt
 - `catalog`: all entries
 - `tokens`: greedy tokens of PyTorch and of an exported file
 - `rows`: the steps of one entry

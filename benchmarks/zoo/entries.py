@@ -35,13 +35,15 @@ _PARTS: Options = {
     "num_position_embeddings": 16, "num_channels": 3, "d_model": 32, "encoder_layers": 2, "encoder_ffn_dim": 48,
     "encoder_attention_heads": 4, "num_mel_bins": 16, "max_source_positions": 20,
 }  # fmt: skip
-# RMS norms by the rule: the name of the class contains RMSNorm, or it is one of these.
+# RMS norms by the rule: the name of the class contains RMSNorm or RmsNorm, or it is one of these.
 _OTHER_NAMES = {
     "Llama4TextL2Norm", "LongT5LayerNorm", "MT5LayerNorm", "Pix2StructLayerNorm", "Pop2PianoLayerNorm",
     "SwitchTransformersLayerNorm", "T5LayerNorm", "UMT5LayerNorm", "UdopLayerNorm",
 }  # fmt: skip
-# No norms in spite of their names: the first gates the output of a norm inside it, the second returns 1 / RMS.
-_MISNAMED = {"AXK2GatedRMSNorm", "HYV4UnweightedRMSNorm"}
+# No norms in spite of their names: the second returns 1 / RMS, the others scale or gate the output of a norm inside.
+_MISNAMED = {
+    "AXK2GatedRMSNorm", "HYV4UnweightedRMSNorm", "LuminaRMSNormZero", "MochiModulatedRMSNorm", "MochiRMSNormZero",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ def norms_there(entry: Entry, model: nn.Module) -> int:
     if entry.norms is not None:
         return entry.norms
     names = [type(module).__name__ for module in model.modules()]
-    return sum(("RMSNorm" in name and name not in _MISNAMED) or name in _OTHER_NAMES for name in names)
+    return sum(("rmsnorm" in name.lower() and name not in _MISNAMED) or name in _OTHER_NAMES for name in names)
 
 
 def padded_prompt() -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch import nn
 from rmsnorm_deploy import export_model, find_norms, validate
 from rmsnorm_deploy.export.capture.example_inputs import example_inputs
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, UnsupportedError, UsageError
+from rmsnorm_deploy.runtime.inputs.cases import factory_arrays
 
 from .catalog import ENTRIES
 from .entries import Entry, norms_there, padded_prompt
@@ -114,7 +115,8 @@ class _Row:
         folder = self._folder / "plain"
         if not folder.is_dir():
             return "none", "not exported"
-        report = validate(folder, self._model, cases=None if self._entry.inputs is None else [_arrays(self._inputs())])
+        given = self._inputs()
+        report = validate(folder, self._model, cases=None if given is None else [factory_arrays(given)])
         problems = [*map(str, report.culprits), *report.notes]
         return "ok" if report.verdict == "pass" else "wrong", f"{report.verdict} {'; '.join(problems)}"
 
@@ -148,7 +150,3 @@ class _Row:
 
 def _generates(model: nn.Module) -> bool:
     return bool(getattr(model, "can_generate", lambda: False)())
-
-
-def _arrays(inputs: dict[str, Any] | None) -> dict[str, Any]:
-    return {name: value for name, value in (inputs or {}).items() if isinstance(value, torch.Tensor)}

@@ -1,4 +1,4 @@
-"""States of one model (dtypes, ties, positions, wrappers), and models of libraries that may not be installed."""
+"""States of one model: dtypes, ties, positions, and wrappers, some of libraries that may not be installed."""
 
 from __future__ import annotations
 
@@ -125,58 +125,10 @@ def _accelerate() -> nn.Module:
     return accelerate.cpu_offload(small_model(_LLAMA, {}), torch.device("cpu")).eval()
 
 
-def _timm(name: str) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        import timm
-
-        torch.manual_seed(0)
-        return drawn(timm.create_model(name, pretrained=False, img_size=32, embed_dim=32, depth=2, num_heads=4))
-
-    return make
-
-
-def _diffusers(name: str, **options: Any) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        import diffusers
-
-        torch.manual_seed(0)
-        return drawn(getattr(diffusers, name)(**options))
-
-    return make
-
-
-def _images(_: nn.Module) -> dict[str, Any]:
-    return {"x": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))}
-
-
-def _latents(channels: int, width: int) -> Callable[[nn.Module], dict[str, Any]]:
-    def make(_: nn.Module) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(3)
-        return {
-            "hidden_states": torch.randn(2, channels, 8, 8, generator=generator),
-            "encoder_hidden_states": torch.randn(2, 6, width, generator=generator),
-            "timestep": torch.tensor([3, 500]), "return_dict": False,
-        }  # fmt: skip
-
-    return make
-
-
-_HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
 _OTHER_LIBRARIES: tuple[tuple[str, Kind, str, Callable[[], nn.Module], Any], ...] = (
     ("peft_lora_unmerged", "state", "peft", _peft(merged=False), None),
     ("peft_lora_merged", "state", "peft", _peft(merged=True), None),
     ("accelerate_offloaded", "state", "accelerate", _accelerate, None),
-    ("timm_vit_rms", "encoder", "timm", _timm("vit_base_patch16_rope_reg1_gap_256"), _images),
-    ("timm_eva_rms", "encoder", "timm", _timm("vit_little_patch16_reg4_gap_256"), _images),
-    ("sd3_transformer", "diffusion", "diffusers",
-     _diffusers("SD3Transformer2DModel", sample_size=8, in_channels=4, qk_norm="rms_norm", caption_projection_dim=32,
-                joint_attention_dim=16, pooled_projection_dim=16, **_HEADS), _latents(4, 16)),
-    ("pixart_transformer", "diffusion", "diffusers",
-     _diffusers("PixArtTransformer2DModel", sample_size=8, in_channels=4, caption_channels=16, cross_attention_dim=32,
-                **_HEADS), _latents(4, 16)),
-    ("sana_transformer", "diffusion", "diffusers",
-     _diffusers("SanaTransformer2DModel", sample_size=8, in_channels=4, caption_channels=16, cross_attention_dim=32,
-                num_cross_attention_heads=2, cross_attention_head_dim=16, **_HEADS), _latents(4, 16)),
 )  # fmt: skip
 
 STATES: tuple[Entry, ...] = (

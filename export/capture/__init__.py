@@ -5,6 +5,7 @@ captured: Capture, what that returns.
 causes: explained, why the exporter failed; CAUSES, the table of causes with advice.
 transformers_model, torch_module: the two ways to capture, for a model of transformers and for any other module.
 part_graphs: part_sample, vision_sample and keep_part, the parts of a model as graphs of their own.
+measured_dims: measured_dims, which dims of a model's inputs vary, and which only together.
 recurrences: traceable_recurrences, the recurrences of hybrid models as one scan.
 dims: name_dims, the names of dynamic dims.
 swap: swapped, which replaces the forward of every norm while a model is captured.

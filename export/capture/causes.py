@@ -77,7 +77,7 @@ CAUSES: Final = (
     ),
     _cause(
         "data-dependent", r"GuardOnDataDependentSymNode|data-dependent|Could not extract specialized integer|"
-        r"Dynamic control flow|UserError.*torch\.cond",
+        r"Dynamic control flow|UserError.*torch\.cond|unhashable type: non-nested SymInt|\.numpy\(\) is not supported",
         "The model decides by the values of tensors (an if, a loop or a shape), which a graph cannot follow. Use "
         "torch.where or torch.cond there, or fix the value before exporting.",
     ),

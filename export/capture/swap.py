@@ -75,7 +75,7 @@ def _swap(module: nn.Module, site: Site, report: SwapReport, check: bool) -> Non
         result = eager(call.spec, call.x, call.weight, call.bias, call.gate)
         if check and site.path not in report.differing:
             with _unswapped(module):
-                reason = _checked_call(module, call, result, original)
+                reason, result = _checked_call(module, call, result, original)
                 if reason is None and call.spec not in varied:
                     reason = _checked_variations(module, site, call)
             varied.add(call.spec)
@@ -99,14 +99,19 @@ def _unswapped(module: nn.Module) -> Iterator[None]:
         object.__setattr__(module, "forward", forward)
 
 
-def _checked_call(module: nn.Module, call: NormCall, result: Tensor, original: Callable[[], Tensor]) -> str | None:
-    """What the original forward does otherwise than its spec in this call, or None; it runs, and is then undone."""
+def _checked_call(
+    module: nn.Module, call: NormCall, result: Tensor, original: Callable[[], Tensor]
+) -> tuple[str | None, Tensor]:
+    """What the original forward does otherwise than its spec in this call, or None; it runs, and is then undone.
+
+    The tensor is the result with the strides that the forward gives it: later operators may round by these.
+    """
     inputs = [t for t in (call.x, call.gate) if t is not None]
     before = [t.detach().clone() for t in inputs]
     try:
         state = Snapshot(module)
     except UnwatchableError as error:
-        return str(error)
+        return str(error), result
     wanted = original()
     changed = [index for index, t in enumerate(inputs) if changed_in_place(before[index], t)]
     with torch.no_grad():
@@ -115,13 +120,13 @@ def _checked_call(module: nn.Module, call: NormCall, result: Tensor, original: C
     name = state.changed()
     state.restore()
     if changed:
-        return "it changes its input in place"
+        return "it changes its input in place", result
     if name is not None:
-        return f"its forward changes the state of the module ({name})"
+        return f"its forward changes the state of the module ({name})", result
     if _same(result, wanted):
-        return None
+        return None, torch.empty_like(wanted).copy_(result)
     weight = f", weight {call.weight.dtype}" if call.weight is not None else ""
-    return f"as this model calls it (x {tuple(call.x.shape)} {call.x.dtype}{weight}), it differs from its spec"
+    return f"as this model calls it (x {tuple(call.x.shape)} {call.x.dtype}{weight}), it differs from its spec", result
 
 
 def _checked_variations(module: nn.Module, site: Site, call: NormCall) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ...models.calling.calls import CallForm, call_form, named_tensors, split_arguments
 from ...models.errors import UnsupportedError, UsageError
 from .captured import Capture
+from .measured_dims import MeasuredDims, fixed_note, measured_dims
 
 # What a module keeps for its own hooks.
 _HOOKS = (
@@ -24,6 +26,8 @@ _HOOKS = (
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
+# What errors say that may come from a dim of another size than the example's.
+_ABOUT_SIZES = re.compile(r"\bsizes?\b|\bshapes?\b|\bdim|\bs\d+\b|constraint", re.IGNORECASE)
 
 
 def capture_module(model: nn.Module, inputs: dict[str, Any], opset: int, dynamic: bool | Mapping[str, Any]) -> Capture:
@@ -34,20 +38,47 @@ def capture_module(model: nn.Module, inputs: dict[str, Any], opset: int, dynamic
     if dynamic:
         chosen = flat_dims(form, inputs, dynamic) if isinstance(dynamic, Mapping) else dict.fromkeys(tensors, True)
         shapes = {name: _auto_dims(tensors[name]) if dims is True else dims for name, dims in chosen.items()}
-    with torch.no_grad(), flat.in_place_of_the_forward(tensors):
-        program = torch.onnx.export(
-            model, (), kwargs=tensors, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
-        )
+    notes: list[str] = []
+    try:
+        program = _exported(model, flat, tensors, opset, shapes)
+    except Exception as error:
+        if dynamic is not True or not _ABOUT_SIZES.search(str(error)):
+            raise
+        found = _with_measured_dims(model, flat, tensors, opset, shapes)
+        if found is None:
+            raise
+        program, notes = found
     if program is None:
         raise UnsupportedError(f"torch.onnx.export returned nothing for {type(model).__name__}.")
     exported = program.exported_program
     if exported is not None:
-        _name(program.model.graph.outputs, _output_names(model, flat.outputs))
+        _name(program.model.graph.outputs, _distinct(_output_names(model, flat.outputs), tensors))
         _name(program.model.graph.inputs, list(tensors))
-    captured = Capture(program.model, fixed_dims=_fixed_dims(exported))
+    captured = Capture(program.model, notes=notes, fixed_dims=_fixed_dims(exported))
     if isinstance(exported, torch.export.ExportedProgram):
         captured.program = (flat, exported)
     return captured
+
+
+def _exported(model: nn.Module, flat: _FlatModel, tensors: dict[str, Any], opset: int, shapes: Any) -> Any:
+    with torch.no_grad(), flat.in_place_of_the_forward(tensors):
+        return torch.onnx.export(
+            model, (), kwargs=tensors, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
+        )
+
+
+def _with_measured_dims(
+    model: nn.Module, flat: _FlatModel, tensors: dict[str, Any], opset: int, shapes: Any
+) -> tuple[Any, list[str]] | None:
+    """The program with the dims that the model itself allows, and a note on those it does not; None without one."""
+    for dims in measured_dims(flat, tensors).attempts():
+        flat.dims = dims
+        try:
+            program = _exported(model, flat, tensors, opset, dims.dynamic_shapes(shapes))
+        except Exception:  # the first error is the one to explain
+            continue
+        return program, [fixed_note(tensors, dims.fixed)] if dims.fixed else []
+    return None
 
 
 class _FlatModel:
@@ -61,8 +92,10 @@ class _FlatModel:
     def __init__(self, model: nn.Module, form: CallForm) -> None:
         self._model, self._form = model, form
         self.outputs: list[str] = []
+        self.dims = MeasuredDims()
 
     def __call__(self, **tensors: Any) -> tuple[torch.Tensor, ...]:
+        self.dims.check(tensors)
         positional, keyword = split_arguments(self._model.forward, self._form.nested(tensors))
         found = named_tensors(self._model(*positional, **keyword), type(self._model).__name__)
         if not found:
@@ -128,6 +161,11 @@ def _output_names(model: nn.Module, found: list[str]) -> list[str]:
     """The module's `output_names` where it has them for each output, else the names in its result."""
     declared = getattr(model, "output_names", None)
     return list(declared) if declared is not None and len(declared) == len(found) else found
+
+
+def _distinct(outputs: list[str], inputs: Mapping[str, Any]) -> list[str]:
+    """The names of the outputs; one that is an input's too gets a suffix, because a graph has each name once."""
+    return [f"{name}_output" if name in inputs else name for name in outputs]
 
 
 def _fixed_dims(program: torch.export.ExportedProgram | None) -> dict[str, str]:

@@ -94,7 +94,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.exists():
-        raise UsageError(f"{folder} has no {MANIFEST}, so it is not an exported folder. Make one with: rmsnorm export")
+        inside = sorted(str(found.parent) for found in folder.glob(f"*/{MANIFEST}"))
+        remedy = f"Name one of those inside: {', '.join(inside)}" if inside else "Make one with: rmsnorm export"
+        raise UsageError(f"{folder} has no {MANIFEST}, so it is not an exported folder. {remedy}")
     manifest = read_json(path, "Export again.")
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__

@@ -43,6 +43,8 @@ TEXTS = [
      "supported or pytree-flattenable."), "Give tensors, or tuples and dicts of tensors."),
     ("data-dependent", Plain(), RuntimeError("Could not guard on data-dependent expression Eq(u0, 1)"),
      "torch.where or torch.cond"),
+    ("data-dependent", Plain(), TypeError("unhashable type: non-nested SymInt"), "torch.where or torch.cond"),
+    ("data-dependent", Plain(), RuntimeError(".numpy() is not supported for tensor subclasses."), "by the values"),
     ("fixed size", Plain(), ValueError("Constraints violated (batch)! For more information"), "--static"),
     ("fixed size", Plain(), ValueError("You marked L['x'].size()[0] as dynamic but your code specialized it"),
      "--inputs"),

@@ -124,6 +124,17 @@ def test_while_swapped_the_spec_computes_and_the_module_does_not() -> None:
         assert CALLS[:1] == ([(2, 5, 64)] if check else [])
 
 
+def test_while_checked_a_result_has_the_strides_of_the_module() -> None:
+    norm = nn.RMSNorm(16, eps=1e-6)
+    x = torch.randn(2, 16, 5).transpose(1, 2)
+    wanted = norm(x)
+    with swapped(norm, find_norms(norm).sites, check=True) as report:
+        got = norm(x)
+    assert (wanted.stride(), got.stride(), x.stride()) == ((80, 16, 1), (80, 16, 1), (80, 1, 5))
+    assert torch.equal(got, wanted)
+    assert report.differing == {}
+
+
 def test_an_empty_list_of_sites_changes_nothing() -> None:
     model = build()
     with swapped(model, []) as report:

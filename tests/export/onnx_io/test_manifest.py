@@ -188,6 +188,17 @@ def test_each_entry_and_each_item_of_a_list_has_a_line(tmp_path: Path) -> None:
     assert (lines[0], lines[-1]) == ("{", "}")
 
 
+def test_a_folder_of_exported_folders_names_them(tmp_path: Path) -> None:
+    for name in ("standard", "ort"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UsageError) as error:
+        read_manifest(tmp_path)
+    assert str(error.value).endswith(
+        f"not an exported folder. Name one of those inside: {tmp_path / 'ort'}, {tmp_path / 'standard'}"
+    )
+
+
 def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has no manifest\.json.*rmsnorm export"):
         read_manifest(tmp_path)

@@ -53,7 +53,7 @@ class ReadsThemTwice(nn.Module):
 
 def test_a_model_that_is_more_than_its_parts_is_refused() -> None:
     with pytest.raises(
-        UnsupportedError, match="ReadsThemTwice cannot be split .* uses the images in another place too"
+        UnsupportedError, match=r"ReadsThemTwice cannot be split .* uses the images in another place too"
     ):
         check_parts(ReadsThemTwice(), llava_inputs())
 
