@@ -31,6 +31,20 @@ def statistics_dtype(spec: NormSpec, dtype: torch.dtype) -> torch.dtype:
             assert_never(spec.statistics)
 
 
+def result_dtype(
+    spec: NormSpec, x: torch.dtype, weight: Tensor | None = None, bias: Tensor | None = None
+) -> torch.dtype:
+    """The dtype of what `eager` returns for an x of this dtype with this weight and bias; a gate does not change it."""
+    if not spec.follows_weight:
+        return x
+    stats, result = statistics_dtype(spec, x), x
+    for factor in (None if weight is None else _scale(spec, weight.detach()[..., :0], stats), bias):
+        # A tensor without dims does not make the result wider.
+        if factor is not None and factor.ndim:
+            result = torch.promote_types(result, factor.dtype)
+    return result
+
+
 def eager(
     spec: NormSpec, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, gate: Tensor | None = None
 ) -> Tensor:
@@ -106,7 +120,7 @@ def _normalize(spec: NormSpec, h: Tensor, dtype: torch.dtype) -> Tensor:
         case "cast_then_scale":
             return (normed if factor is None else normed * factor).to(dtype)
         case "cast_factor":
-            return normed if factor is None else normed.to(dtype) * factor.to(dtype)
+            return normed.to(dtype) if factor is None else normed.to(dtype) * factor.to(dtype)
         case _:
             assert_never(spec.order)
 
