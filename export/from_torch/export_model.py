@@ -238,7 +238,7 @@ def prepare(
     finally:
         for name, module in model.named_modules():
             module.training = training[name]
-    details = {**call_form(feeds).to_json(), **_mixed(model)}
+    details = {**call_form(feeds).to_json(), "elements": saved_elements(model)}
     return PreparedModel(captured, recognition, dtype, details)
 
 
@@ -381,12 +381,6 @@ def _tensors(output: Any) -> list[Tensor]:
         elif is_dataclass(leaf):
             tensors += named_tensors(leaf, type(leaf).__name__).values()
     return tensors
-
-
-def _mixed(model: nn.Module) -> dict[str, Any]:
-    """What a manifest says of the dtypes of a model that mixes several."""
-    elements = saved_elements(model)
-    return {"elements": elements} if len(elements) > 1 else {}
 
 
 def _silent(_: str) -> None:
