@@ -37,11 +37,12 @@ def result_dtype(
     """The dtype of what `eager` returns for an x of this dtype with this weight and bias; a gate does not change it."""
     if not spec.follows_weight:
         return x
-    stats, result = statistics_dtype(spec, x), x
-    for factor in (None if weight is None else _scale(spec, weight.detach()[..., :0], stats), bias):
+    widens = spec.has_weight and spec.scale_offset != 0.0 and spec.offset_in_float32
+    result = x
+    for tensor, dtype in ((weight, statistics_dtype(spec, x) if widens else None), (bias, None)):
         # A tensor without dims does not make the result wider.
-        if factor is not None and factor.ndim:
-            result = torch.promote_types(result, factor.dtype)
+        if tensor is not None and tensor.ndim:
+            result = torch.promote_types(result, dtype or tensor.dtype)
     return result
 
 

@@ -185,7 +185,9 @@ def _emit_steps(builder: Builder, spec: NormSpec, inputs: NormInputs, target: st
 
 def _result_type(spec: NormSpec, dtype: ir.DataType, scale: ir.Value | None, bias: ir.Value | None) -> ir.DataType:
     """The dtype of the result: that of x, or of a wider scale or bias where no cast follows."""
-    factors = (scale, bias) if spec.follows_weight else ()
+    # Without an upcast, 1 + weight has x's dtype.
+    own = spec.sums_in_half and spec.offset_in_float32 and spec.scale_offset != 0.0
+    factors = (None if own else scale, bias) if spec.follows_weight else ()
     return functools.reduce(promote, (f.dtype for f in factors if f is not None and f.shape != ir.Shape([])), dtype)
 
 
