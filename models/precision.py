@@ -87,7 +87,7 @@ def _plan(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[Tensor, torch.
 
 
 def _transformers_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtypes, other than `dtype`, that transformers gives to tensors of the models of its classes inside `model`."""
+    """The dtypes, other than `dtype`, that transformers gives to tensors of its models inside of `model`."""
     import torch
 
     found: dict[str, torch.dtype] = {}

@@ -44,7 +44,8 @@ class SwapReport:
 def swapped(model: nn.Module, sites: list[Site], *, check: bool = False) -> Iterator[SwapReport]:
     """Replace the forward of every site while the context is open.
 
-    In PyTorch a swapped norm computes `eager(spec, ...)`, or with `check` its own forward once it differed; under `torch.export` it becomes one node of
+    In PyTorch a swapped norm computes `eager(spec, ...)`, or with `check` its own forward once it differed. Under
+    `torch.export` it becomes one node of
     `rmsnorm_deploy.capture`. Parameters, hooks and submodules are not changed.
 
     Args:

@@ -79,7 +79,8 @@ class ExportOptions:
 
     Attributes:
         dtype: `float32`, `float16`, `bfloat16` or `float64`, or another name of one, such as `fp16`; another dtype
-            than the model's exports a converted copy, in which the parts that the model keeps in float32 stay in float32.
+            than the model's exports a converted copy, in which the parts that the model keeps in float32 stay in
+            float32.
         opset: opset import of the file, 18 to 23; None for the target's default (20; 23 for `standard`).
         dynamic: True makes every dim dynamic that the model does not fix; False makes all static; a mapping is passed
             to `torch.export` as `dynamic_shapes`.
