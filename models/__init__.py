@@ -5,6 +5,7 @@ reference: reference, the norm in float64 with NumPy.
 eager: eager, the norm in PyTorch, bit for bit what the module computes; statistics_dtype.
 errors: RmsnormDeployError and its kinds, each with an exit code.
 dtypes: Dtype and DTYPES, the names of each dtype in PyTorch, NumPy and ONNX.
+precision: model_dtype and convert, models that mix dtypes.
 loading: load_model, a model from a built-in, Python code, a local folder or the Hugging Face hub; LoadedModel.
 checkpoint_keys: check_keys, what a transformers checkpoint lacks; check_weight_files; allowing_missing.
 outliers: inject_outliers, outlier channels in a model's weights; apply_recorded.

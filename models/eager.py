@@ -31,6 +31,21 @@ def statistics_dtype(spec: NormSpec, dtype: torch.dtype) -> torch.dtype:
             assert_never(spec.statistics)
 
 
+def result_dtype(
+    spec: NormSpec, x: torch.dtype, weight: Tensor | None = None, bias: Tensor | None = None
+) -> torch.dtype:
+    """The dtype of what `eager` returns for an x of this dtype with this weight and bias; a gate does not change it."""
+    if not spec.follows_weight:
+        return x
+    widens = spec.has_weight and spec.scale_offset != 0.0 and spec.offset_in_float32
+    result = x
+    for tensor, dtype in ((weight, statistics_dtype(spec, x) if widens else None), (bias, None)):
+        # A tensor without dims does not make the result wider.
+        if tensor is not None and tensor.ndim:
+            result = torch.promote_types(result, dtype or tensor.dtype)
+    return result
+
+
 def eager(
     spec: NormSpec, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, gate: Tensor | None = None
 ) -> Tensor:
@@ -106,7 +121,7 @@ def _normalize(spec: NormSpec, h: Tensor, dtype: torch.dtype) -> Tensor:
         case "cast_then_scale":
             return (normed if factor is None else normed * factor).to(dtype)
         case "cast_factor":
-            return normed if factor is None else normed.to(dtype) * factor.to(dtype)
+            return normed.to(dtype) if factor is None else normed.to(dtype) * factor.to(dtype)
         case _:
             assert_never(spec.order)
 

@@ -20,6 +20,7 @@ from .checkpoint_keys import check_keys, check_weight_files
 from .companions import weight_files
 from .dtypes import NORM_DTYPES, torch_dtype
 from .errors import EnvironmentMissingError, UsageError
+from .precision import convert
 from .regular_files import read_json
 
 Kind = Literal["transformers", "decoder", "python"]
@@ -96,6 +97,7 @@ def load_model(
             positional arguments, or one tensor); a folder saved by this package or by `save_pretrained`; or a hub name
             such as `Qwen/Qwen3-0.6B`.
         dtype: `float32`, `float16`, `bfloat16` or `float64`; None keeps the checkpoint's dtype.
+            The parts that a model keeps in float32 stay in float32, see `convert`.
         trust_remote_code: run Python code that is part of a transformers checkpoint.
         allow_missing: names or patterns (`fnmatch`) of keys that a transformers checkpoint may lack, have besides, or
             have in another shape. Missing weights are random; the notes say which.
@@ -111,7 +113,7 @@ def load_model(
         raise UsageError(f"allow_missing: expected a list of names or patterns, got the text {allow_missing!r}.")
     loaded = _dispatch(source, dtype, trust_remote_code, allow_missing)
     if dtype is not None and loaded.kind != "transformers":
-        loaded.model = loaded.model.to(torch_dtype(dtype))
+        convert(loaded.model, torch_dtype(dtype))
         if loaded.example_inputs is not None:
             loaded.example_inputs = cast_floats(loaded.example_inputs, dtype)
     check_eval_mode(loaded.model, source)

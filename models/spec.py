@@ -181,6 +181,13 @@ class NormSpec:
     @property
     def follows_weight(self) -> bool:
         """Whether a weight wider than x makes the result wider, because no cast follows the multiplication by it."""
+        match self.gate:
+            case "after":
+                return False
+            case "none" | "before":
+                pass
+            case _:
+                assert_never(self.gate)
         match self.order:
             case "scale_then_cast":
                 return False

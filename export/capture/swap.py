@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ...models.eager import eager
+from ...models.eager import eager, result_dtype
 from ...models.recognition.conditions import call_conditions, changed_in_place, differs
 from ...models.recognition.intercept import NormCall, replace_forward
 from ...models.recognition.site import Recognition, Refusal, Site
@@ -44,7 +44,8 @@ class SwapReport:
 def swapped(model: nn.Module, sites: list[Site], *, check: bool = False) -> Iterator[SwapReport]:
     """Replace the forward of every site while the context is open.
 
-    In PyTorch a swapped norm computes `eager(spec, ...)`; under `torch.export` it becomes one node of
+    In PyTorch a swapped norm computes `eager(spec, ...)`, or with `check` its own forward once it differed. Under
+    `torch.export` it becomes one node of
     `rmsnorm_deploy.capture`. Parameters, hooks and submodules are not changed.
 
     Args:
@@ -72,8 +73,10 @@ def _swap(module: nn.Module, site: Site, report: SwapReport, check: bool) -> Non
     def compute(call: NormCall, original: Callable[[], Tensor]) -> Tensor:
         if torch.compiler.is_exporting():
             return _node(site, call)
+        if site.path in report.differing:
+            return _own_result(module, original)
         result = eager(call.spec, call.x, call.weight, call.bias, call.gate)
-        if check and site.path not in report.differing:
+        if check:
             with _unswapped(module):
                 reason, result = _checked_call(module, call, result, original)
                 if reason is None and call.spec not in varied:
@@ -81,6 +84,7 @@ def _swap(module: nn.Module, site: Site, report: SwapReport, check: bool) -> Non
             varied.add(call.spec)
             if reason is not None:
                 report.differing[site.path] = reason
+                return _own_result(module, original)
         return result
 
     def unknown(names: str) -> None:
@@ -97,6 +101,18 @@ def _unswapped(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         object.__setattr__(module, "forward", forward)
+
+
+def _own_result(module: nn.Module, original: Callable[[], Tensor]) -> Tensor:
+    """What the module itself returns, in its own dtype, which the modules after it may require; its state is kept."""
+    with _unswapped(module):
+        try:
+            state = Snapshot(module)
+        except UnwatchableError:
+            return original()
+        result = original()
+        state.restore()
+        return result
 
 
 def _checked_call(
@@ -160,14 +176,11 @@ def _node(site: Site, call: NormCall) -> Tensor:
     x, spec = call.x, call.spec
     for dim, size in zip(x.shape[-len(site.width) :] if site.width else (), site.width or (), strict=True):
         torch._check(dim == size)
-    dtype = x.dtype
-    if call.weight is not None and spec.follows_weight and call.gate is None:
-        dtype = torch.promote_types(x.dtype, call.weight.dtype)
     return torch.onnx.ops.symbolic(
         f"{CAPTURE_DOMAIN}::{CAPTURE_OP}",
         [x, call.weight, call.bias, call.gate],
         {"spec": spec.to_json(), "path": site.path, "width": "x".join(map(str, site.width or ()))},
-        dtype=dtype,
+        dtype=result_dtype(spec, x.dtype, call.weight, call.bias),
         shape=x.shape,
         version=1,
     )

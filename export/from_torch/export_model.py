@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
@@ -20,6 +19,7 @@ from ...models.companions import folder_of
 from ...models.dtypes import norm_dtype, torch_dtype, torch_name
 from ...models.errors import MismatchError, UnsupportedError, UsageError
 from ...models.loading import LoadedModel, as_loaded, cast_floats
+from ...models.precision import converted, model_dtype, saved_elements
 from ...models.recognition.find_norms import find_norms
 from ...models.recognition.site import Recognition
 from ..capture.capture import capture, detached
@@ -37,7 +37,8 @@ class ExportOptions:
 
     Attributes:
         dtype: `float32`, `float16`, `bfloat16` or `float64`, or another name of one, such as `fp16`; another dtype
-            than the model's exports a converted copy.
+            than the model's exports a converted copy, in which the parts that the model keeps in float32 stay in
+            float32.
         opset: opset import of the file, 18 to 23; None for the target's default (20; 23 for `standard`).
         dynamic: True makes every dim dynamic that the model does not fix; False makes all static; a mapping is passed
             to `torch.export` as `dynamic_shapes`.
@@ -171,11 +172,12 @@ def prepare(
     that one of `targets` does not support is refused before the capture.
     """
     options, progress = _changed(options, changes), progress or _silent
-    converted = options.dtype is not None and options.dtype != _dtype_of(model)
-    model = _in_dtype(model, options.dtype)
+    given = model
+    model = given if options.dtype is None else converted(given, torch_dtype(options.dtype))
+    dtype = options.dtype or torch_name(model_dtype(model) or torch.get_default_dtype())
     feeds = as_tensors(inputs) if inputs is not None else example_inputs(model)
-    if converted:
-        feeds = cast_floats(feeds, str(options.dtype))
+    if model is not given:
+        feeds = cast_floats(feeds, dtype)
     _refuse_scripted(model)
     others = sorted(set(feeds) - TEXT_INPUTS)
     if options.with_past and others and part is None:
@@ -187,7 +189,7 @@ def prepare(
     progress("finding the norms")
     recognition = find_norms(model)
     for target in targets:
-        _refuse_early(recognition, target, options.opset, _dtype_of(model))
+        _refuse_early(recognition, target, options.opset, dtype)
     training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
@@ -209,7 +211,8 @@ def prepare(
     finally:
         for name, module in model.named_modules():
             module.training = training[name]
-    prepared = PreparedModel(captured, recognition, _dtype_of(model), call_form(feeds).to_json())
+    details = {**call_form(feeds).to_json(), "elements": saved_elements(model)}
+    prepared = PreparedModel(captured, recognition, dtype, details)
     if part is not None and PIXELS in feeds:
         prepared.details.update(image_record(model, feeds))
     if note is not None:
@@ -300,17 +303,6 @@ def _tensors(output: Any) -> list[Tensor]:
         elif is_dataclass(leaf):
             tensors += named_tensors(leaf, type(leaf).__name__).values()
     return tensors
-
-
-def _in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:
-    if dtype is None or dtype == _dtype_of(model):
-        return model
-    return copy.deepcopy(model).to(torch_dtype(dtype))
-
-
-def _dtype_of(model: nn.Module) -> str:
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    return torch_name(dtype)
 
 
 def _silent(_: str) -> None:

@@ -72,7 +72,6 @@ def _site(node: ir.Node) -> GraphSite:
     if weight is not None and weight.producer() is not None:
         operands = None
     form: Form = "residual_add" if operands is not None else "plain"
-    node.outputs[0].type = None  # the dtype in the captured graph is a guess; the lowered nodes determine it
     return GraphSite(
         path, spec, form, x, weight, bias, gate, node.outputs[0], operands, (node,), node.name or "", None, x.dtype
     )

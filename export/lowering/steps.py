@@ -6,6 +6,7 @@ it, in the order of the module. Only the core differs between targets.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -158,27 +159,36 @@ def _emit_steps(builder: Builder, spec: NormSpec, inputs: NormInputs, target: st
     before, after = _gates(builder, spec, inputs.gate, stats)
     if before is not None:
         h = builder.binary("Mul", h, before, shape)
+    scale = _scale(builder, spec, inputs.weight, stats) if inputs.weight is not None else None
+    result = _result_type(spec, dtype, scale, inputs.bias)
+    # A result that is wider than x is x's dtype, times the wider scale or plus the wider bias.
+    casts_first = _CASTS_FIRST[spec.order] or result != dtype
     scales_in_core = (
-        inputs.weight is not None and spec.group_size is None and not _CASTS_FIRST[spec.order]
+        inputs.weight is not None and spec.group_size is None and not casts_first
         and spec.has_mean and promote(inputs.weight.dtype, stats) == stats
         and _spans(inputs.weight, x, spec.trailing_dims)
         and (spec.offset_in_float32 or spec.scale_offset == 0.0)
     )  # fmt: skip
-    scale = _scale(builder, spec, inputs.weight, stats) if inputs.weight is not None else None
     core_scale = builder.cast(scale, stats) if scale is not None and scales_in_core else None
     emitted = _grouped_core(builder, spec, h, core_scale, target, path, dtype)
     h = emitted.output
-    if _CASTS_FIRST[spec.order]:
+    if casts_first:
         h = builder.cast(h, dtype)
     if scale is not None and not scales_in_core:
         h = builder.binary("Mul", h, scale, shape)
     if inputs.bias is not None:
         h = builder.binary("Add", h, inputs.bias, shape)
     if after is not None:
-        h = builder.cast(builder.binary("Mul", h, after, shape), dtype)
-    elif not _CASTS_FIRST[spec.order]:
-        h = builder.cast(h, dtype)
-    return Emitted(h, None, emitted.core)
+        h = builder.binary("Mul", h, after, shape)
+    return Emitted(builder.cast(h, result), None, emitted.core)
+
+
+def _result_type(spec: NormSpec, dtype: ir.DataType, scale: ir.Value | None, bias: ir.Value | None) -> ir.DataType:
+    """The dtype of the result: that of x, or of a wider scale or bias where no cast follows."""
+    # Without an upcast, 1 + weight has x's dtype.
+    own = spec.sums_in_half and spec.offset_in_float32 and spec.scale_offset != 0.0
+    factors = (None if own else scale, bias) if spec.follows_weight else ()
+    return functools.reduce(promote, (f.dtype for f in factors if f is not None and f.shape != ir.Shape([])), dtype)
 
 
 def _gates(

@@ -78,6 +78,7 @@ class ManifestFields(_Fields):
     source: str | None = None
     target: Text | None = None
     dtype: Text | None = None
+    elements: dict[Text, int] = {}
     opset: int | None = None
     with_past: bool = False
     part: Text | None = None

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..dtypes import torch_name
+from ..precision import model_dtype
 from .caller import RefusedError, own_tensors
 from .probe import probe
 from .signature import NotANormError
@@ -45,11 +46,11 @@ def find_norms(model: nn.Module) -> Recognition:
     sites: list[Site] = []
     refusals: list[Refusal] = []
     inside: list[str] = []
-    model_dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    own_dtype = model_dtype(model) or torch.get_default_dtype()
     for path, module in model.named_modules():
         if any(p == "" or path.startswith(f"{p}.") for p in inside):
             continue
-        found = _decide(path, module, model_dtype)
+        found = _decide(path, module, own_dtype)
         if isinstance(found, Site):
             sites.append(found)
             inside.append(path)
@@ -64,7 +65,7 @@ def class_name(module: nn.Module) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _decide(path: str, module: nn.Module, model_dtype: torch.dtype) -> Site | Refusal | None:
+def _decide(path: str, module: nn.Module, own_dtype: torch.dtype) -> Site | Refusal | None:
     name = class_name(module)
     reason = _known_reason(module)
     if reason is not None:
@@ -74,7 +75,7 @@ def _decide(path: str, module: nn.Module, model_dtype: torch.dtype) -> Site | Re
     if obstacle is not None:
         return Refusal(path, name, obstacle) if named_norm and obstacle else None
     try:
-        probed = probe(module, model_dtype)
+        probed = probe(module, own_dtype)
     except RefusedError as error:
         return Refusal(path, name, str(error))
     except NotANormError as error:
@@ -87,7 +88,7 @@ def _decide(path: str, module: nn.Module, model_dtype: torch.dtype) -> Site | Re
     except Exception as error:  # the module's own code failed on a probe, so it is not recognized
         return Refusal(path, name, f"it failed when probed: {type(error).__name__}: {error}") if named_norm else None
     weight = getattr(module, probed.weight) if probed.weight else None
-    dtype = weight.dtype if weight is not None else model_dtype
+    dtype = weight.dtype if weight is not None else own_dtype
     return Site(path, name, probed.spec, probed.width, torch_name(dtype), probed.weight, probed.bias)
 
 

@@ -15,6 +15,7 @@ from ...models.calling.calls import CallForm, named_tensors, split_arguments
 from ...models.calling.rotary import reset_rotary
 from ...models.dtypes import torch_name
 from ...models.errors import EnvironmentMissingError, UnsupportedError, UsageError
+from ...models.precision import convert
 from ...models.tensors import to_numpy, to_torch
 from .base import ANY_DTYPE, Array, TensorInfo, check_feeds, describe_feeds, tokens_between
 
@@ -38,7 +39,8 @@ class TorchRunner:
             the order of its parameters. None: feeds are named as the parameters of `forward`.
         output_names: names of the outputs in order, after None and caches are dropped. None: the keys of a mapping,
             `output` for a tensor, `output_0`, `output_1` and so on for a tuple (`output_0_1` if nested).
-        dtype: a floating-point dtype to which a deep copy and the floating-point feeds are cast.
+        dtype: a floating-point dtype to which a deep copy and the floating-point feeds are cast; see `convert` for the
+            parts that stay in float32.
         device: the device on which a deep copy runs, such as `cuda`.
         include_cache: return the tensors of key-value caches too.
         form: which of the feeds are parts of nested arguments, and the arguments that are not tensors.
@@ -279,7 +281,9 @@ def _moved_copy(model: nn.Module, dtype: torch.dtype | None, device: torch.devic
         duplicate = copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:
         raise UsageError(f"{type(model).__name__} cannot be copied to another dtype or device: {error}") from error
-    return duplicate.to(device=target, dtype=dtype)
+    if dtype is not None:
+        convert(duplicate, dtype)
+    return duplicate.to(device=target)
 
 
 def _device_of(model: nn.Module) -> torch.device:

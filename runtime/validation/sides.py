@@ -17,6 +17,7 @@ from ...models.dtypes import norm_dtype, torch_name
 from ...models.errors import UsageError
 from ...models.loading import LoadedModel, check_eval_mode, load_model, names_python
 from ...models.outliers import apply_recorded
+from ...models.precision import model_dtype, saved_elements
 from ..inputs.cases import PER_TOKEN, factory_arrays, inputs_of, load_cases, made_up_for, prompt_cases
 from ..inputs.derived import FACTORY_CASE, derived_cases, factory_case
 from ..inputs.exported import Exported, open_exported
@@ -300,6 +301,15 @@ def load_against(
 
 def _check_dtype(candidate: Candidate, model: nn.Module) -> None:
     own, exported = dtype_of(model), candidate.manifest.get("dtype")
+    elements, parts = candidate.manifest.get("elements"), saved_elements(model)
+    if elements and set(elements) == set(parts) and _most(elements) == _most(parts):
+        return
+    if elements and own == exported:
+        raise UsageError(
+            f"{candidate.name} was exported from a model with parts in {_listed(elements)}, but those of the PyTorch "
+            f"model are in {_listed(parts)}. Give the model as it was exported: from_pretrained(dtype=...) keeps some "
+            "modules in float32, and model.to(dtype) or model.half() does not."
+        )
     if exported is not None and own is not None and own != exported:
         raise UsageError(
             f"{candidate.name} was exported in {exported}, but the PyTorch model is in {own}. Load it in "
@@ -309,5 +319,14 @@ def _check_dtype(candidate: Candidate, model: nn.Module) -> None:
 
 
 def dtype_of(model: nn.Module) -> str | None:
-    """PyTorch's name of the dtype of the first floating-point parameter; None without one."""
-    return next((torch_name(p.dtype) for p in model.parameters() if p.is_floating_point()), None)
+    """The name of the dtype of most of the model's floating-point parameters; None without one."""
+    dtype = model_dtype(model)
+    return None if dtype is None else torch_name(dtype)
+
+
+def _most(elements: Mapping[str, int]) -> str:
+    return max(elements, key=lambda name: elements[name])
+
+
+def _listed(elements: Mapping[str, int]) -> str:
+    return " and ".join(f"{name} ({count} elements)" for name, count in sorted(elements.items()))

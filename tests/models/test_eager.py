@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from rmsnorm_deploy.models.eager import eager, statistics_dtype
+from rmsnorm_deploy.models.eager import eager, result_dtype, statistics_dtype
 from rmsnorm_deploy.models.errors import UsageError
-from rmsnorm_deploy.models.spec import NormSpec
+from rmsnorm_deploy.models.recognition.candidates import GATES, ORDERS, ROOTS
+from rmsnorm_deploy.models.spec import NormSpec, Root, Scale
 from tests.helpers.norms.norm_zoo import DTYPES, SCALE_FIRST, ZOO, ZooNorm
 
 
@@ -177,3 +179,49 @@ ONES = torch.ones(4)
 def test_inputs_that_do_not_fit_the_spec_are_errors(spec: NormSpec, inputs: dict[str, Tensor], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         eager(spec, torch.ones(2, 4), **inputs)
+
+
+SCALES: list[tuple[Scale, bool]] = [
+    ("none", True),
+    ("weight", True),
+    ("one_plus_weight", True),
+    ("one_plus_weight", False),
+]
+
+
+def mixed_specs() -> list[NormSpec]:
+    """Every order with every gate and scale, with and without a bias."""
+    found = []
+    for order, statistics in ORDERS.items():
+        for gate, (scale, offset), bias in itertools.product(GATES[True], SCALES, (False, True)):
+            activation = "none" if gate == "none" else "silu"
+            found.append(
+                NormSpec(
+                    1e-6,
+                    order=order,
+                    statistics=statistics,
+                    gate=gate,
+                    activation=activation,
+                    scale=scale,
+                    offset_in_float32=offset,
+                    bias=bias,
+                )
+            )
+    return found
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_the_result_dtype_is_that_of_the_result_for_every_pair_of_dtypes(root: Root) -> None:
+    count = 0
+    for spec, x, w, b in itertools.product(mixed_specs(), DTYPES, DTYPES, DTYPES):
+        if (b != w and not spec.bias) or (w != DTYPES[0] and not spec.has_weight and not spec.bias):
+            continue
+        for shape in ((4,), ()):
+            weight = torch.ones(shape, dtype=w) if spec.has_weight else None
+            bias = torch.ones(shape, dtype=b) if spec.bias else None
+            given = torch.ones(3, 4, dtype=x)
+            gate = torch.ones(3, 4, dtype=w) if spec.has_gate else None
+            y = eager(spec.replace(root=root), given, weight, bias, gate)
+            assert result_dtype(spec, x, weight, bias) == y.dtype, (spec, x, w, b, shape)
+            count += 1
+    assert count == 3312

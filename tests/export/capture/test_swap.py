@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -474,6 +475,36 @@ def test_what_only_the_real_input_shows_is_refused_and_the_model_left_as_it_was(
     assert reason in report.differing["norm"]
     assert model.norm.stats == {"calls": 0}
     assert_not_swapped(model)
+
+
+class CastsToWeight(Weighted):
+    """Casts to the dtype of its weight where that is a half type, as T5 does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = normalized(x)
+        return self.weight * (y.to(self.weight.dtype) if self.weight.dtype != torch.float32 else y)
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=str)
+def test_a_checked_norm_has_the_dtype_and_the_bits_of_the_module_for_every_pair_of_dtypes(
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> None:
+    for make in (CastsToWeight, Weighted):
+        model = nn.Sequential(make(64)).to(dtypes[1])
+        x = x_of(dtypes[0])
+        with torch.no_grad():
+            wanted = model(x)
+            sites = find_norms(nn.Sequential(make(64))).sites
+            with swapped(model, sites, check=True) as report:
+                first, second = model(x), model(x)
+        assert len(sites) == 1
+        assert first.dtype == second.dtype == wanted.dtype
+        assert torch.equal(first, wanted)
+        assert torch.equal(second, wanted)
+        if dtypes[0] == dtypes[1] == torch.float16:
+            assert report.differing == {}
+        if make is CastsToWeight and dtypes == (torch.float32, torch.float16):
+            assert list(report.differing) == ["0"]
 
 
 HOOKS: dict[str, Callable[[nn.Module], object]] = {

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.capture.swap import CAPTURE_DOMAIN, CAPTURE_OP
+from rmsnorm_deploy.models.eager import result_dtype
 from rmsnorm_deploy.models.spec import NormSpec
 
 from ..norms.norm_zoo import ZooNorm
@@ -79,9 +80,20 @@ class GraphMaker:
         while present and present[-1] is None:
             present.pop()
         attributes = {"spec": spec.to_json(), "path": path}
+        dtype = dtype or self._result_dtype(spec, inputs)
         return self.node(
             CAPTURE_OP, present, name, dims, attributes, domain=CAPTURE_DOMAIN, dtype=dtype, metadata=metadata
         )
+
+    def _result_dtype(self, spec: NormSpec, inputs: Sequence[ir.Value | None]) -> ir.DataType | None:
+        """What a norm of these inputs returns in PyTorch."""
+        known = {number: dtype for dtype, number in DATA_TYPES.items()}
+        x, weight, bias = (
+            None if value is None or value.dtype not in known or value.shape is None
+            else torch.empty([1] * len(value.shape), dtype=known[value.dtype])
+            for value in [*inputs, None, None][:3]
+        )  # fmt: skip
+        return None if x is None else DATA_TYPES[result_dtype(spec, x.dtype, weight, bias)]
 
     def graph(self, outputs: Sequence[ir.Value], opset: int = OPSET) -> ir.Graph:
         return ir.Graph(
