@@ -23,6 +23,7 @@ from rmsnorm_deploy.runtime.norms.activation_store import ActivationStore, Key
 from rmsnorm_deploy.runtime.norms.torch_norms import TorchNorms
 from rmsnorm_deploy.runtime.runners.torch import TorchRunner
 from rmsnorm_deploy.runtime.validation.candidate import Candidate, candidate_of
+from rmsnorm_deploy.runtime.validation.norm_checks import try_or_note
 from rmsnorm_deploy.runtime.validation.options import ValidationOptions
 from rmsnorm_deploy.runtime.validation.pipeline import (
     Baseline,
@@ -39,7 +40,6 @@ from rmsnorm_deploy.runtime.validation.pipeline import (
     missing_outputs,
     run_baseline,
     run_candidate,
-    try_or_note,
 )
 from rmsnorm_deploy.runtime.validation.run_cases import Call, Run
 from tests.helpers.runtime.stand_ins import FunctionRunner, called
