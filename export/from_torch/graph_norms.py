@@ -83,7 +83,7 @@ def find_unswapped(captured: ir.Model, model: nn.Module, recognition: Recognitio
         parameters = _parameters(site, owner, model)
         _mark(site, path, parameters)
         class_name = refused[owner].class_name if path in refused else None
-        row = {**site.to_dict(), "path": path, "class": class_name, "found": IN_GRAPH, "parameters": parameters}
+        row = {**site.to_dict(), "path": path, "class": class_name, "parameters": parameters}
         rows.setdefault(path, row)
     replaced = [refusal for refusal in recognition.refusals if refusal.path in owners]
     return UnswappedNorms(list(rows.values()), _refusals(found.refusals, captured, modules, refused, owners), replaced)

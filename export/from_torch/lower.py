@@ -139,11 +139,11 @@ def site_rows(
 ) -> list[dict[str, Any]]:
     """Each norm for the manifest, with the nodes it became; `calls` is empty for a module that never ran.
 
-    `found` says whether the norm is a module that was recognized, or was found in the captured graph.
+    `found` is `graph` for a norm that is not a module that was recognized, and was found in the captured graph.
     """
     calls: dict[str, list[dict[str, Any]]] = {}
     for call in lowered:
         calls.setdefault(call.path, []).append(call.to_dict())
-    rows = [{**site.to_dict(), "found": "module", "calls": calls.get(site.path, [])} for site in recognition.sites]
+    rows = [{**site.to_dict(), "calls": calls.get(site.path, [])} for site in recognition.sites]
     graph = unswapped.rows if unswapped is not None else []
     return [*rows, *({**row, "calls": calls[row["path"]]} for row in graph if row["path"] in calls)]

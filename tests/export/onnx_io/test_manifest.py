@@ -68,7 +68,6 @@ def test_each_norm_of_a_model_has_its_calls() -> None:
     first, second = site_rows(Recognition([site, unused]), calls)
     assert first == {
         **site.to_dict(),
-        "found": "module",
         "calls": [
             {
                 "node": "a/Mul", "form": "plain", "spec": SPEC.to_dict(),
@@ -77,7 +76,7 @@ def test_each_norm_of_a_model_has_its_calls() -> None:
             {"node": "b/Mul", "form": "residual_add", "spec": SPEC.to_dict(), "deviations": []},
         ],
     }  # fmt: skip
-    assert second == {**unused.to_dict(), "found": "module", "calls": []}
+    assert second == {**unused.to_dict(), "calls": []}
 
 
 def norm_graph(shape: str = "float[2, 8]", attributes: str = "epsilon = 0.125") -> ir.Model:

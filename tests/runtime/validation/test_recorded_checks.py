@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 import torch
@@ -21,29 +20,37 @@ CALLS = {Layers: 8, Residual: 3, Channels: 1, Modulated: 1}
 Exports = dict[type[nn.Module], tuple[nn.Module, dict[str, Tensor], Path]]
 
 
+class Exported(Exports):
+    """Each model, its inputs and the folder of its exports for all targets, made when it is asked for first."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def __missing__(self, kind: type[nn.Module]) -> tuple[nn.Module, dict[str, Tensor], Path]:
+        model, inputs = inline_model(kind)
+        folder = self._folder / kind.__name__
+        export_model(model, folder, target=TARGETS, inputs=inputs, dynamic=False)
+        self[kind] = model, inputs, folder
+        return self[kind]
+
+
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
-    found: Exports = {}
-    for kind in PATHS:
-        model, inputs = inline_model(kind)
-        folder = tmp_path_factory.mktemp(kind.__name__) / "out"
-        export_model(model, folder, target=TARGETS, inputs=inputs)
-        found[kind] = model, inputs, folder
-    return found
+    return Exported(tmp_path_factory.mktemp("exports"))
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kind", PATHS)
 def test_every_norm_is_checked_and_passes(kind: type[nn.Module], target: str, exports: Exports) -> None:
     model, inputs, folder = exports[kind]
-    report = validate(folder / target, model, cases=inputs)
+    report = validate(folder / target, model, cases=[inputs])
     assert (report.verdict, report.culprits, report.notes, report.unchecked) == ("pass", [], [], "")
     assert len(report.norms) == CALLS[kind]
     assert {check.norm.key[0] for check in report.norms} >= set(PATHS[kind])
     assert all(len(check.kinds) == 11 for check in report.norms)
 
 
-# The value that a file's epsilon has in its form: an attribute, or a constant that only norms read.
 def _set_epsilon(file: Path, node_name: str, epsilon: float) -> None:
     proto = onnx.load(file)
     (node,) = [node for node in proto.graph.node if node.name == node_name]
@@ -64,7 +71,7 @@ def test_a_planted_epsilon_is_named(
     shutil.copytree(folder / target, tmp_path / "out")
     _, name = _node_of(tmp_path / "out" / "model.onnx", path)
     _set_epsilon(tmp_path / "out" / "model.onnx", name, 0.05)
-    report = bisect(tmp_path / "out" / "model.onnx", model, cases=inputs)
+    report = bisect(tmp_path / "out" / "model.onnx", model, cases=[inputs])
     assert report.verdict == "fail"
     assert (report.culprits[0].kind, report.culprits[0].name) == ("norm", path)
     assert report.culprits[0].reason.endswith(f"; epsilon is 0.05 in the file and {eps:g} in the module")
@@ -87,7 +94,7 @@ def test_the_right_call_of_a_norm_is_named(exports: Exports, tmp_path: Path) -> 
     shutil.copytree(folder / "plugin", tmp_path / "out")
     _, name = _node_of(tmp_path / "out" / "model.onnx", "norm", 1)
     _set_epsilon(tmp_path / "out" / "model.onnx", name, 0.05)
-    report = bisect(tmp_path / "out", model, cases=inputs)
+    report = bisect(tmp_path / "out", model, cases=[inputs])
     assert [(c.kind, c.name) for c in report.culprits] == [("norm", "norm (call 2)")]
 
 
@@ -97,7 +104,7 @@ def test_a_weight_of_the_file_is_compared_with_that_of_the_model(exports: Export
     with torch.no_grad():
         model.get_parameter("layers.0.q_weight")[3] *= 1.5
     try:
-        report = bisect(folder / "ort", model, cases=inputs)
+        report = bisect(folder / "ort", model, cases=[inputs])
     finally:
         model.load_state_dict(state)
     assert (report.culprits[0].kind, report.culprits[0].name) == ("norm", "layers.0:rms_norm_0")
@@ -111,19 +118,17 @@ def test_a_norm_without_metadata_is_in_the_notes(exports: Exports, tmp_path: Pat
     (node,) = [node for node in proto.graph.node if node.name.startswith("layers.0:rms_norm_2/Simplified")]
     del node.metadata_props[:]
     onnx.save(proto, tmp_path / "out" / "model.onnx")
-    report = validate(tmp_path / "out", model, cases=inputs)
+    report = validate(tmp_path / "out", model, cases=[inputs])
     assert report.notes == [
         "layers.0:rms_norm_2 could not be checked alone: no node of the candidate names this norm in its metadata"
     ]
     assert len(report.norms) == CALLS[Layers] - 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", [Layers, Residual])
-def test_half_types_pass(kind: type[nn.Module], dtype: torch.dtype, tmp_path: Path) -> None:
-    model, inputs = inline_model(kind, dtype)
-    export_model(model, tmp_path / "out", target="ort", inputs=inputs)
-    report = validate(tmp_path / "out", model, cases={name: value.float().numpy() for name, value in inputs.items()})
+@pytest.mark.parametrize("target", ["ort", "primitives"])
+def test_half_types_pass(target: str, tmp_path: Path) -> None:
+    model, inputs = inline_model(Layers, torch.float16)
+    export_model(model, tmp_path / "out", target=target, inputs=inputs, dynamic=False)
+    report = validate(tmp_path / "out", model, cases=[inputs])
     assert (report.verdict, report.notes) == ("pass", [])
-    assert len(report.norms) == CALLS[kind]
-    assert np.all([check.passed for check in report.norms])
+    assert len(report.norms) == CALLS[Layers]
