@@ -107,10 +107,10 @@ class Lengths(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gamma = _weight()
+        self.up, self.gamma = nn.Linear(WIDTH, WIDTH), _weight()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) * WIDTH**0.5 * self.gamma
+        return x + F.normalize(self.up(x), dim=-1) * WIDTH**0.5 * self.gamma
 
 
 # Each model's inputs by shape, and the paths under which its norms are found in the graph.
