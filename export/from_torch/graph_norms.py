@@ -78,9 +78,10 @@ def find_unswapped(captured: ir.Model, model: nn.Module, recognition: Recognitio
     sites = [site for site in found.sites if site.x is not None]
     owners = [_module(site, modules) for site in sites]
     refused = {refusal.path: refusal for refusal in recognition.refusals}
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     rows: dict[str, dict[str, Any]] = {}
     for site, owner, path in zip(sites, owners, _paths(sites, owners, refused), strict=True):
-        parameters = _parameters(site, owner, model)
+        parameters = _parameters(site, owner, tensors)
         _mark(site, path, parameters)
         class_name = refused[owner].class_name if path in refused else None
         row = {**site.to_dict(), "path": path, "class": class_name, "parameters": parameters}
@@ -148,14 +149,13 @@ def _scope(node: ir.Node, modules: Mapping[str, nn.Module]) -> str | None:
     return known[-1] if known else None
 
 
-def _parameters(site: GraphSite, owner: str, model: nn.Module) -> list[str]:
+def _parameters(site: GraphSite, owner: str, tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of a norm's weight and bias in the model; a name in the graph where the model has no such tensor."""
-    return [_parameter(value, owner, model) for value in (site.weight, site.bias) if value is not None]
+    return [_parameter(value, owner, tensors) for value in (site.weight, site.bias) if value is not None]
 
 
-def _parameter(value: ir.Value, owner: str, model: nn.Module) -> str:
+def _parameter(value: ir.Value, owner: str, tensors: Mapping[str, Tensor]) -> str:
     """The exporter folds casts of parameters into constants, so a constant is compared with the module's tensors."""
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     name, array = str(value.name), constant(value)
     if name in tensors or array is None:
         return name

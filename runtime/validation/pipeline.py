@@ -411,7 +411,7 @@ def why_no_norm(
         return f"{notes[0]}{more}"
     if not recognition.sites:
         reasons = [f"{refusal.path or 'the model itself'}: {refusal.reason}" for refusal in recognition.refusals[:1]]
-        return "; ".join(["PyTorch's model has no RMSNorm that is recognized", *reasons])
+        return "; ".join(["no module of PyTorch's model is recognized as an RMSNorm", *reasons])
     return "PyTorch calls none of its norms on these inputs" if not called else "both sides have none in common"
 
 

@@ -19,6 +19,7 @@ from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.runtime.accuracy.tolerances import Limits
 from rmsnorm_deploy.runtime.inputs.cases import Case
+from rmsnorm_deploy.runtime.norms.access import RecordedNorm
 from rmsnorm_deploy.runtime.norms.activation_store import ActivationStore, Key
 from rmsnorm_deploy.runtime.norms.torch_norms import TorchNorms
 from rmsnorm_deploy.runtime.runners.torch import TorchRunner
@@ -264,6 +265,7 @@ class Access:
 
     keys: list[Key] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
+    recorded: dict[Key, RecordedNorm] = field(default_factory=dict)
 
 
 @contextmanager
