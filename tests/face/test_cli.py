@@ -97,6 +97,19 @@ def test_inspect_exported(rmsnorm: CommandLine, models: Path, exported: Path) ->
     assert "1 RMSNorm in" in rmsnorm("inspect", exported / "ort" / "model.onnx").out
 
 
+def test_a_norm_outside_of_modules_is_listed(rmsnorm: CommandLine, models: Path, tmp_path: Path) -> None:
+    name = f"{models}:functional"
+    assert "Norms outside of modules are found at export." in rmsnorm("inspect", name).out
+    out = rmsnorm("export", name, "-o", tmp_path / "out", "--static").out
+    for text in (out, rmsnorm("inspect", tmp_path / "out").out):
+        (row,) = [line for line in text.splitlines() if "rms_norm_0" in line]
+        computes = "1 no weight, scale-then-cast, eps 1e-06 16 float32 :rms_norm_0"
+        assert row.split() == computes.split()
+    for place in (tmp_path / "out", tmp_path / "out" / "model.onnx"):
+        (site,) = rmsnorm("inspect", place, "--json").json["sites"]
+        assert (site["path"], site["found"], site["class"]) == (":rms_norm_0", "graph", None)
+
+
 def test_a_model_without_norms_succeeds_and_says_so(rmsnorm: CommandLine, models: Path, tmp_path: Path) -> None:
     name = f"{models}:without_norms"
     outcome = rmsnorm("inspect", name)
