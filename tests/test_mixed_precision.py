@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from rmsnorm_deploy.export.from_torch.export_model import ExportResult, export_model, prepare, save
+from rmsnorm_deploy.export.from_torch.export_model import export_model, prepare
 from rmsnorm_deploy.export.from_torch.lower import lower
+from rmsnorm_deploy.export.from_torch.save import ExportResult, save
 from rmsnorm_deploy.models.dtypes import onnx_name
 from rmsnorm_deploy.models.eager import eager
 from rmsnorm_deploy.models.errors import UsageError

@@ -22,7 +22,7 @@ from ..lowering.quantized_norms import (
     is_quantized_norm,
     split_quantized_outputs,
 )
-from ..lowering.table import HIGHEST_OPSET, cell, deviations
+from ..lowering.table import HIGHEST_OPSET, cell, refuse_other_epsilon
 from ..onnx_io.raise_opset import raise_opset
 from ..recognition.find_norms import find_norms
 from .inline_functions import inline_norm_functions
@@ -134,7 +134,7 @@ def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Contai
         site, written = _copied(before, copies), None
         if number not in skip and not (site.target == target == "ort"):
             try:
-                _refuse_other_epsilon(site, target)
+                refuse_other_epsilon(site.spec, site.form, onnx_name(site.dtype), target)
                 written = writer.write(site)
             except UnsupportedError as error:
                 refusals.append(GraphRefusal(site.node, site.path, str(error)))
@@ -188,15 +188,6 @@ def fuse_quantized(result: Rewritten, target: str, opset: int | None = None) -> 
 def _opset_import(model: ir.Model) -> int:
     imports = model.graph.opset_imports
     return imports.get("", imports.get("ai.onnx", 1))
-
-
-def _refuse_other_epsilon(site: GraphSite, target: str) -> None:
-    """Refuse a target whose operator would round a float64 epsilon to float32: the result must not change."""
-    inexact = [d for d in deviations(cell(target, site.form), site.spec, onnx_name(site.dtype)) if d.order == "any"]
-    if inexact:
-        raise UnsupportedError(
-            f"{inexact[0].reason}, which cannot represent {site.spec.eps!r} exactly. Use --target primitives."
-        )
 
 
 def _copies(graph: ir.Graph, clone: ir.Graph) -> dict[ir.Value, ir.Value]:

@@ -28,6 +28,7 @@ from ..capture.swap import swapped
 from ..lowering.plugin_functions import plugin_style
 from ..lowering.table import DEFAULT_TARGET, Environment, LoweringRefusal, opset_for, parse_targets, resolve
 from ..onnx_io.destinations import check_destination
+from .graph_norms import find_unswapped
 from .save import ExportResult, PreparedModel, Progress, save_all
 
 
@@ -211,8 +212,11 @@ def prepare(
     finally:
         for name, module in model.named_modules():
             module.training = training[name]
+    progress("finding the norms that are not modules")
+    unswapped = find_unswapped(captured.model, model, recognition)
+    recognition = Recognition(recognition.sites, unswapped.left(recognition.refusals))
     details = {**call_form(feeds).to_json(), "elements": saved_elements(model)}
-    prepared = PreparedModel(captured, recognition, dtype, details)
+    prepared = PreparedModel(captured, recognition, dtype, unswapped, details, notes=unswapped.notes)
     if part is not None and PIXELS in feeds:
         prepared.details.update(image_record(model, feeds))
     if note is not None:

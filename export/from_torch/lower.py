@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 
+from ...models.dtypes import onnx_name
+from ...models.errors import UnsupportedError
 from ...models.recognition.site import Recognition
 from ...models.spec import NormSpec
 from ..capture.swap import CAPTURE_DOMAIN, CAPTURE_OP
 from ..graph.metadata import Form
 from ..graph.residual import residual_operands
-from ..graph.site import GraphSite
+from ..graph.site import GraphRefusal, GraphSite, node_name
 from ..lowering.norm_writer import LoweredSite, NormWriter
 from ..lowering.plugin_functions import PluginStyle, check_style, style_plugin_nodes
 from ..lowering.quantized_norms import fuse_quantized_outputs
-from ..lowering.table import opset_for
+from ..lowering.table import opset_for, refuse_other_epsilon
 from ..onnx_io.raise_opset import raise_opset
+from .graph_norms import UnswappedNorms, marked, unmark
 
 # This metadata of the exporter contains source paths of the exporting machine; module names are kept.
 _DROPPED_METADATA = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A lowered graph.
+
+    Attributes:
+        model: the graph.
+        sites: its norms, in graph order.
+        refusals: norms that are not modules and that the target does not support; they stay as they are.
+    """
+
+    model: ir.Model
+    sites: list[LoweredSite]
+    refusals: list[GraphRefusal]
 
 
 def lower(
@@ -42,22 +61,35 @@ def lower(
         UsageError: the target is unknown, or a style was given for another target than `plugin`.
         UnsupportedError: the target does not support one of the norms, or the opset.
     """
+    lowered = lower_graph(model, target, opset, style)
+    return lowered.model, lowered.sites
+
+
+def lower_graph(model: ir.Model, target: str, opset: int | None = None, style: PluginStyle = "function") -> Lowered:
+    """`lower`, which also returns the norms that are not modules and that the target does not support."""
     wanted = opset_for(target, opset)
     check_style(style, [target])
     lowered = model.clone()
+    found = dict(marked(lowered))
     raise_opset(lowered, wanted)
     writer = NormWriter(lowered.graph, target, wanted)
-    sites = [writer.write(_site(node), _kept(node)).lowered for node in list(_captured(lowered.graph))]
+    sites, refusals = [], []
+    for node in list(ir.traversal.RecursiveGraphIterator(lowered.graph)):
+        if node.domain == CAPTURE_DOMAIN and node.op_type == CAPTURE_OP:
+            sites.append(writer.write(_site(node), _kept(node)).lowered)
+        elif node in found:
+            site = found[node]
+            try:
+                refuse_other_epsilon(site.spec, site.form, onnx_name(site.dtype), target)
+                sites.append(writer.write(site, _kept(node)).lowered)
+            except UnsupportedError as error:
+                refusals.append(GraphRefusal(node_name(node), site.path, str(error), node.op_type))
+                unmark(node)
+    writer.finish()
     if target == "plugin":
         fuse_quantized_outputs(lowered, may_raise_opset=opset is None)
     _finish(lowered, style)
-    return lowered, sites
-
-
-def _captured(graph: ir.Graph) -> Iterator[ir.Node]:
-    for node in ir.traversal.RecursiveGraphIterator(graph):
-        if node.domain == CAPTURE_DOMAIN and node.op_type == CAPTURE_OP:
-            yield node
+    return Lowered(lowered, sites, refusals)
 
 
 def _site(node: ir.Node) -> GraphSite:
@@ -101,9 +133,16 @@ def _finish(model: ir.Model, style: PluginStyle) -> None:
             del model.graph.initializers[name]
 
 
-def site_rows(recognition: Recognition, lowered: Sequence[LoweredSite]) -> list[dict[str, Any]]:
-    """Each recognized norm for the manifest, with the nodes it became; `calls` is empty for one that never ran."""
-    return [
-        {**site.to_dict(), "calls": [call.to_dict() for call in lowered if call.path == site.path]}
-        for site in recognition.sites
-    ]
+def site_rows(
+    recognition: Recognition, lowered: Sequence[LoweredSite], unswapped: UnswappedNorms | None = None
+) -> list[dict[str, Any]]:
+    """Each norm for the manifest, with the nodes it became; `calls` is empty for a module that never ran.
+
+    `found` is `graph` for a norm that is not a module that was recognized, and was found in the captured graph.
+    """
+    calls: dict[str, list[dict[str, Any]]] = {}
+    for call in lowered:
+        calls.setdefault(call.path, []).append(call.to_dict())
+    rows = [{**site.to_dict(), "calls": calls.get(site.path, [])} for site in recognition.sites]
+    graph = unswapped.rows if unswapped is not None else []
+    return [*rows, *({**row, "calls": calls[row["path"]]} for row in graph if row["path"] in calls)]

@@ -18,7 +18,8 @@ from ..lowering.plugin_functions import PluginStyle, style_notes
 from ..onnx_io.atomic_files import copy_companions, new_folder, restrict_mode
 from ..onnx_io.manifest import tensor_rows, write_manifest
 from ..onnx_io.owned_files import MANIFEST
-from .lower import lower, site_rows
+from .graph_norms import UnswappedNorms
+from .lower import lower_graph, site_rows
 
 MODEL_FILE = "model.onnx"
 # Weights above this many bytes are stored in model.onnx.data, because protobuf files are limited to 2 GB.
@@ -34,7 +35,8 @@ class ExportResult:
         folder: path of the folder.
         target: the target of the lowering.
         manifest: content of the manifest; the file is `folder / "manifest.json"`.
-        recognition: the norms that were found and those that were refused.
+        recognition: the modules that were recognized, and those that were refused and are not norms in the captured
+            graph either; the manifest also has the norms that were found in the graph.
     """
 
     folder: Path
@@ -50,11 +52,22 @@ class ExportResult:
 
 @dataclass(slots=True)
 class PreparedModel:
-    """A model that was recognized and captured; it can be lowered for any number of targets."""
+    """A model that was recognized and captured; it can be lowered for any number of targets.
+
+    Attributes:
+        capture: the captured graph.
+        recognition: its modules; without the refused ones whose norms were found in the graph.
+        dtype: dtype of its parameters.
+        unswapped: the norms that are not modules, which were found in the graph.
+        details: fields for the manifest.
+        companions: the folder to copy config and tokenizer files from.
+        notes: notes for the manifest.
+    """
 
     capture: Capture
     recognition: Recognition
     dtype: str
+    unswapped: UnswappedNorms = field(default_factory=UnswappedNorms)
     details: dict[str, Any] = field(default_factory=dict)
     companions: Path | None = None
     notes: list[str] = field(default_factory=list)
@@ -75,7 +88,10 @@ def save(
     """
     progress = progress or _silent
     progress(f"lowering for {target}")
-    lowered, sites = lower(prepared.capture.model, target, opset, style)
+    result = lower_graph(prepared.capture.model, target, opset, style)
+    lowered, unswapped = result.model, prepared.unswapped
+    refusals = [refusal.to_dict() for refusal in prepared.recognition.refusals]
+    refusals += [refusal.to_dict() for refusal in (*unswapped.refusals, *result.refusals)]
     graph, limits = lowered.graph, prepared.capture.limits
     lowered.metadata_props.update(metadata_of(limits))
     content = {
@@ -88,8 +104,8 @@ def save(
         "inputs": [{**row, **_ranges(row, limits)} for row in tensor_rows(list(graph.inputs))],
         "outputs": tensor_rows(list(graph.outputs)),
         **({"conditions": [*limits.conditions]} if limits.conditions else {}),
-        "sites": site_rows(prepared.recognition, sites),
-        "refusals": [refusal.to_dict() for refusal in prepared.recognition.refusals],
+        "sites": site_rows(prepared.recognition, result.sites, unswapped),
+        "refusals": refusals,
         "notes": [*prepared.notes, *prepared.capture.notes, *style_notes(lowered, style)],
     }
     with new_folder(path) as folder:

@@ -14,6 +14,11 @@ TARGET_KEY: Final = METADATA_PREFIX + "target"
 FORM_KEY: Final = METADATA_PREFIX + "form"
 # On the main node: names of the values that go into and come out of the whole norm, as JSON.
 VALUES_KEY: Final = METADATA_PREFIX + "values"
+# On the nodes of a norm that export found in the graph, not as a module: where it was found, and the names of its
+# weight and bias in the PyTorch model, as JSON.
+FOUND_KEY: Final = METADATA_PREFIX + "found"
+IN_GRAPH: Final = "graph"
+PARAMETERS_KEY: Final = METADATA_PREFIX + "parameters"
 # On the model: the sizes of dynamic dims that the graph is valid for, as JSON.
 SIZES_KEY: Final = METADATA_PREFIX + "sizes"
 # The start of the names of constants that are scales of ones, made for operators that require a scale.

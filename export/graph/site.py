@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from ...models.dtypes import onnx_name
 from ...models.spec import NormSpec
-from .metadata import Form
+from .metadata import FOUND_KEY, IN_GRAPH, Form
 
 
 def node_name(node: ir.Node) -> str:
@@ -55,8 +55,12 @@ class GraphSite:
     target: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The norm as the JSON interface shows it, like `Site.to_dict`; a graph knows no classes."""
+        """The norm as the JSON interface shows it, like `Site.to_dict`; a graph knows no classes.
+
+        `found` is added where an export found the norm in the graph, not as a module.
+        """
         tail = (self.shape or ())[-self.spec.trailing_dims :]
+        in_graph = any(FOUND_KEY in node.metadata_props for node in self.nodes)
         return {
             "path": self.path,
             "class": None,
@@ -64,6 +68,7 @@ class GraphSite:
             "width": tail[0] if len(tail) == 1 else list(tail) or None,
             "dtype": onnx_name(self.dtype),
             "parameters": [str(value.name) for value in (self.weight, self.bias) if value is not None],
+            **({"found": IN_GRAPH} if in_graph else {}),
         }
 
 

@@ -14,13 +14,25 @@ from ...models.dtypes import onnx_name
 from ...models.errors import UnsupportedError
 from ...models.spec import NormSpec
 from ..graph.constants import constant
-from ..graph.metadata import FORM_KEY, PATH_KEY, SPEC_KEY, TARGET_KEY, VALUES_KEY, Form
+from ..graph.metadata import (
+    FORM_KEY,
+    FOUND_KEY,
+    PARAMETERS_KEY,
+    PATH_KEY,
+    SPEC_KEY,
+    TARGET_KEY,
+    VALUES_KEY,
+    Form,
+)
 from ..graph.residual import residual_operands
 from ..graph.site import GraphSite
 from .already_lowered import counterparts
 from .builder import Builder
 from .steps import Emitted, NormInputs, emit
 from .table import Deviation, Environment, LoweringRefusal, deviations, resolve
+
+# What a norm keeps when it is written again: where an export found it.
+_ORIGIN = (FOUND_KEY, PARAMETERS_KEY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +124,8 @@ class NormWriter:
         cell = resolve(spec, site.form, target, environment)
         if isinstance(cell, LoweringRefusal):
             raise cell.to_error()
-        metadata = {**(notes or {}), PATH_KEY: site.path, TARGET_KEY: target, FORM_KEY: site.form}
+        origin = {key: last.metadata_props[key] for key in _ORIGIN if key in last.metadata_props}
+        metadata = {**origin, **(notes or {}), PATH_KEY: site.path, TARGET_KEY: target, FORM_KEY: site.form}
         builder = Builder(graph, self._root, metadata, self._constants, self._opset)
         composite = last if site.target is not None else None
         try:

@@ -269,6 +269,19 @@ def deviations(chosen: Cell, spec: NormSpec, dtype: str, runtime: str | None = N
     ]
 
 
+def refuse_other_epsilon(spec: NormSpec, form: Form, dtype: str, target: str) -> None:
+    """Refuse a target whose operator would round a float64 epsilon to float32: a norm of a graph must not change.
+
+    Raises:
+        UnsupportedError: the operator's epsilon is a float32, and this one is not.
+    """
+    inexact = [d for d in deviations(cell(target, form), spec, dtype) if d.order == "any"]
+    if inexact:
+        raise UnsupportedError(
+            f"{inexact[0].reason}, which cannot represent {spec.eps!r} exactly. Use --target primitives."
+        )
+
+
 def _concerns(deviation: Deviation, spec: NormSpec) -> bool:
     if deviation.order == "any":  # float32 cannot represent the epsilon, and the statistics are wider
         return spec.sums_in_double and not _is_float32(spec.eps)

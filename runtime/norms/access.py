@@ -56,6 +56,19 @@ class CalledNorm:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordedNorm:
+    """A norm of an exported file that is not a module: what the export recorded of it.
+
+    Attributes:
+        spec: what it computes.
+        parameters: the names of its weight and its bias, of those that it has, in the PyTorch model.
+    """
+
+    spec: NormSpec
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class NormDtypes:
     """numpy's names of the dtypes of one norm: of x, of the result, and of the gate, or None."""
 
@@ -124,6 +137,11 @@ class NormAccess(Protocol):
         """Norms whose result is not read."""
         ...
 
+    @property
+    def recorded(self) -> Mapping[Key, RecordedNorm]:
+        """The norms in `keys` that the export found outside of modules."""
+        ...
+
     def formula(self, key: Key) -> Formula | str | None:
         """What a norm computes; or why it is none that is known; None if neither can be said."""
         ...
@@ -162,7 +180,23 @@ class NormAccess(Protocol):
         ...
 
     def trace(self, feeds: Mapping[str, Array], keys: list[Key], sink: Sink) -> dict[str, Array]:
-        """Run the whole model unchanged; the sink receives `x` and `y` of each norm. Returns the model's outputs."""
+        """Run the whole model unchanged; the sink receives `x`, `y` and a `gate` of each norm. Returns the outputs."""
+        ...
+
+
+class NormBaseline(Protocol):
+    """The side whose norms the norms of the other side are compared with."""
+
+    def formula(self, key: Key) -> Formula:
+        """What a norm computes."""
+        ...
+
+    def exact(self, key: Key, feed: NormFeed) -> Array:
+        """The float64 reference of a norm on these inputs."""
+        ...
+
+    def alone(self, keys: Iterable[Key]) -> AbstractContextManager[RunNorms]:
+        """See `NormAccess.alone`."""
         ...
 
 

@@ -9,7 +9,7 @@ they are; a part contains references to those that it reads.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,21 @@ from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPa
 
 from ...export.from_onnx.annotate import annotate
 from ...export.graph.infer_types import fill_types
-from ...export.graph.metadata import FORM_KEY, PATH_KEY, SPEC_KEY, VALUES_KEY
+from ...export.graph.metadata import (
+    FORM_KEY,
+    FOUND_KEY,
+    IN_GRAPH,
+    PARAMETERS_KEY,
+    PATH_KEY,
+    SPEC_KEY,
+    VALUES_KEY,
+)
 from ...export.lowering.quantized_norms import is_quantized_norm
 from ...export.onnx_io.read_model import sort_nodes
 from ...export.recognition.fused_ops import QUANTIZED_OUTPUT
+from ...models.errors import UsageError
+from ...models.spec import NormSpec
+from .access import RecordedNorm
 from .activation_store import Key
 from .cut import NormPlace
 
@@ -42,6 +53,7 @@ class GraphNorm:
         operands: names of the inputs of its nodes: x itself, or the two values that a fused residual add sums to x.
         nodes: names of its nodes.
         used: whether the result is read.
+        recorded: what the export recorded of a norm that is not a module, else None.
     """
 
     key: Key
@@ -52,6 +64,12 @@ class GraphNorm:
     operands: tuple[str, ...]
     nodes: frozenset[str]
     used: bool
+    recorded: RecordedNorm | None = None
+
+    @property
+    def values(self) -> list[str]:
+        """Names of x, of the result, and of the gate if there is one."""
+        return [name for name in (self.x, self.y, self.gate) if name is not None]
 
 
 @dataclass(slots=True)
@@ -170,7 +188,7 @@ class GraphNorms:
                 by_path.setdefault(node.metadata_props[PATH_KEY], []).append(node)
         found = []
         for path, nodes in by_path.items():
-            for number, group in enumerate(_connected(nodes)):
+            for number, group in enumerate(_calls(nodes)):
                 norm = self._norm(path, number, group)
                 if isinstance(norm, GraphNorm):
                     found.append(norm)
@@ -206,7 +224,8 @@ class GraphNorms:
             return "its metadata name a result that other nodes compute"
         used = bool(self._values[y].uses()) or self._values[y].is_graph_output()
         form = cores[0].metadata_props.get(FORM_KEY, "plain")
-        return GraphNorm((path, number), form, x, y, gate, operands, frozenset(str(n.name) for n in nodes), used)
+        names = frozenset(str(node.name) for node in nodes)
+        return GraphNorm((path, number), form, x, y, gate, operands, names, used, _recorded(cores[0]))
 
     def _roles(
         self, noted: Mapping[str, str | None], core: ir.Node, group: set[ir.Node]
@@ -263,6 +282,20 @@ class GraphNorms:
         return False
 
 
+def _recorded(core: ir.Node) -> RecordedNorm | None:
+    """What the export recorded on the main node of a norm that is not a module; None where it cannot be read."""
+    if core.metadata_props.get(FOUND_KEY) != IN_GRAPH:
+        return None
+    try:
+        spec = NormSpec.from_json(core.metadata_props[SPEC_KEY])
+        parameters = json.loads(core.metadata_props.get(PARAMETERS_KEY, ""))
+    except (UsageError, ValueError, RecursionError):
+        return None
+    if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
+        return None
+    return RecordedNorm(spec, tuple(parameters))
+
+
 def cut_name(key: Key) -> str:
     """The name of a norm in the model that `cut_out` returns."""
     return f"{key[0]}#{key[1]}"
@@ -291,8 +324,34 @@ def _read(node: ir.Node) -> Iterable[ir.Value]:
                     yield from (value for value in inner.inputs if value is not None)
 
 
-def _connected(nodes: list[ir.Node]) -> list[list[ir.Node]]:
-    """The connected components of the nodes, in graph order."""
+def _calls(nodes: list[ir.Node]) -> list[list[ir.Node]]:
+    """The nodes of each call of one norm, in graph order.
+
+    A call may read the result or the sum of another: then the nodes of both are connected, by a value that is noted as
+    an end of a call.
+    """
+    calls = []
+    for group in _connected(nodes):
+        noted = [node.metadata_props[VALUES_KEY] for node in group if VALUES_KEY in node.metadata_props]
+        calls += _connected(group, _ends(noted)) if len(noted) > 1 else [group]
+    order = {node: number for number, node in enumerate(nodes)}
+    return sorted(calls, key=lambda group: order[group[0]])
+
+
+def _ends(noted: Iterable[str]) -> set[str]:
+    """The names of x and of the result in the metadata of main nodes."""
+    names: set[str] = set()
+    for text in noted:
+        try:
+            values = json.loads(text)
+            names |= {values["x"], values["y"]}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return names
+
+
+def _connected(nodes: list[ir.Node], ends: Container[str | None] = ()) -> list[list[ir.Node]]:
+    """The connected components of the nodes, in graph order; values with the names `ends` do not connect them."""
     parent = {node: node for node in nodes}
 
     def root(node: ir.Node) -> ir.Node:
@@ -303,7 +362,7 @@ def _connected(nodes: list[ir.Node]) -> list[list[ir.Node]]:
     for node in nodes:
         for value in _read(node):
             producer = value.producer()
-            if producer in parent:
+            if producer in parent and value.name not in ends:
                 parent[root(node)] = root(producer)
     groups: dict[ir.Node, list[ir.Node]] = {}
     for node in nodes:

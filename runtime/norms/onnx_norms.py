@@ -14,7 +14,7 @@ from ...export.onnx_io.read_model import read_model
 from ...models.dtypes import numpy_dtype
 from ..runners.base import Array, OnnxSession, Runner
 from ..runners.open import has_large_weights, open_runner
-from .access import Formula, NormDtypes, NormFeed, NormResult, RunNorms, Sink, Sources, windows
+from .access import Formula, NormDtypes, NormFeed, NormResult, RecordedNorm, RunNorms, Sink, Sources, windows
 from .activation_store import ActivationStore, Key
 from .cut import cut_out, run_alone
 from .formula import FileFormulas, read_formulas
@@ -59,6 +59,11 @@ class OnnxNorms:
     def unused(self) -> frozenset[Key]:
         """Norms whose result is not read."""
         return frozenset(key for key, norm in self._graph.norms.items() if not norm.used)
+
+    @property
+    def recorded(self) -> Mapping[Key, RecordedNorm]:
+        """See `NormAccess.recorded`."""
+        return {key: norm.recorded for key, norm in self._graph.norms.items() if norm.recorded is not None}
 
     def formula(self, key: Key) -> Formula | str | None:
         """See `NormAccess.formula`. The graph decides, not its metadata; it is read when it is asked for first."""
@@ -111,17 +116,19 @@ class OnnxNorms:
 
     def trace(self, feeds: Mapping[str, Array], keys: list[Key], sink: Sink) -> dict[str, Array]:
         """See `NormAccess.trace`. The whole file runs once per window; values outside the window are not returned."""
-        names = [name for norm in map(self._graph.norms.__getitem__, keys) for name in (norm.x, norm.y)]
+        names = [name for norm in map(self._graph.norms.__getitem__, keys) for name in norm.values]
         own = self._graph.output_names
         outputs: dict[str, Array] = {}
         with self._opened(self._graph.exposed(names)) as runner:
             for part in windows(keys, self._window):
                 norms = [self._graph.norms[key] for key in part]
-                values = (name for norm in norms for name in (norm.x, norm.y))
+                values = (name for norm in norms for name in norm.values)
                 results = runner.run(feeds, outputs=list(dict.fromkeys([*own, *values])))
                 for norm in norms:
                     sink(norm.key, "x", results[norm.x])
                     sink(norm.key, "y", results[norm.y])
+                    if norm.gate is not None:
+                        sink(norm.key, "gate", results[norm.gate])
                 outputs = {name: results[name] for name in own}
         return outputs
 

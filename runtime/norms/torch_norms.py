@@ -20,7 +20,7 @@ from ..accuracy.errors import errors_of, row_scale_error
 from ..accuracy.float_formats import format_of
 from ..runners.base import Array, Runner
 from ..runners.torch import to_numpy, to_torch
-from .access import CalledNorm, Formula, NormDtypes, NormFeed, NormResult, RunNorms, Sink, Sources
+from .access import CalledNorm, Formula, NormDtypes, NormFeed, NormResult, RecordedNorm, RunNorms, Sink, Sources
 from .activation_store import ActivationStore, Key
 from .float64_model import exact, wide_array
 
@@ -108,6 +108,11 @@ class TorchNorms:
     def unused(self) -> frozenset[Key]:
         """Always empty: in PyTorch it is unknown which modules read a result."""
         return frozenset()
+
+    @property
+    def recorded(self) -> Mapping[Key, RecordedNorm]:
+        """Always empty: the norms are modules."""
+        return {}
 
     def formula(self, key: Key) -> Formula:
         """See `NormAccess.formula`."""
@@ -221,6 +226,8 @@ class TorchNorms:
             key = (path, number)
             if key in keys:
                 sink(key, "x", to_numpy(call.x))
+                if call.gate is not None:
+                    sink(key, "gate", to_numpy(call.gate))
             y = original()
             if key in keys:
                 sink(key, "y", to_numpy(y))

@@ -9,6 +9,7 @@ pipeline: the stages of a validation, from `run_candidate` to `check_parts`.
 names: `match_inputs` and `match_outputs`, which name of a file is which of PyTorch's.
 run_cases: `made_up_cases`, `run_guarded` and `judge_output`, for one case.
 norm_checks: `check_norms`, every norm alone.
+recorded_checks: `check_recorded`, every norm that is not a module.
 segment_checks: `check_segments`, every segment between norms.
 depth: `measure_depth`, errors along the depth of the model.
 replay: `read_replay`, the options of an earlier report.

@@ -23,7 +23,7 @@ from ..runners.ort_graph import file_record
 from .candidate import Candidate
 from .depth import DepthPoint, errors_introduced, measure_depth
 from .names import Renamed, RenamedTorch, match_inputs, own_names, renamed_infos
-from .norm_checks import unsound_norms
+from .norm_checks import try_or_note, unsound_norms
 from .options import ValidationOptions
 from .pipeline import (
     Baseline,
@@ -41,9 +41,9 @@ from .pipeline import (
     run_baseline,
     run_candidate,
     signal_warnings,
-    try_or_note,
     why_no_norm,
 )
+from .recorded_checks import check_recorded
 from .replay import SIDES
 from .result import ValidationReport
 from .run_cases import last_token_notes
@@ -214,6 +214,11 @@ def _examined(
                     return found
 
                 points = try_or_note("errors along the depth", notes, depth)
+        if access is not None:
+            feeds = own_names(largest.case.feeds, candidate.inputs)
+            checks, remarks = check_recorded(candidate, access, baseline.model, own.called, feeds, options, progress)
+            parts.norms.extend(checks)
+            notes += remarks
     unchecked = ""
     if not parts.norms and not options.outputs_only:
         unchecked = why_no_norm(candidate, baseline.recognition, own.called, [*matched.notes, *parts.notes])

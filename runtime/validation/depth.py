@@ -80,7 +80,8 @@ def measure_depth(
 
     def errors_into(found: dict[tuple[Key, str], float]) -> Callable[[Key, str, Array], None]:
         def sink(key: Key, role: str, value: Array) -> None:
-            found[key, role] = figures(value, free.get(key, role)).max_rel_row
+            if free.has(key, role):
+                found[key, role] = figures(value, free.get(key, role)).max_rel_row
 
         return sink
 

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from ...models.errors import RmsnormDeployError
 from ..accuracy.compare_output import OutputVerdict, brief
 from ..accuracy.tolerances import Limits
-from ..norms.access import CalledNorm, NormAccess, NormFeed
+from ..norms.access import CalledNorm, NormAccess, NormBaseline, NormFeed
 from ..norms.activation_store import ActivationStore, Key
 from ..norms.adversarial_rows import adversarial, turns
 from ..norms.check_norm import check_norm, check_sum, no_reference, sound_limit, summary_of
-from ..norms.torch_norms import TorchNorms
+from ..norms.formula import differences
 from ..runners.base import Array
 
 Progress = Callable[[str], None]
@@ -66,7 +67,7 @@ class NormCheck:
 
 def check_norms(
     candidate: NormAccess,
-    baseline: TorchNorms,
+    baseline: NormBaseline,
     norms: Sequence[CalledNorm],
     store: ActivationStore,
     seed: int,
@@ -135,6 +136,29 @@ def unsound_norms(called: Iterable[CalledNorm]) -> list[NormCheck]:
 def failed(check: NormCheck, reason: str) -> NormCheck:
     """A failed copy of the check, with this reason."""
     return dataclasses.replace(check, passed=False, reason=reason)
+
+
+def with_cause(check: NormCheck, access: NormAccess, norms: NormBaseline) -> NormCheck:
+    """A check; the reason of a failed one ends with how the candidate's formula and weight differ from PyTorch's."""
+    key = check.norm.key
+    if check.passed is not False:
+        return check
+    found = access.formula(key)
+    if found is None:
+        return check
+    if isinstance(found, str):
+        return failed(check, f"{check.reason}; its nodes in the file are no RMSNorm that is known: {found}")
+    causes = differences(found, norms.formula(key))
+    return failed(check, "; ".join([check.reason, *causes]))
+
+
+def try_or_note(what: str, notes: list[str], run: Callable[[], list[Any]]) -> list[Any]:
+    """The checks of `run`; if a part of the model cannot be run alone, an empty list, and a note with the reason."""
+    try:
+        return run()
+    except RmsnormDeployError as error:
+        notes.append(f"{what} could not be checked: {error}")
+        return []
 
 
 def _given(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...export.graph.cache_names import is_present
 from ...models.calling.rotary import dynamic_rotary
@@ -23,12 +23,19 @@ from ..inputs.cases import Case
 from ..norms.access import CalledNorm, NormAccess, windows
 from ..norms.activation_store import ActivationStore, Key
 from ..norms.float64_model import exactly, in_float64
-from ..norms.formula import differences
 from ..norms.torch_norms import TorchNorms, survey_norms
 from ..runners.base import Array, DecoderSession, Runner
 from .candidate import Candidate
 from .names import match_outputs, names_for_torch, own_names, renamed
-from .norm_checks import NormCheck, check_norms, failed, unsound_norms, without_reference
+from .norm_checks import (
+    NormCheck,
+    check_norms,
+    failed,
+    try_or_note,
+    unsound_norms,
+    with_cause,
+    without_reference,
+)
 from .options import ValidationOptions
 from .run_cases import Call, Outputs, Run, call_ends, judge_run, named, repeats, run_guarded, wide, with_cache_names
 from .segment_checks import SegmentCheck, SegmentOutputs, check_segments, segment_names
@@ -262,7 +269,8 @@ def match_norms(
             lost.add(key)
             reason = "no node of the candidate names this norm in its metadata"
         notes.append(f"{norm_name(*key)} could not be checked alone: {reason}")
-    for key in sorted(present - set(called)):
+    recorded = access.recorded if access is not None else {}
+    for key in sorted(present - set(called) - set(recorded)):
         reason = (unrecognized or {}).get(key[0])
         if reason is None:
             notes.append(f"{norm_name(*key)} was not called on these inputs, so it was not checked")
@@ -385,20 +393,6 @@ def check_parts(
     return PartChecks(checks, segments, notes)
 
 
-def with_cause(check: NormCheck, access: NormAccess, norms: TorchNorms) -> NormCheck:
-    """A check; the reason of a failed one ends with how the candidate's formula and weight differ from PyTorch's."""
-    key = check.norm.key
-    if check.passed is not False:
-        return check
-    found = access.formula(key)
-    if found is None:
-        return check
-    if isinstance(found, str):
-        return failed(check, f"{check.reason}; its nodes in the file are no RMSNorm that is known: {found}")
-    causes = differences(found, norms.formula(key))
-    return failed(check, "; ".join([check.reason, *causes]))
-
-
 def why_no_norm(
     candidate: Candidate, recognition: Recognition, called: Mapping[Key, CalledNorm], notes: Sequence[str]
 ) -> str:
@@ -417,17 +411,8 @@ def why_no_norm(
         return f"{notes[0]}{more}"
     if not recognition.sites:
         reasons = [f"{refusal.path or 'the model itself'}: {refusal.reason}" for refusal in recognition.refusals[:1]]
-        return "; ".join(["PyTorch's model has no RMSNorm that is recognized", *reasons])
+        return "; ".join(["no module of PyTorch's model is recognized as an RMSNorm", *reasons])
     return "PyTorch calls none of its norms on these inputs" if not called else "both sides have none in common"
-
-
-def try_or_note(what: str, notes: list[str], run: Callable[[], list[Any]]) -> list[Any]:
-    """The checks of `run`; if a part of the model cannot be run alone, an empty list, and a note with the reason."""
-    try:
-        return run()
-    except RmsnormDeployError as error:
-        notes.append(f"{what} could not be checked: {error}")
-        return []
 
 
 def missing_outputs(candidate: Candidate, runs: CandidateRuns, baseline: BaselineRuns) -> list[str]:

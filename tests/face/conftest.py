@@ -68,6 +68,19 @@ def floats():
     return Floats(), {"x": torch.randn(2, 3, 8)}
 
 
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 16)
+
+    def forward(self, x):
+        return nn.functional.rms_norm(self.up(x), (16,), eps=1e-6)
+
+
+def functional():
+    return Functional(), {"x": torch.randn(2, 3, 8)}
+
+
 def broken():
     raise RuntimeError("no luck")
 

@@ -98,10 +98,26 @@ def test_inspect_exported(rmsnorm: CommandLine, models: Path, exported: Path) ->
     assert "1 RMSNorm in" in rmsnorm("inspect", exported / "ort" / "model.onnx").out
 
 
+def test_a_norm_outside_of_modules_is_listed(rmsnorm: CommandLine, models: Path, tmp_path: Path) -> None:
+    name = f"{models}:functional"
+    assert "Norms outside of modules are found at export." in rmsnorm("inspect", name).out
+    out = rmsnorm("export", name, "-o", tmp_path / "out", "--static").out
+    for text in (out, rmsnorm("inspect", tmp_path / "out").out):
+        (row,) = [line for line in text.splitlines() if "rms_norm_0" in line]
+        computes = "1 no weight, scale-then-cast, eps 1e-06 16 float32 :rms_norm_0"
+        assert row.split() == computes.split()
+    for place in (tmp_path / "out", tmp_path / "out" / "model.onnx"):
+        (site,) = rmsnorm("inspect", place, "--json").json["sites"]
+        assert (site["path"], site["found"], site["class"]) == (":rms_norm_0", "graph", None)
+
+
 def test_a_model_without_norms_succeeds_and_says_so(rmsnorm: CommandLine, models: Path, tmp_path: Path) -> None:
     name = f"{models}:without_norms"
     outcome = rmsnorm("inspect", name)
-    assert (outcome.code, outcome.out) == (0, f"There is no RMSNorm in {name}.\n")
+    assert (outcome.code, outcome.out) == (
+        0,
+        f"No module in {name} was recognized as an RMSNorm. Norms outside of modules are found at export.\n",
+    )
     outcome = rmsnorm("inspect", name, "--json")
     assert (outcome.code, outcome.json["sites"], outcome.json["refusals"]) == (0, [], [])
     outcome = rmsnorm("export", name, "-o", tmp_path / "out")

@@ -33,7 +33,8 @@ def print_sites(screen: Screen, sites: Sequence[Mapping[str, Any]]) -> None:
     for site in sites:
         spec = NormSpec.from_dict(site["spec"]).describe()
         width = _width(site["width"]) if site["class"] is not None or site["width"] is not None else "?"
-        key = (spec, width, site["dtype"] or "?", (site["class"] or "?").rpartition(".")[2])
+        unknown = "(in the graph)" if site.get("found") == "graph" else "?"
+        key = (spec, width, site["dtype"] or "?", (site["class"] or unknown).rpartition(".")[2])
         groups.setdefault(key, []).append(site["path"])
     rows = [(len(paths), *key, _patterns(paths)) for key, paths in groups.items()]
     columns: tuple[str, ...] = ("norms", "computes", "width", "dtype", "class", "where")
@@ -54,7 +55,9 @@ def _print_refusals(screen: Screen, refusals: Sequence[Mapping[str, Any]]) -> No
         screen.line(f"  {_patterns([row['path'] for row in rows])} ({classes}): {reason}")
 
 
-def found_line(sites: Sequence[Any], refusals: Sequence[Any], model: str, calls: int | None = None) -> str:
+def found_line(
+    sites: Sequence[Any], refusals: Sequence[Any], model: str, calls: int | None = None, *, modules_only: bool = False
+) -> str:
     """A sentence with the number of norms that recognition found.
 
     Args:
@@ -62,9 +65,15 @@ def found_line(sites: Sequence[Any], refusals: Sequence[Any], model: str, calls:
         refusals: what was refused.
         model: the name of the model.
         calls: the number of calls, which is shown if it differs; None if it is unknown.
+        modules_only: whether only modules were searched, so that norms outside of them are unknown.
     """
     if not sites:
-        return f"There is no RMSNorm in {model}." + (" What was refused is listed below." if refusals else "")
+        first = (
+            f"No module in {model} was recognized as an RMSNorm. Norms outside of modules are found at export."
+            if modules_only
+            else f"There is no RMSNorm in {model}."
+        )
+        return first + (" What was refused is listed below." if refusals else "")
     called = "" if calls in (None, len(sites)) else f" ({counted(calls or 0, 'call')})"
     return f"{counted(len(sites), 'RMSNorm')} in {model}{called}."
 
@@ -77,6 +86,6 @@ def _width(width: Any) -> str:
 
 def _patterns(paths: Sequence[str]) -> str:
     """The paths with `*` for layer numbers, such as `layers.*.norm`; at most a few of them."""
-    counts = Counter(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path) or "the model itself" for path in paths)
+    counts = Counter(re.sub(r"(^|\.)\d+(?=[.:]|$)", r"\1*", path) or "the model itself" for path in paths)
     shown = list(counts)[:_PATHS_SHOWN]
     return ", ".join(shown) + (f" and {len(counts) - len(shown)} more" if len(counts) > len(shown) else "")

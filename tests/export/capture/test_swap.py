@@ -571,7 +571,7 @@ def test_an_own_call_is_in_the_exported_file(tmp_path: Path) -> None:
     assert abs(got - wanted.numpy()).max() < 1e-4
 
 
-def test_a_norm_that_writes_into_its_input_stays_as_it_is_in_the_exported_file(tmp_path: Path) -> None:
+def test_a_norm_that_writes_into_its_input_is_found_in_the_graph(tmp_path: Path) -> None:
     class Halving(Weighted):
         def forward(self, x: Tensor) -> Tensor:
             y = normalized(x) * self.weight
@@ -582,7 +582,12 @@ def test_a_norm_that_writes_into_its_input_stays_as_it_is_in_the_exported_file(t
     with torch.no_grad():
         wanted = model(x_of())
     result = export_model(model, tmp_path / "out", target="ort", inputs={"x": x_of()})
-    assert [refusal.reason for refusal in result.recognition.refusals] == ["it changes its input in place"]
+    assert (result.recognition.sites, result.recognition.refusals) == ([], [])
+    (site,) = result.manifest["sites"]
+    assert (site["path"], site["found"]) == ("norm", "graph")
+    assert result.manifest["notes"] == [
+        "norm (Halving) found in the graph, because not recognized as a module: it changes its input in place"
+    ]
     session = ort.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
     got = session.run(None, {session.get_inputs()[0].name: x_of().numpy()})[0]
     assert abs(got - wanted.numpy()).max() < 1e-4

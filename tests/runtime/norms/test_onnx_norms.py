@@ -198,7 +198,7 @@ def test_the_whole_model_is_traced(path: Path, window: int | None) -> None:
     y2 = norm(ROWS - y1, W2)
     y3 = norm(y2, W1) * sigmoid(OTHER)
     expected = {(FIRST, "x"): ROWS, (FIRST, "y"): y1, (SECOND, "x"): ROWS - y1, (SECOND, "y"): y2,
-                (GATED, "x"): y2, (GATED, "y"): y3}  # fmt: skip
+                (GATED, "x"): y2, (GATED, "y"): y3, (GATED, "gate"): OTHER}  # fmt: skip
     assert set(seen) == set(expected)
     for place, value in expected.items():
         close(seen[place], value)

@@ -180,7 +180,7 @@ def test_a_pass_without_norms_says_so(tmp_path: Path) -> None:
     del plain.norm
     report = validate(exported(plain, tmp_path / "out"), plain)
     assert report.verdict == "pass"
-    assert report.summary.endswith("; no norm was checked: PyTorch's model has no RMSNorm that is recognized.")
+    assert report.summary.endswith("; no norm was checked: no module of PyTorch's model is recognized as an RMSNorm.")
     assert "no norm" not in validate(tmp_path / "out", plain, outputs_only=True).summary
 
 

@@ -29,8 +29,7 @@ from rmsnorm_deploy.runtime.norms.onnx_norms import OnnxNorms
 from rmsnorm_deploy.runtime.norms.torch_norms import TorchNorms, survey_norms
 from rmsnorm_deploy.runtime.runners.torch import TorchRunner
 from rmsnorm_deploy.runtime.validation.api import validate
-from rmsnorm_deploy.runtime.validation.norm_checks import NormCheck, check_norms
-from rmsnorm_deploy.runtime.validation.pipeline import try_or_note
+from rmsnorm_deploy.runtime.validation.norm_checks import NormCheck, check_norms, try_or_note
 from tests.helpers.norms.norm_zoo import ZOO
 
 KIND = {kind.name: kind for kind in KINDS}

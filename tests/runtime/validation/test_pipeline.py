@@ -19,10 +19,12 @@ from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.runtime.accuracy.tolerances import Limits
 from rmsnorm_deploy.runtime.inputs.cases import Case
+from rmsnorm_deploy.runtime.norms.access import RecordedNorm
 from rmsnorm_deploy.runtime.norms.activation_store import ActivationStore, Key
 from rmsnorm_deploy.runtime.norms.torch_norms import TorchNorms
 from rmsnorm_deploy.runtime.runners.torch import TorchRunner
 from rmsnorm_deploy.runtime.validation.candidate import Candidate, candidate_of
+from rmsnorm_deploy.runtime.validation.norm_checks import try_or_note
 from rmsnorm_deploy.runtime.validation.options import ValidationOptions
 from rmsnorm_deploy.runtime.validation.pipeline import (
     Baseline,
@@ -39,7 +41,6 @@ from rmsnorm_deploy.runtime.validation.pipeline import (
     missing_outputs,
     run_baseline,
     run_candidate,
-    try_or_note,
 )
 from rmsnorm_deploy.runtime.validation.run_cases import Call, Run
 from tests.helpers.runtime.stand_ins import FunctionRunner, called
@@ -264,6 +265,7 @@ class Access:
 
     keys: list[Key] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
+    recorded: dict[Key, RecordedNorm] = field(default_factory=dict)
 
 
 @contextmanager

@@ -55,6 +55,9 @@ def inspect(
 ) -> None:
     """Find every RMSNorm of a model and show what it computes.
 
+    In a PyTorch model, norms are modules; those outside of modules (F.rms_norm, formulas in a forward) are found at
+    export, so inspect the exported folder for these.
+
     With inputs, the model runs, and the risk of each norm in float32, float16 and bfloat16 is reported.
     """
     screen = Screen(as_json, quiet)
@@ -108,7 +111,9 @@ class _Wanted:
 
 def _print(screen: Screen, payload: dict[str, Any]) -> None:
     sites, refusals = payload["sites"], payload["refusals"]
-    print_found(screen, sites, refusals, found_line(sites, refusals, payload["model"], payload.get("calls")))
+    calls = payload.get("calls")  # a PyTorch model has no graph yet, so only its modules were searched
+    first = found_line(sites, refusals, payload["model"], calls, modules_only=calls is None)
+    print_found(screen, sites, refusals, first)
     for line in _size_lines(payload.get("sizes", {})):
         screen.line(line)
     if payload.get("risk", {}).get("norms"):
