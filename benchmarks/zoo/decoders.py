@@ -8,7 +8,8 @@ from .entries import Entry, small
 
 # Multi-head latent attention has as many keys as queries.
 _LATENT: dict[str, Any] = {"num_key_value_heads": 4}
-_INDEXED: dict[str, Any] = {**_LATENT, "index_n_heads": 4, "index_head_dim": 16, "index_topk": 8}
+# Many heads: with few, several tokens score exactly 0, and PyTorch does not define which of them are selected.
+_INDEXED: dict[str, Any] = {**_LATENT, "index_n_heads": 16, "index_head_dim": 16, "index_topk": 8}
 _LONGCAT: dict[str, Any] = {
     **_LATENT, "num_layers": 1, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 24, "zero_expert_num": 2,
 }  # fmt: skip

@@ -23,7 +23,7 @@ from .ranges import SPECIALIZED, symbols_of
 _STEPS = (3, -1, 1, 2, -2, -3, 4, 5, 6, 7, 8, 12, 16, 32, 64)
 _MOST_TRIED = 3
 # Dims of a KV cache and of its mask, whose sizes depend on each other.
-_TOKENS, _TOTAL = "sequence", "total_sequence"
+_TOKENS, _PAST, _TOTAL = "sequence", "past_sequence", "total_sequence"
 # Longer than the pieces into which models cut a sequence (64, 128 and 256 are common), and the most work for one run.
 _LONG, _MOST_WORK = 259, 1e12
 
@@ -74,15 +74,28 @@ def check_second_sizes(
 
 
 def _with_high_end(run: _Comparison, example: Mapping[str, int], limits: SizeLimits) -> SizeLimits:
-    """The limits, with the largest number of new tokens where the model cuts them into pieces of a fixed length.
+    """The limits, with the largest number of new tokens, and of tokens in the cache, for which the graph is right.
 
-    A loop over the pieces is unrolled as often as at the captured length, so that the graph is right up to it only.
+    A loop over pieces of a fixed length is unrolled as often as at the captured length; a selection of the best of many
+    tokens is left out of the graph where there were fewer.
     """
-    if _TOKENS not in example or run.weights * _LONG > _MOST_WORK:
+    if run.weights * _LONG > _MOST_WORK:
         return limits
+    ranges = dict(limits.ranges)
+    for name in (_TOKENS, _PAST):
+        end = _largest(run, name, example, limits) if name in example else None
+        if end is not None:
+            ranges[name] = (ranges.get(name, (0, None))[0], end)
+            if name == _PAST and _TOTAL in example:
+                ranges[_TOTAL] = (0, end + example.get(_TOKENS, 0))
+    return replace(limits, ranges=ranges)
+
+
+def _largest(run: _Comparison, name: str, example: Mapping[str, int], limits: SizeLimits) -> int | None:
+    """The largest size of a dim at which the graph is right, the others as captured; None if there is no end."""
 
     def wrong(length: int) -> bool:
-        sizes = _with_total({**example, _TOKENS: length}, example)
+        sizes = _with_total({**example, name: length}, example)
         if size_problem(limits, sizes) is not None:
             return False
         try:
@@ -91,14 +104,13 @@ def _with_high_end(run: _Comparison, example: Mapping[str, int], limits: SizeLim
             return True
         return False
 
-    low, high = example[_TOKENS], _LONG
+    low, high = example[name], _LONG
     if low >= high or not wrong(high):
-        return limits
+        return None
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if wrong(middle) else (middle, high)
-    ends = limits.ranges.get(_TOKENS, (0, None))
-    return replace(limits, ranges={**limits.ranges, _TOKENS: (ends[0], low)})
+    return low
 
 
 def _with_low_end(run: _Comparison, example: Mapping[str, int], limits: SizeLimits) -> SizeLimits:
@@ -149,7 +161,7 @@ def _with_total(sizes: Mapping[str, int], example: Mapping[str, int]) -> dict[st
     """The sizes, with the length of the mask that belongs to the new tokens and those in the cache."""
     if _TOTAL not in sizes:
         return dict(sizes)
-    added = sum(sizes[name] - example[name] for name in (_TOKENS, "past_sequence") if name in example)
+    added = sum(sizes[name] - example[name] for name in (_TOKENS, _PAST) if name in example)
     return {**sizes, _TOTAL: example[_TOTAL] + added}
 
 

@@ -186,6 +186,10 @@ def _check_cache(program: ir.Model, who: str) -> None:
     """
     if not any((value.name or "").startswith(PAST) for value in program.graph.inputs):
         raise UnsupportedError(f"{who} has no cache that transformers' exporter captures. Omit --with-past.")
+    if not any(_is_present(value) for value in program.graph.outputs):
+        raise UnsupportedError(
+            f"{who} returns no cache, so it keeps its state in its modules, which a graph cannot. Omit --with-past."
+        )
     lost = lost_states(program)
     if lost:
         raise UnsupportedError(
