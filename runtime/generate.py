@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,31 +96,59 @@ def _with_encoder(
     """Generate with an encoder and a decoder that reads its cross-attention cache."""
     if set(parts) != set(PARTS):
         raise UnsupportedError(f"{folder}: expected the models {', '.join(PARTS)}, got {', '.join(parts)}.")
-    config = _config(folder)
-    start_token = config.get("decoder_start_token_id")
+    start_token = _config(folder).get("decoder_start_token_id")
     if not isinstance(start_token, int):
         raise UsageError(f"{folder / 'config.json'}: decoder_start_token_id: expected a token id, got {start_token!r}.")
-    encoder, decoder = (open_exported(parts[name]) for name in PARTS)
-    with open_runner(encoder.model, provider) as first, open_runner(decoder.model, provider) as second:
+    with opened_parts(parts, provider) as runners:
         start = time.perf_counter()
-        ids = np.array([prompt], np.int64)
-        encoded = first.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})
-        fixed: dict[str, Array] = {"attention_mask": np.ones_like(ids)}
-        fixed |= {PAST + n.removeprefix(PRESENT): v for n, v in encoded.items() if n.startswith(PRESENT)}
-        fixed["encoder_hidden_states"] = encoded["last_hidden_state"]
-        infos = second.inputs()
-        past = make_feeds([info for info in infos if is_past(info.name)], 1, 1, 0, None)
-        names = {info.name for info in infos}
-        tokens, ends = [start_token], _end_tokens(folder)
-        while len(tokens) <= count and tokens[-1] not in (ends if len(tokens) > 1 else ()):
-            feeds = {**fixed, **past, "decoder_input_ids": np.array([tokens[-1:]], np.int64)}
-            outputs = second.run({name: value for name, value in feeds.items() if name in names})
-            tokens.append(int(outputs["logits"][0, -1].astype(np.float32).argmax()))
-            past = present_to_past(outputs)
+        new = encoder_decoder_tokens(runners, prompt, start_token, _end_tokens(folder), count)
         seconds = time.perf_counter() - start
-    new = tokens[1:]
     text = tokenizer.decode(new) if tokenizer is not None else None
     return Generation(new, prompt, text, len(new) / seconds, True)
+
+
+@contextmanager
+def opened_parts(parts: Mapping[str, Path], provider: str) -> Iterator[tuple[Runner, Runner]]:
+    """The runners of an encoder and its decoder, given their folders by name."""
+    encoder, decoder = (open_exported(parts[name]) for name in PARTS)
+    with open_runner(encoder.model, provider) as first, open_runner(decoder.model, provider) as second:
+        yield first, second
+
+
+def encoder_decoder_tokens(
+    runners: tuple[Runner, Runner], prompt: list[int], start_token: int, ends: set[int], count: int
+) -> list[int]:
+    """The new tokens of an encoder and a decoder that reads its cross-attention cache.
+
+    Args:
+        runners: from `opened_parts`.
+        prompt: the encoder's tokens.
+        start_token: the decoder's first token, which is not returned.
+        ends: the tokens that end the result.
+        count: the most new tokens.
+
+    Raises:
+        UsageError: a model fails on its inputs.
+    """
+    encoder, decoder = runners
+    ids = np.array([prompt], np.int64)
+    mask = np.ones_like(ids)
+    encoded = encoder.run(
+        {info.name: {"input_ids": ids, "attention_mask": mask}[info.name] for info in encoder.inputs()}
+    )
+    fixed = {PAST + n.removeprefix(PRESENT): v for n, v in encoded.items() if n.startswith(PRESENT)}
+    fixed |= {"attention_mask": mask, "encoder_hidden_states": encoded["last_hidden_state"]}
+    infos = decoder.inputs()
+    names = {info.name for info in infos}
+    past = make_feeds([info for info in infos if is_past(info.name)], 1, 1, 0, None)
+    tokens: list[int] = []
+    while len(tokens) < count and not (tokens and tokens[-1] in ends):
+        last = tokens[-1] if tokens else start_token
+        feeds = {**past, **fixed, "decoder_input_ids": np.array([[last]], np.int64)}
+        outputs = decoder.run({name: value for name, value in feeds.items() if name in names})
+        tokens.append(int(outputs["logits"][0, -1].astype(np.float32).argmax()))
+        past = present_to_past(outputs)
+    return tokens
 
 
 def _config(folder: Path) -> dict[str, Any]:
