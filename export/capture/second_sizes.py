@@ -97,7 +97,7 @@ def _with_high_end(run: _Comparison, example: Mapping[str, int], limits: SizeLim
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if wrong(middle) else (middle, high)
-    ends = limits.ranges.get(_TOKENS, (0, None))
+    ends = limits.ranges.get(_TOKENS, (1, None))
     return replace(limits, ranges={**limits.ranges, _TOKENS: (ends[0], low)})
 
 

@@ -35,9 +35,7 @@ def test_other_values(path: str) -> None:
     assert (cache_name(path), past_name(path), present_name(path)) == (None, None, None)
 
 
-@pytest.mark.parametrize(
-    ("rest", "changes"), [("0.key", True), ("0.decoder.value", True), ("0.encoder.key", False)]
-)
+@pytest.mark.parametrize(("rest", "changes"), [("0.key", True), ("0.decoder.value", True), ("0.encoder.key", False)])
 def test_a_cross_attention_cache_does_not_change_in_a_step(rest: str, changes: bool) -> None:
     assert is_past(f"past_key_values.{rest}") is changes
     assert is_present(f"present.{rest}") is changes
