@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,25 +130,42 @@ def encoder_decoder_tokens(
     Raises:
         UsageError: a model fails on its inputs.
     """
-    encoder, decoder = runners
     ids = np.array([prompt], np.int64)
-    mask = np.ones_like(ids)
-    encoded = encoder.run(
-        {info.name: {"input_ids": ids, "attention_mask": mask}[info.name] for info in encoder.inputs()}
-    )
+    step = decoder_steps(runners, ids, np.ones_like(ids))
+    tokens: list[int] = []
+    while len(tokens) < count and not (tokens and tokens[-1] in ends):
+        last = tokens[-1] if tokens else start_token
+        tokens.append(int(step(np.array([[last]], np.int64))[0].argmax()))
+    return tokens
+
+
+def decoder_steps(runners: tuple[Runner, Runner], ids: Array, mask: Array) -> Callable[[Array], Array]:
+    """Run the encoder; the result runs the decoder on the next tokens, `[batch, length]`, with the cache so far.
+
+    It returns the logits of the last token in float32, `[batch, vocabulary]`.
+
+    Args:
+        runners: from `opened_parts`.
+        ids: the encoder's tokens, `[batch, length]`.
+        mask: 0 at padding, as `ids`.
+    """
+    encoder, decoder = runners
+    known = {"input_ids": ids, "attention_mask": mask}
+    encoded = encoder.run({info.name: known[info.name] for info in encoder.inputs()})
     fixed = {PAST + n.removeprefix(PRESENT): v for n, v in encoded.items() if n.startswith(PRESENT)}
     fixed |= {"attention_mask": mask, "encoder_hidden_states": encoded["last_hidden_state"]}
     infos = decoder.inputs()
     names = {info.name for info in infos}
-    past = make_feeds([info for info in infos if is_past(info.name)], 1, 1, 0, None)
-    tokens: list[int] = []
-    while len(tokens) < count and not (tokens and tokens[-1] in ends):
-        last = tokens[-1] if tokens else start_token
-        feeds = {**past, **fixed, "decoder_input_ids": np.array([[last]], np.int64)}
+    past = make_feeds([info for info in infos if is_past(info.name)], len(ids), 1, 0, None)
+
+    def step(tokens: Array) -> Array:
+        nonlocal past
+        feeds = {**past, **fixed, "decoder_input_ids": tokens}
         outputs = decoder.run({name: value for name, value in feeds.items() if name in names})
-        tokens.append(int(outputs["logits"][0, -1].astype(np.float32).argmax()))
         past = present_to_past(outputs)
-    return tokens
+        return outputs["logits"][:, -1].astype(np.float32)
+
+    return step
 
 
 def _config(folder: Path) -> dict[str, Any]:
