@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rmsnorm_deploy.export.graph.cache_names import is_past
 from rmsnorm_deploy.models.errors import UnsupportedError
-from rmsnorm_deploy.runtime.generate import decoder_steps, opened_parts
+from rmsnorm_deploy.runtime.inputs.encoder_decoder import decoder_steps, opened_parts
 from rmsnorm_deploy.runtime.inputs.exported import component_folders
 from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds, present_to_past
 from rmsnorm_deploy.runtime.runners.base import Array, Runner, TensorInfo

@@ -17,7 +17,7 @@ from ...models.errors import RmsnormDeployError, UnsupportedError, UsageError
 from ..accuracy import tolerances
 from ..accuracy.compare_output import OutputVerdict
 from ..accuracy.tolerances import EVERY_OUTPUT, Limits, check_limits
-from ..generate import encoder_decoder_tokens, opened_parts
+from ..inputs.encoder_decoder import encoder_decoder_tokens, opened_parts
 from ..inputs.exported import Exported
 from ..inputs.tokenizer import has_tokenizer, load_tokenizer
 from ..runners.base import Runner

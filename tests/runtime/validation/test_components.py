@@ -50,7 +50,7 @@ def test_rows_norms_and_segments_of_both(report: ValidationReport) -> None:
         ("decoder: 2x9 then 1 more", "present.0.decoder (worst of 2)"),
         (TOGETHER, "tokens"),
     ]
-    assert report.rows[-1][1].reason == "the greedy tokens of 2 prompts are PyTorch's, 48 in all"
+    assert report.rows[-1][1].reason == "the greedy tokens of 2 prompts are PyTorch's, 46 in all"
     assert [norm.norm.key[0].split(".")[0] for norm in report.norms] == ["encoder"] * 3 + ["decoder"] * 4
     assert report.summary == "7 of 7 outputs, 7 of 7 norms, 10 of 10 segments as accurate as PyTorch."
     assert sorted(report.provenance["candidate"]) == ["decoder", "encoder"]
