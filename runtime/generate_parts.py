@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from ..export.graph.cache_names import is_past
-from ..export.graph.metadata import PAST, PRESENT
 from ..export.onnx_io.manifest import read_manifest
 from ..models.calling.parts import DECODER, EMBEDDING, ENCODER, VISION
 from ..models.errors import UnsupportedError, UsageError
 from ..models.regular_files import read_json
+from .inputs.encoder_decoder import encoder_decoder_tokens
 from .inputs.exported import open_exported
 from .inputs.synthetic import make_feeds, present_to_past
 from .runners.base import Array, OnnxSession
@@ -57,24 +57,9 @@ def with_parts(
         if set(parts) == _ENCODER_PARTS:
             if images:
                 raise UsageError(f"{folder}: expected a prompt only, got {', '.join(images)} too: it reads no images.")
-            return _from_encoder(runners, _start_token(folder), prompt, count, ends)
+            both = runners[ENCODER], runners[DECODER]
+            return encoder_decoder_tokens(both, prompt, _start_token(folder), ends, count)
         return _from_images(runners, read_manifest(folder), prompt, images, count, ends)
-
-
-def _from_encoder(
-    runners: Mapping[str, OnnxSession], start: int, prompt: list[int], count: int, ends: set[int]
-) -> list[int]:
-    ids = np.array([prompt], np.int64)
-    encoded = runners[ENCODER].run({"input_ids": ids, "attention_mask": np.ones_like(ids)})
-    fixed: dict[str, Array] = {PAST + n.removeprefix(PRESENT): v for n, v in encoded.items() if n.startswith(PRESENT)}
-    fixed |= {"attention_mask": np.ones_like(ids), "encoder_hidden_states": encoded["last_hidden_state"]}
-    decoder, tokens = runners[DECODER], [start]
-    past = _empty_cache(decoder)
-    while len(tokens) <= count and (len(tokens) == 1 or tokens[-1] not in ends):
-        outputs = _run(decoder, {**fixed, **past, "decoder_input_ids": np.array([tokens[-1:]], np.int64)})
-        tokens.append(_next_token(outputs))
-        past = present_to_past(outputs)
-    return tokens[1:]
 
 
 def _from_images(

@@ -17,8 +17,11 @@ from torch import nn
 
 from rmsnorm_deploy import export_model, find_norms, validate
 from rmsnorm_deploy.export.capture.example_inputs import example_inputs
+from rmsnorm_deploy.export.onnx_io.manifest import read_manifest
+from rmsnorm_deploy.models.calling.parts import DECODER
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, UnsupportedError, UsageError
 from rmsnorm_deploy.runtime.inputs.cases import factory_arrays
+from rmsnorm_deploy.runtime.inputs.exported import component_folders
 
 from .catalog import ENTRIES
 from .entries import Entry, norms_there, padded_prompt
@@ -123,8 +126,10 @@ class _Row:
     def cache(self) -> tuple[Status, str]:
         if not _generates(self._model):
             return "none", "it does not generate tokens"
-        result = export_model(self._model, self._folder / "cache", with_past=True)
-        return "ok", f"{sum('past' in row['name'] for row in result.manifest['inputs'])} cache inputs"
+        folder = self._folder / "cache"
+        export_model(self._model, folder, with_past=True)
+        decoder = component_folders(folder).get(DECODER, folder)
+        return "ok", f"{sum('past' in row['name'] for row in read_manifest(decoder)['inputs'])} cache inputs"
 
     def tokens(self) -> tuple[Status, str]:
         if not _generates(self._model):
@@ -134,7 +139,7 @@ class _Row:
             return "none", "not exported with a cache"
         prompt = padded_prompt()
         wanted = torch_tokens(copy.deepcopy(self._model), prompt)
-        agree, where = difference(wanted, onnx_tokens(folder / "model.onnx", prompt, wanted))
+        agree, where = difference(wanted, onnx_tokens(folder, prompt, wanted))
         return "ok" if agree else "wrong", where or f"equal ({folder.name})"
 
     def upstream(self) -> tuple[Status, str]:

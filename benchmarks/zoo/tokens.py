@@ -13,6 +13,8 @@ from torch import Tensor
 
 from rmsnorm_deploy.export.graph.cache_names import is_past
 from rmsnorm_deploy.models.errors import UnsupportedError
+from rmsnorm_deploy.runtime.inputs.encoder_decoder import decoder_steps, opened_parts
+from rmsnorm_deploy.runtime.inputs.exported import component_folders
 from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds, present_to_past
 from rmsnorm_deploy.runtime.runners.base import Array, Runner, TensorInfo
 from rmsnorm_deploy.runtime.runners.open import open_runner
@@ -63,14 +65,17 @@ def torch_tokens(model: Any, prompt: Mapping[str, Tensor], steps: int = STEPS) -
     )
 
 
-def onnx_tokens(path: Path, prompt: Mapping[str, Tensor], wanted: Greedy, steps: int = STEPS) -> Array:
-    """Greedy tokens of an exported file: with its cache where it reads one, else from the whole sequence each time.
+def onnx_tokens(folder: Path, prompt: Mapping[str, Tensor], wanted: Greedy, steps: int = STEPS) -> Array:
+    """Greedy tokens of an exported folder: with its cache where it has one, else from the whole sequence each time.
 
     Raises:
         UnsupportedError: the file has an input whose value is not known.
     """
     ids, mask = prompt["input_ids"].numpy(), prompt["attention_mask"].numpy()
-    with open_runner(path, session_options={"intra_op_num_threads": 1}) as runner:
+    parts = component_folders(folder)
+    if parts:
+        return _with_encoder(parts, ids, mask, wanted, steps)
+    with open_runner(folder / "model.onnx", session_options={"intra_op_num_threads": 1}) as runner:
         if wanted.start is not None:
             return _encoder_decoder(runner, ids, mask, wanted, steps)
         return _decoder(runner, ids, mask, wanted, steps)
@@ -120,6 +125,16 @@ def _encoder_decoder(runner: Runner, ids: Array, mask: Array, wanted: Greedy, st
             raise UnsupportedError(f"expected inputs {', '.join(known)}, got {', '.join(unknown)} too.")
         logits = runner.run({info.name: known[info.name] for info in runner.inputs()})["logits"]
         sequence = np.concatenate([sequence, _most_likely(logits, wanted.never)[:, None]], 1)
+    return sequence[:, 1:]
+
+
+def _with_encoder(parts: Mapping[str, Path], ids: Array, mask: Array, wanted: Greedy, steps: int) -> Array:
+    sequence = np.full((len(ids), 1), wanted.start, ids.dtype)
+    with opened_parts(parts, "cpu") as runners:
+        step = decoder_steps(runners, ids, mask)
+        for _ in range(steps):
+            new = _most_likely(step(sequence[:, -1:])[:, None], wanted.never)
+            sequence = np.concatenate([sequence, new[:, None]], 1)
     return sequence[:, 1:]
 
 

@@ -92,7 +92,8 @@ def keep_part(program: ir.Model, part: str) -> None:
         name = (value.name or "").removeprefix("output.")
         cached = cache_name(name)
         renamed = _OUTPUTS[part].get(name) or (None if cached is None else PRESENT + cached)
-        if renamed is not None and (cached is None or _SIDE[part] in renamed):
+        is_number = value.shape is not None and len(value.shape) == 0  # a window's length, which does not change
+        if renamed is not None and (cached is None or (_SIDE[part] in renamed and not is_number)):
             value.name = renamed
             kept.append(value)
     program.graph.outputs[:] = kept

@@ -85,7 +85,7 @@ def _with_high_end(run: _Comparison, example: Mapping[str, int], limits: SizeLim
     for name in (_TOKENS, _PAST):
         end = _largest(run, name, example, limits) if name in example else None
         if end is not None:
-            ranges[name] = (ranges.get(name, (0, None))[0], end)
+            ranges[name] = (ranges.get(name, (0 if name == _PAST else 1, None))[0], end)
             if name == _PAST and _TOTAL in example:
                 ranges[_TOTAL] = (0, end + example.get(_TOKENS, 0))
     return replace(limits, ranges=ranges)

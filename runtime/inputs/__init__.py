@@ -8,6 +8,7 @@ cache_sizes: `cache_sizes`, the number of heads and their size in a KV cache who
 ranges: `shapes_within`, the default shapes moved into the sizes for which a model was exported.
 arrays: `read_arrays`, for .npz and .safetensors files.
 tokenizer: `load_tokenizer` and `has_tokenizer`.
+encoder_decoder: `decoder_steps` and `encoder_decoder_tokens`, an exported encoder and its decoder together.
 exported: `open_exported`, which opens an exported folder or an .onnx file.
 derived: derived_cases, the inputs of a factory and others with values like theirs; factory_case.
 """

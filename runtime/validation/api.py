@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...export.onnx_io.manifest import deviation_rows, versions
+from ...models.errors import UsageError
 from ...models.recognition.find_norms import find_norms
 from ...models.recognition.site import Recognition
 from ..accuracy.tolerances import PARTS, check_limits
 from ..inputs.cases import Case, given_cases
+from ..inputs.exported import component_folders
 from ..inputs.plan import Plan
 from ..norms.access import NormAccess, as_deployed
 from ..norms.activation_store import ActivationStore
@@ -21,6 +24,7 @@ from ..runners.base import Runner, TensorInfo
 from ..runners.open import open_runner
 from ..runners.ort_graph import file_record
 from .candidate import Candidate
+from .components import validate_components
 from .depth import DepthPoint, errors_introduced, measure_depth
 from .names import Renamed, RenamedTorch, match_inputs, own_names, renamed_infos
 from .norm_checks import try_or_note, unsound_norms
@@ -47,7 +51,7 @@ from .recorded_checks import check_recorded
 from .replay import SIDES
 from .result import ValidationReport
 from .run_cases import last_token_notes
-from .sides import Sides, cases_for, dtype_of, hinting, open_sides
+from .sides import Sides, cases_for, dtype_of, hinting, is_model_source, open_sides
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,8 +77,8 @@ def validate(
     checked on the largest case.
 
     Args:
-        candidate: an exported folder, an .onnx file, another PyTorch module (or its name, as for `load_model`), or an
-            open runner.
+        candidate: an exported folder, of one model or of an encoder and its decoder; an .onnx file; another PyTorch
+            module, or its name, as for `load_model`; or an open runner.
         model: the PyTorch model, in the dtype that is deployed, or its name, as for `load_model`. It is not changed.
             None for the model that the manifest of an exported folder names.
         options: the options; `ValidationOptions()` if None.
@@ -95,6 +99,30 @@ def validate(
     """
     options = dataclasses.replace(options or ValidationOptions(), **changes)
     progress = progress or (lambda _: None)
+    is_path = isinstance(candidate, str | Path) and not is_model_source(str(candidate))
+    components = component_folders(candidate) if isinstance(candidate, str | Path) and is_path else {}
+    if components and isinstance(candidate, str | Path):
+        if cases is not None:
+            raise UsageError(f"{candidate} holds several models: {', '.join(components)}. Give inputs to one of them.")
+        each = functools.partial(_validated, trust_remote_code=trust_remote_code, progress=progress)
+        return validate_components(
+            Path(candidate).expanduser(), components, model, options, each,
+            trust_remote_code=trust_remote_code, allow_code=allow_code, progress=progress,
+        )  # fmt: skip
+    return _validated(candidate, model, options, cases, trust_remote_code, allow_code, progress=progress)
+
+
+def _validated(
+    candidate: str | Path | nn.Module | Runner,
+    model: str | Path | nn.Module | None,
+    options: ValidationOptions,
+    cases: Cases | Callable[[Sequence[TensorInfo]], Cases] | None = None,
+    trust_remote_code: bool = False,
+    allow_code: bool = False,
+    *,
+    progress: Progress,
+) -> ValidationReport:
+    """Validate one model; see `validate`."""
     sides = open_sides(candidate, model, options, trust_remote_code, progress, allow_code)
     with hinting(sides.hint):
         report, provenance = _compared(sides, options, cases, trust_remote_code, progress)

@@ -89,35 +89,10 @@ def open_sides(
     """
     from torch import nn
 
-    if not isinstance(model, str | Path | nn.Module | None):
-        raise UsageError(
-            f"expected a PyTorch module, or the name or folder of one, to compare with; got {type(model).__name__}."
-        )
     is_source = isinstance(candidate, str) and is_model_source(candidate)
     exported = open_exported(candidate) if isinstance(candidate, str | Path) and not is_source else None
-    origin = None if exported is None else _origin(exported)
-    by_manifest = model is None
-    if model is None:
-        model = _allowed_origin(candidate, origin, allow_code)
-    if isinstance(model, nn.Module):
-        model = look_through(model).model
-        check_eval_mode(model, "the module to compare with")
-    against = None if isinstance(model, nn.Module) else str(model)
-    inputs = None
-    if not isinstance(model, nn.Module):
-        progress(f"loading {model}")
-        try:
-            named = load_against(
-                str(model), options.dtype, exported, trust_remote_code, own_dtype=options.lossy is not None
-            )
-        except UsageError as error:
-            if not by_manifest:
-                raise
-            raise UsageError(
-                f"{candidate}: its manifest says that it was exported from {origin}, which cannot be loaded: {error} "
-                "A relative path starts at the working directory. If the model is elsewhere, name it (--against MODEL)."
-            ) from error
-        model, inputs = named.model, named.example_inputs
+    against = open_against(candidate, exported, model, options, trust_remote_code, progress, allow_code)
+    inputs, compared = against.inputs, against.model
     loaded = None
     thing: Any = candidate if exported is None else exported
     if isinstance(thing, nn.Module):
@@ -130,18 +105,73 @@ def open_sides(
         inputs = loaded.example_inputs
     part = None if exported is None else exported.manifest.get("part")
     if exported is not None and part is not None:
-        model, inputs = part_of(model, part, exported.manifest.get("image_grid_thw")), None
+        compared, inputs = part_of(compared, part, exported.manifest.get("image_grid_thw")), None
     form = _form(exported, inputs)
     side = candidate_of(thing, options, form)
-    hint = ""
-    if origin is not None and against is not None and not _same_source(origin, against):
-        hint = f"this export came from {origin}, and --against names {against}"
     if options.lossy is None:
-        with hinting(hint):
-            _check_dtype(side, model)
-    by_name = isinstance(candidate, str | Path) and against is not None
+        with hinting(against.hint):
+            _check_dtype(side, compared)
+    by_name = isinstance(candidate, str | Path) and against.name is not None
     folder = None if exported is None else exported.folder
-    return Sides(side, model, against, loaded, folder, by_name, hint, inputs, form)
+    return Sides(side, compared, against.name, loaded, folder, by_name, against.hint, inputs, form)
+
+
+@dataclass(frozen=True, slots=True)
+class Against:
+    """The PyTorch model that a candidate is compared with.
+
+    Attributes:
+        model: the model, in eval mode.
+        name: the name by which the user or the manifest gave it; None for a module.
+        inputs: see `Sides`.
+        hint: see `Sides`.
+    """
+
+    model: nn.Module
+    name: str | None
+    inputs: Mapping[str, Any] | None = None
+    hint: str = ""
+
+
+def open_against(
+    candidate: object,
+    exported: Exported | None,
+    model: str | Path | nn.Module | None,
+    options: ValidationOptions,
+    trust_remote_code: bool,
+    progress: Callable[[str], None],
+    allow_code: bool,
+) -> Against:
+    """Load the PyTorch model; `exported` is what the candidate names, and the rest is as in `open_sides`."""
+    from torch import nn
+
+    if not isinstance(model, str | Path | nn.Module | None):
+        raise UsageError(
+            f"expected a PyTorch module, or the name or folder of one, to compare with; got {type(model).__name__}."
+        )
+    origin = None if exported is None else _origin(exported)
+    by_manifest = model is None
+    if model is None:
+        model = _allowed_origin(candidate, origin, allow_code)
+    if isinstance(model, nn.Module):
+        model = look_through(model).model
+        check_eval_mode(model, "the module to compare with")
+        return Against(model, None)
+    name = str(model)
+    progress(f"loading {name}")
+    try:
+        named = load_against(name, options.dtype, exported, trust_remote_code, own_dtype=options.lossy is not None)
+    except UsageError as error:
+        if not by_manifest:
+            raise
+        raise UsageError(
+            f"{candidate}: its manifest says that it was exported from {origin}, which cannot be loaded: {error} "
+            "A relative path starts at the working directory. If the model is elsewhere, name it (--against MODEL)."
+        ) from error
+    hint = ""
+    if origin is not None and not _same_source(origin, name):
+        hint = f"this export came from {origin}, and --against names {name}"
+    return Against(named.model, name, named.example_inputs, hint)
 
 
 def _form(exported: Exported | None, inputs: Mapping[str, Any] | None) -> CallForm:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from rmsnorm_deploy.models.builtin.addition_task import TOKENIZER
 from rmsnorm_deploy.models.builtin.checkpoint import addition as addition_model
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.runtime.generate import generate
+from tests.helpers.models.encoder_decoders import PROMPTS, export_t5, t5
 from tests.helpers.models.families import build
 from tests.helpers.models.small_models import Residual, residual_inputs
 
@@ -54,3 +57,38 @@ def test_a_model_that_is_not_a_decoder_is_refused(tmp_path: Path) -> None:
     export_model(Residual(), tmp_path / "out", inputs=residual_inputs())
     with pytest.raises(UnsupportedError, match="expected a decoder"):
         generate(tmp_path / "out", [1, 2])
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_t5(tmp_path_factory.mktemp("t5"))
+
+
+def test_an_encoder_and_a_decoder_generate_pytorchs_tokens(t5_folder: Path) -> None:
+    model = t5()
+    for prompt in PROMPTS:
+        with torch.no_grad():
+            wanted = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, 1:].tolist()
+        made = generate(t5_folder, prompt, max_new_tokens=20)
+        assert made.ids == wanted
+        assert (made.prompt_ids, made.text, made.with_past) == (prompt, None, True)
+        assert len(set(wanted)) > 1
+    assert generate(t5_folder, PROMPTS[0]).ids != generate(t5_folder, PROMPTS[1]).ids
+
+
+def test_generation_ends_at_the_end_token_and_needs_a_start_token(t5_folder: Path, tmp_path: Path) -> None:
+    ids = generate(t5_folder, PROMPTS[0], max_new_tokens=8).ids
+    folder = tmp_path / "out"
+    shutil.copytree(t5_folder, folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": ids[2]}))
+    assert generate(folder, PROMPTS[0], max_new_tokens=8).ids == ids[: ids.index(ids[2]) + 1]
+    path.unlink()
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"config\.json: decoder_start_token_id: expected a token id, got None"):
+        generate(folder, PROMPTS[0])
+    with pytest.raises(UsageError, match="--prompt-ids"):
+        generate(folder, "hello")
+    shutil.rmtree(folder / "decoder")
+    with pytest.raises(UsageError, match="names the models encoder, decoder, but decoder is missing"):
+        generate(folder, PROMPTS[0])

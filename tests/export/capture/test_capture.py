@@ -7,9 +7,11 @@ the families' tests run the real ones.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -255,19 +257,21 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, program: ir.Model) -> Exporter:
     return exporter
 
 
+def graph_of(text: str, renamed: dict[str, str]) -> ir.Model:
+    """A graph, whose values get names that the text form does not have."""
+    program = parsed(text)
+    for graph_values in (program.graph.inputs, [output for node in program.graph for output in node.outputs]):
+        for value in graph_values:
+            value.name = renamed.get(str(value.name), value.name)
+    return program
+
+
 def exported(
     monkeypatch: pytest.MonkeyPatch, text: str, renamed: dict[str, str] | None = None,
     step: dict[str, Any] | None = None, **arguments: Any,
 ) -> tuple[Capture, Exporter]:  # fmt: skip
     """A transformers model captured as this graph; `renamed` gives values names that the text form does not have."""
-    program = parsed(text)
-    for graph_values in (program.graph.inputs, [output for node in program.graph for output in node.outputs]):
-        for value in graph_values:
-            value.name = (renamed or {}).get(str(value.name), value.name)
-    exporter = Exporter(program)
-    monkeypatch.setattr(
-        module, "_transformers_exporter", lambda: (exporter, lambda **options: SimpleNamespace(**options))
-    )
+    exporter = stand_in(monkeypatch, graph_of(text, renamed or {}))
     if step is not None:
         monkeypatch.setattr(module, "_decode_step", lambda model, inputs: (model, step))
     found = capture(Llama(), {"input_ids": torch.zeros(2, 9, dtype=torch.int64)}, **arguments)
@@ -330,25 +334,42 @@ def test_dims_of_a_cache_have_names_or_the_number_that_comes_out(monkeypatch: py
 
 
 def test_a_scalar_of_the_cache_becomes_a_constant(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = {"cache": SimpleNamespace(layers=[SimpleNamespace(window=torch.tensor(16), other="text")])}
-    scalar = ir.Shape([])
-    given = "int64[s0, s1] input_ids, int64[1] a, int64[1] b, int64[1] c"
-    program = parsed(f"g ({given}) => (int64[s0, s1] y) {{ y = Add (input_ids, a) }}")
-    for value in program.graph.inputs[1:]:
-        value.shape = scalar
-    by_name = {"a": "input.cache.layers.0.window", "b": "cache.layers.0.other", "c": "cache.layers.7.window"}
-    for value in program.graph.inputs[1:]:
-        value.name = by_name[str(value.name)]
-    exporter = Exporter(program)
-    monkeypatch.setattr(
-        module, "_transformers_exporter", lambda: (exporter, lambda **options: SimpleNamespace(**options))
+    layers = [SimpleNamespace(keys=torch.zeros(1, 2, 3, 8), window=torch.tensor(16))]
+    step = {"cache": SimpleNamespace(layers=layers), "kept": {"text": "text"}}
+    given = "int64[s0, s1] input_ids, int64[1] a, int64[1] b, int64[1] c, float[s0, 2, s4, 8] pk"
+    by_name = {
+        "a": "input.cache.layers.0.window", "b": "kept.text", "c": "kept.7",
+        "pk": "input.cache.layers.0.keys", "k": "output.cache.layers.0.keys",
+    }  # fmt: skip
+    program = graph_of(
+        f"g ({given}) => (int64[s0, s1] y, float[s0, 2, t, 8] k) {{ y = Add (input_ids, a)  k = Abs (pk) }}", by_name
     )
+    for value in program.graph.inputs[1:4]:
+        value.shape = ir.Shape([])
+    stand_in(monkeypatch, program)
     monkeypatch.setattr(module, "_decode_step", lambda model, inputs: (model, step))
     found = capture(Llama(), {"input_ids": torch.zeros(2, 9, dtype=torch.int64)}, with_past=True)
-    assert names(found.model.graph.inputs) == ["input_ids", by_name["b"], by_name["c"]]
+    assert names(found.model.graph.inputs) == ["input_ids", "kept.text", "kept.7", "past_key_values.0.key"]
     constant = found.model.graph.initializers[by_name["a"]].const_value
     assert constant is not None
     assert int(constant.numpy()) == 16
+
+
+@pytest.mark.parametrize(
+    ("renamed", "lost"),
+    [
+        ({"pk": CACHE_NAMES["pk"], "k": "other"}, "0.key"),
+        ({**CACHE_NAMES, "attention_mask": "past_key_values.layers.1.recurrent_states.1"}, r"1.recurrent_state.1"),
+        ({**CACHE_NAMES, "logits": "output.cache.layers.0.conv_states.0"}, "0.conv_state"),
+    ],
+    ids=["goes in only", "a state goes in only", "comes out only"],
+)
+def test_a_tensor_of_the_cache_that_is_not_in_both_is_refused(
+    renamed: dict[str, str], lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = f"Llama: expected every tensor of the cache as an input and as an output, got {re.escape(lost)} as one"
+    with pytest.raises(UnsupportedError, match=message):
+        exported(monkeypatch, CACHED, renamed, {"input_ids": 1}, with_past=True)
 
 
 def test_a_mask_that_became_infinite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,9 +400,9 @@ def decode_step(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         step["asked"] = {"sample": sample, "multi_token_decode": multi_token_decode}
         return {"decode": (model, {key: value for key, value in step.items() if key != "asked"})}
 
-    utils = SimpleNamespace(decompose_prefill_decode=decompose)
+    utils = SimpleNamespace(decompose_prefill_decode=decompose, apply_patches=lambda _: nullcontext())
     monkeypatch.setitem(sys.modules, "transformers.exporters.utils", utils)  # type: ignore[arg-type]
-    stand_in(monkeypatch, parsed("g (int64[s0, s1] input_ids) => (int64[s0, s1] y) { y = Neg (input_ids) }"))
+    stand_in(monkeypatch, graph_of(CACHED, CACHE_NAMES))
     return step
 
 
@@ -402,20 +423,26 @@ def test_a_decoder_has_a_cache(decode_step: dict[str, Any]) -> None:
     assert capture(Decoder(), {"input_ids": torch.zeros(2, 9)}, with_past=True).with_past
 
 
-@pytest.mark.parametrize(
-    "kept",
-    [
-        {},
-        {"past_key_values": SimpleNamespace()},
-        {"past_key_values": SimpleNamespace(layers=[]), "cache_params": 1},
-        {"cache": SimpleNamespace(layers=[SimpleNamespace(conv_states={})])},
-    ],
-    ids=["nothing", "a cache without layers", "a state", "layers without keys"],
-)
-def test_no_cache_for_what_is_recurrent(kept: dict[str, Any], decode_step: dict[str, Any]) -> None:
-    decode_step.update(kept)
-    with pytest.raises(UnsupportedError, match=r"Decoder has no KV cache \(it is recurrent\)"):
+def test_a_graph_without_cache_inputs_has_no_cache(
+    decode_step: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, parsed("g (int64[s0, s1] input_ids) => (int64[s0, s1] y) { y = Neg (input_ids) }"))
+    message = r"^Decoder has no cache that transformers' exporter captures\. Omit --with-past\.$"
+    with pytest.raises(UnsupportedError, match=message):
         capture(Decoder(), {"input_ids": torch.zeros(2, 9)}, with_past=True)
+
+
+def test_a_step_without_a_mask_gets_one(decode_step: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Masked(Decoder):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return input_ids
+
+    decode_step["input_ids"] = torch.zeros(2, 3, dtype=torch.int64)
+    exporter = stand_in(monkeypatch, graph_of(CACHED, CACHE_NAMES))
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    capture(Masked(), {"input_ids": torch.zeros(2, 9), "attention_mask": mask}, with_past=True)
+    given = exporter.asked["sample"]["attention_mask"]
+    assert (given.shape, int(given.sum()), int(given[0, 0])) == ((2, 12), 23, 0)
 
 
 def test_a_mask_of_ones_gets_one_padded_position_so_that_it_stays_an_input(decode_step: dict[str, Any]) -> None:

@@ -76,3 +76,25 @@ def test_a_model_that_fails_at_other_sizes_is_noted(tmp_path) -> None:  # type: 
 def test_fixed_sizes_are_exported_without_the_check(tmp_path) -> None:  # type: ignore[no-untyped-def]
     result = export_model(KeepsAFactor().eval(), tmp_path / "out", inputs=INPUTS, dynamic=False)
     assert result.manifest["inputs"][0]["shape"] == [2, 10, 8]
+
+
+class SumsInPieces(nn.Module):
+    """Sums tokens in pieces of 24, in a loop that a capture unrolls for the example's length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 8)
+        self.norm = nn.RMSNorm(8, eps=1e-6)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.norm(self.embedding(input_ids))
+        if torch.compiler.is_exporting():  # the one piece of the example
+            return x.cumsum(1)
+        return torch.cat([piece.cumsum(1) for piece in x.split(24, dim=1)], dim=1)
+
+
+def test_a_loop_over_pieces_ends_the_range_at_a_piece(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    inputs = {"input_ids": torch.arange(20).reshape(2, 10) % 16}
+    result = export_model(SumsInPieces().eval(), tmp_path / "out", inputs=inputs)
+    row = result.manifest["inputs"][0]
+    assert (row["shape"], row["ranges"]) == (["batch", "sequence"], {"sequence": [1, 24]})

@@ -12,7 +12,14 @@ import pytest
 from rmsnorm_deploy.export.graph.sizes import SizeLimits
 from rmsnorm_deploy.models.dtypes import numpy_dtype
 from rmsnorm_deploy.models.errors import UsageError
-from rmsnorm_deploy.runtime.runners.base import ANY_DTYPE, TensorInfo, check_feeds, describe_feeds
+from rmsnorm_deploy.runtime.runners.base import (
+    ANY_DTYPE,
+    TensorInfo,
+    check_feeds,
+    describe_feeds,
+    token_input,
+    tokens_between,
+)
 
 INFOS = [
     TensorInfo("ids", "int64", ("batch", "tokens")),
@@ -99,3 +106,38 @@ def test_a_size_outside_of_the_exported_range_is_a_usage_error() -> None:
         check_feeds(infos, {"input_ids": np.zeros((1, 5), np.int64)}, "model.onnx", limits)
     with pytest.raises(UsageError, match=r"expected sequence % 2 == 0, .* got sequence 19"):
         check_feeds(infos, {"input_ids": np.zeros((1, 19), np.int64)}, "model.onnx", limits)
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (["input_ids", "attention_mask"], "input_ids"),
+        (["input_ids", "decoder_input_ids"], "input_ids"),
+        (["decoder_input_ids", "attention_mask"], "decoder_input_ids"),
+        (["x"], "input_ids"),
+    ],
+)
+def test_which_input_has_the_tokens(names: list[str], wanted: str) -> None:
+    assert token_input(names) == wanted
+
+
+def cut(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.tolist() for name, value in tokens_between(given, 2, 4).items()}
+
+
+def test_tokens_of_a_call_of_a_decoder_and_a_mask_up_to_their_end() -> None:
+    row = np.arange(5)[None]
+    given = {
+        "input_ids": row, "position_ids": row[None] + 10, "token_type_ids": row, "attention_mask": row, "other": row,
+    }  # fmt: skip
+    assert cut(given) == {
+        "input_ids": [[2, 3]], "position_ids": [[[12, 13]]], "token_type_ids": [[2, 3]],
+        "attention_mask": [[0, 1, 2, 3]], "other": [[0, 1, 2, 3, 4]],
+    }  # fmt: skip
+
+
+def test_the_decoder_of_an_encoder_decoder_keeps_the_encoders_mask() -> None:
+    row = np.arange(5)[None]
+    assert cut({"decoder_input_ids": row, "attention_mask": row}) == {
+        "decoder_input_ids": [[2, 3]], "attention_mask": [[0, 1, 2, 3, 4]],
+    }  # fmt: skip

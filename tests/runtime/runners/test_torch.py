@@ -257,3 +257,54 @@ def test_a_copy_runs_on_the_gpu() -> None:
         assert runner.provenance()["device_name"]
     assert np.array_equal(output, X.astype(np.float16) * np.array([1.0, 0.5, 0.25, 0.1], np.float16))
     assert model.weight.device.type == "cpu"
+
+
+# Several calls ----------------------------------------------------------------------------------------------------
+
+
+class Sums(nn.Module):
+    """Adds each token to the sum of those before, which is its cache; it counts the tokens of each call."""
+
+    def __init__(self, cache: str | None = "past_key_values") -> None:
+        super().__init__()
+        self.cache = cache
+        self.calls: list[tuple[int, int]] = []
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool = False, **past: torch.Tensor
+    ) -> Any:
+        self.calls.append((input_ids.shape[1], attention_mask.shape[1]))
+        y = input_ids.cumsum(1).float() + sum(past.values())
+        found = OrderedDict(y=y, count=torch.tensor(float(input_ids.shape[1])))
+        result = type("Result", (OrderedDict,), {})(found)
+        if use_cache and self.cache is not None:
+            setattr(result, self.cache, y[:, -1:])
+        return result
+
+
+TOKENS = np.arange(1, 8).reshape(1, 7)
+CALLS = {"input_ids": TOKENS, "attention_mask": np.ones_like(TOKENS)}
+
+
+@pytest.mark.parametrize("cache", ["past_key_values", "cache"])
+def test_a_run_in_calls_joins_what_the_calls_return(cache: str) -> None:
+    model = Sums(cache)
+    with TorchRunner(model) as runner:
+        found = runner.run_calls(CALLS, [3, 4, 7])
+        assert model.calls == [(3, 3), (1, 4), (3, 7)]
+        assert found["y"].tolist() == [[1.0, 3.0, 6.0, 10.0, 15.0, 21.0, 28.0]]
+        assert float(found["count"]) == 3.0  # a number per call: that of the last one
+        assert np.array_equal(found["y"], runner.run(CALLS)["y"])
+
+
+def test_one_call_needs_no_cache() -> None:
+    with TorchRunner(Sums(None)) as runner:
+        assert runner.run_calls(CALLS, [7])["y"][0, -1] == 28.0
+
+
+def test_several_calls_of_a_model_without_a_cache() -> None:
+    with (
+        TorchRunner(Sums(None)) as runner,
+        pytest.raises(UsageError, match="Sums returns no past_key_values, so it cannot run in several calls"),
+    ):
+        runner.run_calls(CALLS, [3, 7])

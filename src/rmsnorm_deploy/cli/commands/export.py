@@ -163,7 +163,7 @@ def _print(screen: Screen, model: str, payload: dict[str, Any]) -> None:
         screen.line()
         screen.line(f"{row['target']} (opset {row['opset']}, {row['dtype']}) -> {row['folder']}")
         for file in row["files"]:
-            screen.line(f"  {Path(file).name}  {file_size(Path(file))}")
+            screen.line(f"  {Path(file).relative_to(row['folder'])}  {file_size(Path(file))}")
         print_deviations(screen, row["deviations"])
 
 
