@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...export.graph.metadata import IN_GRAPH
 from ...export.onnx_io.manifest import deviation_rows, versions
 from ...models.errors import UsageError
 from ...models.recognition.find_norms import find_norms
@@ -154,12 +155,18 @@ def bisect(
 
 
 def _norms_of(sides: Sides) -> Recognition:
-    """The norms of the PyTorch model; of a part of a model, those that the part's graph has."""
-    found = find_norms(sides.model)
-    if "part" not in sides.candidate.manifest:
-        return found
-    own = {site["path"] for site in sides.candidate.manifest.get("sites", ()) if site["calls"]}
-    return dataclasses.replace(found, sites=[site for site in found.sites if site.path in own])
+    """The norms of the PyTorch model that the candidate has as modules.
+
+    An export names the norms that it found in the captured graph: they are checked with the formula of the graph, also
+    where a module would be recognized alone. Of a part of a model, those of the part's graph are left.
+    """
+    found, manifest = find_norms(sides.model), sides.candidate.manifest
+    rows = {site["path"]: site for site in manifest.get("sites", ())}
+    in_graph = {path for path, row in rows.items() if row.get("found") == IN_GRAPH}
+    kept = [site for site in found.sites if site.path not in in_graph]
+    if "part" in manifest:
+        kept = [site for site in kept if rows.get(site.path, {}).get("calls")]
+    return dataclasses.replace(found, sites=kept)
 
 
 def _compared(
