@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeGuard
+from unittest import mock
 
 import numpy as np
 import onnx_ir as ir
@@ -25,6 +26,9 @@ from ..graph.metadata import PAST, PRESENT
 from .captured import Capture
 from .part_graphs import embeds_sample, keep_part, lost_states, part_sample, vision_sample
 from .recurrences import traceable_recurrences
+
+# Arguments that decide what a model returns.
+_OUTPUT_FLAGS = frozenset({"output_attentions", "output_hidden_states", "return_dict", "use_cache"})
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -91,7 +95,13 @@ def capture_transformers(
 
 
 def _call(target: Any, plain: Mapping[str, Any], **inputs: Any) -> Any:
-    return target(**inputs, **plain)
+    """Call a model as the exporter does, which sets the flags of outputs in the model's config, where it has them."""
+    config = getattr(target, "config", None)
+    with ExitStack() as stack:
+        for name in _OUTPUT_FLAGS & plain.keys():
+            if hasattr(config, name):
+                stack.enter_context(mock.patch.object(config, name, plain[name]))
+        return target(**inputs, **{name: value for name, value in plain.items() if name not in _OUTPUT_FLAGS})
 
 
 def _as_captured(target: Any, plain: Mapping[str, Any], **inputs: Any) -> Any:
