@@ -98,8 +98,9 @@ def _features(
             raise UsageError(f"the prompt has {wanted} image tokens, and there are no images; give them (--inputs).")
         width = (result.shape or (0,))[-1]
         return np.zeros((1, int(width or 0)), np.float32)
-    rows, pixels = (info.shape or (1,))[0], images.get(_PIXELS)
-    if pixels is None or not isinstance(rows, int) or pixels.shape[0] % rows or pixels.shape[1:] != info.shape[1:]:  # type: ignore[index]
+    rows, *size = info.shape or (1,)
+    pixels = images.get(_PIXELS)
+    if pixels is None or not isinstance(rows, int) or pixels.shape[0] % rows or [*pixels.shape[1:]] != size:
         got = "none" if pixels is None else "x".join(map(str, pixels.shape))
         raise UsageError(
             f"{_PIXELS}: expected images of shape {'x'.join(map(str, info.shape or ()))}, as the model was exported "

@@ -25,6 +25,7 @@ from ...models.recognition.site import Recognition
 from ..capture.capture import capture, detached
 from ..capture.example_inputs import as_tensors, example_inputs
 from ..capture.swap import swapped
+from ..capture.transformers_model import is_pretrained
 from ..lowering.plugin_functions import plugin_style
 from ..lowering.table import DEFAULT_TARGET, Environment, LoweringRefusal, opset_for, parse_targets, resolve
 from ..onnx_io.destinations import check_destination
@@ -181,7 +182,7 @@ def prepare(
         feeds = cast_floats(feeds, dtype)
     _refuse_scripted(model)
     others = sorted(set(feeds) - TEXT_INPUTS)
-    if options.with_past and others and part is None:
+    if options.with_past and others and part is None and is_pretrained(model):
         raise UnsupportedError(
             f"{type(model).__name__}: an export with a KV cache reads text only, and the inputs have "
             f"{', '.join(others)} too. Omit --with-past, or omit these inputs to export the model without them."

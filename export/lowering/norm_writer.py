@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ...models.dtypes import onnx_name
@@ -80,6 +81,21 @@ class Written:
     changed: bool
     x: ir.Value | None
     y: ir.Value
+
+
+def _as_narrow_as_the_result(value: ir.Value | None, site: GraphSite) -> ir.Value | None:
+    """A weight or bias in x's dtype, if a file stores it wider than that and the result is not wider.
+
+    Else a norm whose result follows its weight would return the wider dtype. Nothing changes if a value would.
+    """
+    dtype, array = site.dtype, constant(value)
+    if value is None or array is None or value.dtype == dtype or site.y.dtype != dtype or not site.spec.follows_weight:
+        return value
+    narrow = array.astype(dtype.numpy())
+    if not np.array_equal(narrow.astype(array.dtype), array):
+        return value
+    name = f"{value.name}.{onnx_name(dtype)}"
+    return ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype), const_value=ir.tensor(narrow, name=name))
 
 
 class NormWriter:
@@ -177,7 +193,9 @@ class NormWriter:
 
     def _inputs(self, builder: Builder, site: GraphSite, composite: ir.Node | None) -> tuple[NormInputs, ir.Value]:
         """The inputs of `emit`, and x. Where one operator added and normalized, x is a new Add or a placeholder."""
-        weight, bias = (self._registered(builder, value) for value in (site.weight, site.bias))
+        weight, bias = (
+            self._registered(builder, _as_narrow_as_the_result(value, site)) for value in (site.weight, site.bias)
+        )
         # A fused node takes the position of the Add, and a computed weight may be computed after it.
         early = weight is None or weight.producer() is None
         operands = site.sum_of if self._target == "plugin" and early and site.form == "residual_add" else None

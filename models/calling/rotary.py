@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def traceable_rotary(model: nn.Module) -> Iterator[None]:
     reset_rotary(model)
     with ExitStack() as stack:
         for module in modules:
-            stack.enter_context(_attribute(module, "forward", functools.partial(_forward, module)))
+            stack.enter_context(mock.patch.object(module, "forward", functools.partial(_forward, module)))
         yield
 
 
@@ -71,19 +72,6 @@ def _prefixes(module: nn.Module) -> list[str]:
 
 
 @contextmanager
-def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    before = module.__dict__.get(name, _MISSING)
-    module.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if before is _MISSING:
-            del module.__dict__[name]
-        else:
-            module.__dict__[name] = before
-
-
-@contextmanager
 def _buffer(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
     """Replace a buffer without a trace in the graph that is captured."""
     before = module._buffers[name]
@@ -92,6 +80,3 @@ def _buffer(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
         yield
     finally:
         module._buffers[name] = before
-
-
-_MISSING = object()

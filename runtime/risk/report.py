@@ -167,7 +167,7 @@ def risk(
     Raises:
         UsageError: there is no case, a target is unknown, or the inputs do not match the model.
     """
-    targets = parse_targets(targets)
+    targets = parse_targets(targets) if targets else []
     if not cases:
         raise UsageError("there are no inputs to run the model on; give at least one case.")
     progress = progress or (lambda _: None)

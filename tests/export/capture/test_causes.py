@@ -101,7 +101,6 @@ class Complex(nn.Module):
 @pytest.mark.parametrize(
     ("model", "advice"),
     [
-        (ReturnsDataclass(), "return_dict=False"),
         (Branches(), "torch.where or torch.cond"),
         (NoFunction(), "has no function for the operator prims.bessel_i0e."),
         (Complex(), "cos and sin"),

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from rmsnorm_deploy.export.from_torch import export_model as exporter
+from rmsnorm_deploy.export.from_torch import save as saving
 from rmsnorm_deploy.export.from_torch.export_model import export_model, prepare
 from rmsnorm_deploy.export.from_torch.save import PreparedModel, save
 from rmsnorm_deploy.export.graph.metadata import PATH_KEY, SPEC_KEY, TARGET_KEY
@@ -130,7 +130,7 @@ def test_an_interrupted_write_leaves_nothing(
         (folder / "model.onnx").write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(exporter, "_write_model", write_half)
+    monkeypatch.setattr(saving, "_write_model", write_half)
     expected = UsageError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected):
         save(prepared, tmp_path / "out", "ort")
@@ -142,7 +142,7 @@ def test_a_failed_export_keeps_the_earlier_one(
 ) -> None:
     save(prepared, tmp_path / "out", "ort")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr(exporter, "_write_model", _raiser(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(saving, "_write_model", _raiser(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(UsageError, match="No space left"):
         save(prepared, tmp_path / "out", "plugin")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
