@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...models.dtypes import onnx_dtype
+from ...models.dtypes import onnx_dtype, torch_dtype, torch_name
 from ...models.spec import NormSpec
 from ..runners.base import Array
 from .cut import NormPlace
@@ -31,7 +31,7 @@ def norm_model(
     Args:
         spec: what the norm computes.
         width: the normalized trailing dims.
-        dtype: of x, gate and y: `float32`, `float16`, `bfloat16` or `float64`.
+        dtype: of x and gate: `float32`, `float16`, `bfloat16` or `float64`; y may be wider, see `result_dtype`.
         target: one of the lowering table's targets.
         weight: of `dtype`, broadcastable to `width`; required if and only if the spec has a weight.
         bias: like weight; required if and only if the spec has a bias.
@@ -48,10 +48,14 @@ def norm_model(
     from ...export.capture.swap import CAPTURE_DOMAIN, CAPTURE_OP
     from ...export.from_torch.lower import lower
     from ...export.lowering.table import LOWEST_OPSET
+    from ...models.eager import result_dtype
+    from ...models.tensors import to_torch
 
     kind = onnx_dtype(dtype)
     dims: list[int | str] = ["rows", *width]
-    x, y = _value(_X, kind, dims), _value(_Y, kind, dims)
+    factors = (None if array is None else to_torch(array) for array in (weight, bias))
+    result = onnx_dtype(torch_name(result_dtype(spec, torch_dtype(dtype), *factors)))
+    x, y = _value(_X, kind, dims), _value(_Y, result, dims)
     gate = _value(_GATE, kind, dims) if spec.has_gate else None
     constants = [_constant(name, array) for name, array in (("weight", weight), ("bias", bias))]
     inputs = [x, *constants, gate]

@@ -200,7 +200,7 @@ def test_export_that_stops_while_it_writes(
         Path(path).write_bytes(b"half")
         happens()
 
-    monkeypatch.setattr("rmsnorm_deploy.export.from_torch.export_model.ir.save", half_written)
+    monkeypatch.setattr("rmsnorm_deploy.export.from_torch.save.ir.save", half_written)
     before = signal.getsignal(signal.SIGTERM)
     outcome = rmsnorm("export", f"{models}:net", "-o", tmp_path / "out")
     assert outcome.code == code

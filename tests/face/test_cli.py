@@ -247,8 +247,10 @@ def test_npz_of_bfloat16_written_by_numpy(tmp_path: Path) -> None:
 def test_generate(rmsnorm: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def stand_in(folder: Path, prompt: str | list[int], *, max_new_tokens: int, provider: str) -> SimpleNamespace:
-        asked.append((folder, prompt, max_new_tokens, provider))
+    def stand_in(
+        folder: Path, prompt: str | list[int], *, max_new_tokens: int, provider: str, images: Any
+    ) -> SimpleNamespace:
+        asked.append((folder, prompt, max_new_tokens, provider, images))
         text = "7530" if isinstance(prompt, str) else None
         return SimpleNamespace(text=text, ids=[7, 5, 3, 0], prompt_ids=[0, 1], tokens_per_second=9.5, with_past=True)
 
@@ -260,7 +262,10 @@ def test_generate(rmsnorm: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None
     assert outcome.out == "7,5,3,0\n"
     content = rmsnorm("generate", "out", "--prompt-ids", "0,1", "--json").json
     assert (content["schema"], content["ids"], content["text"]) == ("rmsnorm_deploy.generate/1", [7, 5, 3, 0], None)
-    assert asked[:2] == [(Path("out"), "012+345=", 4, "cpu"), (Path("out"), [0, 1], 32, "cuda")]
+    assert asked[:2] == [
+        (Path("out"), "012+345=", 4, "cpu", None),
+        (Path("out"), [0, 1], 32, "cuda", None),
+    ]
 
 
 @pytest.mark.parametrize(

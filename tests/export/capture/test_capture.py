@@ -358,11 +358,10 @@ def test_a_scalar_of_the_cache_becomes_a_constant(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("renamed", "lost"),
     [
-        ({"pk": CACHE_NAMES["pk"], "k": "other"}, "0.key"),
         ({**CACHE_NAMES, "attention_mask": "past_key_values.layers.1.recurrent_states.1"}, r"1.recurrent_state.1"),
         ({**CACHE_NAMES, "logits": "output.cache.layers.0.conv_states.0"}, "0.conv_state"),
     ],
-    ids=["goes in only", "a state goes in only", "comes out only"],
+    ids=["a state goes in only", "comes out only"],
 )
 def test_a_tensor_of_the_cache_that_is_not_in_both_is_refused(
     renamed: dict[str, str], lost: str, monkeypatch: pytest.MonkeyPatch
@@ -370,6 +369,11 @@ def test_a_tensor_of_the_cache_that_is_not_in_both_is_refused(
     message = f"Llama: expected every tensor of the cache as an input and as an output, got {re.escape(lost)} as one"
     with pytest.raises(UnsupportedError, match=message):
         exported(monkeypatch, CACHED, renamed, {"input_ids": 1}, with_past=True)
+
+
+def test_a_model_that_returns_no_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnsupportedError, match="Llama returns no cache, so it keeps its state in its modules"):
+        exported(monkeypatch, CACHED, {"pk": CACHE_NAMES["pk"], "k": "other"}, {"input_ids": 1}, with_past=True)
 
 
 def test_a_mask_that_became_infinite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

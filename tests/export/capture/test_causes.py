@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -71,16 +70,6 @@ def test_other_errors_get_general_advice_and_a_remark_on_untested_versions(monke
     monkeypatch.setattr(causes, "newer_than_tested", lambda name: f"{name} is new" if name == "torch" else "")
     text = str(explained(Plain(), ValueError("first line\nsecond")))
     assert text == f"Plain could not be captured by torch's exporter: first line. {OTHER} Note: torch is new."
-
-
-@dataclass
-class Out:
-    y: Tensor
-
-
-class ReturnsDataclass(nn.Module):
-    def forward(self, x: Tensor) -> Out:
-        return Out(x + 1)
 
 
 class Branches(nn.Module):
