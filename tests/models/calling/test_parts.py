@@ -12,10 +12,10 @@ from rmsnorm_deploy.models.calling.parts import (
     DECODER,
     ENCODER,
     DecoderPart,
+    EncoderPart,
     cross_cache,
     hidden_size,
     is_encoder_decoder,
-    part_inputs,
     part_of,
 )
 from rmsnorm_deploy.models.errors import UsageError
@@ -23,6 +23,22 @@ from tests.helpers.models.encoder_decoders import t5
 from tests.helpers.models.families import build
 
 TOKENS = torch.tensor([[0, 3, 9, 4]])
+
+
+def part_inputs(model: Any, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of a part of an encoder-decoder, made from those of the whole model by running it."""
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask", torch.ones_like(ids))
+    if name == ENCODER:
+        return {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        encoded = EncoderPart(model)(ids, mask)
+    return {
+        "decoder_input_ids": inputs["decoder_input_ids"],
+        "attention_mask": mask,
+        "encoder_hidden_states": encoded["last_hidden_state"],
+        **cross_cache(encoded),
+    }
 
 
 @pytest.fixture
@@ -90,7 +106,7 @@ def test_an_absent_mask_is_one_of_ones(model: Any) -> None:
 def test_names_of_parts_that_a_model_does_not_have(model: Any) -> None:
     with pytest.raises(UsageError, match=r"one of its parts \(encoder, decoder\), got 'vision'"):
         part_of(model, "vision")
-    with pytest.raises(UsageError, match=r"Linear: expected the name of one of its parts \(none\), got 'encoder'"):
+    with pytest.raises(UsageError, match=r"Linear: expected the name of one of its parts \(it has none\), got 'encoder'"):
         part_of(nn.Linear(2, 2), "encoder")
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rmsnorm_deploy.cli.application import run
-from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
+from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.accuracy.tolerances import Limits
 from rmsnorm_deploy.runtime.inputs.exported import component_folders
 from rmsnorm_deploy.runtime.validation import components
@@ -51,7 +51,7 @@ def test_rows_norms_and_segments_of_both(report: ValidationReport) -> None:
     ]
     assert report.rows[-1][1].reason == "the greedy tokens of 2 prompts are PyTorch's, 46 in all"
     assert [norm.norm.key[0].split(".")[0] for norm in report.norms] == ["encoder"] * 3 + ["decoder"] * 4
-    assert report.summary == "7 of 7 outputs, 7 of 7 norms, 10 of 10 segments as accurate as PyTorch."
+    assert report.summary == "7 of 7 outputs, 7 of 7 norms, 11 of 11 segments as accurate as PyTorch."
     assert sorted(report.provenance["candidate"]) == ["decoder", "encoder"]
     assert report.untried == [
         "padding, special token ids and other generated inputs: omit --shape, or repeat without it"
@@ -183,9 +183,7 @@ def test_inputs_are_for_one_of_the_models(folder: Path) -> None:
         validate(folder, t5(), cases=[{"input_ids": np.ones((1, 2), np.int64)}])
 
 
-def test_other_models_than_an_encoder_and_a_decoder(folder: Path) -> None:
-    with pytest.raises(UnsupportedError, match="expected the models encoder, decoder, got encoder"):
-        validate_components(folder, {"encoder": folder}, t5(), PLAIN, lambda *_: ValidationReport("x"), progress=print)
+def test_the_folders_of_the_models(folder: Path) -> None:
     assert set(component_folders(folder)) == {"encoder", "decoder"}
 
 
