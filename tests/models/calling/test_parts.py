@@ -106,7 +106,7 @@ def test_an_absent_mask_is_one_of_ones(model: Any) -> None:
 def test_names_of_parts_that_a_model_does_not_have(model: Any) -> None:
     with pytest.raises(UsageError, match=r"one of its parts \(encoder, decoder\), got 'vision'"):
         part_of(model, "vision")
-    with pytest.raises(UsageError, match=r"Linear: expected the name of one of its parts \(it has none\), got 'encoder'"):
+    with pytest.raises(UsageError, match=r"Linear: expected .* one of its parts \(it has none\), got 'encoder'"):
         part_of(nn.Linear(2, 2), "encoder")
 
 
