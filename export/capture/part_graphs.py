@@ -42,6 +42,12 @@ def vision_sample(model: Any, part: str, inputs: Mapping[str, Any]) -> tuple[Any
     return EmbeddingPart(model), {"input_ids": inputs["input_ids"], "image_features": features.repeat(images, 1)}
 
 
+def name_outputs(program: ir.Model) -> None:
+    """Name the outputs of a part as its forward does."""
+    for value in program.graph.outputs:
+        value.name = (value.name or "").removeprefix("output.")
+
+
 def embeds_sample(model: Any, step: Mapping[str, Any]) -> dict[str, Any]:
     """A decode step that reads embeddings instead of token ids."""
     with torch.no_grad():

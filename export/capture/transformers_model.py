@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 from unittest import mock
 
@@ -24,7 +25,7 @@ from ...models.versions import installed_version, too_old
 from ..graph.cache_names import cache_name, past_name, present_name
 from ..graph.metadata import PAST, PRESENT
 from .captured import Capture
-from .part_graphs import embeds_sample, keep_part, lost_states, part_sample, vision_sample
+from .part_graphs import embeds_sample, keep_part, lost_states, name_outputs, part_sample, vision_sample
 from .recurrences import traceable_recurrences
 
 # Arguments that decide what a model returns.
@@ -56,42 +57,71 @@ def capture_transformers(
     if has_experts(model):
         notes.append("experts were captured with their batched_mm implementation, the only one that can be exported")
     with experts(model, "batched_mm"), traceable_rotary(model), traceable_recurrences(model), torch.no_grad():
-        target, sample = model, {**inputs, "use_cache": False}
-        is_vision = part is not None and not is_encoder_decoder(model)
-        if part in (VISION, EMBEDDING):
-            target, sample = vision_sample(model, part, inputs)
-        elif part is not None and not is_vision:
-            sample = part_sample(model, part, inputs)
-        elif with_past:
-            target, sample = _decode_step(model, inputs)
-            sample = embeds_sample(target, sample) if is_vision else sample
+        task = _task(model, inputs, with_past, part)
         # The exporter removes arguments that are plain values, such as use_cache; torch's program does not have them.
-        plain = {name: value for name, value in sample.items() if isinstance(value, bool | int | str)}
+        plain = {name: value for name, value in task.sample.items() if isinstance(value, bool | int | str)}
         with _recorded() as programs:
-            exported = exporter.export(target, sample, config)
+            exported = exporter.export(task.target, task.sample, config)
     # Older versions return torch's ONNXProgram, later ones an object of their own.
     program = exported.program if hasattr(exported, "program") else exported.model
-    if part == VISION:
-        notes.append("the vision encoder reads one image of the size of the example inputs")
-    if part in (VISION, EMBEDDING):
-        with_past = False
-        for value in program.graph.outputs:
-            value.name = (value.name or "").removeprefix("output.")
-    elif part is not None and not is_vision:
-        _freeze_scalars(program, sample)
-        keep_part(program, part)
-        if part == DECODER:
-            _check_cache(program, type(model).__name__)
-    elif with_past:
-        _freeze_scalars(program, sample)
-        _name_cache(program)
-        _check_cache(program, type(model).__name__)
-    else:
-        _drop_cache_outputs(program)
-        _freeze_scalars(program, sample)
+    task.finish(program)
     _refuse_overflowed_mask(model, program)
-    called = functools.partial(_as_captured if with_past else _call, target, plain)
-    return Capture(program, with_past, notes, program=(called, programs[-1]) if programs else None)
+    called = functools.partial(_as_captured if task.cached else _call, task.target, plain)
+    return Capture(program, task.cached, notes + task.notes, program=(called, programs[-1]) if programs else None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What is captured, what it is called with, and what is done to the graph then.
+
+    Attributes:
+        target: the module.
+        sample: its arguments.
+        finish: names the inputs and outputs of the graph, and drops those that are not wanted.
+        cached: whether a cache is among the inputs.
+        notes: for the manifest.
+    """
+
+    target: Any
+    sample: dict[str, Any]
+    finish: Callable[[ir.Model], None]
+    cached: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def _task(model: Any, inputs: dict[str, Any], with_past: bool, part: str | None) -> _Task:
+    who = type(model).__name__
+    if part in (VISION, EMBEDDING):
+        target, sample = vision_sample(model, part, inputs)
+        notes = ["the vision encoder reads one image of the size of the example inputs"] if part == VISION else []
+        return _Task(target, sample, name_outputs, notes=notes)
+    if part is not None and is_encoder_decoder(model):
+        sample = part_sample(model, part, inputs)
+        return _Task(model, sample, functools.partial(_finish_part, who, part, sample), cached=True)
+    if with_past:
+        target, sample = _decode_step(model, inputs)
+        sample = sample if part is None else embeds_sample(target, sample)
+        return _Task(target, sample, functools.partial(_finish_decoder, who, sample), cached=True)
+    sample = {**inputs, "use_cache": False}
+    return _Task(model, sample, functools.partial(_finish_without_cache, sample))
+
+
+def _finish_part(who: str, part: str, sample: Mapping[str, Any], program: ir.Model) -> None:
+    _freeze_scalars(program, sample)
+    keep_part(program, part)
+    if part == DECODER:
+        _check_cache(program, who)
+
+
+def _finish_decoder(who: str, sample: Mapping[str, Any], program: ir.Model) -> None:
+    _freeze_scalars(program, sample)
+    _name_cache(program)
+    _check_cache(program, who)
+
+
+def _finish_without_cache(sample: Mapping[str, Any], program: ir.Model) -> None:
+    _drop_cache_outputs(program)
+    _freeze_scalars(program, sample)
 
 
 def _call(target: Any, plain: Mapping[str, Any], **inputs: Any) -> Any:
