@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from rmsnorm_deploy.export.capture.decoder_parts import keep_part, lost_states, part_sample
+from rmsnorm_deploy.export.capture.part_graphs import keep_part, lost_states, part_sample
 from rmsnorm_deploy.models.calling.parts import DECODER, ENCODER
 from tests.helpers.graphs.onnx_text import parsed
 from tests.helpers.models.encoder_decoders import t5
