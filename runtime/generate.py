@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..export.graph.cache_names import is_past
+from ..export.graph.sizes import range_ends
 from ..models.errors import UnsupportedError, UsageError
 from ..models.regular_files import read_json
 from .generate_parts import with_parts
@@ -73,9 +74,7 @@ def generate(
     prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) and tokenizer is not None else token_ids(prompt)
     if parts:
         place = Path(folder).expanduser()
-        start = time.perf_counter()
-        ids = with_parts(place, parts, prompt_ids, images or {}, max_new_tokens, _end_tokens(place), provider)
-        seconds = time.perf_counter() - start
+        ids, seconds = with_parts(place, parts, prompt_ids, images or {}, max_new_tokens, _end_tokens(place), provider)
         text = tokenizer.decode(ids) if tokenizer is not None else None
         return Generation(ids, prompt_ids, text, len(ids) / seconds, True)
     if images:
@@ -87,7 +86,8 @@ def generate(
     with open_runner(exported.model, provider) as runner:
         _check_decoder(runner, exported, prompt_ids)
         start = time.perf_counter()
-        ids = _greedy(runner, prompt_ids, max_new_tokens, _end_tokens(exported.folder))
+        piece = range_ends(exported.manifest).get("sequence", (1, None))[1]
+        ids = _greedy(runner, prompt_ids, max_new_tokens, _end_tokens(exported.folder), piece)
         seconds = time.perf_counter() - start
     text = tokenizer.decode(ids) if tokenizer is not None else None
     return Generation(ids, prompt_ids, text, len(ids) / seconds, any(is_past(i.name) for i in runner.inputs()))
@@ -103,26 +103,30 @@ def _tokenizer(path: Path, parts: Mapping[str, Path]) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def _greedy(runner: Runner, prompt: list[int], count: int, ends: set[int]) -> list[int]:
+def _greedy(runner: Runner, prompt: list[int], count: int, ends: set[int], piece: int | None = None) -> list[int]:
+    """The new tokens after a prompt, which a decoder with a cache reads in pieces of at most `piece` tokens."""
     infos = runner.inputs()
     cached = any(is_past(info.name) for info in infos)
-    all_ids = list(prompt)
-    pending = list(prompt)
+    all_ids, pending = list(prompt), list(prompt)
     past: dict[str, Array] = {}
     while True:
-        feeds = make_feeds(infos, 1, len(pending), 0, vocabulary=1)
-        feeds["input_ids"] = np.array([pending], feeds["input_ids"].dtype)
+        part = pending[:piece] if cached else pending
+        read = len(all_ids) - len(pending) + len(part)
+        feeds = make_feeds(infos, 1, len(part), 0, vocabulary=1)
+        feeds["input_ids"] = np.array([part], feeds["input_ids"].dtype)
         if "position_ids" in feeds:
-            feeds["position_ids"] += len(all_ids) - len(pending)
+            feeds["position_ids"] += read - len(part)
         if "attention_mask" in feeds:
-            feeds["attention_mask"] = np.ones((1, len(all_ids)), feeds["attention_mask"].dtype)
+            feeds["attention_mask"] = np.ones((1, read), feeds["attention_mask"].dtype)
         feeds.update({name: value for name, value in past.items() if name in feeds})
         outputs = runner.run(feeds)
+        past, pending = present_to_past(outputs), pending[len(part) :]
+        if pending:
+            continue
         token = int(outputs["logits"][0, -1].astype(np.float32).argmax())
         all_ids.append(token)
         if len(all_ids) - len(prompt) == count or token in ends:
             return all_ids[len(prompt) :]
-        past = present_to_past(outputs)
         pending = [token] if cached else list(all_ids)
 
 

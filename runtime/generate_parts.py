@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,8 +33,8 @@ def with_parts(
     count: int,
     ends: set[int],
     provider: str,
-) -> list[int]:
-    """The new tokens after a prompt.
+) -> tuple[list[int], float]:
+    """The new tokens after a prompt, and the seconds of all runs.
 
     Args:
         folder: the exported folder.
@@ -54,12 +55,15 @@ def with_parts(
         runners = {
             name: stack.enter_context(open_runner(open_exported(part).model, provider)) for name, part in parts.items()
         }
+        start = time.perf_counter()
         if set(parts) == _ENCODER_PARTS:
             if images:
                 raise UsageError(f"{folder}: expected a prompt only, got {', '.join(images)} too: it reads no images.")
             both = runners[ENCODER], runners[DECODER]
-            return encoder_decoder_tokens(both, prompt, _start_token(folder), ends, count)
-        return _from_images(runners, read_manifest(folder), prompt, images, count, ends)
+            ids = encoder_decoder_tokens(both, prompt, _start_token(folder), ends, count)
+        else:
+            ids = _from_images(runners, read_manifest(folder), prompt, images, count, ends)
+        return ids, time.perf_counter() - start
 
 
 def _from_images(

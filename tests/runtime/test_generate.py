@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from rmsnorm_deploy.models.builtin.addition_task import TOKENIZER
 from rmsnorm_deploy.models.builtin.checkpoint import addition as addition_model
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.runtime.generate import generate
+from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds
 from tests.helpers.models.encoder_decoders import PROMPTS, export_t5, t5
 from tests.helpers.models.families import build
 from tests.helpers.models.small_models import Residual, residual_inputs
@@ -38,6 +40,25 @@ def test_tokens_are_those_of_pytorch(with_past: bool, tmp_path: Path) -> None:
         generate(tmp_path / "out", "hello")
     with pytest.raises(UsageError, match=r"expected ids in the model's vocabulary of 97 tokens, got \[97\]"):
         generate(tmp_path / "out", [97])
+
+
+def test_a_prompt_is_read_in_pieces_of_the_length_that_the_file_is_valid_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_model(build("qwen3"), tmp_path / "out", with_past=True)
+    wanted = generate(tmp_path / "out", PROMPT, max_new_tokens=6).ids
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest["inputs"][0]["ranges"] = {"sequence": [1, 3]}
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    lengths: list[int] = []
+
+    def recorded(infos: Any, batch: int, length: int, *more: Any, **options: Any) -> Any:
+        lengths.append(length)
+        return make_feeds(infos, batch, length, *more, **options)
+
+    monkeypatch.setattr("rmsnorm_deploy.runtime.generate.make_feeds", recorded)
+    assert generate(tmp_path / "out", PROMPT, max_new_tokens=6).ids == wanted
+    assert lengths == [3, 1, 1, 1, 1, 1, 1]
 
 
 def test_the_trained_checkpoint_adds(tmp_path: Path) -> None:
