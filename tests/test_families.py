@@ -66,10 +66,22 @@ def test_what_the_exporter_cannot_do_names_model_cause_and_way_out() -> None:
         prepare(model)
 
 
-@pytest.mark.parametrize("name", ["t5", "mamba2"])
-def test_a_model_without_kv_cache_is_refused_with_past(name: str) -> None:
-    with pytest.raises(UnsupportedError, match="Omit --with-past"):
-        prepare(build(name), with_past=True)
+def test_a_cache_of_states_goes_in_and_comes_out(tmp_path: Path) -> None:
+    model = build("mamba2")
+    result = save(prepare(model, with_past=True), tmp_path / "out", "ort")
+    states = {f"{layer}.{kind}_state" for layer in range(2) for kind in ("conv", "recurrent")}
+    inputs = {row["name"] for row in result.manifest["inputs"]}
+    assert inputs == {"input_ids", "attention_mask", *(f"past_key_values.{state}" for state in states)}
+    assert {f"present.{state}" for state in states} < {row["name"] for row in result.manifest["outputs"]}
+    # One call reads at most one chunk of 8 tokens, which the manifest says.
+    assert result.manifest["inputs"][0]["ranges"] == {"sequence": [1, 8]}
+    report = validate(result.folder, model, shapes=[(2, 7)])
+    assert (report.verdict, report.culprits) == ("pass", [])
+
+
+def test_the_whole_of_an_encoder_decoder_has_no_single_cache() -> None:
+    with pytest.raises(UnsupportedError, match=r"is not a decoder with a KV cache of transformers\. Omit"):
+        prepare(build("t5"), with_past=True)
 
 
 def _check_target(prepared: PreparedModel, model: nn.Module, name: str, dtype: str, target: str, folder: Path) -> None:

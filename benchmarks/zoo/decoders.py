@@ -120,7 +120,7 @@ _WITHOUT_NORMS = (
     ("phi", "PhiForCausalLM", {}),
     ("stablelm", "StableLmForCausalLM", {}),
 )
-_QUICK = {"arcee", "cwm", "deepseek_v3", "ernie4_5", "exaone4", "glm4", "olmo3"}
+_QUICK = {"cwm", "exaone4"}
 
 DECODERS: tuple[Entry, ...] = (
     *(

@@ -23,14 +23,14 @@ def _text(name: str, model: str, **options: Any) -> Entry:
 _VISION: dict[str, Any] = {"image_size": 28, "patch_size": 7, "num_channels": 3}
 
 ENCODERS: tuple[Entry, ...] = (
-    _text("eurobert", "EuroBertForMaskedLM", quick=True),
+    _text("eurobert", "EuroBertForMaskedLM"),
     _text("esmc", "EsmcForMaskedLM", num_key_value_heads=4),
     _text("ultrabert", "UltrabertForMaskedLM"),
     _text("neomme", "NeoMMEForMaskedLM", head_dim=16),
     _text("openai_privacy_filter", "OpenAIPrivacyFilterForTokenClassification"),
     _text("llama_classifier", "LlamaForSequenceClassification"),
     _text("gemma2_token_classifier", "Gemma2ForTokenClassification"),
-    _text("qwen3_backbone", "Qwen3Model", quick=True),
+    _text("qwen3_backbone", "Qwen3Model"),
     _text("mistral_backbone", "MistralModel"),
     _text("t5_encoder", "T5EncoderModel", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, quick=True),
     _text("umt5_encoder", "UMT5EncoderModel", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),

@@ -151,7 +151,7 @@ STATES: tuple[Entry, ...] = (
     _changed("data_parallel", nn.DataParallel),
     _changed("torch_compile", torch.compile),
     _changed("compiled_layers", lambda model: model.compile() or model),
-    _options("tied", tie_word_embeddings=True, quick=True),
+    _options("tied", tie_word_embeddings=True),
     _options("mqa", num_key_value_heads=1),
     _options("mha", num_key_value_heads=4),
     _options("one_layer", num_hidden_layers=1),
