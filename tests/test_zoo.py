@@ -26,7 +26,7 @@ def test_the_table_is_large_and_every_kind_has_rows() -> None:
     counts = Counter(entry.kind for entry in ENTRIES.values())
     assert sum(counts.values()) >= 150
     assert set(counts) == set(KINDS)
-    assert len(QUICK) >= 12
+    assert len(QUICK) == 4  # each takes about 20 s
 
 
 @pytest.mark.parametrize("name", [name for name in ENTRIES if name not in OTHER_LIBRARIES])
