@@ -13,11 +13,12 @@ import numpy as np
 from ..export.graph.cache_names import is_past
 from ..export.onnx_io.manifest import read_manifest
 from ..models.calling.parts import DECODER, EMBEDDING, ENCODER, VISION
+from ..models.dtypes import numpy_dtype
 from ..models.errors import UnsupportedError, UsageError
 from ..models.regular_files import read_json
 from .inputs.encoder_decoder import encoder_decoder_tokens
 from .inputs.exported import open_exported
-from .inputs.synthetic import make_feeds, present_to_past
+from .inputs.synthetic import cast_feeds, make_feeds, present_to_past
 from .runners.base import Array, OnnxSession
 from .runners.open import open_runner
 
@@ -101,7 +102,8 @@ def _features(
         if wanted:
             raise UsageError(f"the prompt has {wanted} image tokens, and there are no images; give them (--inputs).")
         width = (result.shape or (0,))[-1]
-        return np.zeros((1, int(width or 0)), np.float32)
+        return np.zeros((1, int(width or 0)), numpy_dtype(result.dtype))
+    images = cast_feeds(images, runner.inputs())
     rows, *size = info.shape or (1,)
     pixels = images.get(_PIXELS)
     if pixels is None or not isinstance(rows, int) or pixels.shape[0] % rows or [*pixels.shape[1:]] != size:

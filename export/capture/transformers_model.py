@@ -22,8 +22,8 @@ from ...models.calling.rotary import traceable_rotary
 from ...models.calling.vision_parts import EMBEDDING, VISION
 from ...models.errors import EnvironmentMissingError, UnsupportedError
 from ...models.versions import installed_version, too_old
-from ..graph.cache_names import cache_name, past_name, present_name
-from ..graph.metadata import PAST, PRESENT
+from ..graph.cache_names import cache_name, is_present, past_name, present_name
+from ..graph.metadata import PAST
 from .captured import Capture
 from .part_graphs import embeds_sample, keep_part, lost_states, name_outputs, part_sample, vision_sample
 from .recurrences import traceable_recurrences
@@ -214,7 +214,7 @@ def _name_cache(program: ir.Model) -> None:
         value.name = past_name((value.name or "").removeprefix("input.")) or value.name
     for value in program.graph.outputs:
         value.name = present_name((value.name or "").removeprefix("output.")) or value.name
-    kept = [v for v in program.graph.outputs if not _is_present(v) or v.shape is None or len(v.shape) > 0]
+    kept = [v for v in program.graph.outputs if not is_present(v.name or "") or v.shape is None or len(v.shape) > 0]
     program.graph.outputs[:] = kept
 
 
@@ -226,7 +226,7 @@ def _check_cache(program: ir.Model, who: str) -> None:
     """
     if not any((value.name or "").startswith(PAST) for value in program.graph.inputs):
         raise UnsupportedError(f"{who} has no cache that transformers' exporter captures. Omit --with-past.")
-    if not any(_is_present(value) for value in program.graph.outputs):
+    if not any(is_present(value.name or "") for value in program.graph.outputs):
         raise UnsupportedError(
             f"{who} returns no cache, so it keeps its state in its modules, which a graph cannot. Omit --with-past."
         )
@@ -236,10 +236,6 @@ def _check_cache(program: ir.Model, who: str) -> None:
             f"{who}: expected every tensor of the cache as an input and as an output, got {', '.join(lost[:4])} as one "
             "of them only, so the state after a step would be lost. Omit --with-past."
         )
-
-
-def _is_present(value: ir.Value) -> bool:
-    return (value.name or "").startswith(PRESENT)
 
 
 def _drop_cache_outputs(program: ir.Model) -> None:
