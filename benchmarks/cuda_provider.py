@@ -1,0 +1,184 @@
+"""Validate exported models in ONNX Runtime's CUDA provider, and time their norms there.
+
+    python -m benchmarks.cuda_provider                     # both tables
+    python -m benchmarks.cuda_provider --jobs 12 --json cuda.json
+
+Requires an NVIDIA GPU and `pip install 'rmsnorm-deploy[gpu,hf]'`.
+
+First table: small models of transformers with random weights, exported for each target in each dtype, compared with
+PyTorch on the CPU (`rmsnorm validate --provider cuda`). Second table: a decoder of 8 layers in float16, median time of
+one run for each target, with the inputs and outputs on the GPU, runs in turns. The exit code is 1 if a model is less
+accurate than PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rmsnorm_deploy.export.from_torch.export_model import export_model
+from rmsnorm_deploy.models.errors import RmsnormDeployError
+from rmsnorm_deploy.runtime.runners.onnxruntime import import_onnxruntime, optimized_op_counts
+from rmsnorm_deploy.runtime.validation.api import validate
+
+TARGETS = ("primitives", "standard", "ort", "plugin")
+DTYPES = ("float32", "float16", "bfloat16")
+MODELS = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM", "T5ForConditionalGeneration")
+RUNS = 50
+_SIZES: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_T5: dict[str, Any] = {
+    "vocab_size": 97, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4,
+    "feed_forward_proj": "gated-gelu", "pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+_TIMED: dict[str, Any] = {
+    "vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 2048,
+}  # fmt: skip
+
+
+def built(name: str, sizes: dict[str, Any]) -> nn.Module:
+    """A model of transformers with random weights, and norms whose weights differ."""
+    import transformers
+
+    kind = getattr(transformers, name)
+    torch.manual_seed(0)
+    model: nn.Module = kind(kind.config_class(**sizes)).eval()
+    with torch.no_grad():
+        for where, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                offset = 0.0 if "gemma" in name.lower() and "norm" in where else 1.0
+                parameter.copy_(offset + 0.3 * torch.randn_like(parameter))
+    return model
+
+
+def checked(job: tuple[str, str, str, bool, str]) -> dict[str, Any]:
+    """Export and validate one model, in this process."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    name, target, dtype, past, provider = job
+    row: dict[str, Any] = {"model": name, "target": target, "dtype": dtype, "cache": past}
+    start = time.perf_counter()
+    try:
+        model = built(name, _T5 if name.startswith("T5") else _SIZES).to(getattr(torch, dtype))
+        with tempfile.TemporaryDirectory() as folder:
+            export_model(model, Path(folder) / "out", target=target, with_past=past)
+            report = validate(Path(folder) / "out", model, provider=provider)
+            culprits = [*map(str, report.culprits), *report.notes]
+            row |= {"verdict": report.verdict, "detail": "; ".join(culprits)[:600]}
+            parts = {
+                "outputs": [one.passed for _, one in report.rows],
+                "norms": [norm.passed for norm in report.norms],
+                "segments": [segment.verdict.passed for segment in report.segments],
+            }
+            row |= {part: f"{found.count(True)}/{len(found)}" for part, found in parts.items()}
+    except RmsnormDeployError as error:
+        row |= {"verdict": "refused", "detail": " ".join(str(error).split())[:600]}
+    except Exception as error:
+        row |= {"verdict": "failed", "detail": f"{type(error).__name__}: {error}"[:600]}
+    return row | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def timed(folder: Path) -> Iterator[dict[str, Any]]:
+    """The time of one run of each target's file, for a prompt and for many short rows."""
+    ort = import_onnxruntime()
+    model = built("LlamaForCausalLM", _TIMED).to(torch.float16)
+    sessions = {}
+    for target in TARGETS:
+        export_model(model, folder / target, target=target)
+        sessions[target] = ort.InferenceSession(
+            str(folder / target / "model.onnx"), providers=["CUDAExecutionProvider"]
+        )
+    for batch, length in ((1, 1), (1, 128), (1, 2048), (16, 512)):
+        feeds = {
+            "input_ids": np.ones((batch, length), np.int64) * np.arange(1, length + 1),
+            "attention_mask": np.ones((batch, length), np.int64),
+        }
+        times: dict[str, list[float]] = {target: [] for target in sessions}
+        bindings = {}
+        for target, session in sessions.items():
+            bindings[target] = session.io_binding()
+            for given in session.get_inputs():
+                value = ort.OrtValue.ortvalue_from_numpy(feeds[given.name], "cuda", 0)
+                bindings[target].bind_ortvalue_input(given.name, value)
+            for made in session.get_outputs():
+                bindings[target].bind_output(made.name, "cuda")
+            for _ in range(5):
+                session.run_with_iobinding(bindings[target])
+        for _ in range(RUNS):
+            for target, session in sessions.items():
+                start = time.perf_counter()
+                session.run_with_iobinding(bindings[target])
+                times[target].append((time.perf_counter() - start) * 1000)
+        yield {
+            "batch": batch,
+            "length": length,
+            "milliseconds": {target: round(statistics.median(found), 3) for target, found in times.items()},
+        }
+
+
+def norm_operators(folder: Path) -> dict[str, str]:
+    """The operators that compute the norms after ONNX Runtime's optimizations, for each target."""
+    found = {}
+    for target in TARGETS:
+        counts = optimized_op_counts(folder / target / "model.onnx", ["cuda"])
+        named = {op: n for op, n in counts.items() if "Norm" in op or op == "Pow" or "Memcpy" in op}
+        found[target] = ", ".join(f"{n} {op.split('::')[-1]}" for op, n in sorted(named.items()))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=4, help="models at the same time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
+    given = parser.parse_args(arguments)
+    ort = import_onnxruntime()
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        print("cuda_provider requires an NVIDIA GPU and pip install 'rmsnorm-deploy[gpu]'.", file=sys.stderr)
+        return 4
+    jobs = [(name, target, dtype, True, "cuda") for name in MODELS for target in TARGETS for dtype in DTYPES]
+    rows = []
+    print("| model | cache | target | dtype | verdict | outputs | norms | segments |\n|" + "---|" * 8)
+    with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
+        for row in pool.map(checked, jobs):
+            rows.append(row)
+            cells = [row["model"], "yes" if row["cache"] else "no", row["target"], row["dtype"], row["verdict"]]
+            cells += [row.get(part, "") for part in ("outputs", "norms", "segments")]
+            print("| " + " | ".join(cells) + " |", row["detail"] if row["verdict"] != "pass" else "", flush=True)
+    result: dict[str, Any] = {"onnxruntime": ort.__version__, "models": rows}
+    with tempfile.TemporaryDirectory() as folder:
+        result["times"] = list(timed(Path(folder)))
+        result["operators"] = norm_operators(Path(folder))
+    print("\n| batch x length | " + " | ".join(f"{target}, ms" for target in TARGETS) + " |\n|" + "---|" * 5)
+    for row in result["times"]:
+        figures = " | ".join(f"{row['milliseconds'][target]:.3f}" for target in TARGETS)
+        print(f"| {row['batch']}x{row['length']} | {figures} |")
+    for target, operators in result["operators"].items():
+        print(f"{target}: {operators}")
+    if given.json is not None:
+        given.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    print(f"{sum(row['verdict'] == 'pass' for row in rows)} of {len(rows)} pass.")
+    return 1 if any(row["verdict"] not in ("pass", "refused") for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
