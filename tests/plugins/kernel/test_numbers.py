@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rmsnorm_deploy.plugins.kernel.norm_kernel import SOURCE_FOLDER
-from tests.helpers.plugins.host_gpu import NUMPY, SHIM, compiler
+from tests.helpers.plugins.kernels import NUMPY, SHIM, compiler
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler (g++)")
 

@@ -18,7 +18,7 @@ from rmsnorm_deploy.models.errors import EnvironmentMissingError, RmsnormDeployE
 from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig, choose
 from rmsnorm_deploy.plugins.tensorrt.images import KernelImage, KernelImages, kernel_of
 from rmsnorm_deploy.plugins.tensorrt.launcher import Launcher, cuda_driver
-from tests.helpers.plugins.host_gpu import NUMPY, HostKernels, compiler
+from tests.helpers.plugins.kernels import NUMPY, HostKernels, compiler
 
 ARCHITECTURE, MULTIPROCESSORS = 89, 4
 

@@ -18,57 +18,19 @@ import pytest
 from rmsnorm_deploy.plugins import contract
 from rmsnorm_deploy.plugins.tensorrt import library
 from rmsnorm_deploy.plugins.tensorrt.images import compile_images, kernel_of
-from rmsnorm_deploy.plugins.tensorrt.launcher import Launcher, cuda_driver
-from rmsnorm_deploy.runtime.tensorrt.api import cuda_device, is_installed
+from rmsnorm_deploy.plugins.tensorrt.launcher import Launcher
+from rmsnorm_deploy.runtime.tensorrt.api import is_installed
 from rmsnorm_deploy.runtime.tensorrt.build import build_engine
+from tests.helpers.plugins.gpu_memory import DEVICE, GpuMemory, needs_gpu
 from tests.helpers.plugins.plugin_library import NUMPY, BuiltLibrary, reference
 from tests.helpers.tensorrt.tensorrt_models import WIDTH, rms_norm_model
 
-DEVICE = cuda_device()
-needs_gpu = pytest.mark.skipif(DEVICE is None, reason="needs an NVIDIA GPU and its driver")
 RUNNER = Path(__file__).parents[2] / "helpers" / "tensorrt" / "run_engine.py"
 
 
-class Memory:
-    """Device memory of one test, and a context to use it in."""
-
-    def __init__(self) -> None:
-        self.driver = cuda_driver()
-        self._call(self.driver.cuInit(0))
-        self._device = self._call(self.driver.cuDeviceGet(0))
-        context = self._call(self.driver.cuDevicePrimaryCtxRetain(self._device))
-        self._call(self.driver.cuCtxSetCurrent(context))
-        self._pointers: list[Any] = []
-
-    def put(self, array: np.ndarray) -> int:
-        pointer = self.empty(array.nbytes)
-        self._call(self.driver.cuMemcpyHtoD(pointer, array.ctypes.data, array.nbytes))
-        return pointer
-
-    def empty(self, size: int) -> int:
-        self._pointers.append(self._call(self.driver.cuMemAlloc(max(size, 1))))
-        return int(self._pointers[-1])
-
-    def get(self, pointer: int, like: np.ndarray) -> np.ndarray:
-        array = np.empty_like(like)
-        self._call(self.driver.cuCtxSynchronize())
-        self._call(self.driver.cuMemcpyDtoH(array.ctypes.data, pointer, array.nbytes))
-        return array
-
-    def close(self) -> None:
-        for pointer in self._pointers:
-            self._call(self.driver.cuMemFree(pointer))
-        self._call(self.driver.cuDevicePrimaryCtxRelease(self._device))
-
-    def _call(self, result: tuple[Any, ...]) -> Any:
-        status, *values = result
-        assert int(status) == 0, status
-        return values[0] if values else None
-
-
 @pytest.fixture
-def memory() -> Iterator[Memory]:
-    held = Memory()
+def memory() -> Iterator[GpuMemory]:
+    held = GpuMemory()
     yield held
     held.close()
 
@@ -87,7 +49,7 @@ def error_in_ulp(got: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize(("rows", "width"), [(1, 4096), (7, 80), (300, 128), (2048, 4096), (33, 3072), (5, 16384)])
 @pytest.mark.parametrize(("offset", "cast_first"), [(0, False), (1, False), (0, True)])
 def test_a_kernel_on_the_gpu_computes_the_contracts_formula(
-    memory: Memory, op_type: str, dtype: str, rows: int, width: int, offset: int, cast_first: bool
+    memory: GpuMemory, op_type: str, dtype: str, rows: int, width: int, offset: int, cast_first: bool
 ) -> None:
     assert DEVICE is not None
     rng = np.random.default_rng(rows + width)

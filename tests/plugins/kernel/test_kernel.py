@@ -1,4 +1,4 @@
-"""The kernel's own source on the host, thread by thread, against the float64 reference."""
+"""The kernel against the float64 reference: its own source on the host, thread by thread, and on a GPU."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from rmsnorm_deploy.models.spec import Gate, NormSpec, Scale
 from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig, choose
 from rmsnorm_deploy.plugins.kernel.norm_kernel import Activation, NormKernel
 from rmsnorm_deploy.runtime.accuracy.float_formats import ulp_size
-from tests.helpers.plugins.host_gpu import NUMPY, Array, HostKernels, compiler
+from tests.helpers.plugins.gpu_memory import needs_gpu
+from tests.helpers.plugins.kernels import NUMPY, Array, DeviceKernels, HostKernels, Kernels, compiler
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler (g++)")
+PLACES = [
+    pytest.param(
+        HostKernels, id="host", marks=pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler (g++)")
+    ),
+    pytest.param(DeviceKernels, id="gpu", marks=[pytest.mark.gpu, needs_gpu]),
+]
 
 WIDTHS = (1, 7, 64, 80, 128, 1000, 3072, 4096, 5120, 7168, 16384, 50000)
 ROWS = 3
@@ -131,17 +137,24 @@ class Case:
         ).astype(np.float64)
 
 
+@pytest.fixture(scope="module", params=PLACES)
+def place(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
 @pytest.fixture(scope="module", params=WIDTHS)
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], HostKernels]:
+def built(
+    request: pytest.FixtureRequest, place: type[Kernels], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Any], Kernels]:
     """All kernels of one width, laid out for few and for many rows."""
     named = [
         (name, kernel, choose(kernel, rows, 90)) for rows in (ROWS, None) for name, kernel in kernels(request.param)
     ]
     folder = tmp_path_factory.mktemp("kernels")
-    return named, HostKernels(folder, [(kernel, config) for _, kernel, config in named])
+    return named, place(folder, [(kernel, config) for _, kernel, config in named])
 
 
-def test_every_form_is_the_reference_rounded_once(built: tuple[list[Any], HostKernels]) -> None:
+def test_every_form_is_the_reference_rounded_once(built: tuple[list[Any], Kernels]) -> None:
     named, library = built
     for number, (name, kernel, config) in enumerate(named):
         case = Case(kernel)
@@ -157,7 +170,7 @@ def test_every_form_is_the_reference_rounded_once(built: tuple[list[Any], HostKe
             assert np.mean(off > 0.5001) < 0.01 or kernel.dtype == "float32", name
 
 
-def test_the_order_in_which_threads_run_changes_nothing(built: tuple[list[Any], HostKernels]) -> None:
+def test_the_order_in_which_threads_run_changes_nothing(built: tuple[list[Any], Kernels]) -> None:
     named, library = built
     for number, (name, kernel, _) in list(enumerate(named))[::5]:
         case = Case(kernel, seed=1)
@@ -170,7 +183,7 @@ def test_the_order_in_which_threads_run_changes_nothing(built: tuple[list[Any], 
 
 
 @pytest.mark.parametrize("width", [1, 7, 128, 1000, 4096, 50000])
-def test_quantized_output_is_that_of_the_norm_quantized(width: int, tmp_path: Any) -> None:
+def test_quantized_output_is_that_of_the_norm_quantized(width: int, place: type[Kernels], tmp_path: Any) -> None:
     cases = []
     for dtype in LIMITS:
         for op in ("rms_norm", "add_rms_norm"):
@@ -178,7 +191,7 @@ def test_quantized_output_is_that_of_the_norm_quantized(width: int, tmp_path: An
                 kernel = NormKernel(width, EPSILON, op, dtype, **changes)  # type: ignore[arg-type]
                 config = choose(kernel, None, 90)
                 cases += [(kernel, config), (kernel.replace(quantized="none", quantization="none"), config)]
-    library = HostKernels(tmp_path, cases)
+    library = place(tmp_path, cases)
     for number in range(0, len(cases), 2):
         kernel = cases[number][0]
         case = Case(kernel)
@@ -210,10 +223,12 @@ TILED = [
 
 @pytest.mark.parametrize("changes", [{}, {"op": "add_rms_norm"}, {"op": "add_rms_norm", "exact_sum": True}, {
     "quantized": "int8", "quantization": "per_row"}, {"gate": "before"}, {"gate": "after"}])  # fmt: skip
-def test_rows_that_are_read_in_tiles_or_by_clusters(changes: dict[str, Any], tmp_path: Any) -> None:
+def test_rows_that_are_read_in_tiles_or_by_clusters(
+    changes: dict[str, Any], place: type[Kernels], tmp_path: Any
+) -> None:
     kernel = NormKernel(2000, EPSILON, dtype="bfloat16", **changes)
     whole = LaunchConfig(256, 1, 8)
-    library = HostKernels(tmp_path, [(kernel, config) for config in (whole, *TILED)])
+    library = place(tmp_path, [(kernel, config) for config in (whole, *TILED)])
     case = Case(kernel)
     expected = library.run(0, **case.given)
     for number, config in enumerate(TILED, 1):
@@ -224,10 +239,10 @@ def test_rows_that_are_read_in_tiles_or_by_clusters(changes: dict[str, Any], tmp
             assert np.mean(values != expected[role]) < 0.01, f"{config}, {role}"
 
 
-def test_results_may_be_written_over_the_inputs(tmp_path: Any) -> None:
+def test_results_may_be_written_over_the_inputs(place: type[Kernels], tmp_path: Any) -> None:
     kernel = NormKernel(5120, EPSILON, "add_rms_norm", "bfloat16")
     configs = [choose(kernel, None, 90), LaunchConfig(64, 2, 8)]
-    library = HostKernels(tmp_path, [(kernel, config) for config in configs])
+    library = place(tmp_path, [(kernel, config) for config in configs])
     for number in range(len(configs)):
         case = Case(kernel)
         expected = library.run(number, **case.given)
@@ -237,11 +252,11 @@ def test_results_may_be_written_over_the_inputs(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", list(LIMITS))
-def test_nan_and_infinity_go_through_as_in_pytorch(dtype: str, tmp_path: Any) -> None:
+def test_nan_and_infinity_go_through_as_in_pytorch(dtype: str, place: type[Kernels], tmp_path: Any) -> None:
     import torch
 
     kernel = NormKernel(256, EPSILON, dtype=dtype, scale="none")  # type: ignore[arg-type]
-    library = HostKernels(tmp_path, [(kernel, choose(kernel, None, 90))])
+    library = place(tmp_path, [(kernel, choose(kernel, None, 90))])
     x = np.random.default_rng(0).standard_normal((5, 256)).astype(NUMPY[dtype])
     x[0, 3], x[1, 4], x[2, 5], x[3] = np.nan, np.inf, -np.inf, 0
     y = library.run(0, x)["y"].astype(np.float32)
@@ -252,9 +267,9 @@ def test_nan_and_infinity_go_through_as_in_pytorch(dtype: str, tmp_path: Any) ->
     assert (y[3] == 0).all()
 
 
-def test_no_rows_are_no_work(tmp_path: Any) -> None:
+def test_no_rows_are_no_work(place: type[Kernels], tmp_path: Any) -> None:
     kernel = NormKernel(64, EPSILON)
     config = choose(kernel, 0, 90)
     assert config.grid(0) == 0
-    library = HostKernels(tmp_path, [(kernel, config)])
+    library = place(tmp_path, [(kernel, config)])
     assert library.run(0, np.zeros((0, 64), np.float16), weight=np.ones(64, np.float16))["y"].shape == (0, 64)
