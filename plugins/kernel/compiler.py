@@ -71,7 +71,8 @@ def compile_kernel(kernel: NormKernel, config: LaunchConfig, architecture: int, 
         raise UsageError(f"NVRTC supports {', '.join(f'sm_{a}' for a in sorted(known))}, not sm_{architecture}.")
     name = kernel.op
     defined = {"RMSNORM_NAME": name, **macros(kernel, config)}
-    options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", "--ptxas-options=-v"]
+    # A kernel from NVRTC's cache has a log without its resources.
+    options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", "--ptxas-options=-v", "--no-cache"]
     options += [f"-D{macro}={value}" for macro, value in defined.items()]
     headers = [(SOURCE_FOLDER / header).read_bytes() for header in HEADERS]
     program = _call(

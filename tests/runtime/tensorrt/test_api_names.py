@@ -38,7 +38,7 @@ RTX_ONLY: Final = {
 COMPUTED: Final[dict[tuple[str, str], tuple[str, ...]]] = {
     ("NetworkDefinitionCreationFlag", "'STRONGLY_TYPED'"): ("STRONGLY_TYPED",),
     ("BuilderFlag", "name"): ("REFIT", "VERSION_COMPATIBLE"),
-    ("ComputeCapability", "f'SM{architecture}'"): ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121"),
+    ("ComputeCapability", "name"): ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121", "CURRENT"),
     ("PluginFieldType", "contract.FIELD_TYPES[kind]"): ("FLOAT32", "INT32"),
 }
 # What our sources call the API's objects. `x[]` is an element of x, `f()` what f returns.

@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 
 from rmsnorm_deploy.plugins import contract
+from rmsnorm_deploy.plugins.kernel.compiler import compile_kernel
+from rmsnorm_deploy.plugins.kernel.launch_config import choose
+from rmsnorm_deploy.plugins.kernel.norm_kernel import NormKernel
 from rmsnorm_deploy.plugins.tensorrt import library
 from rmsnorm_deploy.plugins.tensorrt.images import compile_images, kernel_of
 from rmsnorm_deploy.plugins.tensorrt.launcher import Launcher
@@ -67,6 +70,17 @@ def test_a_kernel_on_the_gpu_computes_the_contracts_formula(
     assert error_in_ulp(memory.get(outputs[0], x), expected) <= (4.0 if dtype == "float32" else 2.01)
     if adds:
         assert np.array_equal(memory.get(outputs[1], x), total)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_kernel_that_was_compiled_before_has_its_resources() -> None:
+    """With a driver NVRTC keeps what it compiled, and the log of what it kept is empty."""
+    assert DEVICE is not None
+    kernel = NormKernel(4096, 1e-6)
+    config = choose(kernel, 1, DEVICE[1])
+    first, second = (compile_kernel(kernel, config, DEVICE[1]) for _ in range(2))
+    assert first.registers == second.registers > 0
 
 
 def run_engine(runtime: str, engine: Path, library_file: Path | None, x: np.ndarray, folder: Path) -> np.ndarray:
