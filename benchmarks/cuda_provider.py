@@ -5,10 +5,13 @@
 
 Requires an NVIDIA GPU and `pip install 'rmsnorm-deploy[gpu,hf]'`.
 
-First table: small models of transformers with random weights, exported for each target in each dtype, compared with
-PyTorch on the CPU (`rmsnorm validate --provider cuda`). Second table: a decoder of 8 layers in float16, median time of
-one run for each target, with the inputs and outputs on the GPU, runs in turns. The exit code is 1 if a model is less
-accurate than PyTorch.
+First table: small models of transformers with random weights, exported with a KV cache for each target in each dtype,
+compared with PyTorch on the CPU (`rmsnorm validate --provider cuda`). Second table: a decoder of 8 layers in float16,
+median time of one run for each target, with the inputs and outputs on the GPU, runs in turns. The exit code is 1 if a
+model is less accurate than PyTorch.
+
+    python -m benchmarks.cuda_provider --folder DIR        # keep the exports, and use those that are there
+    python -m benchmarks.cuda_provider --folder DIR --provider cpu
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -69,32 +73,53 @@ def built(name: str, sizes: dict[str, Any]) -> nn.Module:
     return model
 
 
-def checked(job: tuple[str, str, str, bool, str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Job:
+    """One model, exported for one target."""
+
+    model: str
+    target: str
+    dtype: str
+    folder: Path
+    provider: str
+
+    @property
+    def place(self) -> Path:
+        """The exported folder."""
+        return self.folder / f"{self.model}-{self.target}-{self.dtype}"
+
+
+def checked(job: Job) -> dict[str, Any]:
     """Export and validate one model, in this process."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    name, target, dtype, past, provider = job
-    row: dict[str, Any] = {"model": name, "target": target, "dtype": dtype, "cache": past}
+    row: dict[str, Any] = {"model": job.model, "target": job.target, "dtype": job.dtype}
     start = time.perf_counter()
     try:
-        model = built(name, _T5 if name.startswith("T5") else _SIZES).to(getattr(torch, dtype))
-        with tempfile.TemporaryDirectory() as folder:
-            export_model(model, Path(folder) / "out", target=target, with_past=past)
-            report = validate(Path(folder) / "out", model, provider=provider)
-            culprits = [*map(str, report.culprits), *report.notes]
-            row |= {"verdict": report.verdict, "detail": "; ".join(culprits)[:600]}
-            parts = {
-                "outputs": [one.passed for _, one in report.rows],
-                "norms": [norm.passed for norm in report.norms],
-                "segments": [segment.verdict.passed for segment in report.segments],
-            }
-            row |= {part: f"{found.count(True)}/{len(found)}" for part, found in parts.items()}
+        model = built(job.model, _T5 if job.model.startswith("T5") else _SIZES).to(getattr(torch, job.dtype))
+        if not job.place.is_dir():
+            export_model(model, job.place, target=job.target, with_past=True)
+        report = validate(job.place, model, provider=job.provider)
+        parts = {
+            "outputs": [one.passed for _, one in report.rows],
+            "norms": [norm.passed for norm in report.norms],
+            "segments": [segment.verdict.passed for segment in report.segments],
+        }
+        row |= {part: f"{found.count(True)}/{len(found)}" for part, found in parts.items()}
+        row |= {"verdict": report.verdict, "detail": "; ".join([*map(str, report.culprits), *report.notes])[:600]}
     except RmsnormDeployError as error:
         row |= {"verdict": "refused", "detail": " ".join(str(error).split())[:600]}
     except Exception as error:
         row |= {"verdict": "failed", "detail": f"{type(error).__name__}: {error}"[:600]}
     return row | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def timed_export(place: Path) -> Path:
+    """Export the model whose time is measured for the target that is the folder's name."""
+    if not place.is_dir():
+        export_model(built("LlamaForCausalLM", _TIMED).to(torch.float16), place, target=place.name)
+    return place
 
 
 def timed(folder: Path) -> Iterator[dict[str, Any]]:
@@ -150,34 +175,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=4, help="models at the same time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="keep the exports, and use those that are there")
+    parser.add_argument("--provider", choices=("cuda", "cpu"), default="cuda")
     given = parser.parse_args(arguments)
     ort = import_onnxruntime()
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
+    on_gpu = given.provider == "cuda"
+    if on_gpu and "CUDAExecutionProvider" not in ort.get_available_providers():
         print("cuda_provider requires an NVIDIA GPU and pip install 'rmsnorm-deploy[gpu]'.", file=sys.stderr)
         return 4
-    jobs = [(name, target, dtype, True, "cuda") for name in MODELS for target in TARGETS for dtype in DTYPES]
-    rows = []
-    print("| model | cache | target | dtype | verdict | outputs | norms | segments |\n|" + "---|" * 8)
-    with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
-        for row in pool.map(checked, jobs):
-            rows.append(row)
-            cells = [row["model"], "yes" if row["cache"] else "no", row["target"], row["dtype"], row["verdict"]]
-            cells += [row.get(part, "") for part in ("outputs", "norms", "segments")]
-            print("| " + " | ".join(cells) + " |", row["detail"] if row["verdict"] != "pass" else "", flush=True)
-    result: dict[str, Any] = {"onnxruntime": ort.__version__, "models": rows}
-    with tempfile.TemporaryDirectory() as folder:
-        result["times"] = list(timed(Path(folder)))
-        result["operators"] = norm_operators(Path(folder))
+    rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {"onnxruntime": ort.__version__, "provider": given.provider, "models": rows}
+    print("| model | target | dtype | verdict | outputs | norms | segments |\n|" + "---|" * 7)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(given.folder or temporary)
+        with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
+            if on_gpu:
+                made = [pool.submit(timed_export, folder / target) for target in TARGETS]
+            jobs = [Job(m, t, d, folder, given.provider) for m in MODELS for t in TARGETS for d in DTYPES]
+            for row in pool.map(checked, jobs):
+                rows.append(row)
+                cells = [row[key] for key in ("model", "target", "dtype", "verdict")]
+                cells += [row.get(part, "") for part in ("outputs", "norms", "segments")]
+                print("| " + " | ".join(cells) + " |", row["detail"] if row["verdict"] != "pass" else "", flush=True)
+        if on_gpu:
+            for one in made:
+                one.result()
+            result |= {"times": list(timed(folder)), "operators": norm_operators(folder)}
+            _print_times(result)
+    if given.json is not None:
+        given.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    print(f"{sum(row['verdict'] == 'pass' for row in rows)} of {len(rows)} pass.")
+    return 1 if any(row["verdict"] not in ("pass", "refused") for row in rows) else 0
+
+
+def _print_times(result: dict[str, Any]) -> None:
     print("\n| batch x length | " + " | ".join(f"{target}, ms" for target in TARGETS) + " |\n|" + "---|" * 5)
     for row in result["times"]:
         figures = " | ".join(f"{row['milliseconds'][target]:.3f}" for target in TARGETS)
         print(f"| {row['batch']}x{row['length']} | {figures} |")
     for target, operators in result["operators"].items():
         print(f"{target}: {operators}")
-    if given.json is not None:
-        given.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    print(f"{sum(row['verdict'] == 'pass' for row in rows)} of {len(rows)} pass.")
-    return 1 if any(row["verdict"] not in ("pass", "refused") for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ def traceable_recurrences(model: nn.Module) -> Iterator[None]:
     states = _States()
     replacements: dict[str, Callable[..., Any]] = {
         "torch_chunk_gated_delta_rule": gated_delta_rule,
+        "mamba2_chunk_scan": state_space_duality,
         "mamba_selective_scan": states.selective_scan,
     }
     sources = {type(module).__module__ for module in model.modules()}
@@ -87,6 +88,64 @@ def gated_delta_rule(
 
     last, result = _scan(step, state, (q, k, v, decay, write))
     return result.to(dtype), last if output_final_state else None
+
+
+def state_space_duality(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int = 64,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    **_: Any,
+) -> Any:
+    """The recurrence of Mamba2, token by token in float32, with the arguments of transformers' function.
+
+    h = exp(A dt) h + dt x B;  y = h C + D x, as in "Transformers are SSMs" (https://arxiv.org/abs/2405.21060).
+
+    Args:
+        hidden_states: x, `[batch, length, heads, width]`.
+        dt: time steps, `[batch, length, heads]`.
+        A: `[heads]`.
+        B: `[batch, length, groups, states]`.
+        C: as B.
+        chunk_size: not used.
+        D: `[heads]`, or `[heads, width]`.
+        dt_bias: added to dt, `[heads]`.
+        initial_states: `[batch, heads, width, states]`; zeros if None.
+        dt_softplus: apply softplus to dt.
+        dt_limit: limits of dt.
+        return_final_states: return the state after the last token too.
+
+    Returns:
+        The result, as x in float32; or a pair of it and the state.
+    """
+    heads, groups = hidden_states.shape[2], B.shape[2]
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dt.dtype)
+    dt = functional.softplus(dt) if dt_softplus else dt
+    dt = torch.clamp(dt, dt_limit[0], dt_limit[1]).float()
+    x = hidden_states.float()
+    b, c = (t.float().repeat_interleave(heads // groups, dim=2) if groups != heads else t.float() for t in (B, C))
+    state = x.new_zeros(x.shape[0], heads, x.shape[-1], b.shape[-1])
+    if initial_states is not None:
+        state = initial_states.to(state)
+
+    def step(state: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        x_t, decay_t, b_t, c_t = token
+        state = state * decay_t[..., None, None] + x_t.unsqueeze(-1) * b_t.unsqueeze(-2)
+        return state, (state * c_t.unsqueeze(-2)).sum(dim=-1)
+
+    last, result = _scan(step, state, (x * dt.unsqueeze(-1), torch.exp(A.float() * dt), b, c))
+    if D is not None:
+        result = result + D.reshape(heads, -1) * x
+    return (result, last) if return_final_states else result
 
 
 class _States:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from transformers.models.mamba import modeling_mamba
+from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from rmsnorm_deploy.export.capture.recurrences import _States, gated_delta_rule
+from rmsnorm_deploy.export.capture.recurrences import _States, gated_delta_rule, state_space_duality
 
 
 def test_the_gated_delta_rule_is_that_of_transformers() -> None:
@@ -22,6 +23,23 @@ def test_the_gated_delta_rule_is_that_of_transformers() -> None:
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert gated_delta_rule(query, key, value, g, beta)[1] is None
+
+
+def test_the_recurrence_of_mamba2_is_that_of_transformers() -> None:
+    torch.manual_seed(0)
+    for length, groups, with_state in ((7, 2, False), (21, 4, True)):
+        x, dt = torch.randn(2, length, 4, 6), torch.randn(2, length, 4)
+        b, c = (torch.randn(2, length, groups, 8) for _ in range(2))
+        a, d, bias = -torch.rand(4), torch.randn(4), torch.ones(4)
+        options = {
+            "D": d, "dt_bias": bias, "dt_softplus": True, "dt_limit": (0.2, 1.5), "return_final_states": True,
+            "initial_states": torch.randn(2, 4, 6, 8) if with_state else None,
+        }  # fmt: skip
+        got = state_space_duality(x, dt, a, b, c, 8, **options)
+        wanted = modeling_mamba2.mamba2_chunk_scan(x, dt, a, b, c, 8, **options)
+        for mine, theirs in zip(got, wanted, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert isinstance(state_space_duality(x, dt, a, b, c), torch.Tensor)
 
 
 def test_the_selective_scan_is_that_of_transformers() -> None:
