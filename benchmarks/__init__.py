@@ -6,6 +6,8 @@ damaged_files: the commands that read files, on damaged files of every kind.
 mutations: `validate` and `bisect` on planted faults and on runs without faults.
 norm_in_model: time of norm kernels and of the model, export time and memory, compared with `torch.onnx.export`.
 lossy_profiles: what quantized and converted files lose, and what planted faults in them add.
+kernel_speed: time of the CUDA kernel on a GPU, compared with PyTorch and a copy.
+kernel_layouts: time of the CUDA kernel in many layouts.
 residual_add: residual add and norm as two operators, compared with ONNX Runtime's fused operator.
 validate_cost: memory and time of validating a model of 1.1e9 parameters.
 

@@ -119,11 +119,9 @@ def tensors(case: Case) -> Tensors:
     )
 
 
-def our_kernel(case: Case, architecture: int) -> tuple[Callable[[Tensors], None], CompiledKernel, LaunchConfig]:
-    """A function that launches the kernel, with its compiled form and layout."""
-    config = choose(case.kernel, case.rows, architecture)
-    compiled = compile_kernel(case.kernel, config, architecture)
-    image = KernelImage("cubin", architecture, True, config.block, config.rows, config.cluster, compiled.image)
+def launched(case: Case, compiled: CompiledKernel, config: LaunchConfig) -> Callable[[Tensors], None]:
+    """A function that launches a compiled kernel."""
+    image = KernelImage("cubin", compiled.architecture, True, config.block, config.rows, config.cluster, compiled.image)
     launcher = Launcher(KernelImages(case.kernel.width, case.kernel.dtype, (image,)), case.kernel.op, cuda_driver())
 
     def launch(given: Tensors) -> None:
@@ -131,7 +129,7 @@ def our_kernel(case: Case, architecture: int) -> tuple[Callable[[Tensors], None]
         pointers = [tensor.data_ptr() for tensor in (*inputs, *given.outputs())]
         launcher.launch(pointers, len(inputs), case.rows, torch.cuda.current_stream().cuda_stream)
 
-    return launch, compiled, config
+    return launch
 
 
 def pytorch(given: Tensors) -> list[Tensor]:
@@ -190,6 +188,17 @@ def error_of(case: Case, given: Tensors) -> tuple[float, bool]:
     return error, error <= 0.51
 
 
+def launches_of(case: Case) -> int:
+    """Number of launches in a graph."""
+    return max(FEWEST_LAUNCHES, min(MOST_LAUNCHES, GRAPH_BYTES // (case.rows * case.kernel.row_bytes())))
+
+
+def layout_name(config: LaunchConfig) -> str:
+    """Rows x threads x vectors x elements of a block, the cluster, and `p` if the weight is loaded first."""
+    prefetch = " p" if config.prefetch else ""
+    return f"{config.rows}x{config.threads}x{config.vectors}x{config.elements} c{config.cluster}{prefetch}"
+
+
 def recorded(work: Callable[[Any], object], sets: Sequence[Any]) -> Any:
     """A CUDA graph of one call for each set of tensors, each with results of its own."""
     stream = torch.cuda.Stream()
@@ -204,10 +213,12 @@ def recorded(work: Callable[[Any], object], sets: Sequence[Any]) -> Any:
     return graph
 
 
-def microseconds(graphs: dict[str, Any], launches: int, flushed: Tensor) -> dict[str, tuple[float, float, float]]:
+def microseconds(
+    graphs: dict[str, Any], launches: int, flushed: Tensor, replays: int = REPLAYS
+) -> dict[str, tuple[float, float, float]]:
     """Median, 10th and 90th percentile of the time of one launch, for each way."""
     times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(REPLAYS):
+    for _ in range(replays):
         for name, graph in graphs.items():
             flushed.add_(1)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -226,8 +237,10 @@ def measured(case: Case, architecture: int, flushed: Tensor, with_compile: bool)
     """One row of the table."""
     kernel = case.kernel
     size = case.rows * kernel.row_bytes()
-    launches = max(FEWEST_LAUNCHES, min(MOST_LAUNCHES, GRAPH_BYTES // size))
-    launch, compiled, config = our_kernel(case, architecture)
+    launches = launches_of(case)
+    config = choose(kernel, case.rows, architecture)
+    compiled = compile_kernel(kernel, config, architecture)
+    launch = launched(case, compiled, config)
     sets = [tensors(case) for _ in range(launches)]
     launch(sets[0])
     torch.cuda.synchronize()
@@ -253,7 +266,7 @@ def measured(case: Case, architecture: int, flushed: Tensor, with_compile: bool)
         "best_peer": round(min(peers) / times["ours"][0], 3),
         "error": round(error, 3),
         "accurate": accurate,
-        "layout": f"{config.rows}x{config.threads}x{config.vectors}x{config.elements} c{config.cluster}",
+        "layout": layout_name(config),
         "registers": compiled.registers,
         "spilled_bytes": compiled.spilled_bytes,
     }
