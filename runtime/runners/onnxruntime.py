@@ -24,8 +24,7 @@ from ...models.versions import too_old
 from ...plugins import contract
 from .base import Array, TensorInfo, check_feeds, describe_feeds
 from .ort_graph import file_record, input_dtypes, op_counts
-
-CPU = "CPUExecutionProvider"
+from .providers import CPU, chosen_providers
 
 # onnxruntime's names of the element types that this runner supports, and numpy's.
 _DTYPES = {
@@ -88,8 +87,9 @@ class OrtRunner:
 
     Args:
         source: path of an ONNX file, or the bytes of one.
-        providers: execution providers in order of preference, such as `cpu`, `cuda`, `tensorrt` or their full names;
-            None is the CPU provider. Nodes that none of them supports run on the CPU provider.
+        providers: execution providers in order of preference, such as `cpu`, `cuda`, `tensorrt` or their full names,
+            with options as in `cuda:use_tf32=0`; None is the CPU provider. Nodes that none of them supports run on the
+            CPU provider.
         provider_options: options by the name of the provider.
         session_options: `graph_optimization_level` (disabled, basic, extended, all), `intra_op_num_threads`,
             `inter_op_num_threads`, `optimized_model_path` (the file for the optimized graph), and `repack_weights`
@@ -117,8 +117,8 @@ class OrtRunner:
         weights_folder: Path | None = None,
     ) -> None:
         ort = import_onnxruntime()
-        self._providers = _full_names(ort, providers)
-        self._provider_options = _options_by_provider(ort, self._providers, provider_options)
+        self._provider_options = chosen_providers(ort, providers, provider_options)
+        self._providers = list(self._provider_options)
         self._session_options = dict(session_options or {})
         self._io_binding = io_binding
         self._weights_folder = weights_folder
@@ -216,7 +216,7 @@ class OrtRunner:
                     path,
                     options,
                     providers=list(self._providers),
-                    provider_options=[self._provider_options.get(name, {}) for name in self._providers],
+                    provider_options=[self._provider_options[name] for name in self._providers],
                     enable_fallback=0,
                 )
             except Exception as error:
@@ -257,38 +257,6 @@ def optimized_op_counts(
         options = {"graph_optimization_level": level, "optimized_model_path": target}
         OrtRunner(path, providers=providers, session_options=options).close()
         return op_counts(onnx.load(target, load_external_data=False))
-
-
-def _full_names(ort: ModuleType, names: Sequence[str] | None) -> list[str]:
-    """Full names of providers, given short or full names in upper or lower case."""
-    known = {name.lower().removesuffix("executionprovider"): name for name in ort.get_all_providers()}
-    available = ort.get_available_providers()
-    if isinstance(names, str) or (names is not None and not names):
-        raise UsageError(f"providers: expected a list of one or more providers, got {names!r}.")
-    found = []
-    for name in names or [CPU]:
-        full = known.get(name.lower().removesuffix("executionprovider"))
-        if full is None:
-            raise UsageError(f"unknown execution provider {name!r}: expected one of {', '.join(sorted(known))}.")
-        if full not in available:
-            raise EnvironmentMissingError(
-                f"{full} is not in this build of onnxruntime {ort.__version__}, which has {', '.join(available)}. "
-                'For CUDA and TensorRT: pip install "rmsnorm-deploy[gpu]" in place of onnxruntime.'
-            )
-        found.append(full)
-    return list(dict.fromkeys(found))
-
-
-def _options_by_provider(
-    ort: ModuleType, providers: list[str], options: Mapping[str, Mapping[str, Any]] | None
-) -> dict[str, dict[str, str]]:
-    named = {name: _full_names(ort, [name])[0] for name in options or {}}
-    unused = [name for name, full in named.items() if full not in providers]
-    if unused:
-        raise UsageError(
-            f"provider_options: expected names among the providers {', '.join(providers)}, got {', '.join(unused)}."
-        )
-    return {full: {k: str(v) for k, v in (options or {})[name].items()} for name, full in named.items()}
 
 
 @contextmanager
@@ -385,6 +353,14 @@ def _load_error(error: Exception, ort: ModuleType, file: ModelFile, providers: l
         return UnsupportedError(
             f"{file.where}: {version} has no kernel for {op} (node {node or 'without name'})"
             f"{f' on {dtypes}' if dtypes else ''} in {', '.join(providers)}. {advice}, or run it on another provider."
+        )
+    fused = re.search(r"Failed to find kernel for (\w+)\(\d+\) \(node:'(\S*?/(\w+Fusion))/?'", cause)
+    if fused:
+        op, node, fusion = fused.groups()
+        return UnsupportedError(
+            f"{file.where}: {version} itself fuses operators into {op} (node {node}), for which {', '.join(providers)} "
+            "has no kernel in this dtype. Export with --target standard or --target ort, which have no operators to "
+            f"fuse, or open the file with InferenceSession(..., disabled_optimizers=[{fusion!r}])."
         )
     unknown = re.search(r"(\S+?)\(-?\d+\) is not a registered function/op|No Op registered for (\S+)", cause)
     if unknown:

@@ -34,8 +34,8 @@ def open_runner(source: Source, provider: str | Sequence[str] = "cpu", **options
 
     Args:
         source: an .onnx file's path, an ONNX model's bytes, or a PyTorch module.
-        provider: for ONNX, the execution provider (`cpu`, `cuda`, `tensorrt` or a full name), or several in order of
-            preference. A PyTorch module runs on the device of its parameters.
+        provider: for ONNX, the execution provider (`cpu`, `cuda`, `tensorrt` or a full name; with options as in
+            `cuda:use_tf32=0`), or several in order of preference. A PyTorch module runs where its parameters are.
         options: further arguments of the backend's own runner, see `OrtRunner` and `TorchRunner`.
 
     Raises:

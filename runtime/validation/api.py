@@ -24,6 +24,7 @@ from ..report.report_file import BISECT_SCHEMA, VALIDATE_SCHEMA
 from ..runners.base import Runner, TensorInfo
 from ..runners.open import open_runner
 from ..runners.ort_graph import file_record
+from ..runners.providers import reduced_precision
 from .candidate import Candidate
 from .components import validate_components
 from .depth import DepthPoint, errors_introduced, measure_depth
@@ -199,6 +200,9 @@ def _compared(
         baseline = Baseline(sides.model, RenamedTorch(torch_runner, matched.kept), _norms_of(sides))
         report = _examined(sides, runs, baseline, options, progress)
         report.untried[:0] = plan.untried
+        remark = reduced_precision(provenance["candidate"])
+        if remark is not None and report.verdict == "fail" and dtype_of(sides.model) == "float32":
+            report.warnings.append(remark)
         report.notes[:0] = [*([sides.hint] if sides.hint else []), *matched.notes]
         provenance |= {"baseline": torch_runner.provenance(), "versions": versions()}
     return report, provenance

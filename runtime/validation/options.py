@@ -18,7 +18,7 @@ class ValidationOptions:
 
     Attributes:
         dtype: dtype to load the PyTorch model in if it is given by name; the exported dtype if None.
-        provider: ONNX Runtime's execution provider: `cpu`, `cuda` or `tensorrt`.
+        provider: ONNX Runtime's execution provider: `cpu`, `cuda` or `tensorrt`; with options as in `cuda:use_tf32=0`.
         seed: seed of generated inputs and adversarial rows.
         shapes: batch and length of each generated input; those of `plan_cases` if None.
         inputs: a source of inputs that replace generated ones, see `load_cases`.

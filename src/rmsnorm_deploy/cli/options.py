@@ -58,7 +58,12 @@ AllowMissing = Annotated[
     ),
 ]
 Provider = Annotated[
-    str, typer.Option("--provider", metavar="NAME", help="ONNX Runtime's execution provider: cpu, cuda or tensorrt.")
+    str,
+    typer.Option(
+        "--provider",
+        metavar="NAME",
+        help="ONNX Runtime's execution provider: cpu, cuda or tensorrt; with options as in cuda:use_tf32=0.",
+    ),
 ]
 NoFunction = Annotated[
     bool,

@@ -21,6 +21,7 @@ from rmsnorm_deploy.models.errors import EnvironmentMissingError, UnsupportedErr
 from rmsnorm_deploy.runtime.runners.base import Runner, TensorInfo
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner, import_onnxruntime, optimized_op_counts
 from rmsnorm_deploy.runtime.runners.ort_graph import op_counts
+from rmsnorm_deploy.runtime.runners.providers import chosen_providers, reduced_precision
 
 ort = pytest.importorskip("onnxruntime", reason='needs onnxruntime: pip install "rmsnorm-deploy[cpu]"')
 
@@ -413,6 +414,40 @@ def test_sequences_are_unsupported() -> None:
 def test_provider_names(name: str) -> None:
     with OrtRunner(linear().SerializeToString(), providers=[name], provider_options={name: {}}) as runner:
         assert runner.provenance()["providers_used"] == ["CPUExecutionProvider"]
+
+
+def test_a_provider_is_named_with_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    texts = ["CUDA:use_tf32=0, device_id=1", "cpu"]
+    assert chosen_providers(ort, texts, {"cuda": {"device_id": 2}}) == {
+        "CUDAExecutionProvider": {"use_tf32": "0", "device_id": "2"}, "CPUExecutionProvider": {},
+    }  # fmt: skip
+    for text in ("cuda:use_tf32", "cuda:=1"):
+        with pytest.raises(UsageError, match=r"expected NAME:OPTION=VALUE,\.\.\., such as cuda:use_tf32=0"):
+            chosen_providers(ort, [text])
+
+
+def test_tf32_is_named_where_it_is_on() -> None:
+    cuda = "CUDAExecutionProvider"
+    assert reduced_precision({"provider_options": {"CPUExecutionProvider": {}}}) is None
+    assert reduced_precision({"runner": "torch"}) is None
+    assert reduced_precision({"provider_options": {cuda: {"use_tf32": "0"}}}) is None
+    for options in ({"use_tf32": "1"}, {}):
+        assert "cuda:use_tf32=0" in str(reduced_precision({"provider_options": {cuda: options}}))
+
+
+def test_an_operator_that_onnxruntime_itself_made_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError(  # as onnxruntime 1.31.1 says it of a norm in bfloat16 on an H100
+            "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Exception during initialization: status.IsOK() was false. "
+            "Failed to find kernel for SimplifiedLayerNormalization(1) (node:'norm/Mul/SimplifiedLayerNormFusion/' "
+            "ep:'CUDAExecutionProvider'). Op with name (norm/Mul/SimplifiedLayerNormFusion/)"
+        )
+
+    monkeypatch.setattr(ort, "InferenceSession", refuse)
+    wanted = r"itself fuses .* SimplifiedLayerNormalization .*disabled_optimizers=\['SimplifiedLayerNormFusion'\]"
+    with pytest.raises(UnsupportedError, match=wanted):
+        OrtRunner(linear().SerializeToString())
 
 
 def test_providers_that_are_not_in_this_build(monkeypatch: pytest.MonkeyPatch) -> None:
