@@ -8,8 +8,8 @@ Requires an NVIDIA GPU and `pip install 'rmsnorm-deploy[gpu,hf]'`.
 First table: small models of transformers with random weights, exported with a KV cache for each target in each dtype,
 compared with PyTorch on the CPU (`rmsnorm validate --provider cuda:use_tf32=0`; with TF32, which is ONNX Runtime's
 default, no float32 model is as accurate as PyTorch). Second table: a decoder of 8 layers in float16, median time of one
-run for each target, with the inputs and outputs on the GPU, runs in turns. The exit code is 1 if a model is less accurate
-than PyTorch.
+run for each target, with the inputs and outputs on the GPU, runs in turns. The exit code is 1 if a model is less
+accurate than PyTorch.
 
     python -m benchmarks.cuda_provider --folder DIR        # keep the exports, and use those that are there
     python -m benchmarks.cuda_provider --folder DIR --provider cpu
