@@ -23,6 +23,7 @@ from ...models.precision import converted, model_dtype, saved_elements
 from ...models.recognition.find_norms import find_norms
 from ...models.recognition.site import Recognition
 from ..capture.capture import capture, detached
+from ..capture.captured import Capture
 from ..capture.example_inputs import as_tensors, example_inputs
 from ..capture.swap import swapped
 from ..capture.transformers_model import is_pretrained
@@ -138,10 +139,7 @@ def export_model(
     parts: tuple[str | None, ...] = (None,)
     if options.with_past:
         parts = parts_for(loaded.model, feeds or {}) or (None,)
-    prepared = {
-        part: prepare(loaded.model, options, inputs=feeds, targets=targets, progress=progress, part=part)
-        for part in parts
-    }
+    prepared = prepare_parts(loaded.model, parts, options, inputs=feeds, targets=targets, progress=progress)
     companions = companions if companions is not None else loaded.folder
     notes = [*loaded.notes]
     if companions is None:
@@ -165,15 +163,28 @@ def prepare(
     inputs: Mapping[str, Any] | None = None,
     targets: Sequence[str] = (),
     progress: Progress | None = None,
-    part: str | None = None,
     **changes: Any,
 ) -> PreparedModel:
     """Recognize, check and capture a model: the steps that do not depend on the target.
 
-    The arguments are those of `export_model`, and `part`, a part of an encoder-decoder (see `part_of`) or None. A norm
-    that one of `targets` does not support is refused before the capture.
+    The arguments are those of `export_model`. A norm that one of `targets` does not support is refused before the
+    capture.
     """
-    options, progress = _changed(options, changes), progress or _silent
+    options = _changed(options, changes)
+    return prepare_parts(model, (None,), options, inputs=inputs, targets=targets, progress=progress)[None]
+
+
+def prepare_parts(
+    model: nn.Module,
+    parts: Sequence[str | None],
+    options: ExportOptions,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    targets: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> dict[str | None, PreparedModel]:
+    """`prepare` for each part of a model (see `part_of`), or for None, the whole; its norms are checked once."""
+    progress = progress or _silent
     given = model
     model = given if options.dtype is None else converted(given, torch_dtype(options.dtype))
     dtype = options.dtype or torch_name(model_dtype(model) or torch.get_default_dtype())
@@ -182,12 +193,11 @@ def prepare(
         feeds = cast_floats(feeds, dtype)
     _refuse_scripted(model)
     others = sorted(set(feeds) - TEXT_INPUTS)
-    if options.with_past and others and part is None and is_pretrained(model):
+    if options.with_past and others and None in parts and is_pretrained(model):
         raise UnsupportedError(
             f"{type(model).__name__}: an export with a KV cache reads text only, and the inputs have "
             f"{', '.join(others)} too. Omit --with-past, or omit these inputs to export the model without them."
         )
-    note = text_only_note(model, feeds)
     progress("finding the norms")
     recognition = find_norms(model)
     for target in targets:
@@ -197,29 +207,44 @@ def prepare(
     try:
         progress(f"checking {len(recognition.sites)} norms in the running model")
         recognition = _checked(model, recognition, feeds)
-        if part == VISION:
+        if VISION in parts:
             progress("checking that the parts compute what the model does")
             check_parts(model, detached(feeds))
-        progress("capturing the graph")
-        with swapped(model, recognition.sites):
-            captured = capture(
-                model,
-                detached(feeds),
-                opset=options.opset,
-                dynamic=options.dynamic,
-                with_past=options.with_past,
-                part=part,
-            )
+        captured = {}
+        for part in parts:
+            progress("capturing the graph" if part is None else f"capturing the graph of the {part}")
+            with swapped(model, recognition.sites):
+                captured[part] = capture(
+                    model,
+                    detached(feeds),
+                    opset=options.opset,
+                    dynamic=options.dynamic,
+                    with_past=options.with_past,
+                    part=part,
+                )
     finally:
         for name, module in model.named_modules():
             module.training = training[name]
     progress("finding the norms that are not modules")
+    return {part: _prepared(model, one, recognition, dtype, feeds, part) for part, one in captured.items()}
+
+
+def _prepared(
+    model: nn.Module,
+    captured: Capture,
+    recognition: Recognition,
+    dtype: str,
+    feeds: Mapping[str, Any],
+    part: str | None,
+) -> PreparedModel:
+    """The captured graph with its norms, and what the manifest says of the model."""
     unswapped = find_unswapped(captured.model, model, recognition)
     recognition = Recognition(recognition.sites, unswapped.left(recognition.refusals))
     details = {**call_form(feeds).to_json(), "elements": saved_elements(model)}
     prepared = PreparedModel(captured, recognition, dtype, unswapped, details, notes=unswapped.notes)
     if part is not None and PIXELS in feeds:
         prepared.details.update(image_record(model, feeds))
+    note = text_only_note(model, feeds)
     if note is not None:
         prepared.notes.append(note)
         prepared.details["left_out"] = left_out(model, feeds)
