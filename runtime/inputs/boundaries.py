@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ...models.configs import config_value
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -34,16 +36,16 @@ def lengths_named(model: nn.Module) -> dict[int, str]:
     """
     found: dict[int, str] = {}
     for config in _configs(getattr(model, "config", None)):
-        windowless = _get(config, "use_sliding_window") is False
+        windowless = config_value(config, "use_sliding_window") is False
         for key, what in _LENGTHS.items():
-            value = _get(config, key)
+            value = config_value(config, key)
             if key == "sliding_window" and windowless:
                 continue
             for length in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(length, int) and not isinstance(length, bool) and length > 0:
                     found.setdefault(length, f"{what}, {key}")
-        if _get(config, "rope_type") in _CHANGING_ROTARY or _get(config, "type") in _CHANGING_ROTARY:
-            cap = _get(getattr(model, "config", None), "max_position_embeddings")
+        if config_value(config, "rope_type") in _CHANGING_ROTARY or config_value(config, "type") in _CHANGING_ROTARY:
+            cap = config_value(getattr(model, "config", None), "max_position_embeddings")
             if isinstance(cap, int):
                 found.setdefault(cap, "the rotary embedding, max_position_embeddings")
     return dict(sorted(found.items()))
@@ -52,7 +54,7 @@ def lengths_named(model: nn.Module) -> dict[int, str]:
 def longest_length(model: nn.Module) -> int | None:
     """The largest number of positions that the config allows; None if it names none."""
     sizes = [
-        _get(config, key)
+        config_value(config, key)
         for config in _configs(getattr(model, "config", None))
         for key in ("max_position_embeddings", "n_positions", "max_length_positions")
     ]
@@ -76,7 +78,7 @@ def special_ids(model: nn.Module, vocabulary: int) -> list[int]:
     found: set[int] = set()
     for config in _configs(getattr(model, "config", None)):
         for key in config if isinstance(config, Mapping) else dir(config):
-            value = _get(config, str(key)) if str(key).endswith("token_id") else None
+            value = config_value(config, str(key)) if str(key).endswith("token_id") else None
             if not str(key).endswith("token_id") or any(word in str(key) for word in _NOT_TEXT):
                 continue
             for item in value if isinstance(value, list | tuple) else [value]:
@@ -91,12 +93,8 @@ def _configs(config: Any) -> Iterator[Any]:
         return
     yield config
     for part in _PARTS:
-        inner = _get(config, part)
+        inner = config_value(config, part)
         if isinstance(inner, Mapping) or hasattr(inner, "__dict__"):
             yield from _configs(inner)
             if isinstance(inner, Mapping):  # the rotary parameters of each kind of layer
                 yield from (value for value in inner.values() if isinstance(value, Mapping))
-
-
-def _get(config: Any, key: str) -> Any:
-    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)

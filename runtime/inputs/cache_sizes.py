@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ...models.configs import config_value
 from ..runners.base import TensorInfo
 from .synthetic import head_dims
 
@@ -21,16 +22,16 @@ def cache_sizes(infos: Sequence[TensorInfo], model: nn.Module) -> dict[str, int]
     A dim whose size the config does not state is absent.
     """
     config = getattr(model, "config", None)
-    config = getattr(config, "text_config", None) or config
-    if config is None or any(getattr(config, name, None) is not None for name in _OTHER_CACHES):
+    config = config_value(config, "text_config") or config
+    if config is None or any(config_value(config, name) is not None for name in _OTHER_CACHES):
         return {}
-    heads, width = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
+    heads, width = (config_value(config, name) for name in ("num_attention_heads", "hidden_size"))
     each = None
     if isinstance(heads, int) and isinstance(width, int) and heads > 0 and width % heads == 0:
         each = width // heads
     known = {
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or each,
+        "num_key_value_heads": config_value(config, "num_key_value_heads") or heads,
+        "head_dim": config_value(config, "head_dim") or each,
     }
     sizes: dict[str, int] = {}
     for info in infos:
