@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernel_layouts                        # about a minute on an H100
     python -m benchmarks.kernel_layouts --rows 1 8 --width 8192 --op rms_norm
+    python -m benchmarks.kernel_layouts --no-overlap           # every kernel begins when the one before it has ended
     python -m benchmarks.kernel_layouts --markdown FILE
 
 Requires what `benchmarks.kernel_speed` requires, and measures as it does. For each operator, number of rows and width
@@ -13,6 +14,7 @@ layout; then follow the layouts, the fastest first. The exit code is 1 if a resu
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -51,7 +53,8 @@ Work = tuple[NormKernel, LaunchConfig, int]
 
 def layouts(case: Case, architecture: int) -> list[LaunchConfig]:
     """The layouts to time; the first is the chosen one."""
-    return list(dict.fromkeys([choose(case.kernel, case.rows, architecture), *_whole(case, architecture)]))
+    chosen = dataclasses.replace(choose(case.kernel, case.rows, architecture), resident=0)
+    return list(dict.fromkeys([chosen, *_whole(case, architecture)]))
 
 
 def _whole(case: Case, architecture: int) -> Iterator[LaunchConfig]:
@@ -70,7 +73,9 @@ def compiled_work(work: Work) -> CompiledKernel:
     return compile_kernel(*work)
 
 
-def measured(case: Case, compiled: dict[Work, CompiledKernel], architecture: int, flushed: Any) -> dict[str, Any]:
+def measured(
+    case: Case, compiled: dict[Work, CompiledKernel], architecture: int, flushed: Any, overlap: bool
+) -> dict[str, Any]:
     """Microseconds of the copy and of every layout, and the layouts whose result is not accurate."""
     sets = [tensors(case) for _ in range(launches_of(case))]
     half = case.rows * case.kernel.row_bytes() // 2
@@ -78,7 +83,7 @@ def measured(case: Case, compiled: dict[Work, CompiledKernel], architecture: int
     graphs: dict[str, Any] = {"copy": recorded(lambda pair: pair[0].copy_(pair[1]), copies)}
     wrong = []
     for config in layouts(case, architecture):
-        launch = launched(case, compiled[case.kernel, config, architecture], config)
+        launch = launched(case, compiled[case.kernel, config, architecture], config, overlap)
         sets[0].y.fill_(-1)
         launch(sets[0])
         torch.cuda.synchronize()
@@ -107,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--width", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
+    parser.add_argument("--no-overlap", action="store_true", help="without programmatic dependent launch")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table")
     given = parser.parse_args(arguments)
     began = time.perf_counter()
@@ -132,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(works)} kernels compiled in {time.perf_counter() - began:.0f} s\n" + "\n".join(lines), flush=True)
     wrong = []
     for case in cases:
-        found = measured(case, compiled, architecture, flushed)
+        found = measured(case, compiled, architecture, flushed, not given.no_overlap)
         wrong += found["wrong"]
         lines.append(line(case, found))
         print(lines[-1], flush=True)

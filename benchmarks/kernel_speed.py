@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernel_speed                      # the table, about three minutes on an H100
     python -m benchmarks.kernel_speed --no-compile         # without torch.compile
+    python -m benchmarks.kernel_speed --no-overlap         # without programmatic dependent launch
     python -m benchmarks.kernel_speed --json speed.json
 
 Requires an NVIDIA GPU, the CUDA build of torch, and `pip install 'rmsnorm-deploy[kernel]'`.
@@ -15,6 +16,7 @@ L2 cache has been overwritten. The time is the median over the replays, divided 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import statistics
@@ -30,7 +32,7 @@ from torch import Tensor
 from rmsnorm_deploy.plugins.kernel.compiler import CompiledKernel, compile_kernel
 from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig, choose
 from rmsnorm_deploy.plugins.kernel.norm_kernel import NormKernel
-from rmsnorm_deploy.plugins.tensorrt.images import KernelImage, KernelImages
+from rmsnorm_deploy.plugins.tensorrt.images import KernelImages, image_of
 from rmsnorm_deploy.plugins.tensorrt.launcher import Launcher, cuda_driver
 
 EPSILON = 1e-6
@@ -119,9 +121,12 @@ def tensors(case: Case) -> Tensors:
     )
 
 
-def launched(case: Case, compiled: CompiledKernel, config: LaunchConfig) -> Callable[[Tensors], None]:
-    """A function that launches a compiled kernel."""
-    image = KernelImage("cubin", compiled.architecture, True, config.block, config.rows, config.cluster, compiled.image)
+def launched(
+    case: Case, compiled: CompiledKernel, config: LaunchConfig, overlap: bool = True
+) -> Callable[[Tensors], None]:
+    """A function that launches a compiled kernel; with `overlap` before the one before it has ended, if it can."""
+    image = image_of(config, compiled.architecture, compiled.image)
+    image = dataclasses.replace(image, waits=image.waits and overlap)
     launcher = Launcher(KernelImages(case.kernel.width, case.kernel.dtype, (image,)), case.kernel.op, cuda_driver())
 
     def launch(given: Tensors) -> None:
@@ -233,14 +238,15 @@ def microseconds(
     }
 
 
-def measured(case: Case, architecture: int, flushed: Tensor, with_compile: bool) -> dict[str, Any]:
+def measured(case: Case, architecture: int, flushed: Tensor, with_compile: bool, overlap: bool) -> dict[str, Any]:
     """One row of the table."""
     kernel = case.kernel
     size = case.rows * kernel.row_bytes()
     launches = launches_of(case)
-    config = choose(kernel, case.rows, architecture)
+    count = torch.cuda.get_device_properties().multi_processor_count
+    config = choose(kernel, case.rows, architecture, multiprocessors=count)
     compiled = compile_kernel(kernel, config, architecture)
-    launch = launched(case, compiled, config)
+    launch = launched(case, compiled, config, overlap)
     sets = [tensors(case) for _ in range(launches)]
     launch(sets[0])
     torch.cuda.synchronize()
@@ -294,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    parser.add_argument("--no-overlap", action="store_true", help="our kernel without programmatic dependent launch")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table")
     given = parser.parse_args(arguments)
@@ -307,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device="cuda")
     rows: list[dict[str, Any]] = []
     for case in cases():
-        rows.append(measured(case, 10 * major + minor, flushed, not given.no_compile))
+        rows.append(measured(case, 10 * major + minor, flushed, not given.no_compile, not given.no_overlap))
         print(markdown(rows[-1:]).splitlines()[-1], flush=True)
         if given.json is not None:
             given.json.write_text(json.dumps({"device": title, "rows": rows}, indent=1), encoding="utf-8")

@@ -10,7 +10,7 @@ from ...models.dtypes import BYTES
 from ...models.errors import UsageError
 from .norm_kernel import NormKernel
 
-# Multiprocessors of the default GPU (H200); with fewer rows than this, some are idle.
+# Multiprocessors of the default GPU (H200); with fewer blocks than this, some are idle.
 MULTIPROCESSORS: Final = 132
 MOST_THREADS: Final = 1024
 WIDEST_ACCESS: Final = 16
@@ -21,6 +21,12 @@ _WARP_BYTES: Final = 1024
 _BLOCK_OF_WARPS: Final = 128
 CLUSTER_ARCHITECTURE: Final = 90
 _CLUSTERED_BYTES: Final = 64 * 1024
+# With so few rows that most multiprocessors would be idle, a row of more than the first is read by several, each of
+# which reads at most the second (in bytes of loaded values).
+_SPREAD_BYTES: Final = 24 * 1024
+_SPREAD_SHARE: Final = 8 * 1024
+# Threads of a multiprocessor when each uses 40 registers, which a thread of one vector does not exceed.
+_RESIDENT_THREADS: Final = 65536 // 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,7 @@ class LaunchConfig:
         rows: rows that one block reads.
         cluster: blocks that read one row together; more than 1 requires sm_90.
         prefetch: whether the weight is loaded before the statistics are computed.
+        resident: the layout is for at most so many blocks for each multiprocessor; 0: for any number.
     """
 
     threads: int
@@ -42,6 +49,7 @@ class LaunchConfig:
     rows: int = 1
     cluster: int = 1
     prefetch: bool = False
+    resident: int = 0
 
     @property
     def block(self) -> int:
@@ -57,8 +65,12 @@ class LaunchConfig:
         return width % (self.cluster * self.threads * self.vectors * self.elements) == 0
 
     def grid(self, rows: int) -> int:
-        """Number of blocks for this many rows."""
+        """Number of blocks for this many rows; 0 for no rows, which must not be launched."""
         return -(-rows // self.rows) * self.cluster
+
+    def suits(self, rows: int | None, multiprocessors: int) -> bool:
+        """Whether the layout is for this many rows; None if unknown."""
+        return self.resident == 0 or (rows is not None and self.grid(rows) <= self.resident * multiprocessors)
 
     def check(self, kernel: NormKernel, architecture: int) -> None:
         """Check that the hardware and the source support the layout.
@@ -79,17 +91,39 @@ class LaunchConfig:
             )
 
 
-def choose(kernel: NormKernel, rows: int | None, architecture: int, alignment: int = WIDEST_ACCESS) -> LaunchConfig:
-    """The layout for a kernel.
-
-    With few rows each thread reads one vector, so that a row uses as much of a multiprocessor as possible; with many
-    rows it reads two. Of the thread counts that cover a width, one that covers it exactly is preferred. A narrow row is
-    read by a warp or a part of one, several rows by one block. A row that does not fit in the registers of a block is
-    read by a cluster if the architecture has clusters, else it is read twice.
+def choose(
+    kernel: NormKernel,
+    rows: int | None,
+    architecture: int,
+    alignment: int = WIDEST_ACCESS,
+    multiprocessors: int = MULTIPROCESSORS,
+) -> LaunchConfig:
+    """The layout for a kernel: the first of `layouts` that suits the rows.
 
     Args:
         kernel: what the kernel computes.
         rows: number of rows; None if unknown.
+        architecture: compute capability without the point, such as 90.
+        alignment: see `layouts`.
+        multiprocessors: of the GPU.
+
+    Raises:
+        UsageError: the alignment is smaller than an element or is not a power of two.
+    """
+    return next(config for config in layouts(kernel, architecture, alignment) if config.suits(rows, multiprocessors))
+
+
+def layouts(kernel: NormKernel, architecture: int, alignment: int = WIDEST_ACCESS) -> list[LaunchConfig]:
+    """The layouts of a kernel, from that for the fewest rows to that for any number.
+
+    With few rows each thread reads one vector, so that a row uses as much of a multiprocessor as possible; with many
+    rows it reads two. Of the thread counts that cover a width, one that covers it exactly is preferred. A narrow row is
+    read by a warp or a part of one, several rows by one block. A row that does not fit in the registers of a block is
+    read by a cluster if the architecture has clusters, else it is read twice. With very few rows a cluster reads each
+    wide row, so that more multiprocessors take part.
+
+    Args:
+        kernel: what the kernel computes.
         architecture: compute capability without the point, such as 90.
         alignment: alignment of every pointer and row stride in bytes: a power of two, at least the widest dtype's size.
 
@@ -99,17 +133,27 @@ def choose(kernel: NormKernel, rows: int | None, architecture: int, alignment: i
     elements = _elements(kernel, alignment)
     vectors = kernel.width // elements
     widest = max(BYTES[dtype] for dtype in kernel.dtypes)
-    few = rows is not None and rows <= MULTIPROCESSORS
     if vectors <= 32 and kernel.width * widest <= _WARP_BYTES:
-        return _narrow(elements, vectors, few)
-    spread = 1
-    if architecture >= CLUSTER_ARCHITECTURE and kernel.width * _held(kernel) > _CLUSTERED_BYTES:
-        spread = next((n for n in (2, 4) if kernel.width * _held(kernel) <= n * _CLUSTERED_BYTES), 4)
-    per_block = -(-vectors // spread)
-    threads, held = min(_layouts(kernel, elements, per_block), key=lambda layout: _cost(layout, per_block, few))
-    config = LaunchConfig(threads, held, elements, 1, spread, few and held * elements <= 16)
-    config.check(kernel, architecture)
-    return config
+        return [_narrow(elements, vectors, few) for few in (True, False)]
+    row_bytes, spread, found = kernel.width * _held(kernel), 1, []
+    if architecture >= CLUSTER_ARCHITECTURE:
+        if row_bytes > _CLUSTERED_BYTES:
+            spread = 2 if row_bytes <= 2 * _CLUSTERED_BYTES else 4
+        if row_bytes > _SPREAD_BYTES:
+            wide = next((n for n in (2, 4) if row_bytes <= n * _SPREAD_SHARE), 8)
+            found.append(_block(kernel, elements, vectors, wide, few=True))
+    found += [_block(kernel, elements, vectors, spread, few) for few in (True, False)]
+    for config in found:
+        config.check(kernel, architecture)
+    return found
+
+
+def _block(kernel: NormKernel, elements: int, vectors: int, spread: int, few: bool) -> LaunchConfig:
+    """A cluster of `spread` blocks for each row."""
+    share = -(-vectors // spread)
+    threads, held = min(_pairs(kernel, elements, share), key=lambda pair: _cost(pair, share, few))
+    resident = 0 if not few else 1 if spread > 1 or held > 1 else max(_RESIDENT_THREADS // threads, 1)
+    return LaunchConfig(threads, held, elements, 1, spread, few and held * elements <= 16, resident)
 
 
 def _elements(kernel: NormKernel, alignment: int) -> int:
@@ -141,10 +185,10 @@ def _narrow(elements: int, vectors: int, few: bool) -> LaunchConfig:
     threads = 1
     while threads < vectors:
         threads *= 2
-    return LaunchConfig(threads, 1, elements, (32 if few else _BLOCK_OF_WARPS) // threads)
+    return LaunchConfig(threads, 1, elements, (32 if few else _BLOCK_OF_WARPS) // threads, resident=int(few))
 
 
-def _layouts(kernel: NormKernel, elements: int, vectors: int) -> Iterator[tuple[int, int]]:
+def _pairs(kernel: NormKernel, elements: int, vectors: int) -> Iterator[tuple[int, int]]:
     """Thread counts, and vectors per thread, within the limit of registers."""
     bytes_held = _held(kernel) * elements
     for threads in range(32, MOST_THREADS + 1, 32):

@@ -1,8 +1,8 @@
 """The compiled kernels of one norm, and the bytes in which an engine stores them (the plugin's field `kernels`).
 
-A kernel is specialized by width, dtypes and layout. It is compiled when the engine is built, in two layouts (for few
-rows and for many) and for each requested architecture, and is read when the engine is loaded. The C++ library writes
-and reads the same format (`cpp/images.h`). All numbers are little-endian and unsigned:
+A kernel is specialized by width, dtypes and layout. It is compiled when the engine is built, in several layouts (for
+few rows and for many) and for each requested architecture, and is read when the engine is loaded. The C++ library
+writes and reads the same format (`cpp/images.h`). All numbers are little-endian and unsigned:
 
     8 bytes  "RMSNORM1"
     u32      width
@@ -12,12 +12,12 @@ and reads the same format (`cpp/images.h`). All numbers are little-endian and un
     for each image:
         u32  kind: 0 cubin, 1 PTX
         u32  architecture: compute capability without the point, such as 89
-        u32  1: for at most as many rows as the GPU has multiprocessors; 0: for any number
+        u32  the layout is for at most so many blocks for each multiprocessor of the GPU; 0: for any number
         u32  threads of a block
         u32  rows that one block reads
         u32  blocks of a cluster
         u32  bytes of the image
-        u32  0
+        u32  1: the kernel waits for the one before it, so that it may be launched before that one has ended; 0: not
         the image, padded with zeros to a multiple of 8 bytes
 """
 
@@ -33,14 +33,15 @@ from ...models.errors import UsageError
 from ...models.spec import Scale
 from ...plugins import contract
 from ..kernel.compiler import Kind, compile_kernel
-from ..kernel.launch_config import choose
+from ..kernel.launch_config import LaunchConfig, layouts
 from ..kernel.norm_kernel import NormKernel, Quantized
 
 MAGIC: Final = b"RMSNORM1"
 _HEADER: Final = struct.Struct("<8s4I")
 _ENTRY: Final = struct.Struct("<8I")
 _KINDS: Final[tuple[Kind, ...]] = ("cubin", "ptx")
-_FEW_ROWS: Final = 1
+# From here on kernels wait for the one before them: see wait_for_previous in the kernel's source.
+WAITING_ARCHITECTURE: Final = 90
 _QUANTIZED: Final[dict[int, Quantized]] = {
     number: name for name in get_args(Quantized) if (number := contract.QUANT_TYPES.get(name))
 }
@@ -54,20 +55,22 @@ class KernelImage:
     Attributes:
         kind: `cubin` runs on its own major architecture, `ptx` on it and all later ones.
         architecture: compute capability without the point, such as 89.
-        few: whether the layout is for at most as many rows as the GPU has multiprocessors.
+        resident: the layout is for at most so many blocks for each multiprocessor; 0: for any number.
         block: threads of a block.
         rows: rows that one block reads.
         cluster: blocks that read one row together.
         image: the cubin, or the PTX text with a terminating zero.
+        waits: whether the kernel waits for the one before it (programmatic dependent launch).
     """
 
     kind: Kind
     architecture: int
-    few: bool
+    resident: int
     block: int
     rows: int
     cluster: int
     image: bytes
+    waits: bool = False
 
     def grid(self, rows: int) -> int:
         """Number of blocks for this many rows."""
@@ -99,21 +102,23 @@ class KernelImages:
         return sorted({image.architecture for image in self.images if image.kind == "cubin"})
 
     def choose(self, architecture: int, rows: int, multiprocessors: int) -> KernelImage | None:
-        """The image to launch: cubin before PTX, nearest architecture, the layout for the number of rows; or None."""
-        fitting = [image for image in self.images if image.runs_on(architecture)]
-        few = rows <= multiprocessors
-        return max(
-            fitting, key=lambda image: (image.kind == "cubin", image.architecture, image.few == few), default=None
-        )
+        """The image to launch: cubin before PTX, nearest architecture, the layout for the fewest rows, or None."""
+
+        def rank(image: KernelImage) -> tuple[bool, int, bool, bool, int]:
+            suits = image.resident == 0 or image.grid(rows) <= image.resident * multiprocessors
+            return image.kind == "cubin", image.architecture, suits, image.resident > 0, image.cluster
+
+        return max((image for image in self.images if image.runs_on(architecture)), key=rank, default=None)
 
     def pack(self) -> bytes:
         """The bytes of the field."""
         dtype = contract.ONNX_TYPES[self.dtype]
         parts = [_HEADER.pack(MAGIC, self.width, dtype, len(self.images), self.quant_type)]
         for image in self.images:
-            kind, few, size = _KINDS.index(image.kind), int(image.few), len(image.image)
+            kind, size = _KINDS.index(image.kind), len(image.image)
+            layout = (image.resident, image.block, image.rows, image.cluster)
             parts += [
-                _ENTRY.pack(kind, image.architecture, few, image.block, image.rows, image.cluster, size, 0),
+                _ENTRY.pack(kind, image.architecture, *layout, size, image.waits),
                 image.image,
                 b"\0" * (-size % 8),
             ]
@@ -135,12 +140,13 @@ def unpack(content: bytes) -> KernelImages:
         names = {number: name for name, number in contract.ONNX_TYPES.items()}
         position, images = _HEADER.size, []
         for _ in range(count):
-            kind, architecture, few, block, rows, cluster, size, _ = _ENTRY.unpack_from(content, position)
+            kind, architecture, resident, block, rows, cluster, size, waits = _ENTRY.unpack_from(content, position)
             position += _ENTRY.size
             image = content[position : position + size]
             if len(image) != size:
                 raise UsageError(f"packed kernels: expected an image of {size} bytes, got {len(image)}")
-            images.append(KernelImage(_KINDS[kind], architecture, bool(few), block, rows, cluster, image))
+            launch = (resident, block, rows, cluster)
+            images.append(KernelImage(_KINDS[kind], architecture, *launch, image, bool(waits)))
             position += size + -size % 8
         return KernelImages(width, names[dtype], tuple(images), quant_type)
     except (struct.error, IndexError, KeyError) as error:
@@ -193,7 +199,7 @@ def kernel_of(
 
 @functools.lru_cache(maxsize=256)
 def compile_images(kernel: NormKernel, architectures: tuple[int, ...]) -> KernelImages:
-    """Compile a kernel in both layouts: a cubin for each architecture, and PTX of the newest for later GPUs.
+    """Compile a kernel in each of its layouts: a cubin for each architecture, and PTX of the newest for later GPUs.
 
     Equal norms share one result.
 
@@ -205,19 +211,24 @@ def compile_images(kernel: NormKernel, architectures: tuple[int, ...]) -> Kernel
         UsageError: NVRTC does not support an architecture.
         EnvironmentMissingError: cuda-bindings or NVRTC is not installed.
     """
+    targets: list[tuple[int, Kind]] = [(architecture, "cubin") for architecture in sorted(architectures)]
     images = [
-        _compiled(kernel, architecture, few, "cubin") for architecture in sorted(architectures) for few in (True, False)
+        _compiled(kernel, config, architecture, kind)
+        for architecture, kind in [*targets, (max(architectures), "ptx")]
+        for config in layouts(kernel, architecture)
     ]
-    images += [_compiled(kernel, max(architectures), few, "ptx") for few in (True, False)]
     return KernelImages(kernel.width, kernel.dtype, tuple(images), contract.QUANT_TYPES.get(kernel.quantized, 0))
 
 
-def _compiled(kernel: NormKernel, architecture: int, few: bool, kind: Kind) -> KernelImage:
-    config = choose(kernel, _FEW_ROWS if few else None, architecture)
+def _compiled(kernel: NormKernel, config: LaunchConfig, architecture: int, kind: Kind) -> KernelImage:
     image = compile_kernel(kernel, config, architecture, kind).image
-    if kind == "ptx":
-        image += b"\0"
-    return KernelImage(kind, architecture, few, config.block, config.rows, config.cluster, image)
+    return image_of(config, architecture, image + b"\0" if kind == "ptx" else image, kind)
+
+
+def image_of(config: LaunchConfig, architecture: int, image: bytes, kind: Kind = "cubin") -> KernelImage:
+    """A compiled kernel with the launch parameters of its layout."""
+    waits = architecture >= WAITING_ARCHITECTURE
+    return KernelImage(kind, architecture, config.resident, config.block, config.rows, config.cluster, image, waits)
 
 
 def known_architectures(texts: Sequence[str]) -> tuple[int, ...]:

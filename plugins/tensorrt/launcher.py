@@ -66,13 +66,26 @@ class Launcher:
         values = [np.array([pointer], np.uint64) for pointer in pointers]
         values.insert(inputs, np.array([rows], np.int32))
         addresses = np.array([value.ctypes.data for value in values], np.uint64)
-        launch = self._driver.cuLaunchKernel
-        self._call(
-            launch(
-                self._function(image), image.grid(rows), 1, 1, image.block, 1, 1, 0, stream, addresses.ctypes.data, 0
-            ),
-            "cuLaunchKernel",
-        )
+        function, grid, given = self._function(image), image.grid(rows), addresses.ctypes.data
+        if image.waits and hasattr(self._driver, "cuLaunchKernelEx"):
+            config = self._overlapping(grid, image.block, stream)
+            self._call(self._driver.cuLaunchKernelEx(config, function, given, 0), "cuLaunchKernelEx")
+        else:
+            launched = self._driver.cuLaunchKernel(function, grid, 1, 1, image.block, 1, 1, 0, stream, given, 0)
+            self._call(launched, "cuLaunchKernel")
+
+    def _overlapping(self, grid: int, block: int, stream: int) -> Any:
+        """The launch of a kernel that may begin before the kernel before it in the stream has ended."""
+        driver = self._driver
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+        config.hStream = stream
+        config.attrs, config.numAttrs = [attribute], 1
+        return config
 
     def _function(self, image: KernelImage) -> Any:
         if image not in self._functions:

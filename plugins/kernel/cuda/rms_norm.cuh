@@ -66,6 +66,33 @@ RMSNORM_INLINE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Programmatic dependent launch, from sm_90 on: the blocks may begin while the kernel before this one in the stream still
+// runs. What that one writes, which may be any input and output, is touched only after this wait, which lasts until all
+// of it is in memory. It is also what keeps the loads before it before those behind it. Every thread must call it, so
+// that the end of this kernel means the end of all kernels before it.
+RMSNORM_INLINE void wait_for_previous() {
+#if RMSNORM_ARCH >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel may begin once every block has called this; it waits for what this one writes, as above.
+RMSNORM_INLINE void let_next_begin() {
+#if RMSNORM_ARCH >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Brings a line into a cache. Before sm_90, whose compiler moves loads behind each other's use, into the first one; from
+// sm_90 on into the second, which alone may hold what the kernel before this one has yet to write.
+RMSNORM_INLINE void prefetched(const void* from) {
+#if RMSNORM_ARCH >= 900
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
+#else
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(from)));
+#endif
+}
+
 // The value in the shared memory of another block of the cluster, at the address of `mine` in this block.
 RMSNORM_INLINE float of_block(const float* mine, u32 rank) {
   u32 address = static_cast<u32>(__cvta_generic_to_shared(mine)), theirs;
@@ -153,6 +180,10 @@ struct Tile {
   float wide[packed ? 1 : C::vectors][count];
   Packed<typename C::X, count> gate[C::gate == gate_after ? C::vectors : 1];
   Packed<typename C::Weight, count> weight[C::prefetch ? C::vectors : 1];
+  // Vectors of the weight that are loaded at a time where they are not loaded first: 64 bytes, in 16 registers. In a
+  // block of 512 threads that would be fewer resident blocks.
+  static constexpr int batch =
+      C::threads < 512 && count * C::Weight::bytes < 64 ? 64 / (count * C::Weight::bytes) : 1;
 
   static RMSNORM_INLINE int column(int tile, int vector) {
     const int thread = threadIdx.x % C::threads;
@@ -177,6 +208,11 @@ struct Tile {
   RMSNORM_INLINE void read(const Arguments& a, int row, int tile, bool live) {
     Packed<typename C::X, count> x[C::vectors], before[C::gate == gate_before ? C::vectors : 1];
     Packed<Held, count> residual[adds ? C::vectors : 1];
+    if constexpr (C::prefetch) {
+#pragma unroll
+      for (int v = 0; v < C::vectors; ++v) read_weight(weight[v], a, row, tile, v, live);
+      wait_for_previous();  // for the order only: else the weight is loaded when x has arrived
+    }
 #pragma unroll
     for (int v = 0; v < C::vectors; ++v) {
       x[v].clear();
@@ -199,10 +235,6 @@ struct Tile {
         if (live && inside(column(tile, v)))
           to[v].load(at<typename C::X>(a.gate, begin_of<C>(row, a.gate_strides) + column(tile, v)));
       }
-    }
-    if constexpr (C::prefetch) {
-#pragma unroll
-      for (int v = 0; v < C::vectors; ++v) read_weight(weight[v], a, row, tile, v, live);
     }
 #pragma unroll
     for (int v = 0; v < C::vectors; ++v) {
@@ -260,13 +292,32 @@ struct Tile {
     }
   }
 
+  // Before a vector is used: the vectors of the weight up to the end of its batch, all of which are loaded before any
+  // is used.
+  RMSNORM_INLINE void read_batch(
+      Packed<typename C::Weight, count> (&to)[batch], const Arguments& a, int row, int tile, int v, bool live) const {
+    if constexpr (!C::prefetch) {
+      if (v % batch == 0) {
+#pragma unroll
+        for (int i = 0; i < batch; ++i)
+          if (v + i < C::vectors) read_weight(to[i], a, row, tile, v + i, live);
+      }
+    }
+  }
+
+  RMSNORM_INLINE void prefetch_weight(const Arguments& a, int row, bool live) const {
+    if constexpr (C::prefetch && C::scale != no_scale) {
+#pragma unroll
+      for (int v = 0; v < C::vectors; ++v)
+        if (live && inside(column(0, v))) prefetched(at<typename C::Weight>(a.weight, weight_begin(row) + column(0, v)));
+    }
+  }
+
   // One vector of y, rounded to y's format, still as float.
   RMSNORM_INLINE void result(
-      float (&y)[count], const Arguments& a, int row, int tile, int v, bool live, float factor) const {
+      float (&y)[count], const Packed<typename C::Weight, count> (&loaded)[batch], int v, float factor) const {
     using Y = typename C::Y;
-    Packed<typename C::Weight, count> loaded;
-    if constexpr (!C::prefetch) read_weight(loaded, a, row, tile, v, live);
-    const auto& weights = choose<C::prefetch>(weight[C::prefetch ? v : 0], loaded);
+    const auto& weights = choose<C::prefetch>(weight[C::prefetch ? v : 0], loaded[v % batch]);
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       y[i] = value(v, i) * factor;
@@ -285,11 +336,13 @@ struct Tile {
 
   RMSNORM_INLINE float largest(const Arguments& a, int row, int tile, bool live, float factor) const {
     float most = 0.0f;
+    Packed<typename C::Weight, count> weights[batch];
 #pragma unroll
     for (int v = 0; v < C::vectors; ++v) {
+      read_batch(weights, a, row, tile, v, live);
       if (live && inside(column(tile, v))) {
         float y[count];
-        result(y, a, row, tile, v, live, factor);
+        result(y, weights, v, factor);
 #pragma unroll
         for (int i = 0; i < count; ++i) most = fmaxf(most, fabsf(y[i]));
       }
@@ -299,6 +352,7 @@ struct Tile {
 
   RMSNORM_INLINE void write(const Arguments& a, int row, int tile, float factor, float scale) const {
     const long long begin = static_cast<long long>(row) * C::width;
+    Packed<typename C::Weight, count> weights[batch];
 #pragma unroll
     for (int v = 0; v < C::vectors; ++v) {
       const int c = column(tile, v);
@@ -312,8 +366,9 @@ struct Tile {
         }
         sum.store(at<Held>(a.sum, begin + c));
       }
+      read_batch(weights, a, row, tile, v, true);
       float y[count];
-      result(y, a, row, tile, v, true, factor);
+      result(y, weights, v, factor);
       if constexpr (C::quantization != not_quantized) {
 #pragma unroll
         for (int i = 0; i < count; ++i) y[i] /= scale;
@@ -334,6 +389,9 @@ RMSNORM_INLINE void rms_norm(const Arguments& a, float* shared) {
   const int row = live ? static_cast<int>(wanted) : 0;
   Tiles tile;
 
+  tile.prefetch_weight(a, row, live);
+  wait_for_previous();
+  let_next_begin();
   float squares = 0.0f;
 #pragma unroll 1
   for (int t = 0; t < Tiles::tiles; ++t) {

@@ -16,6 +16,9 @@
 namespace rmsnorm_deploy {
 namespace {
 
+// From here on kernels wait for the one before them: see wait_for_previous in the kernel's source.
+constexpr int waiting_architecture = 90;
+
 constexpr int usual_architectures[] = {75, 80, 86, 89, 90, 100, 120};
 
 // NVRTC's interface; the library is loaded at its first use, because running an engine does not require it.
@@ -80,8 +83,7 @@ void check(int status, const char* what) {
   if (status) throw Refusal(std::string(what) + ": NVRTC returned " + std::to_string(status));
 }
 
-Image compiled(const Nvrtc& nvrtc, const Norm& norm, int architecture, bool few, bool ptx) {
-  const Layout layout = choose_layout(norm, few, architecture);
+Image compiled(const Nvrtc& nvrtc, const Norm& norm, const Layout& layout, int architecture, bool ptx) {
   const std::vector<std::string> options = compile_options(norm, layout, architecture);
   std::vector<const char*> pointers;
   for (const std::string& option : options) pointers.push_back(option.c_str());
@@ -103,7 +105,8 @@ Image compiled(const Nvrtc& nvrtc, const Norm& norm, int architecture, bool few,
   check((ptx ? nvrtc.ptx_size : nvrtc.cubin_size)(program, &size), "the compiled kernel's size");
   std::string bytes(size, '\0');
   check((ptx ? nvrtc.ptx : nvrtc.cubin)(program, bytes.data()), "the compiled kernel");
-  return {ptx, architecture, few, layout.block(), layout.rows, layout.cluster, bytes};
+  return {ptx, architecture, layout.resident, layout.block(), layout.rows, layout.cluster, bytes,
+          architecture >= waiting_architecture};
 }
 
 std::vector<int> supported(const Nvrtc& nvrtc) {
@@ -153,8 +156,10 @@ Images compile(const Norm& norm) {
   }
   if (usable.empty()) throw Refusal("NVRTC " + nvrtc_version() + " supports none of the requested architectures");
   for (int architecture : usable)
-    for (bool few : {true, false}) result.images.push_back(compiled(*nvrtc, norm, architecture, few, false));
-  for (bool few : {true, false}) result.images.push_back(compiled(*nvrtc, norm, usable.back(), few, true));
+    for (const Layout& layout : layouts_of(norm, architecture))
+      result.images.push_back(compiled(*nvrtc, norm, layout, architecture, false));
+  for (const Layout& layout : layouts_of(norm, usable.back()))
+    result.images.push_back(compiled(*nvrtc, norm, layout, usable.back(), true));
   return result;
 }
 

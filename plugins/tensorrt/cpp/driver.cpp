@@ -25,6 +25,7 @@ struct Functions {
   decltype(&cuModuleGetFunction) function;
   decltype(&cuLaunchKernel) launch;
   decltype(&cuGetErrorName) error_name;
+  decltype(&cuLaunchKernelEx) launch_ex;  // from CUDA 11.8 on
   CUresult (*context_id)(CUcontext, unsigned long long*);  // from CUDA 12 on
 
   static const Functions* get();
@@ -44,6 +45,7 @@ const Functions* Functions::get() {
     load(it.context, "cuCtxGetCurrent"), load(it.current_device, "cuCtxGetDevice");
     load(it.load, "cuModuleLoadData"), load(it.function, "cuModuleGetFunction");
     load(it.launch, "cuLaunchKernel"), load(it.error_name, "cuGetErrorName");
+    it.launch_ex = reinterpret_cast<decltype(it.launch_ex)>(dlsym(library, "cuLaunchKernelEx"));
     it.context_id = reinterpret_cast<decltype(it.context_id)>(dlsym(library, "cuCtxGetId"));
     return all ? &it : nullptr;
   }();
@@ -75,6 +77,22 @@ int architecture_of(CUdevice device) {
 }
 
 constexpr int generic_threads = 256;
+
+// A kernel that waits for the one before it may begin before that one has ended.
+void launch_kernel(CUfunction function, unsigned grid, unsigned block, bool waits, CUstream stream, void** arguments) {
+  if (!waits || !driver().launch_ex) {
+    check(driver().launch(function, grid, 1, 1, block, 1, 1, 0, stream, arguments, nullptr), "cuLaunchKernel");
+    return;
+  }
+  CUlaunchAttribute overlapping{};
+  overlapping.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+  overlapping.value.programmaticStreamSerializationAllowed = 1;
+  CUlaunchConfig config{};
+  config.gridDimX = grid, config.gridDimY = config.gridDimZ = 1;
+  config.blockDimX = block, config.blockDimY = config.blockDimZ = 1;
+  config.hStream = stream, config.attrs = &overlapping, config.numAttrs = 1;
+  check(driver().launch_ex(&config, function, arguments, nullptr), "cuLaunchKernelEx");
+}
 
 }  // namespace
 
@@ -174,17 +192,18 @@ void LoadedKernels::launch(
   arguments.push_back(&rows);
   for (int i = 0; i < output_count; ++i) arguments.push_back(const_cast<void**>(&outputs[i]));
   unsigned grid = static_cast<unsigned>(rows), block = generic_threads;
+  bool waits = false;
   if (number < 0) {
     for (void* value : {static_cast<void*>(&width), static_cast<void*>(&epsilon), static_cast<void*>(&one_plus),
                         static_cast<void*>(&cast_first)})
       arguments.push_back(value);
   } else {
     const Image& image = parts_->images.images[number];
-    grid = static_cast<unsigned>((rows + image.rows - 1) / image.rows * image.cluster);
+    grid = static_cast<unsigned>(image.grid(rows));
     block = static_cast<unsigned>(image.block);
+    waits = image.waits;
   }
-  check(driver().launch(function, grid, 1, 1, block, 1, 1, 0, static_cast<CUstream>(stream), arguments.data(), nullptr),
-        "cuLaunchKernel");
+  launch_kernel(function, grid, block, waits, static_cast<CUstream>(stream), arguments.data());
 }
 
 }  // namespace rmsnorm_deploy

@@ -35,9 +35,11 @@ struct Reader {
 }  // namespace
 
 int Images::choose(int architecture, int rows, int multiprocessors) const {
-  const bool few = rows <= multiprocessors;
   int best = -1;
-  auto rank = [&](const Image& image) { return std::make_tuple(!image.ptx, image.architecture, image.few == few); };
+  auto rank = [&](const Image& image) {
+    const bool suits = !image.resident || image.grid(rows) <= static_cast<int64_t>(image.resident) * multiprocessors;
+    return std::make_tuple(!image.ptx, image.architecture, suits, image.resident > 0, image.cluster);
+  };
   for (size_t i = 0; i < images.size(); ++i)
     if (images[i].runs_on(architecture) && (best < 0 || rank(images[i]) > rank(images[best]))) best = static_cast<int>(i);
   return best;
@@ -49,9 +51,9 @@ std::string Images::pack() const {
   put(to, static_cast<uint32_t>(quant_type));
   for (const Image& image : images) {
     for (uint32_t value : {static_cast<uint32_t>(image.ptx), static_cast<uint32_t>(image.architecture),
-                           static_cast<uint32_t>(image.few), static_cast<uint32_t>(image.block),
+                           static_cast<uint32_t>(image.resident), static_cast<uint32_t>(image.block),
                            static_cast<uint32_t>(image.rows), static_cast<uint32_t>(image.cluster),
-                           static_cast<uint32_t>(image.bytes.size()), 0u})
+                           static_cast<uint32_t>(image.bytes.size()), static_cast<uint32_t>(image.waits)})
       put(to, value);
     to += image.bytes;
     to.append((8 - image.bytes.size() % 8) % 8, '\0');
@@ -78,8 +80,9 @@ Images Images::unpack(const char* bytes, size_t size) {
     if (!values[3] || !values[4] || !values[5])
       throw Refusal("packed kernels: image " + std::to_string(i) + ": expected block, rows and cluster above 0");
     const char* image = from.take(values[6]);
-    found.images.push_back({values[0] != 0, static_cast<int>(values[1]), values[2] != 0, static_cast<int>(values[3]),
-                            static_cast<int>(values[4]), static_cast<int>(values[5]), std::string(image, values[6])});
+    found.images.push_back({values[0] != 0, static_cast<int>(values[1]), static_cast<int>(values[2]), static_cast<int>(values[3]),
+                            static_cast<int>(values[4]), static_cast<int>(values[5]), std::string(image, values[6]),
+                            values[7] != 0});
     from.take((8 - values[6] % 8) % 8);
   }
   return found;

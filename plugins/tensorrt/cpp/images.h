@@ -14,9 +14,13 @@ namespace rmsnorm_deploy {
 struct Image {
   bool ptx;
   int architecture;
-  bool few;
+  int resident;
   int block, rows, cluster;
   std::string bytes;
+  bool waits;  // for the kernel before it: programmatic dependent launch
+
+  // Number of blocks for this many rows.
+  int64_t grid(int64_t count) const { return (count + rows - 1) / rows * cluster; }
 
   bool runs_on(int device) const {
     return ptx ? architecture <= device : architecture / 10 == device / 10 && architecture <= device;
@@ -29,7 +33,7 @@ struct Images {
   QuantType quant_type = QuantType::none;
   std::vector<Image> images;
 
-  // Index of the image to launch: a cubin before PTX, the nearest architecture, the layout for the number of rows; -1 if
+  // Index of the image to launch: a cubin before PTX, the nearest architecture, the layout for the fewest rows; -1 if
   // there is none.
   int choose(int architecture, int rows, int multiprocessors) const;
   std::string pack() const;

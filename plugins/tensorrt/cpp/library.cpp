@@ -77,18 +77,20 @@ __attribute__((visibility("default"))) const char* rmsnorm_deploy_last_error() {
 
 __attribute__((visibility("default"))) const char* rmsnorm_deploy_kernels() { return kept(kernels_report()); }
 
-// NVRTC's options for one norm, one per line; the tests compare them with those of Python.
+// NVRTC's options for one norm in one of its layouts, and where that is used, one per line; nothing where there is no such
+// layout. The tests compare them with those of Python.
 __attribute__((visibility("default"))) const char* rmsnorm_deploy_options(
-    int adds, int dtype, int quant_type, int width, float epsilon, int one_plus, int cast_first, int few,
+    int adds, int dtype, int quant_type, int width, float epsilon, int one_plus, int cast_first, int number,
     int architecture) {
   if (!is_dtype(dtype) || width < 1 || (quant_type && !is_quant_type(quant_type))) return kept("");
   Norm norm;
   norm.adds = adds, norm.dtype = static_cast<Dtype>(dtype), norm.width = width, norm.epsilon = epsilon;
   norm.quant_type = static_cast<QuantType>(quant_type);
   norm.one_plus = one_plus, norm.cast_first = cast_first;
-  std::string text;
-  for (const std::string& option : compile_options(norm, choose_layout(norm, few, architecture), architecture))
-    text += option + "\n";
+  const std::vector<Layout> layouts = layouts_of(norm, architecture);
+  if (number < 0 || number >= static_cast<int>(layouts.size())) return kept("");
+  std::string text = "resident=" + std::to_string(layouts[number].resident) + "\n";
+  for (const std::string& option : compile_options(norm, layouts[number], architecture)) text += option + "\n";
   return kept(text);
 }
 

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int most_threads = 1024, widest_access = 16, warp_bytes = 1024, block_of_warps = 128;
 constexpr int cluster_architecture = 90, clustered_bytes = 64 * 1024;
+constexpr int spread_bytes = 24 * 1024, spread_share = 8 * 1024, resident_threads = 65536 / 40;
 
 int ceiling(int a, int b) { return (a + b - 1) / b; }
 
@@ -24,6 +25,23 @@ std::tuple<int, double> cost_of(int threads, int held, int vectors, bool few) {
   const double wanted = std::min(std::max(few ? vectors : vectors / 2.0, few ? 128.0 : 64.0), few ? 1024.0 : 512.0);
   const double uneven = (threads & (threads - 1)) == 0 ? 0.0 : 0.02;
   return {tiles, idle + std::abs(threads - wanted) / wanted * 0.25 + uneven};
+}
+
+// A cluster of `spread` blocks for each row.
+Layout block_layout(int held_bytes, int elements, int vectors, int spread, bool few) {
+  const int share = ceiling(vectors, spread);
+  Layout best = {0, 0, elements, 1, spread};
+  std::tuple<int, double> least;
+  for (int threads = 32; threads <= most_threads; threads += 32) {
+    const int most = std::max(limit_of(threads) / (held_bytes * elements), 1), wanted = ceiling(share, threads);
+    if (wanted > most && threads != most_threads) continue;
+    const int held = std::min(wanted, most);  // more is read in several tiles
+    const auto cost = cost_of(threads, held, share, few);
+    if (best.threads == 0 || cost < least) best.threads = threads, best.vectors = held, least = cost;
+  }
+  best.prefetch = few && best.vectors * elements <= 16;
+  if (few) best.resident = spread > 1 || best.vectors > 1 ? 1 : std::max(resident_threads / best.threads, 1);
+  return best;
 }
 
 }  // namespace
@@ -65,7 +83,7 @@ const char* Norm::op_type() const {
 
 std::string Norm::generic_kernel() const { return std::string("generic_") + kernel() + "_" + name_of(dtype); }
 
-Layout choose_layout(const Norm& norm, bool few, int architecture) {
+std::vector<Layout> layouts_of(const Norm& norm, int architecture) {
   const int bytes = bytes_of(norm.dtype);
   // 16 elements of half types: one access of a quantized y, two of x.
   int elements = widest_access / (norm.is_quantized() && bytes == 2 ? 1 : bytes);
@@ -74,24 +92,18 @@ Layout choose_layout(const Norm& norm, bool few, int architecture) {
   if (vectors <= 32 && norm.width * bytes <= warp_bytes) {
     int threads = 1;
     while (threads < vectors) threads *= 2;
-    return {threads, 1, elements, (few ? 32 : block_of_warps) / threads};
+    return {{threads, 1, elements, 32 / threads, 1, false, 1}, {threads, 1, elements, block_of_warps / threads}};
   }
-  const int held_bytes = bytes * (norm.adds ? 2 : 1);
-  int spread = 1;
-  if (architecture >= cluster_architecture && norm.width * held_bytes > clustered_bytes)
-    spread = norm.width * held_bytes <= 2 * clustered_bytes ? 2 : 4;
-  const int per_block = ceiling(vectors, spread);
-  Layout best = {0, 0, elements, 1, spread};
-  std::tuple<int, double> least;
-  for (int threads = 32; threads <= most_threads; threads += 32) {
-    const int most = std::max(limit_of(threads) / (held_bytes * elements), 1), wanted = ceiling(per_block, threads);
-    if (wanted > most && threads != most_threads) continue;
-    const int held = std::min(wanted, most);  // more is read in several tiles
-    const auto cost = cost_of(threads, held, per_block, few);
-    if (best.threads == 0 || cost < least) best.threads = threads, best.vectors = held, least = cost;
+  const int held_bytes = bytes * (norm.adds ? 2 : 1), row_bytes = norm.width * held_bytes;
+  const bool clusters = architecture >= cluster_architecture;
+  const int spread = !clusters || row_bytes <= clustered_bytes ? 1 : row_bytes <= 2 * clustered_bytes ? 2 : 4;
+  std::vector<Layout> found;
+  if (clusters && row_bytes > spread_bytes) {
+    const int wide = row_bytes <= 2 * spread_share ? 2 : row_bytes <= 4 * spread_share ? 4 : 8;
+    found.push_back(block_layout(held_bytes, elements, vectors, wide, true));
   }
-  best.prefetch = few && best.vectors * elements <= 16;
-  return best;
+  for (bool few : {true, false}) found.push_back(block_layout(held_bytes, elements, vectors, spread, few));
+  return found;
 }
 
 std::vector<std::string> compile_options(const Norm& norm, const Layout& layout, int architecture) {

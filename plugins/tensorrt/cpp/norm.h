@@ -44,11 +44,12 @@ struct Norm {
 struct Layout {
   int threads, vectors, elements, rows = 1, cluster = 1;
   bool prefetch = false;
+  int resident = 0;  // for at most so many blocks for each multiprocessor; 0: for any number
   int block() const { return threads * rows; }
 };
 
-// `few`: for at most as many rows as the GPU has multiprocessors.
-Layout choose_layout(const Norm& norm, bool few, int architecture);
+// From that for the fewest rows to that for any number.
+std::vector<Layout> layouts_of(const Norm& norm, int architecture);
 
 // NVRTC's options: the architecture, the language, and the macros of kernel.cu.
 std::vector<std::string> compile_options(const Norm& norm, const Layout& layout, int architecture);

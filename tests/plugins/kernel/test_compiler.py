@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.plugins.kernel.compiler import compile_kernel
-from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig, choose
+from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig, choose, layouts
 from rmsnorm_deploy.plugins.kernel.norm_kernel import NormKernel
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings and NVRTC: pip install 'rmsnorm-deploy[kernel]'")
@@ -34,8 +38,7 @@ def configurations(architecture: int) -> list[tuple[NormKernel, LaunchConfig]]:
         NormKernel(2048, 1e-6, dtype="bfloat16", gate="before"),
         NormKernel(2048, 1e-6, dtype="bfloat16", gate="after", inner=4, weight_rows=4),
     ]
-    layouts = ((kernel, choose(kernel, rows, architecture)) for kernel in kernels for rows in (1, None))
-    return list(dict.fromkeys(layouts))
+    return [(kernel, config) for kernel in kernels for config in layouts(kernel, architecture)]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -60,6 +63,49 @@ def test_every_access_has_sixteen_bytes(kernel: NormKernel) -> None:
     config = choose(kernel, None, 90)
     held = 3 if kernel.adds else 2
     assert sum(access.startswith("ld") for access in accesses) == held * config.vectors
+
+
+@pytest.mark.parametrize("rows", [1, None])
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])
+def test_rows_times_width_is_computed_in_64_bits(op: Any, rows: int | None) -> None:
+    kernel = NormKernel(5120, 1e-6, op)
+    ptx = compile_kernel(kernel, choose(kernel, rows, 90), 90, "ptx").image.decode()
+    products = re.findall(r"\b(mul|mad)\.(\w+)\.(\w+)\s[^;]*\b(?:5120|10240)\b", ptx)
+    assert products
+    assert all(how == "wide" or width in ("s64", "u64") for _, how, width in products), products
+
+
+def disassembler() -> str | None:
+    """nvdisasm of the CUDA toolkit or of the package nvidia-cuda-nvdisasm."""
+    try:
+        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    return next((str(file.locate()) for file in files if file.stem == "nvdisasm"), shutil.which("nvdisasm"))
+
+
+@pytest.mark.skipif(disassembler() is None, reason="needs nvdisasm: pip install nvidia-cuda-nvdisasm")
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])
+@pytest.mark.parametrize("width", [4096, 8192])
+def test_the_weight_is_on_its_way_before_x(width: int, op: Any, architecture: int, tmp_path: Path) -> None:
+    """In the machine's own instructions: what NVRTC hands to its assembler says nothing of the order."""
+    kernel = NormKernel(width, 1e-6, op, "bfloat16")
+    for config in layouts(kernel, architecture):
+        if not config.prefetch:
+            continue
+        (tmp_path / "cubin").write_bytes(compile_kernel(kernel, config, architecture).image)
+        command = [str(disassembler()), "-c", str(tmp_path / "cubin")]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        before, *rest = re.split(r"\bBAR\.SYNC", text)
+        assert rest
+        found = re.findall(r"\b(ACQBULK|CCTL\.E\.PF[12]|LDG\.E\.128)\b", before)
+        fetches, weights = [f"CCTL.E.PF{2 if architecture >= 90 else 1}"] * config.vectors, config.vectors
+        if architecture >= 90:
+            loads = ["LDG.E.128"] * weights, ["LDG.E.128"] * (config.vectors * (2 if kernel.adds else 1))
+            assert found == [*fetches, "ACQBULK", *loads[0], "ACQBULK", *loads[1]], config
+        else:
+            assert found[: len(fetches)] == fetches, config
 
 
 def test_ptx_names_its_entry_and_its_parameters_in_order() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rmsnorm_deploy.models.dtypes import BYTES
 from rmsnorm_deploy.models.errors import UsageError
-from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig, choose
+from rmsnorm_deploy.plugins.kernel.launch_config import MULTIPROCESSORS, LaunchConfig, choose, layouts
 from rmsnorm_deploy.plugins.kernel.norm_kernel import NormKernel
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -62,9 +62,41 @@ def test_common_widths_are_covered_exactly(op: Any, width: int, rows: int | None
 
 def test_few_rows_are_spread_over_more_threads() -> None:
     kernel = NormKernel(4096, 1e-6)
-    assert choose(kernel, 1, 90) == LaunchConfig(512, 1, 8, prefetch=True)
+    assert choose(kernel, 1, 90) == LaunchConfig(512, 1, 8, prefetch=True, resident=3)
     assert choose(kernel, 4096, 90) == LaunchConfig(256, 2, 8)
     assert choose(kernel, None, 90) == LaunchConfig(256, 2, 8)
+
+
+@pytest.mark.parametrize("multiprocessors", [20, MULTIPROCESSORS])
+def test_few_rows_are_as_many_as_are_resident_at_once(multiprocessors: int) -> None:
+    """Three blocks of 512 threads with 40 registers each are on a multiprocessor at once."""
+    kernel = NormKernel(4096, 1e-6)
+    for rows, threads in ((1, 512), (3 * multiprocessors, 512), (3 * multiprocessors + 1, 256)):
+        assert choose(kernel, rows, 90, multiprocessors=multiprocessors).threads == threads
+
+
+@pytest.mark.parametrize(("op", "width", "cluster"), [
+    ("rms_norm", 8192, 1), ("rms_norm", 16384, 4), ("add_rms_norm", 6144, 1), ("add_rms_norm", 8192, 4),
+    ("add_rms_norm", 16384, 8),
+])  # fmt: skip
+def test_a_few_wide_rows_are_each_read_by_a_cluster(op: Any, width: int, cluster: int) -> None:
+    kernel = NormKernel(width, 1e-6, op)
+    most = MULTIPROCESSORS // cluster
+    if cluster > 1:
+        assert [choose(kernel, rows, 90).cluster for rows in (1, most, most + 1)] == [cluster, cluster, 1]
+    else:
+        assert choose(kernel, 1, 90).cluster == 1
+    assert choose(kernel, 1, 89).cluster == 1
+    assert all(config.is_whole(width) for config in layouts(kernel, 90))
+
+
+@given(requests())
+def test_layouts_go_from_the_fewest_rows_to_any_number(request: tuple[NormKernel, int | None, int, int]) -> None:
+    kernel, _, architecture, alignment = request
+    found = layouts(kernel, architecture, alignment)
+    assert [config.resident > 0 for config in found] == [True] * (len(found) - 1) + [False]
+    most = [max(r for r in range(2000) if config.suits(r, 4)) for config in found]
+    assert most == sorted(most)
 
 
 def test_what_is_not_aligned_is_read_in_smaller_pieces() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.plugins import contract
-from rmsnorm_deploy.plugins.kernel.launch_config import choose
+from rmsnorm_deploy.plugins.kernel.launch_config import layouts
 from rmsnorm_deploy.plugins.kernel.norm_kernel import NormKernel
 from rmsnorm_deploy.plugins.tensorrt.images import (
     MAGIC,
@@ -24,12 +24,12 @@ from rmsnorm_deploy.plugins.tensorrt.images import (
 HEADER, ENTRY = 24, 32
 
 
-def image(kind: str, architecture: int, few: bool = False, content: bytes = b"12345") -> KernelImage:
-    return KernelImage(kind, architecture, few, 128, 4, 1, content)  # type: ignore[arg-type]
+def image(kind: str, architecture: int, resident: int = 0, content: bytes = b"12345") -> KernelImage:
+    return KernelImage(kind, architecture, resident, 128, 4, 1, content)  # type: ignore[arg-type]
 
 
 SAMPLE = KernelImages(64, "bfloat16", (
-    image("cubin", 80, True, b"few on 80"), image("cubin", 80, content=b"8 bytes."), image("ptx", 89, content=b"p\0"),
+    image("cubin", 80, 1, b"few on 80"), image("cubin", 80, content=b"8 bytes."), image("ptx", 89, content=b"p\0"),
 ))  # fmt: skip
 
 
@@ -75,36 +75,37 @@ def test_damaged_bytes_are_refused(position: int, value: bytes, message: str) ->
     (75, None), (80, ("cubin", 80)), (86, ("cubin", 86)), (87, ("cubin", 86)), (89, ("cubin", 89)),
     (90, ("ptx", 89)), (100, ("ptx", 89)), (120, ("cubin", 120)), (121, ("cubin", 120)),
 ])  # fmt: skip
-@pytest.mark.parametrize("rows", [1, 108, 109, 100_000])
+@pytest.mark.parametrize("rows", [1, 432, 433, 100_000])
 def test_the_nearest_image_is_chosen(architecture: int, chosen: tuple[str, int] | None, rows: int) -> None:
     kinds = [("cubin", 80), ("cubin", 86), ("cubin", 89), ("cubin", 120), ("ptx", 80), ("ptx", 89)]
-    made = [image(kind, number, few) for (kind, number), few in itertools.product(kinds, (True, False))]
+    made = [image(kind, number, resident) for (kind, number), resident in itertools.product(kinds, (1, 0))]
     for images in (made, made[::-1]):
         found = KernelImages(64, "float16", tuple(images)).choose(architecture, rows, 108)
         if chosen is None:
             assert found is None
         else:
             assert found is not None
-            assert (found.kind, found.architecture, found.few) == (*chosen, rows <= 108)
+            assert (found.kind, found.architecture, found.resident) == (*chosen, rows <= 432)
 
 
 def test_a_grid_has_a_block_for_every_few_rows() -> None:
     assert [image("cubin", 80).grid(rows) for rows in (1, 4, 5, 400)] == [1, 1, 2, 100]
-    assert KernelImage("cubin", 90, False, 512, 1, 4, b"").grid(3) == 12
+    assert KernelImage("cubin", 90, 0, 512, 1, 4, b"").grid(3) == 12
 
 
-def test_images_are_compiled_for_every_architecture_in_two_layouts() -> None:
+def test_images_are_compiled_for_every_architecture_in_each_layout() -> None:
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install 'rmsnorm-deploy[kernel]'")
     kernel = kernel_of("AddRMSNorm", "float16", 4096, 1e-6, 1.0, 10)
     images = compile_images(kernel, (89, 80))
-    assert [(i.kind, i.architecture, i.few) for i in images.images] == [
+    assert [(i.kind, i.architecture, i.resident > 0) for i in images.images] == [
         ("cubin", 80, True), ("cubin", 80, False), ("cubin", 89, True), ("cubin", 89, False),
         ("ptx", 89, True), ("ptx", 89, False),
     ]  # fmt: skip
     assert (images.width, images.dtype, images.architectures) == (4096, "float16", [80, 89])
-    for found in images.images:
-        config = choose(kernel, 1 if found.few else None, found.architecture)
+    assert not any(found.waits for found in images.images)
+    for found, config in zip(images.images, layouts(kernel, 80) * 3, strict=True):
         assert (found.block, found.rows, found.cluster) == (config.block, config.rows, config.cluster)
+        assert found.resident == config.resident
         if found.kind == "cubin":
             assert found.image[:4] == b"\x7fELF"
             assert b"add_rms_norm" in found.image
@@ -117,6 +118,24 @@ def test_images_are_compiled_for_every_architecture_in_two_layouts() -> None:
     assert images.images[0].block != images.images[1].block
     assert unpack(images.pack()) == images
     assert compile_images(kernel, (89, 80)) is images
+
+
+def test_kernels_wait_from_the_architecture_on_that_can() -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install 'rmsnorm-deploy[kernel]'")
+    images = compile_images(kernel_of("AddRMSNorm", "float16", 8192, 1e-6, 0.0, 10), (89, 90))
+    assert [(i.kind, i.architecture, i.resident, i.cluster, i.waits) for i in images.images] == [
+        ("cubin", 89, 1, 1, False), ("cubin", 89, 0, 1, False),
+        *[(kind, 90, *layout, True) for kind in ("cubin", "ptx") for layout in ((1, 4), (1, 1), (0, 1))],
+    ]  # fmt: skip
+    assert unpack(images.pack()) == images
+    for found in images.images:
+        if found.kind == "ptx":
+            first = found.image.index(b"griddepcontrol.wait")
+            assert first < found.image.index(b"ld.global")
+    chosen = [images.choose(90, rows, 132) for rows in (1, 33, 34, 132, 133)]
+    assert [image and (image.resident, image.cluster) for image in chosen] == [
+        (1, 4), (1, 4), (1, 1), (1, 1), (0, 1)
+    ]  # fmt: skip
 
 
 def test_architectures_that_nvrtc_does_not_know() -> None:

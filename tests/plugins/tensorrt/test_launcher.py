@@ -16,7 +16,7 @@ import pytest
 
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, RmsnormDeployError
 from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig, choose
-from rmsnorm_deploy.plugins.tensorrt.images import KernelImage, KernelImages, kernel_of
+from rmsnorm_deploy.plugins.tensorrt.images import KernelImage, KernelImages, image_of, kernel_of
 from rmsnorm_deploy.plugins.tensorrt.launcher import Launcher, cuda_driver
 from tests.helpers.plugins.kernels import NUMPY, HostKernels, compiler
 
@@ -89,6 +89,22 @@ class Driver:
             self.run(*self.host[image], gx, values)
         return self.answer("cuLaunchKernel")
 
+    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6)
+    CUlaunchConfig = SimpleNamespace
+
+    def CUlaunchAttribute(self) -> SimpleNamespace:
+        return SimpleNamespace(value=SimpleNamespace())
+
+    def cuLaunchKernelEx(self, config: Any, function: Any, parameters: int, extra: int) -> tuple[Any, ...]:
+        answer = self.cuLaunchKernel(
+            function, config.gridDimX, config.gridDimY, config.gridDimZ, config.blockDimX, config.blockDimY,
+            config.blockDimZ, 0, config.hStream, parameters, extra,
+        )  # fmt: skip
+        assert config.numAttrs == len(config.attrs)
+        self.launches[-1]["attributes"] = [(attribute.id, vars(attribute.value)) for attribute in config.attrs]
+        self.calls[-1] = "cuLaunchKernelEx"
+        return answer
+
     def run(self, host: HostKernels, number: int, config: LaunchConfig, grid: int, values: list[int]) -> None:
         entry = ctypes.cast(getattr(host._library, f"kernel_{number}"), ctypes.c_void_p)
         packed = (ctypes.c_uint64 * 16)(*values)
@@ -125,6 +141,30 @@ def test_the_layout_follows_the_rows_and_modules_are_loaded_once() -> None:
     ]  # fmt: skip
     assert driver.calls.count("cuModuleLoadData") == driver.calls.count("cuModuleGetFunction") == 2
     assert driver.calls.count("cuCtxGetDevice") == 1
+
+
+OVERLAP = (6, {"programmaticStreamSerializationAllowed": 1})
+
+
+@pytest.mark.parametrize(("architecture", "attributes"), [(89, None), (90, [OVERLAP]), (100, [OVERLAP])])
+def test_a_kernel_that_waits_for_the_one_before_may_overlap_with_it(architecture: int, attributes: Any) -> None:
+    made = image_of(LaunchConfig(64, 1, 8, cluster=2), architecture, b"")
+    driver = Driver(architecture=architecture, values="ppipp")
+    launcher = Launcher(KernelImages(1024, "float16", (made,)), "add_rms_norm", driver)
+    launcher.launch([11, 12, 1 << 40, 14], 2, 9, 77)
+    (launch,) = driver.launches
+    assert launch.get("attributes") == attributes
+    assert driver.calls[-1] == ("cuLaunchKernel" if attributes is None else "cuLaunchKernelEx")
+    assert (launch["grid"], launch["block"], launch["stream"]) == ((18, 1, 1), (64, 1, 1), 77)
+    assert launch["values"] == [11, 12, 9, 1 << 40, 14]
+
+
+def test_a_driver_without_launch_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Driver, "cuLaunchKernelEx")
+    driver = Driver(architecture=90, values="pip")
+    made = image_of(LaunchConfig(64, 1, 8), 90, b"")
+    Launcher(KernelImages(512, "float16", (made,)), "rms_norm", driver).launch([1, 2], 1, 5, 0)
+    assert driver.calls[-1] == "cuLaunchKernel"
 
 
 def test_no_rows_are_no_launch() -> None:

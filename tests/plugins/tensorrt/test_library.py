@@ -15,7 +15,7 @@ import pytest
 
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, UsageError
 from rmsnorm_deploy.plugins import contract
-from rmsnorm_deploy.plugins.kernel.launch_config import choose
+from rmsnorm_deploy.plugins.kernel.launch_config import choose, layouts
 from rmsnorm_deploy.plugins.kernel.macros import macros
 from rmsnorm_deploy.plugins.tensorrt import header, library
 from rmsnorm_deploy.plugins.tensorrt.images import kernel_of
@@ -91,19 +91,21 @@ def test_layouts_and_macros_are_those_of_python(built_library: BuiltLibrary) -> 
             for dtype, number in contract.ONNX_TYPES.items():
                 for offset, scale_type in ((0.0, 1), (1.0, number)):
                     kernel = kernel_of(op_type, dtype, width, 1e-6, offset, scale_type, quant_type)
-                    for few in (False, True):
-                        for architecture in (75, 89, 90, 120):
-                            config = choose(kernel, 1 if few else None, architecture)
+                    for architecture in (75, 89, 90, 120):
+                        found = layouts(kernel, architecture)
+                        for index, config in enumerate(found):
                             defined = {"RMSNORM_NAME": kernel.op, **macros(kernel, config)}
                             expected = {f"-D{name}={value}" for name, value in defined.items()}
                             expected |= {f"--gpu-architecture=sm_{architecture}", "--std=c++17"}
+                            expected |= {f"resident={config.resident}"}
                             text = options(
-                                kernel.adds, number, quant_type or 0, width, 1e-6, offset != 0, kernel.cast_first, few,
-                                architecture,
+                                kernel.adds, number, quant_type or 0, width, 1e-6, offset != 0, kernel.cast_first,
+                                index, architecture,
                             )  # fmt: skip
                             assert set(text.decode().split()) == expected
                             count += 1
-    assert count == len(widths) * 6 * 3 * 2 * 2 * 4
+                        assert options(kernel.adds, number, 0, width, 1e-6, 0, 0, len(found), architecture) == b""
+    assert count > len(widths) * 6 * 3 * 2 * 2 * 4
 
 
 @needs_library
@@ -234,16 +236,29 @@ def test_a_gpu_that_the_engine_has_no_kernel_for_gets_the_generic_one(driver: Ho
 
 @needs_library
 def test_the_layout_follows_the_rows(driver: HostDriver, tmp_path: Path) -> None:
-    """The host's GPU has 4 multiprocessors: 4 rows are few and 5 are many."""
+    """The host's GPU has 4 multiprocessors, and a block has 4 rows: 16 rows are few and 17 are many."""
     launches = {}
-    for rows in (4, 5):
+    for rows in (16, 17):
         answers, y, expected, *_ = run_norm(driver, tmp_path, ("RMSNorm", "float16", 64, rows, 0, False, 89))
         launches[rows] = answers[7].splitlines()[0]
         assert ulps(y, expected) <= 1.01
     kernel = kernel_of("RMSNorm", "float16", 64, 1e-5, 0.0, 1)
-    for rows, few in ((4, 1), (5, None)):
+    for rows, few in ((16, 1), (17, None)):
         config = choose(kernel, few, 89)
         assert f"grid {config.grid(rows)} block {config.block} " in launches[rows]
+
+
+@needs_library
+@pytest.mark.parametrize(("gpu", "overlapping"), [("86", ""), ("90", "overlapping ")])
+def test_kernels_that_wait_for_the_one_before_may_overlap_with_it(
+    driver: HostDriver, tmp_path: Path, gpu: str, overlapping: str
+) -> None:
+    case = ("AddRMSNorm", "float16", 8192, 2, 0, False, int(gpu))
+    answers, y, expected, *_ = run_norm(driver, tmp_path, case, RMSNORM_DEPLOY_ARCHITECTURES=gpu)
+    config = choose(kernel_of("AddRMSNorm", "float16", 8192, 1e-5, 0.0, 1), 1, int(gpu), multiprocessors=4)
+    launched = f"{overlapping}launch add_rms_norm grid {config.grid(2)} block {config.block} cluster {config.cluster} "
+    assert answers[7].startswith(launched)
+    assert ulps(y, expected) <= 1.01
 
 
 @needs_library

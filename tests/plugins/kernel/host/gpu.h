@@ -149,6 +149,11 @@ inline float inverse_root(float value) { return static_cast<float>(1.0 / sqrt(st
 inline unsigned cluster_rank() { return gpu::machine.now->block; }
 inline void cluster_barrier() { gpu::wait(gpu::Wait::cluster); }
 
+// There is one kernel at a time, and no cache.
+inline void wait_for_previous() {}
+inline void let_next_begin() {}
+inline void prefetched(const void*) {}
+
 inline float of_block(const float* mine, unsigned rank) {
   auto& shared = gpu::machine.shared;
   return shared[rank][mine - shared[gpu::machine.now->block].data()];

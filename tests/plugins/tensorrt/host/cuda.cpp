@@ -104,6 +104,16 @@ CUresult cuLaunchKernel(CUfunction opaque, unsigned gx, unsigned gy, unsigned gz
   return waits ? CUDA_ERROR_LAUNCH_FAILED : CUDA_SUCCESS;
 }
 
+// A launch that may overlap with the one before it.
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void** extra) {
+  if (config->numAttrs != 1 || config->attrs[0].id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION ||
+      config->attrs[0].value.programmaticStreamSerializationAllowed != 1)
+    return CUDA_ERROR_INVALID_VALUE;
+  std::printf("overlapping ");
+  return cuLaunchKernel(function, config->gridDimX, config->gridDimY, config->gridDimZ, config->blockDimX,
+                        config->blockDimY, config->blockDimZ, config->sharedMemBytes, config->hStream, parameters, extra);
+}
+
 CUresult cuGetErrorName(CUresult status, const char** name) {
   *name = status == CUDA_ERROR_NO_BINARY_FOR_GPU ? "CUDA_ERROR_NO_BINARY_FOR_GPU"
           : status == CUDA_ERROR_INVALID_IMAGE   ? "CUDA_ERROR_INVALID_IMAGE"
