@@ -141,6 +141,7 @@ template <class C>
 struct Tile {
   static constexpr bool adds = !same<typename C::Residual, None>;
   static constexpr int count = C::elements;
+  using Y = typename C::Y;
   static constexpr int tiles =
       (C::width + C::cluster * C::threads * C::vectors * count - 1) / (C::cluster * C::threads * C::vectors * count);
   static constexpr bool whole = tiles * C::cluster * C::threads * C::vectors * count == C::width;
@@ -148,11 +149,13 @@ struct Tile {
   using Held = typename Either<adds, typename C::Residual, typename C::X>::type;
   static constexpr bool exact_gate = C::Y::bytes == 4;
   static constexpr bool packed = !(adds && C::exact_sum) && C::gate != gate_before;
+  static constexpr bool keeps = C::quantization == scale_per_row && tiles == 1;
 
   Packed<Held, count> held[packed ? C::vectors : 1];
   float wide[packed ? 1 : C::vectors][count];
   Packed<typename C::X, count> gate[C::gate == gate_after ? C::vectors : 1];
   Packed<typename C::Weight, count> weight[C::prefetch ? C::vectors : 1];
+  Packed<Y, count> kept[keeps ? C::vectors : 1];
 
   static RMSNORM_INLINE int column(int tile, int vector) {
     const int thread = threadIdx.x % C::threads;
@@ -260,10 +263,10 @@ struct Tile {
     }
   }
 
-  // One vector of y, rounded to y's format, still as float.
-  RMSNORM_INLINE void result(
-      float (&y)[count], const Arguments& a, int row, int tile, int v, bool live, float factor) const {
-    using Y = typename C::Y;
+  // One vector of y.
+  RMSNORM_INLINE Packed<Y, count> result(
+      const Arguments& a, int row, int tile, int v, bool live, float factor) const {
+    float y[count];
     Packed<typename C::Weight, count> loaded;
     if constexpr (!C::prefetch) read_weight(loaded, a, row, tile, v, live);
     const auto& weights = choose<C::prefetch>(weight[C::prefetch ? v : 0], loaded);
@@ -279,48 +282,66 @@ struct Tile {
         if constexpr (C::cast_first) y[i] = rounded<Y>(y[i]);
       }
       if constexpr (C::gate == gate_after) y[i] = gated<C::activation, exact_gate>(y[i], gate[v].get(i));
-      if constexpr (C::quantization != not_quantized) y[i] = rounded<Y>(y[i]);
+    }
+    Packed<Y, count> packed_y;
+    packed_y.set(y);
+    return packed_y;
+  }
+
+  RMSNORM_INLINE void write_sum(const Arguments& a, int row, int tile, int v) const {
+    if constexpr (adds) {
+      Packed<Held, count> sum;
+      if constexpr (packed) {
+        sum = held[v];
+      } else {
+        sum.set(wide[v]);
+      }
+      sum.store(at<Held>(a.sum, static_cast<long long>(row) * C::width + column(tile, v)));
     }
   }
 
-  RMSNORM_INLINE float largest(const Arguments& a, int row, int tile, bool live, float factor) const {
+  // The largest absolute value of y. Of a row that is held whole, y is kept and the sum is written, to free registers.
+  RMSNORM_INLINE float largest(const Arguments& a, int row, int tile, bool live, float factor) {
     float most = 0.0f;
 #pragma unroll
     for (int v = 0; v < C::vectors; ++v) {
       if (live && inside(column(tile, v))) {
-        float y[count];
-        result(y, a, row, tile, v, live, factor);
-#pragma unroll
-        for (int i = 0; i < count; ++i) most = fmaxf(most, fabsf(y[i]));
+        const Packed<Y, count> y = result(a, row, tile, v, live, factor);
+        most = fmaxf(most, y.largest());
+        if constexpr (keeps) {
+          kept[v] = y;
+          write_sum(a, row, tile, v);
+        }
       }
     }
     return most;
   }
 
   RMSNORM_INLINE void write(const Arguments& a, int row, int tile, float factor, float scale) const {
-    const long long begin = static_cast<long long>(row) * C::width;
+    const Divisor<Y> divisor(scale);
 #pragma unroll
     for (int v = 0; v < C::vectors; ++v) {
       const int c = column(tile, v);
       if (!inside(c)) continue;
-      if constexpr (adds) {
-        Packed<Held, count> sum;
-        if constexpr (packed) {
-          sum = held[v];
-        } else {
-          sum.set(wide[v]);
-        }
-        sum.store(at<Held>(a.sum, begin + c));
+      Packed<Y, count> y;
+      if constexpr (keeps) {
+        y = kept[v];
+      } else {
+        write_sum(a, row, tile, v);
+        y = result(a, row, tile, v, true, factor);
       }
-      float y[count];
-      result(y, a, row, tile, v, true, factor);
-      if constexpr (C::quantization != not_quantized) {
+      void* to = at<typename C::Out>(a.y, static_cast<long long>(row) * C::width + c);
+      if constexpr (C::quantization == not_quantized) {
+        y.store(to);
+      } else {
+        float values[count];
 #pragma unroll
-        for (int i = 0; i < count; ++i) y[i] /= scale;
+        for (int i = 0; i < count; ++i) values[i] = y.get(i);
+        divisor.divide(values);
+        Packed<typename C::Out, count> out;
+        out.set(values);
+        out.store(to);
       }
-      Packed<typename C::Out, count> out;
-      out.set(y);
-      out.store(at<typename C::Out>(a.y, begin + c));
     }
   }
 };
@@ -333,6 +354,8 @@ RMSNORM_INLINE void rms_norm(const Arguments& a, float* shared) {
   const bool live = wanted < a.rows;
   const int row = live ? static_cast<int>(wanted) : 0;
   Tiles tile;
+  float scale = 1.0f;
+  if constexpr (C::quantization == static_scale) scale = *static_cast<const float*>(a.scale);
 
   float squares = 0.0f;
 #pragma unroll 1
@@ -343,8 +366,6 @@ RMSNORM_INLINE void rms_norm(const Arguments& a, float* shared) {
   squares = reduced<C, Sum>(squares, shared, shared + slots);
   const float factor = inverse_root(squares / static_cast<float>(C::width) + C::epsilon());
 
-  float scale = 1.0f;
-  if constexpr (C::quantization == static_scale) scale = *static_cast<const float*>(a.scale);
   if constexpr (C::quantization == scale_per_row) {
     float most = 0.0f;
 #pragma unroll 1
