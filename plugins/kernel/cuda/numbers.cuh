@@ -216,13 +216,13 @@ RMSNORM_INLINE u32 narrow_four(float a, float b, float c, float d) {
 // Divides values of format Y by one scale without a division for each. What a quantized format makes of the quotient is
 // what it makes of the float32 quotient y / scale, bit for bit, also for a scale that is subnormal, 0, infinite or NaN.
 //
-// high + low is 1 / scale to 2^-46: high is below it in size, so that low has its sign and an infinite y stays infinite.
-// Rounding y * low and low itself puts the sum at most 2^-44 of the quotient from it before it is rounded once. This
-// matters only next to the middle of a tie t of the quantized format and a neighbor of t in float32. With integers
-// 2^23 <= S <= 2^24 for the scale, Y for y and 128 <= T <= 256 for t, such a quotient has Y 2^24 = (T 2^17 +- 1) S + D,
-// |D| < 22. A half y has at most 11 bits, so that 2^37 divides both sides: S = c 2^17 -+ D, and T |D| = c <= 128 follows.
-// This leaves only T = 128, S = 2^24 - 1, where y * low is exact. A float32 y can be such a case; there the remainder
-// corrects the quotient, which rounds it as a division does (Markstein).
+// high + low is 1 / scale to 2^-46: high is below it in size, so low has its sign and an infinite y stays infinite.
+// Rounding low and y * low puts the sum at most 2^-44 of the quotient from it before it is rounded once. This matters
+// only next to the middle of a tie t of the quantized format and a neighbor of t in float32. With integers 2^23 <= S <=
+// 2^24 for the scale, Y for y and 128 <= T <= 256 for t, such a quotient has Y 2^24 = (T 2^17 +- 1) S + D, |D| < 22. A
+// half y has at most 11 bits, so that 2^37 divides the left side: S = c 2^17 -+ D, and T |D| = c <= 128 follows. This
+// leaves only T = 128, S = 2^24 - 1, where y * low is exact. A float32 y can be such a case; there the remainder corrects
+// the quotient, which rounds it as a division does (Markstein).
 template <class Y>
 struct Divisor {
   float scale, inverse, high, low, power;

@@ -118,7 +118,7 @@ def middles(dtype: str) -> np.ndarray:
 
 
 def scales() -> np.ndarray:
-    """Random ones of all sizes; those of few bits and their neighbors, whose quotients come closest to ties; no numbers."""
+    """Random ones; those of few bits and their neighbors, whose quotients come closest to ties; limits; no numbers."""
     rng = np.random.default_rng(0)
     random = np.exp2(rng.uniform(-20, 10, 300)).astype(np.float32)
     anywhere = rng.integers(0, 2**32, 300, dtype=np.uint32).view(np.float32)
