@@ -221,8 +221,8 @@ RMSNORM_INLINE u32 narrow_four(float a, float b, float c, float d) {
 // only next to the middle of a tie t of the quantized format and a neighbor of t in float32. With integers 2^23 <= S <=
 // 2^24 for the scale, Y for y and 128 <= T <= 256 for t, such a quotient has Y 2^24 = (T 2^17 +- 1) S + D, |D| < 22. A
 // half y has at most 11 bits, so that 2^37 divides the left side: S = c 2^17 -+ D, and T |D| = c <= 128 follows. This
-// leaves only T = 128, S = 2^24 - 1, where y * low is exact. A float32 y can be such a case; there the remainder corrects
-// the quotient, which rounds it as a division does (Markstein).
+// leaves only T = 128, S = 2^24 - 1, where y * low is exact. A float32 y can be such a case; there the remainder
+// corrects the quotient, which rounds it as a division does (Markstein).
 template <class Y>
 struct Divisor {
   float scale, inverse, high, low, power;

@@ -56,6 +56,9 @@ RMSNORM_INLINE float lane_across(float value, int distance) {
 // 1 / sqrt(value), rounded once.
 RMSNORM_INLINE float inverse_root(float value) { return __frsqrt_rn(value); }
 
+// e^value, off by up to 2 ULP.
+RMSNORM_INLINE float approximate_exponential(float value) { return expf(value); }
+
 RMSNORM_INLINE u32 cluster_rank() {
   u32 rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -112,22 +115,56 @@ RMSNORM_INLINE float reduced(float value, float* partial, float* total) {
 
 // Rows -----------------------------------------------------------------------------------------------------------
 
-// value * silu(z) or value * sigmoid(z). With `exact` the rounding errors of the sum and the quotient are compensated,
-// which affects only a float32 result.
+// e^-a = (high + low) * 2^power for 0 <= a <= 170: within 2^-27 by a polynomial, without the GPU's approximate units.
+struct Exponential {
+  float high, low;
+  int power;
+
+  explicit RMSNORM_INLINE Exponential(float a) {
+    const float shifted = fmaf(a, -0x1.715476p+0f, 0x1.8p+23f), n = shifted - 0x1.8p+23f;  // a / -ln(2), rounded
+    power = static_cast<int>(bits_of(shifted) - 0x4b400000u);
+    const float exact = fmaf(n, -0x1.62e4p-1f, -a), r = fmaf(n, -0x1.7f7d1cp-20f, exact);  // -a - n ln(2), in two parts
+    float q = 1.0f / 40320;  // (e^r - 1 - r) / r^2
+    q = fmaf(q, r, 1.0f / 5040);
+    q = fmaf(q, r, 1.0f / 720);
+    q = fmaf(q, r, 1.0f / 120);
+    q = fmaf(q, r, 1.0f / 24);
+    q = fmaf(q, r, 1.0f / 6);
+    q = fmaf(q, r, 0.5f);
+    const float sum = 1.0f + r;
+    const float rest = (r - (sum - 1.0f)) + fmaf(n, -0x1.7f7d1cp-20f, exact - r) + r * r * q;
+    high = sum + rest;
+    low = rest - (high - sum);
+  }
+};
+
+RMSNORM_INLINE float power_of_two(int exponent) { return float_of(static_cast<u32>(exponent + 127) << 23); }
+
+// value * silu(z) or value * sigmoid(z), by e^-|z|, which cannot overflow. With `exact` everything but the last product
+// has a low part, so that a float32 result has a single rounding more than its value.
 template <int activation, bool exact>
 RMSNORM_INLINE float gated(float value, float z) {
   static_assert(activation == silu || activation == sigmoid, "expected silu or sigmoid");
-  const float e = expf(-z), divisor = 1.0f + e, dividend = activation == silu ? z : 1.0f;
-  const float quotient = dividend / divisor;
   if constexpr (exact) {
-    if (divisor < 1e30f && fabsf(quotient) < 1e30f) {
-      const float added = divisor - 1.0f;
-      const float lost = (1.0f - (divisor - added)) + (e - added);
-      const float rest = (fmaf(-quotient, divisor, dividend) - quotient * lost) / divisor;
-      return fmaf(value, quotient, value * rest);
+    if (z > -170.0f && z < 1e30f) {
+      const Exponential e(fminf(fabsf(z), 170.0f));
+      const float one_half = power_of_two(e.power - e.power / 2), other_half = power_of_two(e.power / 2);
+      const float added = e.high * one_half * other_half, divisor = 1.0f + added;
+      const float lost = (added - (divisor - 1.0f)) + e.low * one_half * other_half;
+      const float dividend = z < 0.0f ? e.high : 1.0f, inverse = 1.0f / divisor, quotient = dividend * inverse;
+      const float left = fmaf(-quotient, divisor, dividend) + (z < 0.0f ? e.low : 0.0f) - quotient * lost;
+      float high = quotient, low = left * inverse;
+      if constexpr (activation == silu) {
+        high = quotient * z;
+        low = fmaf(quotient, z, -high) + low * z;
+      }
+      if (z < 0.0f) high *= one_half, low *= one_half;  // the other half last: the result alone may be subnormal
+      const float result = fmaf(value, high, value * low);
+      return z < 0.0f ? result * other_half : result;
     }
   }
-  return value * quotient;
+  const float e = approximate_exponential(-fabsf(z));
+  return value * ((z < 0.0f ? e : 1.0f) * (activation == silu ? z : 1.0f) / (1.0f + e));
 }
 
 template <class C>

@@ -1,28 +1,27 @@
-"""The number formats as C++ writes them out: every half value, and float32 values of all sizes."""
+"""The kernel's arithmetic of single values on the host: number formats, quotients by a scale, and gates."""
 
 from __future__ import annotations
 
 import ctypes
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rmsnorm_deploy.plugins.kernel.norm_kernel import SOURCE_FOLDER
-from tests.helpers.plugins.kernels import NUMPY, SHIM, compiler
+from rmsnorm_deploy.runtime.accuracy.float_formats import ulp_size
+from tests.helpers.plugins.kernels import NUMPY, compiler, host_library
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler (g++)")
 
 QUANTIZED = ("int8", "float8_e4m3")
 FORMATS = {"float16": "Float16", "bfloat16": "BFloat16", "int8": "Int8", "float8_e4m3": "Float8E4M3"}
 
+ACTIVATIONS = ("silu", "sigmoid")
+
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    folder: Path = tmp_path_factory.mktemp("numbers")
-    lines = ['#include "gpu.h"', '#include "numbers.cuh"', "using namespace rmsnorm;"]
+    lines = ['#include "rms_norm.cuh"', "using namespace rmsnorm;"]
     for name, kind in FORMATS.items():
         lines.append(
             f'extern "C" void narrow_{name}(const float* from, u32* to, long n) '
@@ -40,11 +39,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
                 f"{{ const Divisor<{kind}> divisor(scale); "
                 f"for (long i = 0; i < n; ++i) {{ float y[1] = {{from[i]}}; divisor.divide(y); to[i] = y[0]; }} }}"
             )
-    source, built = folder / "numbers.cpp", folder / "numbers.so"
-    source.write_text("\n".join(lines) + "\n")
-    command = [str(compiler()), "-std=c++17", "-O1", "-shared", "-fPIC", "-w", f"-I{SHIM.parent}", f"-I{SOURCE_FOLDER}"]
-    subprocess.run([*command, str(source), "-o", str(built)], check=True)
-    return ctypes.CDLL(str(built))
+    for name in ACTIVATIONS:
+        for exact in ("true", "false"):
+            lines.append(
+                f'extern "C" void {name}_{exact}(const float* from, float* to, long n, float value) '
+                f"{{ for (long i = 0; i < n; ++i) to[i] = gated<{name}, {exact}>(value, from[i]); }}"
+            )
+    return host_library(tmp_path_factory.mktemp("numbers"), lines)
 
 
 def called(function: Any, values: np.ndarray, dtype: Any, *more: Any) -> np.ndarray:
@@ -163,3 +164,68 @@ def test_a_float32_quotient_in_range_is_that_of_a_division(library: ctypes.CDLL)
             values = (rng.standard_normal(2000) * 100 * scale).astype(np.float32)
             got = called(library.divide_float32, values, np.float32, ctypes.c_float(scale))
             np.testing.assert_array_equal(got, values / scale, err_msg=f"scale {scale!r}")
+
+
+# -------------------------------------------------------------------------------------------------------- gates
+
+
+def gates() -> np.ndarray:
+    """Gates of all sizes, and more of the sizes that activations bend."""
+    rng = np.random.default_rng(0)
+    sizes = np.exp2(rng.uniform(-100, 126, 50_000))
+    near = np.concatenate([rng.standard_normal(50_000) * 3, rng.uniform(-120, 120, 50_000)])
+    edges = np.array([0, 1, 0.34657, 0.34658, 87.3, 88.8, 103.9, 104, 127 * np.log(2), 169.9, 170, 171, 1e30])
+    return np.concatenate([sizes, -sizes, near, edges, -edges]).astype(np.float32)
+
+
+def activated(name: str, z: np.ndarray) -> np.ndarray:
+    wide = z.astype(np.float64)
+    e = np.exp(-np.abs(wide))
+    return np.where(wide < 0, e, 1) * (wide if name == "silu" else 1) / (1 + e)
+
+
+@pytest.mark.parametrize("value", [1.0, -37.7, 3e-6])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_gate_in_float32_is_within_one_ulp_and_uses_no_approximation(
+    library: ctypes.CDLL, name: str, value: float
+) -> None:
+    z = gates()
+    library.approximate(1000)
+    try:
+        got = called(library[f"{name}_true"], z, np.float32, ctypes.c_float(value))
+    finally:
+        library.approximate(0)
+    expected = activated(name, z) * np.float64(np.float32(value))
+    finite = np.abs(expected) < np.finfo(np.float32).max
+    off = np.abs(got.astype(np.float64) - expected)[finite] / ulp_size(expected[finite], np.dtype(np.float32))
+    assert off.max() <= 1.0, f"{off.max():.2f} ULP at {z[finite][off.argmax()]!r}"
+
+
+@pytest.mark.parametrize("ulps", [-2, 2])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_gate_in_half_is_rounded_once_whatever_a_gpu_approximates(
+    library: ctypes.CDLL, name: str, dtype: str, ulps: int
+) -> None:
+    z = np.unique(gates().astype(NUMPY[dtype]).astype(np.float32))
+    z = z[np.isfinite(z)]
+    library.approximate(ulps)
+    try:
+        got = called(library[f"{name}_false"], z, np.float32, ctypes.c_float(1.0))
+    finally:
+        library.approximate(0)
+    expected = activated(name, z)
+    off = np.abs(got.astype(NUMPY[dtype]).astype(np.float64) - expected) / ulp_size(expected, np.dtype(NUMPY[dtype]))
+    assert off.max() <= 0.51, f"{off.max():.3f} ULP at {z[off.argmax()]!r}"
+
+
+@pytest.mark.parametrize("exact", ["true", "false"])
+def test_a_gate_that_is_no_number_acts_as_in_pytorch(library: ctypes.CDLL, exact: str) -> None:
+    import torch
+
+    z = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38], np.float32)
+    for name in ACTIVATIONS:
+        got = called(library[f"{name}_{exact}"], z, np.float32, ctypes.c_float(1.0))
+        wide = torch.from_numpy(z)
+        wanted = wide / (1 + torch.exp(-wide)) if name == "silu" else torch.sigmoid(wide)
+        np.testing.assert_array_equal(got, wanted.numpy())
