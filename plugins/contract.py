@@ -15,7 +15,8 @@ multiplies after it. X, residual and scale have the same dtype; every attribute 
 
 `RMSNormQuant` and `AddRMSNormQuant` return QuantizeLinear(cast(Y, S), y_scale) instead of Y: y_scale is one float32
 number for the whole tensor, there is no zero point, and values out of range saturate. `quant_type` is the ONNX data
-type of the result: INT8 (rounded to nearest, ties to even) or FLOAT8E4M3FN.
+type of the result: INT8 (rounded to nearest, ties to even) or FLOAT8E4M3FN. Infinity saturates; NaN stays NaN in
+FLOAT8E4M3FN and becomes 0 in INT8, which ONNX does not define.
 """
 
 from __future__ import annotations

@@ -46,9 +46,12 @@ class NormKernel:
         exact_sum: whether x + residual is normalized in float32, without rounding to the sum's dtype.
         gate: a second input of x's shape multiplies before the norm, after it, or not at all.
         activation: activation of the gate.
-        quantized: dtype of a quantized output, or none. int8 saturates at -128 and 127, e4m3 at ±448.
+        quantized: dtype of a quantized output, or none. int8 saturates at -128 and 127, e4m3 at ±448, also an infinite
+            y. NaN stays NaN in e4m3 and becomes 0 in int8, as a GPU converts it; ONNX does not define the
+            latter, and ONNX Runtime's CPU provider returns -128.
         quantization: `static`: by one given float32 scale; `per_row`: by the largest absolute value of the row / 127 or
-            448, which is an output.
+            448 (1 if all are 0), which is an output. The largest passes over NaN; if it is infinite, so is the scale,
+            and y / scale is NaN where y is infinite and 0 elsewhere.
         inner: number of rows with a common outer stride: heads of a token, or groups of a row.
         weight_rows: rows of the weight, which rows of x use in turn: `inner` for groups, else 1.
         strided: whether x, residual and gate have strides of outer and inner rows, in elements; else all is contiguous.

@@ -197,8 +197,67 @@ RMSNORM_INLINE u32 narrow_four(float a, float b, float c, float d) {
     return static_cast<u32>(low) | static_cast<u32>(high) << 16;
   }
 #endif
+#if RMSNORM_ON_GPU
+  if constexpr (same<T, Int8>) {
+    int of_a, of_b, of_c, of_d;
+    u32 high, all;
+    asm("cvt.rni.s32.f32 %0, %1;" : "=r"(of_a) : "f"(a));
+    asm("cvt.rni.s32.f32 %0, %1;" : "=r"(of_b) : "f"(b));
+    asm("cvt.rni.s32.f32 %0, %1;" : "=r"(of_c) : "f"(c));
+    asm("cvt.rni.s32.f32 %0, %1;" : "=r"(of_d) : "f"(d));
+    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(high) : "r"(of_d), "r"(of_c), "r"(0));
+    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(all) : "r"(of_b), "r"(of_a), "r"(high));
+    return all;
+  }
+#endif
   return T::narrow(a) | T::narrow(b) << 8 | T::narrow(c) << 16 | T::narrow(d) << 24;
 }
+
+// Divides values of format Y by one scale without a division for each. What a quantized format makes of the quotient is
+// what it makes of the float32 quotient y / scale, bit for bit, also for a scale that is subnormal, 0, infinite or NaN.
+//
+// high + low is 1 / scale to 2^-46: high is below it in size, so low has its sign and an infinite y stays infinite.
+// Rounding low and y * low puts the sum at most 2^-44 of the quotient from it before it is rounded once. This matters
+// only next to the middle of a tie t of the quantized format and a neighbor of t in float32. With integers 2^23 <= S <=
+// 2^24 for the scale, Y for y and 128 <= T <= 256 for t, such a quotient has Y 2^24 = (T 2^17 +- 1) S + D, |D| < 22. A
+// half y has at most 11 bits, so that 2^37 divides the left side: S = c 2^17 -+ D, and T |D| = c <= 128 follows. This
+// leaves only T = 128, S = 2^24 - 1, where y * low is exact. A float32 y can be such a case; there the remainder
+// corrects the quotient, which rounds it as a division does (Markstein).
+template <class Y>
+struct Divisor {
+  float scale, inverse, high, low, power;
+
+  explicit RMSNORM_INLINE Divisor(float divisor) {
+    const float size = fabsf(divisor);
+    power = size < 0x1p-60f ? 0x1p64f : size > 0x1p60f ? 0x1p-64f : 1.0f;
+    scale = divisor * power;
+    inverse = 1.0f / scale;
+    high = low = inverse;
+    if (inverse != 0.0f) {  // 0 for an infinite scale
+      high = float_of(bits_of(inverse) - 1);
+      low = fmaf(-high, scale, 1.0f) * inverse;
+    }
+  }
+
+  // Values whose quotients are out of range lose bits or overflow in the multiplication by the power of two.
+  template <int count>
+  RMSNORM_INLINE void divide(float (&y)[count]) const {
+    if (power != 1.0f) {
+#pragma unroll
+      for (int i = 0; i < count; ++i) y[i] *= power;
+    }
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      const float quotient = fmaf(y[i], high, y[i] * low);
+      if constexpr (Y::bytes == 4) {
+        const float better = fmaf(fmaf(-quotient, scale, y[i]), inverse, quotient);
+        y[i] = quotient != 0.0f && fabsf(quotient) < 0x1p60f ? better : quotient;
+      } else {
+        y[i] = quotient;
+      }
+    }
+  }
+};
 
 // `count` values of one format in their memory layout, in whole words.
 template <class T, int count>
@@ -269,6 +328,31 @@ struct Packed {
       for (int i = 0; i < count; i += 4)
         word[i / 4] = narrow_four<T>(values[i], values[i + 1], values[i + 2], values[i + 3]);
     }
+  }
+
+  // The largest absolute value. NaN is passed over, as by fmaxf.
+  RMSNORM_INLINE float largest() const {
+#if RMSNORM_ARCH >= 800
+    if constexpr (T::bytes == 2 && count > 1) {
+      u32 most = 0;
+#pragma unroll
+      for (int i = 0; i < words; ++i) {
+        u32 size;
+        if constexpr (same<T, Float16>) {
+          asm("abs.f16x2 %0, %1;" : "=r"(size) : "r"(word[i]));
+          asm("max.f16x2 %0, %1, %2;" : "=r"(most) : "r"(most), "r"(size));
+        } else {
+          asm("abs.bf16x2 %0, %1;" : "=r"(size) : "r"(word[i]));
+          asm("max.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(most), "r"(size));
+        }
+      }
+      return fmaxf(T::widen(most & 0xffffu), T::widen(most >> 16));
+    }
+#endif
+    float most = 0.0f;
+#pragma unroll
+    for (int i = 0; i < count; ++i) most = fmaxf(most, fabsf(get(i)));
+    return most;
   }
 };
 

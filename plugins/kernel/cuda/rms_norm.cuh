@@ -56,6 +56,9 @@ RMSNORM_INLINE float lane_across(float value, int distance) {
 // 1 / sqrt(value), rounded once.
 RMSNORM_INLINE float inverse_root(float value) { return __frsqrt_rn(value); }
 
+// e^value, off by up to 2 ULP.
+RMSNORM_INLINE float approximate_exponential(float value) { return expf(value); }
+
 RMSNORM_INLINE u32 cluster_rank() {
   u32 rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -139,22 +142,56 @@ RMSNORM_INLINE float reduced(float value, float* partial, float* total) {
 
 // Rows -----------------------------------------------------------------------------------------------------------
 
-// value * silu(z) or value * sigmoid(z). With `exact` the rounding errors of the sum and the quotient are compensated,
-// which affects only a float32 result.
+// e^-a = (high + low) * 2^power for 0 <= a <= 170: within 2^-27 by a polynomial, without the GPU's approximate units.
+struct Exponential {
+  float high, low;
+  int power;
+
+  explicit RMSNORM_INLINE Exponential(float a) {
+    const float shifted = fmaf(a, -0x1.715476p+0f, 0x1.8p+23f), n = shifted - 0x1.8p+23f;  // a / -ln(2), rounded
+    power = static_cast<int>(bits_of(shifted) - 0x4b400000u);
+    const float exact = fmaf(n, -0x1.62e4p-1f, -a), r = fmaf(n, -0x1.7f7d1cp-20f, exact);  // -a - n ln(2), in two parts
+    float q = 1.0f / 40320;  // (e^r - 1 - r) / r^2
+    q = fmaf(q, r, 1.0f / 5040);
+    q = fmaf(q, r, 1.0f / 720);
+    q = fmaf(q, r, 1.0f / 120);
+    q = fmaf(q, r, 1.0f / 24);
+    q = fmaf(q, r, 1.0f / 6);
+    q = fmaf(q, r, 0.5f);
+    const float sum = 1.0f + r;
+    const float rest = (r - (sum - 1.0f)) + fmaf(n, -0x1.7f7d1cp-20f, exact - r) + r * r * q;
+    high = sum + rest;
+    low = rest - (high - sum);
+  }
+};
+
+RMSNORM_INLINE float power_of_two(int exponent) { return float_of(static_cast<u32>(exponent + 127) << 23); }
+
+// value * silu(z) or value * sigmoid(z), by e^-|z|, which cannot overflow. With `exact` everything but the last product
+// has a low part, so that a float32 result has a single rounding more than its value.
 template <int activation, bool exact>
 RMSNORM_INLINE float gated(float value, float z) {
   static_assert(activation == silu || activation == sigmoid, "expected silu or sigmoid");
-  const float e = expf(-z), divisor = 1.0f + e, dividend = activation == silu ? z : 1.0f;
-  const float quotient = dividend / divisor;
   if constexpr (exact) {
-    if (divisor < 1e30f && fabsf(quotient) < 1e30f) {
-      const float added = divisor - 1.0f;
-      const float lost = (1.0f - (divisor - added)) + (e - added);
-      const float rest = (fmaf(-quotient, divisor, dividend) - quotient * lost) / divisor;
-      return fmaf(value, quotient, value * rest);
+    if (z > -170.0f && z < 1e30f) {
+      const Exponential e(fminf(fabsf(z), 170.0f));
+      const float one_half = power_of_two(e.power - e.power / 2), other_half = power_of_two(e.power / 2);
+      const float added = e.high * one_half * other_half, divisor = 1.0f + added;
+      const float lost = (added - (divisor - 1.0f)) + e.low * one_half * other_half;
+      const float dividend = z < 0.0f ? e.high : 1.0f, inverse = 1.0f / divisor, quotient = dividend * inverse;
+      const float left = fmaf(-quotient, divisor, dividend) + (z < 0.0f ? e.low : 0.0f) - quotient * lost;
+      float high = quotient, low = left * inverse;
+      if constexpr (activation == silu) {
+        high = quotient * z;
+        low = fmaf(quotient, z, -high) + low * z;
+      }
+      if (z < 0.0f) high *= one_half, low *= one_half;  // the other half last: the result alone may be subnormal
+      const float result = fmaf(value, high, value * low);
+      return z < 0.0f ? result * other_half : result;
     }
   }
-  return value * quotient;
+  const float e = approximate_exponential(-fabsf(z));
+  return value * ((z < 0.0f ? e : 1.0f) * (activation == silu ? z : 1.0f) / (1.0f + e));
 }
 
 template <class C>
@@ -168,6 +205,7 @@ template <class C>
 struct Tile {
   static constexpr bool adds = !same<typename C::Residual, None>;
   static constexpr int count = C::elements;
+  using Y = typename C::Y;
   static constexpr int tiles =
       (C::width + C::cluster * C::threads * C::vectors * count - 1) / (C::cluster * C::threads * C::vectors * count);
   static constexpr bool whole = tiles * C::cluster * C::threads * C::vectors * count == C::width;
@@ -175,6 +213,7 @@ struct Tile {
   using Held = typename Either<adds, typename C::Residual, typename C::X>::type;
   static constexpr bool exact_gate = C::Y::bytes == 4;
   static constexpr bool packed = !(adds && C::exact_sum) && C::gate != gate_before;
+  static constexpr bool keeps = C::quantization == scale_per_row && tiles == 1;
 
   Packed<Held, count> held[packed ? C::vectors : 1];
   float wide[packed ? 1 : C::vectors][count];
@@ -184,6 +223,7 @@ struct Tile {
   // block of 512 threads that would be fewer resident blocks.
   static constexpr int batch =
       C::threads < 512 && count * C::Weight::bytes < 64 ? 64 / (count * C::Weight::bytes) : 1;
+  Packed<Y, count> kept[keeps ? C::vectors : 1];
 
   static RMSNORM_INLINE int column(int tile, int vector) {
     const int thread = threadIdx.x % C::threads;
@@ -313,10 +353,10 @@ struct Tile {
     }
   }
 
-  // One vector of y, rounded to y's format, still as float.
-  RMSNORM_INLINE void result(
-      float (&y)[count], const Packed<typename C::Weight, count> (&loaded)[batch], int v, float factor) const {
-    using Y = typename C::Y;
+  // One vector of y.
+  RMSNORM_INLINE Packed<Y, count> result(
+      const Packed<typename C::Weight, count> (&loaded)[batch], int v, float factor) const {
+    float y[count];
     const auto& weights = choose<C::prefetch>(weight[C::prefetch ? v : 0], loaded[v % batch]);
 #pragma unroll
     for (int i = 0; i < count; ++i) {
@@ -330,52 +370,70 @@ struct Tile {
         if constexpr (C::cast_first) y[i] = rounded<Y>(y[i]);
       }
       if constexpr (C::gate == gate_after) y[i] = gated<C::activation, exact_gate>(y[i], gate[v].get(i));
-      if constexpr (C::quantization != not_quantized) y[i] = rounded<Y>(y[i]);
+    }
+    Packed<Y, count> packed_y;
+    packed_y.set(y);
+    return packed_y;
+  }
+
+  RMSNORM_INLINE void write_sum(const Arguments& a, int row, int tile, int v) const {
+    if constexpr (adds) {
+      Packed<Held, count> sum;
+      if constexpr (packed) {
+        sum = held[v];
+      } else {
+        sum.set(wide[v]);
+      }
+      sum.store(at<Held>(a.sum, static_cast<long long>(row) * C::width + column(tile, v)));
     }
   }
 
-  RMSNORM_INLINE float largest(const Arguments& a, int row, int tile, bool live, float factor) const {
+  // The largest absolute value of y. Of a row that is held whole, y is kept and the sum is written, to free registers.
+  RMSNORM_INLINE float largest(const Arguments& a, int row, int tile, bool live, float factor) {
     float most = 0.0f;
     Packed<typename C::Weight, count> weights[batch];
 #pragma unroll
     for (int v = 0; v < C::vectors; ++v) {
       read_batch(weights, a, row, tile, v, live);
       if (live && inside(column(tile, v))) {
-        float y[count];
-        result(y, weights, v, factor);
-#pragma unroll
-        for (int i = 0; i < count; ++i) most = fmaxf(most, fabsf(y[i]));
+        const Packed<Y, count> y = result(weights, v, factor);
+        most = fmaxf(most, y.largest());
+        if constexpr (keeps) {
+          kept[v] = y;
+          write_sum(a, row, tile, v);
+        }
       }
     }
     return most;
   }
 
   RMSNORM_INLINE void write(const Arguments& a, int row, int tile, float factor, float scale) const {
-    const long long begin = static_cast<long long>(row) * C::width;
     Packed<typename C::Weight, count> weights[batch];
+    const Divisor<Y> divisor(scale);
 #pragma unroll
     for (int v = 0; v < C::vectors; ++v) {
       const int c = column(tile, v);
       if (!inside(c)) continue;
-      if constexpr (adds) {
-        Packed<Held, count> sum;
-        if constexpr (packed) {
-          sum = held[v];
-        } else {
-          sum.set(wide[v]);
-        }
-        sum.store(at<Held>(a.sum, begin + c));
+      Packed<Y, count> y;
+      if constexpr (keeps) {
+        y = kept[v];
+      } else {
+        write_sum(a, row, tile, v);
+        read_batch(weights, a, row, tile, v, true);
+        y = result(weights, v, factor);
       }
-      read_batch(weights, a, row, tile, v, true);
-      float y[count];
-      result(y, weights, v, factor);
-      if constexpr (C::quantization != not_quantized) {
+      void* to = at<typename C::Out>(a.y, static_cast<long long>(row) * C::width + c);
+      if constexpr (C::quantization == not_quantized) {
+        y.store(to);
+      } else {
+        float values[count];
 #pragma unroll
-        for (int i = 0; i < count; ++i) y[i] /= scale;
+        for (int i = 0; i < count; ++i) values[i] = y.get(i);
+        divisor.divide(values);
+        Packed<typename C::Out, count> out;
+        out.set(values);
+        out.store(to);
       }
-      Packed<typename C::Out, count> out;
-      out.set(y);
-      out.store(at<typename C::Out>(a.y, begin + c));
     }
   }
 };
@@ -388,6 +446,8 @@ RMSNORM_INLINE void rms_norm(const Arguments& a, float* shared) {
   const bool live = wanted < a.rows;
   const int row = live ? static_cast<int>(wanted) : 0;
   Tiles tile;
+  float scale = 1.0f;
+  if constexpr (C::quantization == static_scale) scale = *static_cast<const float*>(a.scale);
 
   tile.prefetch_weight(a, row, live);
   wait_for_previous();
@@ -401,8 +461,6 @@ RMSNORM_INLINE void rms_norm(const Arguments& a, float* shared) {
   squares = reduced<C, Sum>(squares, shared, shared + slots);
   const float factor = inverse_root(squares / static_cast<float>(C::width) + C::epsilon());
 
-  float scale = 1.0f;
-  if constexpr (C::quantization == static_scale) scale = *static_cast<const float*>(a.scale);
   if constexpr (C::quantization == scale_per_row) {
     float most = 0.0f;
 #pragma unroll 1

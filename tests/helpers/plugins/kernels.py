@@ -32,6 +32,18 @@ def compiler() -> str | None:
     return shutil.which("g++") or shutil.which("c++")
 
 
+def host_library(folder: Path, lines: Sequence[str]) -> ctypes.CDLL:
+    """C++ source that uses the kernel's headers, compiled by the host's compiler and loaded."""
+    source, library = folder / "kernels.cpp", folder / "kernels.so"
+    source.write_text("\n".join(['#include "gpu.h"', *lines]) + "\n")
+    command = [
+        str(compiler()), "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w",
+        f"-I{SHIM.parent}", f"-I{SOURCE_FOLDER}", str(source), "-o", str(library),
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library))
+
+
 class Kernels:
     """Several kernels, and how they are run."""
 
@@ -83,19 +95,16 @@ class HostKernels(Kernels):
 
     def __init__(self, folder: Path, cases: Sequence[tuple[NormKernel, LaunchConfig]]) -> None:
         super().__init__(folder, cases)
-        lines = ['#include "gpu.h"', '#include "rms_norm.cuh"']
+        lines = ['#include "rms_norm.cuh"']
         for number, (kernel, config) in enumerate(self._cases):
             defined = {"RMSNORM_NAME": f"kernel_{number}", **macros(kernel, config)}
             lines += [f"#define {name} {value}" for name, value in defined.items()]
             lines += ['#include "kernel.cu"', *(f"#undef {name}" for name in defined)]
-        source, library = folder / "kernels.cpp", folder / "kernels.so"
-        source.write_text("\n".join(lines) + "\n")
-        command = [
-            str(compiler()), "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w",
-            f"-I{SHIM.parent}", f"-I{SOURCE_FOLDER}", str(source), "-o", str(library),
-        ]  # fmt: skip
-        subprocess.run(command, check=True)
-        self._library = ctypes.CDLL(str(library))
+        self._library = host_library(folder, lines)
+
+    def approximate(self, ulps: int) -> None:
+        """Let the results that a GPU approximates be off by this many ULPs from now on, of either sign."""
+        self._library.approximate(ulps)
 
     def _launch(self, number: int, inputs: list[Array], scalars: list[int], outputs: list[Array], seed: int) -> None:
         _, config = self._cases[number]

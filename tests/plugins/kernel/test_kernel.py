@@ -154,8 +154,7 @@ def built(
     return named, place(folder, [(kernel, config) for _, kernel, config in named])
 
 
-def test_every_form_is_the_reference_rounded_once(built: tuple[list[Any], Kernels]) -> None:
-    named, library = built
+def check_against_reference(named: list[Any], library: Kernels) -> None:
     for number, (name, kernel, config) in enumerate(named):
         case = Case(kernel)
         outputs = library.run(number, **case.given)
@@ -168,6 +167,24 @@ def test_every_form_is_the_reference_rounded_once(built: tuple[list[Any], Kernel
         assert off.max() <= limit, f"{name}, {config}: {off.max():.3f} ULP"
         if kernel.cast_first and kernel.width >= 1000:
             assert np.mean(off > 0.5001) < 0.01 or kernel.dtype == "float32", name
+
+
+def test_every_form_is_the_reference_rounded_once(built: tuple[list[Any], Kernels]) -> None:
+    check_against_reference(*built)
+
+
+@pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler (g++)")
+def test_gates_hold_where_a_gpu_approximates(tmp_path: Any) -> None:
+    named = [
+        (name, kernel, choose(kernel, None, 90))
+        for width in (128, 4096)
+        for name, kernel in kernels(width)
+        if kernel.gate != "none"
+    ]
+    library = HostKernels(tmp_path, [(kernel, config) for _, kernel, config in named])
+    for ulps in (-2, 2):
+        library.approximate(ulps)
+        check_against_reference(named, library)
 
 
 def test_the_order_in_which_threads_run_changes_nothing(built: tuple[list[Any], Kernels]) -> None:
@@ -210,6 +227,30 @@ def test_quantized_output_is_that_of_the_norm_quantized(width: int, place: type[
         else:
             wanted = np.clip(scaled, -largest, largest).astype(NUMPY["float8_e4m3"])
         np.testing.assert_array_equal(got["y"].view(np.uint8), wanted.view(np.uint8), err_msg=str(kernel))
+
+
+def test_quantized_nan_and_infinity(place: type[Kernels], tmp_path: Any) -> None:
+    cases = [NormKernel(256, EPSILON, **changes) for changes in QUANTIZED.values()]
+    library = place(tmp_path, [(kernel, choose(kernel, None, 90)) for kernel in cases])
+    x = np.random.default_rng(0).standard_normal((3, 256)).astype(np.float16)
+    x[0, :2], x[1, 5] = (12, -12), np.nan  # row 0 overflows float16; all of row 1 is NaN
+    weight = np.ones(256, np.float16)
+    weight[:2] = 60000
+    for number, kernel in enumerate(cases):
+        given = {"scale": np.full(1, 0.5, np.float32)} if kernel.quantization == "static" else {}
+        got = library.run(number, x, weight=weight, **given)
+        y = got["y"].astype(np.float32)
+        int8 = kernel.quantized == "int8"
+        nan = 0.0 if int8 else np.nan
+        assert np.array_equal(y[1], np.full(256, nan, np.float32), equal_nan=True), str(kernel)
+        if kernel.quantization == "static":
+            np.testing.assert_array_equal(y[0, :2], [127, -128] if int8 else [448, -448])
+            assert (np.abs(y[0, 2:]) < 50).all()
+            assert (y[0, 2:] != 0).any()
+        else:
+            np.testing.assert_array_equal(got["row_scale"][:2], [np.inf, 1])
+            np.testing.assert_array_equal(y[0], [nan, nan] + [0] * 254)
+        assert np.isfinite(y[2]).all()
 
 
 # ------------------------------------------------------------------------------------------------------- others

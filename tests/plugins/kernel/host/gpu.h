@@ -6,6 +6,7 @@
 #pragma once
 
 #include <math.h>
+#include <stdlib.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -50,6 +51,8 @@ struct Machine {
 };
 
 inline Machine machine;
+// ULPs by which approximate results are off, of either sign: a GPU's are, a host's are not.
+inline int ulps_off = 0;
 
 struct Index { unsigned x; };
 
@@ -146,6 +149,13 @@ inline float lane_across(float value, int distance) {
 
 inline float inverse_root(float value) { return static_cast<float>(1.0 / sqrt(static_cast<double>(value))); }
 
+inline float approximate_exponential(float value) {
+  float result = expf(value);
+  if (result == 0.0f) return result;
+  for (int i = 0; i < abs(gpu::ulps_off); ++i) result = nextafterf(result, gpu::ulps_off < 0 ? 0.0f : INFINITY);
+  return result;
+}
+
 inline unsigned cluster_rank() { return gpu::machine.now->block; }
 inline void cluster_barrier() { gpu::wait(gpu::Wait::cluster); }
 
@@ -160,6 +170,8 @@ inline float of_block(const float* mine, unsigned rank) {
 }
 
 }  // namespace rmsnorm
+
+extern "C" inline __attribute__((used)) void approximate(int ulps) { gpu::ulps_off = ulps; }
 
 // Runs a grid, cluster by cluster. 0, or 1 where threads wait for each other in vain.
 extern "C" inline __attribute__((used)) int launch(
