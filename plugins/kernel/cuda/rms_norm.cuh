@@ -187,7 +187,9 @@ struct Tile {
   static constexpr bool exact_gate = C::Y::bytes == 4;
   static constexpr bool packed = !(adds && C::exact_sum) && C::gate != gate_before;
   static constexpr bool same_scale = C::scale == weight_scale && same<typename C::Weight, Y>;  // rounded already
-  static constexpr bool keeps = C::quantization == scale_per_row && tiles == 1;
+  // Without an instruction for e4m3 its conversion needs the registers of a wide row.
+  static constexpr bool converts = RMSNORM_ARCH == 0 || RMSNORM_ARCH >= 890 || !same<typename C::Out, Float8E4M3>;
+  static constexpr bool keeps = C::quantization == scale_per_row && tiles == 1 && (converts || C::threads < 512);
 
   Packed<Held, count> held[packed ? C::vectors : 1];
   float wide[packed ? 1 : C::vectors][count];
