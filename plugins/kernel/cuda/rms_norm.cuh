@@ -213,7 +213,10 @@ struct Tile {
   using Held = typename Either<adds, typename C::Residual, typename C::X>::type;
   static constexpr bool exact_gate = C::Y::bytes == 4;
   static constexpr bool packed = !(adds && C::exact_sum) && C::gate != gate_before;
-  static constexpr bool keeps = C::quantization == scale_per_row && tiles == 1;
+  static constexpr bool same_scale = C::scale == weight_scale && same<typename C::Weight, Y>;  // rounded already
+  // Without an instruction for e4m3 its conversion needs the registers of a wide row.
+  static constexpr bool converts = RMSNORM_ARCH == 0 || RMSNORM_ARCH >= 890 || !same<typename C::Out, Float8E4M3>;
+  static constexpr bool keeps = C::quantization == scale_per_row && tiles == 1 && (converts || C::threads < 512);
 
   Packed<Held, count> held[packed ? C::vectors : 1];
   float wide[packed ? 1 : C::vectors][count];
@@ -286,7 +289,7 @@ struct Tile {
         for (int i = 0; i < count; ++i) {
           h[i] = x[v].get(i);
           if constexpr (adds) h[i] += residual[v].get(i);
-          if constexpr (adds && !C::exact_sum) h[i] = rounded<Held>(h[i]);
+          if constexpr (adds && !C::exact_sum && !packed) h[i] = rounded<Held>(h[i]);
           if constexpr (C::gate == gate_before) h[i] = gated<C::activation, exact_gate>(h[i], before[v].get(i));
         }
         if constexpr (packed) {
@@ -359,15 +362,21 @@ struct Tile {
     float y[count];
     const auto& weights = choose<C::prefetch>(weight[C::prefetch ? v : 0], loaded[v % batch]);
 #pragma unroll
+    for (int i = 0; i < count; ++i) y[i] = value(v, i) * factor;
+    if constexpr (C::cast_first) {
+      Packed<Y, count> normalized;  // a GPU converts pairs faster than single values
+      normalized.set(y);
+#pragma unroll
+      for (int i = 0; i < count; ++i) y[i] = normalized.get(i);
+    }
+#pragma unroll
     for (int i = 0; i < count; ++i) {
-      y[i] = value(v, i) * factor;
-      if constexpr (C::cast_first) y[i] = rounded<Y>(y[i]);
       if constexpr (C::scale != no_scale) {
         float scale = weights.get(i);
         if constexpr (C::scale == one_plus_weight_scale) scale += 1.0f;
-        if constexpr (C::cast_first) scale = rounded<Y>(scale);
+        if constexpr (C::cast_first && !same_scale) scale = rounded<Y>(scale);
         y[i] *= scale;
-        if constexpr (C::cast_first) y[i] = rounded<Y>(y[i]);
+        if constexpr (C::cast_first && C::gate == gate_after) y[i] = rounded<Y>(y[i]);
       }
       if constexpr (C::gate == gate_after) y[i] = gated<C::activation, exact_gate>(y[i], gate[v].get(i));
     }
