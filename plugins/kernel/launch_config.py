@@ -22,11 +22,13 @@ _BLOCK_OF_WARPS: Final = 128
 CLUSTER_ARCHITECTURE: Final = 90
 _CLUSTERED_BYTES: Final = 64 * 1024
 # With so few rows that most multiprocessors would be idle, a row of more than the first is read by several, each of
-# which reads at most the second (in bytes of loaded values).
-_SPREAD_BYTES: Final = 24 * 1024
-_SPREAD_SHARE: Final = 8 * 1024
-# Threads of a multiprocessor when each uses 40 registers, which a thread of one vector does not exceed.
+# which reads at most the second (in bytes of loaded values); `benchmarks/measured/kernel_layouts_h100.md` has both.
+_SPREAD_BYTES: Final = 48 * 1024
+_SPREAD_SHARE: Final = 16 * 1024
+# Threads of a multiprocessor when each uses 40 registers, about what a thread of one or two vectors does.
 _RESIDENT_THREADS: Final = 65536 // 40
+# With few rows a thread reads one vector up to this many, then two.
+_SINGLE_VECTORS: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +118,8 @@ def choose(
 def layouts(kernel: NormKernel, architecture: int, alignment: int = WIDEST_ACCESS) -> list[LaunchConfig]:
     """The layouts of a kernel, from that for the fewest rows to that for any number.
 
-    With few rows each thread reads one vector, so that a row uses as much of a multiprocessor as possible; with many
-    rows it reads two. Of the thread counts that cover a width, one that covers it exactly is preferred. A narrow row is
+    With few rows each thread reads one vector, so that a row uses as much of a multiprocessor as possible, but two of a
+    wide row; with many rows it reads two. Of the thread counts that cover a width, one that covers it exactly is preferred. A narrow row is
     read by a warp or a part of one, several rows by one block. A row that does not fit in the registers of a block is
     read by a cluster if the architecture has clusters, else it is read twice. With very few rows a cluster reads each
     wide row, so that more multiprocessors take part.
@@ -152,7 +154,7 @@ def _block(kernel: NormKernel, elements: int, vectors: int, spread: int, few: bo
     """A cluster of `spread` blocks for each row."""
     share = -(-vectors // spread)
     threads, held = min(_pairs(kernel, elements, share), key=lambda pair: _cost(pair, share, few))
-    resident = 0 if not few else 1 if spread > 1 or held > 1 else max(_RESIDENT_THREADS // threads, 1)
+    resident = 0 if not few else 1 if spread > 1 else max(_RESIDENT_THREADS // threads, 1)
     return LaunchConfig(threads, held, elements, 1, spread, few and held * elements <= 16, resident)
 
 
@@ -206,6 +208,7 @@ def _cost(layout: tuple[int, int], vectors: int, few: bool) -> tuple[float, ...]
     threads, held = layout
     tiles = -(-vectors // (threads * held))
     idle = tiles * threads * held / vectors - 1
-    wanted = min(max(vectors if few else vectors / 2, 128 if few else 64), MOST_THREADS if few else 512)
+    each = 1 if few and vectors <= _SINGLE_VECTORS else 2
+    wanted = min(max(vectors / each, 128 if few else 64), MOST_THREADS if few else 512)
     uneven = 0.0 if threads & (threads - 1) == 0 else 0.02
     return (tiles, idle + abs(threads - wanted) / wanted * 0.25 + uneven)
