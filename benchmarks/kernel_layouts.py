@@ -53,7 +53,7 @@ Work = tuple[NormKernel, LaunchConfig, int]
 
 def layouts(case: Case, architecture: int) -> list[LaunchConfig]:
     """The layouts to time; the first is the chosen one."""
-    chosen = dataclasses.replace(choose(case.kernel, case.rows, architecture), resident=0)
+    chosen = dataclasses.replace(choose(case.kernel, case.rows, architecture), few=False)
     return list(dict.fromkeys([chosen, *_whole(case, architecture)]))
 
 

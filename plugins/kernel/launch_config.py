@@ -25,10 +25,9 @@ _CLUSTERED_BYTES: Final = 64 * 1024
 # which reads at most the second (in bytes of loaded values); `benchmarks/measured/kernel_layouts_h100.md` has both.
 _SPREAD_BYTES: Final = 48 * 1024
 _SPREAD_SHARE: Final = 16 * 1024
-# Threads of a multiprocessor when each uses 40 registers, about what a thread of one or two vectors does.
-_RESIDENT_THREADS: Final = 65536 // 40
-# With few rows a thread reads one vector up to this many, then two.
-_SINGLE_VECTORS: Final = 512
+# Vectors of a row from which on a thread reads two if there are few rows, and four if there are many.
+_FEWEST_OF_TWO: Final = 513
+_FEWEST_OF_FOUR: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ class LaunchConfig:
         rows: rows that one block reads.
         cluster: blocks that read one row together; more than 1 requires sm_90.
         prefetch: whether the weight is loaded before the statistics are computed.
-        resident: the layout is for at most so many blocks for each multiprocessor; 0: for any number.
+        few: whether the layout is for at most one block for each multiprocessor, or else for any number of rows.
     """
 
     threads: int
@@ -51,7 +50,7 @@ class LaunchConfig:
     rows: int = 1
     cluster: int = 1
     prefetch: bool = False
-    resident: int = 0
+    few: bool = False
 
     @property
     def block(self) -> int:
@@ -72,7 +71,7 @@ class LaunchConfig:
 
     def suits(self, rows: int | None, multiprocessors: int) -> bool:
         """Whether the layout is for this many rows; None if unknown."""
-        return self.resident == 0 or (rows is not None and self.grid(rows) <= self.resident * multiprocessors)
+        return not self.few or (rows is not None and self.grid(rows) <= multiprocessors)
 
     def check(self, kernel: NormKernel, architecture: int) -> None:
         """Check that the hardware and the source support the layout.
@@ -118,11 +117,11 @@ def choose(
 def layouts(kernel: NormKernel, architecture: int, alignment: int = WIDEST_ACCESS) -> list[LaunchConfig]:
     """The layouts of a kernel, from that for the fewest rows to that for any number.
 
-    With few rows each thread reads one vector, so that a row uses as much of a multiprocessor as possible, but two of a
-    wide row; with many rows it reads two. Of the thread counts that cover a width, one that covers it exactly is preferred. A narrow row is
-    read by a warp or a part of one, several rows by one block. A row that does not fit in the registers of a block is
-    read by a cluster if the architecture has clusters, else it is read twice. With very few rows a cluster reads each
-    wide row, so that more multiprocessors take part.
+    With few rows each thread reads one vector, or two of a wide row, so that a row uses as much of a multiprocessor as
+    possible; with many rows it reads two, or four of a wide row. Of the thread counts that cover a width, one that
+    covers it exactly is preferred. A narrow row is read by a warp or a part of one, several rows by one block. A row
+    that does not fit in the registers of a block is read by a cluster if the architecture has clusters, else it is read
+    twice. With very few rows a cluster reads each wide row, so that more multiprocessors take part.
 
     Args:
         kernel: what the kernel computes.
@@ -154,8 +153,7 @@ def _block(kernel: NormKernel, elements: int, vectors: int, spread: int, few: bo
     """A cluster of `spread` blocks for each row."""
     share = -(-vectors // spread)
     threads, held = min(_pairs(kernel, elements, share), key=lambda pair: _cost(pair, share, few))
-    resident = 0 if not few else 1 if spread > 1 else max(_RESIDENT_THREADS // threads, 1)
-    return LaunchConfig(threads, held, elements, 1, spread, few and held * elements <= 16, resident)
+    return LaunchConfig(threads, held, elements, 1, spread, few and held * elements <= 16, few)
 
 
 def _elements(kernel: NormKernel, alignment: int) -> int:
@@ -187,7 +185,7 @@ def _narrow(elements: int, vectors: int, few: bool) -> LaunchConfig:
     threads = 1
     while threads < vectors:
         threads *= 2
-    return LaunchConfig(threads, 1, elements, (32 if few else _BLOCK_OF_WARPS) // threads, resident=int(few))
+    return LaunchConfig(threads, 1, elements, (32 if few else _BLOCK_OF_WARPS) // threads, few=few)
 
 
 def _pairs(kernel: NormKernel, elements: int, vectors: int) -> Iterator[tuple[int, int]]:
@@ -208,7 +206,7 @@ def _cost(layout: tuple[int, int], vectors: int, few: bool) -> tuple[float, ...]
     threads, held = layout
     tiles = -(-vectors // (threads * held))
     idle = tiles * threads * held / vectors - 1
-    each = 1 if few and vectors <= _SINGLE_VECTORS else 2
+    each = (1 if few else 2) * (1 if vectors < (_FEWEST_OF_TWO if few else _FEWEST_OF_FOUR) else 2)
     wanted = min(max(vectors / each, 128 if few else 64), MOST_THREADS if few else 512)
     uneven = 0.0 if threads & (threads - 1) == 0 else 0.02
     return (tiles, idle + abs(threads - wanted) / wanted * 0.25 + uneven)

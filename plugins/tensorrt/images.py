@@ -12,7 +12,7 @@ writes and reads the same format (`cpp/images.h`). All numbers are little-endian
     for each image:
         u32  kind: 0 cubin, 1 PTX
         u32  architecture: compute capability without the point, such as 89
-        u32  the layout is for at most so many blocks for each multiprocessor of the GPU; 0: for any number
+        u32  1: for at most as many blocks as the GPU has multiprocessors; 0: for any number
         u32  threads of a block
         u32  rows that one block reads
         u32  blocks of a cluster
@@ -55,7 +55,7 @@ class KernelImage:
     Attributes:
         kind: `cubin` runs on its own major architecture, `ptx` on it and all later ones.
         architecture: compute capability without the point, such as 89.
-        resident: the layout is for at most so many blocks for each multiprocessor; 0: for any number.
+        few: whether the layout is for at most one block for each multiprocessor, or else for any number of rows.
         block: threads of a block.
         rows: rows that one block reads.
         cluster: blocks that read one row together.
@@ -65,7 +65,7 @@ class KernelImage:
 
     kind: Kind
     architecture: int
-    resident: int
+    few: bool
     block: int
     rows: int
     cluster: int
@@ -105,8 +105,8 @@ class KernelImages:
         """The image to launch: cubin before PTX, nearest architecture, the layout for the fewest rows, or None."""
 
         def rank(image: KernelImage) -> tuple[bool, int, bool, bool, int]:
-            suits = image.resident == 0 or image.grid(rows) <= image.resident * multiprocessors
-            return image.kind == "cubin", image.architecture, suits, image.resident > 0, image.cluster
+            suits = not image.few or image.grid(rows) <= multiprocessors
+            return image.kind == "cubin", image.architecture, suits, image.few, image.cluster
 
         return max((image for image in self.images if image.runs_on(architecture)), key=rank, default=None)
 
@@ -116,7 +116,7 @@ class KernelImages:
         parts = [_HEADER.pack(MAGIC, self.width, dtype, len(self.images), self.quant_type)]
         for image in self.images:
             kind, size = _KINDS.index(image.kind), len(image.image)
-            layout = (image.resident, image.block, image.rows, image.cluster)
+            layout = (int(image.few), image.block, image.rows, image.cluster)
             parts += [
                 _ENTRY.pack(kind, image.architecture, *layout, size, image.waits),
                 image.image,
@@ -140,12 +140,12 @@ def unpack(content: bytes) -> KernelImages:
         names = {number: name for name, number in contract.ONNX_TYPES.items()}
         position, images = _HEADER.size, []
         for _ in range(count):
-            kind, architecture, resident, block, rows, cluster, size, waits = _ENTRY.unpack_from(content, position)
+            kind, architecture, few, block, rows, cluster, size, waits = _ENTRY.unpack_from(content, position)
             position += _ENTRY.size
             image = content[position : position + size]
             if len(image) != size:
                 raise UsageError(f"packed kernels: expected an image of {size} bytes, got {len(image)}")
-            launch = (resident, block, rows, cluster)
+            launch = (bool(few), block, rows, cluster)
             images.append(KernelImage(_KINDS[kind], architecture, *launch, image, bool(waits)))
             position += size + -size % 8
         return KernelImages(width, names[dtype], tuple(images), quant_type)
@@ -228,7 +228,7 @@ def _compiled(kernel: NormKernel, config: LaunchConfig, architecture: int, kind:
 def image_of(config: LaunchConfig, architecture: int, image: bytes, kind: Kind = "cubin") -> KernelImage:
     """A compiled kernel with the launch parameters of its layout."""
     waits = architecture >= WAITING_ARCHITECTURE
-    return KernelImage(kind, architecture, config.resident, config.block, config.rows, config.cluster, image, waits)
+    return KernelImage(kind, architecture, config.few, config.block, config.rows, config.cluster, image, waits)
 
 
 def known_architectures(texts: Sequence[str]) -> tuple[int, ...]:

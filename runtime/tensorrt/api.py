@@ -164,9 +164,7 @@ class Api:
             return
         config.num_compute_capabilities = len(architectures)
         for index, architecture in enumerate(architectures):
-            # An architecture without a name is that of the local GPU; see `resolve_architectures`.
-            name = f"SM{architecture}" if architecture in self.flavor.architectures else "CURRENT"
-            config.set_compute_capability(getattr(self.trt.ComputeCapability, name), index)
+            config.set_compute_capability(getattr(self.trt.ComputeCapability, f"SM{architecture}"), index)
 
     def set_flag(self, config: Any, name: str) -> None:
         """Set a builder flag by its name.
@@ -235,14 +233,11 @@ def resolve_architectures(runtime: str, wanted: Sequence[int], elsewhere: bool =
     flavor = flavor_of(runtime)
     device = cuda_device()
     if flavor.architectures:
-        here = () if device is None or elsewhere else (device[1],)
-        unknown = [number for number in wanted if number not in (*flavor.architectures, *here)]
+        unknown = [number for number in wanted if number not in flavor.architectures]
         if unknown:
             known = ", ".join(f"sm_{number}" for number in flavor.architectures)
             raise UnsupportedError(f"{flavor.title} builds for {known}, not for sm_{unknown[0]}.")
-        # Without a choice, an engine also runs on the GPU of this machine.
-        unnamed = tuple(number for number in here if number not in flavor.architectures)
-        return tuple(wanted) or unnamed or flavor.default_architectures
+        return tuple(wanted) or flavor.default_architectures
     if elsewhere:
         return tuple(wanted)
     if device is None:

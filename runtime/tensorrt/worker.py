@@ -9,6 +9,7 @@ descriptor that the request names, one JSON object per line.
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -45,6 +46,7 @@ def main(folder: Path) -> int:
     """Execute the request in `folder`; returns 0, or 1 with the error in the result."""
     request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
     _die_with_parent(request["parent"])
+    faulthandler.enable()  # a crash in TensorRT or in a plugin leaves the call that led to it in the log
     try:
         result = _Build(request, folder).run()
     except RmsnormDeployError as error:

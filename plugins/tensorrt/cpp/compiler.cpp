@@ -105,7 +105,7 @@ Image compiled(const Nvrtc& nvrtc, const Norm& norm, const Layout& layout, int a
   check((ptx ? nvrtc.ptx_size : nvrtc.cubin_size)(program, &size), "the compiled kernel's size");
   std::string bytes(size, '\0');
   check((ptx ? nvrtc.ptx : nvrtc.cubin)(program, bytes.data()), "the compiled kernel");
-  return {ptx, architecture, layout.resident, layout.block(), layout.rows, layout.cluster, bytes,
+  return {ptx, architecture, layout.few, layout.block(), layout.rows, layout.cluster, bytes,
           architecture >= waiting_architecture};
 }
 

@@ -37,8 +37,8 @@ struct Reader {
 int Images::choose(int architecture, int rows, int multiprocessors) const {
   int best = -1;
   auto rank = [&](const Image& image) {
-    const bool suits = !image.resident || image.grid(rows) <= static_cast<int64_t>(image.resident) * multiprocessors;
-    return std::make_tuple(!image.ptx, image.architecture, suits, image.resident > 0, image.cluster);
+    const bool suits = !image.few || image.grid(rows) <= multiprocessors;
+    return std::make_tuple(!image.ptx, image.architecture, suits, image.few, image.cluster);
   };
   for (size_t i = 0; i < images.size(); ++i)
     if (images[i].runs_on(architecture) && (best < 0 || rank(images[i]) > rank(images[best]))) best = static_cast<int>(i);
@@ -51,7 +51,7 @@ std::string Images::pack() const {
   put(to, static_cast<uint32_t>(quant_type));
   for (const Image& image : images) {
     for (uint32_t value : {static_cast<uint32_t>(image.ptx), static_cast<uint32_t>(image.architecture),
-                           static_cast<uint32_t>(image.resident), static_cast<uint32_t>(image.block),
+                           static_cast<uint32_t>(image.few), static_cast<uint32_t>(image.block),
                            static_cast<uint32_t>(image.rows), static_cast<uint32_t>(image.cluster),
                            static_cast<uint32_t>(image.bytes.size()), static_cast<uint32_t>(image.waits)})
       put(to, value);

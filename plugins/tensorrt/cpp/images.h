@@ -14,7 +14,7 @@ namespace rmsnorm_deploy {
 struct Image {
   bool ptx;
   int architecture;
-  int resident;
+  bool few;
   int block, rows, cluster;
   std::string bytes;
   bool waits;  // for the kernel before it: programmatic dependent launch

@@ -89,7 +89,7 @@ __attribute__((visibility("default"))) const char* rmsnorm_deploy_options(
   norm.one_plus = one_plus, norm.cast_first = cast_first;
   const std::vector<Layout> layouts = layouts_of(norm, architecture);
   if (number < 0 || number >= static_cast<int>(layouts.size())) return kept("");
-  std::string text = "resident=" + std::to_string(layouts[number].resident) + "\n";
+  std::string text = "few=" + std::to_string(layouts[number].few) + "\n";
   for (const std::string& option : compile_options(norm, layouts[number], architecture)) text += option + "\n";
   return kept(text);
 }

@@ -12,7 +12,8 @@ namespace {
 
 constexpr int most_threads = 1024, widest_access = 16, warp_bytes = 1024, block_of_warps = 128;
 constexpr int cluster_architecture = 90, clustered_bytes = 64 * 1024;
-constexpr int spread_bytes = 48 * 1024, spread_share = 16 * 1024, resident_threads = 65536 / 40, single_vectors = 512;
+constexpr int spread_bytes = 48 * 1024, spread_share = 16 * 1024;
+constexpr int fewest_of_two = 513, fewest_of_four = 1024;
 
 int ceiling(int a, int b) { return (a + b - 1) / b; }
 
@@ -22,7 +23,7 @@ int limit_of(int threads) { return threads <= 256 ? 320 : threads <= 512 ? 192 :
 std::tuple<int, double> cost_of(int threads, int held, int vectors, bool few) {
   const int tiles = ceiling(vectors, threads * held);
   const double idle = static_cast<double>(tiles * threads * held) / vectors - 1;
-  const double each = few && vectors <= single_vectors ? 1.0 : 2.0;
+  const double each = few ? (vectors < fewest_of_two ? 1.0 : 2.0) : (vectors < fewest_of_four ? 2.0 : 4.0);
   const double wanted = std::min(std::max(vectors / each, few ? 128.0 : 64.0), few ? 1024.0 : 512.0);
   const double uneven = (threads & (threads - 1)) == 0 ? 0.0 : 0.02;
   return {tiles, idle + std::abs(threads - wanted) / wanted * 0.25 + uneven};
@@ -41,7 +42,7 @@ Layout block_layout(int held_bytes, int elements, int vectors, int spread, bool 
     if (best.threads == 0 || cost < least) best.threads = threads, best.vectors = held, least = cost;
   }
   best.prefetch = few && best.vectors * elements <= 16;
-  if (few) best.resident = spread > 1 ? 1 : std::max(resident_threads / best.threads, 1);
+  best.few = few;
   return best;
 }
 
@@ -93,7 +94,7 @@ std::vector<Layout> layouts_of(const Norm& norm, int architecture) {
   if (vectors <= 32 && norm.width * bytes <= warp_bytes) {
     int threads = 1;
     while (threads < vectors) threads *= 2;
-    return {{threads, 1, elements, 32 / threads, 1, false, 1}, {threads, 1, elements, block_of_warps / threads}};
+    return {{threads, 1, elements, 32 / threads, 1, false, true}, {threads, 1, elements, block_of_warps / threads}};
   }
   const int held_bytes = bytes * (norm.adds ? 2 : 1), row_bytes = norm.width * held_bytes;
   const bool clusters = architecture >= cluster_architecture;

@@ -44,7 +44,7 @@ struct Norm {
 struct Layout {
   int threads, vectors, elements, rows = 1, cluster = 1;
   bool prefetch = false;
-  int resident = 0;  // for at most so many blocks for each multiprocessor; 0: for any number
+  bool few = false;  // for at most one block for each multiprocessor, or else for any number of rows
   int block() const { return threads * rows; }
 };
 

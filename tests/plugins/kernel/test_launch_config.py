@@ -62,16 +62,15 @@ def test_common_widths_are_covered_exactly(op: Any, width: int, rows: int | None
 
 def test_few_rows_are_spread_over_more_threads() -> None:
     kernel = NormKernel(4096, 1e-6)
-    assert choose(kernel, 1, 90) == LaunchConfig(512, 1, 8, prefetch=True, resident=3)
+    assert choose(kernel, 1, 90) == LaunchConfig(512, 1, 8, prefetch=True, few=True)
     assert choose(kernel, 4096, 90) == LaunchConfig(256, 2, 8)
     assert choose(kernel, None, 90) == LaunchConfig(256, 2, 8)
 
 
 @pytest.mark.parametrize("multiprocessors", [20, MULTIPROCESSORS])
-def test_few_rows_are_as_many_as_are_resident_at_once(multiprocessors: int) -> None:
-    """Three blocks of 512 threads with 40 registers each are on a multiprocessor at once."""
+def test_few_rows_are_at_most_one_block_for_each_multiprocessor(multiprocessors: int) -> None:
     kernel = NormKernel(4096, 1e-6)
-    for rows, threads in ((1, 512), (3 * multiprocessors, 512), (3 * multiprocessors + 1, 256)):
+    for rows, threads in ((1, 512), (multiprocessors, 512), (multiprocessors + 1, 256)):
         assert choose(kernel, rows, 90, multiprocessors=multiprocessors).threads == threads
 
 
@@ -93,7 +92,7 @@ def test_a_few_wide_rows_are_each_read_by_a_cluster(op: Any, width: int, cluster
 def test_layouts_go_from_the_fewest_rows_to_any_number(request: tuple[NormKernel, int | None, int, int]) -> None:
     kernel, _, architecture, alignment = request
     found = layouts(kernel, architecture, alignment)
-    assert [config.resident > 0 for config in found] == [True] * (len(found) - 1) + [False]
+    assert [config.few for config in found] == [True] * (len(found) - 1) + [False]
     most = [max(r for r in range(2000) if config.suits(r, 4)) for config in found]
     assert most == sorted(most)
 

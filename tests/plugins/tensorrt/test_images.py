@@ -24,8 +24,8 @@ from rmsnorm_deploy.plugins.tensorrt.images import (
 HEADER, ENTRY = 24, 32
 
 
-def image(kind: str, architecture: int, resident: int = 0, content: bytes = b"12345") -> KernelImage:
-    return KernelImage(kind, architecture, resident, 128, 4, 1, content)  # type: ignore[arg-type]
+def image(kind: str, architecture: int, few: bool = False, content: bytes = b"12345") -> KernelImage:
+    return KernelImage(kind, architecture, few, 128, 4, 1, content)  # type: ignore[arg-type]
 
 
 SAMPLE = KernelImages(64, "bfloat16", (
@@ -78,26 +78,26 @@ def test_damaged_bytes_are_refused(position: int, value: bytes, message: str) ->
 @pytest.mark.parametrize("rows", [1, 432, 433, 100_000])
 def test_the_nearest_image_is_chosen(architecture: int, chosen: tuple[str, int] | None, rows: int) -> None:
     kinds = [("cubin", 80), ("cubin", 86), ("cubin", 89), ("cubin", 120), ("ptx", 80), ("ptx", 89)]
-    made = [image(kind, number, resident) for (kind, number), resident in itertools.product(kinds, (1, 0))]
+    made = [image(kind, number, few) for (kind, number), few in itertools.product(kinds, (True, False))]
     for images in (made, made[::-1]):
         found = KernelImages(64, "float16", tuple(images)).choose(architecture, rows, 108)
         if chosen is None:
             assert found is None
         else:
             assert found is not None
-            assert (found.kind, found.architecture, found.resident) == (*chosen, rows <= 432)
+            assert (found.kind, found.architecture, found.few) == (*chosen, rows <= 432)
 
 
 def test_a_grid_has_a_block_for_every_few_rows() -> None:
     assert [image("cubin", 80).grid(rows) for rows in (1, 4, 5, 400)] == [1, 1, 2, 100]
-    assert KernelImage("cubin", 90, 0, 512, 1, 4, b"").grid(3) == 12
+    assert KernelImage("cubin", 90, False, 512, 1, 4, b"").grid(3) == 12
 
 
 def test_images_are_compiled_for_every_architecture_in_each_layout() -> None:
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install 'rmsnorm-deploy[kernel]'")
     kernel = kernel_of("AddRMSNorm", "float16", 4096, 1e-6, 1.0, 10)
     images = compile_images(kernel, (89, 80))
-    assert [(i.kind, i.architecture, i.resident > 0) for i in images.images] == [
+    assert [(i.kind, i.architecture, i.few) for i in images.images] == [
         ("cubin", 80, True), ("cubin", 80, False), ("cubin", 89, True), ("cubin", 89, False),
         ("ptx", 89, True), ("ptx", 89, False),
     ]  # fmt: skip
@@ -105,7 +105,7 @@ def test_images_are_compiled_for_every_architecture_in_each_layout() -> None:
     assert not any(found.waits for found in images.images)
     for found, config in zip(images.images, layouts(kernel, 80) * 3, strict=True):
         assert (found.block, found.rows, found.cluster) == (config.block, config.rows, config.cluster)
-        assert found.resident == config.resident
+        assert found.few == config.few
         if found.kind == "cubin":
             assert found.image[:4] == b"\x7fELF"
             assert b"add_rms_norm" in found.image
@@ -122,8 +122,8 @@ def test_images_are_compiled_for_every_architecture_in_each_layout() -> None:
 
 def test_kernels_wait_from_the_architecture_on_that_can() -> None:
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install 'rmsnorm-deploy[kernel]'")
-    images = compile_images(kernel_of("AddRMSNorm", "float16", 8192, 1e-6, 0.0, 10), (89, 90))
-    assert [(i.kind, i.architecture, i.resident, i.cluster, i.waits) for i in images.images] == [
+    images = compile_images(kernel_of("AddRMSNorm", "float16", 16384, 1e-6, 0.0, 10), (89, 90))
+    assert [(i.kind, i.architecture, i.few, i.cluster, i.waits) for i in images.images] == [
         ("cubin", 89, 1, 1, False), ("cubin", 89, 0, 1, False),
         *[(kind, 90, *layout, True) for kind in ("cubin", "ptx") for layout in ((1, 4), (1, 1), (0, 1))],
     ]  # fmt: skip
@@ -133,7 +133,7 @@ def test_kernels_wait_from_the_architecture_on_that_can() -> None:
             first = found.image.index(b"griddepcontrol.wait")
             assert first < found.image.index(b"ld.global")
     chosen = [images.choose(90, rows, 132) for rows in (1, 33, 34, 132, 133)]
-    assert [image and (image.resident, image.cluster) for image in chosen] == [
+    assert [image and (image.few, image.cluster) for image in chosen] == [
         (1, 4), (1, 4), (1, 1), (1, 1), (0, 1)
     ]  # fmt: skip
 

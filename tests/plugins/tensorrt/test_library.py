@@ -97,7 +97,7 @@ def test_layouts_and_macros_are_those_of_python(built_library: BuiltLibrary) -> 
                             defined = {"RMSNORM_NAME": kernel.op, **macros(kernel, config)}
                             expected = {f"-D{name}={value}" for name, value in defined.items()}
                             expected |= {f"--gpu-architecture=sm_{architecture}", "--std=c++17"}
-                            expected |= {f"resident={config.resident}"}
+                            expected |= {f"few={int(config.few)}"}
                             text = options(
                                 kernel.adds, number, quant_type or 0, width, 1e-6, offset != 0, kernel.cast_first,
                                 index, architecture,

@@ -38,7 +38,7 @@ RTX_ONLY: Final = {
 COMPUTED: Final[dict[tuple[str, str], tuple[str, ...]]] = {
     ("NetworkDefinitionCreationFlag", "'STRONGLY_TYPED'"): ("STRONGLY_TYPED",),
     ("BuilderFlag", "name"): ("REFIT", "VERSION_COMPATIBLE"),
-    ("ComputeCapability", "name"): ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121", "CURRENT"),
+    ("ComputeCapability", "f'SM{architecture}'"): ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121"),
     ("PluginFieldType", "contract.FIELD_TYPES[kind]"): ("FLOAT32", "INT32"),
 }
 # What our sources call the API's objects. `x[]` is an element of x, `f()` what f returns.
@@ -302,7 +302,7 @@ def test_the_table_of_names_that_are_put_together_is_that_of_the_sources() -> No
     kinds = {contract.FIELD_TYPES[kind] for kind in contract.KERNEL_ATTRIBUTES.values()}
     assert kinds == set(COMPUTED["PluginFieldType", "contract.FIELD_TYPES[kind]"])
     architectures = {f"SM{number}" for number in FLAVORS["rtx"].architectures}
-    assert architectures | {"CURRENT"} == set(COMPUTED["ComputeCapability", "name"])
+    assert architectures == set(COMPUTED["ComputeCapability", "f'SM{architecture}'"])
 
 
 def test_the_logger_counts_severities_as_the_api_does(names: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from rmsnorm_deploy.plugins.kernel.norm_kernel import NormKernel
 from rmsnorm_deploy.plugins.tensorrt import library
 from rmsnorm_deploy.plugins.tensorrt.images import compile_images, kernel_of
 from rmsnorm_deploy.plugins.tensorrt.launcher import Launcher
-from rmsnorm_deploy.runtime.tensorrt.api import is_installed
+from rmsnorm_deploy.runtime.tensorrt.api import flavor_of, is_installed
 from rmsnorm_deploy.runtime.tensorrt.build import build_engine
 from tests.helpers.plugins.gpu_memory import DEVICE, GpuMemory, needs_gpu
 from tests.helpers.plugins.plugin_library import NUMPY, BuiltLibrary, reference
@@ -103,6 +103,9 @@ def test_an_engine_runs_its_norm_in_the_plugin(
     """The inspector names the plugin's layer, and the engine's numbers are the contract's."""
     if not is_installed(runtime):
         pytest.skip(f"needs pip install 'rmsnorm-deploy[{runtime}]'")
+    known = flavor_of(runtime).architectures
+    if known and DEVICE is not None and DEVICE[1] not in known:
+        pytest.skip(f"needs a GPU that {runtime} supports, such as sm_{known[-1]}; this one is sm_{DEVICE[1]}")
     place = built_library.path if kind == "library" else None
     model = rms_norm_model(tmp_path / "model.onnx")
     choices: dict[str, Any] = {"runtime": runtime, "plugin": kind, "plugin_library": str(built_library.path)}
