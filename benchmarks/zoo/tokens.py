@@ -41,14 +41,14 @@ class Greedy:
     start: int | None
 
 
-def torch_tokens(model: Any, prompt: Mapping[str, Tensor], steps: int = STEPS) -> Greedy:
+def torch_tokens(model: Any, prompt: Mapping[str, Tensor], steps: int = STEPS, use_cache: bool = True) -> Greedy:
     """Greedy tokens from `generate` of a transformers model, of a left-padded batch."""
     config = model.generation_config
     config.forced_bos_token_id = config.forced_eos_token_id = None
     with torch.no_grad():
         result = model.generate(
             **prompt, do_sample=False, num_beams=1, max_new_tokens=steps, min_new_tokens=steps,
-            return_dict_in_generate=True, output_scores=True,
+            use_cache=use_cache, return_dict_in_generate=True, output_scores=True,
         )  # fmt: skip
     scores = torch.stack(list(result.scores), 1).float()
     best = scores.topk(2, -1).values

@@ -115,10 +115,11 @@ class KernelImages:
         dtype = contract.ONNX_TYPES[self.dtype]
         parts = [_HEADER.pack(MAGIC, self.width, dtype, len(self.images), self.quant_type)]
         for image in self.images:
-            kind, size = _KINDS.index(image.kind), len(image.image)
-            layout = (int(image.few), image.block, image.rows, image.cluster)
+            kind, few, size = _KINDS.index(image.kind), int(image.few), len(image.image)
             parts += [
-                _ENTRY.pack(kind, image.architecture, *layout, size, image.waits),
+                _ENTRY.pack(
+                    kind, image.architecture, few, image.block, image.rows, image.cluster, size, int(image.waits)
+                ),
                 image.image,
                 b"\0" * (-size % 8),
             ]
@@ -145,8 +146,7 @@ def unpack(content: bytes) -> KernelImages:
             image = content[position : position + size]
             if len(image) != size:
                 raise UsageError(f"packed kernels: expected an image of {size} bytes, got {len(image)}")
-            launch = (bool(few), block, rows, cluster)
-            images.append(KernelImage(_KINDS[kind], architecture, *launch, image, bool(waits)))
+            images.append(KernelImage(_KINDS[kind], architecture, bool(few), block, rows, cluster, image, bool(waits)))
             position += size + -size % 8
         return KernelImages(width, names[dtype], tuple(images), quant_type)
     except (struct.error, IndexError, KeyError) as error:
