@@ -108,7 +108,9 @@ def line(case: Case, found: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.kernel_layouts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--width", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)

@@ -12,6 +12,7 @@ outliers: inject_outliers, outlier channels in a model's weights; apply_recorded
 tensors: to_torch and to_numpy, arrays as tensors and back.
 regular_files: read_bytes and read_json, files that are not trusted.
 versions: LIBRARIES, the supported versions of other libraries; too_old, newer_than_tested.
+configs: config_value, a value of a model's config.
 companions: folder_of, where the config and tokenizer files of a model are.
 calling: how a model is called, and its parts.
 recognition: finding the norms of a model.

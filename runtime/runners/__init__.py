@@ -3,6 +3,7 @@
 base: the `Runner` and `OnnxSession` protocols, `TensorInfo`, and `check_feeds`, which validates the inputs of a run.
 open: `open_runner`, which chooses the backend for a model, and `has_large_weights`.
 onnxruntime: `OrtRunner` for ONNX models, and `optimized_op_counts`, the operators that ONNX Runtime runs.
+providers: `chosen_providers`, ONNX Runtime's execution providers as users name them; `reduced_precision`.
 torch: `TorchRunner` for PyTorch modules, and the conversions `to_torch` and `to_numpy`.
 ort_graph: facts about an ONNX model: `file_record`, `op_counts`, `input_dtypes`.
 """
