@@ -25,6 +25,7 @@ def traceable_recurrences(model: nn.Module) -> Iterator[None]:
     states = _States()
     replacements: dict[str, Callable[..., Any]] = {
         "torch_chunk_gated_delta_rule": gated_delta_rule,
+        "chunk_kimi_delta_attention": gated_delta_rule,
         "mamba2_chunk_scan": state_space_duality,
         "mamba_selective_scan": states.selective_scan,
     }
@@ -53,14 +54,15 @@ def gated_delta_rule(
     """The gated delta rule, token by token in float32, with the arguments of transformers' function.
 
     S = exp(g) S;  S = S + k (beta (v - k S));  y = q S / sqrt(width), as in "Gated Delta Networks: Improving Mamba2
-    with Delta Rule" (https://arxiv.org/abs/2412.06464).
+    with Delta Rule" (https://arxiv.org/abs/2412.06464); with a decay for each channel of the key, as in "Kimi Linear"
+    (https://arxiv.org/abs/2510.26692).
 
     Args:
         query: `[batch, length, key heads, width]`.
         key: as the query.
         value: `[batch, length, value heads, value width]`.
-        g: the logarithm of the decay, `[batch, length, value heads]`.
-        beta: how much of a new value is written, as g.
+        g: the logarithm of the decay, `[batch, length, value heads]`, or with a last dim of `width`.
+        beta: how much of a new value is written, `[batch, length, value heads]`.
         chunk_size: not used.
         initial_state: `[batch, value heads, width, value width]`; zeros if None.
         output_final_state: whether to return the state after the last token.
@@ -75,13 +77,14 @@ def gated_delta_rule(
     if use_qk_l2norm_in_kernel:
         q, k = (x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + 1e-6) for x in (q, k))
     q = q * q.shape[-1] ** -0.5
+    decay = decay if g.dim() == query.dim() else decay.unsqueeze(-1)
     state = v.new_zeros(v.shape[0], v.shape[2], k.shape[-1], v.shape[-1])
     if initial_state is not None:
         state = initial_state.to(state)
 
     def step(state: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         q_t, k_t, v_t, decay_t, write_t = token
-        state = state * decay_t.exp()[..., None, None]
+        state = state * decay_t.exp().unsqueeze(-1)
         known = (state * k_t.unsqueeze(-1)).sum(dim=-2)
         state = state + k_t.unsqueeze(-1) * ((v_t - known) * write_t.unsqueeze(-1)).unsqueeze(-2)
         return state, (state * q_t.unsqueeze(-1)).sum(dim=-2)

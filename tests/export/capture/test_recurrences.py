@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_next import modeling_qwen3_next
@@ -23,6 +24,17 @@ def test_the_gated_delta_rule_is_that_of_transformers() -> None:
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert gated_delta_rule(query, key, value, g, beta)[1] is None
+
+
+def test_a_decay_for_each_channel_is_that_of_transformers() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 21, 3, 8) for _ in range(3))
+    g, beta = -torch.rand(2, 21, 3, 8), torch.rand(2, 21, 3)
+    given = {"initial_state": torch.randn(2, 3, 8, 8), "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    got = gated_delta_rule(query, key, value, g, beta, **given)
+    wanted = modeling_kimi_linear.chunk_kimi_delta_attention(query, key, value, g, beta, **given)
+    for mine, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_the_recurrence_of_mamba2_is_that_of_transformers() -> None:
