@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -16,9 +17,9 @@ from rmsnorm_deploy.export.from_torch.save import PreparedModel, save
 from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.models.errors import UnsupportedError
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
-from rmsnorm_deploy.runtime.runners.onnxruntime import optimized_op_counts
+from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner, optimized_op_counts
 from rmsnorm_deploy.runtime.validation.api import validate
-from tests.helpers.models.families import CACHED, FAMILIES, build
+from tests.helpers.models.families import CACHED, FAMILIES, VOCABULARY, build
 
 DTYPES = ("float32", "float16")
 # From one dynamic file.
@@ -58,12 +59,18 @@ def test_an_overflowed_mask_is_refused_in_float64() -> None:
         prepare(build("llama", torch.float64))
 
 
-def test_what_the_exporter_cannot_do_names_model_cause_and_way_out() -> None:
+def test_a_rotation_by_complex_numbers_is_exported_with_real_ones(tmp_path: Path) -> None:
     options = {**FAMILIES["llama"].options, "intermediate_size_mlp": 48, "head_dim": 8, "num_local_experts": 2}
     model = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**options)).eval()
     assert len(find_norms(model).sites) == 7
-    with pytest.raises(UnsupportedError, match=r"Llama4ForCausalLM could not be captured.*complex.*Try"):
-        prepare(model)
+    ids = torch.randint(3, VOCABULARY, (2, 9))
+    feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        wanted = model(**feeds).logits
+    file = save(prepare(model), tmp_path / "out", "standard").folder / "model.onnx"
+    with OrtRunner(file) as runner:
+        got = runner.run({name: value.numpy() for name, value in feeds.items()})["logits"]
+    np.testing.assert_allclose(got, wanted.numpy(), atol=1e-5)
 
 
 def test_a_cache_of_states_goes_in_and_comes_out(tmp_path: Path) -> None:

@@ -1,14 +1,19 @@
-"""Rotary embeddings of transformers whose frequencies follow the length (`rope_type` "dynamic").
+"""Rotary embeddings of transformers in a form that can be captured (`traceable_rotary`).
 
-Such a module keeps, between calls, the frequencies of the longest sequence that it has seen, and it decides by the
-values of the positions, which a captured graph cannot. `traceable_rotary` computes the frequencies from the positions
-of each call instead. The two agree in a generation, where the sequence grows from call to call.
+One whose frequencies follow the length (`rope_type` "dynamic") keeps, between calls, the frequencies of the longest
+sequence that it has seen, and it decides by the values of the positions, which a captured graph cannot.
+`traceable_rotary` computes the frequencies from the positions of each call instead. The two agree in a generation,
+where the sequence grows from call to call.
+
+One that rotates by a product of complex numbers (Llama 4) is computed with their real and imaginary parts, as ONNX has
+no complex numbers.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,6 +21,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+
+# Modules of transformers whose `apply_rotary_emb` multiplies complex numbers in a way that the exporter cannot convert.
+_COMPLEX = {"transformers.models.llama4.modeling_llama4"}
 
 
 def dynamic_rotary(model: nn.Module) -> list[nn.Module]:
@@ -41,13 +49,35 @@ def reset_rotary(model: nn.Module) -> None:
 
 @contextmanager
 def traceable_rotary(model: nn.Module) -> Iterator[None]:
-    """Replace the forward of `dynamic_rotary` modules by one that can be captured."""
+    """Replace the forward of `dynamic_rotary` modules, and complex rotations, by what can be captured."""
     modules = dynamic_rotary(model)
     reset_rotary(model)
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(mock.patch.object(module, "forward", functools.partial(_forward, module)))
+        for source in {type(module).__module__ for module in model.modules()} & _COMPLEX:
+            stack.enter_context(mock.patch.object(sys.modules[source], "apply_rotary_emb", rotated))
         yield
+
+
+def rotated(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys times complex numbers of length 1, with the arguments of transformers' `apply_rotary_emb`.
+
+    Args:
+        xq: queries, `[batch, length, heads, width]`, adjacent elements are real and imaginary part.
+        xk: keys, as the queries.
+        freqs_cis: complex, `[batch, length, width / 2]`.
+
+    Returns:
+        Queries and keys, rotated in float32, in their own dtypes.
+    """
+    cos, sin = torch.view_as_real(freqs_cis).unsqueeze(2).unbind(-1)
+
+    def product(x: Tensor) -> Tensor:
+        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+
+    return product(xq), product(xk)
 
 
 def _forward(module: Any, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmsnorm_deploy.models.calling.rotary import dynamic_rotary, reset_rotary, traceable_rotary
+from rmsnorm_deploy.models.calling.rotary import dynamic_rotary, reset_rotary, rotated, traceable_rotary
 
 X = torch.zeros(1, 1, 32)
 
@@ -42,6 +42,16 @@ def test_the_traceable_form_is_the_modules(length: int) -> None:
         got = module(X, positions(length))
     torch.testing.assert_close(got[0], wanted[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got[1], wanted[1], rtol=1e-6, atol=1e-6)
+
+
+def test_a_rotation_by_complex_numbers_is_that_of_transformers() -> None:
+    from transformers.models.llama4 import modeling_llama4
+
+    xq, xk = torch.randn(2, 5, 4, 8).half(), torch.randn(2, 5, 2, 8).half()
+    turns = torch.polar(torch.ones(2, 5, 4), torch.randn(2, 5, 4))
+    for got, wanted in zip(rotated(xq, xk, turns), modeling_llama4.apply_rotary_emb(xq, xk, turns), strict=True):
+        assert got.dtype == torch.float16
+        torch.testing.assert_close(got, wanted, rtol=2e-3, atol=1e-3)
 
 
 def test_the_frequencies_depend_on_a_length_past_the_window() -> None:
