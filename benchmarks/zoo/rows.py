@@ -19,7 +19,7 @@ from rmsnorm_deploy import export_model, find_norms, validate
 from rmsnorm_deploy.export.capture.example_inputs import example_inputs
 from rmsnorm_deploy.export.onnx_io.manifest import read_manifest
 from rmsnorm_deploy.models.calling.parts import DECODER
-from rmsnorm_deploy.models.errors import EnvironmentMissingError, UnsupportedError, UsageError
+from rmsnorm_deploy.models.errors import EnvironmentMissingError, MismatchError, UnsupportedError, UsageError
 from rmsnorm_deploy.runtime.inputs.cases import factory_arrays
 from rmsnorm_deploy.runtime.inputs.exported import component_folders
 
@@ -83,7 +83,7 @@ def _timed(step: str, work: Callable[[], tuple[Status, str]]) -> Step:
         status, detail = work()
     except EnvironmentMissingError as error:
         status, detail = "not installed", str(error)
-    except (UnsupportedError, UsageError) as error:
+    except (MismatchError, UnsupportedError, UsageError) as error:
         status, detail = "refused", str(error)
     except Exception as error:
         status, detail = "failed", f"{type(error).__name__}: {error}"
@@ -120,7 +120,7 @@ class _Row:
             return "none", "not exported"
         given = self._inputs()
         report = validate(folder, self._model, cases=None if given is None else [factory_arrays(given)])
-        problems = [*map(str, report.culprits), *report.notes]
+        problems = [*map(str, report.culprits), *map(str, report.unjudged), *report.notes]
         return "ok" if report.verdict == "pass" else "wrong", f"{report.verdict} {'; '.join(problems)}"
 
     def cache(self) -> tuple[Status, str]:
