@@ -28,6 +28,7 @@ def traceable_recurrences(model: nn.Module) -> Iterator[None]:
         "chunk_kimi_delta_attention": gated_delta_rule,
         "mamba2_chunk_scan": state_space_duality,
         "mamba_selective_scan": states.selective_scan,
+        "apply_mask_to_padding_states": without_padding,
     }
     sources = {type(module).__module__ for module in model.modules()}
     with ExitStack() as stack:
@@ -37,6 +38,20 @@ def traceable_recurrences(model: nn.Module) -> Iterator[None]:
                     stack.enter_context(mock.patch.object(sys.modules[source], name, replacement))
                     stack.enter_context(states.recorded())
         yield
+
+
+def without_padding(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Zero the padded tokens, with the arguments of transformers' function.
+
+    Args:
+        hidden_states: `[batch, length, width]`.
+        attention_mask: `[batch, past + length]`, of which some models of transformers give the last columns only; or
+            None.
+    """
+    if attention_mask is None:
+        return hidden_states
+    mask = attention_mask[:, -hidden_states.shape[1] :, None]
+    return (hidden_states * mask).to(hidden_states.dtype)
 
 
 def gated_delta_rule(

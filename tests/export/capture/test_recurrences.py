@@ -8,7 +8,7 @@ from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from rmsnorm_deploy.export.capture.recurrences import _States, gated_delta_rule, state_space_duality
+from rmsnorm_deploy.export.capture.recurrences import _States, gated_delta_rule, state_space_duality, without_padding
 
 
 def test_the_gated_delta_rule_is_that_of_transformers() -> None:
@@ -70,6 +70,14 @@ def test_the_selective_scan_is_that_of_transformers() -> None:
     wanted = modeling_mamba.mamba_selective_scan(x, dt, a, b, c, **options)
     for mine, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_is_that_of_the_new_tokens() -> None:
+    x, mask = torch.randn(2, 3, 4).half(), torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 0, 1]])
+    wanted = modeling_mamba.apply_mask_to_padding_states(x, mask[:, -3:])
+    for given in (mask, mask[:, -3:]):
+        assert torch.equal(without_padding(x, given), wanted)
+    assert without_padding(x, None) is x
 
 
 def test_the_selective_scan_goes_on_from_the_state_of_its_layer() -> None:
