@@ -455,13 +455,12 @@ RMSNORM_INLINE void rms_norm(const Arguments& a, float* shared) {
   const bool live = wanted < a.rows;
   const int row = live ? static_cast<int>(wanted) : 0;
   Tiles tile;
-  float scale = 1.0f;
-  if constexpr (C::quantization == static_scale) scale = *static_cast<const float*>(a.scale);
 
   tile.prefetch_weight(a, row, live);
   wait_for_previous();
   let_next_begin();
-  float squares = 0.0f;
+  float scale = 1.0f, squares = 0.0f;
+  if constexpr (C::quantization == static_scale) scale = *static_cast<const float*>(a.scale);
 #pragma unroll 1
   for (int t = 0; t < Tiles::tiles; ++t) {
     tile.read(a, row, t, live);
