@@ -29,7 +29,7 @@ from .tokens import difference, onnx_tokens, torch_tokens
 
 STEPS = ("recognize", "export", "validate", "cache", "tokens", "upstream")
 # `wrong` is what the user would not notice: the export succeeds, and its numbers or tokens are not PyTorch's.
-Status = Literal["ok", "wrong", "refused", "failed", "none", "not installed"]
+Status = Literal["ok", "wrong", "refused", "not judged", "failed", "none", "not installed"]
 _LONGEST = 600
 
 
@@ -121,7 +121,8 @@ class _Row:
         given = self._inputs()
         report = validate(folder, self._model, cases=None if given is None else [factory_arrays(given)])
         problems = [*map(str, report.culprits), *map(str, report.unjudged), *report.notes]
-        return "ok" if report.verdict == "pass" else "wrong", f"{report.verdict} {'; '.join(problems)}"
+        verdicts: dict[str, Status] = {"pass": "ok", "fail": "wrong", "cannot be judged": "not judged"}
+        return verdicts[report.verdict], f"{report.verdict} {'; '.join(problems)}"
 
     def cache(self) -> tuple[Status, str]:
         if not _generates(self._model):
