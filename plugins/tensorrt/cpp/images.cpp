@@ -80,7 +80,7 @@ Images Images::unpack(const char* bytes, size_t size) {
     if (!values[3] || !values[4] || !values[5])
       throw Refusal("packed kernels: image " + std::to_string(i) + ": expected block, rows and cluster above 0");
     const char* image = from.take(values[6]);
-    found.images.push_back({values[0] != 0, static_cast<int>(values[1]), static_cast<int>(values[2]), static_cast<int>(values[3]),
+    found.images.push_back({values[0] != 0, static_cast<int>(values[1]), values[2] != 0, static_cast<int>(values[3]),
                             static_cast<int>(values[4]), static_cast<int>(values[5]), std::string(image, values[6]),
                             values[7] != 0});
     from.take((8 - values[6] % 8) % 8);
