@@ -142,16 +142,19 @@ def place(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-@pytest.fixture(scope="module", params=WIDTHS)
-def built(
-    request: pytest.FixtureRequest, place: type[Kernels], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[list[Any], Kernels]:
+def named_kernels(width: int) -> list[tuple[str, NormKernel, LaunchConfig]]:
     """All kernels of one width, laid out for few and for many rows."""
-    named = [
-        (name, kernel, choose(kernel, rows, 90)) for rows in (ROWS, None) for name, kernel in kernels(request.param)
-    ]
-    folder = tmp_path_factory.mktemp("kernels")
-    return named, place(folder, [(kernel, config) for _, kernel, config in named])
+    return list(
+        {
+            (kernel, config): (name, kernel, config)
+            for name, kernel in kernels(width)
+            for config in (choose(kernel, rows, 90) for rows in (ROWS, None))
+        }.values()
+    )
+
+
+def compiled(place: type[Kernels], folder: Any, named: list[tuple[str, NormKernel, LaunchConfig]]) -> Kernels:
+    return place(folder, [(kernel, config) for _, kernel, config in named])
 
 
 def check_against_reference(named: list[Any], library: Kernels) -> None:
@@ -169,8 +172,10 @@ def check_against_reference(named: list[Any], library: Kernels) -> None:
             assert np.mean(off > 0.5001) < 0.01 or kernel.dtype == "float32", name
 
 
-def test_every_form_is_the_reference_rounded_once(built: tuple[list[Any], Kernels]) -> None:
-    check_against_reference(*built)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_form_is_the_reference_rounded_once(width: int, place: type[Kernels], tmp_path: Any) -> None:
+    named = named_kernels(width)
+    check_against_reference(named, compiled(place, tmp_path, named))
 
 
 @pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler (g++)")
@@ -187,9 +192,11 @@ def test_gates_hold_where_a_gpu_approximates(tmp_path: Any) -> None:
         check_against_reference(named, library)
 
 
-def test_the_order_in_which_threads_run_changes_nothing(built: tuple[list[Any], Kernels]) -> None:
-    named, library = built
-    for number, (name, kernel, _) in list(enumerate(named))[::5]:
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_order_in_which_threads_run_changes_nothing(width: int, place: type[Kernels], tmp_path: Any) -> None:
+    named = named_kernels(width)[::5]
+    library = compiled(place, tmp_path, named)
+    for number, (name, kernel, _) in enumerate(named):
         case = Case(kernel, seed=1)
         first, second = (library.run(number, **case.given, seed=seed) for seed in (1, 2))
         for role, values in first.items():
