@@ -116,23 +116,19 @@ def checked(job: Job) -> dict[str, Any]:
     return row | {"seconds": round(time.perf_counter() - start, 1)}
 
 
-def timed_export(place: Path) -> Path:
-    """Export the model whose time is measured for the target that is the folder's name."""
+def timed_export(place: Path) -> None:
+    """Export the model whose time is measured, for the target that is the folder's name."""
     if not place.is_dir():
         export_model(built("LlamaForCausalLM", _TIMED).to(torch.float16), place, target=place.name)
-    return place
 
 
 def timed(folder: Path) -> Iterator[dict[str, Any]]:
-    """The time of one run of each target's file, for a prompt and for many short rows."""
+    """The time of one run of each file that `timed_export` wrote, for several batches and lengths."""
     ort = import_onnxruntime()
-    model = built("LlamaForCausalLM", _TIMED).to(torch.float16)
-    sessions = {}
-    for target in TARGETS:
-        export_model(model, folder / target, target=target)
-        sessions[target] = ort.InferenceSession(
-            str(folder / target / "model.onnx"), providers=["CUDAExecutionProvider"]
-        )
+    sessions = {
+        target: ort.InferenceSession(str(folder / target / "model.onnx"), providers=["CUDAExecutionProvider"])
+        for target in TARGETS
+    }
     for batch, length in ((1, 1), (1, 128), (1, 2048), (16, 512)):
         feeds = {
             "input_ids": np.ones((batch, length), np.int64) * np.arange(1, length + 1),
