@@ -80,9 +80,8 @@ def test_a_cache_of_states_goes_in_and_comes_out(tmp_path: Path) -> None:
     inputs = {row["name"] for row in result.manifest["inputs"]}
     assert inputs == {"input_ids", "attention_mask", *(f"past_key_values.{state}" for state in states)}
     assert {f"present.{state}" for state in states} < {row["name"] for row in result.manifest["outputs"]}
-    # One call reads at most one chunk of 8 tokens, which the manifest says.
-    assert result.manifest["inputs"][0]["ranges"] == {"sequence": [1, 8]}
-    report = validate(result.folder, model, shapes=[(2, 7)])
+    # A call may be longer than the model's chunk of 8 tokens.
+    report = validate(result.folder, model, shapes=[(2, 19)])
     assert (report.verdict, report.culprits) == ("pass", [])
 
 
