@@ -48,7 +48,7 @@ def generate(
     *,
     max_new_tokens: int = 32,
     provider: str = "cpu",
-    images: Mapping[str, Array] | None = None,
+    inputs: Mapping[str, Array] | None = None,
 ) -> Generation:
     """Continue a prompt with the most likely token at each step.
 
@@ -60,7 +60,8 @@ def generate(
         prompt: text, which requires a tokenizer in the folder, or token ids.
         max_new_tokens: at least 1.
         provider: ONNX Runtime's execution provider.
-        images: of a model that reads images, `pixel_values` of all images of the prompt, in the exported size.
+        inputs: of a model that reads images or sounds, `pixel_values` or `input_features` of all of them in the
+            prompt, in the exported size.
 
     Raises:
         UsageError: the folder, the prompt or the number is wrong.
@@ -74,13 +75,13 @@ def generate(
     prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) and tokenizer is not None else token_ids(prompt)
     if parts:
         place = Path(folder).expanduser()
-        ids, seconds = with_parts(place, parts, prompt_ids, images or {}, max_new_tokens, _end_tokens(place), provider)
+        ids, seconds = with_parts(place, parts, prompt_ids, inputs or {}, max_new_tokens, _end_tokens(place), provider)
         text = tokenizer.decode(ids) if tokenizer is not None else None
         return Generation(ids, prompt_ids, text, len(ids) / seconds, True)
-    if images:
+    if inputs:
         raise UsageError(
-            f"{folder} reads text only, got {', '.join(images)} too. Export the model with example inputs that have "
-            "images (--with-past --inputs)."
+            f"{folder} reads text only, got {', '.join(inputs)} too. Export the model with example inputs that have "
+            "images or sounds (--with-past --inputs)."
         )
     exported = open_exported(folder)
     with open_runner(exported.model, provider) as runner:

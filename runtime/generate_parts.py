@@ -1,4 +1,4 @@
-"""Greedy generation with the parts of a model: an encoder and a decoder, or a vision encoder and a decoder."""
+"""Greedy generation with the parts of a model: an encoder and a decoder, or an encoder of images or sounds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 
 from ..export.graph.cache_names import is_past
 from ..export.onnx_io.manifest import read_manifest
-from ..models.calling.parts import DECODER, EMBEDDING, ENCODER, VISION
+from ..models.calling.media_parts import EMBEDDING, IMAGES, MODALITIES, Modality
+from ..models.calling.parts import DECODER, ENCODER
 from ..models.dtypes import numpy_dtype
 from ..models.errors import UnsupportedError, UsageError
 from ..models.regular_files import read_json
@@ -22,15 +23,14 @@ from .inputs.synthetic import cast_feeds, make_feeds, present_to_past
 from .runners.base import Array, OnnxSession
 from .runners.open import open_runner
 
-_ENCODER_PARTS, _VISION_PARTS = {ENCODER, DECODER}, {VISION, EMBEDDING, DECODER}
-_PIXELS = "pixel_values"
+_ENCODER_PARTS = {ENCODER, DECODER}
 
 
 def with_parts(
     folder: Path,
     parts: Mapping[str, Path],
     prompt: list[int],
-    images: Mapping[str, Array],
+    media: Mapping[str, Array],
     count: int,
     ends: set[int],
     provider: str,
@@ -41,49 +41,51 @@ def with_parts(
         folder: the exported folder.
         parts: its models, by name.
         prompt: token ids; of the encoder, where there is one.
-        images: inputs of the vision encoder, of all images in order; empty for a prompt without images.
+        media: inputs of the encoder of images or sounds, of all of them in order; empty for a prompt of text.
         count: the most new tokens.
         ends: token ids after which to stop.
         provider: ONNX Runtime's execution provider.
 
     Raises:
-        UsageError: the images do not fit the model or the prompt, or config.json lacks a field.
+        UsageError: the images or sounds do not fit the model or the prompt, or config.json lacks a field.
         UnsupportedError: the folder has other parts.
     """
-    if set(parts) not in (_ENCODER_PARTS, _VISION_PARTS):
+    modality = next((found for found in MODALITIES if set(parts) == {found.part, EMBEDDING, DECODER}), None)
+    if modality is None and set(parts) != _ENCODER_PARTS:
         raise UnsupportedError(f"{folder}: expected an encoder and a decoder, got the models {', '.join(parts)}.")
     with ExitStack() as stack:
         runners = {
             name: stack.enter_context(open_runner(open_exported(part).model, provider)) for name, part in parts.items()
         }
         start = time.perf_counter()
-        if set(parts) == _ENCODER_PARTS:
-            if images:
-                raise UsageError(f"{folder}: expected a prompt only, got {', '.join(images)} too: it reads no images.")
+        if modality is None:
+            if media:
+                raise UsageError(f"{folder}: expected a prompt only, got {', '.join(media)} too: it reads text only.")
             both = runners[ENCODER], runners[DECODER]
             ids = encoder_decoder_tokens(both, prompt, _start_token(folder), ends, count)
         else:
-            ids = _from_images(runners, read_manifest(folder), prompt, images, count, ends)
+            ids = _from_media(runners, modality, read_manifest(folder), prompt, media, count, ends)
         return ids, time.perf_counter() - start
 
 
-def _from_images(
+def _from_media(
     runners: Mapping[str, OnnxSession],
+    modality: Modality,
     manifest: Mapping[str, Any],
     prompt: list[int],
-    images: Mapping[str, Array],
+    media: Mapping[str, Array],
     count: int,
     ends: set[int],
 ) -> list[int]:
-    features = _features(runners[VISION], images, prompt, manifest)
+    features = _features(runners[modality.part], modality, media, prompt, manifest)
     decoder, new = runners[DECODER], list[int]()
     past = _empty_cache(decoder)
     positions = _Positions(decoder, prompt, manifest)
     pending, length = list(prompt), len(prompt)
     while True:
         ids = np.array([pending], np.int64)
-        embedded = runners[EMBEDDING].run({"input_ids": ids, "image_features": features})["inputs_embeds"]
-        given = {"inputs_embeds": embedded, "attention_mask": np.ones((1, length), np.int64)}
+        embedded = runners[EMBEDDING].run({"input_ids": ids, **features})
+        given = {**embedded, "attention_mask": np.ones((1, length), np.int64)}
         outputs = _run(decoder, {**given, **past, "position_ids": positions.last(len(pending), length)})
         new.append(_next_token(outputs))
         if len(new) == count or new[-1] in ends:
@@ -92,35 +94,42 @@ def _from_images(
 
 
 def _features(
-    runner: OnnxSession, images: Mapping[str, Array], prompt: Sequence[int], manifest: Mapping[str, Any]
-) -> Array:
-    """The features of all images, one row for each image token of the prompt; one row of zeros without images."""
-    (info,) = [info for info in runner.inputs() if info.name == _PIXELS]
-    (result,) = runner.outputs()
-    wanted = sum(token == manifest.get("image_token_id") for token in prompt)
-    if not images:
+    runner: OnnxSession,
+    modality: Modality,
+    media: Mapping[str, Array],
+    prompt: Sequence[int],
+    manifest: Mapping[str, Any],
+) -> dict[str, Array]:
+    """The features of all images or sounds, one row for each of their tokens; one row of zeros without them."""
+    wanted = sum(token == manifest.get(modality.token_field) for token in prompt)
+    if not media:
         if wanted:
-            raise UsageError(f"the prompt has {wanted} image tokens, and there are no images; give them (--inputs).")
-        width = (result.shape or (0,))[-1]
-        return np.zeros((1, int(width or 0)), numpy_dtype(result.dtype))
-    images = cast_feeds(images, runner.inputs())
+            raise UsageError(
+                f"the prompt has {wanted} {modality.name} tokens, and there are no {modality.plural}; give them "
+                "(--inputs)."
+            )
+        return {o.name: np.zeros((1, int((o.shape or (0,))[-1] or 0)), numpy_dtype(o.dtype)) for o in runner.outputs()}
+    (info,) = [info for info in runner.inputs() if info.name == modality.values]
+    media = cast_feeds(media, runner.inputs())
     rows, *size = info.shape or (1,)
-    pixels = images.get(_PIXELS)
-    if pixels is None or not isinstance(rows, int) or pixels.shape[0] % rows or [*pixels.shape[1:]] != size:
-        got = "none" if pixels is None else "x".join(map(str, pixels.shape))
+    values = media.get(modality.values)
+    if values is None or not isinstance(rows, int) or values.shape[0] % rows or [*values.shape[1:]] != size:
+        got = "none" if values is None else "x".join(map(str, values.shape))
         raise UsageError(
-            f"{_PIXELS}: expected images of shape {'x'.join(map(str, info.shape or ()))}, as the model was exported "
-            f"for this size, got {got}."
+            f"{modality.values}: expected {modality.plural} of shape {'x'.join(map(str, info.shape or ()))}, as the "
+            f"model was exported for this size, got {got}."
         )
-    others = {i.name: images[i.name] for i in runner.inputs() if i.name != _PIXELS and i.name in images}
-    number = pixels.shape[0] // rows
+    others = {i.name: media[i.name] for i in runner.inputs() if i.name != modality.values and i.name in media}
+    number = values.shape[0] // rows
     found = [
-        runner.run({_PIXELS: pixels[n * rows : (n + 1) * rows], **{k: v[n : n + 1] for k, v in others.items()}})
+        runner.run({modality.values: values[n * rows : (n + 1) * rows], **{k: v[n : n + 1] for k, v in others.items()}})
         for n in range(number)
     ]
-    features = np.concatenate([outputs["image_features"] for outputs in found])
-    if len(features) != wanted:
-        raise UsageError(f"the prompt: expected {len(features)} image tokens for {number} images, got {wanted}.")
+    features = {name: np.concatenate([outputs[name] for outputs in found]) for name in found[0]}
+    if (count := len(features[modality.features])) != wanted:
+        raise UsageError(
+            f"the prompt: expected {count} {modality.name} tokens for {number} {modality.plural}, got {wanted}."
+        )
     return features
 
 
@@ -136,7 +145,7 @@ class _Positions:
         self._rows = shape[0] if len(shape) == 3 and isinstance(shape[0], int) else 0
         grid = (manifest.get("image_grid_thw") or [[1, 1, 1]])[0]
         merge = manifest.get("image_merge_size") or 1
-        self._known = _image_positions(prompt, manifest.get("image_token_id"), grid, merge)
+        self._known = _image_positions(prompt, manifest.get(IMAGES.token_field), grid, merge)
 
     def last(self, count: int, length: int) -> Array:
         """The positions of the last tokens of a text of this length."""

@@ -22,6 +22,8 @@ _CONVENTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("input_ids", ("batch", "sequence")),
     ("decoder_input_ids", ("batch", "decoder_sequence")),
     ("inputs_embeds", ("batch", "sequence", "hidden")),
+    ("image_features", ("image_tokens", "hidden")),
+    ("audio_features", ("audio_tokens", "hidden")),
     ("decoder_inputs_embeds", ("batch", "decoder_sequence", "hidden")),
     ("attention_mask", ("batch", "sequence")),
     ("decoder_attention_mask", ("batch", "decoder_sequence")),

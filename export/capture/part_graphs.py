@@ -12,8 +12,17 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ...models.calling.media_parts import (
+    ENCODER_PARTS,
+    EmbeddingPart,
+    EmbedsDecoderPart,
+    FeaturesPart,
+    Modality,
+    embed,
+    first_one,
+    modality_read,
+)
 from ...models.calling.parts import DECODER, ENCODER, EncoderPart, cross_cache, empty_cache, encoder_outputs
-from ...models.calling.vision_parts import VISION, EmbeddingPart, VisionPart, first_image
 from ..graph.cache_names import cache_name, past_name
 from ..graph.metadata import PAST, PRESENT
 
@@ -25,21 +34,22 @@ _OUTPUTS = {ENCODER: {"encoder_last_hidden_state": "last_hidden_state"}, DECODER
 _SIDE = {ENCODER: ".encoder.", DECODER: ".decoder."}
 
 
-def vision_sample(model: Any, part: str, inputs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """What is captured for the vision encoder or the embedding of a model, and what it is called with.
+def media_sample(model: Any, part: str, inputs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What is captured for the encoder of images or sounds, or the embedding, of a model, and what it is called with.
 
     Args:
-        model: a model of transformers that reads images, in eval mode.
-        part: `vision_encoder` or `embedding`.
+        model: a model of transformers that reads images or sounds, in eval mode.
+        part: `vision_encoder`, `audio_encoder` or `embedding`.
         inputs: example inputs of the whole model.
     """
-    image, grid, images = first_image(inputs)
-    encoder = VisionPart(model, grid)
-    if part == VISION:
-        return encoder.with_tables(), image
+    modality = _modality(model, inputs)
+    first, grid, number = first_one(modality, inputs)
+    encoder = FeaturesPart(model, modality, grid)
+    if part in ENCODER_PARTS:
+        return encoder.with_tables(), first
     with torch.no_grad():
-        features = encoder(**image)["image_features"]
-    return EmbeddingPart(model), {"input_ids": inputs["input_ids"], "image_features": features.repeat(images, 1)}
+        features = {name: rows.repeat(number, 1) for name, rows in encoder(**first).items()}
+    return EmbeddingPart(model), {"input_ids": inputs["input_ids"], **features}
 
 
 def name_outputs(program: ir.Model) -> None:
@@ -48,11 +58,35 @@ def name_outputs(program: ir.Model) -> None:
         value.name = (value.name or "").removeprefix("output.")
 
 
-def embeds_sample(model: Any, step: Mapping[str, Any]) -> dict[str, Any]:
-    """A decode step that reads embeddings instead of token ids."""
+def finish_embedding(program: ir.Model) -> None:
+    """Name the outputs of the embedding; all its features have as many rows, and the width of the embeddings."""
+    name_outputs(program)
+    width = next(value.shape[-1] for value in program.graph.outputs if value.shape is not None)
+    features = [value for value in program.graph.inputs if "input_ids" not in (value.name or "")]
+    rows = next(value.shape[0] for value in features if value.shape is not None)
+    for value in features:
+        value.shape = ir.Shape([rows, width])
+
+
+def embeds_sample(model: Any, step: Mapping[str, Any], inputs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A decode step that reads embeddings instead of token ids: what is captured, and what it is called with.
+
+    Args:
+        model: a model of transformers that reads images or sounds, in eval mode.
+        step: what the decode step is called with.
+        inputs: example inputs of the whole model.
+    """
     with torch.no_grad():
-        embedded = model.get_input_embeddings()(step["input_ids"])
-    return {"inputs_embeds": embedded, **{name: value for name, value in step.items() if name != "input_ids"}}
+        count = step["input_ids"].shape[1]
+        embedded = {name: value[:, -count:] for name, value in embed(model, _modality(model, inputs), inputs).items()}
+    rest = {name: value for name, value in step.items() if name != "input_ids"}
+    return EmbedsDecoderPart(model), {**embedded, **rest}
+
+
+def _modality(model: Any, inputs: Mapping[str, Any]) -> Modality:
+    modality = modality_read(model, inputs)
+    assert modality is not None, "only a model with inputs of a modality has such parts"
+    return modality
 
 
 def part_sample(model: Any, part: str, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,15 +17,23 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
 from ...models.calling.experts import experts, has_experts
+from ...models.calling.media_parts import EMBEDDING, ENCODER_PARTS
 from ...models.calling.parts import DECODER, is_encoder_decoder
 from ...models.calling.rotary import traceable_rotary
-from ...models.calling.vision_parts import EMBEDDING, VISION
 from ...models.errors import EnvironmentMissingError, UnsupportedError
 from ...models.versions import installed_version, too_old
 from ..graph.cache_names import cache_name, is_present, past_name, present_name
 from ..graph.metadata import PAST
 from .captured import Capture
-from .part_graphs import embeds_sample, keep_part, lost_states, name_outputs, part_sample, vision_sample
+from .part_graphs import (
+    embeds_sample,
+    finish_embedding,
+    keep_part,
+    lost_states,
+    media_sample,
+    name_outputs,
+    part_sample,
+)
 from .recurrences import traceable_recurrences
 
 # Arguments that decide what a model returns.
@@ -49,8 +57,8 @@ def capture_transformers(
     exporter, config_class = _transformers_exporter()
     config = config_class(
         opset_version=opset,
-        # A vision encoder computes its positions and patches from the size of the image, which is fixed here.
-        dynamic=bool(dynamic) and part != VISION,
+        # Such an encoder computes its positions and patches from the size of the image or sound, which is fixed here.
+        dynamic=bool(dynamic) and part not in ENCODER_PARTS,
         dynamic_shapes=dict(dynamic) if isinstance(dynamic, Mapping) else None,
     )
     notes = []
@@ -91,16 +99,17 @@ class _Task:
 
 def _task(model: Any, inputs: dict[str, Any], with_past: bool, part: str | None) -> _Task:
     who = type(model).__name__
-    if part in (VISION, EMBEDDING):
-        target, sample = vision_sample(model, part, inputs)
-        notes = ["the vision encoder reads one image of the size of the example inputs"] if part == VISION else []
-        return _Task(target, sample, name_outputs, notes=notes)
+    if part == EMBEDDING or part in ENCODER_PARTS:
+        target, sample = media_sample(model, part, inputs)
+        modality = ENCODER_PARTS.get(part)
+        notes = [modality.note] if modality is not None else []
+        return _Task(target, sample, finish_embedding if part == EMBEDDING else name_outputs, notes=notes)
     if part is not None and is_encoder_decoder(model):
         sample = part_sample(model, part, inputs)
         return _Task(model, sample, functools.partial(_finish_part, who, part, sample), cached=True)
     if with_past:
         target, sample = _decode_step(model, inputs)
-        sample = sample if part is None else embeds_sample(target, sample)
+        target, sample = (target, sample) if part is None else embeds_sample(target, sample, inputs)
         return _Task(target, sample, functools.partial(_finish_decoder, who, sample), cached=True)
     sample = {**inputs, "use_cache": False}
     return _Task(model, sample, functools.partial(_finish_without_cache, sample))

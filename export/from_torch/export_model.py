@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ...models.calling.calls import call_form, named_arguments, named_tensors, split_arguments
+from ...models.calling.media_parts import check_parts, media_record, modality_read
 from ...models.calling.modalities import TEXT_INPUTS, left_out, text_only_note
 from ...models.calling.parts import parts_for
-from ...models.calling.vision_parts import PIXELS, VISION, check_parts, image_record
 from ...models.companions import folder_of
 from ...models.dtypes import norm_dtype, torch_dtype, torch_name
 from ...models.errors import MismatchError, UnsupportedError, UsageError
@@ -207,9 +207,10 @@ def prepare_parts(
     try:
         progress(f"checking {len(recognition.sites)} norms in the running model")
         recognition = _checked(model, recognition, feeds)
-        if VISION in parts:
+        modality = modality_read(model, feeds)
+        if modality is not None and modality.part in parts:
             progress("checking that the parts compute what the model does")
-            check_parts(model, detached(feeds))
+            check_parts(model, modality, detached(feeds))
         captured = {}
         for part in parts:
             progress("capturing the graph" if part is None else f"capturing the graph of the {part}")
@@ -242,8 +243,8 @@ def _prepared(
     recognition = Recognition(recognition.sites, unswapped.left(recognition.refusals))
     details = {**call_form(feeds).to_json(), "elements": saved_elements(model)}
     prepared = PreparedModel(captured, recognition, dtype, unswapped, details, notes=unswapped.notes)
-    if part is not None and PIXELS in feeds:
-        prepared.details.update(image_record(model, feeds))
+    if part is not None:
+        prepared.details.update(media_record(model, feeds))
     note = text_only_note(model, feeds)
     if note is not None:
         prepared.notes.append(note)

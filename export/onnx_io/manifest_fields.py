@@ -83,6 +83,7 @@ class ManifestFields(_Fields):
     with_past: bool = False
     part: Text | None = None
     image_token_id: int | None = None
+    audio_token_id: int | None = None
     image_grid_thw: list[list[int]] | None = None
     image_merge_size: int | None = None
     components: list[Annotated[str, StringConstraints(pattern=r"^[a-z_]+$")]] = []

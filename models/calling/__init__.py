@@ -4,7 +4,7 @@ calls: CallForm, flat named tensors as the arguments of a forward; named_tensors
 wrappers: look_through, the model inside DataParallel, torch.compile, PEFT and others.
 parts: part_of, the parts of a model as modules of their own, such as an encoder and its decoder.
 part: Part, what these modules have in common.
-vision_parts: VisionPart and EmbeddingPart, of a model that reads images and text.
+media_parts: FeaturesPart, EmbeddingPart and EmbedsDecoderPart, of a model that reads images or sounds beside text.
 modalities: text_only_note, whether an export leaves out the images or sounds that a model reads.
 experts: experts, which implementation of mixture-of-experts layers runs.
 rotary: reset_rotary and traceable_rotary, rotary embeddings whose frequencies follow the length.

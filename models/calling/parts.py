@@ -6,6 +6,7 @@ names in both.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from .media_parts import (
+    EMBEDDING,
+    EmbeddingPart,
+    EmbedsDecoderPart,
+    FeaturesPart,
+    modalities_of,
+    modality_read,
+)
 from .part import Part
-from .vision_parts import EMBEDDING, VISION, EmbeddingPart, VisionPart, image_token, reads_images
 
 ENCODER, DECODER = "encoder", "decoder"
 # The names of the cross-attention cache's tensors, of a layer.
@@ -32,9 +40,8 @@ def parts_for(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, ...]:
     """The parts into which an export with a cache splits a model with these inputs; none for a decoder of text."""
     if is_encoder_decoder(model):
         return (ENCODER, DECODER)
-    if reads_images(model, inputs):
-        return (VISION, EMBEDDING, DECODER)
-    return ()
+    modality = modality_read(model, inputs)
+    return () if modality is None else (modality.part, EMBEDDING, DECODER)
 
 
 def part_of(model: nn.Module, name: str, grid: Sequence[Sequence[int]] | None = None) -> nn.Module:
@@ -43,18 +50,25 @@ def part_of(model: nn.Module, name: str, grid: Sequence[Sequence[int]] | None = 
     Args:
         model: the whole model.
         name: of the part.
-        grid: of a vision encoder, see `VisionPart`.
+        grid: of a vision encoder, see `FeaturesPart`.
 
     Raises:
         UsageError: the model has no part of that name.
     """
-    known = _PARTS if is_encoder_decoder(model) else _VISION_PARTS if image_token(model) is not None else {}
+    known = _PARTS if is_encoder_decoder(model) else _media_parts(model, grid)
     if name not in known:
         raise UsageError(
             f"{type(model).__name__}: expected the name of one of its parts ({', '.join(known) or 'it has none'}), got "
             f"{name!r}. Name the model that was exported (--against)."
         )
-    return VisionPart(model, grid) if name == VISION else known[name](model)
+    return known[name](model)
+
+
+def _media_parts(model: nn.Module, grid: Sequence[Sequence[int]] | None) -> dict[str, Callable[[nn.Module], nn.Module]]:
+    encoders = {
+        found.part: functools.partial(FeaturesPart, modality=found, grid=grid) for found in modalities_of(model)
+    }
+    return {**encoders, EMBEDDING: EmbeddingPart, DECODER: EmbedsDecoderPart} if encoders else {}
 
 
 class EncoderPart(Part):
@@ -162,13 +176,4 @@ def cross_cache(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.replace("present.", "past_key_values.", 1): t for n, t in outputs.items() if n.startswith("present.")}
 
 
-def _itself(model: nn.Module) -> nn.Module:
-    return model
-
-
 _PARTS: dict[str, Callable[[nn.Module], nn.Module]] = {ENCODER: EncoderPart, DECODER: DecoderPart}
-_VISION_PARTS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    VISION: VisionPart,
-    EMBEDDING: EmbeddingPart,
-    DECODER: _itself,  # it reads embeddings too
-}

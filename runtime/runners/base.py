@@ -23,7 +23,8 @@ ANY_DTYPE = "any"
 
 # Inputs of a decoder with one element per token; of the decoder of an encoder-decoder, these are its own.
 _TOKEN_INPUTS = ("input_ids", "position_ids", "token_type_ids")
-_EMBEDDED = "inputs_embeds"
+# Inputs with one embedding per token: these, and those that begin so.
+_EMBEDDED, _DEEP_EMBEDS = "inputs_embeds", "deepstack_embeds_"
 _DECODER_TOKENS = "decoder_input_ids"
 
 
@@ -195,15 +196,15 @@ def tokens_between(feeds: Mapping[str, Array], start: int, end: int) -> dict[str
 
     Args:
         feeds: the inputs of all tokens; `input_ids`, `position_ids` and `token_type_ids` have them in the last dim, and
-            `inputs_embeds` in the one before. Of the decoder of an encoder-decoder, `decoder_input_ids` has them, and
-            `attention_mask` is the encoder's.
+            `inputs_embeds` and `deepstack_embeds_N` in the one before. Of the decoder of an encoder-decoder,
+            `decoder_input_ids` has them, and `attention_mask` is the encoder's.
         start: the number of tokens in the cache.
         end: the number of tokens after the call.
     """
     own = (_DECODER_TOKENS,) if token_input(feeds) == _DECODER_TOKENS else _TOKEN_INPUTS
     part = {name: value[..., start:end] if name in own else value for name, value in feeds.items()}
-    if _EMBEDDED in part:
-        part[_EMBEDDED] = feeds[_EMBEDDED][:, start:end]
+    embedded = [name for name in feeds if name.startswith((_EMBEDDED, _DEEP_EMBEDS))]
+    part.update({name: feeds[name][:, start:end] for name in embedded})
     if "attention_mask" in part and own is _TOKEN_INPUTS:
         part["attention_mask"] = feeds["attention_mask"][:, :end]
     return part

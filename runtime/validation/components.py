@@ -89,7 +89,9 @@ def validate_components(
     if options.prompts:
         report.notes.append(f"the prompts are inputs of the encoder; the {DECODER} was checked on generated inputs")
     if ENCODER not in parts:
-        report.untried.append("tokens that the models generate together from an image: rmsnorm generate --inputs")
+        report.untried.append(
+            "tokens that the models generate together from images or sounds: rmsnorm generate --inputs"
+        )
     elif options.lossy is not None or {EVERY_OUTPUT, "logits"} & set(options.limits):
         report.untried.append("greedy tokens of both together: omit the limits on logits, or use generate")
     else:

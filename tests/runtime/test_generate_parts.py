@@ -1,4 +1,4 @@
-"""Generation with images: the tokens are PyTorch's; images that do not fit are refused."""
+"""Generation with images and sounds: the tokens are PyTorch's; images that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.runtime.generate import generate
 from rmsnorm_deploy.runtime.generate_parts import _image_positions
 from rmsnorm_deploy.runtime.validation.api import validate
-from tests.helpers.models.vision import IMAGE, llava, llava_inputs, qwen2_5_vl, qwen_inputs
+from tests.helpers.models.media import (
+    IMAGE,
+    llava,
+    llava_inputs,
+    qwen2_5_vl,
+    qwen3_vl,
+    qwen_inputs,
+    voxtral,
+    voxtral_inputs,
+)
 
 
 def wanted(model: Any, inputs: dict[str, torch.Tensor]) -> list[int]:
@@ -36,9 +45,9 @@ def test_tokens_of_an_image_are_those_of_pytorch(folder: Path) -> None:
     assert len(set(tokens)) > 3
     images = {"pixel_values": inputs["pixel_values"].numpy()}
     prompt = inputs["input_ids"][0].tolist()
-    assert generate(folder, prompt, max_new_tokens=12, images=images).ids == tokens
+    assert generate(folder, prompt, max_new_tokens=12, inputs=images).ids == tokens
     other = {"pixel_values": images["pixel_values"][:, :, ::-1].copy()}
-    assert generate(folder, prompt, max_new_tokens=12, images=other).ids != tokens
+    assert generate(folder, prompt, max_new_tokens=12, inputs=other).ids != tokens
 
 
 def test_tokens_without_an_image_are_those_of_pytorch(folder: Path) -> None:
@@ -52,9 +61,9 @@ def test_images_that_do_not_fit(folder: Path) -> None:
     with pytest.raises(UsageError, match="the prompt has 16 image tokens, and there are no images"):
         generate(folder, prompt)
     with pytest.raises(UsageError, match=r"pixel_values: expected images of shape 1x3x28x28, .* got 1x3x14x28"):
-        generate(folder, prompt, images={"pixel_values": pixels[:, :, :14]})
+        generate(folder, prompt, inputs={"pixel_values": pixels[:, :, :14]})
     with pytest.raises(UsageError, match="expected 32 image tokens for 2 images, got 16"):
-        generate(folder, prompt, images={"pixel_values": np.concatenate([pixels, pixels])})
+        generate(folder, prompt, inputs={"pixel_values": np.concatenate([pixels, pixels])})
 
 
 @pytest.mark.parametrize("part", ["vision_encoder", "embedding", "decoder"])
@@ -63,13 +72,30 @@ def test_every_part_agrees_with_pytorch(folder: Path, part: str) -> None:
     assert (report.verdict, report.culprits) == ("pass", [])
 
 
-def test_qwen2_5_vl_has_positions_in_time_height_and_width(tmp_path: Path) -> None:
-    export_model(qwen2_5_vl(), tmp_path / "out", inputs=qwen_inputs(), with_past=True, target="ort")
-    inputs = qwen_inputs(1)
-    tokens = wanted(qwen2_5_vl(), inputs)
+@pytest.mark.parametrize(
+    ("make", "make_inputs", "values", "part"),
+    [
+        # Positions in time, height and width.
+        (qwen2_5_vl, qwen_inputs, "pixel_values", "vision_encoder"),
+        # Features of inner layers, which the first layers of the decoder add.
+        (qwen3_vl, qwen_inputs, "pixel_values", "vision_encoder"),
+        (voxtral, voxtral_inputs, "input_features", "audio_encoder"),
+    ],
+)
+def test_parts_of_images_and_sounds_are_right(
+    tmp_path: Path, make: Any, make_inputs: Any, values: str, part: str
+) -> None:
+    model, inputs = make(), make_inputs(1)
+    result = export_model(model, tmp_path / "out", inputs=make_inputs(), with_past=True, target="ort")
+    assert result.manifest["components"] == [part, "embedding", "decoder"]
+    tokens = wanted(model, inputs)
     assert len(set(tokens)) > 3
-    images = {"pixel_values": inputs["pixel_values"].numpy()}
-    assert generate(tmp_path / "out", inputs["input_ids"][0].tolist(), max_new_tokens=12, images=images).ids == tokens
+    prompt, given = inputs["input_ids"][0].tolist(), {values: inputs[values].numpy()}
+    assert generate(tmp_path / "out", prompt, max_new_tokens=12, inputs=given).ids == tokens
+    other = {values: given[values][:, ::-1].copy()}
+    assert generate(tmp_path / "out", prompt, max_new_tokens=12, inputs=other).ids != tokens
+    report = validate(tmp_path / "out", model)
+    assert (report.verdict, report.culprits) == ("pass", [])
 
 
 def test_positions_of_an_image_are_those_of_its_patches() -> None:
@@ -81,7 +107,7 @@ def test_a_folder_of_one_model_reads_no_images(tmp_path: Path) -> None:
     model = llava()
     export_model(model, tmp_path / "text", with_past=True)
     with pytest.raises(UsageError, match="reads text only, got pixel_values too"):
-        generate(tmp_path / "text", [5, 6], images={"pixel_values": np.zeros((1, 3, 28, 28), np.float32)})
+        generate(tmp_path / "text", [5, 6], inputs={"pixel_values": np.zeros((1, 3, 28, 28), np.float32)})
 
 
 def test_inputs_beside_text_are_not_dropped(tmp_path: Path) -> None:

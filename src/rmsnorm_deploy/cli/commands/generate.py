@@ -29,7 +29,11 @@ def generate(
     ] = 32,
     inputs: Annotated[
         str | None,
-        typer.Option("--inputs", metavar="FILE", help="The images of the prompt: pixel_values, .npz or .safetensors."),
+        typer.Option(
+            "--inputs",
+            metavar="FILE",
+            help="The images (pixel_values) or sounds (input_features) of the prompt: .npz or .safetensors.",
+        ),
     ] = None,
     provider: options.Provider = "cpu",
     quiet: options.Quiet = False,
@@ -38,11 +42,11 @@ def generate(
     """Continue a prompt with an exported decoder."""
     screen = Screen(as_json, quiet)
     wanted = _prompt(prompt, prompt_ids)
-    images = read_arrays(Path(inputs)) if inputs is not None else None
+    given = read_arrays(Path(inputs)) if inputs is not None else None
     with screen.working(f"generating with {path}"):
         from rmsnorm_deploy.runtime.generate import generate as generate_tokens
 
-        result = generate_tokens(path, wanted, max_new_tokens=max_new_tokens, provider=provider, images=images)
+        result = generate_tokens(path, wanted, max_new_tokens=max_new_tokens, provider=provider, inputs=given)
     screen.result(_payload(result), lambda: _print(screen, result), is_answer=True)
 
 

@@ -1,4 +1,4 @@
-"""The parts of models that read images: together they are the model, and a model that is more than them is refused."""
+"""The parts of models that read images or sounds: together they are the model; a model that is more is refused."""
 
 from __future__ import annotations
 
@@ -8,26 +8,46 @@ import pytest
 import torch
 from torch import nn
 
-from rmsnorm_deploy.models.calling.parts import part_of, parts_for
-from rmsnorm_deploy.models.calling.vision_parts import (
-    VisionPart,
+from rmsnorm_deploy.models.calling.media_parts import (
+    IMAGES,
+    SOUNDS,
+    FeaturesPart,
+    Modality,
     check_parts,
     embed,
-    first_image,
-    image_record,
-    image_token,
-    reads_images,
+    first_one,
+    media_record,
+    modality_read,
 )
+from rmsnorm_deploy.models.calling.parts import part_of, parts_for
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
-from tests.helpers.models.vision import IMAGE, llava, llava_inputs, qwen2_5_vl, qwen_inputs
+from tests.helpers.models.media import (
+    IMAGE,
+    llava,
+    llava_inputs,
+    qwen2_5_vl,
+    qwen3_vl,
+    qwen_inputs,
+    voxtral,
+    voxtral_inputs,
+)
 
 
-@pytest.mark.parametrize(("model", "inputs"), [(llava, llava_inputs), (qwen2_5_vl, qwen_inputs)])
-def test_the_parts_together_are_the_model(model: Any, inputs: Any) -> None:
+@pytest.mark.parametrize(
+    ("model", "inputs", "modality"),
+    [
+        (llava, llava_inputs, IMAGES),
+        (qwen2_5_vl, qwen_inputs, IMAGES),
+        (qwen3_vl, qwen_inputs, IMAGES),
+        (voxtral, voxtral_inputs, SOUNDS),
+    ],
+)
+def test_the_parts_together_are_the_model(model: Any, inputs: Any, modality: Modality) -> None:
     whole, given = model(), inputs()
-    check_parts(whole, given)
-    embedded = embed(whole, given)
+    assert modality_read(whole, given) is modality
+    check_parts(whole, modality, given)
+    embedded = embed(whole, modality, given)["inputs_embeds"]
     assert embedded.shape == (*given["input_ids"].shape, 32)
     text = given["input_ids"] != IMAGE
     assert torch.equal(embedded[text], whole.get_input_embeddings()(given["input_ids"])[text])
@@ -55,13 +75,13 @@ def test_a_model_that_is_more_than_its_parts_is_refused() -> None:
     with pytest.raises(
         UnsupportedError, match=r"ReadsThemTwice cannot be split .* uses the images in another place too"
     ):
-        check_parts(ReadsThemTwice(), llava_inputs())
+        check_parts(ReadsThemTwice(), IMAGES, llava_inputs())
 
 
 def test_the_first_image_and_how_many_there_are() -> None:
-    image, grid, number = first_image(llava_inputs(3))
+    image, grid, number = first_one(IMAGES, llava_inputs(3))
     assert (tuple(image["pixel_values"].shape), grid, number) == ((1, 3, 28, 28), None, 3)
-    image, grid, number = first_image(qwen_inputs(2))
+    image, grid, number = first_one(IMAGES, qwen_inputs(2))
     assert (tuple(image["pixel_values"].shape), grid, number) == ((16, 294), [[1, 4, 4]], 2)
 
 
@@ -69,8 +89,9 @@ def test_which_models_have_parts() -> None:
     whole = llava()
     assert parts_for(whole, llava_inputs()) == ("vision_encoder", "embedding", "decoder")
     assert parts_for(whole, {"input_ids": 1}) == ()
-    assert not reads_images(nn.Linear(2, 2), {"pixel_values": 1})
-    assert (image_token(whole), image_token(nn.Linear(2, 2))) == (IMAGE, None)
+    assert parts_for(voxtral(), voxtral_inputs()) == ("audio_encoder", "embedding", "decoder")
+    assert modality_read(nn.Linear(2, 2), {"pixel_values": 1}) is None
+    assert (IMAGES.token(whole), IMAGES.token(nn.Linear(2, 2)), SOUNDS.token(whole)) == (IMAGE, None, None)
     with pytest.raises(UsageError, match=r"expected the name of one of its parts .*, got 'encoder'"):
         part_of(whole, "encoder")
 
@@ -78,16 +99,16 @@ def test_which_models_have_parts() -> None:
 def test_a_part_has_the_paths_of_the_model() -> None:
     whole = qwen2_5_vl()
     part = part_of(whole, "vision_encoder", [[1, 4, 4]])
-    assert isinstance(part, VisionPart)
+    assert isinstance(part, FeaturesPart)
     assert [site.path for site in find_norms(part).sites] == [site.path for site in find_norms(whole).sites]
-    assert image_record(whole, qwen_inputs()) == {
+    assert media_record(whole, qwen_inputs()) == {
         "image_token_id": IMAGE, "image_grid_thw": [[1, 4, 4]], "image_merge_size": 2,
     }  # fmt: skip
 
 
 def test_tables_of_the_grid_change_nothing() -> None:
-    whole, image = qwen2_5_vl(), first_image(qwen_inputs())[0]
-    plain, prepared = VisionPart(whole, [[1, 4, 4]]), VisionPart(whole, [[1, 4, 4]]).with_tables()
+    whole, image = qwen2_5_vl(), first_one(IMAGES, qwen_inputs())[0]
+    plain, prepared = FeaturesPart(whole, IMAGES, [[1, 4, 4]]), FeaturesPart(whole, IMAGES, [[1, 4, 4]]).with_tables()
     assert "window_index" in prepared.__dict__["tables"]
     with torch.no_grad():
         assert torch.equal(plain(**image)["image_features"], prepared(**image)["image_features"])

@@ -1,4 +1,4 @@
-"""Small models that read images and text, with random weights, and inputs for them."""
+"""Small models that read images or sounds beside text, with random weights, and inputs for them."""
 
 from __future__ import annotations
 
@@ -49,6 +49,42 @@ def qwen2_5_vl(**vision: Any) -> nn.Module:
         image_token_id=IMAGE, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93,
     )  # fmt: skip
     return _spread(transformers.Qwen2_5_VLForConditionalGeneration(config))
+
+
+def qwen3_vl() -> nn.Module:
+    """Qwen3-VL: 4 features of an image of 4 x 4 patches, and those of 2 inner layers for the decoder's first layers."""
+    rotary = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    config = transformers.Qwen3VLConfig(
+        text_config={**_TEXT, "num_hidden_layers": 3, "rope_parameters": rotary},
+        vision_config={
+            "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 7,
+            "out_hidden_size": 32, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16,
+        },
+        image_token_id=IMAGE, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93,
+    )  # fmt: skip
+    return _spread(transformers.Qwen3VLForConditionalGeneration(config))
+
+
+def voxtral() -> nn.Module:
+    """Voxtral: 4 features of a sound of 32 frames."""
+    config = transformers.VoxtralConfig(
+        text_config={"model_type": "llama", **_TEXT},
+        audio_config={
+            "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_mel_bins": 8, "max_source_positions": 16,
+        },
+        audio_token_id=IMAGE,
+    )  # fmt: skip
+    return _spread(transformers.VoxtralForConditionalGeneration(config))
+
+
+def voxtral_inputs(batch: int = 2) -> dict[str, torch.Tensor]:
+    """One sound in each row."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 80, (batch, 12), generator=generator)
+    ids[:, 2:6] = IMAGE
+    features = torch.randn(batch, 8, 32, generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "input_features": features}
 
 
 def llava_inputs(batch: int = 2) -> dict[str, torch.Tensor]:

@@ -1,0 +1,307 @@
+"""The parts of a model that reads images or sounds beside text: their encoder, the embedding, and the decoder.
+
+The encoder makes one row of features for each image token of one image (audio token of one sound), the embedding puts
+them in the places of these tokens, and the decoder, which has a cache, reads embeddings instead of token ids. A model
+that adds features of inner layers of its vision encoder to the states of its first layers (DeepStack,
+https://arxiv.org/abs/2406.04334) has them as further outputs of the encoder and inputs of the decoder.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+from .modalities import TEXT_INPUTS
+from .part import Part
+
+EMBEDDING = "embedding"
+GRID = "image_grid_thw"
+# Features of inner layers by their number: as an output of the encoder, and in the places of the tokens.
+_DEEP_FEATURES, _DEEP_EMBEDS = "deepstack_features_", "deepstack_embeds_"
+# The largest difference of logits between the parts and the whole, in eps of their dtype times the largest logit.
+_MOST_EPS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Modality:
+    """What a model reads beside text, with an encoder of its own.
+
+    Attributes:
+        name: as transformers names it, `image` or `audio`.
+        plural: what it is called in messages.
+        part: the name of the encoder's part.
+        values: the model's input that holds it.
+        others: further inputs of the encoder.
+    """
+
+    name: str
+    plural: str
+    part: str
+    values: str
+    others: tuple[str, ...]
+
+    @property
+    def getter(self) -> str:
+        """The method of a model that computes the features."""
+        return f"get_{self.name}_features"
+
+    @property
+    def features(self) -> str:
+        """The output of the encoder, an input of the embedding."""
+        return f"{self.name}_features"
+
+    @property
+    def token_field(self) -> str:
+        """The manifest's field for the token in whose place a feature goes."""
+        return f"{self.name}_token_id"
+
+    @property
+    def note(self) -> str:
+        """What the encoder reads, for the manifest."""
+        what = "image of the size" if self.name == "image" else "sound of the length"
+        return f"the {self.part.replace('_', ' ')} reads one {what} of the example inputs"
+
+    def token(self, model: Any) -> int | None:
+        """The id of that token; None if the config does not state it."""
+        config = getattr(model, "config", None)
+        found = (getattr(config, field, None) for field in (self.token_field, f"{self.name}_token_index"))
+        return next((token for token in found if isinstance(token, int)), None)
+
+    def of(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs that its encoder reads."""
+        return {name: inputs[name] for name in (self.values, *self.others) if name in inputs}
+
+
+IMAGES = Modality("image", "images", "vision_encoder", "pixel_values", (GRID, "image_sizes", "pixel_attention_mask"))
+SOUNDS = Modality("audio", "sounds", "audio_encoder", "input_features", ("input_features_mask",))
+MODALITIES = (IMAGES, SOUNDS)
+ENCODER_PARTS = {modality.part: modality for modality in MODALITIES}
+
+
+def modality_read(model: nn.Module, inputs: Mapping[str, Any]) -> Modality | None:
+    """The modality of the inputs for which a model of transformers can be split into these parts."""
+    return next((found for found in modalities_of(model) if found.values in inputs), None)
+
+
+def modalities_of(model: nn.Module) -> list[Modality]:
+    """The modalities for which a model has an encoder and a token."""
+    return [found for found in MODALITIES if _base(model, found) is not None and found.token(model) is not None]
+
+
+def _base(model: Any, modality: Modality) -> Any:
+    """The module that computes the features."""
+    return next((m for m in (getattr(model, "model", None), model) if hasattr(m, modality.getter)), None)
+
+
+class FeaturesPart(Part):
+    """The encoder of images of one size, or of sounds of one length, and the projector.
+
+    Args:
+        whole: the model.
+        modality: what it encodes.
+        grid: numbers of patches in time, height and width of each image, where the model reads them.
+    """
+
+    def __init__(self, whole: nn.Module, modality: Modality, grid: Sequence[Sequence[int]] | None = None) -> None:
+        super().__init__(whole)
+        self.modality = modality
+        self.grid = None if grid is None else [[int(size) for size in sizes] for sizes in grid]
+        # What the encoder computes from the grid, where it was computed before; see `with_tables`.
+        self.__dict__["tables"] = {}
+
+    def with_tables(self) -> FeaturesPart:
+        """This part, with the positions and windows of its grid as tensors, which a capture cannot compute."""
+        from transformers.exporters.utils import precompute_export_inputs
+
+        whole: Any = self.__dict__["whole"]
+        if self.grid is not None:
+            found: dict[str, Any] = {"hidden_states": torch.zeros(0), "grid_thw": torch.tensor(self.grid)}
+            precompute_export_inputs(whole.get_encoder(modality=self.modality.name), found)
+            self.__dict__["tables"] = {n: v for n, v in found.items() if n not in ("hidden_states", "grid_thw")}
+        return self
+
+    def forward(self, **values: Tensor) -> dict[str, Tensor]:
+        """The features of the tokens of an image or a sound.
+
+        Args:
+            values: of one image or sound, the modality's inputs as the model's processor makes them; the grid is not
+                read.
+
+        Returns:
+            `image_features` or `audio_features`, `[tokens, width]`; and with DeepStack `deepstack_features_N` of each
+            inner layer, of the same shape.
+        """
+        given: dict[str, Any] = {**values, **self.__dict__["tables"]}
+        if self.grid is not None:
+            given[GRID] = torch.tensor(self.grid, device=next(iter(values.values())).device)
+        found = getattr(_base(self.__dict__["whole"], self.modality), self.modality.getter)(**given)
+        deep = getattr(found, "deepstack_features", None) or []
+        features = {self.modality.features: _rows(getattr(found, "pooler_output", found))}
+        return {**features, **{f"{_DEEP_FEATURES}{n}": _rows(rows) for n, rows in enumerate(deep)}}
+
+
+def _rows(found: Any) -> Tensor:
+    parts = found if isinstance(found, list | tuple) else [found]
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
+class EmbeddingPart(Part):
+    """The embeddings of the tokens, with the features of images or sounds in the places of their tokens."""
+
+    def forward(self, input_ids: Tensor, **features: Tensor) -> dict[str, Tensor]:
+        """The input of the decoder.
+
+        Args:
+            input_ids: `[batch, sequence]`.
+            features: the outputs of `FeaturesPart` of all images or sounds in order, `[tokens, width]`; at least one
+                row.
+
+        Returns:
+            `inputs_embeds`, `[batch, sequence, width]`; and with DeepStack `deepstack_embeds_N`, of the same shape,
+            zero for the tokens of text.
+        """
+        whole: Any = self.__dict__["whole"]
+        modality = next(found for found in MODALITIES if found.features in features)
+        token, embedding = modality.token(whole), whole.get_input_embeddings()
+        is_feature = torch.eq(input_ids, -1 if token is None else token)
+        known = embedding.weight.shape[0]
+        ids = input_ids.masked_fill(is_feature, 0) if token is not None and token >= known else input_ids
+        embedded = embedding(ids)
+        places = is_feature.unsqueeze(-1).expand_as(embedded)
+        results = {"inputs_embeds": embedded.masked_scatter(places, features[modality.features].to(embedded.dtype))}
+        for name, rows in features.items():
+            if name.startswith(_DEEP_FEATURES):
+                level = torch.zeros_like(embedded).masked_scatter(places, rows.to(embedded.dtype))
+                results[_DEEP_EMBEDS + name.removeprefix(_DEEP_FEATURES)] = level
+        return results
+
+
+class EmbedsDecoderPart(Part):
+    """The decoder, which reads embeddings, and with DeepStack the features that its first layers add."""
+
+    def forward(self, **inputs: Any) -> Any:
+        """The results of the whole model.
+
+        Args:
+            inputs: `inputs_embeds` and `deepstack_embeds_N`, `[batch, sequence, width]`, and what the model reads
+                beside them.
+        """
+        whole: Any = self.__dict__["whole"]
+        deep = [inputs[name] for name in sorted(inputs, key=_level) if name.startswith(_DEEP_EMBEDS)]
+        rest = {name: value for name, value in inputs.items() if not name.startswith(_DEEP_EMBEDS)}
+        with _adding(whole, deep):
+            return whole(**rest)
+
+
+def _level(name: str) -> int:
+    number = name.removeprefix(_DEEP_EMBEDS)
+    return int(number) if number.isdigit() else -1
+
+
+@contextmanager
+def _adding(whole: Any, deep: Sequence[Tensor]) -> Iterator[None]:
+    """A model whose first layers add these tensors to their results, as they add the features of images."""
+    decoder = whole.get_decoder() if deep else None
+    if decoder is None:
+        yield
+        return
+    forward = decoder.forward
+
+    def with_features(**arguments: Any) -> Any:
+        # The mask is not read: `_deepstack_process` gets the tensors in the places of the tokens already.
+        return forward(**{**arguments, "visual_pos_masks": None, "deepstack_visual_embeds": list(deep)})
+
+    decoder.forward = with_features
+    decoder._deepstack_process = lambda states, _, features: states + features
+    try:
+        yield
+    finally:
+        del decoder.forward, decoder._deepstack_process
+
+
+def first_one(modality: Modality, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], list[list[int]] | None, int]:
+    """The encoder's inputs for the first image or sound of the inputs, its grid or None, and how many there are."""
+    values, grid = inputs[modality.values], inputs.get(GRID)
+    if modality is IMAGES and grid is not None:
+        first = grid[:1].tolist()
+        return {modality.values: values[: int(grid[0].prod())]}, first, len(grid)
+    return {name: value[:1] for name, value in modality.of(inputs).items()}, None, values.shape[0]
+
+
+def media_record(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says of the images or sounds that the parts of a model read: see `ManifestFields`."""
+    modality = modality_read(model, inputs)
+    if modality is None:
+        return {}
+    record: dict[str, Any] = {modality.token_field: modality.token(model)}
+    if modality is IMAGES and GRID in inputs:
+        vision = getattr(model.config, "vision_config", None)
+        record[GRID] = inputs[GRID][:1].tolist()
+        record["image_merge_size"] = int(getattr(vision, "spatial_merge_size", 1))
+    return record
+
+
+def embed(model: nn.Module, modality: Modality, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The decoder's inputs instead of token ids for inputs of the whole model, by the parts."""
+    grid = inputs[GRID].tolist() if modality is IMAGES and GRID in inputs else None
+    given = {name: value for name, value in modality.of(inputs).items() if name != GRID}
+    features = FeaturesPart(model, modality, grid)(**given)
+    embedded: dict[str, Tensor] = EmbeddingPart(model)(inputs["input_ids"], **features)
+    return embedded
+
+
+def _positions(model: Any, modality: Modality, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The positions of text and images, where the model computes them from the token ids."""
+    owner = next((m for m in (model, getattr(model, "model", None)) if hasattr(m, "get_rope_index")), None)
+    if owner is None or "position_ids" in inputs:
+        return {}
+    wanted = inspect.signature(owner.get_rope_index).parameters
+    known = {**inputs, "mm_token_type_ids": (inputs["input_ids"] == modality.token(model)).long()}
+    positions, _ = owner.get_rope_index(**{name: known[name] for name in wanted if name in known})
+    return {"position_ids": positions}
+
+
+def check_parts(model: Any, modality: Modality, inputs: Mapping[str, Any]) -> None:
+    """Check that the parts together give the logits of the whole model.
+
+    Raises:
+        UnsupportedError: they do not: the model uses the images or sounds in another place too, or reads more.
+    """
+    who, plural = type(model).__name__, modality.plural
+    split = f"cannot be split into {article(modality.part)} and a decoder"
+    media = modality.of(inputs)
+    text = {name: value for name, value in inputs.items() if name not in media and name != "input_ids"}
+    more = sorted(name for name in text.keys() - TEXT_INPUTS if isinstance(text[name], Tensor))
+    if more:
+        raise UnsupportedError(
+            f"{who} {split} with these inputs: the parts read text and {plural}, and the inputs have "
+            f"{', '.join(more)} too. Omit --with-past to export one graph, or omit these inputs."
+        )
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        try:
+            given = {**embed(model, modality, inputs), **text, **_positions(model, modality, inputs)}
+            got = EmbedsDecoderPart(model)(**given).logits
+        except Exception as error:
+            first = " ".join(str(error).split())[:200]
+            raise UnsupportedError(f"{who} {split}: {first}.") from error
+    off, largest = float((got - wanted).abs().max()), float(wanted.abs().max())
+    if not off <= _MOST_EPS * torch.finfo(wanted.dtype).eps * largest:
+        raise UnsupportedError(
+            f"{who} {split}: with the features of the {plural} as embeddings its logits differ by {off:.3g} of "
+            f"{largest:.3g}, so it uses the {plural} in another place too. Omit --with-past to export one graph with "
+            f"{plural}, or omit the {plural}."
+        )
+
+
+def article(part: str) -> str:
+    """The name of a part in a sentence."""
+    words = part.replace("_", " ")
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
