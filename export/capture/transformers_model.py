@@ -38,6 +38,8 @@ from .recurrences import traceable_recurrences
 
 # Arguments that decide what a model returns.
 _OUTPUT_FLAGS = frozenset({"output_attentions", "output_hidden_states", "return_dict", "use_cache"})
+# What the exporter puts before the names of inputs and outputs that are equal.
+_INPUT, _OUTPUT = "input.", "output."
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -73,6 +75,7 @@ def capture_transformers(
     # Older versions return torch's ONNXProgram, later ones an object of their own.
     program = exported.program if hasattr(exported, "program") else exported.model
     task.finish(program)
+    _drop_returned_inputs(program)
     _refuse_overflowed_mask(model, program)
     called = functools.partial(_as_captured if task.cached else _call, task.target, plain)
     return Capture(program, task.cached, notes + task.notes, program=(called, programs[-1]) if programs else None)
@@ -220,9 +223,9 @@ def _takes(model: Any, name: str) -> bool:
 def _name_cache(program: ir.Model) -> None:
     """Name the cache's inputs and outputs, and drop the numbers in it that do not change."""
     for value in program.graph.inputs:
-        value.name = past_name((value.name or "").removeprefix("input.")) or value.name
+        value.name = past_name((value.name or "").removeprefix(_INPUT)) or value.name
     for value in program.graph.outputs:
-        value.name = present_name((value.name or "").removeprefix("output.")) or value.name
+        value.name = present_name((value.name or "").removeprefix(_OUTPUT)) or value.name
     kept = [v for v in program.graph.outputs if not is_present(v.name or "") or v.shape is None or len(v.shape) > 0]
     program.graph.outputs[:] = kept
 
@@ -249,10 +252,29 @@ def _check_cache(program: ir.Model, who: str) -> None:
 
 def _drop_cache_outputs(program: ir.Model) -> None:
     """Remove the cache outputs of a model without cache inputs, which T5 returns nevertheless."""
-    kept = [v for v in program.graph.outputs if cache_name((v.name or "").removeprefix("output.")) is None]
+    kept = [v for v in program.graph.outputs if cache_name((v.name or "").removeprefix(_OUTPUT)) is None]
     if len(kept) != len(program.graph.outputs):
         program.graph.outputs[:] = kept
         RemoveUnusedNodesPass()(program)
+
+
+def _drop_returned_inputs(program: ir.Model) -> None:
+    """Remove the outputs that are an input, unchanged, of the same name, and give the input its name back."""
+    inputs = {(value.name or "").removeprefix(_INPUT): value for value in program.graph.inputs}
+    kept = []
+    for value in program.graph.outputs:
+        node = value.producer()
+        source = node.inputs[0] if node is not None and node.op_type == "Identity" else value
+        if source is None or source is not inputs.get((value.name or "").removeprefix(_OUTPUT)):
+            kept.append(value)
+    if len(kept) == len(program.graph.outputs):
+        return
+    program.graph.outputs[:] = kept
+    RemoveUnusedNodesPass()(program)
+    taken = {value.name for value in kept}
+    for name, value in inputs.items():
+        if name not in taken:
+            value.name = name
 
 
 def _refuse_overflowed_mask(model: nn.Module, program: ir.Model) -> None:
@@ -278,7 +300,7 @@ def _freeze_scalars(program: ir.Model, sample: Mapping[str, Any]) -> None:
     for value in list(program.graph.inputs):
         if value.shape is None or len(value.shape) != 0:
             continue
-        scalar = _at_path(sample, (value.name or "").removeprefix("input.").split("."))
+        scalar = _at_path(sample, (value.name or "").removeprefix(_INPUT).split("."))
         if not isinstance(scalar, torch.Tensor) or scalar.ndim != 0:
             continue
         program.graph.inputs.remove(value)
