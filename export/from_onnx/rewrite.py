@@ -25,6 +25,7 @@ from ..lowering.quantized_norms import (
 from ..lowering.table import HIGHEST_OPSET, cell, refuse_other_epsilon
 from ..onnx_io.raise_opset import raise_opset
 from ..recognition.find_norms import find_norms
+from ..recognition.separate_biases import has_bias, separate_biases
 from .inline_functions import inline_norm_functions
 
 # In earlier IR versions every initializer must also be a graph input.
@@ -119,6 +120,10 @@ def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Contai
             raise_opset(original, QUANTIZED_OPSET)
         split = split_quantized_outputs(original)
         style_plugin_nodes(original, "function")
+    if target != "ort" and any(has_bias(node) for node in original.graph.all_nodes()):
+        original = original.clone() if original is model else original
+        names = separate_biases(original)
+        notes.append(f"the biases of {len(names)} SkipSimplifiedLayerNormalization nodes are an Add of their own")
     filled = fill_types(original)
     found = find_norms(original)
     rewritten = original.clone()

@@ -26,6 +26,8 @@ result no norm uses so is in `GraphReader.refusals`, with the reason.
 find_norms:
     find_graph_norms: every norm of a model, after its missing types are inferred, and what was refused.
     find_norms: the same for a model whose types are known.
+separate_biases:
+    separate_biases: an Add of its own for the bias of ONNX Runtime's operator that adds and normalizes.
 dataflow:
     GraphReader: reads a graph node by node and records the formula of every value that may belong to a norm.
 terms:

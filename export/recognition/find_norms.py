@@ -126,7 +126,7 @@ def _composite(node: ir.Node, shared: _Shared) -> GraphSite | str:
     if used:
         return "its statistics are used elsewhere"
     if bias is not None:
-        return "it adds a bias to the sum, which no target supports"
+        return "it adds a bias to the sum, which no other operator does"
     if len(dims(scale) or ()) != 1 or not _same_width(scale, a):
         return "the shape of its scale differs from the dim that it normalizes"
     if scale.dtype != a.dtype:

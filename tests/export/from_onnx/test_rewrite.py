@@ -304,3 +304,35 @@ def test_an_inner_value_that_is_an_output_is_still_computed(output: str, target:
     )
     for left, right in zip(before, after, strict=True):
         np.testing.assert_allclose(right, left, rtol=1e-6)
+
+
+# A bias ---------------------------------------------------------------------------------------------------------------
+
+
+def biased() -> ir.Model:
+    body = "y, a, b, t = com.microsoft.SkipSimplifiedLayerNormalization <epsilon = 0.125> (x, z, w, w)"
+    return graph(body, 18, "com.microsoft", outputs="float[2, 8] y, float[2, 8] t")
+
+
+@pytest.mark.parametrize(
+    ("target", "operators"),
+    [
+        ("standard", ["Add", "Add", "RMSNormalization"]),
+        ("plugin", ["Add", contract.ADD_RMS_NORM]),
+        ("ort", ["SkipSimplifiedLayerNormalization"]),
+    ],
+)
+def test_the_bias_of_onnx_runtimes_operator_is_an_add_of_its_own(target: str, operators: list[str]) -> None:
+    given = biased()
+    result = rewrite(given, target)
+    assert op_types(result.model) == operators
+    assert op_types(given) == ["SkipSimplifiedLayerNormalization"]
+    assert any("are an Add of their own" in note for note in result.notes) == (target != "ort")
+    rng = np.random.default_rng(0)
+    feeds = {name: rng.standard_normal((2, 8)).astype(np.float32) for name in "xz"}
+    wanted, got = (
+        onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, feeds)
+        for model in (given, result.model)
+    )
+    for a, b in zip(wanted, got, strict=True):
+        np.testing.assert_allclose(b, a, rtol=2e-6, atol=1e-6)

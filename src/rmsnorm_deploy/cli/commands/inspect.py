@@ -190,11 +190,13 @@ def _from_file(path: Path) -> _InFile:
     from rmsnorm_deploy.export.onnx_io.check_graph import check_graph
     from rmsnorm_deploy.export.onnx_io.read_model import read_model, to_ir
     from rmsnorm_deploy.export.recognition.find_norms import find_graph_norms
+    from rmsnorm_deploy.export.recognition.separate_biases import separate_biases
 
     file = read_model(path)
     check_graph(file.model, file.where)
     model = inline_norm_functions(to_ir(file))[0]
     split_quantized_outputs(model)  # an operator with a quantized output is also a norm
+    separate_biases(model)  # as rewrite does
     found = find_graph_norms(model)
     limits = limits_in({row.key: row.value for row in file.model.metadata_props}, file.where)
     sites = list({site.path: site.to_dict() for site in reversed(found.sites)}.values())[::-1]
