@@ -10,7 +10,9 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
+import torch
 from torch import nn
 
 from ...models.errors import RmsnormDeployError, UnsupportedError
@@ -58,7 +60,7 @@ def capture(
         raise UnsupportedError(
             f"{type(model).__name__} is not a transformers model, so there is no KV cache to export. Omit --with-past."
         )
-    with _quiet():
+    with _quiet(), _without_needless_conversions():
         try:
             if is_transformers:
                 captured = capture_transformers(model, dict(inputs), capture_opset(opset), dynamic, with_past, part)
@@ -111,6 +113,27 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(before)
+
+
+@contextmanager
+def _without_needless_conversions() -> Iterator[None]:
+    """`module.to(dtype)` returns at once where the module has the dtype.
+
+    Some routers convert their classifier in every call. torch's own conversion replaces each parameter by itself then,
+    which torch.export cannot capture.
+    """
+    original = nn.Module.to
+
+    def to(self: nn.Module, *arguments: Any, **keywords: Any) -> nn.Module:
+        given = [*arguments, *keywords.values()]
+        dtype = given[0] if len(given) == 1 and isinstance(given[0], torch.dtype) else None
+        floating = [t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()]
+        if dtype is not None and all(tensor.dtype == dtype for tensor in floating):
+            return self
+        return original(self, *arguments, **keywords)
+
+    with mock.patch.object(nn.Module, "to", to):
+        yield
 
 
 def detached(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from torch import nn
@@ -12,6 +16,8 @@ from ...models.errors import UnsupportedError
 from ...models.versions import newer_than_tested
 
 _REASON_LENGTH = 400
+# How the message of a check of torch begins and ends that says nothing.
+_UNNAMED, _REQUEST = "Expected cond to be True", "(Could this error message be improved?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +118,31 @@ def explained(model: nn.Module, error: Exception) -> UnsupportedError:
         errors.append(inner)
     text = next((str(e).strip() for e in reversed(errors) if str(e).strip()), type(error).__name__)
     kinds = " ".join(type(e).__module__ + "." + type(e).__name__ for e in errors)
-    first = " ".join(text.splitlines()[0].split())[:_REASON_LENGTH]
-    message = f"{type(model).__name__} could not be captured by torch's exporter: {first}."
+    first = " ".join(text.splitlines()[0].split()).partition(_REQUEST)[0][:_REASON_LENGTH].rstrip(" .")
+    first = _checked(errors) or first if first.startswith(_UNNAMED) else first
+    message = f"{type(model).__name__} could not be captured by torch's exporter{_place(model, errors)}: {first}."
     return UnsupportedError(f"{message} {_advice(model, f'{text} {kinds}')}")
+
+
+def _place(model: nn.Module, errors: Sequence[BaseException]) -> str:
+    """Where the model's own code was when it failed, such as ` at llama/modeling_llama.py:213`; empty if not known."""
+    files = {inspect.getsourcefile(type(module)) for module in model.modules() if not _is_torch(module)}
+    for error in reversed(errors):
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+        if frames:
+            path = Path(frames[-1].filename)
+            return f" at {path.parent.name}/{path.name}:{frames[-1].lineno}"
+    return ""
+
+
+def _checked(errors: Sequence[BaseException]) -> str:
+    """The source of the innermost call of `torch._check`; empty if there is none."""
+    lines = [frame.line or "" for error in errors for frame in traceback.extract_tb(error.__traceback__)]
+    return next((f"{line} does not hold" for line in reversed(lines) if line.startswith("torch._check(")), "")
+
+
+def _is_torch(module: nn.Module) -> bool:
+    return type(module).__module__.split(".")[0] in ("torch", "builtins")
 
 
 def _advice(model: nn.Module, text: str) -> str:

@@ -55,7 +55,7 @@ TEXTS = [
 @pytest.mark.parametrize(("name", "model", "error", "advice"), TEXTS, ids=[row[0] for row in TEXTS])
 def test_each_cause_has_its_advice(name: str, model: nn.Module, error: Exception, advice: str) -> None:
     text = str(explained(model, error))
-    first = " ".join(str(error).split())
+    first = " ".join(str(error).split()).rstrip(" .")
     assert text.startswith(f"{type(model).__name__} could not be captured by torch's exporter: {first}. ")
     assert advice in text
     cause = next(cause for cause in CAUSES if cause.name == name)
@@ -100,3 +100,37 @@ def test_real_models_that_fail(model: nn.Module, advice: str) -> None:
     with pytest.raises(UnsupportedError) as raised:
         capture(model, {"x": torch.ones(4, 4)}, dynamic=False)
     assert advice in str(raised.value)
+
+
+class Router(nn.Module):
+    """Converts its classifier in every call, as the routers of Switch Transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.classifier = self.classifier.to(torch.float32)
+        result: Tensor = self.classifier(x)
+        return result
+
+
+def test_a_conversion_to_the_dtype_that_a_module_has_is_no_obstacle() -> None:
+    captured = capture(Router().eval(), {"x": torch.randn(2, 4)})
+    assert [value.name for value in captured.model.graph.inputs] == ["x"]
+    router = Router()
+    assert router.half().classifier.weight.dtype == torch.float16
+
+
+class Checks(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._check(x.ndim == 3)
+        return x + 1
+
+
+def test_the_message_names_the_line_of_the_model_and_the_check_that_failed() -> None:
+    with pytest.raises(
+        UnsupportedError,
+        match=r"at capture/test_causes\.py:\d+: torch\._check\(x\.ndim == 3\) does not hold\. ",
+    ):
+        capture(Checks().eval(), {"x": torch.randn(2, 3)})
