@@ -167,11 +167,14 @@ def failing(error: Exception) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (ValueError("first line\nsecond"), r"Two could not be captured by torch's exporter: first line\. Try other"),
+        (
+            ValueError("first line\nsecond"),
+            r"Two could not be captured by torch's exporter at capture/test_capture\.py:\d+: first line\. Try other",
+        ),
         (ValueError("Complex32 is not here"), r"uses complex numbers"),
         (ValueError("no lowering of grouped_mm"), r'set_experts_implementation\("batched_mm"\)'),
-        (ValueError(""), r"exporter: the outer text\."),
-        (ValueError("x" * 1000), r"exporter: x{400}\. "),
+        (ValueError(""), r"exporter at capture/test_capture\.py:\d+: the outer text\."),
+        (ValueError("x" * 1000), r"exporter at capture/test_capture\.py:\d+: x{400}\. "),
     ],
 )
 def test_upstreams_errors_are_told_by_their_cause(
