@@ -11,6 +11,7 @@ import numpy as np
 
 from ..export.graph.cache_names import is_past
 from ..export.graph.sizes import range_ends
+from ..models.calling.rotary import RESTART_FIELD
 from ..models.errors import UnsupportedError, UsageError
 from ..models.regular_files import read_json
 from .generate_parts import with_parts
@@ -88,7 +89,8 @@ def generate(
         _check_decoder(runner, exported, prompt_ids)
         start = time.perf_counter()
         piece = range_ends(exported.manifest).get("sequence", (1, None))[1]
-        ids = _greedy(runner, prompt_ids, max_new_tokens, _end_tokens(exported.folder), piece)
+        restart = exported.manifest.get(RESTART_FIELD)
+        ids = _greedy(runner, prompt_ids, max_new_tokens, _end_tokens(exported.folder), piece, restart)
         seconds = time.perf_counter() - start
     text = tokenizer.decode(ids) if tokenizer is not None else None
     return Generation(ids, prompt_ids, text, len(ids) / seconds, any(is_past(i.name) for i in runner.inputs()))
@@ -104,8 +106,19 @@ def _tokenizer(path: Path, parts: Mapping[str, Path]) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def _greedy(runner: Runner, prompt: list[int], count: int, ends: set[int], piece: int | None = None) -> list[int]:
-    """The new tokens after a prompt, which a decoder with a cache reads in pieces of at most `piece` tokens."""
+def _greedy(
+    runner: Runner,
+    prompt: list[int],
+    count: int,
+    ends: set[int],
+    piece: int | None = None,
+    restart: int | None = None,
+) -> list[int]:
+    """The new tokens after a prompt.
+
+    A decoder with a cache reads the prompt in pieces of at most `piece` tokens, and all tokens again as soon as there
+    are more than `restart`.
+    """
     infos = runner.inputs()
     cached = any(is_past(info.name) for info in infos)
     all_ids, pending = list(prompt), list(prompt)
@@ -128,7 +141,9 @@ def _greedy(runner: Runner, prompt: list[int], count: int, ends: set[int], piece
         all_ids.append(token)
         if len(all_ids) - len(prompt) == count or token in ends:
             return all_ids[len(prompt) :]
-        pending = [token] if cached else list(all_ids)
+        again = restart is not None and len(all_ids) == restart + 1
+        pending = [token] if cached and not again else list(all_ids)
+        past = {} if again else past
 
 
 def _check_decoder(runner: Runner, exported: Exported, prompt: list[int]) -> None:

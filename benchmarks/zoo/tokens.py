@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from rmsnorm_deploy.export.graph.cache_names import is_past
+from rmsnorm_deploy.export.onnx_io.manifest import read_manifest
+from rmsnorm_deploy.models.calling.rotary import RESTART_FIELD
 from rmsnorm_deploy.models.errors import UnsupportedError
 from rmsnorm_deploy.runtime.inputs.encoder_decoder import decoder_steps, opened_parts
 from rmsnorm_deploy.runtime.inputs.exported import component_folders
@@ -78,10 +80,10 @@ def onnx_tokens(folder: Path, prompt: Mapping[str, Tensor], wanted: Greedy, step
     with open_runner(folder / "model.onnx", session_options={"intra_op_num_threads": 1}) as runner:
         if wanted.start is not None:
             return _encoder_decoder(runner, ids, mask, wanted, steps)
-        return _decoder(runner, ids, mask, wanted, steps)
+        return _decoder(runner, ids, mask, wanted, steps, read_manifest(folder).get(RESTART_FIELD))
 
 
-def _decoder(runner: Runner, ids: Array, mask: Array, wanted: Greedy, steps: int) -> Array:
+def _decoder(runner: Runner, ids: Array, mask: Array, wanted: Greedy, steps: int, restart: int | None = None) -> Array:
     infos = runner.inputs()
     cached = any(is_past(info.name) for info in infos)
     tokens: list[Array] = []
@@ -95,7 +97,9 @@ def _decoder(runner: Runner, ids: Array, mask: Array, wanted: Greedy, steps: int
             return np.stack(tokens, 1)
         mask = np.concatenate([mask, np.ones_like(mask[:, :1])], 1)
         new = tokens[-1][:, None]
-        past, pending = present_to_past(outputs), new if cached else np.concatenate([pending, new], 1)
+        ids = np.concatenate([ids, new], 1)
+        again = not cached or ids.shape[1] - 1 == restart
+        past, pending = ({}, ids) if again else (present_to_past(outputs), new)
 
 
 def _feeds(infos: list[TensorInfo], pending: Array, mask: Array, past: Mapping[str, Array]) -> dict[str, Array]:

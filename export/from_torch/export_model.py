@@ -15,6 +15,7 @@ from ...models.calling.calls import call_form, named_arguments, named_tensors, s
 from ...models.calling.media_parts import check_parts, media_record, modality_read
 from ...models.calling.modalities import TEXT_INPUTS, left_out, text_only_note
 from ...models.calling.parts import parts_for
+from ...models.calling.rotary import RESTART_FIELD, restart_length
 from ...models.companions import folder_of
 from ...models.dtypes import norm_dtype, torch_dtype, torch_name
 from ...models.errors import MismatchError, UnsupportedError, UsageError
@@ -245,6 +246,13 @@ def _prepared(
     prepared = PreparedModel(captured, recognition, dtype, unswapped, details, notes=unswapped.notes)
     if part is not None:
         prepared.details.update(media_record(model, feeds))
+    restart = restart_length(model) if captured.with_past else None
+    if restart is not None:
+        prepared.details[RESTART_FIELD] = restart
+        prepared.notes.append(
+            f"the rotary embedding has other frequencies above {restart} tokens: a cache of fewer tokens must be "
+            "computed again from all tokens when there are more, as rmsnorm generate and transformers do"
+        )
     note = text_only_note(model, feeds)
     if note is not None:
         prepared.notes.append(note)

@@ -81,6 +81,7 @@ class ManifestFields(_Fields):
     elements: dict[Text, int] = {}
     opset: int | None = None
     with_past: bool = False
+    restart_cache_above: int | None = None
     part: Text | None = None
     image_token_id: int | None = None
     audio_token_id: int | None = None

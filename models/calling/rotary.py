@@ -24,6 +24,9 @@ from torch import Tensor, nn
 
 # Modules of transformers whose `apply_rotary_emb` multiplies complex numbers in a way that the exporter cannot convert.
 _COMPLEX = {"transformers.models.llama4.modeling_llama4"}
+# The config's length up to which the frequencies are those of short texts, and the manifest's field with it.
+_SWITCH = "original_max_position_embeddings"
+RESTART_FIELD = "restart_cache_above"
 
 
 def dynamic_rotary(model: nn.Module) -> list[nn.Module]:
@@ -110,3 +113,16 @@ def _buffer(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
         yield
     finally:
         module._buffers[name] = before
+
+
+def restart_length(model: nn.Module) -> int | None:
+    """The number of tokens above which `generate` of transformers computes the cache again from all tokens, or None.
+
+    Models of the Phi-3 family do so, because their rotary embedding has other frequencies for longer texts (LongRoPE,
+    https://arxiv.org/abs/2402.13753), and the keys in the cache have the old ones.
+    """
+    prepare = getattr(type(model), "prepare_inputs_for_generation", None)
+    length = getattr(getattr(model, "config", None), _SWITCH, None)
+    if prepare is None or not isinstance(length, int):
+        return None
+    return length if _SWITCH in inspect.getsource(prepare) else None

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.models.builtin import addition_task as addition
@@ -59,6 +60,33 @@ def test_a_prompt_is_read_in_pieces_of_the_length_that_the_file_is_valid_for(
     monkeypatch.setattr("rmsnorm_deploy.runtime.generate.make_feeds", recorded)
     assert generate(tmp_path / "out", PROMPT, max_new_tokens=6).ids == wanted
     assert lengths == [3, 1, 1, 1, 1, 1, 1]
+
+
+def test_a_cache_restarts_where_the_rotary_embedding_changes(tmp_path: Path) -> None:
+    rotary = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 2.5, 3.0, 4.0]}
+    config = Phi3Config(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, max_position_embeddings=64, original_max_position_embeddings=16,
+        rope_parameters={**rotary, "rope_theta": 10000.0, "original_max_position_embeddings": 16},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    model.generation_config.eos_token_id = None
+    result = export_model(model, tmp_path / "out", target="ort", with_past=True)
+    assert result.manifest["restart_cache_above"] == 16
+    assert any("computed again from all tokens" in note for note in result.manifest["notes"])
+    for prompt in (PROMPT, PROMPT * 5):  # shorter and longer than the switch
+        with torch.no_grad():
+            wanted = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :]
+        assert generate(tmp_path / "out", prompt, max_new_tokens=20).ids == wanted.tolist()
+    without = {name: value for name, value in result.manifest.items() if name != "restart_cache_above"}
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(without))
+    with torch.no_grad():
+        wanted = model.generate(torch.tensor([PROMPT]), max_new_tokens=20, do_sample=False)[0, len(PROMPT) :]
+    assert generate(tmp_path / "out", PROMPT, max_new_tokens=20).ids != wanted.tolist()
 
 
 def test_the_trained_checkpoint_adds(tmp_path: Path) -> None:
