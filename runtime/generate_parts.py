@@ -12,7 +12,7 @@ import numpy as np
 
 from ..export.graph.cache_names import is_past
 from ..export.onnx_io.manifest import read_manifest
-from ..models.calling.media_parts import EMBEDDING, IMAGES, MODALITIES, Modality
+from ..models.calling.media_parts import EMBEDDING, IMAGES, MODALITIES, TOKEN_TYPES, Modality
 from ..models.calling.parts import DECODER, ENCODER
 from ..models.dtypes import numpy_dtype
 from ..models.errors import UnsupportedError, UsageError
@@ -81,11 +81,15 @@ def _from_media(
     decoder, new = runners[DECODER], list[int]()
     past = _empty_cache(decoder)
     positions = _Positions(decoder, prompt, manifest)
+    # New tokens are text.
+    types = np.zeros((1, len(prompt) + count), np.int64)
+    types[0, : len(prompt)] = np.array(prompt) == manifest.get(modality.token_field)
     pending, length = list(prompt), len(prompt)
     while True:
         ids = np.array([pending], np.int64)
         embedded = runners[EMBEDDING].run({"input_ids": ids, **features})
         given = {**embedded, "attention_mask": np.ones((1, length), np.int64)}
+        given |= dict.fromkeys(TOKEN_TYPES, types[:, :length])
         outputs = _run(decoder, {**given, **past, "position_ids": positions.last(len(pending), length)})
         new.append(_next_token(outputs))
         if len(new) == count or new[-1] in ends:

@@ -11,9 +11,11 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import Tensor
 
 from ...models.calling.media_parts import (
     ENCODER_PARTS,
+    TOKEN_TYPES,
     EmbeddingPart,
     EmbedsDecoderPart,
     FeaturesPart,
@@ -43,8 +45,8 @@ def media_sample(model: Any, part: str, inputs: Mapping[str, Any]) -> tuple[Any,
         inputs: example inputs of the whole model.
     """
     modality = _modality(model, inputs)
-    first, grid, number = first_one(modality, inputs)
-    encoder = FeaturesPart(model, modality, grid)
+    first, sizes, number = first_one(modality, inputs)
+    encoder = FeaturesPart(model, modality, sizes)
     if part in ENCODER_PARTS:
         return encoder.with_tables(), first
     with torch.no_grad():
@@ -80,7 +82,14 @@ def embeds_sample(model: Any, step: Mapping[str, Any], inputs: Mapping[str, Any]
         count = step["input_ids"].shape[1]
         embedded = {name: value[:, -count:] for name, value in embed(model, _modality(model, inputs), inputs).items()}
     rest = {name: value for name, value in step.items() if name != "input_ids"}
-    return EmbedsDecoderPart(model), {**embedded, **rest}
+    # Of all tokens, as in the mask; those after the example's are text.
+    total = step["attention_mask"].shape[1]
+    types = {name: _padded(inputs[name], total) for name in TOKEN_TYPES if name in inputs}
+    return EmbedsDecoderPart(model), {**embedded, **rest, **types}
+
+
+def _padded(types: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(types, (0, length - types.shape[1]))
 
 
 def _modality(model: Any, inputs: Mapping[str, Any]) -> Modality:

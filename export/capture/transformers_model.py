@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from torch import nn
+from torch import Tensor, nn
 
 from ...models.calling.experts import experts, has_experts
 from ...models.calling.media_parts import EMBEDDING, ENCODER_PARTS
@@ -36,6 +36,8 @@ from .part_graphs import (
 )
 from .recurrences import traceable_recurrences
 
+# The largest difference of logits that rounding explains, in eps of their dtype times the largest logit.
+_MOST_EPS = 64
 # Arguments that decide what a model returns.
 _OUTPUT_FLAGS = frozenset({"output_attentions", "output_hidden_states", "return_dict", "use_cache"})
 # What the exporter puts before the names of inputs and outputs that are equal.
@@ -203,8 +205,10 @@ def _decode_step(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any
     mask = inputs.get("attention_mask")
     if mask is not None and bool(mask.all()):
         # The exporter removes a mask of only ones; with one padded position the mask remains an input.
-        mask = mask.clone()
-        mask[0, 0] = 0
+        padded = mask.clone()
+        padded[0, 0] = 0
+        _check_padding(model, inputs["input_ids"], mask, padded)
+        mask = padded
     sample = {"input_ids": inputs["input_ids"], "attention_mask": mask}
     # The patches of the exporter hold here too: they keep all tokens in the cache of a sliding window, which the graph
     # does as well, so that the lengths of all layers are one dim.
@@ -214,6 +218,24 @@ def _decode_step(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any
         # generate() omits the mask in a decode step of a recurrent model, and the first call needs it.
         step["attention_mask"] = torch.cat([mask, mask.new_ones(step["input_ids"].shape)], dim=1)
     return target, step
+
+
+def _check_padding(model: Any, ids: Tensor, mask: Tensor, padded: Tensor) -> None:
+    """Check that padding in one row changes no other row.
+
+    Raises:
+        UnsupportedError: it does: without padding the model attends to later tokens, and with it, it does not.
+    """
+    ids, mask, padded = (torch.cat([first, second]) for first, second in ((ids, ids), (mask, mask), (padded, mask)))
+    rows = len(ids) // 2
+    wanted, got = (model(input_ids=ids, attention_mask=given).logits[rows:] for given in (mask, padded))
+    off, largest = float((got - wanted).abs().max()), float(wanted.abs().max())
+    if not off <= _MOST_EPS * torch.finfo(wanted.dtype).eps * largest:
+        raise UnsupportedError(
+            f"{type(model).__name__}: padding in one row changes the logits of another by {off:.3g} of {largest:.3g}, "
+            "so the model uses another attention mask where no token is padded, and one graph with a cache cannot have "
+            "both. Omit --with-past."
+        )
 
 
 def _takes(model: Any, name: str) -> bool:

@@ -211,7 +211,7 @@ def prepare_parts(
         modality = modality_read(model, feeds)
         if modality is not None and modality.part in parts:
             progress("checking that the parts compute what the model does")
-            check_parts(model, modality, detached(feeds))
+            feeds = check_parts(model, modality, detached(feeds))
         captured = {}
         for part in parts:
             progress("capturing the graph" if part is None else f"capturing the graph of the {part}")

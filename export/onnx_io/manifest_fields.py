@@ -86,6 +86,7 @@ class ManifestFields(_Fields):
     image_token_id: int | None = None
     audio_token_id: int | None = None
     image_grid_thw: list[list[int]] | None = None
+    image_sizes: list[list[int]] | None = None
     image_merge_size: int | None = None
     components: list[Annotated[str, StringConstraints(pattern=r"^[a-z_]+$")]] = []
     tokenizer: Text | None = None

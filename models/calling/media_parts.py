@@ -23,6 +23,10 @@ from .part import Part
 
 EMBEDDING = "embedding"
 GRID = "image_grid_thw"
+# Inputs that follow from the size of the images, so that a graph for one size has them as constants.
+OF_SIZE = (GRID, "image_sizes")
+# Whether a token is text or an image; some decoders let the tokens of an image attend to each other.
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 # Features of inner layers by their number: as an output of the encoder, and in the places of the tokens.
 _DEEP_FEATURES, _DEEP_EMBEDS = "deepstack_features_", "deepstack_embeds_"
 # The largest difference of logits between the parts and the whole, in eps of their dtype times the largest logit.
@@ -79,7 +83,7 @@ class Modality:
         return {name: inputs[name] for name in (self.values, *self.others) if name in inputs}
 
 
-IMAGES = Modality("image", "images", "vision_encoder", "pixel_values", (GRID, "image_sizes", "pixel_attention_mask"))
+IMAGES = Modality("image", "images", "vision_encoder", "pixel_values", (*OF_SIZE, "pixel_attention_mask"))
 SOUNDS = Modality("audio", "sounds", "audio_encoder", "input_features", ("input_features_mask",))
 MODALITIES = (IMAGES, SOUNDS)
 ENCODER_PARTS = {modality.part: modality for modality in MODALITIES}
@@ -106,13 +110,14 @@ class FeaturesPart(Part):
     Args:
         whole: the model.
         modality: what it encodes.
-        grid: numbers of patches in time, height and width of each image, where the model reads them.
+        sizes: what the model reads of the sizes of the images, by name: `image_grid_thw`, the numbers of patches in
+            time, height and width of each, or `image_sizes`, their heights and widths.
     """
 
-    def __init__(self, whole: nn.Module, modality: Modality, grid: Sequence[Sequence[int]] | None = None) -> None:
+    def __init__(self, whole: nn.Module, modality: Modality, sizes: Mapping[str, Sequence[Sequence[int]]]) -> None:
         super().__init__(whole)
         self.modality = modality
-        self.grid = None if grid is None else [[int(size) for size in sizes] for sizes in grid]
+        self.sizes = {name: [list(map(int, row)) for row in rows] for name, rows in sizes.items()}
         # What the encoder computes from the grid, where it was computed before; see `with_tables`.
         self.__dict__["tables"] = {}
 
@@ -121,8 +126,8 @@ class FeaturesPart(Part):
         from transformers.exporters.utils import precompute_export_inputs
 
         whole: Any = self.__dict__["whole"]
-        if self.grid is not None:
-            found: dict[str, Any] = {"hidden_states": torch.zeros(0), "grid_thw": torch.tensor(self.grid)}
+        if GRID in self.sizes:
+            found: dict[str, Any] = {"hidden_states": torch.zeros(0), "grid_thw": torch.tensor(self.sizes[GRID])}
             precompute_export_inputs(whole.get_encoder(modality=self.modality.name), found)
             self.__dict__["tables"] = {n: v for n, v in found.items() if n not in ("hidden_states", "grid_thw")}
         return self
@@ -131,16 +136,16 @@ class FeaturesPart(Part):
         """The features of the tokens of an image or a sound.
 
         Args:
-            values: of one image or sound, the modality's inputs as the model's processor makes them; the grid is not
-                read.
+            values: of one image or sound, the modality's inputs as the model's processor makes them, without those of
+                its size.
 
         Returns:
             `image_features` or `audio_features`, `[tokens, width]`; and with DeepStack `deepstack_features_N` of each
             inner layer, of the same shape.
         """
-        given: dict[str, Any] = {**values, **self.__dict__["tables"]}
-        if self.grid is not None:
-            given[GRID] = torch.tensor(self.grid, device=next(iter(values.values())).device)
+        given: dict[str, Any] = {**values, **self.__dict__["tables"], **self.sizes}
+        if GRID in given:  # other sizes are read as numbers
+            given[GRID] = torch.tensor(given[GRID], device=next(iter(values.values())).device)
         found = getattr(_base(self.__dict__["whole"], self.modality), self.modality.getter)(**given)
         deep = getattr(found, "deepstack_features", None) or []
         features = {self.modality.features: _rows(getattr(found, "pooler_output", found))}
@@ -196,6 +201,9 @@ class EmbedsDecoderPart(Part):
         whole: Any = self.__dict__["whole"]
         deep = [inputs[name] for name in sorted(inputs, key=_level) if name.startswith(_DEEP_EMBEDS)]
         rest = {name: value for name, value in inputs.items() if not name.startswith(_DEEP_EMBEDS)}
+        for name in TOKEN_TYPES:
+            if name in rest and rest.get("attention_mask") is not None:
+                torch._check(rest[name].shape[1] == rest["attention_mask"].shape[1])  # one dim of the graph
         with _adding(whole, deep):
             return whole(**rest)
 
@@ -226,13 +234,17 @@ def _adding(whole: Any, deep: Sequence[Tensor]) -> Iterator[None]:
         del decoder.forward, decoder._deepstack_process
 
 
-def first_one(modality: Modality, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], list[list[int]] | None, int]:
-    """The encoder's inputs for the first image or sound of the inputs, its grid or None, and how many there are."""
-    values, grid = inputs[modality.values], inputs.get(GRID)
-    if modality is IMAGES and grid is not None:
-        first = grid[:1].tolist()
-        return {modality.values: values[: int(grid[0].prod())]}, first, len(grid)
-    return {name: value[:1] for name, value in modality.of(inputs).items()}, None, values.shape[0]
+def first_one(modality: Modality, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """The encoder's inputs for the first image or sound of the inputs, its size, and how many there are."""
+    values, given = inputs[modality.values], modality.of(inputs)
+    sizes = {name: rows[:1] for name, rows in _sizes(given).items()}
+    if GRID in sizes:
+        return {modality.values: values[: int(given[GRID][0].prod())]}, sizes, len(given[GRID])
+    return {name: value[:1] for name, value in given.items() if name not in sizes}, sizes, values.shape[0]
+
+
+def _sizes(given: Mapping[str, Any]) -> dict[str, list[list[int]]]:
+    return {name: torch.as_tensor(given[name]).tolist() for name in OF_SIZE if given.get(name) is not None}
 
 
 def media_record(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,19 +252,18 @@ def media_record(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     modality = modality_read(model, inputs)
     if modality is None:
         return {}
-    record: dict[str, Any] = {modality.token_field: modality.token(model)}
-    if modality is IMAGES and GRID in inputs:
+    record: dict[str, Any] = {modality.token_field: modality.token(model), **first_one(modality, inputs)[1]}
+    if GRID in record:
         vision = getattr(model.config, "vision_config", None)
-        record[GRID] = inputs[GRID][:1].tolist()
         record["image_merge_size"] = int(getattr(vision, "spatial_merge_size", 1))
     return record
 
 
 def embed(model: nn.Module, modality: Modality, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """The decoder's inputs instead of token ids for inputs of the whole model, by the parts."""
-    grid = inputs[GRID].tolist() if modality is IMAGES and GRID in inputs else None
-    given = {name: value for name, value in modality.of(inputs).items() if name != GRID}
-    features = FeaturesPart(model, modality, grid)(**given)
+    given = modality.of(inputs)
+    sizes = _sizes(given)
+    features = FeaturesPart(model, modality, sizes)(**{n: value for n, value in given.items() if n not in sizes})
     embedded: dict[str, Tensor] = EmbeddingPart(model)(inputs["input_ids"], **features)
     return embedded
 
@@ -268,8 +279,15 @@ def _positions(model: Any, modality: Modality, inputs: Mapping[str, Any]) -> dic
     return {"position_ids": positions}
 
 
-def check_parts(model: Any, modality: Modality, inputs: Mapping[str, Any]) -> None:
+def check_parts(model: Any, modality: Modality, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Check that the parts together give the logits of the whole model.
+
+    The decoder is called as its graph is, with a cache that is there and has no tokens: some models read the types of
+    the tokens only then, or only with no cache.
+
+    Returns:
+        The inputs with which the parts are captured: without the types of the tokens, where the decoder does not need
+        them.
 
     Raises:
         UnsupportedError: they do not: the model uses the images or sounds in another place too, or reads more.
@@ -284,21 +302,40 @@ def check_parts(model: Any, modality: Modality, inputs: Mapping[str, Any]) -> No
             f"{who} {split} with these inputs: the parts read text and {plural}, and the inputs have "
             f"{', '.join(more)} too. Omit --with-past to export one graph, or omit these inputs."
         )
+    types = [name for name in TOKEN_TYPES if name in inputs]
+    known = {name: value for name, value in text.items() if name not in TOKEN_TYPES}
     with torch.no_grad():
         wanted = model(**inputs).logits
+        largest = float(wanted.abs().max())
         try:
-            given = {**embed(model, modality, inputs), **text, **_positions(model, modality, inputs)}
-            got = EmbedsDecoderPart(model)(**given).logits
+            given = {**embed(model, modality, inputs), **known, **_positions(model, modality, inputs)}
+            for needed in ([], types):
+                more_inputs = {name: inputs[name] for name in needed}
+                got = EmbedsDecoderPart(model)(**given, **more_inputs, **_empty_cache(model, given)).logits
+                off = float((got - wanted).abs().max())
+                if off <= _MOST_EPS * torch.finfo(wanted.dtype).eps * largest:
+                    return {name: value for name, value in inputs.items() if name not in types or name in needed}
         except Exception as error:
             first = " ".join(str(error).split())[:200]
             raise UnsupportedError(f"{who} {split}: {first}.") from error
-    off, largest = float((got - wanted).abs().max()), float(wanted.abs().max())
-    if not off <= _MOST_EPS * torch.finfo(wanted.dtype).eps * largest:
-        raise UnsupportedError(
-            f"{who} {split}: with the features of the {plural} as embeddings its logits differ by {off:.3g} of "
-            f"{largest:.3g}, so it uses the {plural} in another place too. Omit --with-past to export one graph with "
-            f"{plural}, or omit the {plural}."
-        )
+    raise UnsupportedError(
+        f"{who} {split}: with the features of the {plural} as embeddings and a cache its logits differ by {off:.3g} of "
+        f"{largest:.3g}, so it uses the {plural} in another place too, or another attention mask in the first call. "
+        f"Omit --with-past to export one graph with {plural}, or omit the {plural}."
+    )
+
+
+def _empty_cache(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A cache that is there and has no tokens, for a decoder whose layers all have keys and values; else no cache."""
+    cache = getattr(EmbedsDecoderPart(model)(**given, use_cache=True), "past_key_values", None)
+    layers = getattr(cache, "layers", [])
+    if not layers or not all(getattr(getattr(layer, "keys", None), "ndim", 0) == 4 for layer in layers):
+        return {}
+    for layer in layers:
+        layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = 0
+    return {"past_key_values": cache, "use_cache": True}
 
 
 def article(part: str) -> str:

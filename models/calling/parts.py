@@ -7,7 +7,7 @@ names in both.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from .media_parts import (
     EMBEDDING,
+    OF_SIZE,
     EmbeddingPart,
     EmbedsDecoderPart,
     FeaturesPart,
@@ -44,18 +45,18 @@ def parts_for(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, ...]:
     return () if modality is None else (modality.part, EMBEDDING, DECODER)
 
 
-def part_of(model: nn.Module, name: str, grid: Sequence[Sequence[int]] | None = None) -> nn.Module:
+def part_of(model: nn.Module, name: str, manifest: Mapping[str, Any] | None = None) -> nn.Module:
     """A part of a model by its name, as a module that shares the model's submodules.
 
     Args:
         model: the whole model.
         name: of the part.
-        grid: of a vision encoder, see `FeaturesPart`.
+        manifest: of the part; a vision encoder's has the sizes of its images, see `FeaturesPart`.
 
     Raises:
         UsageError: the model has no part of that name.
     """
-    known = _PARTS if is_encoder_decoder(model) else _media_parts(model, grid)
+    known = _PARTS if is_encoder_decoder(model) else _media_parts(model, manifest or {})
     if name not in known:
         raise UsageError(
             f"{type(model).__name__}: expected the name of one of its parts ({', '.join(known) or 'it has none'}), got "
@@ -64,9 +65,10 @@ def part_of(model: nn.Module, name: str, grid: Sequence[Sequence[int]] | None = 
     return known[name](model)
 
 
-def _media_parts(model: nn.Module, grid: Sequence[Sequence[int]] | None) -> dict[str, Callable[[nn.Module], nn.Module]]:
+def _media_parts(model: nn.Module, manifest: Mapping[str, Any]) -> dict[str, Callable[[nn.Module], nn.Module]]:
+    sizes = {name: manifest[name] for name in OF_SIZE if manifest.get(name)}
     encoders = {
-        found.part: functools.partial(FeaturesPart, modality=found, grid=grid) for found in modalities_of(model)
+        found.part: functools.partial(FeaturesPart, modality=found, sizes=sizes) for found in modalities_of(model)
     }
     return {**encoders, EMBEDDING: EmbeddingPart, DECODER: EmbedsDecoderPart} if encoders else {}
 

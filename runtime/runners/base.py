@@ -23,9 +23,16 @@ ANY_DTYPE = "any"
 
 # Inputs of a decoder with one element per token; of the decoder of an encoder-decoder, these are its own.
 _TOKEN_INPUTS = ("input_ids", "position_ids", "token_type_ids")
+# Inputs with one element for each token in the cache and each new one; a decoder of embeddings reads these types so.
+_OF_ALL_TOKENS = ("attention_mask", "token_type_ids", "mm_token_type_ids")
 # Inputs with one embedding per token: these, and those that begin so.
 _EMBEDDED, _DEEP_EMBEDS = "inputs_embeds", "deepstack_embeds_"
 _DECODER_TOKENS = "decoder_input_ids"
+_PER_TOKEN = {
+    "input_ids": _TOKEN_INPUTS,
+    _DECODER_TOKENS: (_DECODER_TOKENS,),
+    _EMBEDDED: ("position_ids",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,10 +208,10 @@ def tokens_between(feeds: Mapping[str, Array], start: int, end: int) -> dict[str
         start: the number of tokens in the cache.
         end: the number of tokens after the call.
     """
-    own = (_DECODER_TOKENS,) if token_input(feeds) == _DECODER_TOKENS else _TOKEN_INPUTS
+    own = _PER_TOKEN[token_input(feeds)]
     part = {name: value[..., start:end] if name in own else value for name, value in feeds.items()}
     embedded = [name for name in feeds if name.startswith((_EMBEDDED, _DEEP_EMBEDS))]
     part.update({name: feeds[name][:, start:end] for name in embedded})
-    if "attention_mask" in part and own is _TOKEN_INPUTS:
-        part["attention_mask"] = feeds["attention_mask"][:, :end]
+    if _DECODER_TOKENS not in own:
+        part.update({name: feeds[name][:, :end] for name in _OF_ALL_TOKENS if name in feeds and name not in own})
     return part

@@ -105,7 +105,7 @@ def open_sides(
         inputs = loaded.example_inputs
     part = None if exported is None else exported.manifest.get("part")
     if exported is not None and part is not None:
-        compared, inputs = part_of(compared, part, exported.manifest.get("image_grid_thw")), None
+        compared, inputs = part_of(compared, part, exported.manifest), None
     form = _form(exported, inputs)
     side = candidate_of(thing, options, form)
     if options.lossy is None:

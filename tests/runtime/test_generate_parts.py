@@ -16,9 +16,10 @@ from rmsnorm_deploy.runtime.generate_parts import _image_positions
 from rmsnorm_deploy.runtime.validation.api import validate
 from tests.helpers.models.media import (
     IMAGE,
+    gemma3,
+    gemma3_inputs,
     llava,
     llava_inputs,
-    qwen2_5_vl,
     qwen3_vl,
     qwen_inputs,
     voxtral,
@@ -75,10 +76,10 @@ def test_every_part_agrees_with_pytorch(folder: Path, part: str) -> None:
 @pytest.mark.parametrize(
     ("make", "make_inputs", "values", "part"),
     [
-        # Positions in time, height and width.
-        (qwen2_5_vl, qwen_inputs, "pixel_values", "vision_encoder"),
-        # Features of inner layers, which the first layers of the decoder add.
+        # Positions in time, height and width; features of inner layers, which the first layers of the decoder add.
         (qwen3_vl, qwen_inputs, "pixel_values", "vision_encoder"),
+        # An attention mask that follows the types of the tokens.
+        (gemma3, gemma3_inputs, "pixel_values", "vision_encoder"),
         (voxtral, voxtral_inputs, "input_features", "audio_encoder"),
     ],
 )

@@ -15,7 +15,9 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -397,6 +399,14 @@ class Decoder(PreTrainedModel):
     def can_generate(self) -> bool:
         return True
 
+    def forward(self, input_ids: Tensor, **more: Any) -> Any:
+        """Its rows do not depend on each other, unless `mixes`."""
+        lengths = more["attention_mask"].sum(1, keepdim=True)
+        shown = lengths.sum(0, keepdim=True).expand_as(lengths) if self.mixes else input_ids
+        return SimpleNamespace(logits=shown[..., None].float())
+
+    mixes = False
+
 
 @pytest.fixture
 def decode_step(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -441,8 +451,8 @@ def test_a_graph_without_cache_inputs_has_no_cache(
 
 def test_a_step_without_a_mask_gets_one(decode_step: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     class Masked(Decoder):
-        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-            return input_ids
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+            return super().forward(input_ids, attention_mask=attention_mask)
 
     decode_step["input_ids"] = torch.zeros(2, 3, dtype=torch.int64)
     exporter = stand_in(monkeypatch, graph_of(CACHED, CACHE_NAMES))
@@ -461,6 +471,17 @@ def test_a_mask_of_ones_gets_one_padded_position_so_that_it_stays_an_input(decod
     assert decode_step["asked"]["multi_token_decode"] is True
 
 
+def test_a_model_whose_rows_depend_on_the_padding_of_others_is_refused(decode_step: dict[str, Any]) -> None:
+    model = Decoder()
+    model.mixes = True
+    ids, mask = torch.zeros(2, 9), torch.ones(2, 9, dtype=torch.int64)
+    with pytest.raises(
+        UnsupportedError, match=r"Decoder: padding in one row changes the logits of another by 1 of 36,"
+    ):
+        capture(model, {"input_ids": ids, "attention_mask": mask}, with_past=True)
+    assert decode_step["asked"] == {}
+
+
 def test_a_missing_exporter_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers.exporters.exporter_onnx", None)
     with pytest.raises(
@@ -468,3 +489,16 @@ def test_a_missing_exporter_says_what_to_install(monkeypatch: pytest.MonkeyPatch
         match=r'transformers [\d.]+ cannot be imported .*pip install --upgrade "rmsnorm-deploy\[hf\]"',
     ):
         capture(Llama(), {"input_ids": torch.zeros(2, 9, dtype=torch.int64)})
+
+
+class Squeezes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x[:, :4].sum(0) * x.new_ones(4)).squeeze(0) + 1
+
+
+def test_a_squeeze_of_a_dim_that_is_not_one_is_no_node() -> None:
+    captured = capture(Squeezes().eval(), {"x": torch.randn(3, 4)}, dynamic=False)
+    assert "Squeeze" not in [node.op_type for node in captured.model.graph]
+    session = onnxruntime.InferenceSession(ir.to_proto(captured.model).SerializeToString())
+    x = torch.randn(3, 4)
+    np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], Squeezes()(x).numpy(), rtol=1e-6, atol=1e-6)

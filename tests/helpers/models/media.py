@@ -65,6 +65,26 @@ def qwen3_vl() -> nn.Module:
     return _spread(transformers.Qwen3VLForConditionalGeneration(config))
 
 
+def gemma3() -> nn.Module:
+    """Gemma 3: 4 features of an image of 28 x 28 pixels, whose tokens attend to each other in both directions."""
+    config = transformers.Gemma3Config(
+        text_config={**_TEXT, "sliding_window": 64, "query_pre_attn_scalar": 8},
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "image_size": 28, "patch_size": 7,
+        },
+        mm_tokens_per_image=4, image_token_index=IMAGE,
+    )  # fmt: skip
+    return _spread(transformers.Gemma3ForConditionalGeneration(config))
+
+
+def gemma3_inputs(batch: int = 2) -> dict[str, torch.Tensor]:
+    """One image in each row, with the types of the tokens."""
+    inputs = llava_inputs(batch)
+    ids = torch.cat([inputs["input_ids"][:, :6], inputs["input_ids"][:, 18:]], dim=1)
+    return {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": (ids == IMAGE).long()}
+
+
 def voxtral() -> nn.Module:
     """Voxtral: 4 features of a sound of 32 frames."""
     config = transformers.VoxtralConfig(

@@ -24,6 +24,8 @@ from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from tests.helpers.models.media import (
     IMAGE,
+    gemma3,
+    gemma3_inputs,
     llava,
     llava_inputs,
     qwen2_5_vl,
@@ -40,6 +42,7 @@ from tests.helpers.models.media import (
         (llava, llava_inputs, IMAGES),
         (qwen2_5_vl, qwen_inputs, IMAGES),
         (qwen3_vl, qwen_inputs, IMAGES),
+        (gemma3, gemma3_inputs, IMAGES),
         (voxtral, voxtral_inputs, SOUNDS),
     ],
 )
@@ -78,11 +81,20 @@ def test_a_model_that_is_more_than_its_parts_is_refused() -> None:
         check_parts(ReadsThemTwice(), IMAGES, llava_inputs())
 
 
+def test_the_types_of_the_tokens_are_read_where_the_mask_follows_them() -> None:
+    given = gemma3_inputs()
+    assert "token_type_ids" in check_parts(gemma3(), IMAGES, given)
+    with torch.no_grad():
+        causal = gemma3()(**{name: value for name, value in given.items() if name != "token_type_ids"}).logits
+        assert float((gemma3()(**given).logits - causal).abs().max()) > 0.1
+    assert "mm_token_type_ids" not in check_parts(qwen2_5_vl(), IMAGES, qwen_inputs())
+
+
 def test_the_first_image_and_how_many_there_are() -> None:
-    image, grid, number = first_one(IMAGES, llava_inputs(3))
-    assert (tuple(image["pixel_values"].shape), grid, number) == ((1, 3, 28, 28), None, 3)
-    image, grid, number = first_one(IMAGES, qwen_inputs(2))
-    assert (tuple(image["pixel_values"].shape), grid, number) == ((16, 294), [[1, 4, 4]], 2)
+    image, sizes, number = first_one(IMAGES, llava_inputs(3))
+    assert (tuple(image["pixel_values"].shape), sizes, number) == ((1, 3, 28, 28), {}, 3)
+    image, sizes, number = first_one(IMAGES, qwen_inputs(2))
+    assert (tuple(image["pixel_values"].shape), sizes, number) == ((16, 294), {"image_grid_thw": [[1, 4, 4]]}, 2)
 
 
 def test_which_models_have_parts() -> None:
@@ -98,7 +110,7 @@ def test_which_models_have_parts() -> None:
 
 def test_a_part_has_the_paths_of_the_model() -> None:
     whole = qwen2_5_vl()
-    part = part_of(whole, "vision_encoder", [[1, 4, 4]])
+    part = part_of(whole, "vision_encoder", {"image_grid_thw": [[1, 4, 4]]})
     assert isinstance(part, FeaturesPart)
     assert [site.path for site in find_norms(part).sites] == [site.path for site in find_norms(whole).sites]
     assert media_record(whole, qwen_inputs()) == {
@@ -108,7 +120,8 @@ def test_a_part_has_the_paths_of_the_model() -> None:
 
 def test_tables_of_the_grid_change_nothing() -> None:
     whole, image = qwen2_5_vl(), first_one(IMAGES, qwen_inputs())[0]
-    plain, prepared = FeaturesPart(whole, IMAGES, [[1, 4, 4]]), FeaturesPart(whole, IMAGES, [[1, 4, 4]]).with_tables()
+    grid = {"image_grid_thw": [[1, 4, 4]]}
+    plain, prepared = FeaturesPart(whole, IMAGES, grid), FeaturesPart(whole, IMAGES, grid).with_tables()
     assert "window_index" in prepared.__dict__["tables"]
     with torch.no_grad():
         assert torch.equal(plain(**image)["image_features"], prepared(**image)["image_features"])
