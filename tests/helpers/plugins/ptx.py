@@ -64,7 +64,8 @@ class Program:
         self.architecture = int(target[1])
         self.parameters = [parameter.split()[-1] for parameter in entries[0][2].split(",")]
         self.directives = {name: int(value) for name, value in re.findall(r"\.(\w+) (\d+)", entries[0][3])}
-        self.registers = {name: _REGISTERS[kind] for kind, name in re.findall(r"\.reg \.(\w+)\s+(%\w+)<", body)}
+        declared = re.findall(r"\.reg \.(\w+)\s+([%\w]+)[<;]", body)  # `%r<9>;`, or in a scope `name;`
+        self.registers = {name: _REGISTERS[kind] for kind, name in declared}
         self.shared: dict[str, int] = {}
         self.shared_bytes = 0
         for name, count in re.findall(r"\.shared [^;]*?\.b8 (\w+)\[(\d+)\]", text):
@@ -94,7 +95,7 @@ class Program:
             elif line[0] in "{}":
                 line = line[1:].strip()
             elif line[0] == ".":
-                return
+                line = line.partition(";")[2].strip()
             elif found := _INSTRUCTION.match(line):
                 negated, guard, name, operands = found.groups()
                 self.instructions.append(
@@ -192,10 +193,10 @@ class Machine:
         dtype = np.dtype(TYPES[kind])
         if operand in self._special:
             bits = self._special[operand].astype(np.uint32)
-        elif operand.startswith("%"):
-            if operand not in self._registers:
-                raise PtxError(f"{operand} is read before it is written")
+        elif operand in self._registers:
             bits = self._registers[operand]
+        elif operand.startswith("%"):
+            raise PtxError(f"{operand} is read before it is written")
         elif operand in self.program.shared:
             bits = np.full(1, SharedMemory.BASE + self.program.shared[operand], np.uint64)
         elif operand.startswith("0f"):
