@@ -8,7 +8,7 @@ WORKERS ?= 2
 # /dev/null installs the newest of everything that pyproject.toml allows
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-versions lint types pytest install clean
+.PHONY: demo test test-kernel test-versions lint types pytest install clean
 .DEFAULT_GOAL := demo
 
 install: $(VENV)/.installed
@@ -25,6 +25,10 @@ demo: install
 	$(BIN)/rmsnorm demo -o demo-out
 
 test: lint types pytest
+
+# every kernel that the tests know, as PTX, without a GPU; `make test` runs a sample
+test-kernel: install
+	RMSNORM_EVERY_KERNEL=1 $(BIN)/python -m pytest -n $(WORKERS) tests/plugins/kernel/test_ptx.py
 
 # the smoke test with the oldest and with the newest versions of each library, in environments of their own
 test-versions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UsageError
@@ -46,7 +47,13 @@ class CompiledKernel:
     spilled_bytes: int
 
 
-def compile_kernel(kernel: NormKernel, config: LaunchConfig, architecture: int, kind: Kind = "cubin") -> CompiledKernel:
+def compile_kernel(
+    kernel: NormKernel,
+    config: LaunchConfig,
+    architecture: int,
+    kind: Kind = "cubin",
+    folder: Path = SOURCE_FOLDER,
+) -> CompiledKernel:
     """Compile one kernel in one layout.
 
     Args:
@@ -54,6 +61,7 @@ def compile_kernel(kernel: NormKernel, config: LaunchConfig, architecture: int, 
         config: the layout, see `choose`.
         architecture: compute capability without the point, at least 75.
         kind: `cubin` for this architecture only, `ptx` for it and later ones.
+        folder: the source's folder.
 
     Raises:
         UsageError: the architecture does not support the layout, or NVRTC does not support the architecture.
@@ -74,11 +82,11 @@ def compile_kernel(kernel: NormKernel, config: LaunchConfig, architecture: int, 
     # A kernel from NVRTC's cache has a log without its resources.
     options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", "--ptxas-options=-v", "--no-cache"]
     options += [f"-D{macro}={value}" for macro, value in defined.items()]
-    headers = [(SOURCE_FOLDER / header).read_bytes() for header in HEADERS]
+    headers = [(folder / header).read_bytes() for header in HEADERS]
     program = _call(
         nvrtc,
         nvrtc.nvrtcCreateProgram(
-            (SOURCE_FOLDER / SOURCE).read_bytes(), SOURCE.encode(), len(headers), headers, [h.encode() for h in HEADERS]
+            (folder / SOURCE).read_bytes(), SOURCE.encode(), len(headers), headers, [h.encode() for h in HEADERS]
         ),
     )
     try:

@@ -1,4 +1,4 @@
-"""The kernels on poisoned outputs: on the host, thread by thread (`plugins/kernel/host/gpu.h`), or on a GPU."""
+"""The kernels on poisoned outputs: on the host, thread by thread (`plugins/kernel/host/gpu.h`), as PTX, or on a GPU."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig
 from rmsnorm_deploy.plugins.kernel.macros import macros
 from rmsnorm_deploy.plugins.kernel.norm_kernel import SOURCE_FOLDER, NormKernel
 from tests.helpers.plugins.gpu_memory import GpuMemory
+from tests.helpers.plugins.ptx import Machine, Program
+from tests.helpers.plugins.ptx_arithmetic import Approximation
+from tests.helpers.plugins.ptx_memory import GlobalMemory
 
 Array = NDArray[Any]
 SHIM = Path(__file__).parents[2] / "plugins" / "kernel" / "host" / "gpu.h"
@@ -148,6 +151,50 @@ class DeviceKernels(Kernels):
         for array in outputs:
             array[...] = device.get(held[id(array)], array)
         device.free()
+
+
+class PtxKernels(Kernels):
+    """Compiled by NVRTC to PTX, each when it is first run, and run by the interpreter of `ptx.py`.
+
+    Args:
+        folder: not used.
+        cases: kernels and layouts.
+        architecture: what is compiled for.
+        alignment: of every array in memory, and no more, in bytes.
+        side: how far approximate units are off, see `Approximation`; None draws it for each thread.
+        sources: folder of the CUDA sources.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        cases: Sequence[tuple[NormKernel, LaunchConfig]],
+        *,
+        architecture: int = 90,
+        alignment: int = 16,
+        side: float | None = None,
+        sources: Path = SOURCE_FOLDER,
+    ) -> None:
+        super().__init__(folder, cases)
+        self._architecture, self._alignment, self._side, self._sources = architecture, alignment, side, sources
+        self._programs: dict[int, Program] = {}
+
+    def _launch(self, number: int, inputs: list[Array], scalars: list[int], outputs: list[Array], seed: int) -> None:
+        kernel, config = self._cases[number]
+        if number not in self._programs:
+            compiled = compile_kernel(kernel, config, self._architecture, "ptx", self._sources)
+            self._programs[number] = Program(compiled.image.decode())
+        grid = config.grid(scalars[0])
+        if grid == 0:
+            return  # as Launcher does
+        memory, written = GlobalMemory(self._alignment), {id(array) for array in outputs}
+        held = {id(array): memory.put(array, id(array) in written) for array in (*inputs, *outputs)}
+        addresses = [held[id(array)] for array in (*inputs, *outputs)]
+        arguments = [*addresses[: len(inputs)], *scalars, *addresses[len(inputs) :]]
+        approximation = Approximation(seed, self._side)
+        Machine(self._programs[number], memory, arguments, grid, config.block, config.cluster, approximation).run()
+        for array in outputs:
+            array[...] = memory.get(held[id(array)], array)
 
 
 def _poisoned(shape: tuple[int, ...], dtype: Any) -> Array:

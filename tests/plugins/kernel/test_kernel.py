@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 
-from rmsnorm_deploy.models.reference import reference
-from rmsnorm_deploy.models.spec import Gate, NormSpec, Scale
+from rmsnorm_deploy.models.spec import Gate, Scale
 from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig, choose
 from rmsnorm_deploy.plugins.kernel.norm_kernel import Activation, NormKernel
-from rmsnorm_deploy.runtime.accuracy.float_formats import ulp_size
 from tests.helpers.plugins.gpu_memory import needs_gpu
-from tests.helpers.plugins.kernels import NUMPY, Array, DeviceKernels, HostKernels, Kernels, compiler
+from tests.helpers.plugins.kernel_cases import (
+    EPSILON,
+    LIMITS,
+    OPTIONS,
+    SPECIAL,
+    Case,
+    check_against_reference,
+    check_quantized,
+    check_quantized_nan_and_infinity,
+    kernels,
+    named_kernels,
+    quantized_kernels,
+    with_unquantized,
+)
+from tests.helpers.plugins.kernels import NUMPY, DeviceKernels, HostKernels, Kernels, compiler
 
 PLACES = [
     pytest.param(
@@ -25,43 +36,6 @@ PLACES = [
 ]
 
 WIDTHS = (1, 7, 64, 80, 128, 1000, 3072, 4096, 5120, 7168, 16384, 50000)
-ROWS = 3
-EPSILON = 1e-6
-# In ULPs of the float64 result; half types are rounded once from float32.
-LIMITS = {"float32": 4.0, "float16": 0.51, "bfloat16": 0.51}
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "no scale": {"scale": "none"},
-    "one plus": {"scale": "one_plus_weight"},
-    "cast first": {"cast_first": True},
-    "cast first, one plus": {"cast_first": True, "scale": "one_plus_weight"},
-    "float32 weight": {"weight_dtype": "float32"},
-    "silu before": {"gate": "before"},
-    "sigmoid before": {"gate": "before", "activation": "sigmoid"},
-    "silu after": {"gate": "after"},
-    "sigmoid after": {"gate": "after", "activation": "sigmoid"},
-    "groups": {"inner": 3, "weight_rows": 3},
-    "strided": {"inner": 2, "strided": True},
-}
-ADD_OPTIONS: dict[str, dict[str, Any]] = {
-    **{name: OPTIONS[name] for name in ("plain", "no scale", "one plus", "cast first", "silu after", "strided")},
-    "exact sum": {"exact_sum": True},
-    "float32 stream": {"residual_dtype": "float32"},
-    "float32 stream, exact": {"residual_dtype": "float32", "exact_sum": True},
-}
-QUANTIZED: dict[str, dict[str, Any]] = {
-    f"{dtype} {how}": {"quantized": dtype, "quantization": how}
-    for dtype in ("int8", "float8_e4m3")
-    for how in ("static", "per_row")
-}
-
-
-def kernels(width: int) -> Iterator[tuple[str, NormKernel]]:
-    for dtype in LIMITS:
-        for op, options in (("rms_norm", OPTIONS), ("add_rms_norm", ADD_OPTIONS)):
-            for name, changes in options.items():
-                yield f"{op} {dtype} {name}", NormKernel(width, EPSILON, op, dtype, **changes)  # type: ignore[arg-type]
 
 
 def test_every_member_has_a_kernel_here() -> None:
@@ -71,105 +45,13 @@ def test_every_member_has_a_kernel_here() -> None:
     assert gated == set(itertools.product(set(get_args(Gate)) - {"none"}, get_args(Activation)))
 
 
-class Case:
-    """Random inputs of one kernel: every row of another size, with an outlier."""
-
-    def __init__(self, kernel: NormKernel, seed: int = 0) -> None:
-        rng = np.random.default_rng([seed, kernel.width])
-        self.kernel = kernel
-        sizes = np.array([0.02, 3.0, 40.0])[:, None]
-        outer = -(-ROWS // kernel.inner)
-        self.strides: list[int] = []
-
-        def rows(dtype: str, size: Any) -> tuple[Array, Array]:
-            """The rows, and what they lie in."""
-            values = (rng.standard_normal((ROWS, kernel.width)) * size).astype(NUMPY[dtype])
-            values[:, kernel.width // 2] *= 8
-            if not kernel.strided:
-                return values, values
-            inner = kernel.width + 16
-            held = np.full((outer, kernel.inner + 1, inner), np.nan, NUMPY[dtype])
-            for row in range(ROWS):
-                held[row // kernel.inner, row % kernel.inner, : kernel.width] = values[row]
-            self.strides += [(kernel.inner + 1) * inner, inner]
-            return values, held
-
-        self.x, x_held = rows(kernel.dtype, sizes)
-        self.given: dict[str, Any] = {}
-        self.residual = self.gate = self.weight = None
-        if kernel.adds:
-            self.residual, self.given["residual"] = rows(kernel.residual_dtype or kernel.dtype, sizes)
-        if kernel.gate != "none":
-            self.gate, self.given["gate"] = rows(kernel.dtype, 2.0)
-        if kernel.scale != "none":
-            weight = 0.3 * rng.standard_normal((kernel.weight_rows, kernel.width)) + (kernel.scale == "weight")
-            self.weight = self.given["weight"] = weight.astype(NUMPY[kernel.weight_dtype or kernel.dtype])
-        self.given |= {"x": x_held, "rows": ROWS, "strides": self.strides}
-
-    @property
-    def sum(self) -> Array:
-        """What is normalized, as it is stored."""
-        if self.residual is None:
-            return self.x
-        return (self.x.astype(np.float32) + self.residual.astype(np.float32)).astype(self.residual.dtype)
-
-    def h(self) -> Array:
-        if self.residual is not None and self.kernel.exact_sum:
-            return (self.x.astype(np.float32) + self.residual.astype(np.float32)).astype(np.float64)
-        return self.sum.astype(np.float64)
-
-    def expected(self) -> Array:
-        kernel = self.kernel
-        spec = NormSpec(
-            float(np.float32(EPSILON)), scale=kernel.scale, gate=kernel.gate,
-            activation="none" if kernel.gate == "none" else kernel.activation,
-        )  # fmt: skip
-        weight = None
-        if self.weight is not None:
-            weight = self.weight.astype(np.float64)[np.arange(ROWS) % kernel.weight_rows]
-        gate = None if self.gate is None else self.gate.astype(np.float64)
-        if not kernel.cast_first or kernel.y_dtype_ == "float32":  # float32 is what it is computed in
-            return reference(spec, self.h(), weight, gate=gate)
-        dtype = NUMPY[kernel.y_dtype_]
-        scale = np.ones(()) if weight is None else weight + (kernel.scale == "one_plus_weight")
-        return reference(spec.replace(scale="none"), self.h()).astype(dtype).astype(np.float64) * scale.astype(
-            dtype
-        ).astype(np.float64)
-
-
 @pytest.fixture(scope="module", params=PLACES)
 def place(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-def named_kernels(width: int) -> list[tuple[str, NormKernel, LaunchConfig]]:
-    """All kernels of one width, laid out for few and for many rows."""
-    return list(
-        {
-            (kernel, config): (name, kernel, config)
-            for name, kernel in kernels(width)
-            for config in (choose(kernel, rows, 90) for rows in (ROWS, None))
-        }.values()
-    )
-
-
 def compiled(place: type[Kernels], folder: Any, named: list[tuple[str, NormKernel, LaunchConfig]]) -> Kernels:
     return place(folder, [(kernel, config) for _, kernel, config in named])
-
-
-def check_against_reference(named: list[Any], library: Kernels) -> None:
-    for number, (name, kernel, config) in enumerate(named):
-        case = Case(kernel)
-        outputs = library.run(number, **case.given)
-        if kernel.adds:
-            np.testing.assert_array_equal(outputs["sum"], case.sum, err_msg=name)
-        expected = case.expected()
-        off = np.abs(outputs["y"].astype(np.float64) - expected) / ulp_size(expected, outputs["y"].dtype)
-        # Rounded twice, a value next to a tie may fall to the other side: one ULP of the first rounding, scaled.
-        limit = 2.51 if kernel.cast_first and kernel.dtype != "float32" else LIMITS[kernel.y_dtype_]
-        assert off.max() <= limit, f"{name}, {config}: {off.max():.3f} ULP"
-        if kernel.cast_first and kernel.width >= 1000:
-            assert np.mean(off > 0.5001) < 0.01 or kernel.dtype == "float32", name
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -208,56 +90,13 @@ def test_the_order_in_which_threads_run_changes_nothing(width: int, place: type[
 
 @pytest.mark.parametrize("width", [1, 7, 128, 1000, 4096, 50000])
 def test_quantized_output_is_that_of_the_norm_quantized(width: int, place: type[Kernels], tmp_path: Any) -> None:
-    cases = []
-    for dtype in LIMITS:
-        for op in ("rms_norm", "add_rms_norm"):
-            for changes in QUANTIZED.values():
-                kernel = NormKernel(width, EPSILON, op, dtype, **changes)  # type: ignore[arg-type]
-                config = choose(kernel, None, 90)
-                cases += [(kernel, config), (kernel.replace(quantized="none", quantization="none"), config)]
-    library = place(tmp_path, cases)
-    for number in range(0, len(cases), 2):
-        kernel = cases[number][0]
-        case = Case(kernel)
-        y = library.run(number + 1, **case.given)["y"].astype(np.float32)
-        largest = np.float32(127.0 if kernel.quantized == "int8" else 448.0)
-        if kernel.quantization == "static":
-            scale = np.full(1, 0.01, np.float32)  # some values saturate
-            got = library.run(number, **case.given, scale=scale)
-        else:
-            got = library.run(number, **case.given)
-            scale = np.abs(y).max(axis=1, keepdims=True) / largest
-            np.testing.assert_array_equal(got["row_scale"], scale[:, 0])
-        scaled = y / scale
-        if kernel.quantized == "int8":
-            wanted = np.clip(np.rint(scaled), -128, 127).astype(np.int8)
-        else:
-            wanted = np.clip(scaled, -largest, largest).astype(NUMPY["float8_e4m3"])
-        np.testing.assert_array_equal(got["y"].view(np.uint8), wanted.view(np.uint8), err_msg=str(kernel))
+    cases = with_unquantized([(kernel, choose(kernel, None, 90)) for kernel in quantized_kernels(width)])
+    check_quantized(cases, place(tmp_path, cases))
 
 
 def test_quantized_nan_and_infinity(place: type[Kernels], tmp_path: Any) -> None:
-    cases = [NormKernel(256, EPSILON, **changes) for changes in QUANTIZED.values()]
-    library = place(tmp_path, [(kernel, choose(kernel, None, 90)) for kernel in cases])
-    x = np.random.default_rng(0).standard_normal((3, 256)).astype(np.float16)
-    x[0, :2], x[1, 5] = (12, -12), np.nan  # row 0 overflows float16; all of row 1 is NaN
-    weight = np.ones(256, np.float16)
-    weight[:2] = 60000
-    for number, kernel in enumerate(cases):
-        given = {"scale": np.full(1, 0.5, np.float32)} if kernel.quantization == "static" else {}
-        got = library.run(number, x, weight=weight, **given)
-        y = got["y"].astype(np.float32)
-        int8 = kernel.quantized == "int8"
-        nan = 0.0 if int8 else np.nan
-        assert np.array_equal(y[1], np.full(256, nan, np.float32), equal_nan=True), str(kernel)
-        if kernel.quantization == "static":
-            np.testing.assert_array_equal(y[0, :2], [127, -128] if int8 else [448, -448])
-            assert (np.abs(y[0, 2:]) < 50).all()
-            assert (y[0, 2:] != 0).any()
-        else:
-            np.testing.assert_array_equal(got["row_scale"][:2], [np.inf, 1])
-            np.testing.assert_array_equal(y[0], [nan, nan] + [0] * 254)
-        assert np.isfinite(y[2]).all()
+    library = place(tmp_path, [(kernel, choose(kernel, None, 90)) for kernel in SPECIAL])
+    check_quantized_nan_and_infinity(SPECIAL, library)
 
 
 # ------------------------------------------------------------------------------------------------------- others
