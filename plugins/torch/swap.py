@@ -52,7 +52,7 @@ class KernelSwap:
         self.undo()
 
     def __str__(self) -> str:
-        lines = [f"{len(self.swapped)} norms call the kernel, {len(self.kept)} are as they were"]
+        lines = [f"norms that call the kernel: {len(self.swapped)}; left as they are: {len(self.kept)}"]
         return "\n".join([*lines, *(f"  {kept.path or 'the model itself'}: {kept.reason}" for kept in self.kept)])
 
     def to_dict(self) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def test_what_the_kernel_does_not_have_stays() -> None:
     assert list(reasons) == ["layer", "groups", "dims"]
     for path, part in {"groups": "groups of 8", "dims": "last 2 dims", "layer": "LayerNorm"}.items():
         assert part in reasons[path]
-    assert str(swap).splitlines()[0] == "1 norms call the kernel, 3 are as they were"
+    assert str(swap).splitlines()[0] == "norms that call the kernel: 1; left as they are: 3"
     assert [row["path"] for row in swap.to_dict()["swapped"]] == ["plain"]
     assert type(model["groups"]) is Grouped
 
