@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def compile_kernel(kernel: NormKernel, config: LaunchConfig, architecture: int, 
     image, log = _compile(nvrtc, sources, options, kind, f"{name} for sm_{architecture}")
     resources = {what: _number(pattern, log) for what, pattern in _RESOURCES.items()}
     compiled = CompiledKernel(name, kind, image, architecture, **resources)
-    write_entry(key, compiled)
+    write_entry(key, dataclasses.asdict(compiled))
     return compiled
 
 

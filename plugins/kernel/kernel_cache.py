@@ -8,20 +8,16 @@ own and renames it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from ...models.errors import UsageError
 from ...models.regular_files import read_bytes
-
-if TYPE_CHECKING:
-    from .compiler import CompiledKernel
 
 # The folder of the cache, or `off`.
 VARIABLE: Final = "RMSNORM_KERNEL_CACHE"
@@ -68,14 +64,18 @@ def read_entry(key: str) -> dict[str, Any] | None:
         return None
 
 
-def write_entry(key: str, compiled: CompiledKernel) -> None:
-    """Write an entry, completely or not at all. Where the folder cannot be written to, nothing is written."""
+def write_entry(key: str, fields: dict[str, Any]) -> None:
+    """Write an entry, completely or not at all. Where the folder cannot be written to, nothing is written.
+
+    Args:
+        key: see `entry_key`.
+        fields: those of the CompiledKernel: JSON values, and the bytes of the image.
+    """
     folder = cache_folder()
     if folder is None:
         return
-    fields = dataclasses.asdict(compiled)
-    image = fields.pop("image")
-    body = json.dumps({"key": key, **fields}).encode() + b"\n" + image
+    head = {name: value for name, value in fields.items() if name != "image"}
+    body = json.dumps({"key": key, **head}).encode() + b"\n" + fields["image"]
     partial = None
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

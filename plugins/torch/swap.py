@@ -115,5 +115,5 @@ def _calling(own: type[nn.Module], spec: NormSpec, weight: str | None) -> type[n
         return rms_norm(x, None if weight is None else getattr(self, weight), eps, **form)
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
-    names = {_MARK: True, "forward": forward, "__module__": own.__module__, "__doc__": own.__doc__}
+    names = {_MARK: True, "forward": forward, "__module__": __name__, "__doc__": own.__doc__}
     return type(own.__name__, (own,), names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +78,15 @@ def test_a_swapped_model_is_recognized_as_before(qwen3: nn.Module) -> None:
     swap.undo()
     swap.undo()
     assert len(use_kernel(qwen3).swapped) == 5
+
+
+def test_a_swapped_model_can_be_exported(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.RMSNorm(8, 1e-6), nn.Linear(8, 8)).eval()
+    use_kernel(model)
+    exported = rmsnorm_deploy.export_model(
+        model, tmp_path / "out", target="standard", inputs={"input": torch.ones(2, 8)}
+    )
+    assert [site.path for site in exported.recognition.sites] == ["0"]
 
 
 class Grouped(nn.Module):
