@@ -21,6 +21,10 @@ settings.register_profile("many", max_examples=5000, deadline=None, suppress_hea
 settings.load_profile("few")
 
 
+# What a test compiles, it compiles itself; tests of the cache name a folder of their own.
+os.environ["RMSNORM_KERNEL_CACHE"] = "off"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Seed before the fixtures of each test, so that what a test sees does not hang on the tests before it."""

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("plugins",),
     ("plugins.kernel", "export.graph", "export.onnx_io", "runtime.accuracy"),
     ("plugins.tensorrt", "export.recognition", "export.lowering", "runtime.runners"),
-    ("export.capture",),
+    ("export.capture", "plugins.torch"),
     ("export.from_onnx", "export.from_torch"),
     ("export", "runtime.inputs"),
     ("runtime.norms", "runtime.report"),

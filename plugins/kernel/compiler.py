@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UsageError
+from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
+from ...models.versions import installed_version
+from .kernel_cache import entry_key, read_entry, write_entry
 from .launch_config import LaunchConfig
 from .macros import macros
 from .norm_kernel import HEADERS, SOURCE, SOURCE_FOLDER, NormKernel
@@ -54,7 +58,7 @@ def compile_kernel(
     kind: Kind = "cubin",
     folder: Path = SOURCE_FOLDER,
 ) -> CompiledKernel:
-    """Compile one kernel in one layout.
+    """Compile one kernel in one layout, or read it from the cache on disk (`kernel_cache`).
 
     Args:
         kernel: what the kernel computes.
@@ -82,26 +86,77 @@ def compile_kernel(
     # A kernel from NVRTC's cache has a log without its resources.
     options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", "--ptxas-options=-v", "--no-cache"]
     options += [f"-D{macro}={value}" for macro, value in defined.items()]
-    headers = [(folder / header).read_bytes() for header in HEADERS]
+    sources = {file: (folder / file).read_bytes() for file in (SOURCE, *HEADERS)}
+    key = entry_key({
+        "name": name, "kind": kind, "options": options, "nvrtc": _build_of(nvrtc),
+        "sources": {file: hashlib.sha256(content).hexdigest() for file, content in sources.items()},
+    })  # fmt: skip
+    cached = read_entry(key)
+    if cached is not None:
+        return CompiledKernel(**cached)
+    image, log = _compile(nvrtc, sources, options, kind, f"{name} for sm_{architecture}")
+    resources = {what: _number(pattern, log) for what, pattern in _RESOURCES.items()}
+    compiled = CompiledKernel(name, kind, image, architecture, **resources)
+    write_entry(key, dataclasses.asdict(compiled))
+    return compiled
+
+
+def _compile(nvrtc: Any, sources: dict[str, bytes], options: list[str], kind: Kind, what: str) -> tuple[bytes, str]:
+    """The image and the log of NVRTC."""
+    headers = [sources[header] for header in HEADERS]
     program = _call(
         nvrtc,
         nvrtc.nvrtcCreateProgram(
-            (folder / SOURCE).read_bytes(), SOURCE.encode(), len(headers), headers, [h.encode() for h in HEADERS]
+            sources[SOURCE], SOURCE.encode(), len(headers), headers, [header.encode() for header in HEADERS]
         ),
     )
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         log = _text(nvrtc, program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).decode(errors="replace")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise RmsnormDeployError(f"NVRTC failed to compile {name} for sm_{architecture} ({status.name}):\n{log}")
+            raise RmsnormDeployError(f"NVRTC failed to compile {what} ({status.name}):\n{log}")
         if kind == "ptx":
-            image = _text(nvrtc, program, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX).rstrip(b"\0")
-        else:
-            image = _text(nvrtc, program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+            return _text(nvrtc, program, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX).rstrip(b"\0"), log
+        return _text(nvrtc, program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN), log
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    resources = {what: _number(pattern, log) for what, pattern in _RESOURCES.items()}
-    return CompiledKernel(name, kind, image, architecture, **resources)
+
+
+def nvrtc_version() -> tuple[int, int]:
+    """The CUDA version of NVRTC. It writes PTX for drivers of this CUDA version or later, and cannot write older PTX.
+
+    Raises:
+        EnvironmentMissingError: NVRTC is not installed.
+    """
+    nvrtc = import_nvrtc()
+    status, major, minor = nvrtc.nvrtcVersion()
+    _call(nvrtc, (status, major))
+    return major, minor
+
+
+def check_driver(driver: tuple[int, int]) -> None:
+    """Check that a driver can load PTX of this NVRTC.
+
+    Args:
+        driver: the newest CUDA version that it supports, as `nvidia-smi` prints it.
+
+    Raises:
+        UnsupportedError: it is older than NVRTC.
+    """
+    version = nvrtc_version()
+    if driver < version:
+        wanted, found = (".".join(map(str, numbers)) for numbers in (driver, version))
+        raise UnsupportedError(
+            f"PTX for a driver of CUDA {wanted}: expected NVRTC {wanted} or earlier, got {found}, whose PTX that "
+            "driver refuses. Compile a cubin, which needs no newer driver than its GPU does, or use an older NVRTC."
+        )
+
+
+def _build_of(nvrtc: Any) -> list[str]:
+    """What names the build of NVRTC: its CUDA version, and the versions of the packages that may contain it."""
+    _, major, minor = nvrtc.nvrtcVersion()
+    packages = ("nvidia-cuda-nvrtc", f"nvidia-cuda-nvrtc-cu{major}")
+    return [f"{major}.{minor}", *(installed_version(package) or "" for package in packages)]
 
 
 def import_nvrtc() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,18 @@ class Launcher:
         self._functions: dict[KernelImage, Any] = {}
         self._device: tuple[int, int] | None = None
 
-    def launch(self, pointers: list[int], inputs: int, rows: int, stream: int) -> None:
+    def load(self) -> None:
+        """Load every kernel that this GPU can run, as is necessary before the capture of a CUDA graph.
+
+        Raises:
+            RmsnormDeployError: a call of the driver failed.
+        """
+        architecture, _ = self._device or self._found_device()
+        for image in self._images.images:
+            if image.runs_on(architecture):
+                self._function(image)
+
+    def launch(self, pointers: list[int], inputs: int, rows: int, stream: int, strides: Sequence[int] = ()) -> None:
         """Run the kernel on `rows` rows; for 0 rows nothing is launched.
 
         Args:
@@ -49,6 +61,7 @@ class Launcher:
             inputs: number of inputs among them.
             rows: number of rows of x.
             stream: handle of the CUDA stream.
+            strides: of a strided kernel, in elements: outer and inner of x, then of the residual.
 
         Raises:
             RmsnormDeployError: no image runs on this GPU, or a call of the driver failed.
@@ -63,8 +76,8 @@ class Launcher:
                 f"the engine has kernels for {built}, and this GPU is sm_{architecture}. Build it again with "
                 f"--arch sm_{architecture}."
             )
-        values = [np.array([pointer], np.uint64) for pointer in pointers]
-        values.insert(inputs, np.array([rows], np.int32))
+        values: list[Any] = [np.array([pointer], np.uint64) for pointer in pointers]
+        values[inputs:inputs] = [np.array([rows], np.int32), *(np.array([stride], np.int64) for stride in strides)]
         addresses = np.array([value.ctypes.data for value in values], np.uint64)
         function, grid, given = self._function(image), image.grid(rows), addresses.ctypes.data
         if image.waits and hasattr(self._driver, "cuLaunchKernelEx"):

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from rmsnorm_deploy.models.recognition.find_norms import find_norms
     from rmsnorm_deploy.models.reference import reference
     from rmsnorm_deploy.models.spec import NormSpec
+    from rmsnorm_deploy.plugins.torch.operators import add_rms_norm, rms_norm
+    from rmsnorm_deploy.plugins.torch.swap import KernelSwap, use_kernel
     from rmsnorm_deploy.runtime.accuracy.tolerances import Limits
     from rmsnorm_deploy.runtime.generate import generate
     from rmsnorm_deploy.runtime.inputs.cases import Case
@@ -51,6 +53,10 @@ _HOME = {
     "ExportResult": "export.from_torch.export_model",
     "TARGETS": "export.lowering.table",
     "rewrite_model": "runtime.rewriting.rewrite_file",
+    "use_kernel": "plugins.torch.swap",
+    "KernelSwap": "plugins.torch.swap",
+    "rms_norm": "plugins.torch.operators",
+    "add_rms_norm": "plugins.torch.operators",
     "build_engine": "runtime.tensorrt.build",
     "Runner": "runtime.runners.base",
     "open_runner": "runtime.runners.open",
@@ -83,6 +89,10 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "ExportResult",
     "TARGETS",
     "rewrite_model",
+    "use_kernel",
+    "KernelSwap",
+    "rms_norm",
+    "add_rms_norm",
     "build_engine",
     "Runner",
     "open_runner",

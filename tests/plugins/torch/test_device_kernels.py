@@ -1,0 +1,268 @@
+"""The operators' way to the kernel: on the host, where the kernel reads the CPU's tensors, and on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rmsnorm_deploy.models.eager import eager
+from rmsnorm_deploy.models.errors import RmsnormDeployError
+from rmsnorm_deploy.models.spec import NormSpec
+from rmsnorm_deploy.plugins.kernel.compiler import CompiledKernel
+from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig, layouts
+from rmsnorm_deploy.plugins.kernel.norm_kernel import NormKernel
+from rmsnorm_deploy.plugins.torch import device_kernels, operators
+from rmsnorm_deploy.plugins.torch.device_kernels import DeviceKernels
+from rmsnorm_deploy.plugins.torch.operators import add_rms_norm, rms_norm
+from tests.helpers.plugins.kernels import HostKernels, compiler
+
+FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+CAST_FIRST = NormSpec(1e-5, order="cast_then_scale")
+
+
+def tensors(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2).to(dtype)
+
+
+@dataclass
+class Call:
+    """A call of an operator, and what the kernel that it runs is to be like: strided, heads, elements of a vector."""
+
+    spec: NormSpec
+    x: Tensor
+    weight: Tensor | None
+    residual: Tensor | None = None
+    expected: tuple[bool, int, int] = (False, 1, 8)
+
+
+CALLS = {
+    "cast first": Call(CAST_FIRST, tensors(BRAIN, 3, 5, 40), tensors(BRAIN, 40)),
+    "float32 weight": Call(NormSpec(1e-5), tensors(HALF, 9, 40), tensors(FLOAT, 40)),
+    "1 + weight in half": Call(
+        CAST_FIRST.replace(scale="one_plus_weight", offset_in_float32=False), tensors(HALF, 9, 40), tensors(HALF, 40)
+    ),
+    "no weight": Call(NormSpec(1e-5, scale="none"), tensors(FLOAT, 9, 40), None, None, (False, 1, 4)),
+    "rows of a wider tensor": Call(
+        NormSpec(1e-5), tensors(HALF, 9, 56)[:, 2:42], tensors(HALF, 40), None, (True, 1, 2)
+    ),
+    "heads of a wider token": Call(
+        CAST_FIRST, tensors(BRAIN, 2, 3, 88)[..., 8:72].unflatten(-1, (4, 16)), tensors(BRAIN, 16), None, (True, 4, 8)
+    ),
+    "transposed": Call(CAST_FIRST, tensors(BRAIN, 40, 6).T, tensors(BRAIN, 40)),
+    "weight in the middle": Call(NormSpec(1e-5), tensors(HALF, 6, 40), tensors(FLOAT, 41)[1:], None, (False, 1, 1)),
+    "no rows": Call(NormSpec(1e-5), tensors(HALF, 0, 40), tensors(HALF, 40)),
+    "add": Call(NormSpec(1e-5), tensors(BRAIN, 5, 40), tensors(BRAIN, 40), tensors(BRAIN, 5, 40, seed=1)),
+    "add to float32": Call(NormSpec(1e-5), tensors(BRAIN, 5, 40), tensors(FLOAT, 40), tensors(FLOAT, 5, 40, seed=1)),
+    "add to heads": Call(
+        CAST_FIRST, tensors(HALF, 2, 3, 4, 16), tensors(HALF, 16),
+        tensors(HALF, 2, 3, 80, seed=1)[..., :64].unflatten(-1, (4, 16)), (True, 4, 8),
+    ),
+    "add to rows": Call(
+        CAST_FIRST, tensors(HALF, 6, 24)[:, :16], tensors(HALF, 16), tensors(HALF, 16, 6, seed=1).T, (True, 1, 8)
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Device:
+    """A driver whose kernels run on the host; it counts modules and keeps the streams of launches."""
+
+    folder: Path
+    compiled: dict[bytes, tuple[NormKernel, LaunchConfig]] = field(default_factory=dict)
+    host: HostKernels | None = None
+    loaded: list[bytes] = field(default_factory=list)
+    streams: list[int] = field(default_factory=list)
+    last: tuple[NormKernel, LaunchConfig] | None = None
+
+    CUdevice_attribute = SimpleNamespace(
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=9, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=0,
+        CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT=1,
+    )  # fmt: skip
+
+    def compile(self, kernel: NormKernel, config: LaunchConfig, architecture: int) -> CompiledKernel:
+        image = f"{kernel} {config}".encode()
+        self.compiled[image] = kernel, config
+        return CompiledKernel(kernel.op, "cubin", image, architecture, 32, 0, 0, 0)
+
+    def build(self) -> None:
+        self.host = HostKernels(self.folder, list(self.compiled.values()))
+
+    def cuCtxGetDevice(self) -> tuple[Any, ...]:
+        return 0, 0
+
+    def cuDeviceGetAttribute(self, attribute: int, device: int) -> tuple[Any, ...]:
+        return 0, attribute
+
+    def cuModuleLoadData(self, image: bytes) -> tuple[Any, ...]:
+        self.loaded.append(image)
+        return 0, image
+
+    def cuModuleGetFunction(self, module: bytes, name: bytes) -> tuple[Any, ...]:
+        return 0, module
+
+    def cuLaunchKernel(self, function: bytes, grid: int, *others: Any) -> tuple[Any, ...]:
+        kernel, config = self.last = self.compiled[function]
+        self.streams.append(others[6])
+        inputs = 1 + kernel.adds + kernel.has_weight
+        kinds = (
+            [ctypes.c_uint64] * inputs + [ctypes.c_int32] + [ctypes.c_int64] * (2 * kernel.strided * (1 + kernel.adds))
+        )
+        kinds += [ctypes.c_uint64] * (1 + kernel.adds)
+        addresses = (ctypes.c_uint64 * len(kinds)).from_address(others[7])
+        values = [kind.from_address(address).value for kind, address in zip(kinds, addresses, strict=True)]
+        if self.host is not None:
+            number = list(self.compiled).index(function)
+            entry = ctypes.cast(getattr(self.host._library, f"kernel_{number}"), ctypes.c_void_p)
+            packed = (ctypes.c_uint64 * 16)(*values)
+            assert not self.host._library.launch(entry, grid, config.block, config.cluster, packed, ctypes.c_uint(0))
+        return (0,)
+
+
+def run(call: Call) -> tuple[Tensor, ...]:
+    return operators._fused(call.x, call.residual, call.weight, call.spec)
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+    """All kernels of the calls, as one library; the first round only finds out which they are."""
+    if compiler() is None:
+        pytest.skip("needs a C++ compiler on the host")
+    found = Device(tmp_path_factory.mktemp("kernels"))
+    kernels = DeviceKernels(90, found)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.version, "cuda", "13.0")
+        patch.setattr(device_kernels, "compile_kernel", found.compile)
+        patch.setattr(device_kernels, "layouts", lambda *arguments: layouts(*arguments)[-1:])
+        patch.setattr(operators, "run_on_device", lambda *arguments: kernels.run(*arguments, stream=77))
+        for call in CALLS.values():
+            run(call)
+        found.build()
+        yield found
+
+
+def assert_near(y: Tensor, wanted: Tensor) -> None:
+    """As near as float32 statistics that are summed in another order: a rounding to half may fall to the other side."""
+    assert (y.dtype, y.shape) == (wanted.dtype, wanted.shape)
+    torch.testing.assert_close(y, wanted, rtol=2 * torch.finfo(y.dtype).eps, atol=0)
+    if y.dtype != FLOAT and y.numel():
+        assert (y == wanted).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_kernel_computes_the_call(device: Device, name: str) -> None:
+    call = CALLS[name]
+    total = call.x if call.residual is None else call.x + call.residual
+    device.last = None
+    results = run(call)
+    assert all(result.is_contiguous() for result in results)
+    assert_near(results[0], eager(call.spec, total, call.weight))
+    assert all(torch.equal(result, total) for result in results[1:])
+    if call.x.numel() == 0:
+        assert device.last is None
+        return
+    assert device.last is not None
+    kernel, config = device.last
+    assert (kernel.strided, kernel.inner, config.elements) == call.expected
+
+
+def test_kernels_are_loaded_once_and_launched_on_the_stream(device: Device) -> None:
+    loaded = len(device.loaded)
+    for _ in range(2):
+        run(CALLS["cast first"])
+    assert len(device.loaded) == loaded == len(device.compiled)
+    assert set(device.streams) == {77}
+
+
+@pytest.mark.parametrize("call", [
+    Call(CAST_FIRST, tensors(BRAIN, 3, 40), tensors(FLOAT, 40)),  # the result has the weight's dtype
+    Call(NormSpec(1e-5), tensors(torch.float64, 3, 40), tensors(torch.float64, 40)),
+    Call(NormSpec(1e-5), tensors(HALF, 3, 40), None, tensors(BRAIN, 3, 40)),
+], ids=["wider weight", "float64", "two halves"])  # fmt: skip
+def test_dtypes_that_the_kernel_lacks_are_computed_by_pytorch(device: Device, call: Call) -> None:
+    spec = call.spec if call.weight is not None else call.spec.replace(scale="none")
+    device.last = None
+    results = operators._fused(call.x, call.residual, call.weight, spec)
+    assert device.last is None
+    total = call.x if call.residual is None else call.x + call.residual
+    assert torch.equal(results[0], eager(spec, total, call.weight))
+
+
+def test_nothing_is_compiled_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    device = Device(tmp_path)
+    monkeypatch.setattr(device_kernels, "compile_kernel", device.compile)
+    monkeypatch.setattr(device_kernels, "layouts", layouts)
+    kernels, x = DeviceKernels(90, device), tensors(HALF, 2, 64)
+    rows = [operators._with_rows(x)]
+    kernel = NormKernel(64, 1e-5, scale="none")
+    with pytest.raises(RmsnormDeployError, match=r"width 64 in float16 that has not run yet\. Run the model once"):
+        kernels.run(kernel, rows, None, [x.clone()], capturing=True)
+    assert device.compiled == {}
+    kernels.run(kernel, rows, None, [x.clone()])
+    assert len(device.loaded) == len(layouts(kernel, 90)) > 1  # for every number of rows
+    kernels.run(kernel, rows, None, [x.clone()], capturing=True)
+    assert len(device.streams) == 2
+
+
+needs_cuda = pytest.mark.skipif(
+    not (torch.cuda.is_available() and torch.version.cuda), reason="needs an NVIDIA GPU and the CUDA build of torch"
+)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("name", CALLS)
+def test_the_operators_on_a_gpu(name: str) -> None:
+    """Needs an NVIDIA GPU, the CUDA build of torch, and cuda-bindings and NVRTC."""
+    call = CALLS[name]
+    x, weight, residual = (None if t is None else _moved(t) for t in (call.x, call.weight, call.residual))
+    assert x is not None
+    form = operators.form_of(call.spec)
+    if residual is None:
+        assert_near(rms_norm(x, weight, 1e-5, **form), eager(call.spec, x, weight))
+    else:
+        y, total = add_rms_norm(x, residual, weight, 1e-5, **form)
+        assert torch.equal(total, x + residual)
+        assert_near(y, eager(call.spec, x + residual, weight))
+
+
+def _moved(tensor: Tensor) -> Tensor:
+    """On the GPU with the same strides and offset."""
+    base = torch.zeros(tensor.untyped_storage().nbytes() // tensor.element_size(), dtype=tensor.dtype, device="cuda")
+    moved = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return moved.copy_(tensor)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize(
+    "compiled", [lambda f: f, lambda f: torch.compile(f, fullgraph=True)], ids=["eager", "inductor"]
+)
+def test_a_captured_graph_replays_on_new_values(compiled: Callable[..., Any]) -> None:
+    """Needs an NVIDIA GPU, the CUDA build of torch, cuda-bindings and NVRTC; for inductor, Triton."""
+    x, weight = tensors(BRAIN, 4, 136).cuda(), tensors(BRAIN, 136, seed=1).cuda()
+    function = compiled(lambda x: rms_norm(x, weight, 1e-5) * 2)
+    function(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = function(x)
+    x.copy_(tensors(BRAIN, 4, 136, seed=2))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_near(y, eager(NormSpec(1e-5), x, weight) * 2)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_capture_before_the_first_run_is_refused() -> None:
+    """Needs an NVIDIA GPU, the CUDA build of torch, and cuda-bindings and NVRTC."""
+    x = tensors(BRAIN, 4, 152).cuda()
+    with pytest.raises(RmsnormDeployError, match="Run the model once"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        rms_norm(x)
