@@ -107,7 +107,10 @@ class _Row:
         return self._entry.inputs(self._model) if self._entry.inputs is not None else None
 
     def recognize(self) -> tuple[Status, str]:
-        found, there = len(find_norms(self._model).sites), norms_there(self._entry, self._model)
+        recognition, there = find_norms(self._model), norms_there(self._entry, self._model)
+        found, refused = len(recognition.sites), recognition.refusals
+        if found < there <= found + len(refused):
+            return "refused", f"{found}/{there}: {refused[0].path}: {refused[0].reason}"
         return "ok" if found == there else "wrong", f"{found}/{there}"
 
     def export(self) -> tuple[Status, str]:

@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-import onnx_ir as ir
 import torch
 from torch import nn
 
 from ...models.errors import RmsnormDeployError, UnsupportedError
-from ..graph.constants import integers
+from ..graph.repairs import repair
 from ..graph.sizes import SizeLimits
 from ..lowering.table import DEFAULT_OPSET
 from .captured import Capture
@@ -72,26 +71,10 @@ def capture(
             raise
         except Exception as error:
             raise explained(model, error) from error
-        _drop_false_squeezes(captured.model)
+        repair(captured.model)
         names = name_dims(captured.model, captured.fixed_dims, dynamic, _documented(captured, is_transformers))
         _check_sizes(captured, names)
     return captured
-
-
-def _drop_false_squeezes(program: ir.Model) -> None:
-    """Remove every Squeeze of a dim that is not 1, which ONNX forbids.
-
-    In PyTorch, `squeeze` does not change such a dim; torch's exporter writes the node nevertheless.
-    """
-    for node in list(program.graph.all_nodes()):
-        axes = integers(node.inputs[1]) if node.op_type == "Squeeze" and len(node.inputs) == 2 else None
-        x = node.inputs[0] if axes else None
-        if x is None or x.shape is None or not axes or len(axes) != 1 or node.graph is None:
-            continue
-        dim = x.shape[axes[0]]
-        if isinstance(dim, int) and dim != 1:
-            node.outputs[0].replace_all_uses_with(x, replace_graph_outputs=True)
-            node.graph.remove(node, safe=True)
 
 
 def _documented(captured: Capture, is_transformers: bool) -> dict[str, int] | None:

@@ -25,6 +25,8 @@ from .signature import NotANormError
 from .state import Snapshot
 
 _HALF_DTYPES = tuple(map(torch_dtype, HALF_DTYPES))
+# A factor after which the mean square of a row is less than any eps.
+_TINY = 2.0**-25
 _PROBE_DTYPES = (torch.float32, *_HALF_DTYPES)
 
 
@@ -188,8 +190,20 @@ class _Prober(Caller):
                 (spec, roles) for spec in candidates if same_bits(wanted, self._expected(spec, roles, tensors, x, gate))
             ]
         if not found:
+            if self._divides_by_length(self._copy(torch.float32, tensors), width, gated):
+                raise RefusedError(
+                    "it divides by the length of a row, as F.normalize does, and not by the root of its mean square "
+                    "plus eps"
+                )
             raise RefusedError("no NormSpec reproduces it bit for bit in float32")
         return found
+
+    def _divides_by_length(self, module: nn.Module, width: tuple[int, ...], gated: bool) -> bool:
+        """Whether even a tiny row is scaled to the same length, which an eps below a root prevents."""
+        x = self._randn(2, 3, *width)
+        gate = self._gate_like(x) if gated else None
+        small, usual = (self._call(module, rows, gate) for rows in (x * _TINY, x))
+        return torch.allclose(small, usual, rtol=1e-4, atol=1e-6)
 
     def _match_casts(
         self, found: list[tuple[NormSpec, _Roles]], tensors: dict[str, Tensor], width: tuple[int, ...], gated: bool

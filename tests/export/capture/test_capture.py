@@ -15,9 +15,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -489,16 +487,3 @@ def test_a_missing_exporter_says_what_to_install(monkeypatch: pytest.MonkeyPatch
         match=r'transformers [\d.]+ cannot be imported .*pip install --upgrade "rmsnorm-deploy\[hf\]"',
     ):
         capture(Llama(), {"input_ids": torch.zeros(2, 9, dtype=torch.int64)})
-
-
-class Squeezes(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return (x[:, :4].sum(0) * x.new_ones(4)).squeeze(0) + 1
-
-
-def test_a_squeeze_of_a_dim_that_is_not_one_is_no_node() -> None:
-    captured = capture(Squeezes().eval(), {"x": torch.randn(3, 4)}, dynamic=False)
-    assert "Squeeze" not in [node.op_type for node in captured.model.graph]
-    session = onnxruntime.InferenceSession(ir.to_proto(captured.model).SerializeToString())
-    x = torch.randn(3, 4)
-    np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], Squeezes()(x).numpy(), rtol=1e-6, atol=1e-6)

@@ -246,6 +246,7 @@ def _own_forward() -> nn.Module:
 
 
 NO_SPEC = "no NormSpec reproduces it bit for bit in float32"
+BY_LENGTH = "it divides by the length of a row, as F.normalize does"
 SUBTRACTS = "it subtracts the mean"
 UNFIXED = "broadcasts over a width that the module does not fix"
 BY_NAME = "its name contains 'norm', but it does not normalize a single input"
@@ -263,8 +264,8 @@ LOOK_ALIKES: dict[str, LookAlike] = {
     "instance_norm": LookAlike(lambda: nn.InstanceNorm1d(64), "statistics of each channel"),
     "local_response_norm": LookAlike(lambda: nn.LocalResponseNorm(2), "window of channels"),
     "eps_outside": LookAlike(lambda: EpsOutside(64), NO_SPEC),
-    "normalize": LookAlike(lambda: Normalize(64), NO_SPEC),
-    "unit_length": LookAlike(UnitLength, NO_SPEC),
+    "normalize": LookAlike(lambda: Normalize(64), BY_LENGTH),
+    "unit_length": LookAlike(UnitLength, BY_LENGTH),
     "standardized": LookAlike(lambda: Standardized(64), NO_SPEC),
     "variance_only": LookAlike(lambda: VarianceOnly(64), NO_SPEC),
     "partial_statistics": LookAlike(lambda: PartialStatistics(64), NO_SPEC),
@@ -286,7 +287,7 @@ LOOK_ALIKES: dict[str, LookAlike] = {
     "softmax": LookAlike(lambda: nn.Softmax(-1), ""),
     "silu": LookAlike(nn.SiLU, ""),
     "linear": LookAlike(lambda: nn.Linear(64, 64), ""),
-    "cosine": LookAlike(Cosine, NO_SPEC),
+    "cosine": LookAlike(Cosine, BY_LENGTH),
     "sigmoid_gate": LookAlike(lambda: SigmoidGate(64), ""),
     "over_channels": LookAlike(lambda: OverChannels(64), "dim that is not trailing"),
     "over_channels_column": LookAlike(lambda: OverChannels(8, 1), UNFIXED),
