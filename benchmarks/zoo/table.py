@@ -63,7 +63,7 @@ def _cell(result: Mapping[str, Any] | None) -> str:
     if result is None or result["status"] == "none":
         return "-"
     if result["step"] == "recognize":
-        return str(result["detail"])
+        return str(result["detail"]).partition(":")[0]
     return str(result["status"])
 
 

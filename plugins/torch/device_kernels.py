@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import threading
 from typing import Any
@@ -84,9 +83,7 @@ class DeviceKernels:
         images = []
         for config in layouts(kernel, self._architecture, aligned):
             compiled = compile_kernel(kernel, config, self._architecture)
-            # A kernel that is launched before the one before it has ended reads the weight at once. In an engine that
-            # is a constant; here the kernel before it may have written it.
-            images.append(dataclasses.replace(image_of(config, self._architecture, compiled.image), waits=False))
+            images.append(image_of(config, self._architecture, compiled.image))
         return KernelImages(kernel.width, kernel.dtype, tuple(images))
 
 
