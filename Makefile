@@ -28,7 +28,7 @@ test: lint types pytest
 
 # every kernel that the tests know, as PTX, without a GPU; `make test` runs a sample
 test-kernel: install
-	RMSNORM_EVERY_KERNEL=1 $(BIN)/python -m pytest -n $(WORKERS) tests/plugins/kernel/test_ptx.py
+	RMSNORM_EVERY_KERNEL=1 $(BIN)/python -m pytest -n $(WORKERS) tests/plugins/kernel
 
 # the smoke test with the oldest and with the newest versions of each library, in environments of their own
 test-versions:
