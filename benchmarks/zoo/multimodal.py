@@ -37,6 +37,29 @@ def image_inputs(tokens: int, *shape: int, **more: Any) -> Callable[[nn.Module],
     return make
 
 
+def grid_inputs(model: Any) -> dict[str, Any]:
+    """Inputs of two rows with one image of 4 x 4 patches each, which are 4 image tokens."""
+    vision = model.config.vision_config
+    width = 3 * vision.temporal_patch_size * vision.patch_size**2
+    inputs = image_inputs(4, 32, width, image_grid_thw=torch.tensor([[1, 4, 4]] * 2))(model)
+    return {**inputs, "mm_token_type_ids": (inputs["input_ids"] == _IMAGE_TOKEN).long()}
+
+
+def typed_inputs(model: nn.Module) -> dict[str, Any]:
+    """Inputs of two rows with one image of 4 tokens each, with the types of the tokens."""
+    inputs = image_inputs(4, 2, 3, 28, 28)(model)
+    return {**inputs, "token_type_ids": (inputs["input_ids"] == _IMAGE_TOKEN).long()}
+
+
+def sound_inputs(model: Any) -> dict[str, Any]:
+    """Inputs of two rows with one sound each, of the longest length."""
+    audio = model.config.audio_config
+    frames = 2 * audio.max_source_positions
+    tokens = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
+    inputs = image_inputs(tokens, 2, audio.num_mel_bins, frames)(model)
+    return {"input_features": inputs.pop("pixel_values"), **inputs}
+
+
 def _vision(name: str, model: str, **options: Any) -> Entry:
     return small(name, "vision-language", model, **options)
 
@@ -47,7 +70,7 @@ _IDEFICS: dict[str, Any] = {"image_token_id": _IMAGE_TOKEN, "text_config": _LLAM
 
 MULTIMODAL: tuple[Entry, ...] = (
     _vision("gemma3", "Gemma3ForConditionalGeneration", **_GEMMA3),
-    _vision("gemma3_image", "Gemma3ForConditionalGeneration", **_GEMMA3, inputs=image_inputs(4, 2, 3, 28, 28)),
+    _vision("gemma3_image", "Gemma3ForConditionalGeneration", **_GEMMA3, inputs=typed_inputs),
     _vision("llava", "LlavaForConditionalGeneration", **_LLAVA),
     _vision("llava_image", "LlavaForConditionalGeneration", **_LLAVA, inputs=image_inputs(16, 2, 3, 28, 28)),
     _vision(
@@ -61,6 +84,10 @@ MULTIMODAL: tuple[Entry, ...] = (
     _vision("qwen2_vl", "Qwen2VLForConditionalGeneration", **_QWEN_IDS, text_config=_MROPE),
     _vision("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", **_QWEN_IDS, text_config=_MROPE,
             vision_config=_QWEN_TOWER),
+    _vision("qwen2_5_vl_image", "Qwen2_5_VLForConditionalGeneration", **_QWEN_IDS, text_config=_MROPE,
+            vision_config=_QWEN_TOWER, inputs=grid_inputs),
+    _vision("qwen3_vl_image", "Qwen3VLForConditionalGeneration", **_QWEN_IDS, text_config=_MROPE, vision_config=_DEEP,
+            inputs=grid_inputs),
     _vision("qwen3_vl", "Qwen3VLForConditionalGeneration", **_QWEN_IDS, text_config=_MROPE, vision_config=_DEEP),
     _vision("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", **_QWEN_IDS, text_config=_MROPE,
             vision_config=_DEEP),
@@ -73,6 +100,7 @@ MULTIMODAL: tuple[Entry, ...] = (
     _vision("idefics3_image", "Idefics3ForConditionalGeneration", **_IDEFICS,
             inputs=image_inputs(4, 2, 1, 3, 28, 28)),
     _vision("smolvlm", "SmolVLMForConditionalGeneration", **_IDEFICS),
+    _vision("smolvlm_image", "SmolVLMForConditionalGeneration", **_IDEFICS, inputs=image_inputs(4, 2, 1, 3, 28, 28)),
     _vision("internvl", "InternVLForConditionalGeneration", **_INTERN, text_config=_QWEN2,
             image_token_id=_IMAGE_TOKEN),
     _vision("internvl_image", "InternVLForConditionalGeneration", **_INTERN, text_config=_QWEN2,
@@ -97,4 +125,7 @@ MULTIMODAL: tuple[Entry, ...] = (
           audio_config={"model_type": "qwen2_audio_encoder"}, audio_token_index=_IMAGE_TOKEN),
     small("voxtral", "audio", "VoxtralForConditionalGeneration", text_config=_LLAMA, audio_token_id=_IMAGE_TOKEN,
           audio_config={"model_type": "voxtral_encoder"}),
+    small("voxtral_sound", "audio", "VoxtralForConditionalGeneration", text_config=_LLAMA, audio_token_id=_IMAGE_TOKEN,
+          audio_config={"model_type": "voxtral_encoder", "hidden_size": 16, "intermediate_size": 64,
+                        "num_attention_heads": 4}, inputs=sound_inputs),
 )  # fmt: skip

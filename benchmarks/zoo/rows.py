@@ -18,6 +18,7 @@ from torch import nn
 from rmsnorm_deploy import export_model, find_norms, validate
 from rmsnorm_deploy.export.capture.example_inputs import example_inputs
 from rmsnorm_deploy.export.onnx_io.manifest import read_manifest
+from rmsnorm_deploy.models.calling.media_parts import modality_read
 from rmsnorm_deploy.models.calling.parts import DECODER
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, MismatchError, UnsupportedError, UsageError
 from rmsnorm_deploy.runtime.inputs.cases import factory_arrays
@@ -25,7 +26,7 @@ from rmsnorm_deploy.runtime.inputs.exported import component_folders
 
 from .catalog import ENTRIES
 from .entries import Entry, norms_there, padded_prompt
-from .tokens import difference, onnx_tokens, torch_tokens
+from .tokens import difference, media_difference, onnx_tokens, torch_tokens
 
 STEPS = ("recognize", "export", "validate", "cache", "tokens", "upstream")
 # `wrong` is what the user would not notice: the export succeeds, and its numbers or tokens are not PyTorch's.
@@ -113,6 +114,11 @@ class _Row:
             return "refused", f"{found}/{there}: {refused[0].path}: {refused[0].reason}"
         return "ok" if found == there else "wrong", f"{found}/{there}"
 
+    def _media(self) -> dict[str, Any] | None:
+        """The inputs, where they have images or sounds that an export with a cache reads."""
+        given = self._inputs()
+        return given if given is not None and modality_read(self._model, given) is not None else None
+
     def export(self) -> tuple[Status, str]:
         result = export_model(self._model, self._folder / "plain", inputs=self._inputs())
         return "ok", f"{len(result.manifest['sites'])} norms"
@@ -131,7 +137,7 @@ class _Row:
         if not _generates(self._model):
             return "none", "it does not generate tokens"
         folder = self._folder / "cache"
-        export_model(self._model, folder, with_past=True)
+        export_model(self._model, folder, inputs=self._media(), with_past=True)
         decoder = component_folders(folder).get(DECODER, folder)
         return "ok", f"{sum('past' in row['name'] for row in read_manifest(decoder)['inputs'])} cache inputs"
 
@@ -141,6 +147,10 @@ class _Row:
         folder = next((f for f in (self._folder / "cache", self._folder / "plain") if f.is_dir()), None)
         if folder is None or (folder.name == "plain" and not self._model.config.is_encoder_decoder):
             return "none", "not exported with a cache"
+        media = self._media()
+        if media is not None:
+            agree, where = media_difference(self._model, folder, media)
+            return "ok" if agree else "wrong", where or f"equal ({folder.name}, with {', '.join(media)})"
         prompt = padded_prompt()
         wanted = torch_tokens(copy.deepcopy(self._model), prompt)
         got = onnx_tokens(folder, prompt, wanted)

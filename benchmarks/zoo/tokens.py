@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from rmsnorm_deploy.export.graph.cache_names import is_past
 from rmsnorm_deploy.export.onnx_io.manifest import read_manifest
+from rmsnorm_deploy.models.calling.media_parts import first_one, modality_read
 from rmsnorm_deploy.models.calling.rotary import RESTART_FIELD
 from rmsnorm_deploy.models.errors import UnsupportedError
+from rmsnorm_deploy.runtime.generate_parts import with_parts
 from rmsnorm_deploy.runtime.inputs.encoder_decoder import decoder_steps, opened_parts
 from rmsnorm_deploy.runtime.inputs.exported import component_folders
 from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds, present_to_past
@@ -81,6 +84,20 @@ def onnx_tokens(folder: Path, prompt: Mapping[str, Tensor], wanted: Greedy, step
         if wanted.start is not None:
             return _encoder_decoder(runner, ids, mask, wanted, steps)
         return _decoder(runner, ids, mask, wanted, steps, read_manifest(folder).get(RESTART_FIELD))
+
+
+def media_difference(model: Any, folder: Path, inputs: Mapping[str, Tensor]) -> tuple[bool, str]:
+    """As `difference`, for the first row of inputs with an image or a sound, by the parts of the model."""
+    model = copy.deepcopy(model)
+    model.generation_config.eos_token_id = None  # so that no token is forbidden
+    modality = modality_read(model, inputs)
+    assert modality is not None
+    first, sizes, _ = first_one(modality, inputs)
+    text = {name: value[:1] for name, value in inputs.items() if name not in modality.of(inputs)}
+    wanted = torch_tokens(model, {**text, **first, **{name: torch.tensor(rows) for name, rows in sizes.items()}})
+    media = {name: value.numpy() for name, value in first.items()}
+    ids, _ = with_parts(folder, component_folders(folder), text["input_ids"][0].tolist(), media, STEPS, set(), "cpu")
+    return difference(wanted, np.array([ids]))
 
 
 def _decoder(runner: Runner, ids: Array, mask: Array, wanted: Greedy, steps: int, restart: int | None = None) -> Array:
