@@ -27,7 +27,8 @@ find_norms:
     find_graph_norms: every norm of a model, after its missing types are inferred, and what was refused.
     find_norms: the same for a model whose types are known.
 separate_biases:
-    separate_biases: an Add of its own for the bias of ONNX Runtime's operator that adds and normalizes.
+    has_bias: whether a node is ONNX Runtime's operator that adds and normalizes, with a bias.
+    separate_biases: an Add of its own for each such bias.
 dataflow:
     GraphReader: reads a graph node by node and records the formula of every value that may belong to a norm.
 terms:

@@ -248,9 +248,9 @@ def test_generate(rmsnorm: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None
     asked: list[Any] = []
 
     def stand_in(
-        folder: Path, prompt: str | list[int], *, max_new_tokens: int, provider: str, images: Any
+        folder: Path, prompt: str | list[int], *, max_new_tokens: int, provider: str, inputs: Any
     ) -> SimpleNamespace:
-        asked.append((folder, prompt, max_new_tokens, provider, images))
+        asked.append((folder, prompt, max_new_tokens, provider, inputs))
         text = "7530" if isinstance(prompt, str) else None
         return SimpleNamespace(text=text, ids=[7, 5, 3, 0], prompt_ids=[0, 1], tokens_per_second=9.5, with_past=True)
 

@@ -389,10 +389,6 @@ def odd_operators() -> Iterable[tuple[str, onnx.ModelProto]]:
         yield f"AddRMSNorm with a scale of {shape}", odd_scale(contract.ADD_RMS_NORM, ours, shape, 3)
     for shape in ([WIDTH, 1], [3, WIDTH], [1, 1, 1, WIDTH]):
         yield f"RMSNorm with a scale of {shape}", odd_scale(contract.RMS_NORM, ours, shape, 2)
-    g = Graph()
-    given = [g.input("x", DIMS), g.input("residual", DIMS), *(g.constant(weight(WIDTH, seed=seed)) for seed in (0, 1))]
-    g.output(g.op(skip, *given, domain=microsoft, epsilon=1e-5))
-    yield f"{skip} with a bias", g.model()
 
 
 def look_alikes() -> Iterable[tuple[str, onnx.ModelProto]]:
