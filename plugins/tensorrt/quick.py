@@ -31,9 +31,7 @@ TACTICS: Final = (1, 2)
 # Names in TensorRT of the contract's dtypes: in `AutoTuneCombination`, and as members of `DataType`.
 _COMBINED: Final = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
 _MEMBERS: Final = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
-_NEEDS: Final = (
-    'quick deployable plugins require TensorRT 10.9 or later; install: pip install "rmsnorm-deploy[tensorrt]"'
-)
+_NEEDS: Final = 'quick plugins require TensorRT 10.9 or later; install: pip install "rmsnorm-deploy[tensorrt]"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,8 @@ class Target:
     def compiled(self, kernel: NormKernel, tactic: int) -> tuple[CompiledKernel, LaunchConfig]:
         """The compiled kernel in the layout of a tactic."""
         architecture = self.architecture or _gpu_architecture()
-        config = quick_layouts(kernel, architecture)[TACTICS.index(tactic)]
+        few, any_number = quick_layouts(kernel, architecture)
+        config = few if tactic == TACTICS[0] else any_number
         return _compiled(kernel, config, architecture, self.kind), config
 
 
@@ -140,7 +139,7 @@ def _register_rms_norm(plugin_id: str, target: Target) -> None:
         outputs: tuple[trtp.TensorDesc],
         tactic: int,
     ) -> tuple[str, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]:
-        return _kernel(contract.RMS_NORM, x, (epsilon, scale_offset, scale_type), tactic, target)
+        return _kernel(contract.RMS_NORM, (x, scale), (epsilon, scale_offset, scale_type), tactic, target)
 
 
 def _register_add_rms_norm(plugin_id: str, target: Target) -> None:
@@ -178,7 +177,7 @@ def _register_add_rms_norm(plugin_id: str, target: Target) -> None:
         outputs: tuple[trtp.TensorDesc, trtp.TensorDesc],
         tactic: int,
     ) -> tuple[str, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]:
-        return _kernel(contract.ADD_RMS_NORM, x, (epsilon, scale_offset, scale_type), tactic, target)
+        return _kernel(contract.ADD_RMS_NORM, (x, residual, scale), (epsilon, scale_offset, scale_type), tactic, target)
 
 
 def _combinations(tensors: int, scale_type: int) -> list[Any]:
@@ -192,17 +191,19 @@ def _combinations(tensors: int, scale_type: int) -> list[Any]:
 
 
 def _kernel(
-    op_type: str, x: Any, attributes: tuple[float, float, int], tactic: int, target: Target
+    op_type: str, inputs: tuple[Any, ...], attributes: tuple[float, float, int], tactic: int, target: Target
 ) -> tuple[str, str | bytes, Any, Any]:
     """What `aot_impl` returns: name and image of the kernel, its launch, and the arguments after its inputs."""
     import tensorrt.plugin as trtp
 
-    dtype, width = _MEMBERS.get(x.dtype.name), int(x.shape[len(x.shape) - 1]) if len(x.shape) else 0
-    if dtype is None or width < 1:
+    x, dtypes, shapes = inputs[0], [tensor.dtype.name for tensor in inputs], [list(tensor.shape) for tensor in inputs]
+    widths = {shape[-1] if shape else 0 for shape in shapes}
+    if not set(dtypes) <= set(_MEMBERS) or len(set(dtypes)) > 1 or len(widths) > 1 or min(widths) < 1:
+        got = ", ".join(f"{dtype} {shape}" for dtype, shape in zip(dtypes, shapes, strict=True))
         raise UsageError(
-            f"{op_type}: expected x of {', '.join(contract.DTYPES)} with a static last dim, got {x.dtype.name} of "
-            f"shape {list(x.shape)}."
+            f"{op_type}: expected inputs of one dtype ({', '.join(_MEMBERS)}) and one static last dim, got {got}."
         )
+    dtype, width = _MEMBERS[dtypes[0]], widths.pop()
     kernel = kernel_of(op_type, dtype, width, *attributes)
     compiled, config = target.compiled(kernel, tactic)
     # An empty x has a block too, which finds no row: a launch of no blocks is an error.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,13 +93,13 @@ class Attempt:
         self.plugin = creator.create_plugin(name, NAMESPACE, self.kept[-1], trt.TensorRTPhase.BUILD, request)
         self.inputs = {"RMSNorm": 2, "AddRMSNorm": 3}[name]
 
-    def shape(self, dtype: Any, width: Any) -> tuple[list[str], list[list[int]]]:
+    def shape(self, dtype: Any, width: Any, scale_width: int = 0) -> tuple[list[str], list[list[int]]]:
         """Dtypes and shapes of the outputs for an x of [batch, 3, width], the shapes with a batch of 2."""
         self.builder = SimpleNamespace(
             constant=Expression, operation=lambda kind, first, second: Expression((kind.name, first, second))
         )
         dims = [Expression(dim) for dim in (*DIMS, width)]
-        shapes = [*[dims] * (self.inputs - 1), dims[-1:]]
+        shapes = [*[dims] * (self.inputs - 1), [Expression(scale_width)] if scale_width else dims[-1:]]
         types = self.plugin.get_output_data_types([dtype] * self.inputs, [len(shape) for shape in shapes])
         outputs = self.plugin.get_output_shapes(shapes, [], self.builder)
         self.descriptions = [
@@ -213,10 +214,11 @@ def registration(trt: Any) -> dict[str, Any]:
     wrong = {
         "dynamic width": ("RMSNorm", "float32", "width", 0.0, 1), "dtype": ("RMSNorm", "int8", 64, 0.0, 1),
         "scale_offset": ("RMSNorm", "float16", 64, 0.5, 1), "scale_type": ("AddRMSNorm", "float16", 64, 0.0, 16),
+        "width of the scale": ("AddRMSNorm", "float16", 64, 0.0, 1),
     }  # fmt: skip
     for what, (name, dtype, width, *attributes) in wrong.items():
         attempt = Attempt(trt, name, values_of(*attributes))
-        attempt.shape(getattr(trt, dtype), width)
+        attempt.shape(getattr(trt, dtype), width, 32 if what == "width of the scale" else 0)
         out["refused"][what] = message(lambda: attempt.kernel(1))  # noqa: B023
     register("second", architecture=80, kind="cubin")
     return {**out, "both": keys()}
@@ -235,8 +237,37 @@ def registration_behind_others(trt: Any) -> dict[str, Any]:
     }
 
 
+def file(trt: Any) -> list[list[Any]]:
+    """What becomes of the norms of the ONNX file MODEL: operator, kernel's name and number of its arguments."""
+    import onnx
+    from onnx import helper
+
+    plugins_of(trt)
+    from rmsnorm_deploy.plugins.tensorrt.quick import register_quick_plugins
+
+    register_quick_plugins(architecture=ARCHITECTURE)
+    graph = onnx.load(os.environ["MODEL"]).graph
+    weights, rows = {weight.name: weight for weight in graph.initializer}, []
+    for node in graph.node:
+        values = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        version, namespace = (values.get(f"plugin_{name}", b"").decode() for name in ("version", "namespace"))
+        creator = trt.get_plugin_registry().get_creator(node.op_type, version, namespace) if namespace else None
+        if creator is None:
+            continue
+        # As the parser does: the attributes that the creator knows, in its order.
+        attempt = Attempt(trt, node.op_type, {field.name: values[field.name] for field in creator.field_names})
+        assert attempt.inputs == len(node.input)
+        weight = weights[node.input[-1]]
+        assert weight.data_type == onnx.TensorProto.FLOAT16
+        types, _ = attempt.shape(trt.float16, weight.dims[0])
+        assert len(types) == len(node.output)
+        kernel = attempt.kernel(1)
+        rows.append([node.op_type, kernel["name"], len(node.input) + len(kernel["argument_types"]) + len(types)])
+    return rows
+
+
 TASKS: Final = {
-    task.__name__: task for task in (kernels, registration, registration_behind_others)
+    task.__name__: task for task in (kernels, registration, registration_behind_others, file)
 }  # fmt: skip
 
 if __name__ == "__main__":

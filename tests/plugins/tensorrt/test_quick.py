@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import base64
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import onnx_ir as ir
 import pytest
+import torch
 
+from rmsnorm_deploy.export.from_torch.lower import lower
+from rmsnorm_deploy.models.errors import EnvironmentMissingError, UnsupportedError
 from rmsnorm_deploy.plugins import contract
 from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig, choose, layouts
 from rmsnorm_deploy.plugins.kernel.norm_kernel import NormKernel
+from rmsnorm_deploy.plugins.tensorrt import quick
 from rmsnorm_deploy.plugins.tensorrt.images import kernel_of
-from rmsnorm_deploy.plugins.tensorrt.quick import quick_layouts
+from rmsnorm_deploy.plugins.tensorrt.quick import quick_layouts, register_quick_plugins
+from tests.helpers.norms.norm_cases import FLOAT16, case, residual_model
 from tests.helpers.plugins.kernel_cases import Case, check_against_reference
 from tests.helpers.plugins.kernels import Array, Kernels
 from tests.helpers.plugins.ptx import Machine, Program
@@ -106,11 +115,9 @@ def test_every_request_but_the_strict_one_for_python_gives_a_plugin(name: str, r
         ("trt", "UsageError: quick plugins: TensorRT refused namespace 'trt'"),
         ("a.b", "UsageError: quick plugins: TensorRT refused namespace 'a.b'"),
         ("", "UsageError: quick plugins: TensorRT refused namespace ''"),
-        (
-            "dynamic width",
-            r"UsageError: RMSNorm: expected x of .* with a static last dim, got FLOAT of shape \[-1, 3, -1",
-        ),
-        ("dtype", "UsageError: RMSNorm: expected x of float32, float16, bfloat16 with .*, got INT8"),
+        ("dynamic width", r"UsageError: RMSNorm: expected inputs .* one static last dim, got FLOAT \[-1, 3, -1\], "),
+        ("dtype", r"UsageError: RMSNorm: expected inputs of one dtype \(FLOAT, HALF, BF16\) and .*, got INT8 "),
+        ("width of the scale", r"UsageError: AddRMSNorm: expected .*, got HALF \[-1, 3, 64\], .*, HALF \[32\]\.$"),
         ("scale_offset", "UsageError: RMSNorm: scale_offset: expected 0 or 1, got 0.5"),
         ("scale_type", "UsageError: AddRMSNorm: scale_type: expected 1 or 10 for X of float16, got 16"),
     ],
@@ -124,6 +131,22 @@ def test_a_registered_creator_of_the_same_name_is_noticed() -> None:
     refused = "RmsnormDeployError: quick plugins: RMSNorm and AddRMSNorm of namespace rmsnorm_deploy, version 1 are"
     assert found["refused"].startswith(f"{refused} registered already")
     assert found["second"] is None
+
+
+@pytest.mark.parametrize(
+    ("model", "row"),
+    [
+        (case("llama", torch.float16).model, [contract.RMS_NORM, "rms_norm", 4]),
+        (residual_model(FLOAT16), [contract.ADD_RMS_NORM, "add_rms_norm", 6]),
+    ],
+)
+def test_the_norms_of_a_plugin_file_become_plugins(
+    model: ir.Model, row: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered, _ = lower(model, "plugin")
+    ir.save(lowered, tmp_path / "model.onnx")
+    monkeypatch.setenv("MODEL", str(tmp_path / "model.onnx"))
+    assert ask("file") == [row]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -184,3 +207,62 @@ def test_the_kernels_are_right_with_tensorrts_arguments(
     check_against_reference(named, library)
     case = Case(named[1][1])
     assert library.run(1, **{**case.given, "rows": 0})["y"].shape == (0, 1000)  # and nothing is written
+
+
+class Driver:
+    """CUDA's driver with two GPUs, sm_86 and sm_90, of CUDA 12.4."""
+
+    class CUdevice_attribute:
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 0, 1
+
+    current: int | None = 1
+    failing = False
+
+    def cuInit(self, flags: int) -> tuple[int]:
+        return (100 if self.failing else 0,)
+
+    def cuCtxGetDevice(self) -> tuple[int, int | None]:
+        return (201 if self.current is None else 0), self.current
+
+    def cuDeviceGet(self, number: int) -> tuple[int, int]:
+        return 0, number
+
+    def cuDeviceGetAttribute(self, attribute: int, device: int) -> tuple[int, int]:
+        return 0, ((8, 6), (9, 0))[device][attribute]
+
+    def cuDriverGetVersion(self) -> tuple[int, int]:
+        return 0, 12040
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    found = Driver()
+    monkeypatch.setattr(quick, "cuda_driver", lambda: found)
+    quick._compiled.cache_clear()
+    yield found
+    quick._compiled.cache_clear()
+
+
+def test_kernels_are_for_the_gpu_that_builds(driver: Driver) -> None:
+    target = quick.Target(None, "cubin")
+    assert target.compiled(kernel(0), 1)[0].architecture == 90
+    driver.current = None
+    compiled, _ = target.compiled(kernel(0), 2)
+    assert (compiled.architecture, compiled.kind) == (86, "cubin")
+    driver.failing = True
+    with pytest.raises(EnvironmentMissingError, match=r"no GPU to compile for .*100.*architecture="):
+        target.compiled(kernel(0), 1)
+
+
+def test_ptx_that_the_driver_refuses_is_not_made(driver: Driver) -> None:
+    with pytest.raises(UnsupportedError, match=r"PTX for a driver of CUDA 12\.4"):
+        quick.Target(86, "ptx").compiled(kernel(0), 1)
+
+
+def test_tensorrt_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(EnvironmentMissingError, match=r"quick plugins require TensorRT 10\.9 or later; install"):
+        register_quick_plugins()
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.8.0"))
+    with pytest.raises(UnsupportedError, match=r"10\.9 or later; .*; got TensorRT 10\.8\.0"):
+        register_quick_plugins()

@@ -84,7 +84,7 @@ OBJECTS: Final[dict[str, dict[str, str]]] = {
 # `tensorrt.plugin`, which is written in Python, are used as they are in `tests/plugins/tensorrt/test_quick.py`.
 OURS: Final = {
     WORKER: {"self", "api", "file"}, API: {"self", "name", "major", "minor"}, CREATORS: {"self"},
-    QUICK: {"compiled", "trtp", "x", "launch"},
+    QUICK: {"self", "compiled", "trtp", "x", "tensor", "launch"},
 }  # fmt: skip
 # Methods that classes of ours add to the API's.
 OWN_METHODS: Final = {("Monitor", "report")}
