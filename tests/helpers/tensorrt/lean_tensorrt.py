@@ -112,17 +112,18 @@ def _compile(folder: Path, name: str, source: str) -> None:
         made.rename(folder / BINDINGS / name)
 
 
-def run_with(module: str, task: str, rig: Path | None = None) -> dict[str, Any]:
+def run_with(module: str, task: str, rig: Path | None = None, script: str = __file__) -> dict[str, Any]:
     """What a process of its own finds out about a TensorRT.
 
     Args:
         module: `tensorrt_bindings` (with the rig) or `tensorrt_rtx`.
-        task: a name of `TASKS`.
+        task: a name of the script's `TASKS`.
         rig: what `lean_rig` gave.
+        script: the file that the process runs.
     """
     environment = {**os.environ, "PYTHONPATH": str(rig) if rig is not None else ""}
     done = subprocess.run(
-        [sys.executable, "-P", __file__, module, task],
+        [sys.executable, "-P", script, module, task],
         capture_output=True,
         text=True,
         env=environment,

@@ -27,6 +27,7 @@ from tests.helpers.tensorrt import lean_tensorrt
 ROOT: Final = Path(__file__).parents[3]
 FOLDERS: Final = ("runtime/tensorrt", "plugins/tensorrt")
 WORKER, API, CREATORS = "runtime/tensorrt/worker.py", "runtime/tensorrt/api.py", "plugins/tensorrt/creators.py"
+QUICK: Final = "plugins/tensorrt/quick.py"
 
 # What one product has and the other does not, by design: (class or module name, member), and why.
 RTX_ONLY: Final = {
@@ -77,9 +78,14 @@ OBJECTS: Final[dict[str, dict[str, str]]] = {
         "first": "PluginTensorDesc",
         "input_desc[]": "PluginTensorDesc",
     },
+    QUICK: {"registry": "IPluginRegistry"},
 }
-# Objects that are not the API's, and of which something is asked that the API has a name like.
-OURS: Final = {WORKER: {"self", "api", "file"}, API: {"self", "name", "major", "minor"}, CREATORS: {"self"}}
+# Objects that are not the API's, and of which something is asked that the API has a name like. Those of
+# `tensorrt.plugin`, which is written in Python, are used as they are in `tests/plugins/tensorrt/test_quick.py`.
+OURS: Final = {
+    WORKER: {"self", "api", "file"}, API: {"self", "name", "major", "minor"}, CREATORS: {"self"},
+    QUICK: {"self", "compiled", "trtp", "x", "tensor", "launch"},
+}  # fmt: skip
 # Methods that classes of ours add to the API's.
 OWN_METHODS: Final = {("Monitor", "report")}
 # The properties that a plugin and its creator have to set themselves.
