@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
-from ...plugins import contract
+from .. import contract
 from ..kernel.compiler import CompiledKernel, Kind, check_driver, compile_kernel
 from ..kernel.launch_config import CLUSTER_ARCHITECTURE, LaunchConfig, layouts
 from ..kernel.norm_kernel import NormKernel
