@@ -22,7 +22,7 @@ def macros(kernel: NormKernel, config: LaunchConfig) -> dict[str, str]:
         "X": FORMATS[kernel.dtype],
         "RESIDUAL": FORMATS[kernel.residual_dtype or kernel.dtype] if kernel.adds else "None",
         "WEIGHT": FORMATS[kernel.weight_dtype or kernel.dtype],
-        "Y": FORMATS[kernel.y_dtype_],
+        "Y": FORMATS[kernel.y_dtype],
         "OUT": FORMATS[kernel.out_dtype],
         "WIDTH": kernel.width,
         "INNER": kernel.inner,

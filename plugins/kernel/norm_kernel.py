@@ -23,7 +23,7 @@ SOURCE: Final = "kernel.cu"
 WIDEST: Final = 65536
 _CHOICES = {
     "op": get_args(Op), "dtype": get_args(Dtype), "residual_dtype": get_args(Dtype), "weight_dtype": get_args(Dtype),
-    "y_dtype": get_args(Dtype), "scale": get_args(Scale), "gate": get_args(Gate), "activation": get_args(Activation),
+    "scale": get_args(Scale), "gate": get_args(Gate), "activation": get_args(Activation),
     "quantized": get_args(Quantized), "quantization": get_args(Quantization),
 }  # fmt: skip
 
@@ -37,9 +37,8 @@ class NormKernel:
         width: elements normalized together, 1 to 65,536.
         epsilon: added to the mean of squares.
         dtype: dtype of x and the gate.
-        residual_dtype: dtype of the residual and the sum; None for x's.
+        residual_dtype: dtype of the residual, the sum and the result before quantization; None for x's.
         weight_dtype: dtype of the weight; None for x's.
-        y_dtype: dtype of the result before quantization; None for x's.
         scale: no scale, the weight, or 1 + weight (added in float32).
         cast_first: whether the normalized value and the scale are rounded to y's dtype before they are multiplied.
         gate: a second input of x's shape multiplies before the norm, after it, or not at all.
@@ -64,7 +63,6 @@ class NormKernel:
     dtype: Dtype = "float16"
     residual_dtype: Dtype | None = None
     weight_dtype: Dtype | None = None
-    y_dtype: Dtype | None = None
     scale: Scale = "weight"
     cast_first: bool = False
     gate: Gate = "none"
@@ -76,7 +74,7 @@ class NormKernel:
     strided: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("residual_dtype", "weight_dtype", "y_dtype"):
+        for name in ("residual_dtype", "weight_dtype"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self.dtype)
         for name, allowed in _CHOICES.items():
@@ -130,12 +128,12 @@ class NormKernel:
     @property
     def out_dtype(self) -> str:
         """Dtype of the output in memory."""
-        return self.y_dtype_ if self.quantized == "none" else self.quantized
+        return self.y_dtype if self.quantized == "none" else self.quantized
 
     @property
-    def y_dtype_(self) -> str:
-        """`y_dtype`, resolved."""
-        return self.y_dtype or self.dtype
+    def y_dtype(self) -> Dtype:
+        """Dtype of the result before quantization: that of what is normalized."""
+        return self.residual_dtype or self.dtype
 
     @property
     def dtypes(self) -> tuple[str, ...]:

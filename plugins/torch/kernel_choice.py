@@ -81,7 +81,6 @@ def kernel_for(
         x or "float32",
         residual_dtype=residual,
         weight_dtype=weight,
-        y_dtype=y,
         scale=spec.scale,
         cast_first=casts_first,
         gate=spec.gate,

@@ -102,11 +102,11 @@ class Case:
         if self.weight is not None:
             weight = self.weight.astype(np.float64)[np.arange(ROWS) % kernel.weight_rows]
         gate = None if self.gate is None else self.gate.astype(np.float64)
-        if not kernel.cast_first or kernel.y_dtype_ == "float32":  # float32 is what it is computed in
+        if not kernel.cast_first or kernel.y_dtype == "float32":  # float32 is what it is computed in
             return reference(spec, h, weight, gate=gate)
 
         def rounded(values: Array) -> Array:
-            return values.astype(NUMPY[kernel.y_dtype_]).astype(np.float64)
+            return values.astype(NUMPY[kernel.y_dtype]).astype(np.float64)
 
         scale = np.ones(()) if weight is None else weight + (kernel.scale == "one_plus_weight")
         bare = spec.replace(scale="none")
@@ -137,7 +137,7 @@ def check_against_reference(named: list[Any], library: Kernels) -> None:
         expected = case.expected()
         off = np.abs(outputs["y"].astype(np.float64) - expected) / ulp_size(expected, outputs["y"].dtype)
         # Rounded twice, a value next to a tie may fall to the other side: one ULP of the first rounding, scaled.
-        limit = 2.51 if kernel.cast_first and kernel.dtype != "float32" else LIMITS[kernel.y_dtype_]
+        limit = 2.51 if kernel.cast_first and kernel.dtype != "float32" else LIMITS[kernel.y_dtype]
         assert off.max() <= limit, f"{name}, {config}: {off.max():.3f} ULP"
         if kernel.cast_first and kernel.width >= 1000:
             assert np.mean(off > 0.5001) < 0.01 or kernel.dtype == "float32", name

@@ -24,7 +24,7 @@ def requests(draw: st.DrawFn) -> tuple[NormKernel, int | None, int, int]:
     kernel = NormKernel(
         draw(st.one_of(st.integers(1, 65536), st.sampled_from((64, 128, 3072, 4096, 5120, 7168, 8192, 16384, 65536)))),
         1e-6, "add_rms_norm" if adds else "rms_norm", dtype,
-        draw(st.sampled_from(DTYPES)) if adds else None, y_dtype=draw(st.sampled_from(DTYPES)),
+        draw(st.sampled_from(DTYPES)) if adds else None,
         gate=gate, activation="none" if gate == "none" else "silu", quantized=quantized,
         quantization="none" if quantized == "none" else draw(st.sampled_from(("static", "per_row"))),
     )  # fmt: skip

@@ -32,7 +32,7 @@ def formula(kernel: NormKernel, x: Tensor, weight: Tensor | None, gate: Tensor |
     activated = None if gate is None else ACTIVATIONS[kernel.activation](gate.float())
 
     def rounded(value: Tensor) -> Tensor:
-        return value.to(getattr(torch, kernel.y_dtype_)).float() if kernel.cast_first else value
+        return value.to(getattr(torch, kernel.y_dtype)).float() if kernel.cast_first else value
 
     h = x.float() if activated is None or kernel.gate == "after" else x.float() * activated
     h = h.unflatten(-1, (kernel.weight_rows, kernel.width))
@@ -41,7 +41,7 @@ def formula(kernel: NormKernel, x: Tensor, weight: Tensor | None, gate: Tensor |
         n = rounded(n * rounded(weight.float() + (1.0 if kernel.scale == "one_plus_weight" else 0.0)))
     if activated is not None and kernel.gate == "after":
         n = n * activated
-    return n.to(getattr(torch, kernel.y_dtype_))
+    return n.to(getattr(torch, kernel.y_dtype))
 
 
 @pytest.mark.parametrize("order", [order for order, first in CASTS_FIRST.items() if first is not None])
