@@ -85,7 +85,7 @@ CHECKS: Final[dict[str, Check]] = {
     "several rows": _norm(64, "float16", few=False),
     "block": _norm(4096, "bfloat16"),
     "cluster": _norm(16384, "bfloat16", "add_rms_norm"),
-    "gate": _norm(128, "float16", gate="after"),
+    "gate": _norm(128, "float16", gate="after", activation="silu"),
     "int8": _quantized(128, "float16", "int8", "static"),
     "e4m3": _quantized(128, "bfloat16", "float8_e4m3", "static"),
     "odd int8": _quantized(7, "float16", "int8", "static"),
@@ -287,7 +287,7 @@ def _everywhere() -> Iterator[Fault]:
     yield fault("tail not checked", "return whole || column < C::width;", "return true;", "float16")
     weight = "to.load(at<typename C::Weight>(a.weight, weight_begin(row) + column(tile, vector)))"
     yield fault("weight one vector late", weight, weight.replace("vector)", "vector) + count"), "block")
-    yield fault("sum written over y", "sum.store(at<Held>(a.sum,", "sum.store(at<Held>(a.y,", "float32")
+    yield fault("sum written over y", "held[v].store(at<Held>(a.sum,", "held[v].store(at<Held>(a.y,", "float32")
     yield fault(
         "store to the other half",
         "make_uint4(word[i], word[i + 1], word[i + 2], word[i + 3])",

@@ -176,7 +176,7 @@ def _held(kernel: NormKernel) -> int:
     """Bytes of registers per element: x, the residual while it is added, and the gate; float32 if not packed."""
     gate = BYTES[kernel.dtype] if kernel.has_gate else 0
     residual = BYTES[kernel.residual_dtype or kernel.dtype] if kernel.adds else 0
-    wide = 4 if kernel.gates_first or (kernel.adds and kernel.exact_sum) else 0
+    wide = 4 if kernel.gates_first else 0
     return max(BYTES[kernel.dtype] + residual + gate, wide + gate)
 
 

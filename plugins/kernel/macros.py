@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import struct
-from typing import Final
+from typing import Any, Final, get_args
 
-from ...models.spec import Gate, Scale
+from ...models.spec import Activation, Gate, Scale
 from .launch_config import LaunchConfig
-from .norm_kernel import Activation, NormKernel, Quantization
+from .norm_kernel import NormKernel, Quantization
 
 # The source's name of each dtype.
 FORMATS: Final[dict[str, str]] = {
     "float32": "Float32", "float16": "Float16", "bfloat16": "BFloat16", "int8": "Int8", "float8_e4m3": "Float8E4M3",
 }  # fmt: skip
-# The enumerations of `cuda/rms_norm.cuh`.
-SCALES: Final[dict[Scale, int]] = {"none": 0, "weight": 1, "one_plus_weight": 2}
-GATES: Final[dict[Gate, int]] = {"none": 0, "before": 1, "after": 2}
-ACTIVATIONS: Final[dict[Activation, int]] = {"silu": 0, "sigmoid": 1}
-QUANTIZATIONS: Final[dict[Quantization, int]] = {"none": 0, "static": 1, "per_row": 2}
 
 
 def macros(kernel: NormKernel, config: LaunchConfig) -> dict[str, str]:
@@ -27,18 +22,17 @@ def macros(kernel: NormKernel, config: LaunchConfig) -> dict[str, str]:
         "X": FORMATS[kernel.dtype],
         "RESIDUAL": FORMATS[kernel.residual_dtype or kernel.dtype] if kernel.adds else "None",
         "WEIGHT": FORMATS[kernel.weight_dtype or kernel.dtype],
-        "Y": FORMATS[kernel.y_dtype_],
+        "Y": FORMATS[kernel.y_dtype],
         "OUT": FORMATS[kernel.out_dtype],
         "WIDTH": kernel.width,
         "INNER": kernel.inner,
         "WEIGHT_ROWS": kernel.weight_rows,
         "ADDS": int(kernel.adds),
-        "SCALE": SCALES[kernel.scale],
-        "GATE": GATES[kernel.gate],
-        "ACTIVATION": ACTIVATIONS[kernel.activation],
-        "QUANTIZATION": QUANTIZATIONS[kernel.quantization],
+        "SCALE": _number(Scale, kernel.scale),
+        "GATE": _number(Gate, kernel.gate),
+        "ACTIVATION": _number(Activation, kernel.activation),
+        "QUANTIZATION": _number(Quantization, kernel.quantization),
         "CAST_FIRST": int(kernel.cast_first),
-        "EXACT_SUM": int(kernel.exact_sum),
         "STRIDED": int(kernel.strided),
         "EPSILON": f"{bits:#010x}u",
         "THREADS": config.threads,
@@ -49,3 +43,8 @@ def macros(kernel: NormKernel, config: LaunchConfig) -> dict[str, str]:
         "PREFETCH": int(config.prefetch and kernel.has_weight),
     }
     return {f"RMSNORM_{name}": str(value) for name, value in values.items()}
+
+
+def _number(members: Any, member: str) -> int:
+    """The number of a member in its enumeration of `cuda/rms_norm.cuh`, which has the same order."""
+    return get_args(members).index(member)

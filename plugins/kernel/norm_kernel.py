@@ -9,11 +9,10 @@ from typing import Final, Literal, assert_never, get_args
 
 from ...models.dtypes import BYTES
 from ...models.errors import UsageError
-from ...models.spec import Gate, Scale, reads_gate, reads_weight
+from ...models.spec import Activation, Gate, Scale, reads_gate, reads_weight
 
 Op = Literal["rms_norm", "add_rms_norm"]
 Dtype = Literal["float32", "float16", "bfloat16"]
-Activation = Literal["silu", "sigmoid"]
 Quantized = Literal["none", "int8", "float8_e4m3"]
 Quantization = Literal["none", "static", "per_row"]
 
@@ -24,7 +23,7 @@ SOURCE: Final = "kernel.cu"
 WIDEST: Final = 65536
 _CHOICES = {
     "op": get_args(Op), "dtype": get_args(Dtype), "residual_dtype": get_args(Dtype), "weight_dtype": get_args(Dtype),
-    "y_dtype": get_args(Dtype), "scale": get_args(Scale), "gate": get_args(Gate), "activation": get_args(Activation),
+    "scale": get_args(Scale), "gate": get_args(Gate), "activation": get_args(Activation),
     "quantized": get_args(Quantized), "quantization": get_args(Quantization),
 }  # fmt: skip
 
@@ -38,14 +37,12 @@ class NormKernel:
         width: elements normalized together, 1 to 65,536.
         epsilon: added to the mean of squares.
         dtype: dtype of x and the gate.
-        residual_dtype: dtype of the residual and the sum; None for x's.
+        residual_dtype: dtype of the residual, the sum and the result before quantization; None for x's.
         weight_dtype: dtype of the weight; None for x's.
-        y_dtype: dtype of the result before quantization; None for x's.
         scale: no scale, the weight, or 1 + weight (added in float32).
         cast_first: whether the normalized value and the scale are rounded to y's dtype before they are multiplied.
-        exact_sum: whether x + residual is normalized in float32, without rounding to the sum's dtype.
         gate: a second input of x's shape multiplies before the norm, after it, or not at all.
-        activation: activation of the gate.
+        activation: activation of the gate; none without one.
         quantized: dtype of a quantized output, or none. int8 saturates at -128 and 127, e4m3 at ±448, also an infinite
             y. NaN stays NaN in e4m3 and becomes 0 in int8, as a GPU converts it; ONNX does not define the
             latter, and ONNX Runtime's CPU provider returns -128.
@@ -66,12 +63,10 @@ class NormKernel:
     dtype: Dtype = "float16"
     residual_dtype: Dtype | None = None
     weight_dtype: Dtype | None = None
-    y_dtype: Dtype | None = None
     scale: Scale = "weight"
     cast_first: bool = False
-    exact_sum: bool = False
     gate: Gate = "none"
-    activation: Activation = "silu"
+    activation: Activation = "none"
     quantized: Quantized = "none"
     quantization: Quantization = "none"
     inner: int = 1
@@ -79,7 +74,7 @@ class NormKernel:
     strided: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("residual_dtype", "weight_dtype", "y_dtype"):
+        for name in ("residual_dtype", "weight_dtype"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self.dtype)
         for name, allowed in _CHOICES.items():
@@ -97,8 +92,12 @@ class NormKernel:
             raise UsageError(
                 f"weight_rows of a kernel: expected 1 or inner ({self.inner}, at least 1), got {self.weight_rows}."
             )
-        if self.op == "rms_norm" and (self.exact_sum or self.residual_dtype != self.dtype):
-            raise UsageError("exact_sum and residual_dtype require op add_rms_norm.")
+        if (self.gate == "none") != (self.activation == "none"):
+            raise UsageError("a kernel's gate and activation must both be given, or neither.")
+        if self.adds and self.has_gate:
+            raise UsageError("a kernel's gate requires op rms_norm.")
+        if not self.adds and self.residual_dtype != self.dtype:
+            raise UsageError("a kernel's residual_dtype requires op add_rms_norm.")
 
     @property
     def adds(self) -> bool:
@@ -129,12 +128,12 @@ class NormKernel:
     @property
     def out_dtype(self) -> str:
         """Dtype of the output in memory."""
-        return self.y_dtype_ if self.quantized == "none" else self.quantized
+        return self.y_dtype if self.quantized == "none" else self.quantized
 
     @property
-    def y_dtype_(self) -> str:
-        """`y_dtype`, resolved."""
-        return self.y_dtype or self.dtype
+    def y_dtype(self) -> Dtype:
+        """Dtype of the result before quantization: that of what is normalized."""
+        return self.residual_dtype or self.dtype
 
     @property
     def dtypes(self) -> tuple[str, ...]:

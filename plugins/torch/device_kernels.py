@@ -45,8 +45,9 @@ class DeviceKernels:
 
         Args:
             kernel: what it computes.
-            rows: x and, where the kernel adds, the residual, both `[..., width]`.
-            weight: contiguous `[width]`, or None.
+            rows: x and the residual or the gate, where the kernel has one, both `[..., width]`; where the kernel has
+                groups, several are side by side.
+            weight: contiguous `[weight_rows * width]`, or None.
             outputs: contiguous y and, where the kernel adds, the sum.
             stream: handle of the CUDA stream.
             capturing: whether a CUDA graph is being captured, so that nothing can be compiled or loaded.

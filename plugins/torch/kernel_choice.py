@@ -30,9 +30,7 @@ def spec_problem(spec: NormSpec) -> str | None:
         return f"order {spec.order}: the kernel has scale_then_cast and cast_then_scale"
     found = {
         f"it normalizes the last {spec.trailing_dims} dims together": spec.trailing_dims != 1,
-        f"it normalizes groups of {spec.group_size}": spec.group_size is not None,
         "it divides by the root of the sum of squares, not of their mean": not spec.has_mean,
-        "it has a gate": spec.has_gate,
         "it has a bias": spec.bias,
     }
     return next((reason for reason, holds in found.items() if holds), None)
@@ -45,24 +43,29 @@ def kernel_for(
     dtype: torch.dtype,
     weight_dtype: torch.dtype | None = None,
     residual_dtype: torch.dtype | None = None,
+    gate_dtype: torch.dtype | None = None,
     heads: int | None = None,
 ) -> NormKernel | None:
     """The kernel that rounds where the spec does, for these dtypes; None if there is none.
 
     Args:
         spec: one without a `spec_problem`.
-        width: elements of a row.
+        width: of x's last dim.
         dtype: dtype of x.
         weight_dtype: dtype of the weight; None without one.
         residual_dtype: dtype of the residual; None without one.
-        heads: rows with a common outer stride; None if all rows are contiguous.
+        gate_dtype: dtype of the gate; None without one.
+        heads: rows with a common outer stride, groups where the spec has them; None if all rows are contiguous.
     """
+    size = spec.group_size or width
     names = [None if d is None else _kernel_dtype(d) for d in (dtype, weight_dtype, residual_dtype)]
     given = (dtype, weight_dtype, residual_dtype)
-    if any(name is None and d is not None for name, d in zip(names, given, strict=True)) or not 1 <= width <= WIDEST:
+    if any(name is None and d is not None for name, d in zip(names, given, strict=True)) or not 1 <= size <= WIDEST:
         return None
     x, weight, residual = names
     y = residual or x
+    if gate_dtype not in (None, dtype):
+        return None
     if residual is not None and residual_dtype != torch.promote_types(dtype, residual_dtype or dtype):
         return None
     casts_first = bool(CASTS_FIRST[spec.order]) and y != "float32"
@@ -70,17 +73,20 @@ def kernel_for(
         return None  # PyTorch's result then has the weight's dtype
     if spec.scale_offset != 0.0 and weight != "float32" and spec.offset_in_float32 == casts_first:
         return None  # the kernel adds 1 in float32, and rounds the scale only where it casts first
+    groups = width // size
     return NormKernel(
-        width,
+        size,
         spec.eps,
         "rms_norm" if residual is None else "add_rms_norm",
         x or "float32",
         residual_dtype=residual,
         weight_dtype=weight,
-        y_dtype=y,
         scale=spec.scale,
         cast_first=casts_first,
-        inner=heads or 1,
+        gate=spec.gate,
+        activation=spec.activation,
+        inner=heads or groups,
+        weight_rows=groups,
         strided=heads is not None,
     )
 
@@ -119,11 +125,17 @@ class RowStrides:
 
     def is_contiguous(self, width: int) -> bool:
         """Whether each row begins where the one before it ends."""
-        return self.heads == 1 and self.outer == width
+        return self.outer == self.heads * width and (self.heads == 1 or self.inner == width)
 
     def with_heads(self, heads: int) -> RowStrides:
         """The same rows, counted in as many heads."""
         return self if self.heads == heads else RowStrides(heads, self.outer * heads, self.outer)
+
+    def in_groups(self, groups: int, size: int) -> RowStrides | None:
+        """The groups of these rows, side by side, as rows; None if two strides do not describe them."""
+        if groups == 1:
+            return self
+        return RowStrides(groups, self.outer, size) if self.heads == 1 else None
 
 
 def alignment(rows: list[tuple[Tensor, RowStrides]], weight: Tensor | None) -> int:
@@ -138,9 +150,9 @@ def alignment(rows: list[tuple[Tensor, RowStrides]], weight: Tensor | None) -> i
     return math.gcd(*offsets)
 
 
-def has_too_many_rows(x: Tensor) -> bool:
-    """Whether the kernel's row number, a signed integer of 32 bits, cannot count the rows of x."""
-    return x.numel() // max(x.shape[-1], 1) > _MOST_ROWS
+def has_too_many_rows(x: Tensor, width: int) -> bool:
+    """Whether the kernel's row number, a signed integer of 32 bits, cannot count the rows of this width in x."""
+    return x.numel() // max(width, 1) > _MOST_ROWS
 
 
 def _kernel_dtype(dtype: torch.dtype) -> Dtype | None:

@@ -103,16 +103,18 @@ def _module_problem(module: nn.Module, site: Site) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def _calling(own: type[nn.Module], spec: NormSpec, weight: str | None) -> type[nn.Module]:
-    """A subclass whose forward calls the operator; calls with more than the input run the class's own forward."""
+    """A subclass whose forward calls the operator; calls with other than its inputs run the class's own forward."""
     signature = inspect.signature(own.forward)
-    _, first = list(signature.parameters)[:2]
+    inputs = list(signature.parameters)[1 : 3 if spec.has_gate else 2]
     eps, form = spec.eps, form_of(spec)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs.get(first)
-        if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor):
+        given = [*args, *(kwargs[name] for name in inputs[len(args) :] if name in kwargs)]
+        fits = len(args) + len(kwargs) == len(given) == len(inputs) and all(isinstance(x, Tensor) for x in given)
+        if not fits or given[-1].shape != given[0].shape:
             return own.forward(self, *args, **kwargs)
-        return rms_norm(x, None if weight is None else getattr(self, weight), eps, **form)
+        gate = given[1] if spec.has_gate else None
+        return rms_norm(given[0], None if weight is None else getattr(self, weight), eps, gate, **form)
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
     names = {_MARK: True, "forward": forward, "__module__": __name__, "__doc__": own.__doc__}

@@ -16,7 +16,7 @@ struct RMSNORM_CONFIG {
   static constexpr int width = RMSNORM_WIDTH, inner = RMSNORM_INNER, weight_rows = RMSNORM_WEIGHT_ROWS;
   static constexpr int scale = RMSNORM_SCALE, gate = RMSNORM_GATE, activation = RMSNORM_ACTIVATION;
   static constexpr int quantization = RMSNORM_QUANTIZATION;
-  static constexpr bool cast_first = RMSNORM_CAST_FIRST, exact_sum = RMSNORM_EXACT_SUM, strided = RMSNORM_STRIDED;
+  static constexpr bool cast_first = RMSNORM_CAST_FIRST, strided = RMSNORM_STRIDED;
   static constexpr int threads = RMSNORM_THREADS, vectors = RMSNORM_VECTORS, elements = RMSNORM_ELEMENTS;
   static constexpr int rows = RMSNORM_ROWS, cluster = RMSNORM_CLUSTER;
   static constexpr bool prefetch = RMSNORM_PREFETCH;

@@ -1,7 +1,7 @@
 // RMSNorm and residual add + RMSNorm, specialized at compile time by a configuration C.
 //
 //   h = x                                              (in float32, like all values below)
-//   h = x + residual, rounded to the residual's format unless C::exact_sum
+//   h = x + residual, rounded to the residual's format  when it adds; it then has no gate
 //   h = h * act(gate)                                  when C::gate is before
 //   n = h / sqrt(mean(h^2) + eps)
 //   y = n * s, s the weight or 1 + weight              when C::cast_first is false
@@ -22,9 +22,10 @@
 
 namespace rmsnorm {
 
+// In the order of models/spec.py.
 enum Scale { no_scale, weight_scale, one_plus_weight_scale };
 enum Gate { no_gate, gate_before, gate_after };
-enum Activation { silu, sigmoid };
+enum Activation { no_activation, silu, sigmoid };
 enum Quantization { not_quantized, static_scale, scale_per_row };
 
 struct None {
@@ -212,7 +213,8 @@ struct Tile {
   // The format that h is rounded to: packed, a half type takes half the registers.
   using Held = typename Either<adds, typename C::Residual, typename C::X>::type;
   static constexpr bool exact_gate = C::Y::bytes == 4;
-  static constexpr bool packed = !(adds && C::exact_sum) && C::gate != gate_before;
+  static constexpr bool packed = C::gate != gate_before;
+  static_assert(!adds || C::gate == no_gate, "expected a residual or a gate");
   static constexpr bool same_scale = C::scale == weight_scale && same<typename C::Weight, Y>;  // rounded already
   // Without an instruction for e4m3 its conversion needs the registers of a wide row.
   static constexpr bool converts = RMSNORM_ARCH == 0 || RMSNORM_ARCH >= 890 || !same<typename C::Out, Float8E4M3>;
@@ -289,7 +291,6 @@ struct Tile {
         for (int i = 0; i < count; ++i) {
           h[i] = x[v].get(i);
           if constexpr (adds) h[i] += residual[v].get(i);
-          if constexpr (adds && !C::exact_sum && !packed) h[i] = rounded<Held>(h[i]);
           if constexpr (C::gate == gate_before) h[i] = gated<C::activation, exact_gate>(h[i], before[v].get(i));
         }
         if constexpr (packed) {
@@ -386,15 +387,7 @@ struct Tile {
   }
 
   RMSNORM_INLINE void write_sum(const Arguments& a, int row, int tile, int v) const {
-    if constexpr (adds) {
-      Packed<Held, count> sum;
-      if constexpr (packed) {
-        sum = held[v];
-      } else {
-        sum.set(wide[v]);
-      }
-      sum.store(at<Held>(a.sum, static_cast<long long>(row) * C::width + column(tile, v)));
-    }
+    if constexpr (adds) held[v].store(at<Held>(a.sum, static_cast<long long>(row) * C::width + column(tile, v)));
   }
 
   // The largest absolute value of y. Of a row that is held whole, y is kept and the sum is written, to free registers.

@@ -128,7 +128,7 @@ std::vector<std::string> compile_options(const Norm& norm, const Layout& layout,
       {"NAME", norm.kernel()}, {"X", format}, {"RESIDUAL", norm.adds ? format : "None"}, {"WEIGHT", format},
       {"Y", format}, {"OUT", out}, {"WIDTH", std::to_string(norm.width)}, {"INNER", "1"}, {"WEIGHT_ROWS", "1"},
       {"ADDS", norm.adds ? "1" : "0"}, {"SCALE", norm.one_plus ? "2" : "1"}, {"GATE", "0"}, {"ACTIVATION", "0"},
-      {"QUANTIZATION", norm.is_quantized() ? "1" : "0"}, {"CAST_FIRST", norm.cast_first ? "1" : "0"}, {"EXACT_SUM", "0"}, {"STRIDED", "0"},
+      {"QUANTIZATION", norm.is_quantized() ? "1" : "0"}, {"CAST_FIRST", norm.cast_first ? "1" : "0"}, {"STRIDED", "0"},
       {"EPSILON", epsilon}, {"THREADS", std::to_string(layout.threads)}, {"VECTORS", std::to_string(layout.vectors)},
       {"ELEMENTS", std::to_string(layout.elements)}, {"ROWS", std::to_string(layout.rows)},
       {"CLUSTER", std::to_string(layout.cluster)}, {"PREFETCH", layout.prefetch ? "1" : "0"}};

@@ -35,10 +35,10 @@ def configurations(architecture: int) -> list[tuple[NormKernel, LaunchConfig]]:
     kernels += [
         NormKernel(4096, 1e-6, dtype="float16", quantized="int8", quantization="static"),
         NormKernel(7168, 1e-6, "add_rms_norm", "bfloat16", quantized="float8_e4m3", quantization="per_row"),
-        NormKernel(5120, 1e-6, "add_rms_norm", "float16", "float32", y_dtype="float16"),
+        NormKernel(5120, 1e-6, "add_rms_norm", "float16", "float32"),
         NormKernel(128, 1e-6, inner=32, strided=True),
-        NormKernel(2048, 1e-6, dtype="bfloat16", gate="before"),
-        NormKernel(2048, 1e-6, dtype="bfloat16", gate="after", inner=4, weight_rows=4),
+        NormKernel(2048, 1e-6, dtype="bfloat16", gate="before", activation="silu"),
+        NormKernel(2048, 1e-6, dtype="bfloat16", gate="after", activation="silu", inner=4, weight_rows=4),
     ]
     every = [(kernel, config) for kernel in kernels for config in layouts(kernel, architecture)]
     # A sample, another one for each architecture; `make test-kernel` compiles all.
@@ -96,7 +96,8 @@ def disassembled(kernel: NormKernel, config: LaunchConfig, architecture: int, fo
 
 @pytest.mark.skipif(disassembler() is None, reason="needs nvdisasm: pip install nvidia-cuda-nvdisasm")
 @pytest.mark.parametrize("kernel", [
-    NormKernel(4096, 1e-6), NormKernel(128, 1e-6, "add_rms_norm", "bfloat16"), NormKernel(50000, 1e-6, gate="after"),
+    NormKernel(4096, 1e-6), NormKernel(128, 1e-6, "add_rms_norm", "bfloat16"),
+    NormKernel(50000, 1e-6, gate="after", activation="silu"),
     NormKernel(4096, 1e-6, quantized="int8", quantization="static"),
     NormKernel(4096, 1e-6, "add_rms_norm", quantized="float8_e4m3", quantization="static"),
     NormKernel(4096, 1e-6, quantized="int8", quantization="per_row"),

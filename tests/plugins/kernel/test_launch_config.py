@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rmsnorm_deploy.models.dtypes import BYTES
 from rmsnorm_deploy.models.errors import UsageError
+from rmsnorm_deploy.models.spec import Gate
 from rmsnorm_deploy.plugins.kernel.launch_config import MULTIPROCESSORS, LaunchConfig, choose, layouts
 from rmsnorm_deploy.plugins.kernel.norm_kernel import NormKernel
 
@@ -19,13 +20,12 @@ DTYPES = ("float32", "float16", "bfloat16")
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[NormKernel, int | None, int, int]:
     adds, quantized = draw(st.booleans()), draw(st.sampled_from(("none", "int8", "float8_e4m3")))
-    dtype = draw(st.sampled_from(DTYPES))
+    dtype, gate = draw(st.sampled_from(DTYPES)), "none" if adds else draw(st.sampled_from(get_args(Gate)))
     kernel = NormKernel(
         draw(st.one_of(st.integers(1, 65536), st.sampled_from((64, 128, 3072, 4096, 5120, 7168, 8192, 16384, 65536)))),
         1e-6, "add_rms_norm" if adds else "rms_norm", dtype,
-        draw(st.sampled_from(DTYPES)) if adds else None, y_dtype=draw(st.sampled_from(DTYPES)),
-        exact_sum=adds and draw(st.booleans()), gate=draw(st.sampled_from(("none", "before", "after"))),
-        quantized=quantized,
+        draw(st.sampled_from(DTYPES)) if adds else None,
+        gate=gate, activation="none" if gate == "none" else "silu", quantized=quantized,
         quantization="none" if quantized == "none" else draw(st.sampled_from(("static", "per_row"))),
     )  # fmt: skip
     rows = draw(st.one_of(st.none(), st.integers(0, 2**31 // kernel.width)))
@@ -133,7 +133,9 @@ def test_layouts_that_cannot_run_are_refused(config: LaunchConfig, message: str)
         ({"dtype": "float64"}, "dtype is 'float64'"),
         ({"quantized": "int8"}, "both be given"),
         ({"inner": 4, "weight_rows": 2}, "expected 1 or inner \\(4, at least 1\\), got 2"),
-        ({"exact_sum": True}, "require op add_rms_norm"),
+        ({"residual_dtype": "float32"}, "requires op add_rms_norm"),
+        ({"gate": "after"}, "gate and activation must both be given"),
+        ({"op": "add_rms_norm", "gate": "after", "activation": "silu"}, "gate requires op rms_norm"),
     ],
 )
 def test_kernels_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ from tests.helpers.plugins.kernels import HostKernels, compiler
 
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 CAST_FIRST = NormSpec(1e-5, order="cast_then_scale")
+AFTER, GROUPS = CAST_FIRST.replace(gate="after", activation="silu"), CAST_FIRST.replace(group_size=16)
 
 
 def tensors(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
@@ -41,6 +42,7 @@ class Call:
     weight: Tensor | None
     residual: Tensor | None = None
     expected: tuple[bool, int, int] = (False, 1, 8)
+    gate: Tensor | None = None
 
 
 CALLS = {
@@ -68,7 +70,31 @@ CALLS = {
     "add to rows": Call(
         CAST_FIRST, tensors(HALF, 6, 24)[:, :16], tensors(HALF, 16), tensors(HALF, 16, 6, seed=1).T, (True, 1, 8)
     ),
+    "gate after": Call(
+        AFTER, tensors(BRAIN, 3, 5, 40), tensors(BRAIN, 40), None, (False, 1, 8), tensors(BRAIN, 3, 5, 40, seed=1)
+    ),
+    "sigmoid after": Call(
+        NormSpec(1e-5, gate="after", activation="sigmoid"), tensors(HALF, 9, 40), tensors(FLOAT, 40), None,
+        (False, 1, 8), tensors(HALF, 9, 40, seed=1),
+    ),
+    "gate of heads": Call(
+        AFTER, tensors(HALF, 2, 3, 4, 16), tensors(HALF, 16), None, (True, 4, 8),
+        tensors(HALF, 2, 3, 80, seed=1)[..., :64].unflatten(-1, (4, 16)),
+    ),
+    "groups": Call(GROUPS, tensors(BRAIN, 2, 5, 48), tensors(BRAIN, 48), None, (False, 3, 8)),
+    "groups of a wider row": Call(GROUPS, tensors(HALF, 2, 5, 64)[..., 8:56], tensors(HALF, 48), None, (True, 3, 8)),
+    "groups of heads": Call(
+        GROUPS, tensors(HALF, 2, 3, 100)[..., :96].unflatten(-1, (2, 48)), tensors(HALF, 48), None, (False, 3, 8)
+    ),
+    "groups of a sum": Call(
+        GROUPS, tensors(HALF, 5, 48), tensors(HALF, 48), tensors(HALF, 5, 48, seed=1), (False, 3, 8)
+    ),
+    "gate before groups": Call(
+        GROUPS.replace(gate="before", activation="silu"), tensors(BRAIN, 2, 5, 48), tensors(BRAIN, 48), None,
+        (True, 3, 8), tensors(BRAIN, 2, 5, 64, seed=1)[..., 16:],
+    ),
 }  # fmt: skip
+NARROW_GATE = Call(AFTER, tensors(FLOAT, 5, 40), tensors(BRAIN, 40), gate=tensors(BRAIN, 5, 40, seed=1))
 
 
 @dataclass
@@ -111,10 +137,9 @@ class Device:
     def cuLaunchKernel(self, function: bytes, grid: int, *others: Any) -> tuple[Any, ...]:
         kernel, config = self.last = self.compiled[function]
         self.streams.append(others[6])
-        inputs = 1 + kernel.adds + kernel.has_weight
-        kinds = (
-            [ctypes.c_uint64] * inputs + [ctypes.c_int32] + [ctypes.c_int64] * (2 * kernel.strided * (1 + kernel.adds))
-        )
+        rows = 1 + kernel.adds + kernel.has_gate
+        kinds = [ctypes.c_uint64] * (rows + kernel.has_weight) + [ctypes.c_int32]
+        kinds += [ctypes.c_int64] * (2 * kernel.strided * rows)
         kinds += [ctypes.c_uint64] * (1 + kernel.adds)
         addresses = (ctypes.c_uint64 * len(kinds)).from_address(others[7])
         values = [kind.from_address(address).value for kind, address in zip(kinds, addresses, strict=True)]
@@ -127,7 +152,7 @@ class Device:
 
 
 def run(call: Call) -> tuple[Tensor, ...]:
-    return operators._fused(call.x, call.residual, call.weight, call.spec)
+    return operators._fused(operators._Call(call.x, call.weight, call.spec, call.residual, call.gate))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +167,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
         patch.setattr(device_kernels, "compile_kernel", found.compile)
         patch.setattr(device_kernels, "layouts", lambda *arguments: layouts(*arguments)[-1:])
         patch.setattr(operators, "run_on_device", lambda *arguments: kernels.run(*arguments, stream=77))
-        for call in CALLS.values():
+        for call in (*CALLS.values(), NARROW_GATE):
             run(call)
         found.build()
         yield found
@@ -163,7 +188,7 @@ def test_the_kernel_computes_the_call(device: Device, name: str) -> None:
     device.last = None
     results = run(call)
     assert all(result.is_contiguous() for result in results)
-    assert_near(results[0], eager(call.spec, total, call.weight))
+    assert_near(results[0], eager(call.spec, total, call.weight, gate=call.gate))
     assert all(torch.equal(result, total) for result in results[1:])
     if call.x.numel() == 0:
         assert device.last is None
@@ -171,6 +196,15 @@ def test_the_kernel_computes_the_call(device: Device, name: str) -> None:
     assert device.last is not None
     kernel, config = device.last
     assert (kernel.strided, kernel.inner, config.elements) == call.expected
+
+
+def test_a_gate_that_is_narrower_than_x_is_widened(device: Device) -> None:
+    assert NARROW_GATE.gate is not None
+    device.last = None
+    (found,) = run(NARROW_GATE)
+    assert device.last is not None
+    assert torch.equal(found, run(replace(NARROW_GATE, gate=NARROW_GATE.gate.float()))[0])
+    torch.testing.assert_close(found, eager(AFTER, NARROW_GATE.x, NARROW_GATE.weight, gate=NARROW_GATE.gate))
 
 
 def test_kernels_are_loaded_once_and_launched_on_the_stream(device: Device) -> None:
@@ -184,15 +218,15 @@ def test_kernels_are_loaded_once_and_launched_on_the_stream(device: Device) -> N
 @pytest.mark.parametrize("call", [
     Call(CAST_FIRST, tensors(BRAIN, 3, 40), tensors(FLOAT, 40)),  # the result has the weight's dtype
     Call(NormSpec(1e-5), tensors(torch.float64, 3, 40), tensors(torch.float64, 40)),
-    Call(NormSpec(1e-5), tensors(HALF, 3, 40), None, tensors(BRAIN, 3, 40)),
-], ids=["wider weight", "float64", "two halves"])  # fmt: skip
+    Call(NormSpec(1e-5, scale="none"), tensors(HALF, 3, 40), None, tensors(BRAIN, 3, 40)),
+    Call(AFTER, tensors(HALF, 3, 40), tensors(HALF, 40), gate=tensors(FLOAT, 3, 40)),
+], ids=["wider weight", "float64", "two halves", "wider gate"])  # fmt: skip
 def test_dtypes_that_the_kernel_lacks_are_computed_by_pytorch(device: Device, call: Call) -> None:
-    spec = call.spec if call.weight is not None else call.spec.replace(scale="none")
     device.last = None
-    results = operators._fused(call.x, call.residual, call.weight, spec)
+    results = run(call)
     assert device.last is None
     total = call.x if call.residual is None else call.x + call.residual
-    assert torch.equal(results[0], eager(spec, total, call.weight))
+    assert torch.equal(results[0], eager(call.spec, total, call.weight, gate=call.gate))
 
 
 def test_nothing_is_compiled_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -222,11 +256,12 @@ needs_cuda = pytest.mark.skipif(
 def test_the_operators_on_a_gpu(name: str) -> None:
     """Needs an NVIDIA GPU, the CUDA build of torch, and cuda-bindings and NVRTC."""
     call = CALLS[name]
-    x, weight, residual = (None if t is None else _moved(t) for t in (call.x, call.weight, call.residual))
+    given = (call.x, call.weight, call.residual, call.gate)
+    x, weight, residual, gate = (None if t is None else _moved(t) for t in given)
     assert x is not None
     form = operators.form_of(call.spec)
     if residual is None:
-        assert_near(rms_norm(x, weight, 1e-5, **form), eager(call.spec, x, weight))
+        assert_near(rms_norm(x, weight, 1e-5, gate, **form), eager(call.spec, x, weight, gate=gate))
     else:
         y, total = add_rms_norm(x, residual, weight, 1e-5, **form)
         assert torch.equal(total, x + residual)

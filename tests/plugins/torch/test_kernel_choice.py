@@ -19,31 +19,47 @@ SCALES: list[dict[str, Any]] = [
     {"scale": "none"}, {"scale": "weight"}, {"scale": "one_plus_weight"},
     {"scale": "one_plus_weight", "offset_in_float32": False},
 ]  # fmt: skip
+GATES: list[dict[str, Any]] = [
+    {}, {"gate": "before", "activation": "silu", "group_size": 16}, {"gate": "after", "activation": "silu"},
+    {"gate": "after", "activation": "sigmoid", "group_size": 64},
+]  # fmt: skip
+ACTIVATIONS = {"silu": torch.nn.functional.silu, "sigmoid": torch.sigmoid}
 WIDTH = 64
 
 
-def formula(kernel: NormKernel, x: Tensor, weight: Tensor | None) -> Tensor:
+def formula(kernel: NormKernel, x: Tensor, weight: Tensor | None, gate: Tensor | None) -> Tensor:
     """What the kernel's own description says (`cuda/rms_norm.cuh`), with PyTorch's sum of squares."""
-    y = getattr(torch, kernel.y_dtype_)
-    n = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + kernel.epsilon)
-    if weight is None:
-        return n.to(y)
-    scale = weight.float() + (1.0 if kernel.scale == "one_plus_weight" else 0.0)
-    return (n.to(y).float() * scale.to(y).float() if kernel.cast_first else n * scale).to(y)
+    activated = None if gate is None else ACTIVATIONS[kernel.activation](gate.float())
+
+    def rounded(value: Tensor) -> Tensor:
+        return value.to(getattr(torch, kernel.y_dtype)).float() if kernel.cast_first else value
+
+    h = x.float() if activated is None or kernel.gate == "after" else x.float() * activated
+    h = h.unflatten(-1, (kernel.weight_rows, kernel.width))
+    n = rounded((h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + kernel.epsilon)).flatten(-2))
+    if weight is not None:
+        n = rounded(n * rounded(weight.float() + (1.0 if kernel.scale == "one_plus_weight" else 0.0)))
+    if activated is not None and kernel.gate == "after":
+        n = n * activated
+    return n.to(getattr(torch, kernel.y_dtype))
 
 
 @pytest.mark.parametrize("order", [order for order, first in CASTS_FIRST.items() if first is not None])
 def test_the_kernel_rounds_where_the_spec_does(order: Order) -> None:
     generator, lacking = torch.Generator().manual_seed(0), set()
-    for form, dtype, weight_dtype in itertools.product(SCALES, DTYPES, DTYPES):
-        spec = NormSpec(1e-5, order=order, **form)
+    for form, gated, dtype, weight_dtype in itertools.product(SCALES, GATES, DTYPES, DTYPES):
+        spec = NormSpec(1e-5, order=order, **form, **gated)
         x = torch.randn(200, WIDTH, generator=generator).to(dtype)
         weight = torch.randn(WIDTH, generator=generator).to(weight_dtype) if spec.has_weight else None
-        kernel = kernel_for(spec, WIDTH, dtype, None if weight is None else weight_dtype)
+        gate = torch.randn(200, WIDTH, generator=generator).to(dtype) if gated else None
+        kernel = kernel_for(
+            spec, WIDTH, dtype, None if weight is None else weight_dtype, None, dtype if gated else None
+        )
         if kernel is None:
             lacking.add((spec.scale, spec.offset_in_float32, dtype, weight_dtype))
             continue
-        assert torch.equal(formula(kernel, x, weight), eager(spec, x, weight)), (spec, dtype, weight_dtype)
+        wanted = eager(spec, x, weight, gate=gate)
+        assert torch.equal(formula(kernel, x, weight, gate), wanted), (spec, dtype, weight_dtype)
     # Refused are float64, a weight of another dtype after the cast, and 1 + weight rounded where the kernel does not.
     half = (torch.float16, torch.bfloat16)
     usual = {("weight", True, dtype, dtype) for dtype in (*half, torch.float32)}
@@ -58,12 +74,12 @@ def test_every_order_is_known() -> None:
 
 @pytest.mark.parametrize(("changes", "reason"), [
     ({"order": "cast_factor"}, "order cast_factor"), ({"order": "no_upcast", "statistics": "input"}, "order no_upcast"),
-    ({"trailing_dims": 2}, "last 2 dims"), ({"group_size": 8}, "groups of 8"), ({"reduction": "sum"}, "sum of squares"),
-    ({"gate": "after", "activation": "silu"}, "gate"), ({"bias": True}, "bias"),
+    ({"trailing_dims": 2}, "last 2 dims"), ({"reduction": "sum"}, "sum of squares"), ({"bias": True}, "bias"),
 ])  # fmt: skip
 def test_what_the_operators_lack_has_a_reason(changes: dict[str, Any], reason: str) -> None:
     spec = NormSpec(1e-5)
     assert spec_problem(spec) is None
+    assert spec_problem(spec.replace(group_size=8, gate="before", activation="sigmoid")) is None
     assert reason in str(spec_problem(spec.replace(**changes)))
 
 

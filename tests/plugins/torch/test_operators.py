@@ -45,6 +45,31 @@ def test_every_form_has_the_bits_of_eager(form: dict[str, Any], dtype: torch.dty
     assert torch.equal(y, eager(spec, x + residual, weight))
 
 
+GATED: list[dict[str, Any]] = [
+    {"gate_place": "after", "activation": "silu", "order": "cast_then_scale"},
+    {"gate_place": "before", "activation": "sigmoid", "group_size": 8},
+    {"gate_place": "before", "activation": "silu", "group_size": 20, "order": "cast_then_scale", "scale_offset": 1.0},
+]
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, HALF), (HALF, HALF), (BRAIN, torch.float32)], ids=str)
+@pytest.mark.parametrize("form", GATED, ids=str)
+def test_every_gated_form_has_the_bits_of_eager(form: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    x, weight, gate = tensors(dtypes[0], 3, 5, 40), tensors(dtypes[1], 40, seed=1), tensors(dtypes[1], 3, 5, 40, seed=2)
+    named = {"gate" if name == "gate_place" else name: value for name, value in form.items()}
+    spec = spec_of(named)
+    wanted = eager(spec, x, weight, gate=gate)
+    assert torch.equal(rms_norm(x, weight, 1e-5, gate, **form), wanted)
+    assert torch.equal(rms_norm(x, weight, 1e-5, gate=gate, **form_of(spec)), wanted)
+    torch.library.opcheck(torch.ops.rmsnorm_deploy.rms_norm.default, (x, weight, 1e-5, gate), form)
+
+
+def test_the_sum_may_be_normalized_in_groups() -> None:
+    x, residual, weight = (tensors(HALF, *shape, seed=i) for i, shape in enumerate([(5, 24), (5, 24), (24,)]))
+    y, total = add_rms_norm(x, residual, weight, group_size=8)
+    assert torch.equal(y, eager(NormSpec(1e-6, group_size=8), total, weight))
+
+
 def test_a_norm_without_a_weight_scales_nothing() -> None:
     x = tensors(BRAIN, 4, 24)
     assert torch.equal(rms_norm(x), eager(NormSpec(1e-6, scale="none"), x))
@@ -103,6 +128,12 @@ X = torch.ones(2, 8)
     ((X, torch.ones(8)), {"scale_offset": 0.5}, r"scale_offset: expected 0 or 1, got 0\.5"),
     ((X,), {"order": "no_upcast", "statistics": "input"}, "order: expected scale_then_cast or cast_then_scale, got"),
     ((X,), {"order": "later"}, "later"),
+    ((X,), {"group_size": 3}, "group_size: expected a divisor of x's last dim, 8, got 3"),
+    ((X,), {"group_size": 0}, "group_size must be at least 1"),
+    ((X, None, 1e-6, torch.ones(8)), {"gate_place": "after", "activation": "silu"}, r"gate: expected .* got \[8\]"),
+    ((X, None, 1e-6, X), {}, "gate_place: expected before or after for a norm with a gate, got none"),
+    ((X, None, 1e-6, X), {"gate_place": "after"}, "activation: expected silu or sigmoid for a norm with a gate, got"),
+    ((X,), {"gate_place": "after"}, "gate_place: expected none for a norm without a gate, got after"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused(arguments: tuple[Any, ...], form: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):

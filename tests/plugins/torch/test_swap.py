@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import rmsnorm_deploy
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
+from rmsnorm_deploy.plugins.torch.operators import rms_norm
 from rmsnorm_deploy.plugins.torch.swap import use_kernel
+from tests.helpers.norms.norm_zoo import ZOO
 
 IDS = torch.arange(14).reshape(2, 7)
 
@@ -89,30 +91,20 @@ def test_a_swapped_model_can_be_exported(tmp_path: Path) -> None:
     assert [site.path for site in exported.recognition.sites] == ["0"]
 
 
-class Grouped(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 16))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = x.float().reshape(*x.shape[:-1], 2, 8)
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)
-        return self.weight * h.reshape(x.shape).to(x.dtype)
-
-
 def test_what_the_kernel_does_not_have_stays() -> None:
     model = nn.ModuleDict({
-        "groups": Grouped(), "dims": nn.RMSNorm((4, 8), 1e-6), "layer": nn.LayerNorm(8), "plain": nn.RMSNorm(8, 1e-6),
+        "bias": ZOO["biased"].build(), "dims": nn.RMSNorm((4, 8), 1e-6), "layer": nn.LayerNorm(8),
+        "plain": nn.RMSNorm(8, 1e-6),
     })  # fmt: skip
     swap = use_kernel(model)
     assert [site.path for site in swap.swapped] == ["plain"]
     reasons = {refusal.path: refusal.reason for refusal in swap.kept}
-    assert list(reasons) == ["layer", "groups", "dims"]
-    for path, part in {"groups": "groups of 8", "dims": "last 2 dims", "layer": "LayerNorm"}.items():
+    assert list(reasons) == ["layer", "bias", "dims"]
+    for path, part in {"bias": "it has a bias", "dims": "last 2 dims", "layer": "LayerNorm"}.items():
         assert part in reasons[path]
     assert str(swap).splitlines()[0] == "norms that call the kernel: 1; left as they are: 3"
     assert [row["path"] for row in swap.to_dict()["swapped"]] == ["plain"]
-    assert type(model["groups"]) is Grouped
+    assert type(model["bias"]) is type(ZOO["biased"].build())
 
 
 class Optional(nn.RMSNorm):
@@ -131,3 +123,62 @@ def test_calls_with_more_arguments_run_the_own_forward() -> None:
     found = [norm(x), norm(x=x), norm(x, factor=3.0)]
     assert all(map(torch.equal, found, wanted))
     assert len(seen) == 6
+
+
+# A gate after the norm, and one before a norm in groups.
+GATED: dict[str, dict[str, Any]] = {
+    "Qwen3Next": {
+        "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "moe_intermediate_size": 16,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_experts": 2,
+        "num_experts_per_tok": 1, "shared_expert_intermediate_size": 16,
+    },
+    "Mamba2": {
+        "num_hidden_layers": 1, "num_heads": 8, "head_dim": 8, "state_size": 16, "n_groups": 2, "chunk_size": 8,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "count", "gated"), [
+    ("Qwen3Next", 8, {"model.layers.0.linear_attn.norm": ("after", None)}),
+    ("Mamba2", 3, {"backbone.layers.0.mixer.norm": ("before", 32)}),
+])  # fmt: skip
+@torch.no_grad()
+def test_gated_norms_call_the_operator(name: str, count: int, gated: dict[str, tuple[str, int | None]]) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'rmsnorm-deploy[hf]'")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(vocab_size=64, hidden_size=32, use_cache=False, **GATED[name])
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for path, parameter in model.named_parameters():
+        if "norm" in path:
+            parameter.uniform_(0.5, 1.5)
+    before = [copy.deepcopy(model).to(dtype)(IDS).logits for dtype in (torch.float32, torch.bfloat16)]
+    swap = use_kernel(model)
+    with torch.profiler.profile() as profile:
+        found = model(IDS).logits
+    assert all(map(torch.equal, before, (found, model.bfloat16()(IDS).logits)))
+    assert [len(swap.swapped), len(swap.kept)] == [count, 0]
+    assert {site.path: (site.spec.gate, site.spec.group_size) for site in swap.swapped if site.spec.has_gate} == gated
+    assert [event.count for event in profile.key_averages() if event.key == "rmsnorm_deploy::rms_norm"] == [count]
+
+
+@torch.no_grad()
+def test_a_gate_may_be_given_by_name_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, x, z = ZOO["mamba2"].build(), torch.randn(3, 64), torch.randn(3, 64)
+    calls: list[dict[str, Any]] = [
+        {"gate": z}, {"gate": None}, {}, {"gate": z[:1]},  # one gate for all rows
+    ]  # fmt: skip
+
+    def results() -> list[Tensor]:
+        return [norm(x, z), norm(x, None), norm(gate=z, hidden_states=x), *(norm(x, **given) for given in calls)]
+
+    wanted, gates = results(), []
+
+    def counted(*arguments: Any, **form: Any) -> Tensor:
+        gates.append(arguments[3])
+        return rms_norm(*arguments, **form)
+
+    monkeypatch.setattr("rmsnorm_deploy.plugins.torch.swap.rms_norm", counted)
+    assert [site.spec.gate for site in use_kernel(norm).swapped] == ["before"]
+    assert all(map(torch.equal, results(), wanted))
+    assert [gate is z for gate in gates] == [True] * 3
