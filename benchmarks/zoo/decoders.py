@@ -13,7 +13,7 @@ _INDEXED: dict[str, Any] = {**_LATENT, "index_n_heads": 16, "index_head_dim": 16
 _LONGCAT: dict[str, Any] = {
     **_LATENT, "num_layers": 1, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 24, "zero_expert_num": 2,
 }  # fmt: skip
-_GEMMA3N: dict[str, Any] = {
+GEMMA3N: dict[str, Any] = {
     "num_hidden_layers": 4, "num_kv_shared_layers": 1, "hidden_size_per_layer_input": 8, "laurel_rank": 8,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
     "vocab_size_per_layer_input": 97, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4,
@@ -53,7 +53,7 @@ _ARCHITECTURES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("gemma", "Gemma", {}),
     ("gemma2", "Gemma2", {}),
     ("gemma3_text", "Gemma3", {}),
-    ("gemma3n_text", "Gemma3n", _GEMMA3N),
+    ("gemma3n_text", "Gemma3n", GEMMA3N),
     ("gemma4_text", "Gemma4", _GEMMA4),
     ("gemma4_unified_text", "Gemma4Unified", {}),
     ("glm", "Glm", {}),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .decoders import GEMMA3N
 from .entries import Entry, small
 
 _IMAGE_TOKEN = 90
@@ -113,14 +114,15 @@ MULTIMODAL: tuple[Entry, ...] = (
                            "vision_output_dim": 64}),
     _vision("aria", "AriaForConditionalGeneration", image_token_index=_IMAGE_TOKEN,
             vision_config={"model_type": "idefics3_vision"}, projector_patch_to_query_dict={16: 4}),
-    _vision("chameleon", "ChameleonForConditionalGeneration", vocabulary_map={"<image>": _IMAGE_TOKEN},
+    _vision("chameleon", "ChameleonForConditionalGeneration",
+            vocabulary_map={"<image>": _IMAGE_TOKEN, "IMGIMGAZ": 91, "IMGIMGBZ": 92},
             vq_config={"embed_dim": 8, "num_embeddings": 8, "base_channels": 32, "channel_multiplier": [1],
                        "latent_channels": 8, "resolution": 16, "num_res_blocks": 1}),
     _vision("ovis2", "Ovis2ForConditionalGeneration", hidden_size=32, text_config=_QWEN2,
             image_token_id=_IMAGE_TOKEN, visual_indicator_token_ids=[91, 92, 93, 94, 95]),
     _vision("paligemma", "PaliGemmaForConditionalGeneration", text_config={"model_type": "gemma"},
             vision_config=_SIGLIP, image_token_index=_IMAGE_TOKEN, projection_dim=32),
-    _vision("gemma3n", "Gemma3nForConditionalGeneration"),
+    _vision("gemma3n", "Gemma3nForConditionalGeneration", text_config=GEMMA3N),
     small("qwen2_audio", "audio", "Qwen2AudioForConditionalGeneration", text_config=_QWEN2,
           audio_config={"model_type": "qwen2_audio_encoder"}, audio_token_index=_IMAGE_TOKEN),
     small("voxtral", "audio", "VoxtralForConditionalGeneration", text_config=_LLAMA, audio_token_id=_IMAGE_TOKEN,
