@@ -12,7 +12,8 @@ import numpy as np
 
 from ..export.graph.cache_names import is_past
 from ..export.onnx_io.manifest import read_manifest
-from ..models.calling.media_parts import EMBEDDING, IMAGES, MODALITIES, TOKEN_TYPES, Modality
+from ..models.calling.media_parts import EMBEDDING, IMAGES, MODALITIES, Modality
+from ..models.calling.modalities import TOKEN_TYPES
 from ..models.calling.parts import DECODER, ENCODER
 from ..models.dtypes import numpy_dtype
 from ..models.errors import UnsupportedError, UsageError

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ...models.calling.media_parts import (
     ENCODER_PARTS,
-    TOKEN_TYPES,
     EmbeddingPart,
     EmbedsDecoderPart,
     FeaturesPart,
@@ -24,7 +23,9 @@ from ...models.calling.media_parts import (
     first_one,
     modality_read,
 )
+from ...models.calling.modalities import TOKEN_TYPES
 from ...models.calling.parts import DECODER, ENCODER, EncoderPart, cross_cache, empty_cache, encoder_outputs
+from ...models.errors import UnsupportedError
 from ..graph.cache_names import cache_name, past_name
 from ..graph.metadata import PAST, PRESENT
 
@@ -83,8 +84,13 @@ def embeds_sample(model: Any, step: Mapping[str, Any], inputs: Mapping[str, Any]
         embedded = {name: value[:, -count:] for name, value in embed(model, _modality(model, inputs), inputs).items()}
     rest = {name: value for name, value in step.items() if name != "input_ids"}
     # Of all tokens, as in the mask; those after the example's are text.
-    total = step["attention_mask"].shape[1]
-    types = {name: _padded(inputs[name], total) for name in TOKEN_TYPES if name in inputs}
+    mask, names = step.get("attention_mask"), [name for name in TOKEN_TYPES if name in inputs]
+    if names and mask is None:
+        raise UnsupportedError(
+            f"{type(model).__name__} reads {', '.join(names)}: expected an attention_mask beside them, got none. Add "
+            "it to the inputs."
+        )
+    types = {} if mask is None else {name: _padded(inputs[name], mask.shape[1]) for name in names}
     return EmbedsDecoderPart(model), {**embedded, **rest, **types}
 
 

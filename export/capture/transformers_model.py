@@ -17,7 +17,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
 from ...models.calling.experts import experts, has_experts
-from ...models.calling.media_parts import EMBEDDING, ENCODER_PARTS
+from ...models.calling.media_parts import EMBEDDING, ENCODER_PARTS, beyond_rounding
 from ...models.calling.parts import DECODER, is_encoder_decoder
 from ...models.calling.rotary import traceable_rotary
 from ...models.errors import EnvironmentMissingError, UnsupportedError
@@ -36,8 +36,6 @@ from .part_graphs import (
 )
 from .recurrences import traceable_recurrences
 
-# The largest difference of logits that rounding explains, in eps of their dtype times the largest logit.
-_MOST_EPS = 64
 # Arguments that decide what a model returns.
 _OUTPUT_FLAGS = frozenset({"output_attentions", "output_hidden_states", "return_dict", "use_cache"})
 # What the exporter puts before the names of inputs and outputs that are equal.
@@ -229,11 +227,11 @@ def _check_padding(model: Any, ids: Tensor, mask: Tensor, padded: Tensor) -> Non
     ids, mask, padded = (torch.cat([first, second]) for first, second in ((ids, ids), (mask, mask), (padded, mask)))
     rows = len(ids) // 2
     wanted, got = (model(input_ids=ids, attention_mask=given).logits[rows:] for given in (mask, padded))
-    off, largest = float((got - wanted).abs().max()), float(wanted.abs().max())
-    if not off <= _MOST_EPS * torch.finfo(wanted.dtype).eps * largest:
+    off = beyond_rounding(got, wanted)
+    if off is not None:
         raise UnsupportedError(
-            f"{type(model).__name__}: padding in one row changes the logits of another by {off:.3g} of {largest:.3g}, "
-            "so the model uses another attention mask where no token is padded, and one graph with a cache cannot have "
+            f"{type(model).__name__}: padding in one row changes the logits of another by {off}, so "
+            " the model uses another attention mask where no token is padded, and one graph with a cache cannot have "
             "both. Omit --with-past."
         )
 

@@ -18,18 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from .modalities import TEXT_INPUTS
+from .modalities import DEEP_EMBEDS, TEXT_INPUTS, TOKEN_TYPES
 from .part import Part
 
 EMBEDDING = "embedding"
 GRID = "image_grid_thw"
 # Inputs that follow from the size of the images, so that a graph for one size has them as constants.
 OF_SIZE = (GRID, "image_sizes")
-# Whether a token is text or an image; some decoders let the tokens of an image attend to each other.
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-# Features of inner layers by their number: as an output of the encoder, and in the places of the tokens.
-_DEEP_FEATURES, _DEEP_EMBEDS = "deepstack_features_", "deepstack_embeds_"
-# The largest difference of logits between the parts and the whole, in eps of their dtype times the largest logit.
+# Features of inner layers by their number, as an output of the encoder.
+_DEEP_FEATURES = "deepstack_features_"
+# The largest difference of logits that rounding explains, in eps of their dtype times the largest logit.
 _MOST_EPS = 64
 
 
@@ -184,7 +182,7 @@ class EmbeddingPart(Part):
         for name, rows in features.items():
             if name.startswith(_DEEP_FEATURES):
                 level = torch.zeros_like(embedded).masked_scatter(places, rows.to(embedded.dtype))
-                results[_DEEP_EMBEDS + name.removeprefix(_DEEP_FEATURES)] = level
+                results[DEEP_EMBEDS + name.removeprefix(_DEEP_FEATURES)] = level
         return results
 
 
@@ -199,8 +197,8 @@ class EmbedsDecoderPart(Part):
                 beside them.
         """
         whole: Any = self.__dict__["whole"]
-        deep = [inputs[name] for name in sorted(inputs, key=_level) if name.startswith(_DEEP_EMBEDS)]
-        rest = {name: value for name, value in inputs.items() if not name.startswith(_DEEP_EMBEDS)}
+        deep = [inputs[name] for name in sorted(inputs, key=_level) if name.startswith(DEEP_EMBEDS)]
+        rest = {name: value for name, value in inputs.items() if not name.startswith(DEEP_EMBEDS)}
         for name in TOKEN_TYPES:
             if name in rest and rest.get("attention_mask") is not None:
                 torch._check(rest[name].shape[1] == rest["attention_mask"].shape[1])  # one dim of the graph
@@ -209,7 +207,7 @@ class EmbedsDecoderPart(Part):
 
 
 def _level(name: str) -> int:
-    number = name.removeprefix(_DEEP_EMBEDS)
+    number = name.removeprefix(DEEP_EMBEDS)
     return int(number) if number.isdigit() else -1
 
 
@@ -306,23 +304,29 @@ def check_parts(model: Any, modality: Modality, inputs: Mapping[str, Any]) -> di
     known = {name: value for name, value in text.items() if name not in TOKEN_TYPES}
     with torch.no_grad():
         wanted = model(**inputs).logits
-        largest = float(wanted.abs().max())
         try:
             given = {**embed(model, modality, inputs), **known, **_positions(model, modality, inputs)}
-            for needed in ([], types):
+            for needed in ([], types) if types else ([],):
                 more_inputs = {name: inputs[name] for name in needed}
                 got = EmbedsDecoderPart(model)(**given, **more_inputs, **_empty_cache(model, given)).logits
-                off = float((got - wanted).abs().max())
-                if off <= _MOST_EPS * torch.finfo(wanted.dtype).eps * largest:
+                off = beyond_rounding(got, wanted)
+                if off is None:
                     return {name: value for name, value in inputs.items() if name not in types or name in needed}
         except Exception as error:
             first = " ".join(str(error).split())[:200]
             raise UnsupportedError(f"{who} {split}: {first}.") from error
     raise UnsupportedError(
-        f"{who} {split}: with the features of the {plural} as embeddings and a cache its logits differ by {off:.3g} of "
-        f"{largest:.3g}, so it uses the {plural} in another place too, or another attention mask in the first call. "
+        f"{who} {split}: with the features of the {plural} as embeddings and a cache its logits differ by {off}, "
+        f"so it uses the {plural} in another place too, or another attention mask in the first call. "
         f"Omit --with-past to export one graph with {plural}, or omit the {plural}."
     )
+
+
+def beyond_rounding(got: Tensor, wanted: Tensor) -> str | None:
+    """The largest difference of logits and the largest logit, such as `0.3 of 4.7`; None if rounding explains it."""
+    off, largest = float((got - wanted).abs().max()), float(wanted.abs().max())
+    fits = off <= _MOST_EPS * torch.finfo(wanted.dtype).eps * largest
+    return None if fits else f"{off:.3g} of {largest:.3g}"
 
 
 def _empty_cache(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:

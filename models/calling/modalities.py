@@ -21,6 +21,11 @@ TEXT_INPUTS = frozenset(
     }
 )
 
+# Whether a token is text or an image; some decoders let the tokens of an image attend to each other.
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+# Features of inner layers of an encoder in the places of the tokens, by their number.
+DEEP_EMBEDS = "deepstack_embeds_"
+
 
 def modalities(model: Any) -> list[str]:
     """What a model reads besides text, such as `image`; empty for a model of text, and for one that does not say."""

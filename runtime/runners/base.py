@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from ...models.calling.modalities import DEEP_EMBEDS, TOKEN_TYPES
 from ...models.dtypes import numpy_dtype
 from ...models.errors import UsageError
 
@@ -24,9 +25,9 @@ ANY_DTYPE = "any"
 # Inputs of a decoder with one element per token; of the decoder of an encoder-decoder, these are its own.
 _TOKEN_INPUTS = ("input_ids", "position_ids", "token_type_ids")
 # Inputs with one element for each token in the cache and each new one; a decoder of embeddings reads these types so.
-_OF_ALL_TOKENS = ("attention_mask", "token_type_ids", "mm_token_type_ids")
-# Inputs with one embedding per token: these, and those that begin so.
-_EMBEDDED, _DEEP_EMBEDS = "inputs_embeds", "deepstack_embeds_"
+_OF_ALL_TOKENS = ("attention_mask", *TOKEN_TYPES)
+# The input with one embedding per token; the features of inner layers are of the same shape.
+_EMBEDDED = "inputs_embeds"
 _DECODER_TOKENS = "decoder_input_ids"
 _PER_TOKEN = {
     "input_ids": _TOKEN_INPUTS,
@@ -210,7 +211,7 @@ def tokens_between(feeds: Mapping[str, Array], start: int, end: int) -> dict[str
     """
     own = _PER_TOKEN[token_input(feeds)]
     part = {name: value[..., start:end] if name in own else value for name, value in feeds.items()}
-    embedded = [name for name in feeds if name.startswith((_EMBEDDED, _DEEP_EMBEDS))]
+    embedded = [name for name in feeds if name.startswith((_EMBEDDED, DEEP_EMBEDS))]
     part.update({name: feeds[name][:, start:end] for name in embedded})
     if _DECODER_TOKENS not in own:
         part.update({name: feeds[name][:, :end] for name in _OF_ALL_TOKENS if name in feeds and name not in own})
