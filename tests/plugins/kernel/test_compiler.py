@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +12,7 @@ from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.plugins.kernel.compiler import compile_kernel
 from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig, choose, layouts
 from rmsnorm_deploy.plugins.kernel.norm_kernel import NormKernel
+from tests.helpers.plugins.machine_code import before_the_first_barrier, disassembled, disassembler, instructions
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings and NVRTC: pip install 'rmsnorm-deploy[kernel]'")
 
@@ -79,21 +76,6 @@ def test_rows_times_width_is_computed_in_64_bits(op: Any, rows: int | None) -> N
     assert all(how == "wide" or width in ("s64", "u64") for _, how, width in products), products
 
 
-def disassembler() -> str | None:
-    """nvdisasm of the CUDA toolkit or of the package nvidia-cuda-nvdisasm."""
-    try:
-        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    return next((str(file.locate()) for file in files if file.stem == "nvdisasm"), shutil.which("nvdisasm"))
-
-
-def disassembled(kernel: NormKernel, config: LaunchConfig, architecture: int, folder: Path) -> str:
-    (folder / "cubin").write_bytes(compile_kernel(kernel, config, architecture).image)
-    command = [str(disassembler()), "-c", str(folder / "cubin")]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 @pytest.mark.skipif(disassembler() is None, reason="needs nvdisasm: pip install nvidia-cuda-nvdisasm")
 @pytest.mark.parametrize("kernel", [
     NormKernel(4096, 1e-6), NormKernel(128, 1e-6, "add_rms_norm", "bfloat16"),
@@ -102,10 +84,10 @@ def disassembled(kernel: NormKernel, config: LaunchConfig, architecture: int, fo
     NormKernel(4096, 1e-6, "add_rms_norm", quantized="float8_e4m3", quantization="static"),
     NormKernel(4096, 1e-6, quantized="int8", quantization="per_row"),
 ])  # fmt: skip
-def test_nothing_is_read_or_written_before_the_kernel_before_has_ended(kernel: NormKernel, tmp_path: Path) -> None:
+def test_nothing_is_read_or_written_before_the_kernel_before_has_ended(kernel: NormKernel) -> None:
     """Every input may be what the kernel before this one writes: a scale too, if the network computes it."""
     for config in layouts(kernel, 90):
-        text = disassembled(kernel, config, 90, tmp_path)
+        text = disassembled(compile_kernel(kernel, config, 90).image)
         before, *after = re.split(r"\bACQBULK\b", text)
         assert after
         assert not re.search(r"\b(LDG|STG|LD\.E|ST\.E|RED|ATOM)", before), config
@@ -116,13 +98,13 @@ def test_nothing_is_read_or_written_before_the_kernel_before_has_ended(kernel: N
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])
 @pytest.mark.parametrize("width", [4096, 8192])
-def test_the_weight_is_on_its_way_before_x(width: int, op: Any, architecture: int, tmp_path: Path) -> None:
+def test_the_weight_is_on_its_way_before_x(width: int, op: Any, architecture: int) -> None:
     """In the machine's own instructions: what NVRTC hands to its assembler says nothing of the order."""
     kernel = NormKernel(width, 1e-6, op, "bfloat16")
     for config in layouts(kernel, architecture):
         if not config.prefetch:
             continue
-        text = disassembled(kernel, config, architecture, tmp_path)
+        text = disassembled(compile_kernel(kernel, config, architecture).image)
         before, *rest = re.split(r"\bBAR\.SYNC", text)
         assert rest
         found = re.findall(r"\b(ACQBULK|CCTL\.E\.PF[12]|LDG\.E\.128)\b", before)
@@ -132,6 +114,18 @@ def test_the_weight_is_on_its_way_before_x(width: int, op: Any, architecture: in
             assert found == [*fetches, "ACQBULK", *loads[0], "ACQBULK", *loads[1]], config
         else:
             assert found[: len(fetches)] == fetches, config
+
+
+@pytest.mark.skipif(disassembler() is None, reason="needs nvdisasm: pip install nvidia-cuda-nvdisasm")
+@pytest.mark.parametrize("quantized", ["int8", "float8_e4m3"])
+@pytest.mark.parametrize("architecture", [90, 100])
+def test_a_quantized_element_takes_at_most_twenty_instructions(architecture: int, quantized: Any) -> None:
+    """With more, the multiprocessors of an H200 are slower than its memory."""
+    kernel = NormKernel(4096, 1e-6, "rms_norm", "bfloat16", quantized=quantized, quantization="static")
+    for config in layouts(kernel, architecture):
+        names = instructions(disassembled(compile_kernel(kernel, config, architecture).image))
+        assert 0 < len(names) / (config.vectors * config.elements) <= 20, config
+        assert 0 < len(before_the_first_barrier(names)) < len(names)
 
 
 def test_ptx_names_its_entry_and_its_parameters_in_order() -> None:
