@@ -7,6 +7,7 @@ norms: run and check the norms of a model one by one, and the segments between t
 validation: compare an exported model with PyTorch (`validate`, `bisect`).
 rewriting: rewrite the norms of an .onnx file and prove the result (`rewrite_model`).
 risk: find the norms that are at risk in float32, float16 or bfloat16 (`risk`).
+engines: engines of TensorRT on disk and opened on a GPU.
 tensorrt: build TensorRT engines (`build_engine`).
 report: write reports as HTML and JUnit XML, and compare two results.
 doctor: what this machine can export, build and run (`examine`).

@@ -15,7 +15,7 @@ from ..models.errors import EnvironmentMissingError
 from ..models.spec import NormSpec
 from ..models.versions import LIBRARIES, installed_version, newer_than_tested, too_old
 from ..plugins.tensorrt.library import find_library, find_toolchain
-from .tensorrt.api import FLAVORS
+from .engines.api import FLAVORS
 
 SCHEMA = "rmsnorm_deploy.doctor/1"
 

@@ -14,6 +14,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests.helpers.plugins import plugin_library
+from tests.helpers.tensorrt.engines import DecoderEngine, decoder_engine_in, require_rtx
+from tests.helpers.tensorrt.stand_in import StandIn
 
 QUIET = [HealthCheck.filter_too_much, HealthCheck.too_slow]
 settings.register_profile("few", max_examples=120, deadline=None, derandomize=True, suppress_health_check=QUIET)
@@ -43,3 +45,16 @@ def built_library(tmp_path_factory: pytest.TempPathFactory) -> plugin_library.Bu
     return plugin_library.build_once(
         (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "plugin-library"
     )
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """TensorRT-RTX's runtime as a stand-in in this process; builds have the real one in processes of their own."""
+    return StandIn(monkeypatch, require_rtx())
+
+
+@pytest.fixture(scope="session")
+def decoder_engine(tmp_path_factory: pytest.TempPathFactory) -> DecoderEngine:
+    """A Qwen3 with a cache, exported, and its engine, built by the real TensorRT-RTX."""
+    require_rtx()
+    return decoder_engine_in(tmp_path_factory.mktemp("decoder"))

@@ -23,13 +23,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("models", "models.calling", "models.recognition", "models.builtin"),
     ("plugins",),
     ("plugins.kernel", "export.graph", "export.onnx_io", "runtime.accuracy"),
-    ("plugins.tensorrt", "export.recognition", "export.lowering", "runtime.runners"),
-    ("export.capture", "plugins.torch"),
-    ("export.from_onnx", "export.from_torch"),
+    ("plugins.tensorrt", "export.recognition", "export.lowering"),
+    ("export.capture", "plugins.torch", "runtime.engines"),
+    ("export.from_onnx", "export.from_torch", "runtime.runners"),
     ("export", "runtime.inputs"),
     ("runtime.norms", "runtime.report"),
-    ("runtime.rewriting", "runtime.risk", "runtime.validation"),
+    ("runtime.rewriting", "runtime.risk"),
     ("runtime.tensorrt",),
+    ("runtime.validation",),
     ("runtime",),
     ("", "cli", "cli.commands"),
 )
@@ -106,7 +107,7 @@ def test_one_place_names_the_backends() -> None:
         for name in GRAPH.rooms()["runtime.runners"]
     }
     classes = {name for names in defined.values() for name in names}
-    assert {"OrtRunner", "TorchRunner"} <= classes
+    assert {"OrtRunner", "TensorRTRunner", "TorchRunner"} <= classes
     found = {
         name for name, path in GRAPH.files.items()
         if classes & set(path.read_text(encoding="utf-8").replace("(", " ").replace(",", " ").split())

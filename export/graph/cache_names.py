@@ -56,3 +56,8 @@ def is_past(name: str) -> bool:
 def is_present(name: str) -> bool:
     """Whether an output is part of a cache that a step changes; see `is_past`."""
     return name.startswith(PRESENT) and _CROSS not in name
+
+
+def past_of(present: str) -> str:
+    """The name of the input that reads a cache's tensor, by that of the output that returns it."""
+    return PAST + present.removeprefix(PRESENT)

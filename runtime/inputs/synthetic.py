@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...export.graph.cache_names import is_past, is_present
-from ...export.graph.metadata import PAST, PRESENT
+from ...export.graph.cache_names import is_past, is_present, past_of
 from ...export.graph.sizes import formula_value
 from ...models.dtypes import numpy_dtype
 from ...models.errors import UsageError
@@ -110,7 +109,7 @@ def head_dims(info: TensorInfo) -> dict[int, str]:
 
 def present_to_past(outputs: Mapping[str, Array]) -> dict[str, Array]:
     """The cache among the outputs of a run, under the names of the inputs of the next run."""
-    return {PAST + name.removeprefix(PRESENT): value for name, value in outputs.items() if is_present(name)}
+    return {past_of(name): value for name, value in outputs.items() if is_present(name)}
 
 
 def sizes_by_name(infos: Sequence[TensorInfo], batch: int, length: int) -> dict[str, int]:

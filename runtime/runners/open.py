@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from ...models.errors import UsageError
+from ..engines.engine_file import is_engine
 from .base import DecoderSession, OnnxSession, Runner
 
 if TYPE_CHECKING:
@@ -33,16 +34,22 @@ def open_runner(source: Source, provider: str | Sequence[str] = "cpu", **options
     """A runner for a model, open until its context exits.
 
     Args:
-        source: an .onnx file's path, an ONNX model's bytes, or a PyTorch module.
+        source: an .onnx file's path, an ONNX model's bytes, an engine's path, or a PyTorch module.
         provider: for ONNX, the execution provider (`cpu`, `cuda`, `tensorrt` or a full name; with options as in
-            `cuda:use_tf32=0`), or several in order of preference. A PyTorch module runs where its parameters are.
-        options: further arguments of the backend's own runner, see `OrtRunner` and `TorchRunner`.
+            `cuda:use_tf32=0`), or several in order of preference. A PyTorch module runs where its parameters are, and
+            an engine in the TensorRT that built it.
+        options: further arguments of the backend's own runner, see `OrtRunner`, `TensorRTRunner` and
+            `TorchRunner`.
 
     Raises:
         UsageError: `source` is not one of these, or the model cannot be opened.
         UnsupportedError: the backend cannot run the model.
         EnvironmentMissingError: the backend or the provider is not installed.
     """
+    if isinstance(source, str | os.PathLike) and is_engine(Path(source).expanduser()):
+        from .tensorrt import TensorRTRunner
+
+        return TensorRTRunner(source, **options)
     if isinstance(source, str | bytes | os.PathLike):
         from .onnxruntime import OrtRunner
 
@@ -55,7 +62,8 @@ def open_runner(source: Source, provider: str | Sequence[str] = "cpu", **options
 
         return TorchRunner(source, **options)
     raise UsageError(
-        f"expected an .onnx file's path, an ONNX model's bytes or a PyTorch module to run, got {type(source).__name__}."
+        "expected an .onnx file's path, an ONNX model's bytes, an engine's path or a PyTorch module to run, got "
+        f"{type(source).__name__}."
     )
 
 

@@ -3,7 +3,6 @@
 build: `build_engine` and its result, `Engine`.
 options: `BuildOptions`, every option of a build.
 plan: `plan_build`, every decision that is made before TensorRT runs.
-api: `Api`, TensorRT 10, TensorRT 11 and TensorRT-RTX behind one interface.
 network: `read_network`, which reads and checks an ONNX file before TensorRT parses it.
 profiles: `make_profiles`, optimization profiles from the dynamic dims of a file.
 process: `run_worker`, which starts the worker process, limits its memory and reports its progress.

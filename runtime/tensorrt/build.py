@@ -12,19 +12,11 @@ from typing import Any
 from ...export.onnx_io.manifest import versions
 from ...export.onnx_io.owned_files import sha256
 from ...models.errors import MismatchError, RmsnormDeployError
+from ..engines.api import check_installed, cuda_device, flavor_of
+from ..engines.engine_file import SCHEMA, record_of
 from ..tensorrt import worker
-from .api import check_installed, cuda_device, flavor_of
 from .cache import EngineCache, engine_key
-from .engine_files import (
-    SCHEMA,
-    check_not_input,
-    check_place,
-    keep_log,
-    log_of,
-    move_into_place,
-    partial_folder,
-    record_of,
-)
+from .engine_files import check_not_input, check_place, keep_log, log_of, move_into_place, partial_folder
 from .options import BuildOptions
 from .plan import BuildPlan, plan_build, request_of
 from .process import Progress, run_worker
@@ -101,7 +93,7 @@ def _built(plan: BuildPlan, place: Path, cache: EngineCache | None, tell: Callab
             record, cached = _made(plan, folder, place, tell), False
         else:
             record, cached = _cached(plan, folder, place, cache, tell)
-        record |= {"engine": place.name, "log": log_of(place).name}
+        record |= {"engine": place.name, "log": log_of(place).name, "model": _model_record(plan)}
         move_into_place(folder, place, record)
         return Engine(place, record, cached)
 
@@ -145,6 +137,17 @@ def _check_norms(rows: list[dict[str, Any]], plan: BuildPlan) -> None:
         )
 
 
+def _model_record(plan: BuildPlan) -> dict[str, Any]:
+    """The model that was built, with what running and validating the engine has to know of it."""
+    source = plan.source
+    return {
+        "path": str(source.model.absolute()),
+        "sha256": sha256(source.model),
+        "folder": None if source.folder is None else str(source.folder.absolute()),
+        "manifest": source.manifest,
+    }
+
+
 def _record(plan: BuildPlan, engine: Path, result: dict[str, Any]) -> dict[str, Any]:
     network, device = plan.network, cuda_device()
     flavor = flavor_of(plan.options.runtime)
@@ -156,7 +159,7 @@ def _record(plan: BuildPlan, engine: Path, result: dict[str, Any]) -> dict[str, 
         "runtime": {"name": plan.options.runtime, "title": flavor.title, "version": result["version"]},
         "architectures": [f"sm_{number}" for number in plan.architectures],
         "gpu": None if device is None else device[0],
-        "model": {"path": str(plan.source.model), "sha256": sha256(plan.source.model)},
+        "model": None,  # as the names of the files
         "norm": plan.options.norm,
         "plugin": plan.plugin.to_dict(),
         "plugin_layers": result["plugin_layers"],

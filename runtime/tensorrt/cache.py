@@ -21,8 +21,8 @@ from ...export.onnx_io.atomic_files import partial_folder
 from ...export.onnx_io.owned_files import sha256
 from ...models.errors import UsageError
 from ...models.versions import installed_version
+from ..engines.api import Flavor, cuda_device, flavor_of
 from ..tensorrt import worker
-from .api import Flavor, cuda_device, flavor_of
 from .engine_files import lock
 
 if TYPE_CHECKING:

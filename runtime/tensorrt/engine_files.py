@@ -16,20 +16,14 @@ from typing import Any, Final
 
 from ...export.onnx_io.owned_files import sha256
 from ...models.errors import UsageError
-from ...models.regular_files import read_json
+from ..engines.engine_file import read_record, record_of
 from ..tensorrt import worker
 from .process import LINKS, LOG_HEADER
 
-SCHEMA: Final = "rmsnorm_deploy.engine/1"
 _WRITTEN: Final = "record.json"
 _PARTIAL_FILES: Final = {
     worker.REQUEST, worker.RESULT, f"{worker.RESULT}.partial", worker.ENGINE, worker.LOG, LINKS, _WRITTEN,
 }  # fmt: skip
-
-
-def record_of(place: Path) -> Path:
-    """The record's file beside an engine."""
-    return place.with_name(place.name + ".json")
 
 
 def log_of(place: Path) -> Path:
@@ -158,15 +152,3 @@ def _is_left(folder: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return False
-
-
-def read_record(place: Path) -> dict[str, Any] | None:
-    """The record beside an engine; None if this package did not write one."""
-    file = record_of(place)
-    try:
-        content = read_json(file, "")
-    except UsageError:
-        return None
-    if isinstance(content, dict) and content.get("schema") == SCHEMA and content.get("engine") == place.name:
-        return content
-    return None

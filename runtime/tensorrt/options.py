@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from ...models.errors import UsageError
 from ...plugins.tensorrt.images import known_architectures
-from .api import RuntimeName, flavor_of
+from ..engines.api import RuntimeName, flavor_of
 
 NormChoice = Literal["auto", "plugin", "native"]
 PluginChoice = Literal["auto", "library", "python"]

@@ -16,8 +16,8 @@ from ...export.onnx_io.owned_files import sha256
 from ...models.errors import EnvironmentMissingError, UnsupportedError, UsageError
 from ...models.regular_files import read_json
 from ...plugins.tensorrt import library
+from ..engines.api import resolve_architectures
 from ..inputs.exported import Exported, open_exported
-from .api import resolve_architectures
 from .network import NetworkFile, read_network
 from .options import BuildOptions
 from .profiles import Profile, make_profiles

@@ -17,8 +17,8 @@ from typing import Any, Final
 from ...models import errors
 from ...models.errors import RmsnormDeployError
 from ...plugins.tensorrt import library
+from ..engines.api import flavor_of, library_folders, link_libraries
 from ..tensorrt import worker
-from .api import flavor_of, library_folders, link_libraries
 from .options import BuildOptions
 
 # The first line of every log, which identifies a log of this package.

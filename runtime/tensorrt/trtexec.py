@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Final
 
-from .api import flavor_of
+from ..engines.api import flavor_of
 from .plan import BuildPlan
 from .profiles import Profile
 

@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -24,14 +23,13 @@ from ...export.lowering.plugin_functions import FUNCTION_NODE_PREFIXES
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
 from ...plugins import contract
 from ...plugins.tensorrt import library as plugin_library
-from .api import Api
+from ..engines.api import Api
+from ..engines.messages import logger_class
+from ..engines.plugin_creators import creator_key, load_library
 from .layers import LOG_BEGINS, Layer, NormDtypes, Source, layers_of_inspector, layers_of_log, nodes_of, norm_layers
 from .network import FileNorm
 
 REQUEST, RESULT, ENGINE, LOG = "request.json", "result.json", "engine", "build.log"
-_SEVERITIES: Final = ("internal error", "error", "warning", "info", "verbose")
-_WARNING, _VERBOSE = 2, 4
-_KEPT_LINES: Final = 400
 # A warning for every file with token ids.
 _EXPECTED_WARNING: Final = "has Int64 binding"
 # A warning for every file whose local functions run several norms: the parser identifies nodes by name only, and a node
@@ -83,7 +81,7 @@ class _Build:
         self.norms = [FileNorm(**{**row, "nodes": frozenset(row["nodes"])}) for row in request["norms"]]
         self.api = Api(self.options["runtime"])
         self.trt = self.api.trt
-        self.logger: Any = _logger_class(self.trt)(self.options["verbose"])
+        self.logger: Any = logger_class(self.trt)(_print_now, self.options["verbose"], LOG_BEGINS)
         self.events = os.fdopen(request["events"], "w", encoding="utf-8") if request["events"] is not None else None
         self.plugins: Any = None
 
@@ -140,30 +138,7 @@ class _Build:
             self.plugins = Plugins(self.trt, tuple(self.request["architectures"]))
             self.plugins.register()
         elif plugin["kind"] == "library":
-            self._load_library(plugin["library"])
-
-    def _load_library(self, library: str) -> None:
-        registry = self.trt.get_plugin_registry()
-        before = {_creator_key(creator) for creator in registry.all_creators}
-        try:
-            registry.load_library(library)
-        except Exception as error:
-            raise UsageError(f"{library}: TensorRT cannot load it: {' '.join(str(error).split())}") from error
-        version, namespace = contract.PLUGIN_VERSION, contract.PLUGIN_NAMESPACE
-        missing = [name for name in contract.INPUTS if registry.get_creator(name, version, namespace) is None]
-        if missing:
-            brought = [_creator_key(creator) for creator in registry.all_creators]
-            names = ", ".join(f"{n} version {v} of namespace {s!r}" for n, v, s in brought if (n, v, s) not in before)
-            *others, last = contract.INPUTS
-            raise UsageError(
-                f"{library}: expected creators {', '.join(others)} and {last} of namespace {namespace!r}, version "
-                f"{version!r}, got {names or 'none'}. Build it again: rmsnorm plugin build."
-            )
-        if not plugin_library.read_library(Path(library)).is_current:
-            raise UsageError(
-                f"{library}: it was built by another version of rmsnorm-deploy with different operators. Build it "
-                "again: rmsnorm plugin build."
-            )
+            load_library(self.trt, Path(plugin["library"]))
 
     def _kernels(self) -> list[dict[str, Any]]:
         if self.plugins is not None:
@@ -219,7 +194,7 @@ class _Build:
         return len(ours)
 
     def _registered(self) -> str:
-        keys = [_creator_key(c) for c in self.trt.get_plugin_registry().all_creators]
+        keys = [creator_key(c) for c in self.trt.get_plugin_registry().all_creators]
         ours = [
             f"{name} version {version} of namespace {space!r}"
             for name, version, space in keys
@@ -336,11 +311,11 @@ class _Build:
                 return layers_of_inspector(
                     inspector.get_engine_information(self.trt.LayerInformationFormat.JSON)
                 ), "inspector"
-        return [layer for message in self.logger.layers for layer in layers_of_log(message)], "builder log"
+        return [layer for message in self.logger.kept for layer in layers_of_log(message)], "builder log"
 
     def _failure(self, what: str, causes: list[str]) -> str:
         """The text of an error with the known causes, or else the last errors of TensorRT's log."""
-        causes = causes or self.logger.errors[-5:]
+        causes = causes or list(self.logger.errors)[-5:]
         return f"{what}: {'; '.join(dict.fromkeys(causes))}" if causes else f"{what}, without a reason."
 
     def _tell(self, phase: str, step: int | None = None, steps: int | None = None) -> None:
@@ -348,8 +323,8 @@ class _Build:
             print(json.dumps({"phase": phase, "step": step, "steps": steps}), file=self.events, flush=True)
 
 
-def _creator_key(creator: Any) -> tuple[str, str, str]:
-    return (creator.name, creator.plugin_version, creator.plugin_namespace)
+def _print_now(line: str) -> None:
+    print(line, flush=True)
 
 
 def _parser_error(error: Any) -> str:
@@ -359,39 +334,6 @@ def _parser_error(error: Any) -> str:
     stack = [str(entry) for entry in error.local_function_stack()]
     inside = f" (inside {' > '.join(stack)})" if stack else ""
     return f"{where}{text}{inside}"
-
-
-def _logger_class(trt: Any) -> Any:
-    class Logger(trt.ILogger):
-        """Writes the log, and keeps the messages for the result. May be called from several threads."""
-
-        def __init__(self, verbose: bool) -> None:
-            super().__init__()
-            self.verbose = verbose
-            self.errors: list[str] = []
-            self.warnings: list[str] = []
-            self.layers: list[str] = []
-            self.latest: deque[str] = deque(maxlen=_KEPT_LINES)
-
-        def log(self, severity: Any, message: str) -> None:
-            level = int(severity)
-            line = f"[{_SEVERITIES[level]}] {message}"
-            if message.startswith(LOG_BEGINS):
-                self.layers.append(message)
-            if level < _WARNING:
-                self.errors.append(" ".join(message.split()))
-                # The messages before an error may be the only ones that name a file.
-                for earlier in self.latest:
-                    print(earlier)
-                self.latest.clear()
-            elif level == _WARNING and message not in self.warnings:
-                self.warnings.append(message)
-            if level < _VERBOSE or self.verbose or message.startswith(LOG_BEGINS):
-                print(line, flush=True)
-            else:
-                self.latest.append(line)
-
-    return Logger
 
 
 def _monitor_class(trt: Any) -> Any:

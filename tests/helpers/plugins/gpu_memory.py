@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from rmsnorm_deploy.plugins.tensorrt.launcher import cuda_driver
-from rmsnorm_deploy.runtime.tensorrt.api import cuda_device
+from rmsnorm_deploy.runtime.engines.api import cuda_device
 
 Array = NDArray[Any]
 # (name, compute capability without the point) of the GPU here; None if there is none.

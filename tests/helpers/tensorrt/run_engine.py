@@ -10,7 +10,7 @@ import numpy as np
 
 from rmsnorm_deploy.plugins.tensorrt.creators import Plugins
 from rmsnorm_deploy.plugins.tensorrt.launcher import cuda_driver
-from rmsnorm_deploy.runtime.tensorrt.api import Api
+from rmsnorm_deploy.runtime.engines.api import Api
 
 
 def main(runtime: str, engine_file: str, library: str, folder: Path) -> None:

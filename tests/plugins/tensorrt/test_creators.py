@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rmsnorm_deploy.runtime.tensorrt.api import library_folders, link_libraries
+from rmsnorm_deploy.runtime.engines.api import library_folders, link_libraries
 
 pytest.importorskip("tensorrt_rtx", reason="needs the builder: pip install 'rmsnorm-deploy[rtx]'")
 

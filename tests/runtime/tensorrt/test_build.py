@@ -16,9 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
 from rmsnorm_deploy.plugins.tensorrt.images import MAGIC, unpack
-from rmsnorm_deploy.runtime.tensorrt import api
+from rmsnorm_deploy.runtime.engines import api
+from rmsnorm_deploy.runtime.engines.engine_file import SCHEMA, read_record
 from rmsnorm_deploy.runtime.tensorrt.build import build_engine
-from rmsnorm_deploy.runtime.tensorrt.engine_files import SCHEMA, read_record
 from rmsnorm_deploy.runtime.tensorrt.options import BuildOptions
 from rmsnorm_deploy.runtime.tensorrt.plan import plan_build, request_of
 from rmsnorm_deploy.runtime.tensorrt.process import LOG_HEADER, Progress, run_worker

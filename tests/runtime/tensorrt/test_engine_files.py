@@ -13,17 +13,15 @@ import pytest
 
 from rmsnorm_deploy.export.onnx_io.owned_files import sha256
 from rmsnorm_deploy.models.errors import UsageError
+from rmsnorm_deploy.runtime.engines.engine_file import SCHEMA, read_record, record_of
 from rmsnorm_deploy.runtime.tensorrt import worker
 from rmsnorm_deploy.runtime.tensorrt.engine_files import (
-    SCHEMA,
     check_not_input,
     check_place,
     keep_log,
     log_of,
     move_into_place,
     partial_folder,
-    read_record,
-    record_of,
 )
 from rmsnorm_deploy.runtime.tensorrt.process import LOG_HEADER
 

@@ -22,7 +22,7 @@ from rmsnorm_deploy.plugins.kernel.norm_kernel import NormKernel
 from rmsnorm_deploy.plugins.tensorrt import library
 from rmsnorm_deploy.plugins.tensorrt.images import compile_images, kernel_of
 from rmsnorm_deploy.plugins.tensorrt.launcher import Launcher
-from rmsnorm_deploy.runtime.tensorrt.api import flavor_of, is_installed
+from rmsnorm_deploy.runtime.engines.api import flavor_of, is_installed
 from rmsnorm_deploy.runtime.tensorrt.build import build_engine
 from tests.helpers.plugins.gpu_memory import DEVICE, GpuMemory, needs_gpu
 from tests.helpers.plugins.plugin_library import NUMPY, BuiltLibrary, reference

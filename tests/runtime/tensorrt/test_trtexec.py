@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from rmsnorm_deploy.runtime.engines.api import flavor_of
 from rmsnorm_deploy.runtime.inputs.exported import Exported
-from rmsnorm_deploy.runtime.tensorrt.api import flavor_of
 from rmsnorm_deploy.runtime.tensorrt.network import NetworkFile
 from rmsnorm_deploy.runtime.tensorrt.options import BuildOptions
 from rmsnorm_deploy.runtime.tensorrt.plan import BuildPlan, PluginUse

@@ -116,7 +116,7 @@ def _target_row(
 
 def _engine_runtime() -> tuple[str | None, str | None]:
     """The runtime to build engines with on this machine, or why none is built."""
-    from rmsnorm_deploy.runtime.tensorrt.api import FLAVORS, cuda_device, is_installed
+    from rmsnorm_deploy.runtime.engines.api import FLAVORS, cuda_device, is_installed
 
     if is_installed("tensorrt") and cuda_device() is not None:
         return "tensorrt", None

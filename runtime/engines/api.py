@@ -196,6 +196,26 @@ class Api:
         """Whether an engine can be opened here: `Runtime` must not be used without a driver."""
         return cuda_device() is not None
 
+    def engine_problem(self, runtime: Any, engine: bytes) -> str | None:
+        """Why an engine cannot run on this machine; None if it can, or if this TensorRT does not say so before."""
+        if not self.is_rtx or not hasattr(runtime, "get_engine_validity"):
+            return None
+        validity, diagnostics = runtime.get_engine_validity(engine)
+        return str(diagnostics) if validity == self.trt.EngineValidity.INVALID else None
+
+    @property
+    def has_cuda_graphs(self) -> bool:
+        """Whether TensorRT captures CUDA graphs itself."""
+        return self.is_rtx and hasattr(self.trt, "CudaGraphStrategy")
+
+    def execution_context(self, engine: Any, cuda_graphs: bool = False) -> Any:
+        """A new execution context of an engine; None if there is not enough memory."""
+        if not (cuda_graphs and self.has_cuda_graphs):
+            return engine.create_execution_context()
+        runtime_config = engine.create_runtime_config()
+        runtime_config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return engine.create_execution_context(runtime_config)
+
 
 def cuda_device() -> tuple[str, int] | None:
     """Name and architecture (compute capability without the point) of the first GPU, from the CUDA driver, or None."""

@@ -1,0 +1,134 @@
+"""An engine on disk (`EngineFile`): what it is, which product runs it, and whether it is still what was built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from ...export.onnx_io.owned_files import sha256
+from ...models.errors import EnvironmentMissingError, UsageError
+from ...models.regular_files import read_json, regular_size
+from .api import FLAVORS, RUNTIMES, RuntimeName, flavor_of, is_installed
+
+SCHEMA: Final = "rmsnorm_deploy.engine/1"
+# File names by which programs mark engines; an engine with a record of this package may have any name.
+SUFFIXES: Final = (".engine", ".plan", ".trt")
+
+
+def record_of(place: Path) -> Path:
+    """The record's file beside an engine."""
+    return place.with_name(place.name + ".json")
+
+
+def read_record(place: Path) -> dict[str, Any] | None:
+    """The record beside an engine; None if this package did not write one."""
+    file = record_of(place)
+    try:
+        content = read_json(file, "")
+    except UsageError:
+        return None
+    if isinstance(content, dict) and content.get("schema") == SCHEMA and content.get("engine") == place.name:
+        return content
+    return None
+
+
+def is_engine(place: Path) -> bool:
+    """Whether a path names an engine: by the record beside it, or by its suffix."""
+    return not place.is_dir() and (read_record(place) is not None or place.suffix.lower() in SUFFIXES)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFile:
+    """An engine on disk.
+
+    Attributes:
+        path: its file.
+        runtime: the product that runs it.
+        record: what `rmsnorm build` wrote about it; empty if another program built it.
+    """
+
+    path: Path
+    runtime: RuntimeName
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest of the exported folder that it was built from; empty if there was none."""
+        return dict(self.record.get("model", {}).get("manifest") or {})
+
+    @property
+    def model(self) -> Path | None:
+        """The .onnx file that it was built from; None if unknown."""
+        place = self.record.get("model", {}).get("path")
+        return None if place is None else Path(place)
+
+    @property
+    def folder(self) -> Path | None:
+        """The exported folder that it was built from, with its tokenizer; None if there was none, or it is gone."""
+        folder = self.record.get("model", {}).get("folder")
+        return Path(folder) if folder is not None and Path(folder).is_dir() else None
+
+    def dims(self) -> dict[str, list[int | str | None]]:
+        """Sizes and names of the dims of each input, as the .onnx file has them."""
+        return {row["name"]: row["dims"] for row in self.record.get("inputs", ())}
+
+    def check_unchanged(self) -> None:
+        """Check that the file is the one that was built.
+
+        Raises:
+            UsageError: its size or its hash is not that of the record.
+        """
+        if not self.record:
+            return
+        size = self.path.stat().st_size
+        problem = None
+        if size != self.record["bytes"]:
+            problem = f"expected {self.record['bytes']} bytes, got {size}"
+        elif sha256(self.path) != self.record["sha256"]:
+            problem = "its SHA-256 is another one"
+        if problem is not None:
+            raise UsageError(
+                f"{self.path} is not the engine that {record_of(self.path).name} describes: {problem}. It was changed "
+                "or replaced after it was built. Build it again: rmsnorm build."
+            )
+
+
+def open_engine_file(path: str | Path, runtime: str | None = None) -> EngineFile:
+    """The engine of a path.
+
+    Args:
+        path: its file.
+        runtime: the product that runs it; None for the one that its record names, or else the one that is installed.
+
+    Raises:
+        UsageError: the file does not exist or is empty; or the record names another product.
+        EnvironmentMissingError: nothing says which product built the engine.
+    """
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise UsageError(f"{place} does not exist; name an engine, such as rmsnorm build writes.")
+    if regular_size(place) == 0:
+        raise UsageError(f"{place} is empty; expected an engine. Build it again: rmsnorm build.")
+    record = read_record(place)
+    if record is None:
+        return EngineFile(place, _runtime_without_record(place, runtime))
+    built_by = flavor_of(record["runtime"]["name"])
+    if runtime is not None and flavor_of(runtime) is not built_by:
+        raise UsageError(f"{place} was built by {built_by.title}, so {flavor_of(runtime).title} cannot run it.")
+    return EngineFile(place, record["runtime"]["name"], record)
+
+
+def _runtime_without_record(place: Path, runtime: str | None) -> RuntimeName:
+    if runtime is not None:
+        return next(name for name in RUNTIMES if FLAVORS[name] is flavor_of(runtime))
+    installed = [name for name in RUNTIMES if is_installed(name)]
+    if len(installed) == 1:
+        return installed[0]
+    known = " and ".join(FLAVORS[name].title for name in RUNTIMES)
+    found = f"{known} are both installed" if installed else f"neither {known.replace(' and ', ' nor ')} is installed"
+    raise EnvironmentMissingError(
+        f"{place} has no record ({record_of(place).name}) that names the product that built it, and {found}. Give "
+        f"--runner {' or --runner '.join(RUNTIMES)}."
+    )
