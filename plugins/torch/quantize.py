@@ -46,19 +46,13 @@ def quantize(y: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tupl
     Raises:
         UsageError: outputs are not quantized to this dtype.
     """
-    name = quantized_name(dtype)
-    lowest, highest = _RANGES[name]
+    lowest, highest = _RANGES[quantized_name(dtype)]
     y = y.to(torch.float32)
     by = _row_scale(y, highest) if scale is None else scale.reshape(())
     values = y / by
-    match name:
-        case "int8":
-            values = values.round().clamp(lowest, highest).nan_to_num(0.0)  # as a GPU converts NaN
-        case "float8_e4m3":
-            values = values.clamp(lowest, highest)
-        case _:
-            raise AssertionError(name)
-    return values.to(dtype), by if scale is None else scale
+    if not dtype.is_floating_point:
+        values = values.round().nan_to_num(0.0, math.inf, -math.inf)  # NaN as a GPU converts it
+    return values.clamp(lowest, highest).to(dtype), by if scale is None else scale
 
 
 def _row_scale(y: Tensor, highest: float) -> Tensor:
