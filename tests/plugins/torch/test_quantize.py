@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rmsnorm_deploy.models.dtypes import torch_dtype
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.plugins.kernel.launch_config import layouts
@@ -112,16 +113,13 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
 def test_pytorch_has_every_bit_of_the_kernel(host: HostKernels, number: int) -> None:
     """On ties, saturation, a row of zeros, infinity and NaN; and on y that no weight is next to."""
     kernel = KERNELS[number]
-    dtype, quantized = (
-        getattr(torch, kernel.dtype),
-        next(d for d, name in QUANTIZED.items() if name == kernel.quantized),
-    )
+    dtype, quantized = getattr(torch, kernel.dtype), torch_dtype(kernel.quantized)
     x = torch.ones(4, WIDTH)
     x[1] = -1.0
     x[2] = 0.0
     x[3, ::2] = -1.0
     x = x.to(dtype)
-    spec, scales = NormSpec(EPSILON), (0.5, 0.3, 1e-3, 1e30) if kernel.quantization == "static" else (None,)
+    spec, scales = NormSpec(EPSILON), (0.5, 0.3, 1e-3, 1e30, 1e-40) if kernel.quantization == "static" else (None,)
     for weight in weights(kernel.quantized):
         for value in scales:
             scale = None if value is None else torch.tensor([value])
