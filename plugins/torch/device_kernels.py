@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,29 @@ from ..kernel.norm_kernel import NormKernel
 from ..tensorrt.images import KernelImages, image_of
 from ..tensorrt.launcher import Launcher, cuda_driver
 from .kernel_choice import RowStrides, alignment
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchTensors:
+    """The tensors of one launch, on one device.
+
+    Attributes:
+        rows: x and the residual or the gate, where the kernel has one, both `[..., width]`; where the kernel has
+            groups, several are side by side.
+        weight: contiguous `[weight_rows * width]`, or None.
+        scale: one float32 element where the kernel quantizes by a given scale, else None.
+        outputs: contiguous y, the sum where the kernel adds, and float32 `[..., 1]` where it quantizes by row.
+    """
+
+    rows: list[tuple[Tensor, RowStrides]]
+    weight: Tensor | None
+    scale: Tensor | None
+    outputs: tuple[Tensor, ...]
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """In the kernel's order."""
+        return [*(tensor for tensor, _ in self.rows), *(t for t in (self.weight, self.scale) if t is not None)]
 
 
 class DeviceKernels:
@@ -32,23 +56,12 @@ class DeviceKernels:
         self._launchers: dict[tuple[NormKernel, int], Launcher] = {}
         self._lock = threading.Lock()
 
-    def run(
-        self,
-        kernel: NormKernel,
-        rows: list[tuple[Tensor, RowStrides]],
-        weight: Tensor | None,
-        outputs: list[Tensor],
-        stream: int = 0,
-        capturing: bool = False,
-    ) -> None:
+    def run(self, kernel: NormKernel, tensors: LaunchTensors, stream: int = 0, capturing: bool = False) -> None:
         """Launch the kernel.
 
         Args:
             kernel: what it computes.
-            rows: x and the residual or the gate, where the kernel has one, both `[..., width]`; where the kernel has
-                groups, several are side by side.
-            weight: contiguous `[weight_rows * width]`, or None.
-            outputs: contiguous y and, where the kernel adds, the sum.
+            tensors: what it reads and writes.
             stream: handle of the CUDA stream.
             capturing: whether a CUDA graph is being captured, so that nothing can be compiled or loaded.
 
@@ -57,9 +70,9 @@ class DeviceKernels:
                 the driver failed.
             EnvironmentMissingError: NVRTC is not installed.
         """
-        launcher = self._launcher(kernel, alignment(rows, weight), capturing)
-        inputs = [tensor for tensor, _ in rows] + ([] if weight is None else [weight])
-        strides = [n for _, row in rows for n in (row.outer, row.inner)] if kernel.strided else []
+        launcher = self._launcher(kernel, alignment(tensors.rows, tensors.weight), capturing)
+        inputs, outputs = tensors.inputs, tensors.outputs
+        strides = [n for _, row in tensors.rows for n in (row.outer, row.inner)] if kernel.strided else []
         pointers = [tensor.data_ptr() for tensor in (*inputs, *outputs)]
         launcher.launch(pointers, len(inputs), outputs[0].numel() // kernel.width, stream, strides)
 
@@ -99,15 +112,13 @@ def kernels_of(index: int) -> DeviceKernels:
     return DeviceKernels(10 * major + minor, cuda_driver())
 
 
-def run_on_device(
-    kernel: NormKernel, rows: list[tuple[Tensor, RowStrides]], weight: Tensor | None, outputs: list[Tensor]
-) -> None:
-    """`DeviceKernels.run` on the CUDA device and the current stream of `outputs`.
+def run_on_device(kernel: NormKernel, tensors: LaunchTensors) -> None:
+    """`DeviceKernels.run` on the tensors' CUDA device and its current stream.
 
     Raises:
         RmsnormDeployError: see `DeviceKernels.run`.
     """
-    device = outputs[0].device
+    device = tensors.outputs[0].device
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        kernels_of(device.index).run(kernel, rows, weight, outputs, stream, torch.cuda.is_current_stream_capturing())
+        kernels_of(device.index).run(kernel, tensors, stream, torch.cuda.is_current_stream_capturing())

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...models.dtypes import torch_name
 from ...models.spec import NormSpec, Order
 from ..kernel.launch_config import WIDEST_ACCESS
-from ..kernel.norm_kernel import WIDEST, Dtype, NormKernel
+from ..kernel.norm_kernel import WIDEST, Dtype, NormKernel, Quantization, Quantized
 
 # Whether the result of the norm is rounded before the scale multiplies it; None: the kernel does not have this order.
 CASTS_FIRST: Final[dict[Order, bool | None]] = {
@@ -45,6 +45,8 @@ def kernel_for(
     residual_dtype: torch.dtype | None = None,
     gate_dtype: torch.dtype | None = None,
     heads: int | None = None,
+    quantized: Quantized = "none",
+    quantization: Quantization = "none",
 ) -> NormKernel | None:
     """The kernel that rounds where the spec does, for these dtypes; None if there is none.
 
@@ -56,6 +58,8 @@ def kernel_for(
         residual_dtype: dtype of the residual; None without one.
         gate_dtype: dtype of the gate; None without one.
         heads: rows with a common outer stride, groups where the spec has them; None if all rows are contiguous.
+        quantized: dtype of a quantized output.
+        quantization: whether the scale of a quantized output is given, or one of each row.
     """
     size = spec.group_size or width
     names = [None if d is None else _kernel_dtype(d) for d in (dtype, weight_dtype, residual_dtype)]
@@ -85,6 +89,8 @@ def kernel_for(
         cast_first=casts_first,
         gate=spec.gate,
         activation=spec.activation,
+        quantized=quantized,
+        quantization=quantization,
         inner=heads or groups,
         weight_rows=groups,
         strided=heads is not None,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rmsnorm_deploy.models.reference import reference
     from rmsnorm_deploy.models.spec import NormSpec
     from rmsnorm_deploy.plugins.torch.operators import add_rms_norm, rms_norm
+    from rmsnorm_deploy.plugins.torch.quantized_operators import add_rms_norm_quantized, rms_norm_quantized
     from rmsnorm_deploy.plugins.torch.swap import KernelSwap, use_kernel
     from rmsnorm_deploy.runtime.accuracy.tolerances import Limits
     from rmsnorm_deploy.runtime.generate import generate
@@ -57,6 +58,8 @@ _HOME = {
     "KernelSwap": "plugins.torch.swap",
     "rms_norm": "plugins.torch.operators",
     "add_rms_norm": "plugins.torch.operators",
+    "rms_norm_quantized": "plugins.torch.quantized_operators",
+    "add_rms_norm_quantized": "plugins.torch.quantized_operators",
     "build_engine": "runtime.tensorrt.build",
     "Runner": "runtime.runners.base",
     "open_runner": "runtime.runners.open",
@@ -93,6 +96,8 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "KernelSwap",
     "rms_norm",
     "add_rms_norm",
+    "rms_norm_quantized",
+    "add_rms_norm_quantized",
     "build_engine",
     "Runner",
     "open_runner",

@@ -19,9 +19,11 @@ from rmsnorm_deploy.models.spec import NormSpec
 from rmsnorm_deploy.plugins.kernel.compiler import CompiledKernel
 from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig, layouts
 from rmsnorm_deploy.plugins.kernel.norm_kernel import NormKernel
-from rmsnorm_deploy.plugins.torch import device_kernels, operators
-from rmsnorm_deploy.plugins.torch.device_kernels import DeviceKernels
-from rmsnorm_deploy.plugins.torch.operators import add_rms_norm, rms_norm
+from rmsnorm_deploy.plugins.torch import call, device_kernels
+from rmsnorm_deploy.plugins.torch.device_kernels import DeviceKernels, LaunchTensors
+from rmsnorm_deploy.plugins.torch.operators import add_rms_norm, form_of, rms_norm
+from rmsnorm_deploy.plugins.torch.quantize import quantize
+from rmsnorm_deploy.plugins.torch.quantized_operators import add_rms_norm_quantized, rms_norm_quantized
 from tests.helpers.plugins.kernels import HostKernels, compiler
 
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
@@ -43,6 +45,11 @@ class Call:
     residual: Tensor | None = None
     expected: tuple[bool, int, int] = (False, 1, 8)
     gate: Tensor | None = None
+    quantized: torch.dtype | None = None
+    scale: Tensor | None = None
+
+    def made(self) -> call.Call:
+        return call.Call(self.x, self.weight, self.spec, self.residual, self.gate, self.quantized, self.scale)
 
 
 CALLS = {
@@ -94,6 +101,26 @@ CALLS = {
         (True, 3, 8), tensors(BRAIN, 2, 5, 64, seed=1)[..., 16:],
     ),
 }  # fmt: skip
+SCALE = torch.tensor([0.02])
+QUANTIZED = {
+    "int8 by row": Call(CAST_FIRST, tensors(BRAIN, 3, 5, 40), tensors(BRAIN, 40), quantized=torch.int8),
+    "int8": Call(
+        NormSpec(1e-5), tensors(HALF, 2, 48), tensors(HALF, 48), None, (False, 1, 16), None, torch.int8, SCALE
+    ),
+    "e4m3 of a sum by row": Call(
+        NormSpec(1e-5), tensors(BRAIN, 5, 40), tensors(FLOAT, 40), tensors(FLOAT, 5, 40, seed=1), (False, 1, 8), None,
+        torch.float8_e4m3fn,
+    ),
+    "e4m3 of a sum of rows": Call(
+        NormSpec(1e-5, scale="none"), tensors(FLOAT, 6, 24)[:, :16], None, tensors(FLOAT, 6, 16, seed=1), (True, 1, 4),
+        None, torch.float8_e4m3fn, SCALE,
+    ),
+    "int8 of no rows": Call(CAST_FIRST, tensors(BRAIN, 0, 40), tensors(BRAIN, 40), quantized=torch.int8),
+    "int8 of heads by row": Call(
+        CAST_FIRST, tensors(BRAIN, 2, 3, 88)[..., 8:72].unflatten(-1, (4, 16)), tensors(BRAIN, 16), None, (True, 4, 16),
+        None, torch.int8,
+    ),
+}  # fmt: skip
 NARROW_GATE = Call(AFTER, tensors(FLOAT, 5, 40), tensors(BRAIN, 40), gate=tensors(BRAIN, 5, 40, seed=1))
 
 
@@ -138,9 +165,10 @@ class Device:
         kernel, config = self.last = self.compiled[function]
         self.streams.append(others[6])
         rows = 1 + kernel.adds + kernel.has_gate
-        kinds = [ctypes.c_uint64] * (rows + kernel.has_weight) + [ctypes.c_int32]
+        by_row = kernel.quantization == "per_row"
+        kinds = [ctypes.c_uint64] * (rows + kernel.has_weight + (kernel.quantization == "static")) + [ctypes.c_int32]
         kinds += [ctypes.c_int64] * (2 * kernel.strided * rows)
-        kinds += [ctypes.c_uint64] * (1 + kernel.adds)
+        kinds += [ctypes.c_uint64] * (1 + kernel.adds + by_row)
         addresses = (ctypes.c_uint64 * len(kinds)).from_address(others[7])
         values = [kind.from_address(address).value for kind, address in zip(kinds, addresses, strict=True)]
         if self.host is not None:
@@ -151,8 +179,8 @@ class Device:
         return (0,)
 
 
-def run(call: Call) -> tuple[Tensor, ...]:
-    return operators._fused(operators._Call(call.x, call.weight, call.spec, call.residual, call.gate))
+def run(given: Call) -> tuple[Tensor, ...]:
+    return call.fused_result(given.made())
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +194,9 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
         patch.setattr(torch.version, "cuda", "13.0")
         patch.setattr(device_kernels, "compile_kernel", found.compile)
         patch.setattr(device_kernels, "layouts", lambda *arguments: layouts(*arguments)[-1:])
-        patch.setattr(operators, "run_on_device", lambda *arguments: kernels.run(*arguments, stream=77))
-        for call in (*CALLS.values(), NARROW_GATE):
-            run(call)
+        patch.setattr(call, "run_on_device", lambda *arguments: kernels.run(*arguments, stream=77))
+        for given in (*CALLS.values(), *QUANTIZED.values(), NARROW_GATE):
+            run(given)
         found.build()
         yield found
 
@@ -181,21 +209,71 @@ def assert_near(y: Tensor, wanted: Tensor) -> None:
         assert (y == wanted).float().mean() > 0.95
 
 
+def assert_quantized_near(given: Call, found: tuple[Tensor, ...]) -> None:
+    """As PyTorch quantizes, but where y is off in its last bit: by one step then, and seldom; the sum exactly."""
+    wanted = call.eager_result(given.made())
+    assert [(t.dtype, t.shape) for t in found] == [(t.dtype, t.shape) for t in wanted]
+    assert all(result.is_contiguous() for result in found)
+    if given.residual is not None:
+        assert torch.equal(found[1], wanted[1])
+    if given.scale is None:
+        torch.testing.assert_close(found[-1], wanted[-1], rtol=2 * torch.finfo(given.made().sum_dtype).eps, atol=0)
+    # As integers, values of e4m3 of one sign are in order: a step is 1.
+    steps = (found[0].view(torch.int8).int() - wanted[0].view(torch.int8).int()).abs()
+    assert steps.numel() == 0 or (steps.max() <= 1 and (steps == 0).float().mean() > 0.98)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_the_kernel_computes_the_call(device: Device, name: str) -> None:
-    call = CALLS[name]
-    total = call.x if call.residual is None else call.x + call.residual
+    given = CALLS[name]
+    total = given.x if given.residual is None else given.x + given.residual
     device.last = None
-    results = run(call)
+    results = run(given)
     assert all(result.is_contiguous() for result in results)
-    assert_near(results[0], eager(call.spec, total, call.weight, gate=call.gate))
+    assert_near(results[0], eager(given.spec, total, given.weight, gate=given.gate))
     assert all(torch.equal(result, total) for result in results[1:])
-    if call.x.numel() == 0:
+    if given.x.numel() == 0:
         assert device.last is None
         return
     assert device.last is not None
     kernel, config = device.last
-    assert (kernel.strided, kernel.inner, config.elements) == call.expected
+    assert (kernel.strided, kernel.inner, config.elements) == given.expected
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_the_kernel_computes_and_quantizes_the_call(device: Device, name: str) -> None:
+    given = QUANTIZED[name]
+    device.last = None
+    results = run(given)
+    assert_quantized_near(given, results)
+    if given.x.numel() == 0:
+        assert device.last is None
+        return
+    assert device.last is not None
+    kernel, config = device.last
+    assert (kernel.quantized, kernel.quantization) == given.made().quantization
+    assert (kernel.strided, kernel.inner, config.elements) == given.expected
+
+
+def test_the_scale_is_the_last_input_and_those_of_rows_the_last_output() -> None:
+    x, weight, total, rows = tensors(HALF, 2, 8), tensors(HALF, 8), tensors(HALF, 2, 8), tensors(FLOAT, 2, 1)
+    y = torch.empty(2, 8, dtype=torch.int8)
+    addresses: list[tuple[list[int], int, int]] = []
+
+    class Recorder:
+        def launch(self, pointers: list[int], inputs: int, count: int, stream: int, strides: list[int]) -> None:
+            addresses.append((pointers, inputs, count))
+
+    kernels = DeviceKernels(90, None)
+    static = NormKernel(8, 1e-5, "add_rms_norm", quantized="int8", quantization="static")
+    by_row = static.replace(quantization="per_row")
+    recorder: Any = Recorder()
+    kernels._launchers = {(static, 16): recorder, (by_row, 16): recorder}
+    given = [call._with_rows(x), call._with_rows(total)]
+    kernels.run(static, LaunchTensors(given, weight, SCALE, (y, total)))
+    kernels.run(by_row, LaunchTensors(given, weight, None, (y, total, rows)))
+    of_static, of_rows = (x, total, weight, SCALE, y, total), (x, total, weight, y, total, rows)
+    assert addresses == [([t.data_ptr() for t in of_static], 4, 2), ([t.data_ptr() for t in of_rows], 3, 2)]
 
 
 def test_a_gate_that_is_narrower_than_x_is_widened(device: Device) -> None:
@@ -215,18 +293,18 @@ def test_kernels_are_loaded_once_and_launched_on_the_stream(device: Device) -> N
     assert set(device.streams) == {77}
 
 
-@pytest.mark.parametrize("call", [
+@pytest.mark.parametrize("given", [
     Call(CAST_FIRST, tensors(BRAIN, 3, 40), tensors(FLOAT, 40)),  # the result has the weight's dtype
     Call(NormSpec(1e-5), tensors(torch.float64, 3, 40), tensors(torch.float64, 40)),
     Call(NormSpec(1e-5, scale="none"), tensors(HALF, 3, 40), None, tensors(BRAIN, 3, 40)),
     Call(AFTER, tensors(HALF, 3, 40), tensors(HALF, 40), gate=tensors(FLOAT, 3, 40)),
 ], ids=["wider weight", "float64", "two halves", "wider gate"])  # fmt: skip
-def test_dtypes_that_the_kernel_lacks_are_computed_by_pytorch(device: Device, call: Call) -> None:
+def test_dtypes_that_the_kernel_lacks_are_computed_by_pytorch(device: Device, given: Call) -> None:
     device.last = None
-    results = run(call)
+    results = run(given)
     assert device.last is None
-    total = call.x if call.residual is None else call.x + call.residual
-    assert torch.equal(results[0], eager(call.spec, total, call.weight, gate=call.gate))
+    total = given.x if given.residual is None else given.x + given.residual
+    assert torch.equal(results[0], eager(given.spec, total, given.weight, gate=given.gate))
 
 
 def test_nothing_is_compiled_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -234,14 +312,14 @@ def test_nothing_is_compiled_while_a_graph_is_captured(monkeypatch: pytest.Monke
     monkeypatch.setattr(device_kernels, "compile_kernel", device.compile)
     monkeypatch.setattr(device_kernels, "layouts", layouts)
     kernels, x = DeviceKernels(90, device), tensors(HALF, 2, 64)
-    rows = [operators._with_rows(x)]
+    tensors_of_x = LaunchTensors([call._with_rows(x)], None, None, (x.clone(),))
     kernel = NormKernel(64, 1e-5, scale="none")
     with pytest.raises(RmsnormDeployError, match=r"width 64 in float16 that has not run yet\. Run the model once"):
-        kernels.run(kernel, rows, None, [x.clone()], capturing=True)
+        kernels.run(kernel, tensors_of_x, capturing=True)
     assert device.compiled == {}
-    kernels.run(kernel, rows, None, [x.clone()])
+    kernels.run(kernel, tensors_of_x)
     assert len(device.loaded) == len(layouts(kernel, 90)) > 1  # for every number of rows
-    kernels.run(kernel, rows, None, [x.clone()], capturing=True)
+    kernels.run(kernel, tensors_of_x, capturing=True)
     assert len(device.streams) == 2
 
 
@@ -255,17 +333,50 @@ needs_cuda = pytest.mark.skipif(
 @pytest.mark.parametrize("name", CALLS)
 def test_the_operators_on_a_gpu(name: str) -> None:
     """Needs an NVIDIA GPU, the CUDA build of torch, and cuda-bindings and NVRTC."""
-    call = CALLS[name]
-    given = (call.x, call.weight, call.residual, call.gate)
-    x, weight, residual, gate = (None if t is None else _moved(t) for t in given)
+    given = CALLS[name]
+    moved = (None if t is None else _moved(t) for t in (given.x, given.weight, given.residual, given.gate))
+    x, weight, residual, gate = moved
     assert x is not None
-    form = operators.form_of(call.spec)
+    form = form_of(given.spec)
     if residual is None:
-        assert_near(rms_norm(x, weight, 1e-5, gate, **form), eager(call.spec, x, weight, gate=gate))
+        assert_near(rms_norm(x, weight, 1e-5, gate, **form), eager(given.spec, x, weight, gate=gate))
     else:
         y, total = add_rms_norm(x, residual, weight, 1e-5, **form)
         assert torch.equal(total, x + residual)
-        assert_near(y, eager(call.spec, x + residual, weight))
+        assert_near(y, eager(given.spec, x + residual, weight))
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_the_quantized_operators_on_a_gpu(name: str) -> None:
+    """Needs an NVIDIA GPU, the CUDA build of torch, and cuda-bindings and NVRTC."""
+    given = QUANTIZED[name]
+    tensors_given = (given.x, given.weight, given.residual, given.scale)
+    x, weight, residual, scale = (None if t is None else _moved(t) for t in tensors_given)
+    assert x is not None
+    assert given.quantized is not None
+    form, moved = form_of(given.spec), replace(given, x=x, weight=weight, residual=residual, scale=scale)
+    if residual is None:
+        y, used = rms_norm_quantized(x, weight, 1e-5, scale, dtype=given.quantized, **form)
+        outputs: tuple[Tensor, ...] = (y,)
+    else:
+        y, used, total = add_rms_norm_quantized(x, residual, weight, 1e-5, scale, dtype=given.quantized, **form)
+        outputs = (y, total)
+    assert scale is None or used is scale
+    assert_quantized_near(moved, (*outputs, used) if scale is None else outputs)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_pytorch_quantizes_on_a_gpu_as_on_the_cpu(dtype: torch.dtype) -> None:
+    """Needs an NVIDIA GPU and the CUDA build of torch."""
+    y = torch.cat([tensors(FLOAT, 4000, 40), torch.zeros(1, 40), tensors(FLOAT, 40, 40) * 1e-38])
+    for scale in (None, SCALE):
+        wanted, found = quantize(y, dtype, scale), quantize(y.cuda(), dtype, None if scale is None else scale.cuda())
+        assert torch.equal(found[0].cpu().view(torch.int8), wanted[0].view(torch.int8))
+        assert torch.equal(found[1].cpu(), wanted[1])
 
 
 def _moved(tensor: Tensor) -> Tensor:
@@ -292,6 +403,21 @@ def test_a_captured_graph_replays_on_new_values(compiled: Callable[..., Any]) ->
     graph.replay()
     torch.cuda.synchronize()
     assert_near(y, eager(NormSpec(1e-5), x, weight) * 2)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_captured_graph_replays_a_quantized_norm() -> None:
+    """Needs an NVIDIA GPU, the CUDA build of torch, and cuda-bindings and NVRTC."""
+    x, weight = tensors(BRAIN, 4, 136).cuda(), tensors(BRAIN, 136, seed=1).cuda()
+    rms_norm_quantized(x, weight, 1e-5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, scale = rms_norm_quantized(x, weight, 1e-5)
+    x.copy_(tensors(BRAIN, 4, 136, seed=2))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_quantized_near(Call(NormSpec(1e-5), x, weight, quantized=torch.int8), (y, scale))
 
 
 @pytest.mark.gpu
