@@ -150,14 +150,18 @@ def _measure(run: Run, cases: Sequence[Case]) -> int:
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
 
-    def content() -> dict[str, Any]:
-        return {
+    def write(left: Sequence[Case]) -> str:
+        """Write the files, whole after every row, and return what is printed last."""
+        last = table.conclusion(rows, bandwidth, left, failed)
+        content = {
             "bandwidth": bandwidth, "peers": versions, "missing": missing, "rows": rows, "failed": failed,
-            "left": [case.name for case in run.budget.left], "losses": table.losses(rows, bandwidth),
+            "left": [case.name for case in left], "losses": table.losses(rows, bandwidth),
         }  # fmt: skip
+        run.write(f"{notes}\n\n{table.rows_table(rows, versions)}\n\n{last}", content)
+        return last
 
     began = time.perf_counter()
-    for case in run.budget.given(cases):
+    for index, case in enumerate(run.budget.given(cases)):
         started = time.perf_counter()
         try:
             row = measured(case, run.setting)
@@ -169,9 +173,8 @@ def _measure(run: Run, cases: Sequence[Case]) -> int:
             torch.cuda.empty_cache()
         rows.append({**row, "seconds": time.perf_counter() - started})
         print(table.row_line(row), flush=True)
-        run.write(f"{notes}\n\n{table.rows_table(rows, versions)}", content())
-    last = table.conclusion(rows, bandwidth, run.budget.left, failed)
-    run.write(f"{notes}\n\n{table.rows_table(rows, versions)}\n\n{last}", content())
+        write(cases[index + 1 :])
+    last = write(run.budget.left)
     wrong = [row for row in rows if row["problem"]]
     print(f"\n{len(rows)} of {len(cases)} rows in {time.perf_counter() - began:.0f} s\n\n{last}", flush=True)
     return 1 if wrong or failed else 0
