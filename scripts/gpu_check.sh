@@ -108,7 +108,8 @@ fi
 
 # complete PYTHON: whether it has all that the steps need.
 complete() {
-    "$1" -c 'import cuda.bindings.driver, hypothesis, onnx_ir, onnxscript, pydantic, pytest, rich, safetensors, torch, xdist
+    "$1" -c 'import cuda.bindings.driver, hypothesis, onnx_ir, onnxscript, pydantic, pytest, rich, safetensors, xdist
+import torch
 from rmsnorm_deploy.plugins.kernel.compiler import nvrtc_version
 nvrtc_version()' >/dev/null 2>&1
 }

@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
+
 from rmsnorm_deploy.plugins.kernel.compiler import CompiledKernel, compile_kernel
 from rmsnorm_deploy.plugins.kernel.launch_config import LaunchConfig
 from rmsnorm_deploy.plugins.kernel.norm_kernel import NormKernel
@@ -44,8 +46,6 @@ def launched(
     case: Case, compiled: CompiledKernel, config: LaunchConfig, overlap: bool = True
 ) -> Callable[[Tensors], None]:
     """A function that launches a kernel; with `overlap` before the kernel before it has ended, if it can."""
-    import torch
-
     image = image_of(config, compiled.architecture, compiled.image)
     image = dataclasses.replace(image, waits=image.waits and overlap)
     launcher = Launcher(KernelImages(case.kernel.width, case.kernel.dtype, (image,)), case.kernel.op, cuda_driver())
