@@ -1,4 +1,4 @@
-"""Greedy text generation with an exported decoder in ONNX Runtime (`generate`)."""
+"""Greedy text generation with an exported decoder in ONNX Runtime or TensorRT (`generate`)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from ..export.graph.cache_names import is_past
 from ..export.graph.sizes import range_ends
 from ..models.calling.rotary import RESTART_FIELD
 from ..models.errors import UnsupportedError, UsageError
-from ..models.regular_files import read_json
+from .engines.api import ORT
 from .generate_parts import with_parts
 from .inputs.exported import Exported, component_folders, open_exported
-from .inputs.synthetic import make_feeds, present_to_past
-from .inputs.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, token_ids
+from .inputs.synthetic import make_feeds
+from .inputs.tokenizer import Tokenizer, end_tokens, has_tokenizer, load_tokenizer, token_ids
 from .runners.base import Array, Runner
-from .runners.open import open_runner
+from .runners.decoding import open_decoding
+from .tensorrt.on_demand import open_model
 
 __all__ = ["Generation", "generate"]
 
@@ -49,6 +50,7 @@ def generate(
     *,
     max_new_tokens: int = 32,
     provider: str = "cpu",
+    runner: str | None = None,
     inputs: Mapping[str, Array] | None = None,
 ) -> Generation:
     """Continue a prompt with the most likely token at each step.
@@ -57,10 +59,11 @@ def generate(
     every step runs the whole sequence. It ends at `max_new_tokens` or at the model's end-of-sequence token.
 
     Args:
-        folder: an exported folder of a decoder.
+        folder: an exported folder of a decoder, or an engine of one.
         prompt: text, which requires a tokenizer in the folder, or token ids.
         max_new_tokens: at least 1.
         provider: ONNX Runtime's execution provider.
+        runner: `ort`, `tensorrt` or `rtx`; see `open_model`. A model of several parts runs in ONNX Runtime.
         inputs: of a model that reads images or sounds, `pixel_values` or `input_features` of all of them in the
             prompt, in the exported size.
 
@@ -75,8 +78,10 @@ def generate(
     tokenizer = _tokenizer(Path(folder).expanduser(), parts) if isinstance(prompt, str) else None
     prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) and tokenizer is not None else token_ids(prompt)
     if parts:
+        if runner not in (None, ORT):
+            raise UnsupportedError(f"{folder} holds several models, which run in ONNX Runtime only; omit --runner.")
         place = Path(folder).expanduser()
-        ids, seconds = with_parts(place, parts, prompt_ids, inputs or {}, max_new_tokens, _end_tokens(place), provider)
+        ids, seconds = with_parts(place, parts, prompt_ids, inputs or {}, max_new_tokens, end_tokens(place), provider)
         text = tokenizer.decode(ids) if tokenizer is not None else None
         return Generation(ids, prompt_ids, text, len(ids) / seconds, True)
     if inputs:
@@ -85,15 +90,16 @@ def generate(
             "images or sounds (--with-past --inputs)."
         )
     exported = open_exported(folder)
-    with open_runner(exported.model, provider) as runner:
-        _check_decoder(runner, exported, prompt_ids)
+    with open_model(exported, runner, provider) as opened:
+        _check_decoder(opened, exported, prompt_ids)
         start = time.perf_counter()
         piece = range_ends(exported.manifest).get("sequence", (1, None))[1]
         restart = exported.manifest.get(RESTART_FIELD)
-        ids = _greedy(runner, prompt_ids, max_new_tokens, _end_tokens(exported.folder), piece, restart)
+        ends = end_tokens(exported.folder) | set(exported.end_tokens)
+        ids = _greedy(opened, prompt_ids, max_new_tokens, ends, piece, restart)
         seconds = time.perf_counter() - start
     text = tokenizer.decode(ids) if tokenizer is not None else None
-    return Generation(ids, prompt_ids, text, len(ids) / seconds, any(is_past(i.name) for i in runner.inputs()))
+    return Generation(ids, prompt_ids, text, len(ids) / seconds, any(is_past(i.name) for i in opened.inputs()))
 
 
 def _tokenizer(path: Path, parts: Mapping[str, Path]) -> Tokenizer:
@@ -122,7 +128,7 @@ def _greedy(
     infos = runner.inputs()
     cached = any(is_past(info.name) for info in infos)
     all_ids, pending = list(prompt), list(prompt)
-    past: dict[str, Array] = {}
+    decoding = open_decoding(runner)
     while True:
         part = pending[:piece] if cached else pending
         read = len(all_ids) - len(pending) + len(part)
@@ -132,18 +138,17 @@ def _greedy(
             feeds["position_ids"] += read - len(part)
         if "attention_mask" in feeds:
             feeds["attention_mask"] = np.ones((1, read), feeds["attention_mask"].dtype)
-        feeds.update({name: value for name, value in past.items() if name in feeds})
-        outputs = runner.run(feeds)
-        past, pending = present_to_past(outputs), pending[len(part) :]
+        logits, pending = decoding.step(feeds), pending[len(part) :]
         if pending:
             continue
-        token = int(outputs["logits"][0, -1].astype(np.float32).argmax())
+        token = int(logits[0].argmax())
         all_ids.append(token)
         if len(all_ids) - len(prompt) == count or token in ends:
             return all_ids[len(prompt) :]
         again = restart is not None and len(all_ids) == restart + 1
         pending = [token] if cached and not again else list(all_ids)
-        past = {} if again else past
+        if again:
+            decoding.restart()
 
 
 def _check_decoder(runner: Runner, exported: Exported, prompt: list[int]) -> None:
@@ -159,19 +164,3 @@ def _check_decoder(runner: Runner, exported: Exported, prompt: list[int]) -> Non
     wrong = [token for token in prompt if token < 0 or (isinstance(vocabulary, int) and token >= vocabulary)]
     if wrong:
         raise UsageError(f"prompt ids: expected ids in the model's vocabulary of {vocabulary} tokens, got {wrong}.")
-
-
-def _end_tokens(folder: Path | None) -> set[int]:
-    """End-of-sequence ids, from generation_config.json or else config.json."""
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name if folder is not None else None
-        if path is None or not path.is_file():
-            continue
-        config = read_json(path, "Export the model again.")
-        end = config.get("eos_token_id") if isinstance(config, dict) else None
-        if end is not None:
-            ids = end if isinstance(end, list) else [end]
-            if not all(isinstance(number, int) for number in ids):
-                raise UsageError(f"{path}: eos_token_id: expected a token id or a list of them, got {str(end)[:80]}.")
-            return set(ids)
-    return set()

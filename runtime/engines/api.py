@@ -14,6 +14,9 @@ from ...models.errors import EnvironmentMissingError, UnsupportedError, UsageErr
 
 RuntimeName = Literal["tensorrt", "rtx"]
 RUNTIMES: Final[tuple[RuntimeName, ...]] = get_args(RuntimeName)
+# What may run a model: ONNX Runtime, and the products that run engines.
+ORT: Final = "ort"
+RUNNERS: Final = (ORT, *RUNTIMES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,16 @@ def flavor_of(runtime: str) -> Flavor:
         if name == runtime:
             return flavor
     raise UsageError(f"runtime: expected {' or '.join(RUNTIMES)}, got {runtime!r}.")
+
+
+def flavor_name(runtime: str) -> RuntimeName:
+    """The name as one of `RUNTIMES`.
+
+    Raises:
+        UsageError: the name is unknown.
+    """
+    flavor = flavor_of(runtime)
+    return next(name for name in RUNTIMES if FLAVORS[name] is flavor)
 
 
 def is_installed(runtime: str) -> bool:

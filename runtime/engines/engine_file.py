@@ -10,7 +10,7 @@ from typing import Any, Final
 from ...export.onnx_io.owned_files import sha256
 from ...models.errors import EnvironmentMissingError, UsageError
 from ...models.regular_files import read_json, regular_size
-from .api import FLAVORS, RUNTIMES, RuntimeName, flavor_of, is_installed
+from .api import FLAVORS, RUNTIMES, RuntimeName, flavor_name, flavor_of, is_installed
 
 SCHEMA: Final = "rmsnorm_deploy.engine/1"
 # File names by which programs mark engines; an engine with a record of this package may have any name.
@@ -64,12 +64,6 @@ class EngineFile:
         place = self.record.get("model", {}).get("path")
         return None if place is None else Path(place)
 
-    @property
-    def folder(self) -> Path | None:
-        """The exported folder that it was built from, with its tokenizer; None if there was none, or it is gone."""
-        folder = self.record.get("model", {}).get("folder")
-        return Path(folder) if folder is not None and Path(folder).is_dir() else None
-
     def dims(self) -> dict[str, list[int | str | None]]:
         """Sizes and names of the dims of each input, as the .onnx file has them."""
         return {row["name"]: row["dims"] for row in self.record.get("inputs", ())}
@@ -122,7 +116,7 @@ def open_engine_file(path: str | Path, runtime: str | None = None) -> EngineFile
 
 def _runtime_without_record(place: Path, runtime: str | None) -> RuntimeName:
     if runtime is not None:
-        return next(name for name in RUNTIMES if FLAVORS[name] is flavor_of(runtime))
+        return flavor_name(runtime)
     installed = [name for name in RUNTIMES if is_installed(name)]
     if len(installed) == 1:
         return installed[0]

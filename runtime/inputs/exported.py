@@ -1,4 +1,4 @@
-"""Open an exported model (`open_exported`): a folder with a manifest, or a single .onnx file."""
+"""Open an exported model (`open_exported`): a folder with a manifest, a single .onnx file, or an engine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from ...export.onnx_io.manifest import read_manifest
 from ...models.errors import UsageError
 from ...models.regular_files import regular_size
+from ..engines.engine_file import is_engine, read_record
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +18,19 @@ class Exported:
     """An exported model on disk.
 
     Attributes:
-        model: the .onnx file.
-        folder: the exported folder, or None for a single file.
+        model: the .onnx file, or the engine.
+        folder: the exported folder, or None for a single file; of an engine, the folder that it was built from, if it
+            is still there.
         manifest: its manifest, empty for a single file.
+        is_engine: whether the model is an engine.
+        end_tokens: of an engine, the end-of-sequence ids of the folder that it was built from.
     """
 
     model: Path
     folder: Path | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
+    is_engine: bool = False
+    end_tokens: tuple[int, ...] = ()
 
     @property
     def dtype(self) -> str | None:
@@ -33,10 +39,10 @@ class Exported:
 
 
 def open_exported(path: str | Path) -> Exported:
-    """Open an exported folder or an .onnx file.
+    """Open an exported folder, an .onnx file or an engine.
 
     Raises:
-        UsageError: the path does not exist, or it is neither.
+        UsageError: the path does not exist, or it is none of these.
     """
     place = Path(path).expanduser()
     if place.is_dir():
@@ -58,8 +64,14 @@ def open_exported(path: str | Path) -> Exported:
             raise UsageError(f"{place}: its manifest names the model {name!r}, which is missing; export again.")
         return Exported(model, place, manifest)
     if "\0" in str(place) or not place.exists():
-        raise UsageError(f"{place} does not exist; name an exported folder or an .onnx file.")
+        raise UsageError(f"{place} does not exist; name an exported folder, an .onnx file or an engine.")
     regular_size(place)  # refuses devices and pipes
+    if is_engine(place):
+        built_from = (read_record(place) or {}).get("model") or {}
+        folder = None if built_from.get("folder") is None else Path(built_from["folder"])
+        found = folder if folder is not None and folder.is_dir() else None
+        ends = tuple(built_from.get("end_tokens") or ())
+        return Exported(place, found, dict(built_from.get("manifest") or {}), is_engine=True, end_tokens=ends)
     return Exported(place)
 
 

@@ -108,3 +108,23 @@ class _HubTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def end_tokens(folder: Path | None) -> set[int]:
+    """End-of-sequence ids of a folder, from generation_config.json or else config.json.
+
+    Raises:
+        UsageError: the file states something else.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name if folder is not None else None
+        if path is None or not path.is_file():
+            continue
+        config = read_json(path, "Export the model again.")
+        end = config.get("eos_token_id") if isinstance(config, dict) else None
+        if end is not None:
+            ids = end if isinstance(end, list) else [end]
+            if not all(isinstance(number, int) for number in ids):
+                raise UsageError(f"{path}: eos_token_id: expected a token id or a list of them, got {str(end)[:80]}.")
+            return set(ids)
+    return set()

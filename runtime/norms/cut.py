@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from ...export.graph.site import node_name
 from ...models.errors import UnsupportedError
-from ..runners.base import Array
+from ..runners.base import Array, OnnxSession
 from ..runners.open import open_runner
 from .access import NormFeed
 
@@ -127,6 +127,10 @@ class NormPlace:
         return NormFeed(x, gate), arrays
 
 
+# Opens the bytes of a model; the folder has its external data.
+Opener = Callable[[bytes, Path | None], OnnxSession]
+
+
 class RunCuts(Protocol):
     """Runs norms that are cut out; inputs and outputs are arrays by the cut's name and by role."""
 
@@ -135,7 +139,12 @@ class RunCuts(Protocol):
 
 @contextmanager
 def run_alone(
-    cut: CutModel, provider: str, folder: Path | None, given: Mapping[str, Array] | None = None, **options: Any
+    cut: CutModel,
+    provider: str,
+    folder: Path | None,
+    given: Mapping[str, Array] | None = None,
+    opener: Opener | None = None,
+    **options: Any,
 ) -> Iterator[RunCuts]:
     """Open norms that are cut out, in one session.
 
@@ -144,11 +153,13 @@ def run_alone(
         provider: see `open_runner`.
         folder: the folder of the graph's external data, or None.
         given: arrays for `cut.given`, by the value's name in the original graph.
+        opener: opens the model in place of `open_runner`.
         options: see `open_runner`.
     """
     data = cut.model.SerializeToString()
     fixed = {name: (given or {})[value.name or ""] for name, value in cut.given.items()}
-    with open_runner(data, provider, weights_folder=folder, **options) as runner:
+    opened = open_runner(data, provider, weights_folder=folder, **options) if opener is None else opener(data, folder)
+    with opened as runner:
         wanted = {info.name for info in runner.inputs()}
 
         def run(feeds: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array]]:

@@ -16,7 +16,7 @@ from ..runners.base import Array, OnnxSession, Runner
 from ..runners.open import has_large_weights, open_runner
 from .access import Formula, NormDtypes, NormFeed, NormResult, RecordedNorm, RunNorms, Sink, Sources, windows
 from .activation_store import ActivationStore, Key
-from .cut import cut_out, run_alone
+from .cut import Opener, cut_out, run_alone
 from .formula import FileFormulas, read_formulas
 from .graph_norms import GraphNorms, cut_name, fed_name
 
@@ -29,10 +29,11 @@ class OnnxNorms:
         provider: see `open_runner`.
         window: number of norms whose values are in memory at a time; None for all. A smaller window takes less memory
             and more sessions.
+        opener: opens parts of the file in another runtime than ONNX Runtime; None for the provider.
     """
 
-    def __init__(self, path: Path, provider: str, window: int | None = None) -> None:
-        self._path, self._provider, self._window = path, provider, window
+    def __init__(self, path: Path, provider: str, window: int | None = None, opener: Opener | None = None) -> None:
+        self._path, self._provider, self._window, self._opener = path, provider, window, opener
         self._graph = GraphNorms(path)
         self._formulas: FileFormulas | None = None
         self._large = has_large_weights(read_model(path).external_files)
@@ -51,6 +52,12 @@ class OnnxNorms:
     @property
     def remarks(self) -> list[str]:
         """See `NormAccess.remarks`."""
+        if self._opener is not None:
+            return [
+                "norms and segments ran in engines of their own, built of the same file with the norms' inputs and "
+                "outputs marked: TensorRT does not fuse across marked values, so it may compute them in other kernels "
+                "than the whole engine"
+            ]
         if not self._large:
             return []
         return ["the file is large: its parts were run without repacking weights for the kernels, to save time"]
@@ -88,7 +95,7 @@ class OnnxNorms:
         """See `NormAccess.alone`. A fused residual add receives x as two parts whose sum is exactly x."""
         places = {key: self._graph.place(key) for key in keys}
         cut = cut_out(self._graph.model, [place.cut() for place in places.values()])
-        with run_alone(cut, self._provider, self._path.parent, **self._options) as run_cuts:
+        with run_alone(cut, self._provider, self._path.parent, opener=self._opener, **self._options) as run_cuts:
 
             def run(feeds: Mapping[Key, NormFeed]) -> dict[Key, NormResult]:
                 split = {cut_name(key): place.split(self._cast(key, feeds[key]))[1] for key, place in places.items()}
@@ -133,6 +140,8 @@ class OnnxNorms:
         return outputs
 
     def _opened(self, model: onnx.ModelProto) -> OnnxSession:
+        if self._opener is not None:
+            return self._opener(model.SerializeToString(), self._path.parent)
         return open_runner(model.SerializeToString(), self._provider, weights_folder=self._path.parent, **self._options)
 
     def _cast(self, key: Key, feed: NormFeed) -> NormFeed:

@@ -36,7 +36,7 @@ def render(report: Mapping[str, Any]) -> str:
     """The report as an HTML page; the same report gives the same text.
 
     Args:
-        report: a report of schema `rmsnorm_deploy.validate/4` or `rmsnorm_deploy.bisect/3`. `schema`, `verdict` and
+        report: a report of schema `rmsnorm_deploy.validate/5` or `rmsnorm_deploy.bisect/4`. `schema`, `verdict` and
             `outputs` are required; sections that are missing or empty are omitted.
 
     Raises:

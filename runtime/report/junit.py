@@ -39,7 +39,7 @@ def render(report: Mapping[str, Any]) -> str:
     """The report as JUnit XML.
 
     Args:
-        report: a report of schema `rmsnorm_deploy.validate/4` or `rmsnorm_deploy.bisect/3`.
+        report: a report of schema `rmsnorm_deploy.validate/5` or `rmsnorm_deploy.bisect/4`.
 
     Returns:
         The XML with its declaration. Suites `outputs`, `norms` and `segments`, each omitted if it has no case. If the

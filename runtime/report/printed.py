@@ -26,6 +26,8 @@ def print_validation(
     """The tables of a report, the reasons of what failed, the deviations and the verdict."""
     for warning in report["warnings"]:
         page.line(f"warning: {warning}")
+    if report.get("runners"):
+        _print_runners(page, report)
     columns = ("case", "output", "verdict", *_JUDGED, "cosine")
     page.table(columns, _shown_outputs(report["outputs"]))
     page.line("errors relative to PyTorch in float64, in eps x row scale; in parentheses the largest that passes")
@@ -54,6 +56,30 @@ def print_validation(
         page.line(again)
     page.line(report["summary"])
     page.line(f"verdict: {report['verdict']}")
+
+
+def _print_runners(page: Page, report: Mapping[str, Any]) -> None:
+    """One row for each output, with the worst verdict and the largest error of each runtime."""
+    runners = list(report["runners"])
+    page.table(("in each runtime", *runners), [("verdict", *report["runners"].values()), *_by_runner(report, runners)])
+    page.line()
+
+
+def _by_runner(report: Mapping[str, Any], runners: Sequence[str]) -> list[tuple[str, ...]]:
+    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for row in report["outputs"]:
+        runner = row["case"].partition(": ")[0]
+        found.setdefault(_PLACE.sub("*", row["name"]), {}).setdefault(runner, []).append(row)
+    rows = []
+    for name, groups in found.items():
+        worst = [max(groups.get(runner, ()), key=_rank, default=None) for runner in runners]
+        cells = ["-" if row is None else " ".join(_judged(row)[:2]) for row in worst]
+        rows.append((name, *cells))
+    return rows
+
+
+def _rank(row: Mapping[str, Any]) -> tuple[int, float]:
+    return (2 if row["passed"] is False else 1 if row["passed"] is None else 0, _closeness(row))
 
 
 def _print_parts(page: Page, report: Mapping[str, Any]) -> None:

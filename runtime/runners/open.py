@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Final, overload
 
 from ...models.errors import UsageError
 from ..engines.engine_file import is_engine
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     Source = str | os.PathLike[str] | bytes | nn.Module
 
+# The default of `provider`, which only files for ONNX Runtime have.
+CPU_NAME: Final = "cpu"
 # If a model has more bytes of weights than this, repacking them for the kernels takes longer than a run.
 _LARGE_FILES = 1 << 30
 
@@ -30,7 +32,7 @@ def open_runner(
 def open_runner(source: nn.Module, provider: str | Sequence[str] = ..., **options: Any) -> DecoderSession: ...
 
 
-def open_runner(source: Source, provider: str | Sequence[str] = "cpu", **options: Any) -> Runner:
+def open_runner(source: Source, provider: str | Sequence[str] = CPU_NAME, **options: Any) -> Runner:
     """A runner for a model, open until its context exits.
 
     Args:
@@ -49,6 +51,11 @@ def open_runner(source: Source, provider: str | Sequence[str] = "cpu", **options
     if isinstance(source, str | os.PathLike) and is_engine(Path(source).expanduser()):
         from .tensorrt import TensorRTRunner
 
+        if provider != CPU_NAME:
+            raise UsageError(
+                f"{source} is an engine, which runs in the TensorRT that built it; expected no provider of ONNX "
+                f"Runtime, got {provider}. Omit --provider."
+            )
         return TensorRTRunner(source, **options)
     if isinstance(source, str | bytes | os.PathLike):
         from .onnxruntime import OrtRunner

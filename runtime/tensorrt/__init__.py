@@ -10,5 +10,6 @@ worker: the worker process, which parses, checks and builds.
 layers: `norm_layers`, the layer of an engine that runs each norm.
 engine_files: the engine, its record and its log on disk.
 cache: `EngineCache`, engines of earlier builds.
+on_demand: `BuiltOnDemand`, a runner that builds engines for the shapes that come.
 trtexec: `trtexec_command`, the same build as a command line.
 """

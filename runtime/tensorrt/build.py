@@ -14,6 +14,7 @@ from ...export.onnx_io.owned_files import sha256
 from ...models.errors import MismatchError, RmsnormDeployError
 from ..engines.api import check_installed, cuda_device, flavor_of
 from ..engines.engine_file import SCHEMA, record_of
+from ..inputs.tokenizer import end_tokens
 from ..tensorrt import worker
 from .cache import EngineCache, engine_key
 from .engine_files import check_not_input, check_place, keep_log, log_of, move_into_place, partial_folder
@@ -145,6 +146,7 @@ def _model_record(plan: BuildPlan) -> dict[str, Any]:
         "sha256": sha256(source.model),
         "folder": None if source.folder is None else str(source.folder.absolute()),
         "manifest": source.manifest,
+        "end_tokens": sorted(end_tokens(source.folder)),
     }
 
 

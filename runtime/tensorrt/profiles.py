@@ -22,7 +22,7 @@ _USUAL_LENGTH: Final = 128
 _INT = re.compile(r"-?\d+")
 _PAST = re.compile(r"past.*(seq|len)|past$|(seq|len).*past|kv_cache_dim")
 _TOTAL = re.compile(r"total.*(seq|len)|(seq|len).*total|past.*\+")
-_BATCH = re.compile(r"batch")
+BATCH: Final = re.compile(r"batch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def make_profiles(inputs: Sequence[InputDims], texts: Sequence[str] = (), longes
 
 
 def _check_longest(ranges: Mapping[str, Range], longest: int | None) -> None:
-    for name in _roles(list(ranges)):
+    for name in roles(list(ranges)):
         if name is not None and longest is not None and ranges[name].most > longest:
             raise UsageError(f"{name}: expected at most the model's {longest} positions, got {ranges[name].most}.")
 
@@ -109,7 +109,7 @@ def _dynamic_names(inputs: Sequence[InputDims]) -> list[str]:
     return list(dict.fromkeys(dim for given in inputs for dim in given.dims if isinstance(dim, str)))
 
 
-def _roles(names: Sequence[str]) -> tuple[str | None, str | None, str | None]:
+def roles(names: Sequence[str]) -> tuple[str | None, str | None, str | None]:
     """Names of the dims of the past, of the total length, and of the new tokens; None if there is no such dim."""
     total = next((name for name in names if _TOTAL.search(name.lower())), None)
     past = next((name for name in names if name != total and _PAST.search(name.lower())), None)
@@ -118,10 +118,10 @@ def _roles(names: Sequence[str]) -> tuple[str | None, str | None, str | None]:
 
 
 def _default_ranges(names: Sequence[str], limit: int) -> list[dict[str, Range]]:
-    past, total, new = _roles(names)
+    past, total, new = roles(names)
     usual = min(_USUAL_LENGTH, limit)
     free = {
-        name: Range(1, 1, DEFAULT_BATCH) if _BATCH.search(name.lower()) else Range(1, usual, limit)
+        name: Range(1, 1, DEFAULT_BATCH) if BATCH.search(name.lower()) else Range(1, usual, limit)
         for name in names
         if name not in (past, total)
     }
@@ -135,13 +135,13 @@ def _default_ranges(names: Sequence[str], limit: int) -> list[dict[str, Range]]:
 def _complete(names: Sequence[str], given: Mapping[str, Range], limit: int) -> dict[str, Range]:
     """Ranges of all dims, derived from the given ones."""
     ranges = dict(given)
-    past, total, new = _roles(names)
+    past, total, new = roles(names)
     for name in names:
         if name in ranges or name == total:
             continue
         if name == past:
             ranges[name] = Range(0, min(_USUAL_LENGTH, limit - 1), limit - 1)
-        elif _BATCH.search(name.lower()):
+        elif BATCH.search(name.lower()):
             ranges[name] = Range(1, 1, DEFAULT_BATCH)
         else:
             ranges[name] = Range(1, min(_USUAL_LENGTH, limit), limit)

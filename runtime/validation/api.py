@@ -28,6 +28,7 @@ from ..runners.providers import reduced_precision
 from .candidate import Candidate
 from .components import validate_components
 from .depth import DepthPoint, errors_introduced, measure_depth
+from .merge import validate_runners
 from .names import Renamed, RenamedTorch, match_inputs, own_names, renamed_infos
 from .norm_checks import try_or_note, unsound_norms
 from .options import ValidationOptions
@@ -79,8 +80,8 @@ def validate(
     checked on the largest case.
 
     Args:
-        candidate: an exported folder, of one model or of an encoder and its decoder; an .onnx file; another PyTorch
-            module, or its name, as for `load_model`; or an open runner.
+        candidate: an exported folder, of one model or of an encoder and its decoder; an .onnx file; an engine; another
+            PyTorch module, or its name, as for `load_model`; or an open runner.
         model: the PyTorch model, in the dtype that is deployed, or its name, as for `load_model`. It is not changed.
             None for the model that the manifest of an exported folder names.
         options: the options; `ValidationOptions()` if None.
@@ -102,6 +103,12 @@ def validate(
     options = dataclasses.replace(options or ValidationOptions(), **changes)
     progress = progress or (lambda _: None)
     is_path = isinstance(candidate, str | Path) and not is_model_source(str(candidate))
+    if len(options.runners) > 1:
+        again = functools.partial(
+            validate, candidate, model, cases=cases, trust_remote_code=trust_remote_code, allow_code=allow_code,
+            progress=progress,
+        )  # fmt: skip
+        return validate_runners(candidate, options, again)
     components = component_folders(candidate) if isinstance(candidate, str | Path) and is_path else {}
     if components and isinstance(candidate, str | Path):
         if cases is not None:
@@ -134,7 +141,7 @@ def _validated(
     settings = {**dict(zip(SIDES, (None if n is None else str(n) for n in names), strict=True)), **options.to_dict()}
     return dataclasses.replace(
         report,
-        deviations=deviation_rows(dict(sides.candidate.manifest), "onnxruntime"),
+        deviations=deviation_rows(dict(sides.candidate.manifest), sides.candidate.runtime),
         refusals=list(sides.candidate.manifest.get("refusals", ())),
         settings=settings,
         provenance=provenance,

@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...export.graph.sizes import SizeLimits, limits_in, size_limits_of
+from ...export.onnx_io.owned_files import sha256
 from ...export.onnx_io.read_model import read_model
 from ...models.calling.calls import CallForm
 from ...models.errors import UsageError
 from ...models.recognition.find_norms import find_norms
+from ..engines.api import ORT, flavor_name
+from ..engines.engine_file import EngineFile, open_engine_file
 from ..inputs.exported import Exported, open_exported
 from ..norms.access import NormAccess
 from ..norms.onnx_norms import OnnxNorms
 from ..norms.torch_norms import TorchNorms, survey_norms
 from ..runners.base import Array, Runner
-from ..runners.open import open_runner
+from ..runners.open import CPU_NAME, open_runner
+from ..tensorrt.on_demand import BuiltOnDemand, open_model
+from ..tensorrt.options import BuildOptions
 from .options import ValidationOptions
 
 if TYPE_CHECKING:
@@ -35,6 +40,8 @@ class Candidate:
         norms: returns access to its norms, as they are called on the given inputs; None if that is not possible.
         manifest: the manifest of an exported folder, else empty.
         limits: the sizes for which a file was exported.
+        runtime: the runtime's name in the lowering table.
+        no_norms: why there is no access to norms, where `norms` is None.
         inputs: PyTorch's name of an input by the candidate's, of those that differ. `opened` takes the candidate's.
     """
 
@@ -44,6 +51,8 @@ class Candidate:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     limits: SizeLimits = field(default_factory=SizeLimits)
     inputs: Mapping[str, str] = field(default_factory=dict)
+    runtime: str = "onnxruntime"
+    no_norms: str = ""
 
 
 def candidate_of(
@@ -72,6 +81,9 @@ def candidate_of(
 
 def _of_file(exported: Exported, options: ValidationOptions) -> Candidate:
     path, provider = exported.model, options.provider
+    runner = options.runners[0] if options.runners else None
+    if exported.is_engine or runner not in (None, ORT):
+        return _of_engine(exported, runner, options)
     return Candidate(
         str(path),
         lambda: open_runner(path, provider),
@@ -79,6 +91,48 @@ def _of_file(exported: Exported, options: ValidationOptions) -> Candidate:
         exported.manifest,
         _limits(exported),
     )
+
+
+def _of_engine(exported: Exported, runner: str | None, options: ValidationOptions) -> Candidate:
+    """An engine, or a file of which engines are built."""
+    path = exported.model
+    file = open_engine_file(path) if exported.is_engine else None
+    build = BuildOptions(runtime=flavor_name(str(runner))) if file is None else _build_options(file)
+    model = path if file is None else file.model
+
+    def norms(_feeds: Mapping[str, Array]) -> OnnxNorms:
+        if file is not None:
+            _check_model(file)
+        assert model is not None
+        return OnnxNorms(model, CPU_NAME, options.window, lambda data, folder: BuiltOnDemand(data, build, folder))
+
+    shallow = "an engine shows its outputs; --deep builds engines whose norms are marked, and checks those"
+    return Candidate(
+        str(path),
+        lambda: open_model(exported, runner, options.provider),
+        norms if options.deep else None,
+        exported.manifest,
+        SizeLimits() if exported.is_engine and not exported.manifest else _limits(exported),
+        runtime="tensorrt",
+        no_norms="" if options.deep else shallow,
+    )
+
+
+def _build_options(file: EngineFile) -> BuildOptions:
+    """The options that an engine was built with, without its profiles: for engines of its parts."""
+    known = dict(file.record.get("options", {}))
+    return BuildOptions(**{**known, "profiles": (), "runtime": file.runtime})
+
+
+def _check_model(file: EngineFile) -> None:
+    """Check that the file that an engine was built from is there and unchanged."""
+    model, wanted = file.model, file.record.get("model", {}).get("sha256")
+    if model is None or not model.is_file() or sha256(model) != wanted:
+        what = "nothing says" if model is None else f"{model} is not the file"
+        raise UsageError(
+            f"{file.path}: --deep builds engines from the .onnx file that this engine was built from, and {what} "
+            "from which it was built. Build it again, or omit --deep."
+        )
 
 
 def _limits(exported: Exported) -> SizeLimits:

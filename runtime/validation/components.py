@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +17,16 @@ from ...models.errors import RmsnormDeployError, UsageError
 from ..accuracy import tolerances
 from ..accuracy.compare_output import OutputVerdict
 from ..accuracy.tolerances import EVERY_OUTPUT, Limits, check_limits
+from ..engines.api import ORT
 from ..inputs.encoder_decoder import encoder_decoder_tokens, opened_parts
 from ..inputs.exported import Exported
 from ..inputs.tokenizer import has_tokenizer, load_tokenizer
 from ..runners.base import Runner
+from .merge import merged
 from .options import ValidationOptions
 from .replay import SIDES
 from .result import ValidationReport
-from .sides import Against, open_against
+from .sides import open_against
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -82,7 +84,7 @@ def validate_components(
     for name, path in parts.items():
         own = _options(options, name, outputs[name], folder)
         reports[name] = validate(path, against.model, own)
-    report = _merged(str(folder), reports, against)
+    report = merged(str(folder), reports, against.hint)
     report.refusals = list(manifest.get("refusals", ()))
     names = dict(zip(SIDES, (str(folder), against.name), strict=True))
     report.settings = {**names, **options.to_dict()}
@@ -92,6 +94,8 @@ def validate_components(
         report.untried.append(
             "tokens that the models generate together from images or sounds: rmsnorm generate --inputs"
         )
+    elif options.runners not in ((), (ORT,)):
+        report.untried.append("greedy tokens of both together in TensorRT: use --runner ort")
     elif options.lossy is not None or {EVERY_OUTPUT, "logits"} & set(options.limits):
         report.untried.append("greedy tokens of both together: omit the limits on logits, or use generate")
     else:
@@ -111,50 +115,6 @@ def _options(options: ValidationOptions, name: str, outputs: Sequence[str], fold
     tokenizer = options.tokenizer or (str(folder) if has_tokenizer(folder) else None)
     prompts = () if name == DECODER else options.prompts
     return dataclasses.replace(options, limits=limits, prompts=prompts, tokenizer=tokenizer)
-
-
-def _merged(name: str, reports: Mapping[str, ValidationReport], against: Against) -> ValidationReport:
-    """One report with the rows of all, under the names of their models."""
-    first = next(iter(reports.values()))
-    unchecked = {part: [report.unchecked] for part, report in reports.items() if report.unchecked}
-    nowhere = len(unchecked) == len(reports)
-    notes = {
-        part: [
-            *report.notes,
-            *([f"no norm was checked: {report.unchecked}"] if report.unchecked and not nowhere else []),
-        ]
-        for part, report in reports.items()
-    }
-    hint = [against.hint] if against.hint else []
-    return ValidationReport(
-        name,
-        rows=[(f"{part}: {case}", row) for part, report in reports.items() for case, row in report.rows],
-        norms=_chained(report.norms for report in reports.values()),
-        segments=_chained(report.segments for report in reports.values()),
-        depth=_chained(report.depth for report in reports.values()),
-        notes=[*hint, *_joined(notes)],
-        warnings=_joined({part: report.warnings for part, report in reports.items()}),
-        untried=_joined({part: report.untried for part, report in reports.items()}),
-        deviations=list({str(row): row for report in reports.values() for row in report.deviations}.values()),
-        provenance={
-            **first.provenance,
-            "candidate": {part: report.provenance.get("candidate") for part, report in reports.items()},
-        },
-        schema=first.schema,
-        unchecked="; ".join(_joined(unchecked)) if nowhere else "",
-        hint=against.hint,
-    )
-
-
-def _chained(lists: Iterable[list[Any]]) -> list[Any]:
-    return list(itertools.chain.from_iterable(lists))
-
-
-def _joined(texts: Mapping[str, Sequence[str]]) -> list[str]:
-    """The texts of all models; one that all have is there once, and the others begin with the model's name."""
-    shared = [text for text in next(iter(texts.values())) if all(text in own for own in texts.values())]
-    own = [f"{name}: {text}" for name, found in texts.items() for text in found if text not in shared]
-    return [*dict.fromkeys(shared), *own]
 
 
 # Both together --------------------------------------------------------------------------------------------------------

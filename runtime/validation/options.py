@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from ...models.errors import UsageError
 from ..accuracy.lossy import PROFILES, limits_with
 from ..accuracy.tolerances import PARTS, Limits
+from ..engines.api import RUNNERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,9 @@ class ValidationOptions:
         depth: measure how error grows along the depth.
         window: number of norms that are processed together: a smaller number takes less memory. None means all.
         bisect: the report is one of `bisect`, which locates where error is introduced.
+        runners: what runs the candidate, one report for all: `ort` (ONNX Runtime), `tensorrt` or `rtx` (an engine; one
+            is built if the candidate is none). Empty for ONNX Runtime, or for the product that built an engine.
+        deep: check norms and segments in TensorRT too, in engines of their own whose norms are marked as outputs.
 
     Raises:
         UsageError: a value is out of range, or two options exclude each other.
@@ -57,6 +61,8 @@ class ValidationOptions:
     depth: bool = False
     window: int | None = None
     bisect: bool = False
+    runners: tuple[str, ...] = ()
+    deep: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.prompts, str):
@@ -70,6 +76,14 @@ class ValidationOptions:
                 raise UsageError(f"shape {batch}x{length}: expected a batch and a length of at least 1.")
         if self.window is not None and self.window < 1:
             raise UsageError(f"window: expected at least 1 norm, or None for all, got {self.window}.")
+        object.__setattr__(self, "runners", (self.runners,) if isinstance(self.runners, str) else tuple(self.runners))
+        unknown = [name for name in self.runners if name not in RUNNERS]
+        if unknown or len(set(self.runners)) < len(self.runners):
+            raise UsageError(
+                f"runners: expected {', '.join(RUNNERS)}, each at most once, got {', '.join(self.runners)}."
+            )
+        if self.deep and self.outputs_only:
+            raise UsageError("deep checks norms and segments; it cannot be combined with outputs_only.")
         if self.seed < 0:
             raise UsageError(f"seed: expected a number of at least 0, got {self.seed}.")
         if self.inputs is not None and self.prompts:
@@ -100,4 +114,4 @@ class ValidationOptions:
         values = dataclasses.asdict(self)
         values["limits"] = {name: dataclasses.asdict(limits) for name, limits in self.limits.items()}
         values["shapes"] = None if self.shapes is None else [list(shape) for shape in self.shapes]
-        return {**values, "prompts": list(self.prompts)}
+        return {**values, "prompts": list(self.prompts), "runners": list(self.runners)}

@@ -404,6 +404,8 @@ def why_no_norm(
         called: those that it called.
         notes: the notes of `match_norms` and `check_parts`.
     """
+    if candidate.no_norms:
+        return candidate.no_norms
     if candidate.norms is None:
         return f"{candidate.name} is a runner, which gives no access to its norms"
     if notes:

@@ -80,7 +80,8 @@ class ValidationReport(Shown):
         deviations: known deviations of the target, from the manifest.
         settings: the arguments of the validation, from which it can be run again.
         provenance: versions, files and options of both sides.
-        schema: `rmsnorm_deploy.validate/4` or `rmsnorm_deploy.bisect/3`.
+        schema: `rmsnorm_deploy.validate/5` or `rmsnorm_deploy.bisect/4`.
+        runners: the verdict by the runtime that ran the candidate, if there were several.
         unchecked: why no norm was checked; empty if one was, or if only outputs were asked for.
         hint: that the export came from another model than the one that is compared; else empty.
         created: when the report was made, ISO 8601 in UTC, to the second.
@@ -99,6 +100,7 @@ class ValidationReport(Shown):
     settings: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     schema: str = VALIDATE_SCHEMA
+    runners: dict[str, str] = field(default_factory=dict)
     unchecked: str = ""
     hint: str = ""
     created: str = field(default_factory=_now)
@@ -228,6 +230,7 @@ class ValidationReport(Shown):
             CREATED: self.created,
             "model": self.model,
             "verdict": self.verdict,
+            "runners": self.runners,
             "summary": self.summary,
             "warnings": self.warnings,
             "unjudged": [{"reason": reason, "parts": parts} for reason, parts in self.unjudged],

@@ -18,7 +18,8 @@ Model = Annotated[
     ),
 ]
 Exported = Annotated[
-    Path, typer.Argument(metavar="DIR_OR_ONNX", help="An exported folder, or a single .onnx file.", show_default=False)
+    Path,
+    typer.Argument(metavar="DIR_OR_ONNX", help="An exported folder, an .onnx file, or an engine.", show_default=False),
 ]
 
 
@@ -63,6 +64,15 @@ Provider = Annotated[
         "--provider",
         metavar="NAME",
         help="ONNX Runtime's execution provider: cpu, cuda or tensorrt; with options as in cuda:use_tf32=0.",
+    ),
+]
+Runner = Annotated[
+    str | None,
+    typer.Option(
+        "--runner",
+        metavar="NAME",
+        help="ort (ONNX Runtime), tensorrt or rtx (an engine; one is built if the model is none).",
+        show_default="ort, or the product that built an engine",
     ),
 ]
 NoFunction = Annotated[

@@ -29,7 +29,8 @@ Candidate = Annotated[
     str | None,
     typer.Argument(
         metavar="[CANDIDATE]",
-        help="An exported folder, an .onnx file, or another PyTorch model: a folder, module:factory or builtin:.",
+        help="An exported folder, an .onnx file, an engine, or another PyTorch model: a folder, module:factory or "
+        "builtin:.",
         show_default=False,
     ),
 ]
@@ -58,6 +59,22 @@ GIVEN: dict[str, Any] = {
         ),
     ],
     "provider": options.Provider,
+    "runner": Annotated[
+        list[str] | None,
+        typer.Option(
+            "--runner",
+            metavar="NAME",
+            help="What runs the candidate: ort, tensorrt or rtx (an engine; one is built if the candidate is none); "
+            "repeat it for one report of several.",
+            show_default="ort, or the product that built an engine",
+        ),
+    ],
+    "deep": Annotated[
+        bool,
+        typer.Option(
+            "--deep", help="Check norms and segments in TensorRT too, in engines of their own whose norms are marked."
+        ),
+    ],
     "seed": Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the generated inputs.")],
     "shape": Annotated[
         list[str] | None,
@@ -184,7 +201,8 @@ def options_of(values: Mapping[str, Any]) -> ValidationOptions:
     fields = dict(values)
     limits = {name: fields.pop(name, None) or () for name in KINDS_OF_LIMITS}
     shapes, prompts = shapes_of(fields.pop("shape")), tuple(fields.pop("prompt") or ())
-    return ValidationOptions(**fields, shapes=shapes, prompts=prompts, limits=parse_limits(**limits))
+    runners = tuple(fields.pop("runner") or ())
+    return ValidationOptions(**fields, shapes=shapes, prompts=prompts, runners=runners, limits=parse_limits(**limits))
 
 
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML file.")]

@@ -64,7 +64,7 @@ def test_an_engine_its_record_and_its_log(files: Any, tmp_path: Path) -> None:
     assert record["sha256"] == hashlib.sha256(place.read_bytes()).hexdigest()
     assert record["bytes"] == place.stat().st_size
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    assert record["model"] == {"path": str(source), "sha256": digest, "folder": None, "manifest": {}}
+    assert record["model"] == {"path": str(source), "sha256": digest, "folder": None, "manifest": {}, "end_tokens": []}
     assert (record["runtime"]["name"], record["runtime"]["title"]) == ("rtx", "TensorRT-RTX")
     assert re.fullmatch(r"\d+(\.\d+)+", record["runtime"]["version"])
     assert record["architectures"] == ["sm_89"]

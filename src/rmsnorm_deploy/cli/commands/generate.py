@@ -19,7 +19,9 @@ SCHEMA = "rmsnorm_deploy.generate/1"
 
 
 def generate(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="An exported decoder.", show_default=False)],
+    path: Annotated[
+        Path, typer.Argument(metavar="DIR", help="An exported decoder, or an engine of one.", show_default=False)
+    ],
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The text to continue.")] = None,
     prompt_ids: Annotated[
         str | None, typer.Option("--prompt-ids", metavar="1,2,3", help="The prompt as token ids, without a tokenizer.")
@@ -36,17 +38,20 @@ def generate(
         ),
     ] = None,
     provider: options.Provider = "cpu",
+    runner: options.Runner = None,
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Continue a prompt with an exported decoder."""
+    """Continue a prompt with an exported decoder or its engine."""
     screen = Screen(as_json, quiet)
     wanted = _prompt(prompt, prompt_ids)
     given = read_arrays(Path(inputs)) if inputs is not None else None
     with screen.working(f"generating with {path}"):
         from rmsnorm_deploy.runtime.generate import generate as generate_tokens
 
-        result = generate_tokens(path, wanted, max_new_tokens=max_new_tokens, provider=provider, inputs=given)
+        result = generate_tokens(
+            path, wanted, max_new_tokens=max_new_tokens, provider=provider, runner=runner, inputs=given
+        )
     screen.result(_payload(result), lambda: _print(screen, result), is_answer=True)
 
 

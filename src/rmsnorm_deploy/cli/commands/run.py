@@ -1,4 +1,4 @@
-"""`rmsnorm run`: run an exported model once in ONNX Runtime, on the arrays of a file."""
+"""`rmsnorm run`: run an exported model or an engine once, on the arrays of a file."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ def run(
         Path, typer.Option("--output", "-o", metavar="FILE.npz", help="The file to write the outputs to.")
     ],
     provider: options.Provider = "cpu",
+    runner: options.Runner = None,
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Run an exported model on the arrays of a file."""
+    """Run an exported model or an engine on the arrays of a file."""
     screen = Screen(as_json, quiet)
     check_distinct({"-o": output}, {"DIR_OR_ONNX": path, "--inputs": inputs})
     check_new_file(output, is_own_report)
@@ -40,12 +41,12 @@ def run(
     with screen.working(f"loading {path}") as progress:
         from rmsnorm_deploy.runtime.inputs.exported import open_exported
         from rmsnorm_deploy.runtime.inputs.synthetic import cast_feeds
-        from rmsnorm_deploy.runtime.runners.open import open_runner
+        from rmsnorm_deploy.runtime.tensorrt.on_demand import open_model
 
-        with open_runner(open_exported(path).model, provider) as runner:
+        with open_model(open_exported(path), runner, provider) as opened:
             progress("running")
-            results = runner.run(cast_feeds(feeds, runner.inputs()))
-            provenance = runner.provenance()
+            results = opened.run(cast_feeds(feeds, opened.inputs()))
+            provenance = opened.provenance()
     widened = write_npz(output, results)
     payload = {
         "schema": SCHEMA,
