@@ -3,7 +3,7 @@
 api: `validate` and `bisect`.
 options: `ValidationOptions`, every option of a validation.
 result: `ValidationReport`, the verdict with its evidence.
-components: `validate_components`, a folder of an encoder and its decoder.
+components: `validate_components`, a folder of an encoder and its decoder; `validate_runners`, several runtimes.
 sides: `open_sides`, which loads the candidate and the PyTorch model.
 candidate: `Candidate`, the side that is checked, and `candidate_of`.
 pipeline: the stages of a validation, from `run_candidate` to `check_parts`.

@@ -26,9 +26,8 @@ from ..runners.open import open_runner
 from ..runners.ort_graph import file_record
 from ..runners.providers import reduced_precision
 from .candidate import Candidate
-from .components import validate_components
+from .components import validate_components, validate_runners
 from .depth import DepthPoint, errors_introduced, measure_depth
-from .merge import validate_runners
 from .names import Renamed, RenamedTorch, match_inputs, own_names, renamed_infos
 from .norm_checks import try_or_note, unsound_norms
 from .options import ValidationOptions

@@ -1,4 +1,4 @@
-"""Validate a folder of several models, an encoder and its decoder: each of them, and both together."""
+"""Validate in parts: the models of a folder (an encoder, its decoder) and both together; each of several runtimes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ from ..inputs.encoder_decoder import encoder_decoder_tokens, opened_parts
 from ..inputs.exported import Exported
 from ..inputs.tokenizer import has_tokenizer, load_tokenizer
 from ..runners.base import Runner
-from .merge import merged
 from .options import ValidationOptions
 from .replay import SIDES
-from .result import ValidationReport
+from .result import ValidationReport, merged
 from .sides import open_against
 
 if TYPE_CHECKING:
@@ -103,6 +102,49 @@ def validate_components(
         prompts = _prompts(against.model, options, folder, trust_remote_code)
         report.rows.append((TOGETHER, together(parts, against.model, prompts, options.provider)))
     return report
+
+
+def validate_runners(
+    candidate: object, options: ValidationOptions, validate: Callable[[ValidationOptions], ValidationReport]
+) -> ValidationReport:
+    """Validate a candidate in each runtime of the options; one report with a verdict for each.
+
+    Args:
+        candidate: the candidate.
+        options: the options, with several runners.
+        validate: validates it with options that name one runner.
+    """
+    reports = {name: validate(dataclasses.replace(options, runners=(name,))) for name in options.runners}
+    report = merged(str(candidate), {name: _named(name, own) for name, own in reports.items()})
+    first = next(iter(reports.values()))
+    report.runners = {name: own.verdict for name, own in reports.items()}
+    report.settings = {**first.settings, **options.to_dict()}
+    report.refusals = first.refusals
+    return report
+
+
+def _named(runner: str, report: ValidationReport) -> ValidationReport:
+    """The report, the names of its norms and segments beginning with the runner's."""
+    norms = [
+        dataclasses.replace(check, norm=dataclasses.replace(check.norm, key=_key(runner, check.norm.key)))
+        for check in report.norms
+    ]
+    segments = [
+        dataclasses.replace(
+            segment,
+            name=f"{runner}: {segment.name}",
+            contains=[f"{runner}: {name}" for name in segment.contains],
+            end=None if segment.end is None else _key(runner, segment.end),
+        )
+        for segment in report.segments
+    ]
+    depth = [dataclasses.replace(point, key=_key(runner, point.key)) for point in report.depth]
+    return dataclasses.replace(report, norms=norms, segments=segments, depth=depth)
+
+
+def _key(runner: str, key: tuple[str, int]) -> tuple[str, int]:
+    path, call = key
+    return f"{runner}: {path}", call
 
 
 def _options(options: ValidationOptions, name: str, outputs: Sequence[str], folder: Path) -> ValidationOptions:

@@ -260,7 +260,7 @@ def match_norms(
     problems = access.problems if access is not None else {}
     if not present and not problems:
         note = f"{candidate.name} has no metadata that identify its norms, so only its outputs were compared"
-        return MatchedNorms(notes=[note] if called else [])
+        return MatchedNorms(notes=[note] if called and not candidate.no_norms else [])
     refused = {row["path"]: row["reason"] for row in candidate.manifest.get("refusals", ())}
     lost, notes = set(), []
     for key in (key for key in called if key not in present):

@@ -1,10 +1,14 @@
-"""The report of a validation (`ValidationReport`): its verdict, the evidence for it, and the settings of the run."""
+"""The report of a validation (`ValidationReport`): its verdict, the evidence for it, and the settings of the run.
+
+`merged` is one report of several: of the models of a folder, or of the runtimes that ran one model.
+"""
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -259,3 +263,53 @@ def _share(noun: str, passed: list[bool | None]) -> str:
     if not passed:
         return ""
     return f"{sum(map(bool, passed))} of {len(passed)} {noun}{'s' * (len(passed) > 1)}"
+
+
+def merged(name: str, reports: Mapping[str, ValidationReport], hint: str = "") -> ValidationReport:
+    """One report with the parts of all.
+
+    Args:
+        name: what was validated.
+        reports: the reports by name, which the rows and notes of each begin with.
+        hint: see `ValidationReport`.
+    """
+    first = next(iter(reports.values()))
+    unchecked = {part: [report.unchecked] for part, report in reports.items() if report.unchecked}
+    nowhere = len(unchecked) == len(reports)
+    notes = {
+        part: [
+            *report.notes,
+            *([f"no norm was checked: {report.unchecked}"] if report.unchecked and not nowhere else []),
+        ]
+        for part, report in reports.items()
+    }
+    hints = [hint] if hint else []
+    return ValidationReport(
+        name,
+        rows=[(f"{part}: {case}", row) for part, report in reports.items() for case, row in report.rows],
+        norms=_chained(report.norms for report in reports.values()),
+        segments=_chained(report.segments for report in reports.values()),
+        depth=_chained(report.depth for report in reports.values()),
+        notes=[*hints, *_joined(notes)],
+        warnings=_joined({part: report.warnings for part, report in reports.items()}),
+        untried=_joined({part: report.untried for part, report in reports.items()}),
+        deviations=list({str(row): row for report in reports.values() for row in report.deviations}.values()),
+        provenance={
+            **first.provenance,
+            "candidate": {part: report.provenance.get("candidate") for part, report in reports.items()},
+        },
+        schema=first.schema,
+        unchecked="; ".join(_joined(unchecked)) if nowhere else "",
+        hint=hint,
+    )
+
+
+def _chained(lists: Iterable[list[Any]]) -> list[Any]:
+    return list(itertools.chain.from_iterable(lists))
+
+
+def _joined(texts: Mapping[str, Sequence[str]]) -> list[str]:
+    """The texts of all models; one that all have is there once, and the others begin with the model's name."""
+    shared = [text for text in next(iter(texts.values())) if all(text in own for own in texts.values())]
+    own = [f"{name}: {text}" for name, found in texts.items() for text in found if text not in shared]
+    return [*dict.fromkeys(shared), *own]
