@@ -73,13 +73,15 @@ def ensure_creators(trt: Any, file: EngineFile, library: Path | None = None) -> 
         _KEPT[trt.__name__] = plugins = Plugins(trt, ())
         plugins.register()
         return
+    if library is not None and not library.is_file():
+        raise UsageError(f"{library} does not exist; expected the plugin's library. Build it: rmsnorm plugin build.")
     places = [library, Path(plugin["library"]) if plugin.get("library") else None, plugin_library.find_library()]
-    found = next((place for place in places if place is not None and (place.is_file() or place is library)), None)
+    found = next((place for place in places if place is not None and place.is_file()), None)
     if found is not None:
         load_library(trt, found)
     elif file.record:
         raise EnvironmentMissingError(
             f"{file.path}: {file.record.get('plugin_layers')} of its norms are run by the plugin's C++ library, and it "
             f"is not there: expected {plugin['library']} or {plugin_library.default_folder()}. Build it (rmsnorm "
-            "plugin build), or name it (--plugin-library FILE)."
+            f"plugin build), or name it with the environment variable {plugin_library.LIBRARY_VARIABLE}."
         )

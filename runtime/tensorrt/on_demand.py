@@ -212,12 +212,9 @@ def _info(value: ValueInfoProto) -> TensorInfo:
     import onnx
 
     kind = value.type.tensor_type
-    try:
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
-    except (KeyError, TypeError) as error:
-        raise UnsupportedError(
-            f"{value.name}: expected a tensor of numbers, got ONNX's type {kind.elem_type}."
-        ) from error
+    if kind.elem_type in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING):
+        raise UnsupportedError(f"{value.name}: expected a tensor of numbers, got ONNX's type {kind.elem_type}.")
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
     if not kind.HasField("shape"):
         return TensorInfo(value.name, dtype, None)
     shape = tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in kind.shape.dim)

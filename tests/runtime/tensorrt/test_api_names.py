@@ -8,6 +8,7 @@ API's objects, the arguments of calls, and the methods that our classes override
 from __future__ import annotations
 
 import ast
+import inspect
 import itertools
 import math
 import re
@@ -22,9 +23,10 @@ import pytest
 from rmsnorm_deploy.plugins import contract
 from rmsnorm_deploy.runtime.engines import messages
 from rmsnorm_deploy.runtime.engines.api import FLAVORS, RUNTIMES, flavor_of, is_installed, version_of
-from tests.helpers.tensorrt import lean_tensorrt
+from tests.helpers.tensorrt import lean_tensorrt, stand_in
 
 ROOT: Final = Path(__file__).parents[3]
+ENGINES: Final = "runtime/engines"
 FOLDERS: Final = ("runtime/tensorrt", "runtime/engines", "plugins/tensorrt")
 WORKER, API, CREATORS = "runtime/tensorrt/worker.py", "runtime/engines/api.py", "plugins/tensorrt/creators.py"
 QUICK: Final = "plugins/tensorrt/quick.py"
@@ -415,6 +417,54 @@ def test_the_properties_that_a_plugin_has_to_set_are_set(name: str, names: dict[
         assert known[member]["kind"] == "property", member
         assert known[member]["settable"], member
     assert set(known) >= STATE[name]
+
+
+# The stand-in of the runtime: it answers as the bindings do, to the calls that they have
+
+STAND_IN: Final = (stand_in.Runtime, stand_in.ICudaEngine, stand_in.IExecutionContext, stand_in.IRuntimeConfig)
+ENUMERATIONS: Final = (
+    stand_in.TensorIOMode, stand_in.TensorLocation, stand_in.DataType, stand_in.EngineValidity,
+    stand_in.CudaGraphStrategy,
+)  # fmt: skip
+# What the stand-in has for itself.
+OWN: Final = {"fails"}
+
+
+@pytest.mark.parametrize("kind", STAND_IN, ids=lambda kind: kind.__name__)
+def test_the_stand_in_has_the_signatures_of_the_bindings(kind: type, product: str, names: dict[str, Any]) -> None:
+    members = names[kind.__name__]["members"]
+    checked = 0
+    for name, value in vars(kind).items():
+        if (
+            name.startswith("_")
+            or name in OWN
+            or (product, (kind.__name__, name)) in {("tensorrt", k) for k in RTX_ONLY}
+        ):
+            continue
+        if isinstance(value, property):
+            assert members[name]["kind"] == "property", name
+        else:
+            overloads = [[row[0] for row in overload] for overload in signatures(name, members[name]["doc"])]
+            assert list(inspect.signature(value).parameters)[1:] in overloads, (name, overloads)
+        checked += 1
+    assert checked or kind is stand_in.IRuntimeConfig
+
+
+@pytest.mark.parametrize("kind", ENUMERATIONS, ids=lambda kind: kind.__name__)
+def test_the_stand_in_has_the_members_of_the_bindings(kind: Any, product: str, names: dict[str, Any]) -> None:
+    if (kind.__name__, None) in RTX_ONLY and product != "rtx":
+        assert kind.__name__ not in names
+        return
+    assert {member.name for member in kind} <= set(names[kind.__name__]["members"])
+
+
+def test_the_stand_in_has_every_call_of_ours() -> None:
+    """What `runtime/engines` asks of the bindings' objects is what the stand-in answers."""
+    by_name = {kind.__name__: kind for kind in STAND_IN}
+    asked = {(use.owner, use.member) for use in all_uses() if use.owner in by_name and use.place.startswith(ENGINES)}
+    assert len(asked) > 18
+    missing = [(owner, member) for owner, member in asked if member and member not in dir(by_name[owner])]
+    assert set(missing) <= {("IRuntimeConfig", "cuda_graph_strategy")}  # set when it is made
 
 
 # The collector itself
