@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ...models.errors import EnvironmentMissingError
+from .printed import runner_rows
 from .text import clean, command, exact, label, percent, plain, short, write_text
 
 if TYPE_CHECKING:
@@ -135,6 +136,8 @@ def _view(report: Mapping[str, Any], plots: ModuleType) -> dict[str, Any]:
         "kind": _KINDS[report["verdict"]],
         "model": report.get("model"),
         "summary": report.get("summary"),
+        "runners": list(report.get("runners") or ()),
+        "runner_rows": runner_rows(report) if report.get("runners") else [],
         "outputs": outputs,
         "logits": any(row["figures"]["top1_agreement"] is not None for row in outputs),
         "norms": norms,

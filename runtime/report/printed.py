@@ -60,17 +60,18 @@ def print_validation(
 
 def _print_runners(page: Page, report: Mapping[str, Any]) -> None:
     """One row for each output, with the worst verdict and the largest error of each runtime."""
-    runners = list(report["runners"])
-    page.table(("in each runtime", *runners), [("verdict", *report["runners"].values()), *_by_runner(report, runners)])
+    page.table(("in each runtime", *report["runners"]), runner_rows(report))
     page.line()
 
 
-def _by_runner(report: Mapping[str, Any], runners: Sequence[str]) -> list[tuple[str, ...]]:
+def runner_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The verdict of each runtime that ran the candidate; and for each output its worst verdict and largest error."""
+    runners = list(report["runners"])
     found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for row in report["outputs"]:
         runner = row["case"].partition(": ")[0]
         found.setdefault(_PLACE.sub("*", row["name"]), {}).setdefault(runner, []).append(row)
-    rows = []
+    rows: list[tuple[str, ...]] = [("verdict", *report["runners"].values())]
     for name, groups in found.items():
         worst = [max(groups.get(runner, ()), key=_rank, default=None) for runner in runners]
         cells = ["-" if row is None else " ".join(_judged(row)[:2]) for row in worst]

@@ -101,20 +101,21 @@ def _of_engine(exported: Exported, runner: str | None, options: ValidationOption
     model = path if file is None else file.model
 
     def norms(_feeds: Mapping[str, Array]) -> OnnxNorms:
-        if file is not None:
-            _check_model(file)
         assert model is not None
         return OnnxNorms(model, CPU_NAME, options.window, lambda data, folder: BuiltOnDemand(data, build, folder))
 
+    is_deep = options.deep or options.bisect
+    if file is not None and is_deep:
+        _check_model(file)
     shallow = "an engine shows its outputs; --deep builds engines whose norms are marked, and checks those"
     return Candidate(
         str(path),
         lambda: open_model(exported, runner, options.provider),
-        norms if options.deep else None,
+        norms if is_deep else None,
         exported.manifest,
         SizeLimits() if exported.is_engine and not exported.manifest else _limits(exported),
         runtime="tensorrt",
-        no_norms="" if options.deep else shallow,
+        no_norms="" if is_deep else shallow,
     )
 
 

@@ -84,6 +84,7 @@ class Behavior:
         refused: names of methods that fail once.
         executions: how many there were.
         most_at_once: how many were at work at the same time.
+        change: makes another value of an output, given its name, as a wrong kernel would.
         allocated: sizes that allocators were asked for.
     """
 
@@ -98,6 +99,7 @@ class Behavior:
         self.refused: set[str] = set()
         self.executions = self.at_once = self.most_at_once = 0
         self.allocated: list[int] = []
+        self.change: Callable[[str, np.ndarray], np.ndarray] = lambda _name, value: value
         self.lock = threading.Lock()
         self.records: dict[str, EngineFile] = {}
         self.graphs: list[Any] = []
@@ -271,7 +273,8 @@ class IExecutionContext:
             feeds = {name: self._read(name) for name in self.engine.input_names}
             results = self.engine.session.run(feeds)
             time.sleep(behavior.seconds)
-            return all(self._write(name, value, stream_handle) for name, value in results.items())
+            changed = {name: behavior.change(name, value) for name, value in results.items()}
+            return all(self._write(name, value, stream_handle) for name, value in changed.items())
         finally:
             with behavior.lock:
                 behavior.at_once -= 1
