@@ -29,6 +29,8 @@ _BITS = {
     "FLOAT6E3M2": 6,
     "STRING": 0,
 }
+# File names by which programs mark engines of TensorRT.
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 # A protobuf message cannot be larger.
 LARGEST_MODEL = (1 << 31) - 1
 
@@ -115,6 +117,10 @@ def read_model(source: str | os.PathLike[str] | bytes, weights_folder: Path | No
     try:
         model = onnx.load_model_from_string(data)
     except Exception as error:  # protobuf's DecodeError, for which onnx has no public name
+        if path is not None and path.suffix.lower() in ENGINE_SUFFIXES:
+            raise UsageError(
+                f"{where} is an engine; expected an ONNX model. Name the .onnx file or the folder it was built from."
+            ) from error
         raise UsageError(f"{where}: not an ONNX model, or a truncated one: {error}.") from error
     if not model.HasField("graph"):
         raise UsageError(f"{where}: not an ONNX model: it has no graph.")

@@ -98,6 +98,12 @@ def find_library() -> Path | None:
     return place if place.is_file() else None
 
 
+def default_registering_library() -> Path:
+    """The library that registers itself, beside the default one: the path that it has if it exists."""
+    found = find_library()
+    return (default_folder() if found is None else found.absolute().parent) / REGISTERING_NAME
+
+
 def find_nvrtc() -> Path | None:
     """Path of the NVRTC that was installed with pip; None to let the system's loader find another one."""
     for module, pattern in (("nvidia.cu13", "lib/libnvrtc.so.*"), ("nvidia.cuda_nvrtc", "lib/libnvrtc.so.*")):

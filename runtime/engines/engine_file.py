@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...export.onnx_io.owned_files import sha256
+from ...export.onnx_io.read_model import ENGINE_SUFFIXES
 from ...models.errors import EnvironmentMissingError, UsageError
 from ...models.regular_files import read_json, regular_size
 from .api import FLAVORS, RUNTIMES, RuntimeName, flavor_name, flavor_of, is_installed
 
 SCHEMA: Final = "rmsnorm_deploy.engine/1"
-# File names by which programs mark engines; an engine with a record of this package may have any name.
-SUFFIXES: Final = (".engine", ".plan", ".trt")
 
 
 def record_of(place: Path) -> Path:
@@ -36,7 +35,7 @@ def read_record(place: Path) -> dict[str, Any] | None:
 
 def is_engine(place: Path) -> bool:
     """Whether a path names an engine: by the record beside it, or by its suffix."""
-    return not place.is_dir() and (read_record(place) is not None or place.suffix.lower() in SUFFIXES)
+    return not place.is_dir() and (read_record(place) is not None or place.suffix.lower() in ENGINE_SUFFIXES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 html: `render` and `write`, one HTML page.
 junit: `render` and `write`, JUnit XML for CI systems.
 plots: `depth` and `histogram`, the plots of the HTML page as SVG.
+norm_providers: which execution providers ran the norms, as lines of a report.
 printed: tables and lines of a validation, a comparison and a risk report.
 text: numbers and names as text, and `write_text`.
 report_fields: the types of a report's fields.

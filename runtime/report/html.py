@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ...models.errors import EnvironmentMissingError
+from .norm_providers import cpu_notes, norm_lines
 from .printed import runner_rows
 from .text import clean, command, exact, label, percent, plain, short, write_text
 
@@ -122,6 +123,7 @@ def _view(report: Mapping[str, Any], plots: ModuleType) -> dict[str, Any]:
         "deviations",
     )
     view: dict[str, Any] = {name: report.get(name) or [] for name in ("outputs", *lists)}
+    view["notes"] = [*view["notes"], *norm_lines(report), *cpu_notes(report)]
     norms = [_norm(row) for row in view["norms"]]
     anchors = {row["path"]: f"norm-{place}" for place, row in reversed(list(enumerate(norms, 1))) if not row["passed"]}
     culprits = [{**row, "anchor": anchors.get(row["name"])} for row in view["culprits"]]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ...models.errors import few
+from .norm_providers import cpu_notes, norm_lines
 from .page import Page, TextPage
 from .text import counted, label, verdict_word
 
@@ -47,7 +48,9 @@ def print_validation(
     )
     for row in report["unjudged"]:
         page.line(f"cannot be judged: {few(row['parts'])}: {row['reason']}")
-    for note in dict.fromkeys(report["notes"]):
+    for text in norm_lines(report):
+        page.line(text)
+    for note in dict.fromkeys([*report["notes"], *cpu_notes(report)]):
         page.line(f"note: {note}")
     for kind in report["untried"]:
         page.line(f"not tried: {kind}")

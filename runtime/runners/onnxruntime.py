@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import ml_dtypes
 import numpy as np
@@ -21,10 +21,23 @@ from ...export.onnx_io.atomic_files import new_file
 from ...export.onnx_io.read_model import ModelFile, read_model
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
 from ...models.versions import too_old
-from ...plugins import contract
 from .base import Array, TensorInfo, check_feeds, describe_feeds
-from .ort_graph import file_record, input_dtypes, op_counts
-from .providers import CPU, chosen_providers
+from .ort_assignment import (
+    COMPILING,
+    RECORD,
+    NodeRun,
+    norm_assignment,
+    norms_in,
+    optimized_nodes,
+    profiled_nodes,
+    recorded_nodes,
+)
+from .ort_errors import cause_of, load_error
+from .ort_graph import file_record, has_large_weights, op_counts
+from .providers import chosen_providers, open_session, with_plugin_library
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 # onnxruntime's names of the element types that this runner supports, and numpy's.
 _DTYPES = {
@@ -47,19 +60,10 @@ _OPTIONS = (
     "inter_op_num_threads",
     "optimized_model_path",
     "repack_weights",
+    "profile_norms",
 )
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _NO_PREPACKING = "session.disable_prepacking"
-# The domains of the operators that ONNX Runtime has kernels for.
-_OWN_DOMAINS = (
-    "ai.onnx",
-    "ai.onnx.ml",
-    "ai.onnx.preview.training",
-    "com.microsoft",
-    "com.microsoft.nchwc",
-    "com.ms.internal.nhwc",
-)
-_PLUGIN_OPS = {f"{domain}:{name}" for domain in (contract.DOMAIN, contract.ORT_DOMAIN) for name in contract.INPUTS}
 _SILENT = 4  # log fatal messages only: every error is raised as an exception as well
 
 
@@ -94,7 +98,8 @@ class OrtRunner:
         session_options: `graph_optimization_level` (disabled, basic, extended, all), `intra_op_num_threads`,
             `inter_op_num_threads`, `optimized_model_path` (the file for the optimized graph), and `repack_weights`
             (default True: kernels get a copy of the weights in their own layout; if False, a large file opens faster
-            and takes less memory, and runs slower).
+            and takes less memory, and runs slower), and `profile_norms` (default False: profile the first run, for
+            the operators that compute each norm, see `norm_assignment`).
         io_binding: run through the session's IO binding, which places the inputs on the device before the run; the
             results are the same.
         weights_folder: folder of the external data of a model given as bytes; None if it has none.
@@ -124,6 +129,10 @@ class OrtRunner:
         self._weights_folder = weights_folder
         file = read_model(source, weights_folder)
         self._where, self._path, self._external_files = file.where, file.path, file.external_files
+        self._provider_options = with_plugin_library(self._provider_options, file.model, file.where)
+        self._norms = norms_in(file.model)
+        self._profiling = bool(self._norms and self._session_options.get("profile_norms"))
+        self._nodes: list[NodeRun] | None = None
         self._session: Any = self._open(ort, file, source)
         open_rank = {v.name for v in file.model.graph.input if not v.type.tensor_type.HasField("shape")}
         self._inputs = _infos(self._session.get_inputs(), self._where, open_rank)
@@ -141,6 +150,8 @@ class OrtRunner:
 
     def close(self) -> None:
         """Release the session and its memory."""
+        if self._session is not None and self._profiling:
+            self._end_profile(self._session)
         self._session = None
 
     def inputs(self) -> list[TensorInfo]:
@@ -172,11 +183,26 @@ class OrtRunner:
             )
         except Exception as error:
             kind = UnsupportedError if type(error).__name__ == "NotImplemented" else UsageError
-            raise kind(f"{self._where}: onnxruntime failed on {describe_feeds(feeds)}: {_cause(error)}") from error
+            raise kind(f"{self._where}: onnxruntime failed on {describe_feeds(feeds)}: {cause_of(error)}") from error
+        if self._profiling:
+            self._end_profile(session)
         return {name: _to_array(value) for name, value in zip(names, results, strict=True)}
 
+    def norm_assignment(self) -> list[dict[str, Any]]:
+        """The execution provider of each norm of the file, and the operators that compute it; see `norm_assignment`.
+
+        The operators come from the profile of the first run with the session option `profile_norms`, and otherwise from
+        the optimized graph, for which a file up to 1 GiB is opened a second time, unless a provider compiles it.
+        """
+        session = self._opened()
+        if not self._norms:
+            return []
+        if self._nodes is None:
+            self._nodes = self._optimized(session)
+        return norm_assignment(self._norms, recorded_nodes(session), self._nodes)
+
     def provenance(self) -> dict[str, Any]:
-        """Versions, requested and used providers, options, and the hash of every file.
+        """Versions, requested and used providers, options, the providers of the norms, and the hash of every file.
 
         Raises:
             UsageError: the runner is closed.
@@ -198,6 +224,7 @@ class OrtRunner:
             "provider_options": session.get_provider_options(),
             "session_options": {k: v if isinstance(v, int) else str(v) for k, v in self._session_options.items()},
             "io_binding": self._io_binding,
+            "norms": self.norm_assignment(),
             **self._files,
         }
 
@@ -206,21 +233,42 @@ class OrtRunner:
             raise UsageError(f"{self._where}: the runner is closed.")
         return self._session
 
+    def _end_profile(self, session: Any) -> None:
+        """Read the profile of the run that has ended; later runs are not profiled."""
+        self._profiling = False
+        profile = Path(session.end_profiling())
+        self._nodes = profiled_nodes(profile)
+        profile.unlink()
+        profile.parent.rmdir()
+
+    def _optimized(self, session: Any) -> list[NodeRun]:
+        """The nodes of the optimized graph; none if it would take long to make."""
+        if self._path is None or has_large_weights([self._path, *self._external_files]):
+            return []
+        if any(name in COMPILING for name in session.get_providers()):
+            return []
+        level = str(self._session_options.get("graph_optimization_level", "all"))
+        try:
+            return optimized_nodes(_optimized_graph(self._path, self._providers, level, self._provider_options))
+        except RmsnormDeployError:
+            return []
+
     def _open(self, ort: ModuleType, file: ModelFile, source: str | os.PathLike[str] | bytes) -> Any:
         path = source if isinstance(source, bytes) else _utf8(source, self._where)
         with _session_options(ort, self._session_options, file) as options:
+            if self._norms:
+                options.add_session_config_entry(RECORD, "1")
+            if self._profiling:
+                options.enable_profiling = True
+                options.profile_file_prefix = str(Path(tempfile.mkdtemp(prefix="rmsnorm-")) / "profile")
             if self._weights_folder is not None:
                 options.add_session_config_entry(_WEIGHTS_FOLDER, _utf8(self._weights_folder, self._where))
             try:
-                session = ort.InferenceSession(
-                    path,
-                    options,
-                    providers=list(self._providers),
-                    provider_options=[self._provider_options[name] for name in self._providers],
-                    enable_fallback=0,
-                )
+                session = open_session(ort, path, options, self._provider_options)
+            except RmsnormDeployError:
+                raise
             except Exception as error:
-                raise _load_error(error, ort, file, self._providers) from error
+                raise load_error(error, ort, file, self._providers) from error
         used = session.get_providers()
         unused = [name for name in self._providers if name not in used]
         if unused:
@@ -250,13 +298,22 @@ def optimized_op_counts(
     Raises:
         RmsnormDeployError: as in `OrtRunner`.
     """
+    return op_counts(_optimized_graph(path, providers, level))
+
+
+def _optimized_graph(
+    path: str | os.PathLike[str],
+    providers: Sequence[str] | None,
+    level: str,
+    provider_options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> ModelProto:
     import onnx
 
     with tempfile.TemporaryDirectory(prefix="rmsnorm-") as folder:
         target = Path(folder) / "optimized.onnx"
-        options = {"graph_optimization_level": level, "optimized_model_path": target}
-        OrtRunner(path, providers=providers, session_options=options).close()
-        return op_counts(onnx.load(target, load_external_data=False))
+        options = {"graph_optimization_level": level, "optimized_model_path": target, "repack_weights": False}
+        OrtRunner(path, providers=providers, provider_options=provider_options, session_options=options).close()
+        return onnx.load(target, load_external_data=False)
 
 
 @contextmanager
@@ -334,58 +391,6 @@ def _run_bound(session: Any, values: Mapping[str, Any], names: Sequence[str]) ->
         binding.bind_output(name, "cpu")
     session.run_with_iobinding(binding)
     return binding.get_outputs()
-
-
-def _cause(error: BaseException) -> str:
-    """onnxruntime's message without its code, source lines and padding."""
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
-    return re.sub(r"/onnxruntime_src/\S+ ", "", text)
-
-
-def _load_error(error: Exception, ort: ModuleType, file: ModelFile, providers: list[str]) -> RmsnormDeployError:
-    """The error to raise for a session that could not be created."""
-    cause, version = _cause(error), f"onnxruntime {ort.__version__}"
-    missing = re.search(r"implementation for (\S+)\(\d+\) node with name '(.*?)'", cause)
-    if missing:
-        op, node = missing.groups()
-        dtypes = " and ".join(input_dtypes(file.model, op, node))
-        advice = "Export the model in float16 or float32" if "bfloat16" in dtypes else "Export with another target"
-        return UnsupportedError(
-            f"{file.where}: {version} has no kernel for {op} (node {node or 'without name'})"
-            f"{f' on {dtypes}' if dtypes else ''} in {', '.join(providers)}. {advice}, or run it on another provider."
-        )
-    fused = re.search(r"Failed to find kernel for (\w+)\(\d+\) \(node:'(\S*?/(\w+Fusion))/?'", cause)
-    if fused:
-        op, node, fusion = fused.groups()
-        return UnsupportedError(
-            f"{file.where}: {version} itself fuses operators into {op} (node {node}), for which {', '.join(providers)} "
-            "has no kernel in this dtype. Export with --target standard or --target ort, which have no operators to "
-            f"fuse, or open the file with InferenceSession(..., disabled_optimizers=[{fusion!r}])."
-        )
-    unknown = re.search(r"(\S+?)\(-?\d+\) is not a registered function/op|No Op registered for (\S+)", cause)
-    if unknown:
-        name = unknown.group(1) or unknown.group(2)
-        domain = name.rpartition(":")[0]
-        advice = "Install a newer onnxruntime, or export for a target whose ops it supports"
-        if domain and domain not in _OWN_DOMAINS:
-            advice = (
-                f"The domain {domain} is not one of ONNX Runtime's: the op is in a library of whoever wrote the file. "
-                "Nothing can be judged without it: load that library in a runner of your own, and give the runner "
-                "(from Python), or export with operators of ONNX"
-            )
-        if name in _PLUGIN_OPS:
-            advice = (
-                "The file has plugin nodes without the local functions that ONNX Runtime requires: it was written "
-                "with --no-function or --ort-trt, for TensorRT. Write it without that option to run it here"
-            )
-        return UnsupportedError(f"{file.where}: {version} does not know the op {name}: {cause}. {advice}.")
-    if re.search(r"is under development|Unsupported model IR version", cause):
-        return UnsupportedError(
-            f"{file.where}: too new for {version}: {cause}. Install a newer onnxruntime, or export at a lower opset."
-        )
-    if isinstance(error, (RuntimeError, ValueError)) and providers != [CPU]:
-        return EnvironmentMissingError(f"{file.where}: {version} could not set up {', '.join(providers)}: {cause}")
-    return UsageError(f"{file.where}: {version} cannot load this model: {cause}")
 
 
 def _utf8(path: str | os.PathLike[str], where: str) -> str:

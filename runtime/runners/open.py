@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, overload
 from ...models.errors import UsageError
 from ..engines.engine_file import is_engine
 from .base import DecoderSession, OnnxSession, Runner
+from .ort_graph import has_large_weights as has_large_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 # The default of `provider`, which only files for ONNX Runtime have.
 CPU_NAME: Final = "cpu"
-# If a model has more bytes of weights than this, repacking them for the kernels takes longer than a run.
-_LARGE_FILES = 1 << 30
 
 
 @overload
@@ -37,7 +36,7 @@ def open_runner(source: Source, provider: str | Sequence[str] = CPU_NAME, **opti
 
     Args:
         source: an .onnx file's path, an ONNX model's bytes, an engine's path, or a PyTorch module.
-        provider: for ONNX, the execution provider (`cpu`, `cuda`, `tensorrt` or a full name; with options as in
+        provider: for ONNX, the execution provider (`cpu`, `cuda`, `tensorrt`, `rtx` or a full name; with options as in
             `cuda:use_tf32=0`), or several in order of preference. A PyTorch module runs where its parameters are, and
             an engine in the TensorRT that built it.
         options: further arguments of the backend's own runner, see `OrtRunner`, `TensorRTRunner` and
@@ -72,8 +71,3 @@ def open_runner(source: Source, provider: str | Sequence[str] = CPU_NAME, **opti
         "expected an .onnx file's path, an ONNX model's bytes, an engine's path or a PyTorch module to run, got "
         f"{type(source).__name__}."
     )
-
-
-def has_large_weights(files: Sequence[Path]) -> bool:
-    """Whether these files are larger than 1 GiB in total, so that a single run is faster without repacked weights."""
-    return sum(file.stat().st_size for file in files) > _LARGE_FILES

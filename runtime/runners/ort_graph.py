@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,14 @@ from ...export.onnx_io.read_model import graphs
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
+# If a model has more bytes of weights than this, repacking them for the kernels takes longer than a run.
+_LARGE_FILES = 1 << 30
+
+
+def has_large_weights(files: Sequence[Path]) -> bool:
+    """Whether these files are larger than 1 GiB in total, so that a single run is faster without repacked weights."""
+    return sum(file.stat().st_size for file in files) > _LARGE_FILES
 
 
 def file_record(path: Path) -> dict[str, Any]:

@@ -125,14 +125,15 @@ class BuiltOnDemand:
         return self._fitting({name: array.shape for name, array in feeds.items()}).run(feeds, outputs)
 
     def provenance(self) -> dict[str, Any]:
-        """That of the engine, and how many were built.
+        """That of the last engine, without its temporary files, and how many were built.
 
         Raises:
             UsageError: nothing has run yet.
         """
         if self._runner is None:
             raise UsageError(f"{self._where}: expected a run before its provenance; no engine is built yet.")
-        return {**self._runner.provenance(), "built_on_demand": self._builds}
+        found = self._runner.provenance()
+        return {**found, "engine": {"built_on_demand": self._builds}, "model": {"path": self._where}}
 
     def _fitting(self, shapes: Mapping[str, tuple[int, ...]]) -> OnnxSession:
         """The engine, built again if a dim is outside of its profile."""

@@ -18,10 +18,11 @@ from rmsnorm_deploy.cli.commands.table import COMMANDS
 from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.export.from_torch.save import ExportResult
 from rmsnorm_deploy.export.lowering.table import TABLE, TARGETS
-from rmsnorm_deploy.runtime.doctor import Diagnosis, Surroundings, diagnose, look
+from rmsnorm_deploy.runtime.doctor import diagnose
 from rmsnorm_deploy.runtime.inputs.arrays import read_arrays
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 from tests.helpers.interface.command_line import CommandLine
+from tests.helpers.runtime.machines import CPU_MACHINE, GPU_MACHINE
 
 SITE_KEYS = {"path", "class", "spec", "width", "dtype", "parameters"}
 
@@ -299,109 +300,12 @@ def test_targets_markdown(rmsnorm: CommandLine) -> None:
 
 # --------------------------------------------------------------------------------------------------------- doctor
 
-HERE = Surroundings(
-    versions={"onnxruntime": "1.30.0", "onnxruntime-gpu": None, "transformers": "5.0.0"},
-    imports={"torch": "", "onnx": ""},
-    onnxruntime="1.30.0",
-    providers={"cpu": "", "cuda": "no cuda", "tensorrt": "no tensorrt"},
-    compiled=["CPUExecutionProvider"],
-    gpus=[],
-    torch_cuda=None,
-    tensorrt=None,
-    tensorrt_problem="tensorrt is not installed",
-)
-
-
-def _ways(diagnosis: Diagnosis, target: str) -> dict[str, tuple[bool, str, str]]:
-    return {w.name: (w.possible, "; ".join(w.missing), "; ".join(w.get)) for w in diagnosis.targets[target]}
-
-
-def test_doctor_on_a_cpu_machine() -> None:
-    diagnosis = diagnose(HERE)
-    for target in TARGETS:
-        ways = _ways(diagnosis, target)
-        assert ways["export"][0]
-        assert ways["onnxruntime cpu"][0]
-        assert not ways["onnxruntime cuda"][0]
-        assert "rmsnorm-deploy[gpu]" in ways["onnxruntime cuda"][2]
-        assert "tensorrt-cu13<11" in ways["onnxruntime tensorrt"][2]
-        assert diagnosis.can_run(target)
-    assert "SimplifiedLayerNormalization" in _ways(diagnosis, "ort")["tensorrt"][1]
-
-
-def test_doctor_distinguishes_building_from_running() -> None:
-    """TensorRT-RTX builds without a GPU; but it cannot run a model here."""
-    problems = dict.fromkeys(HERE.providers, "onnxruntime is not installed")
-    alone = dataclasses.replace(HERE, onnxruntime=None, providers=problems, compiled=[], rtx="1.7.1.116")
-    diagnosis = diagnose(alone)
-    for target in TARGETS:
-        assert _ways(diagnosis, target)["tensorrt-rtx build"][0]
-        assert not diagnosis.can_run(target)
-    possible, missing, get = _ways(diagnose(HERE), "plugin")["tensorrt-rtx build"]
-    assert (possible, missing, get) == (False, "tensorrt_rtx is not installed", 'pip install "rmsnorm-deploy[rtx]"')
-    old = _ways(diagnose(dataclasses.replace(HERE, rtx="1.4.0")), "plugin")["tensorrt-rtx build"]
-    assert old[0] is False
-    assert "requires tensorrt-rtx 1.7, and this is 1.4.0" in old[1]
-
-
-def test_doctor_without_onnxruntime() -> None:
-    problems = dict.fromkeys(HERE.providers, "onnxruntime is not installed")
-    diagnosis = diagnose(dataclasses.replace(HERE, onnxruntime=None, providers=problems, compiled=[]))
-    assert not any(diagnosis.can_run(target) for target in TARGETS)
-    possible, missing, get = _ways(diagnosis, "primitives")["onnxruntime cpu"]
-    assert (possible, missing, get) == (False, "onnxruntime is not installed", 'pip install "rmsnorm-deploy[cpu]"')
-
-
-def test_doctor_with_everything() -> None:
-    everything = dataclasses.replace(
-        HERE,
-        providers=dict.fromkeys(HERE.providers, ""),
-        compiled=["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
-        gpus=["a GPU"],
-        torch_cuda="13.0",
-        tensorrt="11.1.0",
-        tensorrt_problem="",
-        rtx="1.7.1.116",
-    )
-    diagnosis = diagnose(everything)
-    assert all(way.possible for target in ("primitives", "standard", "plugin") for way in diagnosis.targets[target])
-    assert diagnosis.warnings == []
-
-
-def test_doctor_finds_old_versions_and_clashes() -> None:
-    old = dataclasses.replace(
-        HERE,
-        onnxruntime="1.20.1",
-        versions={"onnxruntime": "1.20.1", "onnxruntime-gpu": "1.20.1", "transformers": None},
-        imports={"torch": "torch is not installed"},
-        gpus=["a GPU"],
-        tensorrt="10.9.0",
-        tensorrt_problem="",
-    )
-    diagnosis = diagnose(old)
-    assert "requires onnxruntime 1.23, and this is 1.20.1" in _ways(diagnosis, "ort")["onnxruntime cpu"][1]
-    assert "requires tensorrt 10.15, and this is 10.9.0" in _ways(diagnosis, "standard")["tensorrt"][1]
-    assert _ways(diagnosis, "plugin")["tensorrt"][0]
-    assert _ways(diagnosis, "plugin")["export"][1] == "torch is not installed"
-    assert len(diagnosis.warnings) == 2
-
-
-@pytest.mark.parametrize(("status", "wanted"), [(0, ["NVIDIA H200, 143771 MiB, 580.1"]), (9, [])])
-def test_doctor_asks_nvidia_smi(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, wanted: list[str]
-) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\necho 'NVIDIA H200, 143771 MiB, 580.1'\nexit {status}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert look().gpus == wanted
-
 
 def test_doctor_here(rmsnorm: CommandLine) -> None:
     outcome = rmsnorm("doctor", "--json")
     assert outcome.code == 0
     content = outcome.json
-    assert content["schema"] == "rmsnorm_deploy.doctor/1"
+    assert content["schema"] == "rmsnorm_deploy.doctor/2"
     assert content["onnxruntime"]["providers"]["cpu"] == {"works": True, "problem": ""}
     assert all(content["targets"][target]["can_export"] for target in TARGETS)
     outcome = rmsnorm("doctor", "--target", "ort")
@@ -410,14 +314,31 @@ def test_doctor_here(rmsnorm: CommandLine) -> None:
 
 
 def test_doctor_target_that_cannot_run(rmsnorm: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    problems = dict.fromkeys(HERE.providers, "onnxruntime is not installed")
-    diagnosis = diagnose(dataclasses.replace(HERE, onnxruntime=None, providers=problems, compiled=[]))
+    problems = dict.fromkeys(CPU_MACHINE.providers, "onnxruntime is not installed")
+    diagnosis = diagnose(dataclasses.replace(CPU_MACHINE, onnxruntime=None, providers=problems, compiled=[]))
     monkeypatch.setattr("rmsnorm_deploy.runtime.doctor.examine", lambda progress: diagnosis)
     assert rmsnorm("doctor").code == 0
     outcome = rmsnorm("doctor", "--target", "ort")
     assert outcome.code == 4
     assert 'pip install "rmsnorm-deploy[cpu]"' in outcome.out
     assert rmsnorm("doctor", "--target", "nosuch").code == 2
+
+
+def test_doctor_prints_a_machine_with_a_gpu(rmsnorm: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rmsnorm_deploy.runtime.doctor.examine", lambda progress: diagnose(GPU_MACHINE))
+    lines = [line.strip() for line in rmsnorm("doctor").out.splitlines()]
+    for line in (
+        "driver: 580.65, for CUDA up to 13.0",
+        "a GPU (sm_90): TensorRT supports it, TensorRT-RTX does not support it",
+        "TensorRT for Python: 11.4.0 (full)",
+        "TensorRT plugin's library: /lib.so (current; TensorRT's headers 10.14; NVRTC 13.0)",
+        "library that registers itself, for ONNX Runtime's TensorRT provider: /register.so",
+        "plugins in Python: not available",
+        "target: plugin (TensorRT 11.4.0 runs the fused kernel with its C++ library)",
+    ):
+        assert line in lines
+    assert lines.count("creators of the plugin's library in its registry: RMSNorm, AddRMSNorm") == 2
+    assert "creators: RMSNorm, AddRMSNorm (namespace rmsnorm_deploy, version 1)" in lines
 
 
 # ----------------------------------------------------------------------------------------------------------- demo

@@ -57,17 +57,16 @@ def test_an_engine_is_run_as_its_folder_is(
     }  # fmt: skip
     np.savez(tmp_path / "x.npz", **feeds)
     results = {}
-    for name, source, more in (
-        ("engine", engine, ()),
-        ("file", made["out"], ()),
-        ("rtx", made["out"], ("--runner", "rtx")),
-    ):
-        outcome = rmsnorm(
-            "run", source, "--inputs", tmp_path / "x.npz", "-o", tmp_path / f"{name}.npz", *more, "--json"
-        )
+    sources: dict[str, tuple[Any, ...]] = {
+        "engine": (engine,), "file": (made["out"],), "rtx": (made["out"], "--runner", "rtx"),
+    }  # fmt: skip
+    for name, source in sources.items():
+        place = tmp_path / f"{name}.npz"
+        outcome = rmsnorm("run", *source, "--inputs", tmp_path / "x.npz", "-o", place, "--json")
         assert outcome.code == 0, outcome.err
         results[name] = np.load(place)["logits"]
-        assert outcome.json["provenance"]["runner"] == ("onnxruntime" if name == "file" else "tensorrt")
+        expected = "onnxruntime" if name == "file" else "tensorrt"
+        assert outcome.json["provenance"]["runner"] == expected
     assert np.array_equal(results["engine"], results["file"])
     assert np.array_equal(results["rtx"], results["file"])
     np.savez(tmp_path / "long.npz", **(feeds | {"input_ids": np.zeros((1, 25), np.int64)}))
@@ -117,7 +116,7 @@ def test_one_verdict_of_two_runtimes(
         (("validate", "ENGINE", "--provider", "cuda"), "expected no provider of ONNX Runtime for a run in TensorRT"),
         (("validate", "ENGINE", "--deep", "--outputs-only"), "deep checks norms and segments"),
         (("build", "ENGINE", "-o", "other.engine"), "is an engine; expected"),
-        (("inspect", "ENGINE"), "is an engine; expected"),
+        (("inspect", "ENGINE"), "qwen3.engine is a file. Give a folder with config.json"),
         (("rewrite", "ENGINE", "-o", "other"), "is an engine; expected"),
     ],
 )

@@ -63,7 +63,7 @@ Provider = Annotated[
     typer.Option(
         "--provider",
         metavar="NAME",
-        help="ONNX Runtime's execution provider: cpu, cuda or tensorrt; with options as in cuda:use_tf32=0.",
+        help="ONNX Runtime's execution provider: cpu, cuda, tensorrt or rtx; with options as in cuda:use_tf32=0.",
     ),
 ]
 Runner = Annotated[

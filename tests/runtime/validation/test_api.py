@@ -259,7 +259,7 @@ def test_a_large_file_is_opened_without_repacking_its_weights_again(
     exports: dict[str, Path], model: Residual, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = validate(exports["ort"], model)
-    monkeypatch.setattr("rmsnorm_deploy.runtime.runners.open._LARGE_FILES", -1)
+    monkeypatch.setattr("rmsnorm_deploy.runtime.runners.ort_graph._LARGE_FILES", -1)
     opened: list[Any] = []
     original = OrtRunner.__init__
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -44,19 +44,60 @@ def _print(screen: Screen, diagnosis: Diagnosis) -> None:
     screen.table(("package", "version"), versions)
     screen.line()
     screen.line("GPU: " + ("; ".join(content["gpus"]) or "none found"))
-    screen.line("TensorRT for Python: " + (content["tensorrt"]["version"] or content["tensorrt"]["problem"]))
-    screen.line(
-        "TensorRT-RTX for Python: " + (content["tensorrt_rtx"]["version"] or content["tensorrt_rtx"]["problem"])
-    )
-    library, toolchain = content["plugin"]["library"], content["plugin"]["toolchain_problem"]
-    get = toolchain or "build it with: rmsnorm plugin build"
-    screen.line(f"TensorRT plugin's library: {library or f'missing; {get}'}")
+    _print_driver(screen, content["driver"])
+    for title, key in (("TensorRT", "tensorrt"), ("TensorRT-RTX", "tensorrt_rtx")):
+        _print_product(screen, title, content[key])
+    _print_plugin(screen, content["plugin"])
     for name, provider in content["onnxruntime"]["providers"].items():
         screen.line(f"ONNX Runtime's provider {name}: {provider['problem'] or 'works'}")
+    screen.line()
+    screen.line(f"target: {content['suited']['target'] or 'none'} ({content['suited']['reason']})")
     screen.line()
     _print_ways(screen, diagnosis)
     for warning in diagnosis.warnings:
         screen.line(f"Warning: {warning}")
+
+
+def _print_driver(screen: Screen, driver: dict[str, Any]) -> None:
+    cuda = f", for CUDA up to {driver['cuda']}" if driver["cuda"] else ""
+    known = driver["version"] or ("of unknown version" if driver["cuda"] else "none found")
+    screen.line(f"driver: {known}{cuda}")
+    for gpu in driver["gpus"]:
+        fits = ", ".join(
+            f"{title} {'supports it' if gpu[key] else 'does not support it'}"
+            for title, key in (("TensorRT", "tensorrt"), ("TensorRT-RTX", "tensorrt-rtx"))
+        )
+        screen.line(f"  {gpu['name']} ({gpu['architecture']}): {fits}")
+
+
+def _print_product(screen: Screen, title: str, product: dict[str, Any]) -> None:
+    about = f"{product['version']} ({product['kind']})" if product["version"] else product["problem"]
+    if product["version"] is None and product["partial"]:
+        about += f"; only {', '.join(product['partial'])}"
+    screen.line(f"{title} for Python: {about}")
+    if product["version"] is not None:
+        names = ", ".join(creator["name"] for creator in product["creators"]) or "none"
+        problem = f" ({product['registry_problem']})" if product["registry_problem"] else ""
+        screen.line(f"  creators of the plugin's library in its registry: {names}{problem}")
+
+
+def _print_plugin(screen: Screen, plugin: dict[str, Any]) -> None:
+    if plugin["library"] is None:
+        get = plugin["toolchain_problem"] or "build it with: rmsnorm plugin build"
+        screen.line(f"TensorRT plugin's library: missing, expected {plugin['expected']}; {get}")
+    else:
+        state = "current" if plugin["is_current"] else "of another version, build it again: rmsnorm plugin build"
+        about = plugin["problem"] or (
+            f"{state}; TensorRT's headers {plugin['headers']}; "
+            f"{'NVRTC ' + plugin['nvrtc'] if plugin['nvrtc'] else 'no NVRTC, so its generic kernel'}"
+        )
+        screen.line(f"TensorRT plugin's library: {plugin['library']} ({about})")
+        names = ", ".join(creator["name"] for creator in plugin["creators"]) or "none"
+        screen.line(f"  creators: {names} (namespace {plugin['namespace']}, version {plugin['version']})")
+    other = plugin["registering"] or "missing"
+    screen.line(f"  library that registers itself, for ONNX Runtime's TensorRT provider: {other}")
+    python = f"available (NVRTC: {plugin['nvrtc_path'] or 'of the system'})" if plugin["python"] else "not available"
+    screen.line(f"  plugins in Python: {python}")
 
 
 def _print_ways(screen: Screen, diagnosis: Diagnosis) -> None:
