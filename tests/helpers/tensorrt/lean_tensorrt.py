@@ -23,18 +23,19 @@ REQUIREMENTS: Final = Path(__file__).parents[2] / "tensorrt-lean.txt"
 # Where `make install` puts the wheels.
 FOLDER: Final = Path(sys.prefix) / "tensorrt-lean"
 NEEDS: Final = f"needs gcc, x86-64 Linux, and the wheels of tests/{REQUIREMENTS.name} in {FOLDER} or from PyPI (45 MB)"
-BINDINGS, LIBRARIES, RUNTIME = "tensorrt_bindings", "tensorrt_lean_libs", "libnvinfer_lean.so.11"
+BINDINGS, LIBRARIES, RUNTIME = "tensorrt_bindings", "tensorrt_lean_libs", "libnvinfer_lean.so"
+_MAJOR: Final = "11"
 _INSTALL_SECONDS: Final = 300
 _RUN_SECONDS: Final = 120
 # Every symbol that the bindings import and the lean runtime does not have.
 SOURCES: Final = {
-    "libnvinfer.so.11": (
+    "libnvinfer.so": (
         "void *createInferBuilder_INTERNAL(void) { return 0; }\n"
         "void *createInferRefitter_INTERNAL(void) { return 0; }\n"
         "void *getBuilderPluginRegistry(void) { return 0; }\n"
     ),
-    "libnvinfer_plugin.so.11": "int initLibNvInferPlugins(void) { return 1; }\n",
-    "libnvonnxparser.so.11": (
+    "libnvinfer_plugin.so": "int initLibNvInferPlugins(void) { return 1; }\n",
+    "libnvonnxparser.so": (
         "void *createNvOnnxParser_INTERNAL(void) { return 0; }\n"
         "void *createNvOnnxParserRefitter_INTERNAL(void) { return 0; }\n"
         "int getNvOnnxParserVersion(void) { return 110400; }\n"
@@ -65,14 +66,19 @@ def lean_rig(folder: Path) -> Path | None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _has_wheels(folder) and not _install(folder):
             return None
-        for name, source in SOURCES.items():
-            if not (folder / BINDINGS / name).exists():
-                _compile(folder, name, source)
+        make_libraries(folder)
     return folder
 
 
+def make_libraries(folder: Path, major: str = _MAJOR) -> None:
+    """Make the libraries that the bindings of this major version want, beside bindings and lean runtime in `folder`."""
+    for name, source in SOURCES.items():
+        if not (folder / BINDINGS / f"{name}.{major}").exists():
+            _compile(folder, name, source, major)
+
+
 def _has_libraries(folder: Path) -> bool:
-    return all((folder / BINDINGS / name).exists() for name in SOURCES)
+    return all((folder / BINDINGS / f"{name}.{_MAJOR}").exists() for name in SOURCES)
 
 
 def _has_wheels(folder: Path) -> bool:
@@ -81,7 +87,10 @@ def _has_wheels(folder: Path) -> bool:
         folder / f"{name}-{version}.dist-info" / "RECORD"
         for name in ("tensorrt_lean_cu13_libs", "tensorrt_cu13_bindings")
     ]
-    return all(path.is_file() for path in (*records, folder / BINDINGS / "tensorrt.so", folder / LIBRARIES / RUNTIME))
+    return all(
+        path.is_file()
+        for path in (*records, folder / BINDINGS / "tensorrt.so", folder / LIBRARIES / f"{RUNTIME}.{_MAJOR}")
+    )
 
 
 def _install(folder: Path) -> bool:
@@ -97,19 +106,19 @@ def _install(folder: Path) -> bool:
     return _has_wheels(folder)
 
 
-def _compile(folder: Path, name: str, source: str) -> None:
+def _compile(folder: Path, name: str, source: str, major: str) -> None:
     """The first of the libraries brings the lean runtime, which has everything else that the bindings look for."""
     brings = [
         "-Wl,--no-as-needed",
-        str(folder / LIBRARIES / RUNTIME),
+        str(folder / LIBRARIES / f"{RUNTIME}.{major}"),
         f"-Wl,-rpath,$ORIGIN/../{LIBRARIES}",
     ]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         file, made = Path(scratch) / "shim.c", Path(scratch) / name
         file.write_text(source, encoding="utf-8")
-        command = ["gcc", "-shared", "-fPIC", "-o", str(made), f"-Wl,-soname,{name}", str(file)]
-        subprocess.run([*command, *(brings if name == "libnvinfer.so.11" else [])], check=True, capture_output=True)
-        made.rename(folder / BINDINGS / name)
+        command = ["gcc", "-shared", "-fPIC", "-o", str(made), f"-Wl,-soname,{name}.{major}", str(file)]
+        subprocess.run([*command, *(brings if name == "libnvinfer.so" else [])], check=True, capture_output=True)
+        made.rename(folder / BINDINGS / f"{name}.{major}")
 
 
 def run_with(module: str, task: str, rig: Path | None = None, script: str = __file__) -> dict[str, Any]:

@@ -44,6 +44,11 @@ RTX_ONLY: Final = {
     ("CudaGraphStrategy", None): "RTX has CUDA graphs of its own; api.py has them for it alone",
     ("IRuntimeConfig", "cuda_graph_strategy"): "as above",
 }
+# What the oldest TensorRT does not have yet: (class, member), and why it is not asked there.
+NEWER: Final = {
+    ("ICudaEngine", "get_aliased_input_tensor"): "io_tensors.py asks whether it is there",
+    ("ICudaEngine", "create_runtime_config"): "api.py uses it for the CUDA graphs of RTX alone",
+}
 # Names that our sources put together: (class, how the source writes the name), and what the names can be.
 COMPUTED: Final[dict[tuple[str, str], tuple[str, ...]]] = {
     ("NetworkDefinitionCreationFlag", "'STRONGLY_TYPED'"): ("STRONGLY_TYPED",),
