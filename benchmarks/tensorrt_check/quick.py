@@ -21,7 +21,7 @@ from rmsnorm_deploy.runtime.engines.messages import logger_class
 from .products import ROOT
 
 # Smallest, usual and largest batch and length of every input.
-QUICK_PROFILE: Final = ((1, 1), (1, 8), (4, 64))
+QUICK_PROFILE: Final = ((1, 1), (1, 8), (8, 64))
 _SECONDS: Final = 240
 _CALL: Final = "import sys; from benchmarks.tensorrt_check.quick import build; build(*sys.argv[1:])"
 

@@ -29,10 +29,10 @@ from tests.helpers.models.families import FAMILIES, VOCABULARY, build
 
 from .quick import QUICK_PROFILE, build_in_process
 
-# A prompt of up to 64 tokens, and steps of up to 4 more; the models have 128 positions.
+# A prompt, and steps of up to 3 tokens as `validate` runs them, up to the 128 positions of the models.
 PROFILES: Final = (
-    "batch:1,1,4;sequence:1,8,64;past_sequence:0,0,0",
-    "batch:1,1,4;sequence:1,1,4;past_sequence:0,16,124",
+    "batch:1,1,8;sequence:1,8,128;past_sequence:0,0,0",
+    "batch:1,1,8;sequence:1,1,3;past_sequence:0,16,125",
 )
 PROMPT: Final = [5, 6, 7, 8, 9, 10]
 TOKENS, STEPS = 16, 50
@@ -182,7 +182,8 @@ def validated(state: State) -> Outcome:
     wanted_norms = sum(FAMILIES[state.family].norms.values()) if state.deep else 0
     if state.deep and len(report.norms) < wanted_norms:
         return Outcome(False, f"expected {wanted_norms} norms to be checked, got {len(report.norms)}", figures)
-    return Outcome(report.verdict == "pass", f"{report.verdict}: {report.summary}", figures)
+    why = f" {report.culprits[0].reason}" if report.culprits else ""
+    return Outcome(report.verdict == "pass", f"{report.verdict}: {report.summary}{why}", figures)
 
 
 def generated(state: State) -> Outcome:

@@ -64,7 +64,7 @@ class Worker:
             problem = None
             try:
                 if not calls.poll(max(ends - time.monotonic(), 0)):
-                    problem = f"took more than {limit:.0f} s"
+                    problem = f"took more than {limit:g} s"
                 else:
                     name, result = calls.recv()
             except (EOFError, ConnectionError):
@@ -73,7 +73,7 @@ class Worker:
             if problem is not None:
                 seconds = round(time.monotonic() - began, 2)
                 report(at, {"state": FAILED, "text": problem, "seconds": seconds, "figures": {}})
-                self.stop()
+                self.stop(at_once=True)
                 return
             if (name, result) == _END:
                 break
@@ -91,12 +91,12 @@ class Worker:
         theirs.close()
         self._runtime = runtime
 
-    def stop(self) -> None:
-        """End the process."""
+    def stop(self, at_once: bool = False) -> None:
+        """End the process; it may take 5 seconds unless it has to end at once."""
         if self._calls is None:
             return
         self._calls.close()
-        self._process.join(5)
+        self._process.join(0 if at_once else 5)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
