@@ -20,7 +20,7 @@ from benchmarks.tensorrt_check import archive, run, stages
 from benchmarks.tensorrt_check.quick import network_flags
 from benchmarks.tensorrt_check.rows import DTYPES, FAMILIES, NORMS, Row, all_rows, passed
 from benchmarks.tensorrt_check.table import row_line, steps_table
-from benchmarks.tensorrt_check.worker import Worker
+from benchmarks.tensorrt_check.worker import OUTPUT, Worker
 from rmsnorm_deploy import __version__
 from rmsnorm_deploy.models.errors import EnvironmentMissingError
 from rmsnorm_deploy.models.tensors import to_numpy
@@ -63,9 +63,7 @@ def states(row: dict[str, Any]) -> dict[str, str]:
     return {name: result["state"] for name, result in row["stages"].items()}
 
 
-def test_a_row_passes(
-    stand_in: StandIn, check: Check, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_row_passes(stand_in: StandIn, check: Check, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, (row,) = check("--markdown", str(tmp_path / "table.md"))
     printed = capsys.readouterr().out
     assert code == 0, printed
@@ -99,14 +97,21 @@ def test_a_row_passes(
 
 
 def test_a_stage_that_fails_leaves_an_archive_without_weights(
-    stand_in: StandIn, check: Check, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stand_in: StandIn,
+    check: Check,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The stages after it still run; only some of them here, for the time."""
+    some = {name: stages.STAGES[name] for name in ("export", "build", "run", "step")}
+    monkeypatch.setattr(stages, "STAGES", some)
     stand_in.behavior.fail_at = 1
     log = tmp_path / "tests.log"
     log.write_text("1 failed\n", encoding="utf-8")
     code, (row,) = check("--attach", str(log))
     assert code == 1
-    assert states(row) == {**dict.fromkeys(stages.STAGES, "pass"), "run": "fail"}
+    assert states(row) == {"export": "pass", "build": "pass", "run": "fail", "step": "pass"}
     printed = capsys.readouterr().out
     assert f"| {ROW} | **fail** |" in printed
     assert f"- {ROW}, run: RmsnormDeployError: " in printed
@@ -201,9 +206,7 @@ def test_the_rows(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [(["--only", "nothing"], "no row of rtx matches"), (["--attach", "missing.log"], "missing.log does not exist")],
 )
-def test_usage(
-    stand_in: StandIn, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
+def test_usage(stand_in: StandIn, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as caught:
         run.main(["--runtime", "rtx", *arguments])
     assert caught.value.code == 2
@@ -230,6 +233,23 @@ def test_a_process_that_ends_or_hangs_fails_the_row(
     assert {name: (result["state"], result["text"]) for name, result in found.items()} == {"start": ("fail", expected)}
     assert not passed(found, row)
     assert f"| {row.name} | **fail** | - | - | - |" in row_line(row, found)
+
+
+@pytest.mark.skipif(api.is_installed("tensorrt"), reason="needs a machine without the full TensorRT")
+def test_a_row_in_its_process_ends_with_what_failed(worker: Worker, tmp_path: Path) -> None:
+    """An unknown family, and quick plugins without TensorRT; what the process prints is in the row's folder."""
+    found: dict[str, Any] = {}
+    row = Row("tensorrt", "unknown", "float16", "quick")
+    worker.run(row, tmp_path, 100, lambda name, result: found.update({name: result}))
+    texts = {name: (result["state"], result["text"]) for name, result in found.items()}
+    assert texts.pop("export") == ("fail", "KeyError: 'unknown'")
+    state, text = texts.pop("build")
+    assert state == "fail"
+    assert text.startswith("RmsnormDeployError: building with quick plugins ended with exit code 1: ")
+    assert "TensorRT for Python is not installed" in text
+    assert texts == dict.fromkeys(("run", "validate", "graphs", "contexts"), ("not run", "there is no engine"))
+    assert "TensorRT for Python is not installed" in (tmp_path / "model.engine.log").read_text(encoding="utf-8")
+    assert (tmp_path / OUTPUT).is_file()
 
 
 def test_what_differs_is_said() -> None:

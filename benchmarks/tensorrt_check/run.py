@@ -73,7 +73,9 @@ def parser() -> argparse.ArgumentParser:
         "python -m benchmarks.tensorrt_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--runtime", choices=(*RUNTIMES, "both"), default="both", help="products (default: %(default)s)")
-    made.add_argument("--only", type=re.compile, metavar="REGEX", help="rows whose names match, such as 'qwen3/float16'")
+    made.add_argument(
+        "--only", type=re.compile, metavar="REGEX", help="rows whose names match, such as 'qwen3/float16'"
+    )
     made.add_argument("--deep", type=re.compile, metavar="REGEX", help="rows whose norms are validated too")
     made.add_argument("--plugin", choices=("auto", "library", "python"), default="auto", help="as for rmsnorm build")
     made.add_argument("--seconds", type=float, default=SECONDS, help="begin no row after this (default: %(default).0f)")

@@ -165,7 +165,7 @@ def validated(state: State) -> Outcome:
     """Compare with PyTorch: `rmsnorm validate`."""
     shapes = ((1, 1), (1, 7), (2, 20)) if state.norms == "quick" else None
     options: dict[str, Any] = {"deep": True} if state.deep else {"outputs_only": True}
-    report = validate(state.engine, state.model, shapes=shapes, **options)
+    report = validate(state.engine, state.model, shapes=shapes, runners=(state.runtime,), **options)
     rows = [row for _, row in report.rows]
     margins = [row.margin for row in rows if row.margin is not None and row.margin.allowed_worst]
     figures = {
