@@ -1,6 +1,6 @@
 """Every name of TensorRT's Python API that our code uses, in the bindings of many versions. Needs no GPU.
 
-    python -m benchmarks.tensorrt_names                          # nine versions, two minutes; 0.5 GB for the time of the run
+    python -m benchmarks.tensorrt_names                          # two minutes; 0.5 GB on disk meanwhile
     python -m benchmarks.tensorrt_names --versions 10.7.0 11.4.0.106
     python -m benchmarks.tensorrt_names --markdown FILE
 
