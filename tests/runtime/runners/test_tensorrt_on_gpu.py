@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt, needs_gpu]
 
 
 @pytest.fixture(scope="module", params=[(name, target) for name in RUNTIMES for target in ("standard", "plugin")])
-def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DecoderEngine]:
+def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DecoderEngine:
     runtime, target = request.param
     if not is_installed(runtime):
         pytest.skip(f"needs {FLAVORS[runtime].title}: {FLAVORS[runtime].install}")
@@ -38,7 +37,7 @@ def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     options: dict[str, Any] = {"runtime": runtime, "target": target}
     if known:
         options["architectures"] = (DEVICE[1],)
-    yield decoder_engine_in(tmp_path_factory.mktemp(f"{runtime}-{target}"), **options)
+    return decoder_engine_in(tmp_path_factory.mktemp(f"{runtime}-{target}"), **options)
 
 
 def feeds_of(runner: Any, batch: int, length: int, seed: int) -> dict[str, np.ndarray]:
