@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from benchmarks.tensorrt_check import archive, run, stages
+from benchmarks.tensorrt_check.products import usable
 from benchmarks.tensorrt_check.quick import network_flags
 from benchmarks.tensorrt_check.rows import DTYPES, FAMILIES, NORMS, Row, all_rows, passed
 from benchmarks.tensorrt_check.table import row_line, steps_table
@@ -338,3 +339,18 @@ def test_tokens_may_differ_by_a_tie_in_half_precision_only(monkeypatch: pytest.M
         outcome = stages.generated(state)
         assert outcome.passed is allowed
         assert "token 1 differs" in outcome.text
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+def test_a_row_on_this_gpu(tmp_path: Path) -> None:
+    """One row in its process, with the TensorRT of this machine."""
+    runtimes, reasons = usable(api.RUNTIMES)
+    if not runtimes:
+        pytest.skip(f"needs a GPU that an installed TensorRT supports: {'; '.join(reasons)}")
+    place = tmp_path / "rows.json"
+    only = f"^{runtimes[0]}/llama/float16/native$"
+    assert run.main(["--only", only, "--out", str(tmp_path), "--json", str(place)]) == 0
+    (row,) = json.loads(place.read_text(encoding="utf-8"))["rows"]
+    assert states(row) == dict.fromkeys(stages.STAGES, "pass")
+    assert row["stages"]["build"]["figures"]["layer_source"] == "inspector"
