@@ -26,6 +26,10 @@ class UsageError(RmsnormDeployError):
     exit_code = 2
 
 
+class OutsideProfileError(UsageError):
+    """The shapes of the inputs are outside of every optimization profile of an engine: exit code 2."""
+
+
 class UnsupportedError(RmsnormDeployError):
     """The requested combination (target, opset, dtype, model) is not supported: exit code 3."""
 

@@ -230,8 +230,8 @@ class Api:
         return engine.create_execution_context(runtime_config)
 
 
-def cuda_device() -> tuple[str, int] | None:
-    """Name and architecture (compute capability without the point) of the first GPU, from the CUDA driver, or None."""
+def cuda_device(index: int = 0) -> tuple[str, int] | None:
+    """Name and architecture (compute capability without the point) of a GPU, from the CUDA driver, or None."""
     import ctypes
 
     try:
@@ -243,7 +243,7 @@ def cuda_device() -> tuple[str, int] | None:
     # 75 and 76: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
     failed = (
         driver.cuInit(0)
-        or driver.cuDeviceGet(ctypes.byref(device), 0)
+        or driver.cuDeviceGet(ctypes.byref(device), index)
         or driver.cuDeviceGetName(name, len(name), device)
         or driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
         or driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
@@ -270,7 +270,9 @@ def resolve_architectures(runtime: str, wanted: Sequence[int], elsewhere: bool =
         if unknown:
             known = ", ".join(f"sm_{number}" for number in flavor.architectures)
             raise UnsupportedError(f"{flavor.title} builds for {known}, not for sm_{unknown[0]}.")
-        return tuple(wanted) or flavor.default_architectures
+        # The defaults lack some: an engine that is built on a machine with such a GPU must run there.
+        local = (device[1],) if device is not None and device[1] in flavor.architectures else ()
+        return tuple(wanted) or tuple(sorted({*flavor.default_architectures, *local}))
     if elsewhere:
         return tuple(wanted)
     if device is None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from ...models.errors import UnsupportedError, UsageError
+from ...models.errors import OutsideProfileError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +96,7 @@ def choose_profile(inputs: Sequence[IOTensor], shapes: Mapping[str, Shape], wher
         where: the engine's name in the message.
 
     Raises:
-        UsageError: no profile covers the shapes; the message names the nearest one, the input and the dim.
+        OutsideProfileError: no profile covers the shapes; the message names the nearest one, the input and the dim.
     """
     dynamic = [tensor for tensor in inputs if tensor.profiles]
     if not dynamic:
@@ -108,7 +108,7 @@ def choose_profile(inputs: Sequence[IOTensor], shapes: Mapping[str, Shape], wher
         return min(fitting, key=lambda number: _distance(dynamic, shapes, number))
     nearest = min(outside, key=lambda number: (len(outside[number]), _distance(dynamic, shapes, number)))
     several = f"none of its {count} profiles covers them; the nearest, profile {nearest}," if count > 1 else "it"
-    raise UsageError(
+    raise OutsideProfileError(
         f"{where}: these shapes are outside of what the engine was built for: {several} takes "
         f"{'; '.join(outside[nearest])}. Build an engine for them: rmsnorm build --profile "
         f"{dynamic[0].name}:SMALLEST,USUAL,LARGEST."

@@ -51,12 +51,13 @@ class OpenEngine:
         return RmsnormDeployError(_with_cause(f"{self.file.path}: {what}", self.logger))
 
 
-def open_engine(file: EngineFile, library: Path | None = None) -> OpenEngine:
+def open_engine(file: EngineFile, library: Path | None = None, device: int = 0) -> OpenEngine:
     """Open an engine; the CUDA device must be the current one.
 
     Args:
         file: the engine.
         library: the plugin's C++ library; see `ensure_creators`.
+        device: the number of the GPU.
 
     Raises:
         UsageError: the file is not the engine that its record describes, or the plugin cannot be loaded.
@@ -65,7 +66,7 @@ def open_engine(file: EngineFile, library: Path | None = None) -> OpenEngine:
         RmsnormDeployError: TensorRT cannot open it.
     """
     api = Api(file.runtime)
-    gpu = cuda_device()
+    gpu = cuda_device(device)
     if gpu is None:
         # TensorRT ends the process if it is used without a driver.
         raise EnvironmentMissingError(

@@ -64,7 +64,7 @@ class TensorRTRunner:
         self._stream = self._device.stream()
         with self._device.using(self._stream):
             library = None if plugin_library is None else Path(plugin_library)
-            self._opened: OpenEngine | None = open_engine(file, library)
+            self._opened: OpenEngine | None = open_engine(file, library, device)
         self._count = contexts
         # None stands for a context that is yet to be made: the first one, and one that replaces a failed one.
         self._free: queue.LifoQueue[EngineContext | None] = queue.LifoQueue()

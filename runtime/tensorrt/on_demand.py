@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from ...export.onnx_io.read_model import read_model
 from ...models.errors import UnsupportedError, UsageError
-from ..engines.api import ORT, RUNNERS, flavor_name
+from ..engines.api import FLAVORS, ORT, RUNNERS, cuda_device, flavor_name
 from ..inputs.exported import Exported
 from ..runners.base import Array, OnnxSession, Runner, TensorInfo, check_feeds
 from ..runners.open import CPU_NAME, open_runner
@@ -53,10 +53,21 @@ def open_model(exported: Exported, runner: str | None = None, provider: str = CP
             f"{path}: expected no provider of ONNX Runtime for a run in TensorRT, got {provider}. Omit --provider."
         )
     if not exported.is_engine:
-        return BuiltOnDemand(path, BuildOptions(runtime=flavor_name(str(runner))))
+        return BuiltOnDemand(path, local_options(str(runner)))
     if runner == ORT:
         raise UsageError(f"{path} is an engine, which ONNX Runtime cannot run; name the folder it was built from.")
     return open_runner(path, runtime=runner)
+
+
+def local_options(runtime: str) -> BuildOptions:
+    """The options of a build for this machine's GPU.
+
+    Raises:
+        UsageError: the name of the product is unknown.
+    """
+    name, gpu = flavor_name(runtime), cuda_device()
+    known = gpu is not None and gpu[1] in FLAVORS[name].architectures
+    return BuildOptions(runtime=name, architectures=(gpu[1],) if gpu is not None and known else ())
 
 
 class BuiltOnDemand:

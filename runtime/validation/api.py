@@ -205,7 +205,7 @@ def _compared(
     with open_runner(sides.model, include_cache=cached, form=sides.form) as torch_runner:
         baseline = Baseline(sides.model, RenamedTorch(torch_runner, matched.kept), _norms_of(sides))
         report = _examined(sides, runs, baseline, options, progress)
-        report.untried[:0] = plan.untried
+        report.untried[:0] = [*plan.untried, *runs.untried]
         remark = reduced_precision(provenance["candidate"])
         if remark is not None and report.verdict == "fail" and dtype_of(sides.model) == "float32":
             report.warnings.append(remark)

@@ -14,7 +14,7 @@ from ...export.onnx_io.read_model import read_model
 from ...models.calling.calls import CallForm
 from ...models.errors import UsageError
 from ...models.recognition.find_norms import find_norms
-from ..engines.api import ORT, flavor_name
+from ..engines.api import ORT
 from ..engines.engine_file import EngineFile, open_engine_file
 from ..inputs.exported import Exported, open_exported
 from ..norms.access import NormAccess
@@ -22,7 +22,7 @@ from ..norms.onnx_norms import OnnxNorms
 from ..norms.torch_norms import TorchNorms, survey_norms
 from ..runners.base import Array, Runner
 from ..runners.open import CPU_NAME, open_runner
-from ..tensorrt.on_demand import BuiltOnDemand, open_model
+from ..tensorrt.on_demand import BuiltOnDemand, local_options, open_model
 from ..tensorrt.options import BuildOptions
 from .options import ValidationOptions
 
@@ -97,7 +97,7 @@ def _of_engine(exported: Exported, runner: str | None, options: ValidationOption
     """An engine, or a file of which engines are built."""
     path = exported.model
     file = open_engine_file(path) if exported.is_engine else None
-    build = BuildOptions(runtime=flavor_name(str(runner))) if file is None else _build_options(file)
+    build = local_options(str(runner)) if file is None else _build_options(file)
     model = path if file is None else file.model
 
     def norms(_feeds: Mapping[str, Array]) -> OnnxNorms:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ...export.graph.cache_names import is_present
 from ...models.calling.rotary import dynamic_rotary
 from ...models.dtypes import HALF_DTYPES
-from ...models.errors import RmsnormDeployError, UsageError
+from ...models.errors import OutsideProfileError, RmsnormDeployError, UsageError, few
 from ...models.recognition.intercept import at_norms
 from ...models.recognition.site import Recognition, norm_name
 from ..accuracy.baseline import signal_warning
@@ -53,10 +53,22 @@ class CandidateRuns:
     Attributes:
         runs: at least one, in the order of the cases.
         names: the candidate's outputs.
+        outside: the cases whose shapes no optimization profile of an engine covers.
     """
 
     runs: tuple[Run, ...]
     names: tuple[str, ...]
+    outside: tuple[str, ...] = ()
+
+    @property
+    def untried(self) -> list[str]:
+        """What was not tried because of the engine's profiles, for the report."""
+        if not self.outside:
+            return []
+        return [
+            f"{len(self.outside)} inputs with shapes outside of the engine's profiles ({few(self.outside)}): build "
+            "an engine for them with rmsnorm build --profile"
+        ]
 
     @property
     def largest(self) -> int:
@@ -155,21 +167,29 @@ def run_candidate(runner: Runner, name: str, cases: Sequence[Case], progress: Pr
         UsageError: the candidate fails on a case that is not optional, or does not return the outputs that it declares.
     """
     runs: list[Run] = []
+    outside: dict[str, OutsideProfileError] = {}
     for number, case in enumerate(cases, start=1):
         progress(f"{name}: {case.name} ({number} of {len(cases)})")
         try:
             run = run_guarded(runner, case, name)
+        except OutsideProfileError as error:
+            if not case.optional:
+                raise
+            outside[case.name] = error
+            continue
         except RmsnormDeployError as error:
             if not case.optional:
                 raise
             runs.append(Run(case, (), error=f"it fails, and PyTorch does not: {error}"))
             continue
         runs.append(run)
+    if outside and not runs:
+        raise next(iter(outside.values()))
     for number in _repeated(CandidateRuns(tuple(runs), ())):
         progress(f"{name}: {runs[number].case.name} again")
         runs[number] = repeats(runner, runs[number])
     names = dict.fromkeys(name for run in runs for call in run.calls for name in call.outputs)
-    return CandidateRuns(tuple(runs), tuple(names))
+    return CandidateRuns(tuple(runs), tuple(names), tuple(outside))
 
 
 def _in_calls(baseline: Baseline, run: Run) -> bool:

@@ -31,6 +31,7 @@ from rmsnorm_deploy.runtime.engines import api, device, open_engine
 from rmsnorm_deploy.runtime.engines.engine_file import EngineFile
 from rmsnorm_deploy.runtime.runners import tensorrt as runner
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+from rmsnorm_deploy.runtime.tensorrt import on_demand
 
 GPU = ("NVIDIA L4", 89)
 
@@ -383,13 +384,14 @@ class StandIn:
         monkeypatch.setitem(sys.modules, product, self.module)
         if product != "tensorrt_rtx":  # where `Runtime` finds its behavior
             monkeypatch.setitem(sys.modules, "tensorrt_rtx", self.module)
-        monkeypatch.setattr(api, "cuda_device", lambda: GPU)
-        monkeypatch.setattr(open_engine, "cuda_device", lambda: GPU)
+        monkeypatch.setattr(api, "cuda_device", lambda _index=0: GPU)
+        for module in (open_engine, on_demand):
+            monkeypatch.setattr(module, "cuda_device", lambda _index=0: GPU)
         monkeypatch.setattr(open_engine, "ensure_creators", lambda *_: None)
         monkeypatch.setattr(device, "open_device", lambda _index=0: self.device)
 
-        def opened(file: EngineFile, library: Path | None = None) -> Any:
+        def opened(file: EngineFile, library: Path | None = None, device: int = 0) -> Any:
             self.behavior.records[hashlib.sha256(file.path.read_bytes()).hexdigest()] = file
-            return open_engine.open_engine(file, library)
+            return open_engine.open_engine(file, library, device)
 
         monkeypatch.setattr(runner, "open_engine", opened)

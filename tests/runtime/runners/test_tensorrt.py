@@ -357,7 +357,7 @@ def test_an_engine_that_was_changed(stand_in: StandIn, decoder_engine: DecoderEn
 def test_without_a_gpu_an_engine_is_not_opened(
     stand_in: StandIn, monkeypatch: pytest.MonkeyPatch, decoder_engine: DecoderEngine
 ) -> None:
-    monkeypatch.setattr(open_engine, "cuda_device", lambda: None)
+    monkeypatch.setattr(open_engine, "cuda_device", lambda _index: None)
     with pytest.raises(EnvironmentMissingError, match=r"requires an NVIDIA GPU and its driver, and there is none"):
         TensorRTRunner(decoder_engine.engine)
 

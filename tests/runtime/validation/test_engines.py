@@ -140,3 +140,18 @@ def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ValidationOptions(**options)
     assert ValidationOptions(runners="rtx").runners == ("rtx",)  # type: ignore[arg-type]
+
+
+def test_shapes_outside_of_the_profiles_are_not_tried(
+    stand_in: StandIn, decoder_engine: DecoderEngine, tmp_path: Path
+) -> None:
+    """An engine with the default profiles runs prompts, and steps of one token."""
+    place = build_engine(decoder_engine.folder, tmp_path / "default.engine", architectures=(89,)).path
+    report = validate(place, decoder_engine.model)
+    assert report.verdict == "pass"
+    (untried,) = [text for text in report.untried if "profiles" in text]
+    assert re.match(
+        r"\d+ inputs whose shapes are outside of the engine's profiles \(.* more\): build an engine", untried
+    )
+    with pytest.raises(UsageError, match=r"these shapes are outside of what the engine was built for"):
+        validate(place, decoder_engine.model, shapes=[(9, 5)])
