@@ -1,4 +1,4 @@
-"""Which execution providers ran the norms of a validated model (`norm_lines`, `cpu_notes`), from a report."""
+"""What ran the norms of a validated model (`norm_lines`, `cpu_notes`), from a report: providers, or an engine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ _UNKNOWN: Final = "unknown"
 
 
 def norm_lines(report: Mapping[str, Any]) -> list[str]:
-    """`norms ran on: CPUExecutionProvider 5 (RMSNormalization)`, for the model or for each of its parts."""
+    """`norms ran on: CPUExecutionProvider 5 (RMSNormalization)`, for the model or for each of its parts.
+
+    Of an engine, `norms ran in: the plugin 5 (float16, statistics in float32)`: what was built, as its record says.
+    """
     lines = []
+    for part, provenance in _each(report):
+        if all("plugin" in row for row in provenance["norms"]):
+            lines.append(f"{part}norms ran in: {_in_engine(provenance)}")
     for part, provenance in _runs(report):
         counts = Counter(row["provider"] or _UNKNOWN for row in provenance["norms"])
         texts = []
@@ -40,11 +46,29 @@ def cpu_notes(report: Mapping[str, Any]) -> list[str]:
     return notes
 
 
+def _in_engine(provenance: Mapping[str, Any]) -> str:
+    own = f"layers of {provenance['product']}"
+    places = Counter("the plugin" if row["plugin"] else own for row in provenance["norms"])
+    texts = []
+    for place, count in places.most_common():
+        rows = [row for row in provenance["norms"] if ("the plugin" if row["plugin"] else own) == place]
+        kinds = dict.fromkeys(f"{row['precision']}, statistics in {row['statistics']}" for row in rows)
+        texts.append(f"{place} {count} ({'; '.join(kinds)})")
+    return ", ".join(texts)
+
+
 def _runs(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The provenance of each run that has providers of norms, after the name of the part as it begins a line."""
+    for part, provenance in _each(report):
+        if all("provider" in row for row in provenance["norms"]):
+            yield part, provenance
+
+
+def _each(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The provenance of each run that has norms."""
     candidate = (report.get("provenance") or {}).get("candidate") or {}
     parts = {"": candidate} if "norms" in candidate else {f"{name}: ": each for name, each in candidate.items()}
     for part, provenance in parts.items():
         rows = provenance.get("norms") if isinstance(provenance, Mapping) else None
-        if rows and all("provider" in row for row in rows):
+        if rows:
             yield part, provenance

@@ -106,8 +106,11 @@ class ValidationOptions:
 
     @property
     def with_depth(self) -> bool:
-        """Whether errors along the depth are measured: bisect requires them."""
-        return self.depth or self.bisect
+        """Whether errors along the depth are measured.
+
+        `bisect` requires them, and so does `deep`, which compares an engine whose norms are marked with the other one.
+        """
+        return self.depth or self.bisect or self.deep
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as a JSON value."""

@@ -28,6 +28,14 @@ def of(candidate: Any) -> dict[str, Any]:
     return {"provenance": {"candidate": candidate}}
 
 
+def layer(path: str, plugin: bool = False, dtype: str = "float16") -> dict[str, Any]:
+    return {"path": path, "layer": "x", "plugin": plugin, "precision": dtype, "statistics": "float32"}
+
+
+def engine(*rows: dict[str, Any]) -> dict[str, Any]:
+    return {"runner": "tensorrt", "product": "TensorRT", "norms": list(rows)}
+
+
 @pytest.mark.parametrize(
     ("candidate", "lines"),
     [
@@ -43,6 +51,22 @@ def of(candidate: Any) -> dict[str, Any]:
         ),
         (run(), []),
         ({"runner": "tensorrt", "norms": [{"path": "a", "layer": "x"}]}, []),
+        (
+            engine(
+                layer("a"), layer("b", plugin=True), layer("c", plugin=True), layer("d", plugin=True, dtype="float32")
+            ),
+            [
+                "norms ran in: the plugin 3 (float16, statistics in float32; float32, statistics in float32), layers of "
+                "TensorRT 1 (float16, statistics in float32)"
+            ],
+        ),
+        (
+            {"ort": run(row("a")), "rtx": engine(layer("a"))},
+            [
+                "rtx: norms ran in: layers of TensorRT 1 (float16, statistics in float32)",
+                f"ort: norms ran on: {CPU} 1 ({FUSED})",
+            ],
+        ),
         ({"runner": "stand-in"}, []),
         (None, []),
     ],

@@ -58,6 +58,8 @@ def test_norms_of_an_engine(stand_in: StandIn, decoder_engine: DecoderEngine) ->
     assert (report.verdict, len(report.norms), len(report.segments)) == ("pass", 9, 10)
     assert any("TensorRT does not fuse across marked values" in note for note in report.notes)
     assert report.settings["deep"] is True
+    assert "exposing the values at the norms did not change the outputs" in report.notes
+    assert "norms ran in: layers of TensorRT-RTX 9 (float32, statistics in float32)" in str(report)
 
 
 def test_an_engine_that_computes_something_else(stand_in: StandIn, decoder_engine: DecoderEngine, wrong: Path) -> None:
