@@ -48,6 +48,7 @@ class EngineContext:
         if self._context is None:
             raise opened.failure("TensorRT made no execution context")
         self._shapes: dict[str, Shape] = {}
+        self._allocators: dict[str, Any] = {}  # TensorRT has their addresses only
         self._runs = 0  # in these shapes
         self._graph: _Graph | None = None
         # TensorRT refuses a null address, which empty tensors have.
@@ -75,6 +76,8 @@ class EngineContext:
                 outputs = self._enqueue(placed, memory or new_memory(self._device))
                 self._stream.synchronize()
                 return outputs()
+            except RuntimeError as error:  # of TensorRT's bindings, or PyTorch without memory
+                raise self._opened.failure(f"TensorRT failed on these inputs ({error})") from error
             finally:
                 self._stream.synchronize()  # nothing of a failed run may still be at work when its memory is freed
 
@@ -131,9 +134,12 @@ class EngineContext:
             raise self._opened.failure(f"TensorRT refuses the address of {name}")
 
     def _allocator(self, tensor: IOTensor) -> Any:
-        allocator = allocator_class(self._opened.api.trt)(self._device, tensor)
-        if not self._context.set_output_allocator(tensor.name, allocator):
-            raise self._opened.failure(f"TensorRT refuses an allocator for {tensor.name}")
+        allocator = self._allocators.get(tensor.name)
+        if allocator is None:
+            allocator = allocator_class(self._opened.api.trt)(self._device, tensor)
+            if not self._context.set_output_allocator(tensor.name, allocator):
+                raise self._opened.failure(f"TensorRT refuses an allocator for {tensor.name}")
+            self._allocators[tensor.name] = allocator
         return allocator
 
     # CUDA graphs

@@ -65,11 +65,13 @@ def allocator_class(trt: Any) -> Any:
 
         def result(self) -> torch.Tensor:
             """The output."""
-            shape, dtype = self.shape, self.tensor.dtype
-            assert shape is not None
+            held, shape, dtype = self.held, self.shape, self.tensor.dtype
+            self.held = self.shape = None  # the next run gets memory of its own
+            if shape is None:
+                raise RuntimeError(f"TensorRT has not said the shape of {self.tensor.name}")
             size = math.prod(shape) * dtype.itemsize
-            if size == 0 or self.held is None:
+            if size == 0 or held is None:
                 return self.device.empty(shape, dtype)
-            return self.held[self.offset : self.offset + size].clone().view(dtype).view(shape)
+            return held[self.offset : self.offset + size].clone().view(dtype).view(shape)
 
     return OutputAllocator

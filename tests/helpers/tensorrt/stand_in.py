@@ -234,6 +234,8 @@ class IExecutionContext:
     def infer_shapes(self) -> list[str]:
         if self.behavior.refuses("infer_shapes"):
             return [self.engine.input_names[0]]
+        if self.behavior.refuses("infer_shapes by an error"):
+            raise RuntimeError("IExecutionContext::inferShapes: Error Code 7: Internal Error")
         return [name for name in self.engine.input_names if name not in self.shapes]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:

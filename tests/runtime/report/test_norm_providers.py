@@ -52,12 +52,10 @@ def engine(*rows: dict[str, Any]) -> dict[str, Any]:
         (run(), []),
         ({"runner": "tensorrt", "norms": [{"path": "a", "layer": "x"}]}, []),
         (
-            engine(
-                layer("a"), layer("b", plugin=True), layer("c", plugin=True), layer("d", plugin=True, dtype="float32")
-            ),
+            engine(layer("a"), layer("b", plugin=True), layer("c", plugin=True, dtype="float32")),
             [
-                "norms ran in: the plugin 3 (float16, statistics in float32; float32, statistics in float32), layers of "
-                "TensorRT 1 (float16, statistics in float32)"
+                "norms ran in: the plugin 2 (float16, statistics in float32; float32, statistics in float32), "
+                "layers of TensorRT 1 (float16, statistics in float32)"
             ],
         ),
         (

@@ -201,6 +201,7 @@ def test_a_failed_run_leaves_no_memory(stand_in: StandIn, decoder_engine: Decode
         ("set_optimization_profile_async", "TensorRT does not switch to profile 1: .*API Usage Error"),
         ("set_input_shape", "TensorRT refuses an input input_ids of shape 1x1: .*invalid input_ids"),
         ("infer_shapes", "TensorRT cannot infer the shapes of input_ids"),
+        ("infer_shapes by an error", r"TensorRT failed on these inputs \(.*inferShapes: Error Code 7"),
         ("set_tensor_address", "TensorRT refuses the address of input_ids: .*null address"),
         ("set_output_allocator", "TensorRT refuses an allocator for logits"),
     ],

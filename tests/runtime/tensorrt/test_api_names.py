@@ -111,7 +111,7 @@ OURS: Final = {
     QUICK: {"self", "compiled", "trtp", "x", "tensor", "launch"},
     TENSORS: {"tensor", "self", "torch"}, OPENING: {"self"},
     CONTEXT: {"opened", "opened.api", "found", "found.device", "device.place", "tensor", "output", "torch"},
-    REGISTERING: set(), MESSAGES: {"self"}, MEMORY: {"self", "self.tensor", "self.held[]"},
+    REGISTERING: set(), MESSAGES: {"self"}, MEMORY: {"self", "self.tensor", "held[]"},
 }  # fmt: skip
 # Methods that classes of ours add to the API's.
 OWN_METHODS: Final = {("Monitor", "report"), ("OutputAllocator", "memory_of"), ("OutputAllocator", "result")}
