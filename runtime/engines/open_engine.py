@@ -65,13 +65,7 @@ def open_engine(file: EngineFile, library: Path | None = None, device: int = 0) 
         UnsupportedError: the engine was built for another GPU or by another version.
         RmsnormDeployError: TensorRT cannot open it.
     """
-    api = Api(file.runtime)
-    gpu = cuda_device(device)
-    if gpu is None:
-        # TensorRT ends the process if it is used without a driver.
-        raise EnvironmentMissingError(
-            f"{file.path}: running an engine requires an NVIDIA GPU and its driver, and there is none on this machine."
-        )
+    api, gpu = Api(file.runtime), local_gpu(device)
     _check_fits(file, api, gpu)
     file.check_unchanged()
     ensure_creators(api.trt, file, library)
@@ -87,6 +81,23 @@ def open_engine(file: EngineFile, library: Path | None = None, device: int = 0) 
         versions = f" (built by {built}, opened by {api.version})" if built not in (None, api.version) else ""
         raise RmsnormDeployError(_with_cause(f"{file.path}: {api.flavor.title} cannot open it{versions}", logger))
     return OpenEngine(file, api, logger, runtime, engine, read_tensors(api.trt, engine), gpu)
+
+
+def local_gpu(device: int = 0) -> tuple[str, int]:
+    """Name and architecture of the GPU that runs engines.
+
+    Raises:
+        EnvironmentMissingError: there is none: TensorRT ends the process if it is used without a driver.
+    """
+    gpu = cuda_device(device)
+    if gpu is None:
+        number = f" number {device}" if device else ""
+        raise EnvironmentMissingError(
+            f"running an engine requires an NVIDIA GPU and its driver, and there is none{number} on this machine. "
+            "Engines can be built here (rmsnorm build --runtime rtx) and run on a machine with a GPU; rmsnorm doctor "
+            "says more."
+        )
+    return gpu
 
 
 def _check_fits(file: EngineFile, api: Api, gpu: tuple[str, int]) -> None:

@@ -20,7 +20,7 @@ from ..engines.context import EngineContext, check_tensors
 from ..engines.device_cache import DeviceCache
 from ..engines.engine_file import open_engine_file
 from ..engines.io_tensors import IOTensor
-from ..engines.open_engine import OpenEngine, open_engine
+from ..engines.open_engine import OpenEngine, local_gpu, open_engine
 from ..engines.output_memory import Memory, new_memory
 from .base import Array, TensorInfo, check_feeds
 
@@ -60,6 +60,7 @@ class TensorRTRunner:
             raise UsageError(f"contexts: expected at least 1, got {contexts}.")
         file = open_engine_file(Path(source), runtime)
         self._where, self._graphs = str(file.path), cuda_graphs
+        local_gpu(device)
         self._device = devices.open_device(device)
         self._stream = self._device.stream()
         with self._device.using(self._stream):

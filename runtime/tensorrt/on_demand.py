@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from ...export.onnx_io.read_model import read_model
 from ...models.errors import UnsupportedError, UsageError
 from ..engines.api import FLAVORS, ORT, RUNNERS, cuda_device, flavor_name
+from ..engines.open_engine import local_gpu
 from ..inputs.exported import Exported
 from ..runners.base import Array, OnnxSession, Runner, TensorInfo, check_feeds
 from ..runners.open import CPU_NAME, open_runner
@@ -53,6 +54,7 @@ def open_model(exported: Exported, runner: str | None = None, provider: str = CP
             f"{path}: expected no provider of ONNX Runtime for a run in TensorRT, got {provider}. Omit --provider."
         )
     if not exported.is_engine:
+        local_gpu()  # before the time that a build takes
         return BuiltOnDemand(path, local_options(str(runner)))
     if runner == ORT:
         raise UsageError(f"{path} is an engine, which ONNX Runtime cannot run; name the folder it was built from.")

@@ -18,6 +18,7 @@ from ..accuracy import tolerances
 from ..accuracy.compare_output import OutputVerdict
 from ..accuracy.tolerances import EVERY_OUTPUT, Limits, check_limits
 from ..engines.api import ORT
+from ..engines.open_engine import local_gpu
 from ..inputs.encoder_decoder import encoder_decoder_tokens, opened_parts
 from ..inputs.exported import Exported
 from ..inputs.tokenizer import has_tokenizer, load_tokenizer
@@ -113,7 +114,12 @@ def validate_runners(
         candidate: the candidate.
         options: the options, with several runners.
         validate: validates it with options that name one runner.
+
+    Raises:
+        EnvironmentMissingError: one of them is TensorRT, and there is no GPU.
     """
+    if set(options.runners) - {ORT}:
+        local_gpu()  # before the time that the other runtimes take
     reports = {name: validate(dataclasses.replace(options, runners=(name,))) for name in options.runners}
     report = merged(str(candidate), {name: _named(name, own) for name, own in reports.items()})
     first = next(iter(reports.values()))
