@@ -80,6 +80,8 @@ class BuiltOnDemand:
         options: how engines are built; the profiles follow from the shapes.
         weights_folder: the folder of the external data of a model given as bytes.
         progress: called with a line of text at each build.
+        exact: the first engine is for the first shapes only, as parts of a model need: values that are fed have dims
+            without names, which are to be those of the other values.
 
     Raises:
         UsageError: the model is not valid, or an input has a dtype that no engine has.
@@ -91,6 +93,7 @@ class BuiltOnDemand:
         options: BuildOptions,
         weights_folder: Path | None = None,
         progress: Callable[[str], None] | None = None,
+        exact: bool = False,
     ) -> None:
         file = read_model(source, weights_folder)
         self._where, self._options, self._tell = file.where, options, progress or (lambda _: None)
@@ -100,6 +103,7 @@ class BuiltOnDemand:
         self._inputs = [_info(value) for value in graph.input if value.name not in constants]
         self._outputs = [_info(value) for value in graph.output]
         self._ranges: dict[str, tuple[int, int]] = {}
+        self._exact = exact
         self._stack = contextlib.ExitStack()
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="rmsnorm-engine-")))
         for data in file.external_files:
@@ -156,7 +160,8 @@ class BuiltOnDemand:
             for dim, size in zip(info.shape or (), shapes[info.name], strict=True)
             if isinstance(dim, str)
         }
-        ranges = {dim: _reach(dim, size, self._ranges.get(dim)) for dim, size in sizes.items()}
+        known = self._ranges or ({dim: (size, size) for dim, size in sizes.items()} if self._exact else {})
+        ranges = {dim: _reach(dim, size, known.get(dim)) for dim, size in sizes.items()}
         if self._runner is not None and ranges == self._ranges:
             return self._runner
         self._release()

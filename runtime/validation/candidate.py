@@ -102,7 +102,9 @@ def _of_engine(exported: Exported, runner: str | None, options: ValidationOption
 
     def norms(_feeds: Mapping[str, Array]) -> OnnxNorms:
         assert model is not None
-        return OnnxNorms(model, CPU_NAME, options.window, lambda data, folder: BuiltOnDemand(data, build, folder))
+        return OnnxNorms(
+            model, CPU_NAME, options.window, lambda data, folder: BuiltOnDemand(data, build, folder, exact=True)
+        )
 
     is_deep = options.deep or options.bisect
     if file is not None and is_deep:

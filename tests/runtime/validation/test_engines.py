@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
+from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.engines.engine_file import record_of
 from rmsnorm_deploy.runtime.generate import generate
@@ -156,3 +157,12 @@ def test_shapes_outside_of_the_profiles_are_not_tried(
     assert re.match(expected, untried), untried
     with pytest.raises(UsageError, match=r"these shapes are outside of what the engine was built for"):
         validate(place, decoder_engine.model, shapes=[(9, 5)])
+
+
+def test_norms_in_the_plugin(stand_in: StandIn, decoder_engine: DecoderEngine, tmp_path: Path) -> None:
+    """The values that are fed to a segment have the shapes of those that it computes: a fused residual needs both."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install 'rmsnorm-deploy[kernel]'")
+    export_model(decoder_engine.model, tmp_path / "out", with_past=True, target="plugin")
+    report = validate(tmp_path / "out", decoder_engine.model, runners=("rtx",), deep=True, shapes=[(2, 7)])
+    assert (report.verdict, len(report.norms), len(report.segments)) == ("pass", 9, 10)
+    assert "norms ran in: the plugin 9 (float32, statistics in float32)" in str(report)
