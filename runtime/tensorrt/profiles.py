@@ -110,11 +110,15 @@ def _dynamic_names(inputs: Sequence[InputDims]) -> list[str]:
 
 
 def roles(names: Sequence[str]) -> tuple[str | None, str | None, str | None]:
-    """Names of the dims of the past, of the total length, and of the new tokens; None if there is no such dim."""
+    """Names of the dims of the past, of the total length, and of the new tokens; None if there is no such dim.
+
+    Beside a decoder's own tokens, those of the encoder are not new ones.
+    """
     total = next((name for name in names if _TOTAL.search(name.lower())), None)
     past = next((name for name in names if name != total and _PAST.search(name.lower())), None)
-    new = next((name for name in names if name not in (total, past) and re.search(r"seq|len", name.lower())), None)
-    return past, total, new
+    lengths = [name for name in names if name not in (total, past) and re.search(r"seq|len", name.lower())]
+    own = [name for name in lengths if "encoder" not in name.lower()]
+    return past, total, next(iter(own or lengths), None)
 
 
 def _default_ranges(names: Sequence[str], limit: int) -> list[dict[str, Range]]:

@@ -50,6 +50,24 @@ def test_a_decoder_gets_a_profile_for_the_prompt_and_one_for_steps() -> None:
     assert step.shapes["attention_mask"] == ((1, 1), (1, 64), (DEFAULT_BATCH, 64))
 
 
+def test_the_decoder_of_an_encoder_decoder_decodes() -> None:
+    """The encoder's tokens are not the new ones of a step."""
+    inputs = [
+        InputDims("attention_mask", ("batch", "encoder_sequence")),
+        InputDims("decoder_input_ids", ("batch", "decoder_sequence")),
+        InputDims("past_key_values.0.decoder.key", ("batch", 4, "past_sequence", 8)),
+        InputDims("past_key_values.0.encoder.key", ("batch", 4, "encoder_sequence", 8)),
+    ]
+    prompt, step = (profile.shapes for profile in make_profiles(inputs, longest=512))
+    assert prompt["decoder_input_ids"] == ((1, 1), (1, 128), (8, 512))
+    assert prompt["past_key_values.0.decoder.key"] == ((1, 4, 0, 8), (1, 4, 0, 8), (8, 4, 0, 8))
+    assert step["decoder_input_ids"] == ((1, 1), (1, 1), (8, 1))
+    assert step["past_key_values.0.decoder.key"] == ((1, 4, 0, 8), (1, 4, 128, 8), (8, 4, 511, 8))
+    for shapes in (prompt, step):
+        assert shapes["attention_mask"] == ((1, 1), (1, 128), (8, 512))
+        assert shapes["past_key_values.0.encoder.key"] == ((1, 4, 1, 8), (1, 4, 128, 8), (8, 4, 512, 8))
+
+
 def test_several_texts_are_several_profiles() -> None:
     found = make_profiles(TOKENS, ["batch:1,1,1 sequence:1,2,3", "input_ids:4x5,4x6,4x7"])
     assert [profile.shapes["input_ids"] for profile in found] == [((1, 1), (1, 2), (1, 3)), ((4, 5), (4, 6), (4, 7))]
