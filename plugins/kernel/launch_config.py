@@ -28,6 +28,8 @@ _SPREAD_SHARE: Final = 16 * 1024
 # Vectors of a row from which on a thread reads two if there are few rows, and four if there are many.
 _FEWEST_OF_TWO: Final = 513
 _FEWEST_OF_FOUR: Final = 1024
+# Of a sum in float16 on sm_100, vectors of a row up to which a thread reads four.
+_MOST_OF_FOUR: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,17 +144,21 @@ def layouts(kernel: NormKernel, architecture: int, alignment: int = WIDEST_ACCES
             spread = 2 if row_bytes <= 2 * _CLUSTERED_BYTES else 4
         if row_bytes > _SPREAD_BYTES:
             wide = next((n for n in (2, 4) if row_bytes <= n * _SPREAD_SHARE), 8)
-            found.append(_block(kernel, elements, vectors, wide, few=True))
-    found += [_block(kernel, elements, vectors, spread, few) for few in (True, False)]
+            found.append(_block(kernel, elements, vectors, wide, True, architecture))
+    found += [_block(kernel, elements, vectors, spread, few, architecture) for few in (True, False)]
     for config in found:
         config.check(kernel, architecture)
     return found
 
 
-def _block(kernel: NormKernel, elements: int, vectors: int, spread: int, few: bool) -> LaunchConfig:
+def _block(kernel: NormKernel, elements: int, vectors: int, spread: int, few: bool, architecture: int) -> LaunchConfig:
     """A cluster of `spread` blocks for each row."""
     share = -(-vectors // spread)
-    threads, held = min(_pairs(kernel, elements, share), key=lambda pair: _cost(pair, share, few))
+    pairs = list(_pairs(kernel, elements, share))
+    if architecture // 10 == 10 and kernel.adds and kernel.dtype == "float16" and share > _MOST_OF_FOUR:
+        # NVRTC 13.0 spills registers of four vectors there (12 bytes at 512 threads, with 64 registers).
+        pairs = [pair for pair in pairs if pair[1] <= 2] or pairs
+    threads, held = min(pairs, key=lambda pair: _cost(pair, share, few))
     return LaunchConfig(threads, held, elements, 1, spread, few and held * elements <= 16, few)
 
 

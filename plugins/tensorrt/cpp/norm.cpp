@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 
 namespace rmsnorm_deploy {
 namespace {
@@ -13,7 +14,7 @@ namespace {
 constexpr int most_threads = 1024, widest_access = 16, warp_bytes = 1024, block_of_warps = 128;
 constexpr int cluster_architecture = 90, clustered_bytes = 64 * 1024;
 constexpr int spread_bytes = 48 * 1024, spread_share = 16 * 1024;
-constexpr int fewest_of_two = 513, fewest_of_four = 1024;
+constexpr int fewest_of_two = 513, fewest_of_four = 1024, most_of_four = 1024;
 
 int ceiling(int a, int b) { return (a + b - 1) / b; }
 
@@ -29,8 +30,9 @@ std::tuple<int, double> cost_of(int threads, int held, int vectors, bool few) {
   return {tiles, idle + std::abs(threads - wanted) / wanted * 0.25 + uneven};
 }
 
-// A cluster of `spread` blocks for each row.
-Layout block_layout(int held_bytes, int elements, int vectors, int spread, bool few) {
+// A cluster of `spread` blocks for each row; a thread reads at most `most_vectors` at a time if any layout does.
+Layout block_layout(
+    int held_bytes, int elements, int vectors, int spread, bool few, int most_vectors = std::numeric_limits<int>::max()) {
   const int share = ceiling(vectors, spread);
   Layout best = {0, 0, elements, 1, spread};
   std::tuple<int, double> least;
@@ -38,9 +40,11 @@ Layout block_layout(int held_bytes, int elements, int vectors, int spread, bool 
     const int most = std::max(limit_of(threads) / (held_bytes * elements), 1), wanted = ceiling(share, threads);
     if (wanted > most && threads != most_threads) continue;
     const int held = std::min(wanted, most);  // more is read in several tiles
+    if (held > most_vectors) continue;
     const auto cost = cost_of(threads, held, share, few);
     if (best.threads == 0 || cost < least) best.threads = threads, best.vectors = held, least = cost;
   }
+  if (best.threads == 0) return block_layout(held_bytes, elements, vectors, spread, few);
   best.prefetch = few && best.vectors * elements <= 16;
   best.few = few;
   return best;
@@ -99,12 +103,19 @@ std::vector<Layout> layouts_of(const Norm& norm, int architecture) {
   const int held_bytes = bytes * (norm.adds ? 2 : 1), row_bytes = norm.width * held_bytes;
   const bool clusters = architecture >= cluster_architecture;
   const int spread = !clusters || row_bytes <= clustered_bytes ? 1 : row_bytes <= 2 * clustered_bytes ? 2 : 4;
+  // Registers of four vectors spill there, see `launch_config.py`.
+  const bool spills = architecture / 10 == 10 && norm.adds && norm.dtype == Dtype::float16;
+  const auto block = [&](int blocks, bool few) {
+    const bool limited = spills && ceiling(vectors, blocks) > most_of_four;
+    return limited ? block_layout(held_bytes, elements, vectors, blocks, few, 2)
+                   : block_layout(held_bytes, elements, vectors, blocks, few);
+  };
   std::vector<Layout> found;
   if (clusters && row_bytes > spread_bytes) {
     const int wide = row_bytes <= 2 * spread_share ? 2 : row_bytes <= 4 * spread_share ? 4 : 8;
-    found.push_back(block_layout(held_bytes, elements, vectors, wide, true));
+    found.push_back(block(wide, true));
   }
-  for (bool few : {true, false}) found.push_back(block_layout(held_bytes, elements, vectors, spread, few));
+  for (bool few : {true, false}) found.push_back(block(spread, few));
   return found;
 }
 

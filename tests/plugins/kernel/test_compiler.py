@@ -27,7 +27,7 @@ def configurations(architecture: int) -> list[tuple[NormKernel, LaunchConfig]]:
         NormKernel(width, 1e-6, op, dtype)  # type: ignore[arg-type]
         for width in WIDTHS
         for op in ("rms_norm", "add_rms_norm")
-        for dtype in ("float32", "bfloat16")
+        for dtype in ("float32", "float16", "bfloat16")
     ]
     kernels += [
         NormKernel(4096, 1e-6, dtype="float16", quantized="int8", quantization="static"),

@@ -141,3 +141,15 @@ def test_layouts_that_cannot_run_are_refused(config: LaunchConfig, message: str)
 def test_kernels_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         NormKernel(**{"width": 64, "epsilon": 1e-6, **changes})
+
+
+def test_sums_in_float16_have_few_vectors_on_sm_100() -> None:
+    """NVRTC 13.0 spills registers of four there; `test_chosen_layouts_compile_without_spills` compiles them."""
+    for width in (16384, 32768, 65536):
+        kernel = NormKernel(width, 1e-6, "add_rms_norm", "float16")
+        assert max(config.vectors for config in layouts(kernel, 100)) == 2
+        assert layouts(kernel.replace(dtype="bfloat16", residual_dtype=None, weight_dtype=None), 100)[-1].vectors == 4
+        assert layouts(kernel, 90)[-1].vectors == 4
+    odd = NormKernel(30001, 1e-6, "add_rms_norm", "float16")  # no layout has so few
+    assert layouts(odd, 100) == layouts(odd, 103)
+    assert layouts(odd, 100)[-1].vectors > 2

@@ -91,7 +91,7 @@ def test_layouts_and_macros_are_those_of_python(built_library: BuiltLibrary) -> 
             for dtype, number in contract.ONNX_TYPES.items():
                 for offset, scale_type in ((0.0, 1), (1.0, number)):
                     kernel = kernel_of(op_type, dtype, width, 1e-6, offset, scale_type, quant_type)
-                    for architecture in (75, 89, 90, 120):
+                    for architecture in (75, 89, 90, 100, 120):
                         found = layouts(kernel, architecture)
                         for index, config in enumerate(found):
                             defined = {"RMSNORM_NAME": kernel.op, **macros(kernel, config)}
@@ -105,7 +105,7 @@ def test_layouts_and_macros_are_those_of_python(built_library: BuiltLibrary) -> 
                             assert set(text.decode().split()) == expected
                             count += 1
                         assert options(kernel.adds, number, 0, width, 1e-6, 0, 0, len(found), architecture) == b""
-    assert count > len(widths) * 6 * 3 * 2 * 2 * 4
+    assert count > len(widths) * 6 * 3 * 2 * 2 * 5
 
 
 @needs_library
