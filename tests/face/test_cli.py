@@ -249,8 +249,9 @@ def test_generate(rmsnorm: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None
     asked: list[Any] = []
 
     def stand_in(
-        folder: Path, prompt: str | list[int], *, max_new_tokens: int, provider: str, inputs: Any
+        folder: Path, prompt: str | list[int], *, max_new_tokens: int, provider: str, runner: Any, inputs: Any
     ) -> SimpleNamespace:
+        assert runner is None
         asked.append((folder, prompt, max_new_tokens, provider, inputs))
         text = "7530" if isinstance(prompt, str) else None
         return SimpleNamespace(text=text, ids=[7, 5, 3, 0], prompt_ids=[0, 1], tokens_per_second=9.5, with_past=True)

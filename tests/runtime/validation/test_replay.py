@@ -83,16 +83,16 @@ def test_every_option_goes_through_a_report(tmp_path: Path) -> None:
     given: dict[str, Any] = {
         "dtype": "float16", "provider": "cuda", "seed": 5, "shapes": ((1, 2), (3, 4)), "prompts": ("a", "b"),
         "tokenizer": "t", "limits": {"y": Limits(rtol=0.5, min_top1=0.5)}, "outputs_only": True, "depth": True,
-        "window": 3, "lossy": "int4",
+        "window": 3, "lossy": "int4", "runners": ("ort", "rtx"),
     }  # fmt: skip
     path = tmp_path / "report.json"
-    for values in (given, {"inputs": "x.npz", "bisect": True}, {"thorough": True}):
+    for values in (given, {"inputs": "x.npz", "bisect": True}, {"thorough": True, "deep": True}):
         options = ValidationOptions(**values)
         settings = {"candidate": "out", "against": "builtin:small", **options.to_dict()}
         path.write_text(json.dumps({"schema": VALIDATE_SCHEMA, "settings": settings}))
         assert read_replay(path).options == options
     fields = {field.name for field in dataclasses.fields(ValidationOptions)}
-    assert fields == {*given, "inputs", "bisect", "thorough"}
+    assert fields == {*given, "inputs", "bisect", "thorough", "deep"}
 
 
 def test_a_bisection_is_kept_as_one(folder: Path, source: str, tmp_path: Path) -> None:
