@@ -60,51 +60,11 @@ if ! [[ $rows_seconds =~ ^[1-9][0-9]*$ ]] || ((rows_seconds > 420)); then
     exit 2
 fi
 
+# shellcheck source=scripts/common.sh
+source "$root/scripts/common.sh"
 # Nothing is installed or written before it is known that there is a GPU that torch can use.
-gpus=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null) || gpus=
-if [[ -z $gpus || $gpus == *"No devices"* ]]; then
-    echo "gpu_check.sh requires an NVIDIA GPU: nvidia-smi is not on PATH or found none. Nothing was installed." >&2
-    exit 4
-fi
-torch=$("$python" -c 'import torch; print(torch.__version__)' 2>/dev/null) || torch=
-if [[ -n $torch ]] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "gpu_check.sh requires the CUDA build of torch, and a GPU that it can use; $python has torch $torch." >&2
-    echo "Nothing was installed." >&2
-    exit 4
-fi
-
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
-[[ $environment == /* ]] || environment=$PWD/$environment
-cd "$root"
-: >"$out/steps.txt"
-failed=0
-
-# step NAME SECONDS COMMAND...: run with a time limit; the output goes to the terminal and to NAME.log.
-step() {
-    local name=$1 limit=$2 began=$SECONDS code=0
-    shift 2
-    echo "== $name"
-    timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$out/$name.log" || code=$?
-    note "$name" "$code" $((SECONDS - began))
-}
-
-# note NAME CODE SECONDS [TEXT]: one line of steps.txt.
-note() {
-    printf '%-10s exit code %s, %s s%s\n' "$1" "$2" "$3" "${4:+: $4}" | tee -a "$out/steps.txt"
-    if [[ $2 != 0 ]]; then failed=1; fi
-}
-
-{
-    echo "$gpus"
-    echo "$python: $("$python" --version 2>&1), torch ${torch:-not installed}"
-    uname -srm
-} | tee "$out/machine.txt"
-
-# Where the checkout is not installed, its packages are found through the links that type checkers follow.
-if [[ -d .typecheck/rmsnorm_deploy ]]; then
-    export PYTHONPATH=$root/.typecheck:$root${PYTHONPATH:+:$PYTHONPATH}
-fi
+require_gpu gpu_check.sh
+open_output
 
 # complete PYTHON: whether it has all that the steps need.
 complete() {
@@ -114,31 +74,13 @@ from rmsnorm_deploy.plugins.kernel.compiler import nvrtc_version
 nvrtc_version()' >/dev/null 2>&1
 }
 
-# The environment sees the machine's torch, and the constraint keeps pip from installing another one over it.
-options=()
-: >"$out/constraints.txt"
-if [[ -n $torch ]]; then
-    options=(--system-site-packages)
-    echo "torch==$torch" >"$out/constraints.txt"
-fi
+constrain
 if complete "$python"; then
     note install 0 0 "$python has everything"
 else
-    if [[ ! -x $environment/bin/python ]]; then
-        step venv 20 "$python" -m venv "${options[@]}" "$environment"
-    fi
-    if [[ -x $environment/bin/python ]]; then
-        python=$environment/bin/python
-        step install 100 "$python" -m pip install --quiet --disable-pip-version-check -c "$out/constraints.txt" \
-            -e "${root}[kernel,dev]"
-    else
-        note install 1 0 "not run: there is no virtual environment"
-    fi
+    install_into_environment 100 kernel,dev
 fi
-
-"$python" -c 'import torch
-print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}")' 2>&1 |
-    tee -a "$out/machine.txt" || true
+describe_torch
 
 # NVRTC compiles one kernel at a time in a process, and the tests compile more than a thousand.
 step tests 180 "$python" -m pytest -m gpu -n auto --maxprocesses 16 tests/plugins -q --durations=5
@@ -153,9 +95,7 @@ rm -f "$out/kernel.md" "$out/kernel.json"
 step benchmark $((rows_seconds + 45)) "$python" -m benchmarks.kernel --seconds "$rows_seconds" \
     --json "$out/kernel.json" --markdown "$out/kernel.md"
 
-echo
-echo "== steps, in $SECONDS s; files are in $out"
-cat "$out/steps.txt"
+show_steps
 echo
 if [[ -s $out/kernel.md ]]; then
     sed -n '/^## Ours/,$p' "$out/kernel.md"

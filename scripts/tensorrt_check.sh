@@ -76,18 +76,10 @@ case $runtime in
     *) echo "tensorrt_check.sh: --runtime: expected tensorrt, rtx or both, got $runtime" >&2; exit 2 ;;
 esac
 
+# shellcheck source=scripts/common.sh
+source "$root/scripts/common.sh"
 # Nothing is installed or written before it is known that there is a GPU that torch can use, and a TensorRT.
-gpus=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null) || gpus=
-if [[ -z $gpus || $gpus == *"No devices"* ]]; then
-    echo "tensorrt_check.sh requires an NVIDIA GPU: nvidia-smi is not on PATH or found none. Nothing was installed." >&2
-    exit 4
-fi
-torch=$("$python" -c 'import torch; print(torch.__version__)' 2>/dev/null) || torch=
-if [[ -n $torch ]] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "tensorrt_check.sh requires the CUDA build of torch, and a GPU that it can use; $python has torch $torch." >&2
-    echo "Nothing was installed." >&2
-    exit 4
-fi
+require_gpu tensorrt_check.sh
 
 # has PYTHON MODULE: whether a module can be found; it is not imported.
 has() {
@@ -138,40 +130,7 @@ if ((${#extras[@]} == 0)); then
     exit 4
 fi
 
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
-[[ $environment == /* ]] || environment=$PWD/$environment
-cd "$root"
-: >"$out/steps.txt"
-failed=0
-code=0
-
-# step NAME SECONDS COMMAND...: run with a time limit; the output goes to the terminal and to NAME.log. Sets `code`.
-step() {
-    local name=$1 limit=$2 began=$SECONDS
-    shift 2
-    code=0
-    echo "== $name"
-    timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$out/$name.log" || code=$?
-    took=$((SECONDS - began))
-}
-
-# note NAME CODE SECONDS [TEXT]: one line of steps.txt.
-note() {
-    printf '%-10s exit code %s, %s s%s\n' "$1" "$2" "$3" "${4:+: $4}" | tee -a "$out/steps.txt"
-    if [[ $2 != 0 ]]; then failed=1; fi
-}
-
-{
-    echo "$gpus"
-    echo "$python: $("$python" --version 2>&1), torch ${torch:-not installed}, products: ${extras[*]}"
-    uname -srm
-} | tee "$out/machine.txt"
-
-# Where the checkout is not installed, its packages are found through the links that type checkers follow.
-if [[ -d .typecheck/rmsnorm_deploy ]]; then
-    export PYTHONPATH=$root/.typecheck:$root${PYTHONPATH:+:$PYTHONPATH}
-fi
+open_output "products: ${extras[*]}"
 
 # complete PYTHON: whether it has all that the steps need.
 complete() {
@@ -188,47 +147,27 @@ from rmsnorm_deploy.plugins.kernel.compiler import nvrtc_version
 nvrtc_version()' >/dev/null 2>&1
 }
 
-# The environment sees the machine's torch and TensorRT; the constraints keep pip from installing others over them.
-options=()
-: >"$out/constraints.txt"
-if [[ -n $torch ]]; then
-    options=(--system-site-packages)
-    echo "torch==$torch" >"$out/constraints.txt"
-fi
+constrain
 if complete "$python"; then
     note install 0 0 "$python has everything"
 else
-    if [[ ! -x $environment/bin/python ]]; then
-        step venv 20 "$python" -m venv "${options[@]}" "$environment"
-        note venv "$code" "$took"
-    fi
-    if [[ -x $environment/bin/python ]]; then
-        python=$environment/bin/python
-        # A product that is there may be installed without pip, so that its extra would install it again.
-        wanted=kernel,cpu,hf,dev
-        for product in "${extras[@]}"; do
-            case $product in
-                tensorrt) has "$python" tensorrt || wanted+=,tensorrt ;;
-                rtx) has "$python" tensorrt_rtx || wanted+=,rtx ;;
-            esac
-        done
-        step install 240 "$python" -m pip install --quiet --disable-pip-version-check -c "$out/constraints.txt" \
-            -e "${root}[$wanted]"
-        note install "$code" "$took"
-    else
-        note install 1 0 "not run: there is no virtual environment"
-    fi
+    # A product that is there may be installed without pip, so that its extra would install it again.
+    wanted=kernel,cpu,hf,dev
+    for product in "${extras[@]}"; do
+        case $product in
+            tensorrt) has "$python" tensorrt || wanted+=,tensorrt ;;
+            rtx) has "$python" tensorrt_rtx || wanted+=,rtx ;;
+        esac
+    done
+    install_into_environment 240 "$wanted"
 fi
-
-"$python" -c 'import torch
-print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}")' 2>&1 |
-    tee -a "$out/machine.txt" || true
+describe_torch
 
 # One library serves both products. Exit code 4 says that a tool for the build is missing.
 if [[ -n ${RMSNORM_DEPLOY_PLUGIN:-} ]]; then
     note plugin 0 0 "not run: RMSNORM_DEPLOY_PLUGIN names $RMSNORM_DEPLOY_PLUGIN"
 else
-    step plugin 90 "$python" -c 'from rmsnorm_deploy.cli import main; main()' plugin build -o "$out/plugin"
+    run_step plugin 90 "$python" -c 'from rmsnorm_deploy.cli import main; main()' plugin build -o "$out/plugin"
     if ((code == 4)); then
         note plugin 0 "$took" "not built, so that the plugin in Python is checked; see plugin.log"
     else
@@ -240,7 +179,6 @@ else
 fi
 
 step tests 120 "$python" -m pytest -m tensorrt tests -q --durations=5
-note tests "$code" "$took"
 # The last row that is begun, and its end, still fit into 15 minutes.
 left=$((780 - SECONDS))
 if ((rows_seconds > left)); then rows_seconds=$left; fi
@@ -252,12 +190,9 @@ if ((${#extras[@]} == 1)); then arguments+=(--runtime "${extras[0]}"); fi
 rm -f "$out/check.md" "$out/check.json"
 step check $((rows_seconds + 90)) "$python" -m benchmarks.tensorrt_check "${arguments[@]}" --row-seconds 80 \
     --json "$out/check.json" --markdown "$out/check.md"
-note check "$code" "$took"
 check_code=$code
 
-echo
-echo "== steps, in $SECONDS s; files are in $out"
-cat "$out/steps.txt"
+show_steps
 if [[ -f $out/failures.tar.gz ]]; then echo "What is needed to repair what failed: $out/failures.tar.gz"; fi
 echo
 if [[ -s $out/check.md ]]; then

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "scripts" / "gpu_check.sh"
+from tests.helpers.interface.gpu_scripts import SCRIPTS, WITHOUT_GPU, GpuScript, calls, steps
 
 # Answers as the script's calls expect it, and writes each call into $CALLS.
 PYTHON = r"""#!/usr/bin/env bash
@@ -37,40 +33,10 @@ case "$*" in
 esac
 """
 NVIDIA_SMI = "#!/usr/bin/env bash\necho 'GPU of a test, 580.1, 81559 MiB'\n"
-NO_NVIDIA_SMI = "#!/usr/bin/env bash\necho 'No devices were found'\nexit 6\n"
 SANITIZER = '#!/usr/bin/env bash\necho "sanitizer $*" >>"$CALLS"\nexit "${SANITIZER:-0}"\n'
 
 
-def program(folder: Path, name: str, text: str) -> Path:
-    folder.mkdir(exist_ok=True)
-    path = folder / name
-    path.write_text(text, encoding="utf-8")
-    path.chmod(0o755)
-    return path
-
-
-def run(
-    place: Path, *arguments: str, nvidia_smi: str = NVIDIA_SMI, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """Run the script with the programs of this test, in `place`."""
-    program(place / "bin", "nvidia-smi", nvidia_smi)
-    program(place / "bin", "compute-sanitizer", SANITIZER)
-    python = program(place / "fake", "python3", PYTHON)
-    settings = {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "PYTHON": str(python), "CALLS": str(place / "calls")}
-    return subprocess.run(
-        [str(SCRIPT), *arguments], cwd=place, env={**os.environ, "HAS": "little", **settings, **variables},
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-
-
-def calls(place: Path) -> list[str]:
-    return (place / "calls").read_text(encoding="utf-8").splitlines()
-
-
-def steps(place: Path) -> dict[str, int]:
-    """Exit code of each step."""
-    lines = (place / "out" / "steps.txt").read_text(encoding="utf-8").splitlines()
-    return {line.split()[0]: int(line.split("exit code ")[1].partition(",")[0]) for line in lines}
+run = GpuScript("gpu_check.sh", PYTHON, {"nvidia-smi": NVIDIA_SMI, "compute-sanitizer": SANITIZER})
 
 
 def test_help(tmp_path: Path) -> None:
@@ -97,21 +63,13 @@ def test_usage(tmp_path: Path, arguments: list[str], message: str) -> None:
     assert not (tmp_path / "calls").exists()
 
 
-@pytest.mark.parametrize("nvidia_smi", [NO_NVIDIA_SMI, "#!/usr/bin/env bash\nexit 127\n", "#!/usr/bin/env bash\n"])
+@pytest.mark.parametrize("nvidia_smi", WITHOUT_GPU)
 def test_without_a_gpu_nothing_is_installed(tmp_path: Path, nvidia_smi: str) -> None:
-    done = run(tmp_path, "out", nvidia_smi=nvidia_smi)
-    assert done.returncode == 4
-    assert done.stdout == ""
-    assert "requires an NVIDIA GPU" in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "fake"]
+    run.check_nothing_is_written_without_a_gpu(tmp_path, nvidia_smi)
 
 
-@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has nvidia-smi")
 def test_on_this_machine_there_is_no_gpu(tmp_path: Path) -> None:
-    done = subprocess.run([str(SCRIPT)], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 4
-    assert "nvidia-smi is not on PATH or found none. Nothing was installed." in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    run.check_this_machine_has_no_gpu(tmp_path)
 
 
 def test_without_a_cuda_build_of_torch_nothing_is_installed(tmp_path: Path) -> None:
@@ -138,7 +96,7 @@ def test_every_step_succeeds_and_the_losses_are_printed_last(tmp_path: Path) -> 
     (venv,) = [call for call in made if "-m venv" in call]
     assert venv == f"fake -m venv --system-site-packages {tmp_path / 'env'}"
     (pip,) = [call for call in made if "-m pip" in call]
-    assert f"-c {out / 'constraints.txt'} -e {ROOT}[kernel,dev]" in pip
+    assert f"-c {out / 'constraints.txt'} -e {SCRIPTS.parent}[kernel,dev]" in pip
     assert (out / "constraints.txt").read_text(encoding="utf-8") == "torch==2.11.0+cu130\n"
     (tested,) = [call for call in made if "-m pytest" in call]
     assert tested.startswith("bin -m pytest -m gpu ")
@@ -194,17 +152,13 @@ def test_a_benchmark_without_rows_is_said(tmp_path: Path) -> None:
 
 def test_the_steps_take_less_than_fifteen_minutes() -> None:
     """The limits of all steps, with the ten seconds after which a step is killed."""
-    text = SCRIPT.read_text(encoding="utf-8")
-    limits = {line.split()[1]: line.split()[2] for line in text.splitlines() if line.lstrip().startswith("step ")}
-    assert limits.pop("benchmark") == "$((rows_seconds"
+    limits = run.limits()
+    assert limits.pop("benchmark") == "$((rows_seconds + 45))"
     assert set(limits) == {"venv", "install", "tests", "sanitizer"}
     benchmark = 420 + 45
     assert benchmark < 8 * 60
     assert sum(map(int, limits.values())) + benchmark + 10 * 5 < 15 * 60
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
 def test_shellcheck() -> None:
-    done = subprocess.run(["shellcheck", str(SCRIPT)], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout == ""
-    assert done.returncode == 0
+    run.check_shell()

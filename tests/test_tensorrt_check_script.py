@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "scripts" / "tensorrt_check.sh"
+from tests.helpers.interface.gpu_scripts import SCRIPTS, WITHOUT_GPU, GpuScript, calls, steps
 
 # Answers as the script's calls expect it, and writes each call into $CALLS.
 PYTHON = r"""#!/usr/bin/env bash
@@ -45,40 +42,9 @@ esac
 NVIDIA_SMI = """#!/usr/bin/env bash
 if [[ $* == *compute_cap* ]]; then echo "${CAPABILITY:-8.9}"; else echo 'GPU of a test, 580.1, 24 GiB'; fi
 """
-NO_NVIDIA_SMI = "#!/usr/bin/env bash\necho 'No devices were found'\nexit 6\n"
 
 
-def program(folder: Path, name: str, text: str) -> Path:
-    folder.mkdir(exist_ok=True)
-    path = folder / name
-    path.write_text(text, encoding="utf-8")
-    path.chmod(0o755)
-    return path
-
-
-def run(
-    place: Path, *arguments: str, nvidia_smi: str = NVIDIA_SMI, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """Run the script with the programs of this test, in `place`."""
-    program(place / "bin", "nvidia-smi", nvidia_smi)
-    python = program(place / "fake", "python3", PYTHON)
-    settings = {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "PYTHON": str(python), "CALLS": str(place / "calls")}
-    settings |= {"HAS": "little", "PRODUCTS": "full"}
-    kept = {name: value for name, value in os.environ.items() if name != "RMSNORM_DEPLOY_PLUGIN"}
-    return subprocess.run(
-        [str(SCRIPT), *arguments], cwd=place, env={**kept, **settings, **variables},
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-
-
-def calls(place: Path) -> list[str]:
-    return (place / "calls").read_text(encoding="utf-8").splitlines()
-
-
-def steps(place: Path) -> dict[str, int]:
-    """Exit code of each step."""
-    lines = (place / "out" / "steps.txt").read_text(encoding="utf-8").splitlines()
-    return {line.split()[0]: int(line.split("exit code ")[1].partition(",")[0]) for line in lines}
+run = GpuScript("tensorrt_check.sh", PYTHON, {"nvidia-smi": NVIDIA_SMI}, {"PRODUCTS": "full"})
 
 
 def test_help(tmp_path: Path) -> None:
@@ -105,21 +71,13 @@ def test_usage(tmp_path: Path, arguments: list[str], message: str) -> None:
     assert not (tmp_path / "calls").exists()
 
 
-@pytest.mark.parametrize("nvidia_smi", [NO_NVIDIA_SMI, "#!/usr/bin/env bash\nexit 127\n", "#!/usr/bin/env bash\n"])
+@pytest.mark.parametrize("nvidia_smi", WITHOUT_GPU)
 def test_without_a_gpu_nothing_is_installed(tmp_path: Path, nvidia_smi: str) -> None:
-    done = run(tmp_path, "out", nvidia_smi=nvidia_smi)
-    assert done.returncode == 4
-    assert done.stdout == ""
-    assert "requires an NVIDIA GPU" in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "fake"]
+    run.check_nothing_is_written_without_a_gpu(tmp_path, nvidia_smi)
 
 
-@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has nvidia-smi")
 def test_on_this_machine_there_is_no_gpu(tmp_path: Path) -> None:
-    done = subprocess.run([str(SCRIPT)], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 4
-    assert "nvidia-smi is not on PATH or found none. Nothing was installed." in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    run.check_this_machine_has_no_gpu(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -145,11 +103,11 @@ def test_without_what_it_needs_nothing_is_installed(
 
 def test_the_architectures_are_read_without_the_package(tmp_path: Path) -> None:
     """The script's own program, with this interpreter and nothing on its path."""
-    text = SCRIPT.read_text(encoding="utf-8")
+    text = run.path.read_text(encoding="utf-8")
     (source,) = re.findall(r"\"\$python\" -c '(import sys, types\n.*?)' \"\$root\"", text, flags=re.DOTALL)
     codes = {
         (runtime, capability): subprocess.run(
-            [sys.executable, "-I", "-c", source, str(ROOT), runtime, capability], cwd=tmp_path, check=False
+            [sys.executable, "-I", "-c", source, str(SCRIPTS.parent), runtime, capability], cwd=tmp_path, check=False
         ).returncode
         for runtime, capability in (("rtx", "8.9"), ("rtx", "9.0"), ("tensorrt", "9.0"), ("rtx", "12.0"))
     }
@@ -170,7 +128,7 @@ def test_every_step_succeeds_and_the_table_is_printed_last(tmp_path: Path) -> No
     (venv,) = [call for call in made if "-m venv" in call]
     assert venv == f"fake -m venv --system-site-packages {tmp_path / 'env'}"
     (pip,) = [call for call in made if "-m pip" in call]
-    assert f"-c {out / 'constraints.txt'} -e {ROOT}[kernel,cpu,hf,dev]" in pip
+    assert f"-c {out / 'constraints.txt'} -e {SCRIPTS.parent}[kernel,cpu,hf,dev]" in pip
     assert (out / "constraints.txt").read_text(encoding="utf-8") == "torch==2.11.0+cu130\n"
     (tested,) = [call for call in made if "-m pytest" in call]
     assert tested.startswith("bin -m pytest -m tensorrt tests -q ")
@@ -235,17 +193,15 @@ def test_a_check_with_nothing_to_run_on_keeps_its_exit_code(tmp_path: Path) -> N
 
 def test_the_steps_take_less_than_fifteen_minutes() -> None:
     """The limits of all steps, with the ten seconds after which a step is killed; the check has what they leave."""
-    text = SCRIPT.read_text(encoding="utf-8")
-    found = re.findall(r"^ *step (\w+) (\d+|\$\(\(rows_seconds \+ 90\)\)) ", text, flags=re.MULTILINE)
-    assert [name for name, _ in found] == ["venv", "install", "plugin", "tests", "check"]
+    found = run.limits()
+    assert list(found) == ["venv", "install", "plugin", "tests", "check"]
+    assert found["check"] == "$((rows_seconds + 90))"
+    text = run.path.read_text(encoding="utf-8")
     (until,) = re.findall(r"^left=\$\(\((\d+) - SECONDS\)\)$", text, flags=re.MULTILINE)
     assert int(until) + 90 + 10 < 15 * 60
-    before = [int(limit) + 10 for _, limit in found if limit.isdigit()]
+    before = [int(limit) + 10 for limit in found.values() if limit.isdigit()]
     assert int(until) - sum(before) > 240
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
 def test_shellcheck() -> None:
-    done = subprocess.run(["shellcheck", str(SCRIPT)], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout == ""
-    assert done.returncode == 0
+    run.check_shell()

@@ -89,6 +89,22 @@ class Runner(Protocol):
         ...
 
 
+class ClosesOnExit:
+    """The context of a runner: leaving it calls `close`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release what the runner holds."""
+        raise NotImplementedError
+
+
 class DecoderSession(Runner, Protocol):
     """A `Runner` of a decoder that keeps its own cache between the calls of one run."""
 

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +21,7 @@ from ...export.onnx_io.atomic_files import new_file
 from ...export.onnx_io.read_model import ModelFile, read_model
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
 from ...models.versions import too_old
-from .base import Array, TensorInfo, check_feeds, describe_feeds
+from .base import Array, ClosesOnExit, TensorInfo, check_feeds, describe_feeds
 from .ort_assignment import (
     COMPILING,
     RECORD,
@@ -86,7 +86,7 @@ def import_onnxruntime() -> ModuleType:
     return onnxruntime
 
 
-class OrtRunner:
+class OrtRunner(ClosesOnExit):
     """Runs an ONNX model in ONNX Runtime.
 
     Args:
@@ -139,14 +139,6 @@ class OrtRunner:
         self._outputs = _infos(self._session.get_outputs(), self._where, set())
         self._limits = limits_in({row.key: row.value for row in file.model.metadata_props}, self._where)
         self._files: dict[str, Any] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Release the session and its memory."""

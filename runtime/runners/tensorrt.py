@@ -7,8 +7,7 @@ import queue
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from ...export.graph.cache_names import is_present, past_of
 from ...export.graph.sizes import size_limits_of
@@ -22,13 +21,13 @@ from ..engines.engine_file import open_engine_file
 from ..engines.io_tensors import IOTensor
 from ..engines.open_engine import OpenEngine, local_gpu, open_engine
 from ..engines.output_memory import Memory, new_memory
-from .base import Array, TensorInfo, check_feeds
+from .base import Array, ClosesOnExit, TensorInfo, check_feeds
 
 if TYPE_CHECKING:
     import torch
 
 
-class TensorRTRunner:
+class TensorRTRunner(ClosesOnExit):
     """Runs an engine on an NVIDIA GPU; several threads may run it at once.
 
     Args:
@@ -75,14 +74,6 @@ class TensorRTRunner:
         self._inputs = [_info(tensor, dims.get(tensor.name)) for tensor in self._opened.inputs]
         self._outputs = [_info(tensor, None) for tensor in self._opened.outputs]
         self._limits = size_limits_of(file.manifest) if file.manifest else None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Wait for runs that are at work, then release the contexts, the engine and their memory."""

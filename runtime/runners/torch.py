@@ -6,8 +6,7 @@ import copy
 import inspect
 import itertools
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,14 +16,14 @@ from ...models.dtypes import torch_name
 from ...models.errors import EnvironmentMissingError, UnsupportedError, UsageError
 from ...models.precision import convert
 from ...models.tensors import to_numpy, to_torch
-from .base import ANY_DTYPE, Array, TensorInfo, check_feeds, describe_feeds, tokens_between
+from .base import ANY_DTYPE, Array, ClosesOnExit, TensorInfo, check_feeds, describe_feeds, tokens_between
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 
-class TorchRunner:
+class TorchRunner(ClosesOnExit):
     """Runs an `nn.Module` in eval mode and without gradients.
 
     The module's parameters are never changed, and `close` restores every submodule's training flag. With `dtype` or
@@ -76,14 +75,6 @@ class TorchRunner:
         if dtype is not None or device is not None:
             self._model = _moved_copy(model, self._dtype, device)
         self._training = [(module, module.training) for module in self._model.modules()]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Restore the training flags and release the module."""

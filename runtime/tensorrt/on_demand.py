@@ -9,15 +9,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 
 from ...export.onnx_io.read_model import read_model
 from ...models.errors import UnsupportedError, UsageError
 from ..engines.api import FLAVORS, ORT, RUNNERS, cuda_device, flavor_name
 from ..engines.open_engine import local_gpu
 from ..inputs.exported import Exported
-from ..runners.base import Array, OnnxSession, Runner, TensorInfo, check_feeds
+from ..runners.base import Array, ClosesOnExit, OnnxSession, Runner, TensorInfo, check_feeds
 from ..runners.open import CPU_NAME, open_runner
 from .build import Engine, build_engine
 from .options import BuildOptions
@@ -72,7 +71,7 @@ def local_options(runtime: str) -> BuildOptions:
     return BuildOptions(runtime=name, architectures=(gpu[1],) if gpu is not None and known else ())
 
 
-class BuiltOnDemand:
+class BuiltOnDemand(ClosesOnExit):
     """A `Runner` of an ONNX model in TensorRT. The engine is built at the first run, and again where shapes outgrow it.
 
     Args:
@@ -110,14 +109,6 @@ class BuiltOnDemand:
             _share(data, self._folder / data.relative_to(_base(file.path, weights_folder)))
         self._runner: OnnxSession | None = None
         self._builds = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Release the engine, and delete its files."""
