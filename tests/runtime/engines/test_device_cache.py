@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from rmsnorm_deploy.models.errors import EnvironmentMissingError
-from rmsnorm_deploy.runtime.engines.device import CudaDevice, open_device
 from rmsnorm_deploy.runtime.engines.device_cache import DeviceCache
 from tests.helpers.tensorrt.stand_in import HostDevice
 
@@ -51,22 +48,3 @@ def test_another_dtype_gets_other_memory() -> None:
     cache = DeviceCache(HostDevice())
     assert cache.memory("k", (0, 4), torch.float32).numel() == 0
     assert cache.memory("k", (2, 4), torch.float16).dtype == torch.float16
-
-
-def test_a_cpu_build_of_pytorch_is_named() -> None:
-    if torch.version.cuda is not None:
-        pytest.skip("needs the CPU build of PyTorch")
-    with pytest.raises(EnvironmentMissingError, match=r"requires PyTorch for CUDA.*was built without it"):
-        open_device()
-
-
-def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert CudaDevice(0).place == torch.device("cuda", 0)
-    with pytest.raises(EnvironmentMissingError, match=r"PyTorch finds 1 of them, and number 1 was requested"):
-        CudaDevice(1)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(EnvironmentMissingError, match=r"PyTorch finds 0 of them"):
-        CudaDevice(0)

@@ -260,9 +260,11 @@ def test_the_cache_stays_on_the_device(stand_in: StandIn, decoder_engine: Decode
                 past = present_to_past(wanted)
                 assert np.array_equal(decoding.step(feeds), wanted["logits"][:, -1])
                 assert np.array_equal(host.step(feeds), wanted["logits"][:, -1])
-        decoding.restart()
-        feeds = feeds_of(runner, 2, 6, seed=6)
-        assert np.array_equal(decoding.step(feeds), expected(feeds)["logits"][:, -1])
+            host.restart()
+            decoding.restart()
+            feeds = feeds_of(runner, 2, 6, seed=6)
+            assert np.array_equal(decoding.step(feeds), expected(feeds)["logits"][:, -1])
+            assert np.array_equal(host.step(feeds), expected(feeds)["logits"][:, -1])
 
 
 def test_a_failed_step_can_be_repeated(stand_in: StandIn, decoder_engine: DecoderEngine, expected: Any) -> None:

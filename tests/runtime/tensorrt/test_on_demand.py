@@ -76,7 +76,17 @@ def test_dims_without_a_name_get_one(stand_in: StandIn, files: Any, builds: list
     assert builds == [(), ("x_dim_0:2,4,4",)]
 
 
-def test_weights_in_other_files_are_found(stand_in: StandIn, files: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("links", [True, False])
+def test_weights_in_other_files_are_found(
+    stand_in: StandIn, files: Any, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """They are linked, or copied where the file system has no links."""
+
+    def no_link(*_: Any) -> None:
+        raise OSError("cross-device link")
+
+    if not links:
+        monkeypatch.setattr(on_demand.os, "link", no_link)
     path = files.matmul(external=True)
     x = np.random.default_rng(0).standard_normal((2, 3, WIDTH), np.float32)
     with open_runner(path) as onnx_runner:
