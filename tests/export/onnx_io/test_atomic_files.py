@@ -373,9 +373,10 @@ def whole(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "two renames"])
-def test_fifty_kills_lose_nothing_and_leave_nothing_half_written(exchanges: bool, tmp_path: Path) -> None:
+def test_kills_lose_nothing_and_leave_nothing_half_written(exchanges: bool, tmp_path: Path) -> None:
+    """Fifty of them with `RMSNORM_TESTS=all`."""
     random = Random(exchanges)
-    for _ in range(50):
+    for _ in range(50 if os.environ.get("RMSNORM_TESTS") == "all" else 20):
         with subprocess.Popen(
             [sys.executable, "-c", WRITER, tmp_path, str(exchanges)], stdout=subprocess.PIPE, text=True
         ) as process:
