@@ -16,12 +16,12 @@ require_gpu() {
     fi
 }
 
-# open_output [TEXT]: makes the folder of the results, and describes the machine there.
+# open_output TEXT: makes the folder of the results, and describes the machine there.
 open_output() {
     mkdir -p "$out"
     out=$(cd "$out" && pwd)
     [[ $environment == /* ]] || environment=$PWD/$environment
-    cd "$root"
+    cd "$root" || exit 1
     : >"$out/steps.txt"
     failed=0
     {

@@ -64,7 +64,7 @@ fi
 source "$root/scripts/common.sh"
 # Nothing is installed or written before it is known that there is a GPU that torch can use.
 require_gpu gpu_check.sh
-open_output
+open_output ""
 
 # complete PYTHON: whether it has all that the steps need.
 complete() {
