@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..export.graph.cache_names import is_past
+from ..export.graph.cache_names import is_past, present_to_past
 from ..export.onnx_io.manifest import read_manifest
 from ..models.calling.media_parts import EMBEDDING, IMAGES, MODALITIES, Modality
 from ..models.calling.modalities import TOKEN_TYPES
@@ -20,7 +20,7 @@ from ..models.errors import UnsupportedError, UsageError
 from ..models.regular_files import read_json
 from .inputs.encoder_decoder import encoder_decoder_tokens
 from .inputs.exported import open_exported
-from .inputs.synthetic import cast_feeds, make_feeds, present_to_past
+from .inputs.synthetic import cast_feeds, make_feeds
 from .runners.base import Array, OnnxSession
 from .runners.open import open_runner
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmsnorm_deploy.export.graph.cache_names import is_past
+from rmsnorm_deploy.export.graph.cache_names import is_past, present_to_past
 from rmsnorm_deploy.export.onnx_io.manifest import read_manifest
 from rmsnorm_deploy.models.calling.media_parts import first_one, modality_read
 from rmsnorm_deploy.models.calling.rotary import RESTART_FIELD
@@ -20,7 +20,7 @@ from rmsnorm_deploy.models.errors import UnsupportedError
 from rmsnorm_deploy.runtime.generate_parts import with_parts
 from rmsnorm_deploy.runtime.inputs.encoder_decoder import decoder_steps, opened_parts
 from rmsnorm_deploy.runtime.inputs.exported import component_folders
-from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds, present_to_past
+from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds
 from rmsnorm_deploy.runtime.runners.base import Array, Runner, TensorInfo
 from rmsnorm_deploy.runtime.runners.open import open_runner
 

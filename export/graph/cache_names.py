@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import TypeVar
 
 from .metadata import PAST, PRESENT
+
+Value = TypeVar("Value")
 
 # What transformers calls the argument and the output that are a cache: `cache` is the name from 5.24 on.
 _CACHES = re.compile(r"^(?:past_key_values|cache_params|cache)\.")
@@ -58,6 +62,6 @@ def is_present(name: str) -> bool:
     return name.startswith(PRESENT) and _CROSS not in name
 
 
-def past_of(present: str) -> str:
-    """The name of the input that reads a cache's tensor, by that of the output that returns it."""
-    return PAST + present.removeprefix(PRESENT)
+def present_to_past(outputs: Mapping[str, Value]) -> dict[str, Value]:
+    """The cache among the outputs of a run, arrays or tensors, under the names of the inputs of the next run."""
+    return {PAST + name.removeprefix(PRESENT): value for name, value in outputs.items() if is_present(name)}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from ...export.onnx_io.owned_files import sha256
 from ...export.onnx_io.read_model import ENGINE_SUFFIXES
 from ...models.errors import EnvironmentMissingError, UsageError
 from ...models.regular_files import read_json, regular_size
@@ -67,25 +67,26 @@ class EngineFile:
         """Sizes and names of the dims of each input, as the .onnx file has them."""
         return {row["name"]: row["dims"] for row in self.record.get("inputs", ())}
 
-    def check_unchanged(self) -> None:
-        """Check that the file is the one that was built.
+    def read(self) -> bytes:
+        """The content of the file, which is the one that was built.
 
         Raises:
             UsageError: its size or its hash is not that of the record.
         """
-        if not self.record:
-            return
-        size = self.path.stat().st_size
-        problem = None
-        if size != self.record["bytes"]:
-            problem = f"expected {self.record['bytes']} bytes, got {size}"
-        elif sha256(self.path) != self.record["sha256"]:
-            problem = "its SHA-256 is another one"
+        size, wanted = self.path.stat().st_size, self.record.get("bytes")
+        content, problem = b"", None
+        if wanted not in (None, size):
+            problem = f"expected {wanted} bytes, got {size}"
+        else:
+            content = self.path.read_bytes()
+            if self.record and hashlib.sha256(content).hexdigest() != self.record["sha256"]:
+                problem = "its SHA-256 is another one"
         if problem is not None:
             raise UsageError(
                 f"{self.path} is not the engine that {record_of(self.path).name} describes: {problem}. It was changed "
                 "or replaced after it was built. Build it again: rmsnorm build."
             )
+        return content
 
 
 def open_engine_file(path: str | Path, runtime: str | None = None) -> EngineFile:

@@ -51,27 +51,26 @@ class OpenEngine:
         return RmsnormDeployError(_with_cause(f"{self.file.path}: {what}", self.logger))
 
 
-def open_engine(file: EngineFile, library: Path | None = None, device: int = 0) -> OpenEngine:
+def open_engine(file: EngineFile, gpu: tuple[str, int], library: Path | None = None) -> OpenEngine:
     """Open an engine; the CUDA device must be the current one.
 
     Args:
         file: the engine.
+        gpu: the GPU of that device, see `local_gpu`.
         library: the plugin's C++ library; see `ensure_creators`.
-        device: the number of the GPU.
 
     Raises:
         UsageError: the file is not the engine that its record describes, or the plugin cannot be loaded.
-        EnvironmentMissingError: TensorRT, the GPU's driver or the plugin is missing.
+        EnvironmentMissingError: TensorRT or the plugin is missing.
         UnsupportedError: the engine was built for another GPU or by another version.
         RmsnormDeployError: TensorRT cannot open it.
     """
-    api, gpu = Api(file.runtime), local_gpu(device)
+    api = Api(file.runtime)
     _check_fits(file, api, gpu)
-    file.check_unchanged()
+    content = file.read()
     ensure_creators(api.trt, file, library)
     logger = logger_class(api.trt)(lambda _line: None)
     runtime = api.trt.Runtime(logger)
-    content = file.path.read_bytes()
     problem = api.engine_problem(runtime, content)
     if problem is not None:
         raise UnsupportedError(f"{file.path}: {api.flavor.title} {api.version} cannot run it on {gpu[0]}: {problem}")

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ...export.graph.cache_names import is_past
+from ...export.graph.cache_names import is_past, present_to_past
 from ...export.graph.metadata import PAST, PRESENT
 from ...models.calling.parts import DECODER, ENCODER
 from ..runners.base import Array, Runner
 from ..runners.open import open_runner
 from .exported import open_exported
-from .synthetic import make_feeds, present_to_past
+from .synthetic import make_feeds
 
 
 @contextmanager

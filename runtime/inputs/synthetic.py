@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...export.graph.cache_names import is_past, is_present, past_of
+from ...export.graph.cache_names import is_past
 from ...export.graph.sizes import formula_value
 from ...models.dtypes import numpy_dtype
 from ...models.errors import UsageError
@@ -105,11 +105,6 @@ def head_dims(info: TensorInfo) -> dict[int, str]:
     heads = 2 if isinstance(shape[1], str) and any(word in shape[1] for word in _LENGTHS) else 1
     fields = {heads: "num_key_value_heads", 3: "head_dim"}
     return {index: field for index, field in fields.items() if not isinstance(shape[index], int)}
-
-
-def present_to_past(outputs: Mapping[str, Array]) -> dict[str, Array]:
-    """The cache among the outputs of a run, under the names of the inputs of the next run."""
-    return {past_of(name): value for name, value in outputs.items() if is_present(name)}
 
 
 def sizes_by_name(infos: Sequence[TensorInfo], batch: int, length: int) -> dict[str, int]:

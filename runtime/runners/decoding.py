@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from ...export.graph.cache_names import is_present, past_of
+from ...export.graph.cache_names import present_to_past
 from .base import Array, Runner
 
 
@@ -42,7 +42,7 @@ class HostDecoding:
     def step(self, feeds: Mapping[str, Array]) -> Array:
         """See `Decoding.step`."""
         outputs = self._runner.run({name: self._past.get(name, value) for name, value in feeds.items()})
-        self._past = {past_of(name): value for name, value in outputs.items() if is_present(name)}
+        self._past = present_to_past(outputs)
         return outputs["logits"][:, -1].astype("float32")
 
     def restart(self) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...export.graph.cache_names import is_present, past_of
+from ...export.graph.cache_names import is_present, present_to_past
 from ...export.graph.sizes import size_limits_of
 from ...models.dtypes import torch_name
 from ...models.errors import UsageError
@@ -59,12 +59,12 @@ class TensorRTRunner(ClosesOnExit):
             raise UsageError(f"contexts: expected at least 1, got {contexts}.")
         file = open_engine_file(Path(source), runtime)
         self._where, self._graphs = str(file.path), cuda_graphs
-        local_gpu(device)
+        gpu = local_gpu(device)
         self._device = devices.open_device(device)
         self._stream = self._device.stream()
         with self._device.using(self._stream):
             library = None if plugin_library is None else Path(plugin_library)
-            self._opened: OpenEngine | None = open_engine(file, library, device)
+            self._opened: OpenEngine | None = open_engine(file, gpu, library)
         self._count = contexts
         # None stands for a context that is yet to be made: the first one, and one that replaces a failed one.
         self._free: queue.LifoQueue[EngineContext | None] = queue.LifoQueue()
@@ -205,8 +205,7 @@ class DeviceDecoding:
         inputs = self._runner.placed({name: array for name, array in feeds.items() if name not in self._past})
         outputs = self._runner.run_tensors({**inputs, **self._past}, self._memory)
         self._cache.advance()
-        presents = {past_of(name): tensor for name, tensor in outputs.items() if is_present(name)}
-        self._past = {name: tensor for name, tensor in presents.items() if name in self._names}
+        self._past = {name: value for name, value in present_to_past(outputs).items() if name in self._names}
         return to_numpy(outputs["logits"][:, -1].float().cpu())
 
     def restart(self) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...export.capture.example_inputs import vocabulary_size
-from ...export.graph.cache_names import is_past, is_present, present_name
+from ...export.graph.cache_names import is_past, is_present, present_name, present_to_past
 from ...models.dtypes import numpy_dtype
 from ...models.errors import RmsnormDeployError, UsageError
 from ..accuracy.baseline import unless_wrong
@@ -19,7 +19,7 @@ from ..accuracy.compare_output import OutputVerdict, judge
 from ..accuracy.tolerances import Limits, limits_of
 from ..inputs.cache_sizes import cache_sizes
 from ..inputs.cases import Case
-from ..inputs.synthetic import DEFAULT_SHAPES, make_feeds, present_to_past
+from ..inputs.synthetic import DEFAULT_SHAPES, make_feeds
 from ..runners.base import Array, Runner, TensorInfo, token_input, tokens_between
 
 if TYPE_CHECKING:

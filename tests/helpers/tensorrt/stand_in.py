@@ -392,8 +392,8 @@ class StandIn:
         monkeypatch.setattr(open_engine, "ensure_creators", lambda *_: None)
         monkeypatch.setattr(device, "open_device", lambda _index=0: self.device)
 
-        def opened(file: EngineFile, library: Path | None = None, device: int = 0) -> Any:
+        def opened(file: EngineFile, gpu: tuple[str, int], library: Path | None = None) -> Any:
             self.behavior.records[hashlib.sha256(file.path.read_bytes()).hexdigest()] = file
-            return open_engine.open_engine(file, library, device)
+            return open_engine.open_engine(file, gpu, library)
 
         monkeypatch.setattr(runner, "open_engine", opened)

@@ -8,12 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from rmsnorm_deploy.export.graph.cache_names import present_to_past
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.inputs.synthetic import (
     cast_feeds,
     is_past,
     make_feeds,
-    present_to_past,
     with_empty_cache,
 )
 from rmsnorm_deploy.runtime.runners.base import TensorInfo

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 
+from rmsnorm_deploy.export.graph.cache_names import present_to_past
 from rmsnorm_deploy.export.onnx_io.owned_files import sha256
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
 from rmsnorm_deploy.runtime.engines import open_engine
 from rmsnorm_deploy.runtime.engines.engine_file import record_of
-from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds, present_to_past
+from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds
 from rmsnorm_deploy.runtime.runners.base import Runner
 from rmsnorm_deploy.runtime.runners.decoding import HostDecoding, open_decoding
 from rmsnorm_deploy.runtime.runners.open import open_runner
