@@ -109,7 +109,7 @@ OBJECTS: Final[dict[str, dict[str, str]]] = {
 OURS: Final = {
     WORKER: {"self", "api", "file"}, API: {"self", "name", "major", "minor"}, CREATORS: {"self"},
     QUICK: {"self", "compiled", "trtp", "x", "tensor", "launch"},
-    TENSORS: {"tensor", "self", "torch"}, OPENING: {"self"},
+    TENSORS: {"tensor", "self", "torch"}, OPENING: {"self", "file"},
     CONTEXT: {"opened", "opened.api", "found", "found.device", "device.place", "tensor", "output", "torch"},
     REGISTERING: set(), MESSAGES: {"self"}, MEMORY: {"self", "self.tensor", "held[]"},
 }  # fmt: skip
