@@ -6,6 +6,7 @@ causes: explained, why the exporter failed; CAUSES, the table of causes with adv
 transformers_model, torch_module: the two ways to capture, for a model of transformers and for any other module.
 part_graphs: part_sample, vision_sample and keep_part, the parts of a model as graphs of their own.
 measured_dims: measured_dims, which dims of a model's inputs vary, and which only together.
+quick_exporters: quick_exporters, the upstream exporters with less work for the same graph.
 recurrences: traceable_recurrences, the recurrences of hybrid models as one scan.
 dims: name_dims, the names of dynamic dims.
 swap: swapped, which replaces the forward of every norm while a model is captured.

@@ -22,6 +22,7 @@ from ..lowering.table import DEFAULT_OPSET
 from .captured import Capture
 from .causes import explained
 from .dims import name_dims
+from .quick_exporters import quick_exporters
 from .ranges import size_limits, symbols_of
 from .second_sizes import check_second_sizes, example_sizes
 from .torch_module import capture_module
@@ -61,7 +62,7 @@ def capture(
         raise UnsupportedError(
             f"{type(model).__name__} is not a transformers model, so there is no KV cache to export. Omit --with-past."
         )
-    with _quiet(), _without_needless_conversions():
+    with _quiet(), _without_needless_conversions(), quick_exporters():
         try:
             if is_transformers:
                 captured = capture_transformers(model, dict(inputs), capture_opset(opset), dynamic, with_past, part)

@@ -1,0 +1,162 @@
+"""The exporters make the same graph in less time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
+from unittest import mock
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from rmsnorm_deploy import export_model
+from rmsnorm_deploy.export.capture import capture as capturing
+from rmsnorm_deploy.export.capture import quick_exporters as quick
+
+
+def _llama():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def _gemma3():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def _mixtral():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config)
+
+
+class _Several(nn.Module):
+    """Operators with decompositions, some with several results."""
+
+    def __init__(self, norm=None):
+        super().__init__()
+        self.norm = norm or nn.RMSNorm(16)
+
+    def forward(self, x):
+        y = self.norm(x)
+        a, b = y[:, :8], y[:, 8:]
+        values, _ = torch.topk(nn.functional.softplus(a) * torch.logaddexp(a, b), 3)
+        return values, torch.addcmul(b, a, a).contiguous().reshape(x.shape[0], -1), nn.functional.hardswish(x)
+
+
+class _InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(8)
+
+    def forward(self, x):
+        y = self.norm(x).clone()
+        y[:, :2] += 1.0
+        return y.clamp_(max=2.0)
+
+
+# What computes sizes, some of them twice, and what only renames or reshapes.
+_SIZES = ("Concat", "Identity", "Reshape", "Shape")
+_MODELS = {
+    "llama": (_llama, {}),
+    "llama with a cache": (_llama, {"with_past": True}),
+    "gemma3": (_gemma3, {}),
+    "mixtral": (_mixtral, {}),
+    "several results": (_Several, {"inputs": (torch.randn(3, 16),)}),
+    "in place": (_InPlace, {"inputs": (torch.randn(3, 8),)}),
+}
+
+
+@pytest.mark.parametrize("name", _MODELS)
+def test_the_graph_and_its_results_are_those_of_the_plain_exporters(name, tmp_path):
+    make, options = _MODELS[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    export_model(model, tmp_path / "quick", **options)
+    with mock.patch.object(capturing, "quick_exporters", nullcontext):
+        export_model(model, tmp_path / "plain", **options)
+    graphs = [onnx.load(tmp_path / folder / "model.onnx", load_external_data=False) for folder in ("quick", "plain")]
+    counts = [Counter(node.op_type for node in graph.graph.node if node.op_type not in _SIZES) for graph in graphs]
+    assert counts[0] == counts[1]
+    sessions = [onnxruntime.InferenceSession(tmp_path / folder / "model.onnx") for folder in ("quick", "plain")]
+    feeds = _feeds(sessions[0])
+    for got, wanted in zip(*(session.run(None, feeds) for session in sessions), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def _feeds(session):
+    generator = np.random.default_rng(0)
+    sizes = {"batch": 2, "sequence": 5, "past_sequence": 4, "total_sequence": 9}
+    feeds = {}
+    for value in session.get_inputs():
+        shape = [sizes.get(dim, 3) if isinstance(dim, str) else dim for dim in value.shape]
+        if value.name == "attention_mask":
+            feeds[value.name] = np.ones(shape, np.int64)
+        elif value.type == "tensor(int64)":
+            feeds[value.name] = generator.integers(0, 60, shape)
+        else:
+            feeds[value.name] = generator.standard_normal(shape).astype(np.float32)
+    return feeds
+
+
+def _decomposed(module, *inputs):
+    program = torch.export.export(module, inputs)
+    table = dict(torch.export.default_decompositions().items())
+    before = [str(node.target) for node in program.graph.nodes]
+    done = quick.decomposed(program, table, lambda operator: operator in table)
+    return done, before, program
+
+
+def test_a_node_is_decomposed_alone():
+    x = torch.randn(3, 16)
+    module = _Several(nn.Identity()).eval()
+    done, before, program = _decomposed(module, x)
+    assert done
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert "aten.hardswish.default" in before
+    assert "aten.hardswish.default" not in targets
+    assert "aten.topk.default" in targets
+    for got, wanted in zip(program.module()(x), module(x), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_program_that_changes_its_values_in_place_is_left_to_torch():
+    done, before, program = _decomposed(_InPlace().eval(), torch.randn(3, 8))
+    assert not done
+    assert [str(node.target) for node in program.graph.nodes] == before
+
+
+def test_control_flow_is_left_to_torch():
+    class Branches(nn.Module):
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+
+    assert not _decomposed(Branches(), torch.randn(3))[0]
+
+
+def test_the_changes_end_with_the_context():
+    from onnxscript.rewriter._matcher import SimplePatternMatcher
+    from torch.onnx._internal.exporter import _fx_passes
+
+    before = SimplePatternMatcher.match, _fx_passes.decompose_with_registry, torch.fx.config.do_not_emit_stack_traces
+    with quick.quick_exporters():
+        assert SimplePatternMatcher.match is not before[0]
+        assert _fx_passes.decompose_with_registry is not before[1]
+        assert torch.fx.config.do_not_emit_stack_traces
+    after = SimplePatternMatcher.match, _fx_passes.decompose_with_registry, torch.fx.config.do_not_emit_stack_traces
+    assert after == before
