@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from rmsnorm_deploy.export.capture.example_inputs import vocabulary_size
 from rmsnorm_deploy.export.graph.cache_names import is_past
+from rmsnorm_deploy.models.calling.example_inputs import vocabulary_size
 from rmsnorm_deploy.models.errors import RmsnormDeployError
 from rmsnorm_deploy.runtime.inputs.cases import Case
 from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from rmsnorm_deploy import export_model, find_norms, validate
-from rmsnorm_deploy.export.capture.example_inputs import example_inputs
 from rmsnorm_deploy.export.onnx_io.manifest import read_manifest
+from rmsnorm_deploy.models.calling.example_inputs import example_inputs
 from rmsnorm_deploy.models.calling.media_parts import modality_read
 from rmsnorm_deploy.models.calling.parts import DECODER
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, MismatchError, UnsupportedError, UsageError

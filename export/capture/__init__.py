@@ -13,5 +13,4 @@ swap: swapped, which replaces the forward of every norm while a model is capture
 ranges: size_limits, the sizes for which a captured graph is valid.
 second_sizes: check_second_sizes, which runs the captured graph and the model at other sizes than the captured ones.
 captured_program: GraphRun, a captured program that runs in PyTorch at any sizes; table_ends, the ends of its tables.
-example_inputs: example_inputs, inputs to capture a model with; vocabulary_size.
 """

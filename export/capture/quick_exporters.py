@@ -86,7 +86,7 @@ def _local_decompositions() -> Any:
 
         if decomposed(program, table, is_replaced):
             return program
-        return original(program, registry)  # type: ignore[no-any-return]
+        return original(program, registry)
 
     return mock.patch.object(_fx_passes, "decompose_with_registry", decompose)
 

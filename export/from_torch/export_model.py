@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.calling.calls import call_form, named_arguments, named_tensors, split_arguments
+from ...models.calling.example_inputs import as_tensors, example_inputs
 from ...models.calling.media_parts import check_parts, media_record, modality_read
 from ...models.calling.modalities import TEXT_INPUTS, left_out, text_only_note
 from ...models.calling.parts import parts_for
@@ -25,7 +26,6 @@ from ...models.recognition.find_norms import find_norms
 from ...models.recognition.site import Recognition
 from ..capture.capture import capture, detached
 from ..capture.captured import Capture
-from ..capture.example_inputs import as_tensors, example_inputs
 from ..capture.swap import swapped
 from ..capture.transformers_model import is_pretrained
 from ..lowering.plugin_functions import plugin_style

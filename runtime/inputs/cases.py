@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...export.capture.example_inputs import example_inputs, vocabulary_size
 from ...models.calling.calls import call_form
+from ...models.calling.example_inputs import example_inputs, vocabulary_size
 from ...models.dtypes import numpy_dtype
 from ...models.errors import UsageError
 from ...models.loading import LoadedModel, python_attribute

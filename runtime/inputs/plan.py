@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...export.capture.example_inputs import vocabulary_size
 from ...export.graph.cache_names import is_past
 from ...export.graph.sizes import SizeLimits, size_problem
+from ...models.calling.example_inputs import vocabulary_size
 from ...models.errors import UsageError
 from ..runners.base import Array, TensorInfo
 from .boundaries import last_position, lengths_named, longest_length, special_ids

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...export.capture.example_inputs import vocabulary_size
 from ...export.onnx_io.manifest import read_manifest
+from ...models.calling.example_inputs import vocabulary_size
 from ...models.calling.parts import DECODER, ENCODER
 from ...models.errors import RmsnormDeployError, UsageError
 from ..accuracy import tolerances

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...export.capture.example_inputs import vocabulary_size
 from ...export.graph.cache_names import is_past, is_present, present_name, present_to_past
+from ...models.calling.example_inputs import vocabulary_size
 from ...models.dtypes import numpy_dtype
 from ...models.errors import RmsnormDeployError, UsageError
 from ..accuracy.baseline import unless_wrong

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ...models.errors import UsageError
-from ...models.tensors import to_torch
+from ..errors import UsageError
+from ..tensors import to_torch
 
 # At least 2, so that the dims can be dynamic; all different, and not multiples of a common chunk size.
 _BATCH, _SEQUENCE, _DECODER_SEQUENCE = 2, 9, 5

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rmsnorm_deploy.export.capture.example_inputs import example_inputs, vocabulary_size
+from rmsnorm_deploy.models.calling.example_inputs import example_inputs, vocabulary_size
 from rmsnorm_deploy.models.errors import UsageError
 
 
