@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, few
@@ -77,59 +75,6 @@ def check_keys(where: str, info: Mapping[str, Any], allow_missing: Sequence[str]
             "(--allow-missing PATTERN, allow_missing=[...])."
         )
     return notes
-
-
-def check_weight_files(folder: Path) -> None:
-    """Refuse a folder whose index names files that do not exist, or whose safetensors files are damaged.
-
-    Raises:
-        UsageError: with the file's name.
-    """
-    files = _read_files(folder)
-    if not files:
-        return
-    from safetensors import SafetensorError, safe_open
-
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                opened.keys()
-        except (SafetensorError, OSError) as error:
-            raise UsageError(
-                f"{file} is not a complete safetensors file ({error}). It may be truncated, or a pointer of Git LFS; "
-                "download it again."
-            ) from error
-
-
-def _read_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads: one file, else the shards of an index."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        return _shards(index)
-    other = folder / "pytorch_model.bin.index.json"
-    if other.is_file() and not (folder / "pytorch_model.bin").is_file():
-        _shards(other)
-    return []
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(shards.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{index}: expected a JSON object with a weight_map of keys and files, got something else "
-            f"({type(error).__name__}: {error}). Download it again."
-        ) from error
-    missing = [str(name) for name in names if not (index.parent / str(name)).is_file()]
-    if missing:
-        raise UsageError(
-            f"{index} names {len(missing)} of {len(names)} files that do not exist in {index.parent}: "
-            f"{few(missing, _LISTED)}. Download the missing files."
-        )
-    return [index.parent / str(name) for name in names if str(name).endswith(".safetensors")]
 
 
 def _matches(key: str, patterns: Iterable[str]) -> bool:

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -16,15 +16,39 @@ from torch import nn
 
 from .calling.calls import named_arguments
 from .calling.wrappers import look_through
-from .checkpoint_keys import check_keys, check_weight_files
+from .checkpoint_keys import check_keys
 from .companions import weight_files
 from .dtypes import NORM_DTYPES, torch_dtype
-from .errors import EnvironmentMissingError, UsageError
+from .errors import EnvironmentMissingError, RmsnormDeployError, UsageError
 from .precision import convert
 from .regular_files import read_json
+from .weights.checkpoint import refuse_pickles
+from .weights.load_transformers import can_stay_at_rest, downloaded, load_at_rest
 
 Kind = Literal["transformers", "decoder", "python"]
 BUILTINS = ("addition", "small")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """How a model is loaded.
+
+    Attributes:
+        dtype: `float32`, `float16`, `bfloat16` or `float64`; None keeps the checkpoint's dtype. The parts that a model
+            keeps in float32 stay in float32, see `convert`.
+        trust_remote_code: run Python code that is part of a transformers checkpoint.
+        allow_missing: names or patterns (`fnmatch`) of keys that a transformers checkpoint may lack, have besides, or
+            have in another shape. Missing weights are random; the notes say which.
+        allow_pickle: read weights that are pickled (`pytorch_model.bin`), as a whole, into memory.
+        side_folder: where a temporary file is created for weights that are not used as they are stored; the system's
+            folder when None.
+    """
+
+    dtype: str | None = None
+    trust_remote_code: bool = False
+    allow_missing: Sequence[str] = ()
+    allow_pickle: bool = False
+    side_folder: Path | None = None
 
 
 @dataclass(slots=True)
@@ -65,14 +89,14 @@ class LoadedModel:
 
 
 def as_loaded(
-    model: nn.Module | str | Path | LoadedModel, *, dtype: str | None = None, trust_remote_code: bool = False
+    model: nn.Module | str | Path | LoadedModel, options: LoadOptions | None = None, **changes: Any
 ) -> LoadedModel:
     """A model from what Python code has of it: a module, or what names one.
 
     Args:
         model: a module, which stays in its dtype; or see `load_model`.
-        dtype: see `load_model`.
-        trust_remote_code: see `load_model`.
+        options: see `load_model`.
+        changes: fields of `LoadOptions` that differ from `options`.
 
     Raises:
         UsageError: as `load_model`; or it is neither.
@@ -80,38 +104,37 @@ def as_loaded(
     if isinstance(model, LoadedModel):
         return model
     if isinstance(model, str | Path):
-        return load_model(str(model), dtype=dtype, trust_remote_code=trust_remote_code)
+        return load_model(str(model), options, **changes)
     inside = look_through(model, "the name or folder of a model")
     check_eval_mode(inside.model, "the module")
     return LoadedModel(inside.model, "", "python", notes=inside.notes)
 
 
-def load_model(
-    source: str, *, dtype: str | None = None, trust_remote_code: bool = False, allow_missing: Sequence[str] = ()
-) -> LoadedModel:
-    """Load a model.
+def load_model(source: str, options: LoadOptions | None = None, **changes: Any) -> LoadedModel:
+    """Load a model. The weights of a checkpoint of transformers stay in its safetensors files until they are read.
 
     Args:
         source: `builtin:addition` or `builtin:small`; `package.module:factory` or `file.py:factory`, a callable that
             returns a module, or a module and its example inputs (a dict by the forward's parameter names, a tuple of
             positional arguments, or one tensor); a folder saved by this package or by `save_pretrained`; or a hub name
             such as `Qwen/Qwen3-0.6B`.
-        dtype: `float32`, `float16`, `bfloat16` or `float64`; None keeps the checkpoint's dtype.
-            The parts that a model keeps in float32 stay in float32, see `convert`.
-        trust_remote_code: run Python code that is part of a transformers checkpoint.
-        allow_missing: names or patterns (`fnmatch`) of keys that a transformers checkpoint may lack, have besides, or
-            have in another shape. Missing weights are random; the notes say which.
+        options: how; `LoadOptions()` when None.
+        changes: fields of `LoadOptions` that differ from `options`, such as `dtype="float16"`.
 
     Raises:
         UsageError: the source does not exist or is not a model; the message says what was searched for and where. Or a
             checkpoint's weights do not fit its model; the message lists the keys.
         EnvironmentMissingError: transformers is required and not installed.
     """
+    options = replace(options or LoadOptions(), **changes)
+    dtype = options.dtype
     if dtype is not None and dtype not in NORM_DTYPES:
         raise UsageError(f"dtype: expected one of {', '.join(NORM_DTYPES)}, got {dtype!r}.")
-    if isinstance(allow_missing, str):
-        raise UsageError(f"allow_missing: expected a list of names or patterns, got the text {allow_missing!r}.")
-    loaded = _dispatch(source, dtype, trust_remote_code, allow_missing)
+    if isinstance(options.allow_missing, str):
+        raise UsageError(
+            f"allow_missing: expected a list of names or patterns, got the text {options.allow_missing!r}."
+        )
+    loaded = _dispatch(source, options)
     if dtype is not None and loaded.kind != "transformers":
         convert(loaded.model, torch_dtype(dtype))
         if loaded.example_inputs is not None:
@@ -150,7 +173,7 @@ def names_python(source: str) -> bool:
     return not os.path.exists(os.path.expanduser(source))
 
 
-def _dispatch(source: str, dtype: str | None, trust_remote_code: bool, allow_missing: Sequence[str]) -> LoadedModel:
+def _dispatch(source: str, options: LoadOptions) -> LoadedModel:
     name, _, rest = source.rpartition(":")
     if name == "builtin":
         return _builtin(source, rest)
@@ -160,7 +183,7 @@ def _dispatch(source: str, dtype: str | None, trust_remote_code: bool, allow_mis
     except OSError as error:  # a name that is too long, or a parent folder without read permission
         raise UsageError(f"{source[:80]!r} cannot be opened: {error.strerror or error}.") from error
     if is_folder and source:
-        return _folder(source, path, dtype, trust_remote_code, allow_missing)
+        return _folder(source, path, options)
     if is_file:
         raise UsageError(
             f"{source} is a file. Give a folder with config.json and safetensors weights, or Python code as "
@@ -171,7 +194,7 @@ def _dispatch(source: str, dtype: str | None, trust_remote_code: bool, allow_mis
         return _python(source, name, rest)
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source:
         raise UsageError(f"{source!r} is neither an existing folder nor a hub name (owner/model).")
-    return _transformers(source, None, dtype, trust_remote_code, allow_missing)
+    return _transformers(source, None, options)
 
 
 def _builtin(source: str, name: str) -> LoadedModel:
@@ -185,9 +208,7 @@ def _builtin(source: str, name: str) -> LoadedModel:
     raise UsageError(f"unknown built-in model {name!r}; expected one of {', '.join(f'builtin:{n}' for n in BUILTINS)}.")
 
 
-def _folder(
-    source: str, path: Path, dtype: str | None, trust_remote_code: bool, allow_missing: Sequence[str]
-) -> LoadedModel:
+def _folder(source: str, path: Path, options: LoadOptions) -> LoadedModel:
     config = path / "config.json"
     if (path / "manifest.json").is_file() and not weight_files(path):  # config.json is copied beside an exported model
         raise UsageError(f"{source} is an exported folder, not a PyTorch model. Give the model it was exported from.")
@@ -200,12 +221,10 @@ def _folder(
 
     if values.get("format") == FORMAT:
         return LoadedModel(load_decoder(path), source, "decoder", path, task=values.get("task"))
-    return _transformers(source, path, dtype, trust_remote_code, allow_missing)
+    return _transformers(source, path, options)
 
 
-def _transformers(
-    source: str, folder: Path | None, dtype: str | None, trust_remote_code: bool, allow_missing: Sequence[str]
-) -> LoadedModel:
+def _transformers(source: str, folder: Path | None, options: LoadOptions) -> LoadedModel:
     import torch
 
     try:
@@ -217,23 +236,35 @@ def _transformers(
         ) from error
     name = str(folder) if folder is not None else source
     where = f"the folder {source}" if folder is not None else f"the hub name {source!r}"
-    if folder is not None:
-        check_weight_files(folder)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
         cls = _architecture(transformers, config)
-        extra = {"trust_remote_code": True} if trust_remote_code else {}
+        place = folder if folder is not None else downloaded(name)
+        at_rest = place is not None and can_stay_at_rest(cls, config, place)
+        if place is not None and not at_rest and not options.allow_pickle:
+            refuse_pickles(place)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # weights that are allowed to be missing get the same values at each load
-            model, info = cls.from_pretrained(
-                name, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **extra
-            )
+            if place is not None and at_rest:
+                model, info = load_at_rest(cls, config, place, options.dtype, options.side_folder)
+                model.name_or_path = model.config._name_or_path = name
+            else:
+                model, info = cls.from_pretrained(
+                    name,
+                    dtype=options.dtype or "auto",
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    **({} if options.allow_pickle else {"use_safetensors": True}),
+                    **({"trust_remote_code": True} if options.trust_remote_code else {}),
+                )
+    except RmsnormDeployError:
+        raise
     except Exception as error:  # transformers raises many kinds of errors for a source that it cannot load
         first = " ".join(str(error).split())[:300]
         raise UsageError(f"{where} could not be loaded by transformers: {first}") from error
-    return LoadedModel(model, source, "transformers", folder, notes=check_keys(where, info, allow_missing))
+    return LoadedModel(model, source, "transformers", folder, notes=check_keys(where, info, options.allow_missing))
 
 
 def _architecture(transformers: ModuleType, config: Any) -> Any:
@@ -241,8 +272,10 @@ def _architecture(transformers: ModuleType, config: Any) -> Any:
     for name in getattr(config, "architectures", None) or []:
         if hasattr(transformers, name):
             return getattr(transformers, name)
-    if type(config) in transformers.AutoModelForCausalLM._model_mapping:
-        return transformers.AutoModelForCausalLM
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+        if type(config) in auto._model_mapping:
+            found = auto._model_mapping[type(config)]
+            return auto if isinstance(found, tuple | list) else found
     return transformers.AutoModel
 
 

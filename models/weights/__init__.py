@@ -1,0 +1,8 @@
+"""Weights at rest: tensors whose bytes stay in their files until somebody reads them.
+
+header: read_header, the names, dtypes, shapes and places of the tensors of a safetensors file.
+mapped_file: map_file, a file whose bytes are tensors without being read; places_of, where tensors' bytes live.
+load_transformers: load_at_rest, a model of transformers whose weights stay in the checkpoint.
+side_file: SideFile, a temporary file for the weights that had to be computed.
+checkpoint: weight_files_of, the safetensors files of a checkpoint's folder; stored_tensors, their tensors at rest.
+"""
