@@ -38,7 +38,7 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Export
 def products(path: Path) -> Counter[str]:
     """The dtypes of the matrix products of a file by their weights."""
     graph = ir.load(path).graph
-    nodes = [node for node in graph.all_nodes() if node.op_type == "MatMul"]
+    nodes = [node for node in graph.all_nodes() if node.op_type in ("MatMul", "Gemm")]
     assert all(node.inputs[0].dtype == node.inputs[1].dtype for node in nodes if node.inputs[0].dtype is not None)
     return Counter(onnx_name(node.inputs[1].dtype) for node in nodes if node.inputs[1].dtype is not None)
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ...models.errors import RmsnormDeployError, UnsupportedError
+from ...models.weights.stand_ins import unread_weights
 from ..graph.repairs import repair
 from ..graph.sizes import SizeLimits
 from ..lowering.table import DEFAULT_OPSET
@@ -74,7 +75,8 @@ def capture(
             raise explained(model, error) from error
         repair(captured.model)
         names = name_dims(captured.model, captured.fixed_dims, dynamic, _documented(captured, is_transformers))
-        _check_sizes(captured, names)
+        with unread_weights(model):
+            _check_sizes(captured, names)
     return captured
 
 

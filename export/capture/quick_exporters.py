@@ -4,6 +4,8 @@ Measured on a Llama of 22 layers: torch.export 23 s, its decompositions 22 s, on
 
 - torch.export records the Python stack of each node, for messages that are not shown: 9 s.
 - `run_decompositions` traces the whole program again; `decomposed` traces only the nodes that have a decomposition.
+- onnxscript's optimizer transposes each weight of a linear layer in memory; the Transpose of a weight that is at rest
+  stays a node.
 - onnxscript's rewriter calls the matcher of each rule at each node; most nodes have another operator than the rule.
 
 Each part is left out where the installed version has no such function, and the exporters then work as they are.
@@ -21,6 +23,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..graph.stored_weights import is_at_rest
+
 _PLAIN = ("placeholder", "call_function", "output")  # not submodules, and not the constants of a traced body
 _RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 
@@ -31,7 +35,7 @@ def quick_exporters() -> Iterator[None]:
     with ExitStack() as stack:
         if hasattr(fx.config, "do_not_emit_stack_traces"):
             stack.enter_context(mock.patch.object(fx.config, "do_not_emit_stack_traces", True))
-        for change in (_filtered_rules, _local_decompositions):
+        for change in (_filtered_rules, _local_decompositions, _weights_as_they_are):
             patch = change()
             if patch is not None:
                 stack.enter_context(patch)
@@ -60,6 +64,28 @@ def _filtered_rules() -> Any:
         return original(self, model, graph, node, **options)
 
     return mock.patch.object(SimplePatternMatcher, "match", match)
+
+
+def _weights_as_they_are() -> Any:
+    """onnxscript's optimizer, which does not compute the transposition of a weight that is in a mapped file."""
+    try:
+        from onnxscript import optimizer
+    except ImportError:
+        return None
+    original = optimizer.optimize_ir
+
+    @functools.wraps(original)
+    def optimize(model: Any, *arguments: Any, **options: Any) -> None:
+        given = options.pop("should_fold", lambda node: None)
+
+        def should_fold(node: Any) -> bool | None:
+            if node.op_type == "Transpose" and is_at_rest(node.inputs[0].const_value):
+                return False
+            return given(node)
+
+        original(model, *arguments, should_fold=should_fold, **options)
+
+    return mock.patch.object(optimizer, "optimize_ir", optimize)
 
 
 # Decompositions -------------------------------------------------------------------------------------------------------

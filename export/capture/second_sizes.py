@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ...models.errors import MismatchError, UnsupportedError
+from ...models.weights.stand_ins import is_unread
 from ..graph.sizes import SizeLimits, size_problem
 from .captured_program import GraphRun, has_inner_norms, user_inputs
 from .ranges import SPECIALIZED, symbols_of
@@ -175,7 +176,7 @@ class _Comparison:
     ) -> None:
         self._model, self._program, self._names, self._outputs = model, program, names, outputs
         self._graph = GraphRun(program)
-        self.weights = sum(tensor.numel() for tensor in program.state_dict.values())
+        self.weights = sum(t.numel() for t in program.state_dict.values() if not is_unread(t))
         self._leaves, self._spec = pytree.tree_flatten(program.example_inputs)
 
     def compare(self, sizes: Mapping[str, int]) -> str | None:

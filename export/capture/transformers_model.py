@@ -22,6 +22,7 @@ from ...models.calling.parts import DECODER, is_encoder_decoder
 from ...models.calling.rotary import traceable_rotary
 from ...models.errors import EnvironmentMissingError, UnsupportedError
 from ...models.versions import installed_version, too_old
+from ...models.weights.stand_ins import unread_weights
 from ..graph.cache_names import cache_name, is_present, past_name, present_name
 from ..graph.metadata import PAST
 from .captured import Capture
@@ -67,7 +68,8 @@ def capture_transformers(
     if has_experts(model):
         notes.append("experts were captured with their batched_mm implementation, the only one that can be exported")
     with experts(model, "batched_mm"), traceable_rotary(model), traceable_recurrences(model), torch.no_grad():
-        task = _task(model, inputs, with_past, part)
+        with unread_weights(model):
+            task = _task(model, inputs, with_past, part)
         # The exporter removes arguments that are plain values, such as use_cache; torch's program does not have them.
         plain = {name: value for name, value in task.sample.items() if isinstance(value, bool | int | str)}
         with _recorded() as programs:

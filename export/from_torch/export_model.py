@@ -20,19 +20,21 @@ from ...models.calling.rotary import RESTART_FIELD, restart_length
 from ...models.companions import folder_of
 from ...models.dtypes import norm_dtype, torch_dtype, torch_name
 from ...models.errors import MismatchError, UnsupportedError, UsageError
-from ...models.loading import LoadedModel, as_loaded, cast_floats
+from ...models.loading import LoadedModel, LoadOptions, as_loaded, cast_floats
 from ...models.precision import converted, model_dtype, saved_elements
 from ...models.recognition.find_norms import find_norms
 from ...models.recognition.site import Recognition
+from ...models.weights.stand_ins import unread_bytes, unread_weights
 from ..capture.capture import capture, detached
 from ..capture.captured import Capture
 from ..capture.swap import swapped
 from ..capture.transformers_model import is_pretrained
-from ..lowering.plugin_functions import plugin_style
+from ..lowering.plugin_functions import PluginStyle, plugin_style
 from ..lowering.table import DEFAULT_TARGET, Environment, LoweringRefusal, opset_for, parse_targets, resolve
 from ..onnx_io.destinations import check_destination
+from ..onnx_io.place_weights import WeightsMode, parse_weights
 from .graph_norms import find_unswapped
-from .save import ExportResult, PreparedModel, Progress, save_all
+from .save import ExportResult, PreparedModel, Progress, SaveOptions, save_all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,10 @@ class ExportOptions:
             them to run the file; TensorRT up to 10.6 runs them instead of the plugin.
         ort_trt: write the file of target `plugin` for ONNX Runtime's TensorRT provider: plugin nodes in domain
             `trt.plugins`, without local functions.
+        weights: how the folder gets the weights that are in a checkpoint's safetensors files: `link` by hard links to
+            these files, or as `pack` where the file system cannot link to them; `copy` by copies of these files;
+            `pack` by one new file with all weights, each at a memory page of its own.
+        full_hash: also hash the checkpoint's files, which reads them, so that `verify` notices every change.
     """
 
     dtype: str | None = None
@@ -59,6 +65,8 @@ class ExportOptions:
     with_past: bool = False
     function: bool = True
     ort_trt: bool = False
+    weights: WeightsMode = "link"
+    full_hash: bool = False
 
 
 @overload
@@ -135,7 +143,8 @@ def export_model(
         check_destination(place)
     if isinstance(model, str | Path) and progress is not None:
         progress(f"loading {model}")
-    loaded = as_loaded(model, dtype=options.dtype, trust_remote_code=trust_remote_code)
+    loading = LoadOptions(dtype=options.dtype, trust_remote_code=trust_remote_code, side_folder=existing_parent(folder))
+    loaded = as_loaded(model, loading)
     feeds = _inputs_of(loaded, inputs)
     parts: tuple[str | None, ...] = (None,)
     if options.with_past:
@@ -151,7 +160,7 @@ def export_model(
         one.notes += notes
         one.companions = companions
     results = [
-        save_all(prepared, place, name, options.opset, style if name == "plugin" else "function", progress)
+        save_all(prepared, place, name, _save_options(options, style if name == "plugin" else "function"), progress)
         for name, place in zip(targets, places, strict=True)
     ]
     return results[0] if isinstance(target, str) and len(results) == 1 else results
@@ -211,7 +220,8 @@ def prepare_parts(
         modality = modality_read(model, feeds)
         if modality is not None and modality.part in parts:
             progress("checking that the parts compute what the model does")
-            feeds = check_parts(model, modality, detached(feeds))
+            with unread_weights(model):
+                feeds = check_parts(model, modality, detached(feeds))
         captured = {}
         for part in parts:
             progress("capturing the graph" if part is None else f"capturing the graph of the {part}")
@@ -228,7 +238,14 @@ def prepare_parts(
         for name, module in model.named_modules():
             module.training = training[name]
     progress("finding the norms that are not modules")
-    return {part: _prepared(model, one, recognition, dtype, feeds, part) for part, one in captured.items()}
+    prepared = {part: _prepared(model, one, recognition, dtype, feeds, part) for part, one in captured.items()}
+    if unread_bytes(model):
+        for one in prepared.values():
+            one.notes.append(
+                f"the swapped norms and the graph were checked with other values in place of the large weights "
+                f"({unread_bytes(model) / 1e9:.1f} GB), which were not read; rmsnorm validate reads them"
+            )
+    return prepared
 
 
 def _prepared(
@@ -264,7 +281,7 @@ def _checked(model: nn.Module, recognition: Recognition, feeds: Mapping[str, Any
     """Run the model with its norms swapped, refuse every norm that differs, and compare the outputs bit for bit."""
     if not recognition.sites:
         return recognition
-    with torch.no_grad():
+    with torch.no_grad(), unread_weights(model):
         wanted = _tensors(_run(model, feeds))
         with swapped(model, recognition.sites, check=True) as report:
             got = _tensors(_run(model, feeds))
@@ -319,8 +336,18 @@ def _inputs_of(loaded: LoadedModel, inputs: Any) -> Mapping[str, Any] | None:
     return {**constants, **given}
 
 
+def _save_options(options: ExportOptions, style: PluginStyle) -> SaveOptions:
+    return SaveOptions(opset=options.opset, style=style, weights=options.weights, full_hash=options.full_hash)
+
+
+def existing_parent(folder: Path) -> Path:
+    """The folder in which another one is or will be; it has room for the model, which a system's folder may not."""
+    return next(parent for parent in folder.absolute().parents if parent.is_dir())
+
+
 def _changed(options: ExportOptions | None, changes: Mapping[str, Any]) -> ExportOptions:
     options = replace(options or ExportOptions(), **changes)
+    parse_weights(options.weights)
     return options if options.dtype is None else replace(options, dtype=norm_dtype(options.dtype))
 
 

@@ -14,16 +14,16 @@ from ...models.companions import weight_files
 from ...models.recognition.site import Recognition
 from ..capture.captured import Capture
 from ..graph.sizes import SizeLimits, metadata_of
+from ..graph.stored_weights import as_stored
 from ..lowering.plugin_functions import PluginStyle, style_notes
 from ..onnx_io.atomic_files import copy_companions, new_folder, restrict_mode
 from ..onnx_io.manifest import tensor_rows, write_manifest
 from ..onnx_io.owned_files import MANIFEST
+from ..onnx_io.place_weights import PlacedWeights, WeightsMode, place_weights
 from .graph_norms import UnswappedNorms
 from .lower import lower_graph, site_rows
 
 MODEL_FILE = "model.onnx"
-# Weights above this many bytes are stored in model.onnx.data, because protobuf files are limited to 2 GB.
-_EXTERNAL_BYTES = 1024
 Progress = Callable[[str], None]
 
 
@@ -73,23 +73,39 @@ class PreparedModel:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveOptions:
+    """How a folder is written.
+
+    Attributes:
+        opset: see `ExportOptions`.
+        style: how the file contains the custom operators of target `plugin`.
+        weights, full_hash: see `ExportOptions`.
+    """
+
+    opset: int | None = None
+    style: PluginStyle = "function"
+    weights: WeightsMode = "link"
+    full_hash: bool = False
+
+
 def save(
     prepared: PreparedModel,
     path: str | os.PathLike[str],
     target: str,
-    *,
-    opset: int | None = None,
-    style: PluginStyle = "function",
+    options: SaveOptions | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Lower a prepared model for one target and write its folder, completely or not at all.
 
-    The arguments are those of `export_model`; `style` is how the file contains the custom operators of target `plugin`.
+    The arguments are those of `export_model`.
     """
-    progress = progress or _silent
+    progress, options = progress or _silent, options or SaveOptions()
     progress(f"lowering for {target}")
-    result = lower_graph(prepared.capture.model, target, opset, style)
+    result = lower_graph(prepared.capture.model, target, options.opset, options.style)
     lowered, unswapped = result.model, prepared.unswapped
+    if target != "plugin":  # TensorRT transposes weights when it builds an engine
+        as_stored(lowered)
     refusals = [refusal.to_dict() for refusal in prepared.recognition.refusals]
     refusals += [refusal.to_dict() for refusal in (*unswapped.refusals, *result.refusals)]
     graph, limits = lowered.graph, prepared.capture.limits
@@ -106,17 +122,19 @@ def save(
         **({"conditions": [*limits.conditions]} if limits.conditions else {}),
         "sites": site_rows(prepared.recognition, result.sites, unswapped),
         "refusals": refusals,
-        "notes": [*prepared.notes, *prepared.capture.notes, *style_notes(lowered, style)],
+        "notes": [*prepared.notes, *prepared.capture.notes, *style_notes(lowered, options.style)],
     }
     with new_folder(path) as folder:
         progress("writing the model")
-        _write_model(lowered, folder)
+        placed = _write_model(lowered, folder, options)
+        content["notes"] += placed.notes
+        content["weights"] = {"mode": placed.mode, "files": placed.linked}
         if prepared.companions is not None:
             content["notes"] += copy_companions(prepared.companions, folder)
             for file in folder.glob(f"{MODEL_FILE}*"):
                 restrict_mode(file, weight_files(prepared.companions))
-        progress("hashing the files")
-        manifest = write_manifest(folder, content)
+        hashes = placed.hashes | {name: row["sha256"] for name, row in placed.linked.items()}
+        manifest = write_manifest(folder, content, hashes)
     return ExportResult(Path(path), target, manifest, prepared.recognition)
 
 
@@ -124,25 +142,24 @@ def save_all(
     prepared: Mapping[str | None, PreparedModel],
     path: str | os.PathLike[str],
     target: str,
-    opset: int | None,
-    style: PluginStyle,
+    options: SaveOptions,
     progress: Progress | None,
 ) -> ExportResult:
     """Write the folder of a model, or one with a folder for each of its parts and a manifest that lists them.
 
     Args:
         prepared: the whole model under None, or each part under its name.
-        path, target, opset, style, progress: see `save`.
+        path, target, options, progress: see `save`.
     """
     if None in prepared:
-        return save(prepared[None], path, target, opset=opset, style=style, progress=progress)
+        return save(prepared[None], path, target, options, progress)
     first = next(iter(prepared.values()))
     companions = first.companions
     with new_folder(path) as folder:
         results = {}
         for name, part in prepared.items():
             alone = replace(part, companions=None, details={**part.details, "part": name})
-            results[str(name)] = save(alone, folder / str(name), target, opset=opset, style=style, progress=progress)
+            results[str(name)] = save(alone, folder / str(name), target, options, progress)
         manifests = [result.manifest for result in results.values()]
         notes = list(dict.fromkeys(note for manifest in manifests for note in manifest["notes"]))
         if companions is not None:
@@ -160,7 +177,12 @@ def save_all(
             "refusals": manifests[0]["refusals"],
             "notes": notes,
         }
-        manifest = write_manifest(folder, content)
+        hashes = {
+            f"{part}/{name}": row["sha256"]
+            for part, inner in zip(results, manifests, strict=True)
+            for name, row in inner["files"].items()
+        }
+        manifest = write_manifest(folder, content, hashes)
     return ExportResult(Path(path), target, manifest, first.recognition)
 
 
@@ -178,12 +200,11 @@ def _ranges(row: Mapping[str, Any], limits: SizeLimits) -> dict[str, Any]:
     return {"ranges": found} if found else {}
 
 
-def _write_model(model: ir.Model, folder: Path) -> None:
+def _write_model(model: ir.Model, folder: Path, options: SaveOptions) -> PlacedWeights:
     model.producer_name = "rmsnorm-deploy"
-    data = folder / f"{MODEL_FILE}.data"
-    ir.save(model, folder / MODEL_FILE, external_data=data.name, size_threshold_bytes=_EXTERNAL_BYTES)
-    if data.is_file() and data.stat().st_size == 0:
-        data.unlink()
+    placed = place_weights(model, folder, MODEL_FILE, options.weights, options.full_hash)
+    ir.save(model, folder / MODEL_FILE)
+    return placed
 
 
 def _silent(_: str) -> None:

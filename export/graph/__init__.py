@@ -9,6 +9,7 @@ cache_names: cache_name, the names of a cache's tensors in exported files.
 metadata: the keys that an exported file has on its nodes, and the names of its constants and its KV cache.
 sizes: SizeLimits, the sizes of dynamic dims for which a graph is valid, and their form in a file's metadata.
 repairs: repair, nodes of torch's exporter that ONNX Runtime does not take, in another form.
+stored_weights: as_stored, linear layers that use weights as a checkpoint stores them; is_at_rest.
 residual: residual_operands, the residual add in front of a norm.
 shape_checks: fits, may_fit, reshapes_back and other checks of the shapes around a norm.
 """

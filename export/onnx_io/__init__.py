@@ -9,5 +9,7 @@ destinations: check_destination, check_new_file and check_distinct, before slow 
 partial_files: temporary files and folders, locks, and what killed processes left.
 owned_files: foreign_files and is_own_report, what this package wrote and may replace; sha256.
 manifest_fields: the types of a manifest's fields; checked, which names a wrong field.
+verify: verify_folder, the files of an exported folder against its manifest; check_weights.
+place_weights: place_weights, the weights of a model beside its file, linked, copied or packed.
 manifest: write_manifest and read_manifest, and the rows of a manifest.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,22 +55,22 @@ def tensor_rows(values: list[ir.Value]) -> list[dict[str, Any]]:
     return rows
 
 
-def write_manifest(folder: Path, content: dict[str, Any], unchanged: Collection[Path] = ()) -> dict[str, Any]:
+def write_manifest(
+    folder: Path, content: dict[str, Any], hashes: Mapping[str, str | None] | None = None
+) -> dict[str, Any]:
     """Add schema, versions and the hash of every file in `folder`, and write the manifest there.
 
     Args:
         folder: the new folder.
         content: the other fields of the manifest.
-        unchanged: copies or links of large weight files, which are not read and get no hash.
+        hashes: the hashes of files that are not read, by name; None for a copy or link of a large weight file.
     """
-    files = {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": None if path in unchanged else sha256(path),
-        }
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    hashes = hashes or {}
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "sha256": hashes[name] if name in hashes else sha256(path)}
     manifest = {"schema": SCHEMA, "versions": versions(), **content, "files": files}
     with (folder / MANIFEST).open("x", encoding="utf-8") as file:  # never over a file of the model
         file.write(_json_lines(manifest))

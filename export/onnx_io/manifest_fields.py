@@ -71,6 +71,18 @@ class _Tensor(_Fields):
     shape: Dims = []
 
 
+class _LinkedFile(_Fields):
+    source: str | None = None
+    changed_ns: int | None = None
+    sample: str
+    sha256: str | None = None
+
+
+class _Weights(_Fields):
+    mode: Text
+    files: dict[str, _LinkedFile] = {}
+
+
 class ManifestFields(_Fields):
     """A manifest."""
 
@@ -96,6 +108,7 @@ class ManifestFields(_Fields):
     refusals: list[_Refusal] = []
     notes: list[Text] = []
     files: dict[str, dict[str, Any]] = {}
+    weights: _Weights | None = None
 
 
 _Model = TypeVar("_Model", bound=BaseModel)

@@ -2,6 +2,7 @@
 
 find_norms: find_norms, every norm of a model with its NormSpec.
 probe: probe, the NormSpec that reproduces one module bit for bit.
+likeness: likeness, what modules have in common that differ in the values of their tensors only.
 caller: Caller, which calls copies of one module; own_tensors; RefusedError, the reason for a refusal.
 candidates: in_float32 and in_half, the specs that are tried; stated_eps, the values of eps that are tried.
 probe_rows: adversarial_rows and outlier_rows, inputs on which different specs give different results; same_bits.

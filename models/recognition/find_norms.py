@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from ..dtypes import torch_name
 from ..precision import model_dtype
 from .caller import RefusedError, own_tensors
-from .probe import probe
+from .likeness import likeness
+from .probe import Probed, probe
 from .signature import NotANormError
 from .site import Recognition, Refusal, Site
 from .state import UnwatchableError
@@ -33,8 +36,9 @@ def find_norms(model: nn.Module) -> Recognition:
 
     A copy of every module that could be a norm is called with inputs chosen to reveal its formula, its eps, its
     statistics dtype and its order of casts. It becomes a site when one NormSpec reproduces its output bit for bit in
-    float32, float16 and bfloat16 (and in its own dtype). Otherwise it is refused with the reason, or skipped where it
-    does not normalize at all.
+    float32, float16 and bfloat16 (and in its own dtype); of modules that differ in the values of their weights only,
+    the first is examined so, and the others with their own weights. Otherwise it is refused with the reason, or
+    skipped where it does not normalize at all.
 
     Args:
         model: any module, in any dtype, on one or several devices. It is not changed.
@@ -47,10 +51,11 @@ def find_norms(model: nn.Module) -> Recognition:
     refusals: list[Refusal] = []
     inside: list[str] = []
     own_dtype = model_dtype(model) or torch.get_default_dtype()
+    probed: dict[Any, Probed] = {}
     for path, module in model.named_modules():
         if any(p == "" or path.startswith(f"{p}.") for p in inside):
             continue
-        found = _decide(path, module, own_dtype)
+        found = _decide(path, module, own_dtype, probed)
         if isinstance(found, Site):
             sites.append(found)
             inside.append(path)
@@ -65,7 +70,7 @@ def class_name(module: nn.Module) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _decide(path: str, module: nn.Module, own_dtype: torch.dtype) -> Site | Refusal | None:
+def _decide(path: str, module: nn.Module, own_dtype: torch.dtype, known: dict[Any, Probed]) -> Site | Refusal | None:
     name = class_name(module)
     reason = _known_reason(module)
     if reason is not None:
@@ -75,7 +80,10 @@ def _decide(path: str, module: nn.Module, own_dtype: torch.dtype) -> Site | Refu
     if obstacle is not None:
         return Refusal(path, name, obstacle) if named_norm and obstacle else None
     try:
-        probed = probe(module, own_dtype)
+        alike = likeness(module)
+        probed = probe(module, own_dtype, known.get(alike) if alike is not None else None)
+        if alike is not None:
+            known[alike] = probed
     except RefusedError as error:
         return Refusal(path, name, str(error))
     except NotANormError as error:

@@ -38,6 +38,7 @@ class Probed:
     width: tuple[int, ...] | None
     weight: str | None
     bias: str | None
+    called: tuple[int, ...] = ()  # the trailing dims with which the module was called
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +49,14 @@ class _Roles:
     bias: str | None
 
 
-def probe(module: nn.Module, default_dtype: torch.dtype = torch.float32) -> Probed:
+def probe(module: nn.Module, default_dtype: torch.dtype = torch.float32, like: Probed | None = None) -> Probed:
     """Find the spec that reproduces the module.
 
     Args:
         module: a module without children that hold parameters; not on the meta device.
         default_dtype: the dtype of a module without tensors of its own.
+        like: what was found for a module that differs from this one in the values of its tensors only, see
+            `likeness`; this one is then proven with its own values alone.
 
     Raises:
         NotANormError: it does not normalize.
@@ -70,21 +73,26 @@ def probe(module: nn.Module, default_dtype: torch.dtype = torch.float32) -> Prob
     ):
         before = Snapshot(module)
         try:
-            return _Prober(module, device, default_dtype, before, threads).run()
+            return _Prober(module, device, default_dtype, before, threads).run(like)
         finally:
             before.restore()
 
 
 class _Prober(Caller):
-    def run(self) -> Probed:
+    def run(self, like: Probed | None) -> Probed:
         try:
-            probed = self._recognize()
+            probed = self._recognize() if like is None else self._recognize_like(like)
         except RefusedError as error:
             raise self._side_effect() or error from None
         effect = self._side_effect()
         if effect is not None:
             raise effect
         return probed
+
+    def _recognize_like(self, like: Probed) -> Probed:
+        roles = _Roles(like.weight, like.bias)
+        self._prove(like.spec, roles, self.tensors, like.called, (self.own_dtype,))
+        return like
 
     def _recognize(self) -> Probed:
         weights = [self._random_tensors(torch.float32), dict(self.tensors)]
@@ -103,8 +111,8 @@ class _Prober(Caller):
         self._prove_independent(spec, roles, width)
         if roles.weight is None:
             self._prove_other_widths(spec, roles, width)
-            return Probed(spec, self._declared_width(width), None, None)
-        return Probed(spec, width[len(width) - trailing :], roles.weight, roles.bias)
+            return Probed(spec, self._declared_width(width), None, None, width)
+        return Probed(spec, width[len(width) - trailing :], roles.weight, roles.bias, width)
 
     # Measuring ----------------------------------------------------------------------------------------------------
 

@@ -142,15 +142,21 @@ def is_mapped(tensor: Tensor) -> bool:
     return _place(tensor) is not None
 
 
-def _place(tensor: Tensor) -> Place | None:
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.numel() == 0:
+def position_of(tensor: Tensor) -> tuple[MappedFile, int] | None:
+    """The mapped file that holds the elements of a tensor, in any order, and the offset of the first of them."""
+    if tensor.device.type != "cpu" or type(tensor) not in (Tensor, torch.nn.Parameter):
         return None
-    address, length = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-    for file in list(_mapped):
-        offset = address - file.start
-        if offset >= 0 and offset + length <= file.stamp.size:
-            return Place(file, offset, length)
-    return None
+    address = tensor.data_ptr()
+    return next(((f, address - f.start) for f in list(_mapped) if 0 <= address - f.start < f.stamp.size), None)
+
+
+def _place(tensor: Tensor) -> Place | None:
+    if not tensor.is_contiguous() or tensor.numel() == 0:
+        return None
+    length, found = tensor.numel() * tensor.element_size(), position_of(tensor)
+    if found is None or found[1] + length > found[0].stamp.size:
+        return None
+    return Place(*found, length)
 
 
 def _is_stored(tensor: Tensor, place: Place, written: list[range] | None) -> bool:

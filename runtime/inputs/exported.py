@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...export.onnx_io.manifest import read_manifest
+from ...export.onnx_io.verify import check_weights
 from ...models.errors import UsageError
 from ...models.regular_files import regular_size
 from ..engines.engine_file import is_engine, read_record
@@ -42,7 +43,7 @@ def open_exported(path: str | Path) -> Exported:
     """Open an exported folder, an .onnx file or an engine.
 
     Raises:
-        UsageError: the path does not exist, or it is none of these.
+        UsageError: the path does not exist, it is none of these, or the weights of a folder are not those exported.
     """
     place = Path(path).expanduser()
     if place.is_dir():
@@ -62,6 +63,7 @@ def open_exported(path: str | Path) -> Exported:
             raise UsageError(f"{place}: its manifest names the model {name!r}, which is outside of the folder.")
         if not model.is_file():
             raise UsageError(f"{place}: its manifest names the model {name!r}, which is missing; export again.")
+        check_weights(place, manifest)
         return Exported(model, place, manifest)
     if "\0" in str(place) or not place.exists():
         raise UsageError(f"{place} does not exist; name an exported folder, an .onnx file or an engine.")

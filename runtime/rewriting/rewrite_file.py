@@ -21,6 +21,7 @@ from ...export.onnx_io.check_graph import check_graph
 from ...export.onnx_io.destinations import check_destination, check_new_file
 from ...export.onnx_io.manifest import tensor_rows, write_manifest
 from ...export.onnx_io.owned_files import MANIFEST
+from ...export.onnx_io.place_weights import weights_row
 from ...export.onnx_io.read_model import ModelFile, read_model, to_ir
 from ...export.onnx_io.write_model import write_model
 from ...models.dtypes import onnx_name
@@ -141,8 +142,10 @@ def rewrite_model(
             content = _write(job, folder, source.name, weights)
             content["notes"] += copy_companions(source.parent, folder)
             progress("hashing the files")
-            unchanged = [folder / file.relative_to(source.parent) for file in original.external_files]
-            manifest = write_manifest(folder, content, unchanged)
+            placed = {file.relative_to(source.parent).as_posix(): file for file in original.external_files}
+            rows = {name: weights_row(file, folder / name) for name, file in placed.items()}
+            content["weights"] = {"mode": weights, "files": rows}
+            manifest = write_manifest(folder, content, dict.fromkeys(placed))
     files = [place / name for name in (*manifest["files"], MANIFEST)]
     return RewriteResult(place / source.name, files, manifest, rewritten, job.proof)
 

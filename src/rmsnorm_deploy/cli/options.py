@@ -58,6 +58,13 @@ AllowMissing = Annotated[
         "unexpected or of another shape; missing weights are random. May be repeated.",
     ),
 ]
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        help="Read weights that are pickled (pytorch_model.bin): loading a pickle can run code that is in it.",
+    ),
+]
 Provider = Annotated[
     str,
     typer.Option(

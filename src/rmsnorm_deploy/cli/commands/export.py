@@ -64,25 +64,48 @@ def export(
     ] = 0,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_missing: options.AllowMissing = None,
+    allow_pickle: options.AllowPickle = False,
+    weights: Annotated[
+        str,
+        typer.Option(
+            "--weights",
+            metavar="HOW",
+            help="How the folder gets a checkpoint's weights: link (hard links to its files; packed where the file "
+            "system cannot link), copy (copies of its files) or pack (one new file, each weight at a memory page).",
+        ),
+    ] = "link",
+    full_hash: Annotated[
+        bool,
+        typer.Option("--hash", help="Hash all weights, so that `rmsnorm verify` notices every change of a byte."),
+    ] = False,
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Export a model to ONNX with its norms in the form that the target requires."""
     from rmsnorm_deploy.export.lowering.plugin_functions import plugin_style
     from rmsnorm_deploy.export.lowering.table import DEFAULT_TARGET, opset_for, parse_targets
+    from rmsnorm_deploy.export.onnx_io.place_weights import parse_weights
 
     screen = Screen(as_json, quiet)
     targets = parse_targets(target or DEFAULT_TARGET)
+    mode = parse_weights(weights)
     for name in targets:
         opset_for(name, opset)  # refuses a wrong target or opset before slow work
     plugin_style(not no_function, ort_trt, targets)
     arrays = read_arrays(inputs) if inputs is not None else None
     injection = _injection(outliers)
     with screen.working(f"loading {model}") as progress:
-        from rmsnorm_deploy.export.from_torch.export_model import export_model
+        from rmsnorm_deploy.export.from_torch.export_model import existing_parent, export_model
         from rmsnorm_deploy.models.loading import load_model
 
-        loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code, allow_missing=allow_missing or ())
+        loaded = load_model(
+            model,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            allow_missing=allow_missing or (),
+            allow_pickle=allow_pickle,
+            side_folder=existing_parent(output),
+        )
         details: dict[str, Any] = {}
         injected = None
         if injection is not None:
@@ -101,6 +124,8 @@ def export(
             with_past=with_past,
             function=not no_function,
             ort_trt=ort_trt,
+            weights=mode,
+            full_hash=full_hash,
             details=details,
             progress=progress,
         )
