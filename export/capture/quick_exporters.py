@@ -7,6 +7,7 @@ Measured on a Llama of 22 layers: torch.export 23 s, its decompositions 22 s, on
 - onnxscript's optimizer transposes each weight of a linear layer in memory; the Transpose of a weight that is at rest
   stays a node.
 - onnxscript's rewriter calls the matcher of each rule at each node; most nodes have another operator than the rule.
+- The pass that makes conversions of dtypes explicit runs every node with fake tensors; most nodes need none.
 
 Each part is left out where the installed version has no such function, and the exporters then work as they are.
 """
@@ -14,7 +15,8 @@ Each part is left out where the installed version has no such function, and the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import gc
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -26,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..graph.stored_weights import is_at_rest
 
 _PLAIN = ("placeholder", "call_function", "output")  # not submodules, and not the constants of a traced body
+_RARE = (100_000, 20, 50)  # thresholds of the three generations
 _RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 
 
@@ -35,11 +38,23 @@ def quick_exporters() -> Iterator[None]:
     with ExitStack() as stack:
         if hasattr(fx.config, "do_not_emit_stack_traces"):
             stack.enter_context(mock.patch.object(fx.config, "do_not_emit_stack_traces", True))
-        for change in (_filtered_rules, _local_decompositions, _weights_as_they_are):
+        stack.enter_context(_rare_collections())
+        for change in (_filtered_rules, _local_decompositions, _promoted_nodes, _weights_as_they_are):
             patch = change()
             if patch is not None:
                 stack.enter_context(patch)
         yield
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Python's garbage collection looks at the millions of objects of a program less often: 10% of a capture."""
+    before = gc.get_threshold()
+    gc.set_threshold(*(max(usual, rare) for usual, rare in zip(before, _RARE, strict=True)))
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 # Rules of onnxscript's rewriter ---------------------------------------------------------------------------------------
@@ -50,20 +65,38 @@ def _filtered_rules() -> Any:
     try:
         from onnxscript.rewriter._basics import MatchResult
         from onnxscript.rewriter._matcher import SimplePatternMatcher
+        from onnxscript.rewriter._rewrite_rule import RewriteRuleSet
     except ImportError:
         return None
-    original = SimplePatternMatcher.match
+    original, apply = SimplePatternMatcher.match, RewriteRuleSet.apply_to_model
 
     @functools.wraps(original)
     def match(self: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
-        pattern = self.pattern
-        last = pattern.output_node if pattern.has_single_output_node else pattern.output_nodes[0]
-        wanted = last.op_identifier()  # None where the pattern allows several operators
+        wanted = _operator(self.pattern)
         if options.get("tracer") is None and wanted is not None and wanted != node.op_identifier():
             return MatchResult().fail("the node has another operator")
         return original(self, model, graph, node, **options)
 
-    return mock.patch.object(SimplePatternMatcher, "match", match)
+    @functools.wraps(apply)
+    def apply_to_model(self: Any, model: Any, **options: Any) -> Any:
+        there = {node.op_identifier() for node in model.graph.all_nodes()}
+        there |= {node.op_identifier() for function in model.functions.values() for node in function.all_nodes()}
+        patterns = {id(rule): getattr(rule, "_target_pattern", None) for rule in self.rules}
+        wanted = {key: _operator(pattern) if pattern is not None else None for key, pattern in patterns.items()}
+        kept = [rule for rule in self.rules if wanted[id(rule)] is None or wanted[id(rule)] in there]
+        with mock.patch.object(self, "rules", kept):
+            return apply(self, model, **options)
+
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(SimplePatternMatcher, "match", match))
+    stack.enter_context(mock.patch.object(RewriteRuleSet, "apply_to_model", apply_to_model))
+    return stack
+
+
+def _operator(pattern: Any) -> Any:
+    """The operator of a pattern's last node; None where the pattern allows several."""
+    last = pattern.output_node if pattern.has_single_output_node else pattern.output_nodes[0]
+    return last.op_identifier()
 
 
 def _weights_as_they_are() -> Any:
@@ -117,6 +150,23 @@ def _local_decompositions() -> Any:
     return mock.patch.object(_fx_passes, "decompose_with_registry", decompose)
 
 
+def _promoted_nodes() -> Any:
+    """The pass that converts dtypes explicitly, which takes the known value of a node for which it has no rule."""
+    try:
+        from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter, get_type_promotion_rule
+    except ImportError:
+        return None
+    original = _TypePromotionInterpreter.run_node
+
+    @functools.wraps(original)
+    def run_node(self: Any, n: fx.Node) -> Any:
+        if n.op == "call_function" and "val" in n.meta and not get_type_promotion_rule(n, self.type_promotion_table):
+            return n.meta["val"]
+        return original(self, n)
+
+    return mock.patch.object(_TypePromotionInterpreter, "run_node", run_node)
+
+
 def decomposed(
     program: torch.export.ExportedProgram,
     table: Mapping[Any, Callable[..., Any]],
@@ -140,7 +190,13 @@ def decomposed(
         return False
     chosen = [node for node in nodes if isinstance(node.target, torch._ops.OpOverload) and is_replaced(node.target)]
     try:
-        traced = [_traced(node, table) for node in chosen]
+        bodies: dict[Hashable, fx.GraphModule] = {}
+        traced = []
+        for node in chosen:
+            key = _form(node)
+            if key not in bodies:
+                bodies[key] = _traced(node, table)
+            traced.append(bodies[key])
     except Exception:  # what cannot be traced alone is left to torch, whose error would be the one to explain
         return False
     inner = [node for body in traced for node in body.graph.nodes]
@@ -164,6 +220,20 @@ def _stated_sizes(sizes: Any, shape: torch.Size) -> list[Any]:
 
 def _changes_arguments(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and bool(node.target._schema.is_mutable)
+
+
+def _form(node: fx.Node) -> Hashable:
+    """What the body of a node depends on: its operator, its arguments, and the metadata of the tensors among them."""
+    numbers = {source: number for number, source in enumerate(node.all_input_nodes)}
+    arguments = fx.map_arg((node.args, node.kwargs), lambda source: f"input {numbers[source]}")
+    metadata: list[Hashable] = []
+    for value in (source.meta["val"] for source in node.all_input_nodes):
+        if isinstance(value, torch.Tensor):
+            layout = (str(value.shape), str(value.stride()), str(value.storage_offset()))
+            metadata.append((*layout, value.dtype, value.device, value.requires_grad))
+        else:
+            metadata.append((str(value),))
+    return (node.target, str(arguments), tuple(metadata))
 
 
 def _traced(node: fx.Node, table: Mapping[Any, Callable[..., Any]]) -> fx.GraphModule:

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ...models.errors import MismatchError, UnsupportedError
-from ...models.weights.stand_ins import is_unread
 from ..graph.sizes import SizeLimits, size_problem
 from .captured_program import GraphRun, has_inner_norms, user_inputs
 from .ranges import SPECIALIZED, symbols_of
@@ -97,6 +96,8 @@ def _largest(run: _Comparison, name: str, example: Mapping[str, int], limits: Si
 
     def wrong(length: int) -> bool:
         sizes = _with_total({**example, name: length}, example)
+        if "batch" in sizes and size_problem(limits, {**sizes, "batch": 1}) is None:
+            sizes["batch"] = 1  # less work
         if size_problem(limits, sizes) is not None:
             return False
         try:
@@ -176,7 +177,7 @@ class _Comparison:
     ) -> None:
         self._model, self._program, self._names, self._outputs = model, program, names, outputs
         self._graph = GraphRun(program)
-        self.weights = sum(t.numel() for t in program.state_dict.values() if not is_unread(t))
+        self.weights = sum(tensor.numel() for tensor in program.state_dict.values())
         self._leaves, self._spec = pytree.tree_flatten(program.example_inputs)
 
     def compare(self, sizes: Mapping[str, int]) -> str | None:

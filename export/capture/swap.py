@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ...models.eager import eager, result_dtype
 from ...models.recognition.conditions import call_conditions, changed_in_place, differs
 from ...models.recognition.intercept import NormCall, replace_forward
+from ...models.recognition.likeness import likeness
 from ...models.recognition.site import Recognition, Refusal, Site
 from ...models.recognition.state import Snapshot, UnwatchableError
-from ...models.spec import NormSpec
 
 # The node of a norm in a captured graph, before lowering. Its inputs are x, weight, bias, gate.
 CAPTURE_DOMAIN = "rmsnorm_deploy.capture"
@@ -54,12 +54,12 @@ def swapped(model: nn.Module, sites: list[Site], *, check: bool = False) -> Iter
         check: also run the original forward of each norm, and record every site whose bits differ, that changes its
             input or its state, or that differs when its input comes in other shapes, strides or grad modes.
     """
-    report = SwapReport()
+    report, varied = SwapReport(), _Varied()
     replaced: list[nn.Module] = []
     try:
         for site in sites:
             module = model.get_submodule(site.path)
-            _swap(module, site, report, check)
+            _swap(module, site, report, varied if check else None)
             replaced.append(module)
         yield report
     finally:
@@ -67,8 +67,24 @@ def swapped(model: nn.Module, sites: list[Site], *, check: bool = False) -> Iter
             vars(module).pop("forward", None)
 
 
-def _swap(module: nn.Module, site: Site, report: SwapReport, check: bool) -> None:
-    varied: set[NormSpec] = set()
+class _Varied:
+    """The calls of norms that were checked in other shapes and modes: one of equal calls of equal modules is enough."""
+
+    def __init__(self) -> None:
+        self._seen: set[Hashable] = set()
+
+    def is_new(self, module: nn.Module, alike: Hashable | None, call: NormCall) -> bool:
+        """Whether no equal call was seen before; it is noted."""
+        tensors = [t for t in (call.x, call.weight, call.bias, call.gate) if t is not None]
+        layout = tuple((tuple(t.shape), t.stride(), t.dtype) for t in tensors)
+        key = (id(module), call.spec) if alike is None else (alike, call.spec, layout)
+        new = key not in self._seen
+        self._seen.add(key)
+        return new
+
+
+def _swap(module: nn.Module, site: Site, report: SwapReport, varied: _Varied | None) -> None:
+    alike = likeness(module)
 
     def compute(call: NormCall, original: Callable[[], Tensor]) -> Tensor:
         if torch.compiler.is_exporting():
@@ -76,12 +92,11 @@ def _swap(module: nn.Module, site: Site, report: SwapReport, check: bool) -> Non
         if site.path in report.differing:
             return _own_result(module, original)
         result = eager(call.spec, call.x, call.weight, call.bias, call.gate)
-        if check:
+        if varied is not None:
             with _unswapped(module):
                 reason, result = _checked_call(module, call, result, original)
-                if reason is None and call.spec not in varied:
+                if reason is None and varied.is_new(module, alike, call):
                     reason = _checked_variations(module, site, call)
-            varied.add(call.spec)
             if reason is not None:
                 report.differing[site.path] = reason
                 return _own_result(module, original)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class Probed:
     width: tuple[int, ...] | None
     weight: str | None
     bias: str | None
-    called: tuple[int, ...] = ()  # the trailing dims with which the module was called
+    called: tuple[int, ...] = field(default=(), compare=False)  # the trailing dims with which the module was called
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 What a check compares, a model and its graph, or a model with and without swapped norms, then has the same other
 weights. A product with such a weight, [K, N], is that with a matrix whose product costs K + N operations for a row:
-half of a cyclic shift of the identity, plus half of an outer product of two random vectors. All three depend on where
+a cyclic shift of the identity, plus half of an outer product of two random vectors. All three depend on where
 the weight is in its file, so that two weights do not become equal. Each element of x changes each element of a result.
 """
 
@@ -36,11 +36,6 @@ def unread_bytes(model: nn.Module) -> int:
     return sum(sizes) if sum(sizes) > _READ else 0
 
 
-def is_unread(tensor: Tensor) -> bool:
-    """Whether a context of `unread_weights` is open, and has other values in place of a weight."""
-    return _StandIns.open > 0 and _is_large(tensor)
-
-
 def _is_large(tensor: Tensor) -> bool:
     size = tensor.numel() * tensor.element_size()
     return size > _SMALL and tensor.ndim > 1 and position_of(tensor) is not None
@@ -49,19 +44,9 @@ def _is_large(tensor: Tensor) -> bool:
 class _StandIns(TorchDispatchMode):
     """Replaces each matrix product whose second factor is a large weight in a mapped file."""
 
-    open = 0
-
     def __init__(self) -> None:
         super().__init__()
         self._random = torch.randn(_RANDOM, generator=torch.Generator().manual_seed(20_261_127))
-
-    def __enter__(self) -> Any:
-        _StandIns.open += 1
-        return super().__enter__()
-
-    def __exit__(self, *details: Any) -> None:
-        _StandIns.open -= 1
-        super().__exit__(*details)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         place = _PRODUCTS.get(func)
@@ -82,13 +67,14 @@ class _StandIns(TorchDispatchMode):
         return self._of(x, key, outputs)
 
     def _of(self, x: Tensor, key: int, outputs: int) -> Tensor:
-        inputs = x.shape[-1]
-        shift = key * 7919 % inputs
-        turned = torch.cat([x[:, shift:], x[:, :shift]], dim=1).float()
-        tiled = turned.repeat(1, -(-outputs // inputs))[:, :outputs]
-        left, right = self._vector(key, inputs), self._vector(key + 1, outputs)
-        scale = (x.float() @ left) / inputs**0.5
-        return ((tiled + scale[:, None] * right) / 2).to(x.dtype)
+        rows, inputs = x.shape
+        result, place, shift = x.new_empty(rows, outputs), 0, key * 7919 % inputs
+        while place < outputs:
+            part = x[:, shift : shift + outputs - place]
+            result[:, place : place + part.shape[1]] = part
+            place, shift = place + part.shape[1], 0
+        scale = x @ (self._vector(key, inputs) / inputs**0.5).to(x.dtype)
+        return result.addcmul_(scale[:, None], self._vector(key + 1, outputs).to(x.dtype), value=0.5)
 
     def _vector(self, key: int, size: int) -> Tensor:
         start = key * 104_729 % _RANDOM

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from rmsnorm_deploy.cli.arrays import write_npz
-from rmsnorm_deploy.cli.commands.table import COMMANDS
+from rmsnorm_deploy.cli.table import COMMANDS
 from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.export.from_torch.save import ExportResult
 from rmsnorm_deploy.export.lowering.table import TABLE, TARGETS

@@ -10,9 +10,9 @@ import typer
 
 import rmsnorm_deploy
 from rmsnorm_deploy.cli.commands import plugin
-from rmsnorm_deploy.cli.commands.table import COMMANDS
 from rmsnorm_deploy.cli.failures import failure_of, interruptible
 from rmsnorm_deploy.cli.screen import Screen
+from rmsnorm_deploy.cli.table import COMMANDS
 
 JSON_FLAG = "--json"
 
