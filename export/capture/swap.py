@@ -54,12 +54,12 @@ def swapped(model: nn.Module, sites: list[Site], *, check: bool = False) -> Iter
         check: also run the original forward of each norm, and record every site whose bits differ, that changes its
             input or its state, or that differs when its input comes in other shapes, strides or grad modes.
     """
-    report, varied = SwapReport(), _Varied()
+    report, variations = SwapReport(), _Variations()
     replaced: list[nn.Module] = []
     try:
         for site in sites:
             module = model.get_submodule(site.path)
-            _swap(module, site, report, varied if check else None)
+            _swap(module, site, report, variations if check else None)
             replaced.append(module)
         yield report
     finally:
@@ -67,23 +67,23 @@ def swapped(model: nn.Module, sites: list[Site], *, check: bool = False) -> Iter
             vars(module).pop("forward", None)
 
 
-class _Varied:
-    """The calls of norms that were checked in other shapes and modes: one of equal calls of equal modules is enough."""
+class _Variations:
+    """What norms do in other shapes and modes than those of their calls; equal calls of equal modules are run once."""
 
     def __init__(self) -> None:
-        self._seen: set[Hashable] = set()
+        self._reasons: dict[Hashable, str | None] = {}
 
-    def is_new(self, module: nn.Module, alike: Hashable | None, call: NormCall) -> bool:
-        """Whether no equal call was seen before; it is noted."""
+    def reason(self, module: nn.Module, alike: Hashable | None, site: Site, call: NormCall) -> str | None:
+        """What differs from the spec when the module is called with this input in other shapes and modes."""
         tensors = [t for t in (call.x, call.weight, call.bias, call.gate) if t is not None]
         layout = tuple((tuple(t.shape), t.stride(), t.dtype) for t in tensors)
         key = (id(module), call.spec) if alike is None else (alike, call.spec, layout)
-        new = key not in self._seen
-        self._seen.add(key)
-        return new
+        if key not in self._reasons:
+            self._reasons[key] = _checked_variations(module, site, call)
+        return self._reasons[key]
 
 
-def _swap(module: nn.Module, site: Site, report: SwapReport, varied: _Varied | None) -> None:
+def _swap(module: nn.Module, site: Site, report: SwapReport, variations: _Variations | None) -> None:
     alike = likeness(module)
 
     def compute(call: NormCall, original: Callable[[], Tensor]) -> Tensor:
@@ -92,11 +92,11 @@ def _swap(module: nn.Module, site: Site, report: SwapReport, varied: _Varied | N
         if site.path in report.differing:
             return _own_result(module, original)
         result = eager(call.spec, call.x, call.weight, call.bias, call.gate)
-        if varied is not None:
+        if variations is not None:
             with _unswapped(module):
                 reason, result = _checked_call(module, call, result, original)
-                if reason is None and varied.is_new(module, alike, call):
-                    reason = _checked_variations(module, site, call)
+                if reason is None:
+                    reason = variations.reason(module, alike, site, call)
             if reason is not None:
                 report.differing[site.path] = reason
                 return _own_result(module, original)

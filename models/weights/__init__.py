@@ -6,5 +6,5 @@ load_transformers: load_at_rest, a model of transformers whose weights stay in t
 stand_ins: unread_weights, which runs a model with other values in place of its large weights.
 side_file: SideFile, a temporary file for the weights that had to be computed.
 digest: sample_digest, which tells other weights apart by some bytes of each tensor.
-checkpoint: weight_files_of, the safetensors files of a checkpoint's folder; stored_tensors, their tensors at rest.
+checkpoint: weight_files_of, the safetensors files of a checkpoint's folder; load_weights, for any module.
 """

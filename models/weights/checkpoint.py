@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UsageError, few
 from .header import read_header
@@ -84,3 +85,43 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
             raise UsageError(f"{file}: another file of the checkpoint has these tensors too: {few(twice, _LISTED)}.")
         found |= {tensor.name: mapped.tensor(tensor) for tensor in stored}
     return found
+
+
+def load_weights(module: nn.Module, source: str | os.PathLike[str]) -> None:
+    """Give a module the weights of safetensors files without reading them; its exports then refer to these files.
+
+    Args:
+        module: any module; its parameters and saved buffers are replaced, also those on the meta device.
+        source: a safetensors file whose keys are those of `module.state_dict()`, or a folder with `model.safetensors`
+            or an index of shards.
+
+    Raises:
+        UsageError: a file is damaged, or its keys or shapes are not the module's; the module is then unchanged.
+    """
+    path = Path(source)
+    files = weight_files_of(path) if path.is_dir() else [path]
+    if not files:
+        raise UsageError(f"{path}: expected a safetensors file, or a folder with {SINGLE} or {INDEX}.")
+    tensors, wanted = stored_tensors(files), module.state_dict(keep_vars=True)
+    names: dict[int, str] = {id(tensor): name for name, tensor in wanted.items() if name in tensors}
+    # A weight that two modules share is saved under one of its names.
+    tied = {name: names[id(tensor)] for name, tensor in wanted.items() if name not in tensors and id(tensor) in names}
+    problems = [
+        f"{kind} keys: {few(sorted(keys), _LISTED)}"
+        for kind, keys in (
+            ("missing", wanted.keys() - tensors.keys() - tied.keys()),
+            ("unexpected", tensors.keys() - wanted.keys()),
+        )
+        if keys
+    ]
+    problems += [
+        f"{name}: expected {list(wanted[name].shape)}, got {list(tensor.shape)}"
+        for name, tensor in tensors.items()
+        if name in wanted and wanted[name].shape != tensor.shape
+    ]
+    if problems:
+        raise UsageError(f"{path} does not fit {type(module).__name__}: {'; '.join(problems[:_LISTED])}.")
+    module.load_state_dict(tensors, strict=False, assign=True)
+    for name, other in tied.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, module.get_parameter(other))
