@@ -31,10 +31,11 @@ from ..capture.swap import swapped
 from ..capture.transformers_model import is_pretrained
 from ..lowering.plugin_functions import PluginStyle, plugin_style
 from ..lowering.table import DEFAULT_TARGET, Environment, LoweringRefusal, opset_for, parse_targets, resolve
-from ..onnx_io.destinations import check_destination
+from ..onnx_io.destinations import check_destination, check_shared_folder
+from ..onnx_io.owned_files import MANIFEST
 from ..onnx_io.place_weights import WeightsMode, parse_weights
 from .graph_norms import find_unswapped
-from .save import ExportResult, PreparedModel, Progress, SaveOptions, save_all
+from .save import MODEL_FILE, ExportResult, PreparedModel, Progress, SaveOptions, save_all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,8 @@ class ExportOptions:
             `trt.plugins`, without local functions.
         weights: how the folder gets the weights that are in a checkpoint's safetensors files: `link` by hard links to
             these files, or as `pack` where the file system cannot link to them; `copy` by copies of these files;
-            `pack` by one new file with all weights, each at a memory page of its own.
+            `pack` by one new file with all weights, each at a memory page of its own; `reference` writes the model and
+            its manifest into the checkpoint's folder, or one that contains it, where it reads the files themselves.
         full_hash: also hash the checkpoint's files, which reads them, so that `verify` notices every change.
     """
 
@@ -140,7 +142,10 @@ def export_model(
     folder = Path(path)
     places = [folder] if len(targets) == 1 else [folder / name for name in targets]
     for place in places:
-        check_destination(place)
+        if options.weights == "reference":
+            check_shared_folder(place, (MODEL_FILE, MANIFEST))
+        else:
+            check_destination(place)
     if isinstance(model, str | Path) and progress is not None:
         progress(f"loading {model}")
     loading = LoadOptions(dtype=options.dtype, trust_remote_code=trust_remote_code, side_folder=existing_parent(folder))
@@ -149,6 +154,8 @@ def export_model(
     parts: tuple[str | None, ...] = (None,)
     if options.with_past:
         parts = parts_for(loaded.model, feeds or {}) or (None,)
+    if options.weights == "reference" and None not in parts:
+        raise UsageError("weights: the models of several parts cannot refer to one checkpoint; use link or pack.")
     prepared = prepare_parts(loaded.model, parts, options, inputs=feeds, targets=targets, progress=progress)
     companions = companions if companions is not None else loaded.folder
     notes = [*loaded.notes]

@@ -16,7 +16,7 @@ from ..capture.captured import Capture
 from ..graph.sizes import SizeLimits, metadata_of
 from ..graph.stored_weights import as_stored
 from ..lowering.plugin_functions import PluginStyle, style_notes
-from ..onnx_io.atomic_files import copy_companions, new_folder, restrict_mode
+from ..onnx_io.atomic_files import copy_companions, into_folder, new_folder, restrict_mode
 from ..onnx_io.manifest import tensor_rows, write_manifest
 from ..onnx_io.owned_files import MANIFEST
 from ..onnx_io.place_weights import PlacedWeights, WeightsMode, place_weights
@@ -124,16 +124,18 @@ def save(
         "refusals": refusals,
         "notes": [*prepared.notes, *prepared.capture.notes, *style_notes(lowered, options.style)],
     }
-    with new_folder(path) as folder:
+    shared = options.weights == "reference"
+    with into_folder(path, (MODEL_FILE, MANIFEST)) if shared else new_folder(path) as folder:
         progress("writing the model")
-        placed = _write_model(lowered, folder, options)
+        placed = _write_model(lowered, folder, options, Path(path) if shared else None)
         content["notes"] += placed.notes
         content["weights"] = {"mode": placed.mode, "files": placed.linked}
         if prepared.companions is not None:
-            content["notes"] += copy_companions(prepared.companions, folder)
+            if not shared:
+                content["notes"] += copy_companions(prepared.companions, folder)
             for file in folder.glob(f"{MODEL_FILE}*"):
                 restrict_mode(file, weight_files(prepared.companions))
-        hashes = placed.hashes | {name: row["sha256"] for name, row in placed.linked.items()}
+        hashes = placed.hashes if shared else placed.hashes | {n: row["sha256"] for n, row in placed.linked.items()}
         manifest = write_manifest(folder, content, hashes)
     return ExportResult(Path(path), target, manifest, prepared.recognition)
 
@@ -200,9 +202,9 @@ def _ranges(row: Mapping[str, Any], limits: SizeLimits) -> dict[str, Any]:
     return {"ranges": found} if found else {}
 
 
-def _write_model(model: ir.Model, folder: Path, options: SaveOptions) -> PlacedWeights:
+def _write_model(model: ir.Model, folder: Path, options: SaveOptions, final: Path | None = None) -> PlacedWeights:
     model.producer_name = "rmsnorm-deploy"
-    placed = place_weights(model, folder, MODEL_FILE, options.weights, options.full_hash)
+    placed = place_weights(model, folder, MODEL_FILE, options.weights, options.full_hash, final)
     ir.save(model, folder / MODEL_FILE)
     return placed
 

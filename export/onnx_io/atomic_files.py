@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ...models.companions import companion_files
 from ...models.errors import UsageError, few
-from .destinations import check_new_file, check_replaceable, real_place
+from .destinations import check_new_file, check_replaceable, check_shared_folder, real_place
 from .owned_files import delete_export, foreign_files
 from .partial_files import EARLIER, KEPT, PARTIAL, discard, locked_file, locked_folder, recover, umask
 
@@ -56,6 +56,40 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         discard(partial)
         os.close(lock)
         _remove_empty(missing)
+
+
+@contextmanager
+def into_folder(path: str | os.PathLike[str], last: tuple[str, ...]) -> Iterator[Path]:
+    """A temporary folder whose files are moved into an existing folder when the block succeeds.
+
+    Each file takes its place in one step, and replaces only what an earlier export wrote there.
+
+    Args:
+        path: the folder, which has other files that are not changed.
+        last: names of files that are moved last, in this order.
+
+    Raises:
+        UsageError: the folder does not exist, cannot be written to, or has a file of one of these names that an export
+            did not write.
+    """
+    target = check_shared_folder(path, last)
+    recover(target / last[0])
+    try:
+        partial, lock = locked_folder(target / last[0], PARTIAL)
+    except OSError as error:
+        raise UsageError(f"cannot write to {target}: {error.strerror or error}.") from error
+    try:
+        yield partial
+        names = [file.name for file in partial.iterdir() if file.name not in last]
+        names += [name for name in last if (partial / name).exists()]
+        check_shared_folder(target, tuple(names))
+        for name in names:
+            os.replace(partial / name, target / name)
+    except OSError as error:
+        raise UsageError(f"writing to {target} failed: {error.strerror or error}.") from error
+    finally:
+        discard(partial)
+        os.close(lock)
 
 
 @contextmanager

@@ -39,6 +39,29 @@ def check_destination(path: str | os.PathLike[str], inputs: Iterable[str | os.Pa
         raise UsageError(f"cannot write to {existing}: {error.strerror or error}.") from error
 
 
+def check_shared_folder(path: str | os.PathLike[str], names: Iterable[str]) -> Path:
+    """Check that files can be written into a folder with other files, over none but those of an earlier export.
+
+    Args:
+        path: the folder.
+        names: the names of the files.
+
+    Returns:
+        The folder by its real path.
+
+    Raises:
+        UsageError: there is no such folder, or it has a file of one of these names that an export did not write.
+    """
+    target = real_place(path)
+    if not target.is_dir():
+        raise UsageError(f"{target} is not a folder; name that of the checkpoint.")
+    foreign = set(foreign_files(target)) if any((target / name).exists() for name in names) else set()
+    taken = sorted(foreign.intersection(names))
+    if taken:
+        raise UsageError(f"{target} has {few(taken)}, which no export wrote; move it away, or name another folder.")
+    return target
+
+
 def check_new_file(path: str | os.PathLike[str], replaces: Callable[[Path], bool] | None = None) -> Path:
     """Check that `new_file` can write a path, before slow work; returns the path by its real folder.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +19,19 @@ from ...models.weights.digest import sample_digest
 from ...models.weights.mapped_file import MappedFile, Place, places_of, release_pages
 from ...models.weights.side_file import release_side_pages
 from .atomic_files import restrict_mode
-from .owned_files import sha256
+from .owned_files import MANIFEST, sha256
 
-# `link`: hard links to the checkpoint's files. `copy`: copies of these. `pack`: one new file with all weights.
-WeightsMode = Literal["link", "copy", "pack"]
+# `link`: clones that share the disk blocks of the checkpoint's files, else hard links. `copy`: copies of these files.
+# `pack`: one new file with all weights. `reference`: the files themselves, in whose folder the model is written.
+WeightsMode = Literal["link", "copy", "pack", "reference"]
+# The ioctl of Linux by which a file becomes a clone of another one (btrfs, XFS and others), see ioctl_ficlone(2).
+_FICLONE = 0x40049409
+HARD_LINKED = (
+    "the weights are hard links to the checkpoint's files; onnx.load refuses such files and needs --weights pack, copy "
+    "or reference"
+)
+# The most bytes of other weights in the ONNX file itself, which is the only new file with `reference`.
+_MOST_INLINE = 1 << 30
 # Smaller tensors are stored in the ONNX file itself.
 _EXTERNAL_BYTES = 1024
 # Tensors begin at multiples of a memory page, so that programs can map each of them.
@@ -61,7 +71,12 @@ class PlacedWeights:
 
 
 def place_weights(
-    model: ir.Model, folder: Path, name: str, mode: WeightsMode, full_hash: bool = False
+    model: ir.Model,
+    folder: Path,
+    name: str,
+    mode: WeightsMode,
+    full_hash: bool = False,
+    final: Path | None = None,
 ) -> PlacedWeights:
     """Make the large initializers of a model external data in a folder; `ir.save` can then write the model.
 
@@ -71,39 +86,69 @@ def place_weights(
         name: the model's file name there; the file of weights that no checkpoint has is `NAME.data`.
         mode: how weights that are in a checkpoint are placed.
         full_hash: also compute the SHA-256 of the checkpoint's files, which reads them.
+        final: the folder in which the model will be, which contains the checkpoint's files, for `reference`.
 
     Raises:
-        UsageError: a file of the checkpoint changed since the model was loaded.
+        UsageError: a file of the checkpoint changed since the model was loaded; or with `reference` it is not in the
+            folder, or other weights are too large for the ONNX file.
         OSError: writing failed.
     """
-    values = [value for value in _initializers(model) if value.const_value is not None]
-    raw = [_torch_tensor(value.const_value) for value in values]
-    found = places_of([tensor for tensor in raw if tensor is not None])
-    places = iter(found)
-    placed = {id(value): next(places) for value, tensor in zip(values, raw, strict=True) if tensor is not None}
-    large = [value for value in values if value.const_value is not None and value.const_value.nbytes > _EXTERNAL_BYTES]
-    stored = {id(value): place for value in large if (place := placed.get(id(value))) is not None}
+    values = [v for v in _initializers(model) if v.const_value is not None and v.const_value.nbytes > _EXTERNAL_BYTES]
+    stored = _stored(values)
+    own = [value for value in values if id(value) not in stored]
     files = list({id(place.file): place.file for place in stored.values()}.values())
-    result = PlacedWeights(mode)
-    names: dict[int, str] = {}
-    if mode != "pack":
-        names = _names(files, {name, f"{name}.data", "manifest.json"})
-        problem = _place_files(files, names, folder, mode)
-        if problem is not None:
-            result.mode, result.notes, names = "pack", [problem], {}
-    if names:
-        for value in large:
+    result, home = PlacedWeights(mode), folder
+    if mode == "reference":
+        assert final is not None
+        home, names = final, {id(file): _inside(file, final) for file in files}
+        _check_inline(own)
+    else:
+        names = _names(files, {name, f"{name}.data", MANIFEST})
+        if mode != "pack":
+            _place_files(files, names, folder, result)
+        own = values if result.mode == "pack" else own
+        if own:
+            result.hashes[f"{name}.data"] = _write(own, stored, folder, f"{name}.data")
+    if result.mode != "pack":
+        for value in values:
             place = stored.get(id(value))
             if place is not None:
-                _refer(value, names[id(place.file)], place.offset, place.length, folder)
-        large = [value for value in large if id(value) not in stored]
+                _refer(value, names[id(place.file)], place.offset, place.length, home)
         for file in files:
-            result.linked[names[id(file)]] = weights_row(file.path, folder / names[id(file)], full_hash)
-    if large:
-        result.hashes[f"{name}.data"] = _write(large, stored, folder, f"{name}.data")
+            result.linked[names[id(file)]] = weights_row(file.path, home / names[id(file)], full_hash)
     for file in files:
         file.check_unchanged()
     return result
+
+
+def _stored(values: list[ir.Value]) -> dict[int, Place]:
+    """The places of those values that are in mapped files, by the id of the value."""
+    raw = {id(value): tensor for value in values if (tensor := _torch_tensor(value.const_value)) is not None}
+    return {key: place for key, place in zip(raw, places_of(raw.values()), strict=True) if place is not None}
+
+
+def _inside(file: MappedFile, folder: Path) -> str:
+    """The path of a file in a folder.
+
+    Raises:
+        UsageError: the file is not in the folder, also through a link.
+    """
+    real, place = Path(os.path.realpath(file.path)), Path(os.path.realpath(folder))
+    if place not in real.parents:
+        raise UsageError(
+            f"weights: a model that refers to {file.path} must be in its folder, {real.parent}, or in one above it, "
+            f"and got {folder}: ONNX Runtime reads no weights outside of the model's folder. Use that folder, or link."
+        )
+    return real.relative_to(place).as_posix()
+
+
+def _check_inline(values: list[ir.Value]) -> None:
+    size = sum(value.const_value.nbytes for value in values if value.const_value is not None)
+    if size > _MOST_INLINE:
+        raise UsageError(
+            f"weights: {size} bytes of weights are not in the checkpoint as the model uses them (another dtype, or "
+            f"combined), and reference writes at most {_MOST_INLINE} bytes into the ONNX file. Use link or pack."
+        )
 
 
 def _initializers(model: ir.Model) -> Iterator[ir.Value]:
@@ -128,24 +173,45 @@ def _names(files: list[MappedFile], taken: set[str]) -> dict[int, str]:
     return names
 
 
-def _place_files(files: list[MappedFile], names: dict[int, str], folder: Path, mode: WeightsMode) -> str | None:
-    """Link or copy the files; a reason why they cannot be linked, and then none of them is there."""
+def _place_files(files: list[MappedFile], names: dict[int, str], folder: Path, result: PlacedWeights) -> None:
+    """Link or copy the files. Where they cannot be linked, none of them is there, and the mode becomes `pack`."""
     for file in files:
         place, source = folder / names[id(file)], Path(os.path.realpath(file.path))  # os.link keeps symbolic links
-        if mode == "copy":
+        if result.mode == "copy":
             shutil.copyfile(source, place)
             restrict_mode(place, [source])
             continue
         try:
-            os.link(source, place)
+            if not _cloned(source, place):
+                os.link(source, place)
         except OSError as error:
             for other in files:
                 (folder / names[id(other)]).unlink(missing_ok=True)
-            return (
+            result.mode = "pack"
+            result.notes = [
                 f"the weights were copied into one file, because {file.path} cannot be linked to from here "
                 f"({error.strerror or error}); --weights pack or copy chooses that"
-            )
-    return None
+            ]
+            return
+        if place.stat().st_nlink > 1:
+            result.notes = [HARD_LINKED]
+
+
+def _cloned(source: Path, place: Path) -> bool:
+    """Make a clone of a file that shares its blocks on the disk; False where the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    with source.open("rb") as original, place.open("xb") as clone:
+        try:
+            fcntl.ioctl(clone.fileno(), _FICLONE, original.fileno())
+        except OSError:
+            clone.close()
+            place.unlink()
+            return False
+    restrict_mode(place, [source])
+    return True
 
 
 def weights_row(source: Path, place: Path, full_hash: bool = False) -> dict[str, Any]:
@@ -161,6 +227,7 @@ def weights_row(source: Path, place: Path, full_hash: bool = False) -> dict[str,
     """
     return {
         "source": str(source),
+        "bytes": place.stat().st_size,
         "changed_ns": place.stat().st_mtime_ns,
         "sample": sample_digest(place),
         "sha256": sha256(place) if full_hash else None,

@@ -50,7 +50,10 @@ def verify_folder(folder: Path) -> list[VerifiedFile]:
     """
     manifest = read_manifest(folder)
     weights = _weights(folder, manifest)
-    found = [_verified(folder, name, row, weights.get(name)) for name, row in manifest["files"].items()]
+    files = dict(manifest["files"])
+    for name, row in weights.items():  # those to which a model in a checkpoint's folder refers are not its own files
+        files.setdefault(name, {"bytes": row.get("bytes"), "sha256": None})
+    found = [_verified(folder, name, row, weights.get(name)) for name, row in files.items()]
     broken = {file.name for file in found if file.problem is not None}
     for name in _models(folder, manifest):
         problem = _graph_problem(folder / name) if name not in broken else None
@@ -66,7 +69,7 @@ def check_weights(folder: Path, manifest: Mapping[str, Any]) -> None:
         UsageError: a file is missing, has another size, or other weights.
     """
     for name, row in _own_weights(manifest).items():
-        file = _verified(folder, name, {"bytes": manifest["files"].get(name, {}).get("bytes")}, {**row, "sha256": None})
+        file = _verified(folder, name, {"bytes": row.get("bytes")}, {**row, "sha256": None})
         if file.problem is not None:
             raise UsageError(f"{folder / name}: {file.problem}. Export again, or restore the file.")
 

@@ -126,7 +126,7 @@ def test_the_model_is_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch, t
 def test_an_interrupted_write_leaves_nothing(
     prepared: PreparedModel, error: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def write_half(_: Any, folder: Path, options: Any) -> None:
+    def write_half(_: Any, folder: Path, *more: Any) -> None:
         (folder / "model.onnx").write_bytes(b"half")
         raise error
 

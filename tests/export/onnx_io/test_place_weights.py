@@ -18,7 +18,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from safetensors.torch import save_file
 
 from rmsnorm_deploy.export.onnx_io import place_weights as placing
-from rmsnorm_deploy.export.onnx_io.place_weights import parse_weights, place_weights
+from rmsnorm_deploy.export.onnx_io.place_weights import HARD_LINKED, parse_weights, place_weights
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.weights.checkpoint import stored_tensors
 
@@ -80,7 +80,7 @@ def test_the_model_runs_with_the_checkpoints_values(tmp_path: Path, mode: str) -
 def test_links_are_the_files_themselves(tmp_path: Path) -> None:
     tensors = {**checkpoint(tmp_path / "m"), "c": torch.ones(40, 40)}
     result = place(tmp_path / "out", tensors, "link")
-    assert (result.mode, result.notes) == ("link", [])
+    assert (result.mode, result.notes) == ("link", [HARD_LINKED])
     for name in ("one.safetensors", "two.safetensors"):
         assert os.path.samefile(tmp_path / "out" / name, tmp_path / "m" / name)
         assert result.linked[name]["source"] == str(tmp_path / "m" / name)
@@ -127,6 +127,63 @@ def test_a_weight_that_was_changed_in_memory_is_written_as_it_is_now(tmp_path: P
     x[:, 0] = 1.0
     wanted = x @ tensors["a"].numpy() @ tensors["b"].numpy() + 1.0
     np.testing.assert_allclose(result_of(tmp_path / "out" / "model.onnx", x), wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_a_clone_of_the_file_system_comes_before_a_hard_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clones share blocks on btrfs and XFS; here the system call is one that copies."""
+    fcntl = pytest.importorskip("fcntl")
+    tensors = {**checkpoint(tmp_path / "m"), "c": torch.ones(1)}
+
+    def ioctl(target: int, request: int, source: int) -> None:
+        assert request == 0x40049409
+        os.write(target, os.pread(source, os.fstat(source).st_size, 0))
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    result = place(tmp_path / "out", tensors, "link")
+    assert (result.mode, result.notes) == ("link", [])
+    assert (tmp_path / "out" / "one.safetensors").stat().st_nlink == 1
+    result_of(tmp_path / "out" / "model.onnx", np.ones((2, 40), np.float32))
+
+
+def test_a_reference_is_the_path_below_the_final_folder(tmp_path: Path) -> None:
+    tensors = {**checkpoint(tmp_path / "home" / "m"), "c": torch.ones(40, 40)}
+    (tmp_path / "home" / "partial").mkdir()
+    model = model_of(tensors)
+    result = place_weights(model, tmp_path / "home" / "partial", "model.onnx", "reference", final=tmp_path / "home")
+    ir.save(model, tmp_path / "home" / "model.onnx")
+    assert list((tmp_path / "home" / "partial").iterdir()) == []
+    assert sorted(result.linked) == ["m/one.safetensors", "m/two.safetensors"]
+    found = locations(tmp_path / "home" / "model.onnx")
+    assert [found[name].get("location") for name in "abc"] == ["m/one.safetensors", "m/two.safetensors", None]
+    onnx.checker.check_model(tmp_path / "home" / "model.onnx")
+    result_of(tmp_path / "home" / "model.onnx", np.ones((2, 40), np.float32))
+
+
+@pytest.mark.parametrize("final", ["elsewhere", "m/onnx"])
+def test_a_reference_that_leaves_the_folder_is_refused(tmp_path: Path, final: str) -> None:
+    tensors = {**checkpoint(tmp_path / "m"), "c": torch.ones(1)}
+    (tmp_path / final).mkdir()
+    with pytest.raises(UsageError, match="must be in its folder"):
+        place_weights(model_of(tensors), tmp_path, "model.onnx", "reference", final=tmp_path / final)
+
+
+def test_a_reference_through_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "blobs")
+    (tmp_path / "m").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "m" / f"{name}.safetensors").symlink_to(tmp_path / "blobs" / f"{name}.safetensors")
+    tensors = stored_tensors([tmp_path / "m" / "one.safetensors", tmp_path / "m" / "two.safetensors"])
+    with pytest.raises(UsageError, match="must be in its folder"):
+        place_weights(
+            model_of({**tensors, "c": torch.ones(1)}), tmp_path, "model.onnx", "reference", final=tmp_path / "m"
+        )
+
+
+def test_too_many_other_weights_for_a_reference_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placing, "_MOST_INLINE", 5000)
+    tensors = {**checkpoint(tmp_path / "m"), "c": torch.ones(40, 40)}
+    with pytest.raises(UsageError, match="6400 bytes of weights are not in the checkpoint as the model uses them"):
+        place_weights(model_of(tensors), tmp_path, "model.onnx", "reference", final=tmp_path / "m")
 
 
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM, errno.EMLINK])
@@ -185,5 +242,5 @@ def test_a_checkpoint_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(UsageError, match="weights: expected one of link, copy, pack, got 'move'"):
+    with pytest.raises(UsageError, match="weights: expected one of link, copy, pack, reference, got 'move'"):
         parse_weights("move")

@@ -71,7 +71,8 @@ def export(
             "--weights",
             metavar="HOW",
             help="How the folder gets a checkpoint's weights: link (hard links to its files; packed where the file "
-            "system cannot link), copy (copies of its files) or pack (one new file, each weight at a memory page).",
+            "system cannot link), copy (copies of its files), pack (one new file, each weight at a memory page) or "
+            "reference (DIR is the checkpoint's own folder, into which the model is written).",
         ),
     ] = "link",
     full_hash: Annotated[
