@@ -22,6 +22,7 @@ from .ranges import SPECIALIZED, symbols_of
 # Steps from the captured sizes to other ones, in the order in which they are tried.
 _STEPS = (3, -1, 1, 2, -2, -3, 4, 5, 6, 7, 8, 12, 16, 32, 64)
 _MOST_TRIED = 3
+_CHUNK = 1 << 20  # elements that are compared at a time
 # Dims of a KV cache and of its mask, whose sizes depend on each other.
 _TOKENS, _PAST, _TOTAL = "sequence", "past_sequence", "total_sequence"
 # Longer than the pieces into which models cut a sequence (64, 128 and 256 are common), and the most work for one run.
@@ -254,8 +255,11 @@ def _difference(got: Tensor, wanted: Tensor) -> str | None:
         return None if torch.equal(got, wanted) else ": integers are not equal"
     if not torch.equal(got.isfinite(), wanted.isfinite()):
         return ": other elements are infinite or NaN"
-    a, b = (value.double().nan_to_num(0.0, 0.0, 0.0) for value in (got, wanted))
-    largest, off = (float(value.abs().max()) if value.numel() else 0.0 for value in (b, a - b))
+    largest = off = 0.0
+    for a, b in zip(got.reshape(-1).split(_CHUNK), wanted.reshape(-1).split(_CHUNK), strict=True):
+        a, b = (value.double().nan_to_num(0.0, 0.0, 0.0) for value in (a, b))
+        if len(b):
+            largest, off = max(largest, float(b.abs().max())), max(off, float((a - b).abs().max()))
     limit = torch.finfo(got.dtype).eps ** 0.5 * largest
     return None if off <= limit else f" by {off:.3g} (expected at most {limit:.3g})"
 
