@@ -22,7 +22,7 @@ from .dtypes import NORM_DTYPES, torch_dtype
 from .errors import EnvironmentMissingError, RmsnormDeployError, UsageError
 from .precision import convert
 from .regular_files import read_json
-from .weights.checkpoint import refuse_pickles
+from .weights.checkpoint import pickles_allowed, refuse_pickles
 from .weights.load_transformers import can_stay_at_rest, downloaded, load_at_rest
 
 Kind = Literal["transformers", "decoder", "python"]
@@ -243,7 +243,8 @@ def _transformers(source: str, folder: Path | None, options: LoadOptions) -> Loa
         cls = _architecture(transformers, config)
         place = folder if folder is not None else downloaded(name)
         at_rest = place is not None and can_stay_at_rest(cls, config, place)
-        if place is not None and not at_rest and not options.allow_pickle:
+        allow_pickle = options.allow_pickle or pickles_allowed()
+        if place is not None and not at_rest and not allow_pickle:
             refuse_pickles(place)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # weights that are allowed to be missing get the same values at each load
@@ -256,7 +257,7 @@ def _transformers(source: str, folder: Path | None, options: LoadOptions) -> Loa
                     dtype=options.dtype or "auto",
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,
-                    **({} if options.allow_pickle else {"use_safetensors": True}),
+                    **({} if allow_pickle else {"use_safetensors": True}),
                     **({"trust_remote_code": True} if options.trust_remote_code else {}),
                 )
     except RmsnormDeployError:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from .mapped_file import map_file
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _LISTED = 5
+_pickles_allowed: ContextVar[bool] = ContextVar("pickles_allowed", default=False)
 
 
 def weight_files_of(folder: Path) -> list[Path]:
@@ -51,6 +54,21 @@ def _shards(index: Path) -> list[str]:
             f"{few(missing, _LISTED)}. Download the missing files."
         )
     return names
+
+
+@contextmanager
+def allowing_pickles() -> Iterator[None]:
+    """Load models whose weights are pickled, while the context is open."""
+    token = _pickles_allowed.set(True)
+    try:
+        yield
+    finally:
+        _pickles_allowed.reset(token)
+
+
+def pickles_allowed() -> bool:
+    """Whether a context of `allowing_pickles` is open."""
+    return _pickles_allowed.get()
 
 
 def refuse_pickles(folder: Path) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rmsnorm_deploy.export.from_torch.export_model import ExportOptions, export_model
     from rmsnorm_deploy.export.from_torch.save import ExportResult
     from rmsnorm_deploy.export.lowering.table import TARGETS
+    from rmsnorm_deploy.export.onnx_io.verify import verify_folder
     from rmsnorm_deploy.models.errors import (
         EnvironmentMissingError,
         MismatchError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from rmsnorm_deploy.models.recognition.find_norms import find_norms
     from rmsnorm_deploy.models.reference import reference
     from rmsnorm_deploy.models.spec import NormSpec
+    from rmsnorm_deploy.models.weights.checkpoint import load_weights
     from rmsnorm_deploy.plugins.torch.operators import add_rms_norm, rms_norm
     from rmsnorm_deploy.plugins.torch.quantized_operators import add_rms_norm_quantized, rms_norm_quantized
     from rmsnorm_deploy.plugins.torch.swap import KernelSwap, use_kernel
@@ -49,9 +51,11 @@ _HOME = {
     "reference": "models.reference",
     "find_norms": "models.recognition.find_norms",
     "load_model": "models.loading",
+    "load_weights": "models.weights.checkpoint",
     "export_model": "export.from_torch.export_model",
     "ExportOptions": "export.from_torch.export_model",
     "ExportResult": "export.from_torch.export_model",
+    "verify_folder": "export.onnx_io.verify",
     "TARGETS": "export.lowering.table",
     "rewrite_model": "runtime.rewriting.rewrite_file",
     "use_kernel": "plugins.torch.swap",
@@ -87,9 +91,11 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "reference",
     "find_norms",
     "load_model",
+    "load_weights",
     "export_model",
     "ExportOptions",
     "ExportResult",
+    "verify_folder",
     "TARGETS",
     "rewrite_model",
     "use_kernel",

@@ -58,10 +58,22 @@ AllowMissing = Annotated[
         "unexpected or of another shape; missing weights are random. May be repeated.",
     ),
 ]
+
+
+def _allow_pickles(context: typer.Context, value: bool) -> bool:
+    """Open a context in which pickled weights are loaded, until the command ends."""
+    if value and not context.resilient_parsing:
+        from rmsnorm_deploy.models.weights.checkpoint import allowing_pickles
+
+        context.with_resource(allowing_pickles())
+    return value
+
+
 AllowPickle = Annotated[
     bool,
     typer.Option(
         "--allow-pickle",
+        callback=_allow_pickles,
         help="Read weights that are pickled (pytorch_model.bin): loading a pickle can run code that is in it.",
     ),
 ]

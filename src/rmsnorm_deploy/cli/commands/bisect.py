@@ -21,6 +21,7 @@ def bisect(
     allow_code: validation.AllowCode = False,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_missing: options.AllowMissing = None,
+    allow_pickle: options.AllowPickle = False,
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> int:

@@ -104,7 +104,6 @@ def export(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             allow_missing=allow_missing or (),
-            allow_pickle=allow_pickle,
             side_folder=existing_parent(output),
         )
         details: dict[str, Any] = {}

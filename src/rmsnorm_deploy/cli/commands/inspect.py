@@ -50,6 +50,7 @@ def inspect(
     made_up: Annotated[bool, typer.Option("--made-up", help="As --inputs, with generated inputs.")] = False,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_missing: options.AllowMissing = None,
+    allow_pickle: options.AllowPickle = False,
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
