@@ -27,14 +27,16 @@ from rmsnorm_deploy.models.weights.mapped_file import places_of
 from rmsnorm_deploy.runtime.validation.api import validate
 from tests.helpers.models.families import CACHED, FAMILIES, build
 
-# Tied weights (Gemma), combined experts (Mixtral), one file per layer, an encoder-decoder, states, sinks.
-SOME = ("llama", "gemma3", "mixtral", "t5", "mamba2", "gpt_oss")
-NAMES = list(FAMILIES) if os.environ.get("RMSNORM_TESTS") == "all" else [name for name in SOME if name in FAMILIES]
+# Tied weights (Gemma), combined experts and sinks (GPT-OSS), an encoder-decoder, states.
+SOME = ("llama", "gemma3", "t5", "mamba2", "gpt_oss")
+NAMES = list(FAMILIES) if os.environ.get("RMSNORM_TESTS") == "all" else SOME
+# ONNX Runtime runs the tied head of the usual file as FusedMatMul, whose sum has another order than that of Gemm.
+ROUNDED = ("t5",)
 SHARD = "20KB"
 
 
-def saved(name: str, folder: Path, **options: Any) -> Path:
-    build(name, **options).save_pretrained(folder / "m", max_shard_size=SHARD)
+def saved(name: str, folder: Path) -> Path:
+    build(name).save_pretrained(folder / "m", max_shard_size=SHARD)
     return folder / "m"
 
 
@@ -53,11 +55,19 @@ def feeds_of(session: onnxruntime.InferenceSession) -> dict[str, Any]:
     return feeds
 
 
-def same_results(rest: Path, usual: Path) -> None:
+def mixtral() -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    options = {**FAMILIES["mistral"].options, "num_local_experts": 4, "sliding_window": None}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**options)).eval()
+
+
+def same_results(rest: Path, usual: Path, off: float = 0.0) -> None:
     sessions = [onnxruntime.InferenceSession(path) for path in (rest, usual)]
     feeds = feeds_of(sessions[1])
     for got, wanted in zip(*(session.run(None, feeds) for session in sessions), strict=True):
-        np.testing.assert_array_equal(got, wanted)
+        np.testing.assert_allclose(got, wanted, rtol=off, atol=off)
 
 
 def located(path: Path) -> set[str]:
@@ -73,7 +83,8 @@ def test_a_family_gives_the_same_results_from_its_sharded_checkpoint(name: str, 
     usual = build(name)
     usual.load_state_dict(load_model(str(folder)).model.state_dict())
     export_model(usual, tmp_path / "usual", with_past=with_past)
-    same_results(tmp_path / "rest" / "model.onnx", tmp_path / "usual" / "model.onnx")
+    paths = tmp_path / "rest" / "model.onnx", tmp_path / "usual" / "model.onnx"
+    same_results(*paths, 1e-6 if name in ROUNDED else 0.0)
     shards = {file.name for file in folder.glob("*.safetensors")}
     assert len(shards) > 1
     assert located(tmp_path / "rest" / "model.onnx") & shards
@@ -90,7 +101,9 @@ def test_computed_weights_are_those_of_transformers(
     from rmsnorm_deploy.models.weights import load_transformers
 
     monkeypatch.setattr(load_transformers, "_SMALL", 100)
-    folder = saved(name, tmp_path, dtype=torch.bfloat16)
+    model = mixtral() if name == "mixtral" else build(name)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "m", max_shard_size=SHARD)
+    folder = tmp_path / "m"
     got = load_model(str(folder), dtype=dtype, side_folder=tmp_path).model
     wanted = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     states = [model.state_dict() for model in (got, wanted)]
