@@ -10,7 +10,7 @@ loading: load_model, a model from a built-in, Python code, a local folder or the
 checkpoint_keys: check_keys, what a transformers checkpoint lacks; allowing_missing.
 outliers: inject_outliers, outlier channels in a model's weights; apply_recorded.
 tensors: to_torch and to_numpy, arrays as tensors and back.
-regular_files: read_bytes and read_json, files that are not trusted.
+regular_files: read_bytes and read_json, files that are not trusted; FileStamp, whether a file changed.
 versions: LIBRARIES, the supported versions of other libraries; too_old, newer_than_tested.
 configs: config_value, a value of a model's config.
 companions: folder_of, where the config and tokenizer files of a model are.

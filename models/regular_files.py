@@ -1,10 +1,11 @@
-"""Read files that are not trusted: regular files only, never more than a limit (`read_bytes`, `read_json`)."""
+"""Read files that are not trusted (`read_bytes`, `read_json`), and tell whether a file changed (`FileStamp`)."""
 
 from __future__ import annotations
 
 import json
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,45 @@ from .errors import UsageError
 LARGEST_JSON = 256 << 20
 # The deepest nesting of JSON: the files of this package have at most 8 levels.
 DEEPEST_JSON = 100
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """The state of a file, to detect changes: its size in bytes, modification time in ns, and inode."""
+
+    path: Path
+    size: int
+    changed_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileStamp:
+        """The file's current state.
+
+        Raises:
+            OSError: the file does not exist.
+        """
+        status = path.stat()
+        return cls(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+    def check_unchanged(self, where: str = "") -> None:
+        """Check that the file is as it was.
+
+        Args:
+            where: what reads the file, for the message, if that is another one.
+
+        Raises:
+            UsageError: the file was changed, replaced or removed.
+        """
+        try:
+            same = FileStamp.of(self.path) == self
+        except OSError:
+            same = False
+        if not same:
+            raise UsageError(
+                f"{f'{where}: ' if where else ''}{self.path} changed while it was in use, so the result is not "
+                "reliable. Wait until no other program writes it, and start again."
+            )
 
 
 def regular_size(path: Path) -> int:

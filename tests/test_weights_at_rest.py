@@ -26,6 +26,7 @@ from rmsnorm_deploy.models.weights import stand_ins
 from rmsnorm_deploy.models.weights.mapped_file import places_of
 from rmsnorm_deploy.runtime.validation.api import validate
 from tests.helpers.models.families import CACHED, FAMILIES, build
+from tests.helpers.runtime.feeds import feeds_of
 
 # Tied weights (Gemma), combined experts and sinks (GPT-OSS), an encoder-decoder, states.
 SOME = ("llama", "gemma3", "t5", "mamba2", "gpt_oss")
@@ -38,21 +39,6 @@ SHARD = "20KB"
 def saved(name: str, folder: Path) -> Path:
     build(name).save_pretrained(folder / "m", max_shard_size=SHARD)
     return folder / "m"
-
-
-def feeds_of(session: onnxruntime.InferenceSession) -> dict[str, Any]:
-    generator = np.random.default_rng(0)
-    sizes = {"batch": 2, "sequence": 5, "past_sequence": 4, "total_sequence": 9}
-    feeds = {}
-    for value in session.get_inputs():
-        shape = [sizes.get(dim, 3) if isinstance(dim, str) else dim for dim in value.shape]
-        if "mask" in value.name:
-            feeds[value.name] = np.ones(shape, np.int64)
-        elif value.type == "tensor(int64)":
-            feeds[value.name] = generator.integers(3, 60, shape)
-        else:
-            feeds[value.name] = generator.standard_normal(shape).astype(np.float32)
-    return feeds
 
 
 def mixtral() -> Any:

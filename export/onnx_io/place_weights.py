@@ -17,7 +17,6 @@ import torch
 from ...models.errors import UsageError
 from ...models.weights.digest import sample_digest
 from ...models.weights.mapped_file import MappedFile, Place, places_of, release_pages
-from ...models.weights.side_file import release_side_pages
 from .atomic_files import restrict_mode
 from .owned_files import MANIFEST, sha256
 
@@ -117,7 +116,7 @@ def place_weights(
         for file in files:
             result.linked[names[id(file)]] = weights_row(file.path, home / names[id(file)], full_hash)
     for file in files:
-        file.check_unchanged()
+        file.stamp.check_unchanged()
     return result
 
 
@@ -267,11 +266,9 @@ def _write(values: list[ir.Value], stored: dict[int, Place], folder: Path, name:
                     end, held = end + len(part), held + len(part)
                 if held > _HELD:
                     release_pages()
-                    release_side_pages()
                     held = 0
             _refer(value, name, written[key], tensor.nbytes, folder)
     release_pages()
-    release_side_pages()
     return digest.hexdigest()
 
 

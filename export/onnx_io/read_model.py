@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
 from ...models.errors import UnsupportedError, UsageError
-from ...models.regular_files import read_bytes, regular_size
+from ...models.regular_files import FileStamp, read_bytes, regular_size
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -33,26 +33,6 @@ _BITS = {
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 # A protobuf message cannot be larger.
 LARGEST_MODEL = (1 << 31) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class FileStamp:
-    """The state of a file, to detect changes: its size in bytes, modification time in ns, and inode."""
-
-    path: Path
-    size: int
-    changed_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileStamp:
-        """The file's current state.
-
-        Raises:
-            OSError: the file does not exist.
-        """
-        status = path.stat()
-        return cls(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 @dataclass(frozen=True)
@@ -83,15 +63,7 @@ class ModelFile:
             UsageError: a file was changed, replaced or removed.
         """
         for stamp in self.stamps:
-            try:
-                same = FileStamp.of(stamp.path) == stamp
-            except OSError:
-                same = False
-            if not same:
-                raise UsageError(
-                    f"{self.where}: {stamp.path} changed while it was in use, so the result is not reliable. "
-                    "Wait until no other program writes it, and start again."
-                )
+            stamp.check_unchanged(self.where)
 
 
 def read_model(source: str | os.PathLike[str] | bytes, weights_folder: Path | None = None) -> ModelFile:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checkpoint import INDEX, SINGLE, stored_tensors, weight_files_of
 from .mapped_file import is_mapped, release_pages
-from .side_file import SideFile, release_side_pages
+from .side_file import SideFile
 
 # Computed tensors of fewer bytes stay in memory.
 _SMALL = 1 << 20
@@ -114,7 +114,6 @@ def _computed_weights_at_rest(folder: Path | None) -> Iterator[None]:
             stored = side[0].add(value)
             value = torch.nn.Parameter(stored, value.requires_grad) if isinstance(value, torch.nn.Parameter) else stored
             release_pages()
-            release_side_pages()
         return original(model, name, value, *arguments, **keywords)
 
     with mock.patch.object(core_model_loading, "set_param_for_module", set_param):

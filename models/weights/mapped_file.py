@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..regular_files import FileStamp
 from .header import StoredTensor
 
 # Bytes of a tensor that are compared at a time.
@@ -29,38 +30,39 @@ _SMAPS = Path("/proc/self/smaps")
 _RANGE = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) ")
 
 
-@dataclass(frozen=True, slots=True)
-class Stamp:
-    """The state of a file, to detect changes: its size in bytes, modification time in ns, device and inode."""
-
-    size: int
-    changed_ns: int
-    device: int
-    inode: int
-
-    @classmethod
-    def of(cls, path: Path) -> Stamp:
-        """The file's current state.
-
-        Raises:
-            OSError: the file does not exist.
-        """
-        status = path.stat()
-        return cls(status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino)
-
-
-class MappedFile(mmap.mmap):
-    """A file in the address space, which lives as long as a tensor of it.
+class Mapping(mmap.mmap):
+    """A part of a file in the address space, which lives as long as a tensor of it.
 
     Attributes:
-        path: the file.
-        stamp: its state when it was mapped.
+        label: a name that is the same in another process.
         start: the address of its first byte.
+        length: in bytes.
     """
 
-    path: Path
-    stamp: Stamp
+    label: str
     start: int
+    length: int
+
+    def register(self, label: str) -> None:
+        """Set the attributes, and make the mapping known to `position_of`."""
+        self.label, self.length = label, len(self)
+        self.start = torch.frombuffer(self, dtype=torch.uint8).data_ptr()
+        _mappings.add(self)
+
+
+class MappedFile(Mapping):
+    """A file of weights, privately mapped.
+
+    Attributes:
+        stamp: the state of the file when it was mapped.
+    """
+
+    stamp: FileStamp
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.stamp.path
 
     def tensor(self, stored: StoredTensor) -> Tensor:
         """A tensor of the file, which is not read."""
@@ -72,22 +74,6 @@ class MappedFile(mmap.mmap):
             flat = flat.clone()  # PyTorch reads aligned elements only
         return flat.view(dtype).view(stored.shape)
 
-    def check_unchanged(self) -> None:
-        """Check that the file on disk is the one that was mapped.
-
-        Raises:
-            UsageError: it was changed, replaced or removed since.
-        """
-        try:
-            same = Stamp.of(self.path) == self.stamp
-        except OSError:
-            same = False
-        if not same:
-            raise UsageError(
-                f"{self.path} changed while it was in use, so the result is not reliable. Wait until no other program "
-                "writes it, and start again."
-            )
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -98,7 +84,7 @@ class Place:
     length: int
 
 
-_mapped: weakref.WeakSet[MappedFile] = weakref.WeakSet()
+_mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
 
 
 def map_file(path: Path) -> MappedFile:
@@ -109,7 +95,7 @@ def map_file(path: Path) -> MappedFile:
     """
     try:
         with path.open("rb") as file:
-            stamp = Stamp.of(path)
+            stamp = FileStamp.of(path)
             if sys.platform == "win32":
                 mapped = MappedFile(file.fileno(), 0, access=mmap.ACCESS_COPY)
             else:
@@ -117,9 +103,8 @@ def map_file(path: Path) -> MappedFile:
                 mapped = MappedFile(file.fileno(), 0, flags=flags, prot=prot)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be mapped: {error}.") from error
-    mapped.path, mapped.stamp = path, stamp
-    mapped.start = torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
-    _mapped.add(mapped)
+    mapped.stamp = stamp
+    mapped.register(path.name)
     return mapped
 
 
@@ -138,31 +123,31 @@ def places_of(tensors: Iterable[Tensor]) -> list[Place | None]:
 
 
 def is_mapped(tensor: Tensor) -> bool:
-    """Whether the bytes of a tensor are those of a mapped file, in its order."""
-    return _place(tensor) is not None
+    """Whether the elements of a tensor are in a mapped file, in any order."""
+    return position_of(tensor) is not None
 
 
-def position_of(tensor: Tensor) -> tuple[MappedFile, int] | None:
-    """The mapped file that holds the elements of a tensor, in any order, and the offset of the first of them."""
+def position_of(tensor: Tensor) -> tuple[Mapping, int] | None:
+    """The mapping that holds the elements of a tensor, in any order, and the offset of the first of them."""
     if tensor.device.type != "cpu" or type(tensor) not in (Tensor, torch.nn.Parameter):
         return None
     address = tensor.data_ptr()
-    return next(((f, address - f.start) for f in list(_mapped) if 0 <= address - f.start < f.stamp.size), None)
+    return next(((m, address - m.start) for m in list(_mappings) if 0 <= address - m.start < m.length), None)
 
 
 def _place(tensor: Tensor) -> Place | None:
+    """Where the bytes of a contiguous tensor are in a mapped file of weights."""
     if not tensor.is_contiguous() or tensor.numel() == 0:
         return None
     length, found = tensor.numel() * tensor.element_size(), position_of(tensor)
-    if found is None or found[1] + length > found[0].stamp.size:
+    if found is None or not isinstance(found[0], MappedFile) or found[1] + length > found[0].length:
         return None
-    return Place(*found, length)
+    return Place(found[0], found[1], length)
 
 
 def _is_stored(tensor: Tensor, place: Place, written: list[range] | None) -> bool:
     """Whether the file has the bytes of a tensor; they are compared if a page of its mapping was written to."""
-    start, end = place.file.start, place.file.start + place.file.stamp.size
-    if written is not None and not any(pages.start < end and start < pages.stop for pages in written):
+    if written is not None and not _overlaps(place.file, written):
         return True
     flat = tensor.detach().reshape(-1).view(torch.uint8)
     with place.file.path.open("rb") as file:
@@ -187,12 +172,16 @@ def _written_ranges() -> list[range] | None:
     return found
 
 
+def _overlaps(mapping: Mapping, ranges: list[range]) -> bool:
+    return any(pages.start < mapping.start + mapping.length and mapping.start < pages.stop for pages in ranges)
+
+
 def release_pages() -> None:
-    """Give the pages of all mapped files, as far as they are the files', back to the system."""
-    files = list(_mapped)
-    written = _written_ranges() if files else None
-    for file in files:
-        end = file.start + file.stamp.size
-        if written is not None and not any(pages.start < end and file.start < pages.stop for pages in written):
-            with contextlib.suppress(OSError):
-                file.madvise(mmap.MADV_DONTNEED)
+    """Give the pages of all mappings back to the system, except those of a private one that was written to."""
+    mappings = list(_mappings)
+    written = _written_ranges() if mappings else None
+    for mapping in mappings:
+        is_private = isinstance(mapping, MappedFile)
+        if not is_private or (written is not None and not _overlaps(mapping, written)):
+            with contextlib.suppress(OSError, AttributeError):  # Windows has no madvise
+                mapping.madvise(mmap.MADV_DONTNEED)

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-import weakref
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .mapped_file import Mapping
 
 # Bytes that are written at a time.
 _CHUNK = 16 << 20
-
-
-class _Region(mmap.mmap):
-    """A part of a side file in the address space, which lives as long as its tensor."""
-
-
-_regions: weakref.WeakSet[_Region] = weakref.WeakSet()
 
 
 class SideFile:
@@ -59,16 +52,9 @@ class SideFile:
             for part in flat.split(_CHUNK):
                 self._file.write(part.numpy().data)
             self._file.flush()
-            region = _Region(self._file.fileno(), len(flat), offset=start)
+            region = Mapping(self._file.fileno(), len(flat), offset=start)  # shared: pages are the file's
         except (OSError, ValueError) as error:
             raise UsageError(f"writing {len(flat)} bytes of converted weights to a temporary file: {error}.") from error
         self._end = start + len(flat)
-        _regions.add(region)
+        region.register(f"computed weights {start}")
         return torch.frombuffer(region, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
-
-
-def release_side_pages() -> None:
-    """Give the pages of all side files back to the system."""
-    for region in list(_regions):
-        if hasattr(region, "madvise"):
-            region.madvise(mmap.MADV_DONTNEED)

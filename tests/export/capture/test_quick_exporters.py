@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from contextlib import nullcontext
 from unittest import mock
@@ -16,33 +17,8 @@ from torch import nn
 from rmsnorm_deploy import export_model
 from rmsnorm_deploy.export.capture import capture as capturing
 from rmsnorm_deploy.export.capture import quick_exporters as quick
-
-
-def _llama():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
-def _gemma3():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Gemma3TextConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8,
-    )  # fmt: skip
-    return transformers.Gemma3ForCausalLM(config)
-
-
-def _mixtral():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4,
-    )  # fmt: skip
-    return transformers.MixtralForCausalLM(config)
+from tests.helpers.models.families import build
+from tests.helpers.runtime.feeds import feeds_of
 
 
 class _Several(nn.Module):
@@ -73,10 +49,10 @@ class _InPlace(nn.Module):
 # What computes sizes, some of them twice, and what only renames or reshapes.
 _SIZES = ("Concat", "Identity", "Reshape", "Shape")
 _MODELS = {
-    "llama": (_llama, {}),
-    "llama with a cache": (_llama, {"with_past": True}),
-    "gemma3": (_gemma3, {}),
-    "mixtral": (_mixtral, {}),
+    "llama": (functools.partial(build, "llama"), {}),
+    "llama with a cache": (functools.partial(build, "llama"), {"with_past": True}),
+    "gemma3": (functools.partial(build, "gemma3"), {}),
+    "gpt_oss": (functools.partial(build, "gpt_oss"), {}),
     "several results": (_Several, {"inputs": (torch.randn(3, 16),)}),
     "in place": (_InPlace, {"inputs": (torch.randn(3, 8),)}),
 }
@@ -94,24 +70,9 @@ def test_the_graph_and_its_results_are_those_of_the_plain_exporters(name, tmp_pa
     counts = [Counter(node.op_type for node in graph.graph.node if node.op_type not in _SIZES) for graph in graphs]
     assert counts[0] == counts[1]
     sessions = [onnxruntime.InferenceSession(tmp_path / folder / "model.onnx") for folder in ("quick", "plain")]
-    feeds = _feeds(sessions[0])
+    feeds = feeds_of(sessions[0])
     for got, wanted in zip(*(session.run(None, feeds) for session in sessions), strict=True):
         np.testing.assert_array_equal(got, wanted)
-
-
-def _feeds(session):
-    generator = np.random.default_rng(0)
-    sizes = {"batch": 2, "sequence": 5, "past_sequence": 4, "total_sequence": 9}
-    feeds = {}
-    for value in session.get_inputs():
-        shape = [sizes.get(dim, 3) if isinstance(dim, str) else dim for dim in value.shape]
-        if value.name == "attention_mask":
-            feeds[value.name] = np.ones(shape, np.int64)
-        elif value.type == "tensor(int64)":
-            feeds[value.name] = generator.integers(0, 60, shape)
-        else:
-            feeds[value.name] = generator.standard_normal(shape).astype(np.float32)
-    return feeds
 
 
 def _decomposed(module, *inputs):

@@ -90,31 +90,31 @@ def test_what_is_not_stored_as_it_is_has_no_place(file: Path) -> None:
 
 def test_a_mapping_ends_with_its_last_tensor(file: Path) -> None:
     gc.collect()
-    before = len(mapping._mapped)
+    before = len(mapping._mappings)
     tensors = stored_tensors([file])
     kept = tensors.pop("half")
-    assert len(mapping._mapped) == before + 1
+    assert len(mapping._mappings) == before + 1
     del tensors
     gc.collect()
-    assert len(mapping._mapped) == before + 1
+    assert len(mapping._mappings) == before + 1
     assert places_of([kept])[0] is not None
     del kept
     gc.collect()
-    assert len(mapping._mapped) == before
+    assert len(mapping._mappings) == before
 
 
 @pytest.mark.parametrize("change", ["bytes", "removed", "replaced"])
 def test_a_file_that_changed_since_is_named(file: Path, change: str) -> None:
     place = places_of(stored_tensors([file]).values())[0]
     assert place is not None
-    place.file.check_unchanged()
+    place.file.stamp.check_unchanged()
     data = file.read_bytes()
     if change != "bytes":
         file.unlink()
     if change != "removed":
         file.write_bytes(data)
     with pytest.raises(UsageError, match=r"m\.safetensors changed while it was in use"):
-        place.file.check_unchanged()
+        place.file.stamp.check_unchanged()
 
 
 def test_an_unaligned_tensor_is_a_copy(tmp_path: Path) -> None:

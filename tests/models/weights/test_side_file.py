@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from rmsnorm_deploy.models.errors import UsageError
-from rmsnorm_deploy.models.weights import side_file as side
-from rmsnorm_deploy.models.weights.side_file import SideFile, release_side_pages
+from rmsnorm_deploy.models.weights import mapped_file as mapping
+from rmsnorm_deploy.models.weights.mapped_file import is_mapped, places_of, release_pages
+from rmsnorm_deploy.models.weights.side_file import SideFile
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool], ids=str)
@@ -25,14 +26,17 @@ def test_a_tensor_at_rest_has_the_same_values(tmp_path: Path, dtype: torch.dtype
 
 
 def test_the_file_has_no_name_and_its_values_outlive_a_release(tmp_path: Path) -> None:
+    before = len(mapping._mappings)
     stored = SideFile(tmp_path).add(torch.arange(10_000))
     assert list(tmp_path.iterdir()) == []
     stored[5] = -1
-    release_side_pages()
+    assert is_mapped(stored)
+    assert places_of([stored]) == [None]  # the file has no name by which another program finds it
+    release_pages()
     assert stored[:7].tolist() == [0, 1, 2, 3, 4, -1, 6]
     del stored
     gc.collect()
-    assert len(side._regions) == 0
+    assert len(mapping._mappings) == before
 
 
 def test_an_empty_tensor(tmp_path: Path) -> None:

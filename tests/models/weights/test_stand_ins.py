@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rmsnorm_deploy.models.weights import stand_ins
 from rmsnorm_deploy.models.weights.checkpoint import stored_tensors
+from rmsnorm_deploy.models.weights.side_file import SideFile
 from rmsnorm_deploy.models.weights.stand_ins import unread_bytes, unread_weights
 
 
@@ -74,6 +75,16 @@ def test_other_weights_are_read(model: Model, name: str) -> None:
     with torch.no_grad():
         model.get_parameter(name).fill_(torch.nan)
     assert run(model).isnan().any()
+
+
+def test_computed_weights_in_a_side_file_are_not_read_either(model: Model, tmp_path: Path) -> None:
+    side = SideFile(tmp_path)
+    for layer in (model.up, model.down):
+        layer.weight = nn.Parameter(side.add(layer.weight.detach() + 1))
+    before = run(model)
+    with torch.no_grad():
+        model.up.weight.fill_(torch.nan)
+    assert torch.equal(run(model), before)
 
 
 def test_each_element_of_the_input_counts(model: Model) -> None:
