@@ -121,6 +121,23 @@ def _weights_as_they_are() -> Any:
     return mock.patch.object(optimizer, "optimize_ir", optimize)
 
 
+def _promoted_nodes() -> Any:
+    """The pass that converts dtypes explicitly, which takes the known value of a node for which it has no rule."""
+    try:
+        from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter, get_type_promotion_rule
+    except ImportError:
+        return None
+    original = _TypePromotionInterpreter.run_node
+
+    @functools.wraps(original)
+    def run_node(self: Any, n: fx.Node) -> Any:
+        if n.op == "call_function" and "val" in n.meta and not get_type_promotion_rule(n, self.type_promotion_table):
+            return n.meta["val"]
+        return original(self, n)
+
+    return mock.patch.object(_TypePromotionInterpreter, "run_node", run_node)
+
+
 # Decompositions -------------------------------------------------------------------------------------------------------
 
 
@@ -148,23 +165,6 @@ def _local_decompositions() -> Any:
         return original(program, registry)
 
     return mock.patch.object(_fx_passes, "decompose_with_registry", decompose)
-
-
-def _promoted_nodes() -> Any:
-    """The pass that converts dtypes explicitly, which takes the known value of a node for which it has no rule."""
-    try:
-        from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter, get_type_promotion_rule
-    except ImportError:
-        return None
-    original = _TypePromotionInterpreter.run_node
-
-    @functools.wraps(original)
-    def run_node(self: Any, n: fx.Node) -> Any:
-        if n.op == "call_function" and "val" in n.meta and not get_type_promotion_rule(n, self.type_promotion_table):
-            return n.meta["val"]
-        return original(self, n)
-
-    return mock.patch.object(_TypePromotionInterpreter, "run_node", run_node)
 
 
 def decomposed(
