@@ -74,7 +74,6 @@ class _Tensor(_Fields):
 class _LinkedFile(_Fields):
     source: str | None = None
     bytes: int | None = None
-    changed_ns: int | None = None
     sample: str
     sha256: str | None = None
 

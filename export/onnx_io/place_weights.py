@@ -227,7 +227,6 @@ def weights_row(source: Path, place: Path, full_hash: bool = False) -> dict[str,
     return {
         "source": str(source),
         "bytes": place.stat().st_size,
-        "changed_ns": place.stat().st_mtime_ns,
         "sample": sample_digest(place),
         "sha256": sha256(place) if full_hash else None,
     }
