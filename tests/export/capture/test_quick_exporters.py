@@ -49,9 +49,7 @@ class _InPlace(nn.Module):
 # What computes sizes, some of them twice, and what only renames or reshapes.
 _SIZES = ("Concat", "Identity", "Reshape", "Shape")
 _MODELS = {
-    "llama": (functools.partial(build, "llama"), {}),
     "llama with a cache": (functools.partial(build, "llama"), {"with_past": True}),
-    "gemma3": (functools.partial(build, "gemma3"), {}),
     "gpt_oss": (functools.partial(build, "gpt_oss"), {}),
     "several results": (_Several, {"inputs": (torch.randn(3, 16),)}),
     "in place": (_InPlace, {"inputs": (torch.randn(3, 8),)}),
