@@ -188,6 +188,8 @@ def decomposed(
         return False
     if any(isinstance(node.target, torch._ops.HigherOrderOperator) or _changes_arguments(node) for node in nodes):
         return False
+    if any("val" not in node.meta for node in nodes):  # the copy of a constant; torch traces it again
+        return False
     chosen = [node for node in nodes if isinstance(node.target, torch._ops.OpOverload) and is_replaced(node.target)]
     try:
         bodies: dict[Hashable, fx.GraphModule] = {}

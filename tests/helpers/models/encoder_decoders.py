@@ -33,5 +33,5 @@ def export_t5(folder: Path) -> Path:
     """The exported folder of `t5()`, with the files of its configuration."""
     checkpoint = folder / "checkpoint"
     t5().save_pretrained(checkpoint)
-    export_model(str(checkpoint), folder / "out", with_past=True)
+    export_model(str(checkpoint), folder / "out", with_past=True, weights="pack")  # onnx refuses hard links
     return folder / "out"
