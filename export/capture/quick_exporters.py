@@ -81,10 +81,13 @@ def _filtered_rules() -> Any:
     def apply_to_model(self: Any, model: Any, **options: Any) -> Any:
         there = {node.op_identifier() for node in model.graph.all_nodes()}
         there |= {node.op_identifier() for function in model.functions.values() for node in function.all_nodes()}
-        patterns = {id(rule): getattr(rule, "_target_pattern", None) for rule in self.rules}
-        wanted = {key: _operator(pattern) if pattern is not None else None for key, pattern in patterns.items()}
-        kept = [rule for rule in self.rules if wanted[id(rule)] is None or wanted[id(rule)] in there]
-        with mock.patch.object(self, "rules", kept):
+
+        def may_match(rule: Any) -> bool:
+            pattern = getattr(rule, "_target_pattern", None)
+            wanted = _operator(pattern) if pattern is not None else None
+            return wanted is None or wanted in there
+
+        with mock.patch.object(self, "rules", list(filter(may_match, self.rules))):
             return apply(self, model, **options)
 
     stack = ExitStack()
@@ -201,7 +204,7 @@ def decomposed(
             traced.append(bodies[key])
     except Exception:  # what cannot be traced alone is left to torch, whose error would be the one to explain
         return False
-    inner = [node for body in traced for node in body.graph.nodes]
+    inner = [node for body in bodies.values() for node in body.graph.nodes]
     if any(node.op not in _PLAIN or _changes_arguments(node) for node in inner):
         return False
     for node, body in zip(chosen, traced, strict=True):

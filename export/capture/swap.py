@@ -73,8 +73,9 @@ class _Variations:
     def __init__(self) -> None:
         self._reasons: dict[Hashable, str | None] = {}
 
-    def reason(self, module: nn.Module, alike: Hashable | None, site: Site, call: NormCall) -> str | None:
-        """What differs from the spec when the module is called with this input in other shapes and modes."""
+    def reason(self, module: nn.Module, site: Site, call: NormCall) -> str | None:
+        """What differs from the spec when the module, unswapped, is called with x in other shapes and modes."""
+        alike = likeness(module)
         tensors = [t for t in (call.x, call.weight, call.bias, call.gate) if t is not None]
         layout = tuple((tuple(t.shape), t.stride(), t.dtype) for t in tensors)
         key = (id(module), call.spec) if alike is None else (alike, call.spec, layout)
@@ -84,8 +85,6 @@ class _Variations:
 
 
 def _swap(module: nn.Module, site: Site, report: SwapReport, variations: _Variations | None) -> None:
-    alike = likeness(module)
-
     def compute(call: NormCall, original: Callable[[], Tensor]) -> Tensor:
         if torch.compiler.is_exporting():
             return _node(site, call)
@@ -96,7 +95,7 @@ def _swap(module: nn.Module, site: Site, report: SwapReport, variations: _Variat
             with _unswapped(module):
                 reason, result = _checked_call(module, call, result, original)
                 if reason is None:
-                    reason = variations.reason(module, alike, site, call)
+                    reason = variations.reason(module, site, call)
             if reason is not None:
                 report.differing[site.path] = reason
                 return _own_result(module, original)

@@ -245,14 +245,7 @@ def prepare_parts(
         for name, module in model.named_modules():
             module.training = training[name]
     progress("finding the norms that are not modules")
-    prepared = {part: _prepared(model, one, recognition, dtype, feeds, part) for part, one in captured.items()}
-    if unread_bytes(model):
-        for one in prepared.values():
-            one.notes.append(
-                f"the swapped norms and the graph were checked with other values in place of the large weights "
-                f"({unread_bytes(model) / 1e9:.1f} GB), which were not read; rmsnorm validate reads them"
-            )
-    return prepared
+    return {part: _prepared(model, one, recognition, dtype, feeds, part) for part, one in captured.items()}
 
 
 def _prepared(
@@ -281,6 +274,12 @@ def _prepared(
     if note is not None:
         prepared.notes.append(note)
         prepared.details["left_out"] = left_out(model, feeds)
+    unread = unread_bytes(model)
+    if unread:
+        prepared.notes.append(
+            "the swapped norms and the graph were checked with other values in place of the large weights "
+            f"({unread / 1e9:.1f} GB), which were not read; rmsnorm validate reads them"
+        )
     return prepared
 
 

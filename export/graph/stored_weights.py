@@ -27,16 +27,24 @@ def as_stored(model: ir.Model) -> None:
 
     The result is the same bit for bit in ONNX Runtime, which computes both in the same way.
     """
+    names: set[str | None] = set()  # a name is used once in a graph and the graphs inside of it
     for graph in model.graphs():
-        _GraphOfLinears(graph).replace()
+        names |= {value.name for node in graph for value in node.outputs}
+        names |= {value.name for value in graph.inputs} | set(graph.initializers)
+    for graph in model.graphs():
+        _GraphOfLinears(graph, names).replace()
 
 
 class _GraphOfLinears:
-    """One graph, with the constants and sizes that its new nodes share."""
+    """One graph, with the constants and sizes that its new nodes share.
 
-    def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
-        self._names = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
+    Args:
+        graph: the graph.
+        names: the names of all values of the model; new ones are added.
+    """
+
+    def __init__(self, graph: ir.Graph, names: set[str | None]) -> None:
+        self._graph, self._names = graph, names
         self._sizes: dict[tuple[Any, ...], ir.Value] = {}
 
     def replace(self) -> None:
