@@ -7,6 +7,8 @@ Measured on a Llama of 22 layers: torch.export 23 s, its decompositions 22 s, on
 - onnxscript's optimizer transposes each weight of a linear layer in memory; the Transpose of a weight that is at rest
   stays a node.
 - onnxscript's rewriter calls the matcher of each rule at each node; most nodes have another operator than the rule.
+  It compares each Slice with every Slice of the graph; those of another tensor never fit.
+- The signature of an operator is made once for each schema.
 - The pass that makes conversions of dtypes explicit runs every node with fake tensors; most nodes need none.
 
 Each part is left out where the installed version has no such function, and the exporters then work as they are.
@@ -39,7 +41,9 @@ def quick_exporters() -> Iterator[None]:
         if hasattr(fx.config, "do_not_emit_stack_traces"):
             stack.enter_context(mock.patch.object(fx.config, "do_not_emit_stack_traces", True))
         stack.enter_context(_rare_collections())
-        for change in (_filtered_rules, _local_decompositions, _promoted_nodes, _weights_as_they_are):
+        for change in (
+            _filtered_rules, _known_signatures, _local_decompositions, _promoted_nodes, _weights_as_they_are,
+        ):  # fmt: skip
             patch = change()
             if patch is not None:
                 stack.enter_context(patch)
@@ -75,7 +79,7 @@ def _filtered_rules() -> Any:
         wanted = _operator(self.pattern)
         if options.get("tracer") is None and wanted is not None and wanted != node.op_identifier():
             return MatchResult().fail("the node has another operator")
-        return original(self, model, graph, node, **options)
+        return original(self, model, _Consumers.of(self.pattern, graph, node), node, **options)
 
     @functools.wraps(apply)
     def apply_to_model(self: Any, model: Any, **options: Any) -> Any:
@@ -96,10 +100,51 @@ def _filtered_rules() -> Any:
     return stack
 
 
+class _Consumers:
+    """The nodes that read what `node` reads, in place of the whole graph."""
+
+    def __init__(self, graph: Any, nodes: list[Any]) -> None:
+        self.graph, self._nodes = graph, nodes
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._nodes)
+
+    @classmethod
+    def of(cls, pattern: Any, graph: Any, node: Any) -> Any:
+        """The consumers of `node`'s first input, where each last node of `pattern` reads the same value first."""
+        lasts = pattern.output_nodes
+        if len(lasts) < 2 or not all(last.inputs and last.inputs[0] is lasts[0].inputs[0] for last in lasts):
+            return graph
+        value = node.inputs[0] if node.inputs else None
+        if value is None:
+            return graph
+        users = {user for user, _ in value.uses()}
+        return cls(getattr(graph, "graph", graph), [each for each in graph if each in users])
+
+
 def _operator(pattern: Any) -> Any:
     """The operator of a pattern's last node; None where the pattern allows several."""
     last = pattern.output_node if pattern.has_single_output_node else pattern.output_nodes[0]
     return last.op_identifier()
+
+
+def _known_signatures() -> Any:
+    """The signature of an operator, made once for each schema instead of once for each node."""
+    try:
+        from onnx_ir.schemas import OpSignature
+
+        original = OpSignature.from_op_schema
+    except (ImportError, AttributeError):
+        return None
+    known: dict[Hashable, Any] = {}
+
+    def from_op_schema(schema: Any) -> Any:
+        key = (schema.domain, schema.name, schema.since_version)
+        if key not in known:
+            known[key] = original(schema)
+        return known[key]
+
+    return mock.patch.object(OpSignature, "from_op_schema", from_op_schema)
 
 
 def _weights_as_they_are() -> Any:

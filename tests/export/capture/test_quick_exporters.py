@@ -9,7 +9,9 @@ from unittest import mock
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
+import onnxscript
 import pytest
 import torch
 from torch import nn
@@ -119,3 +121,30 @@ def test_the_changes_end_with_the_context():
         assert torch.fx.config.do_not_emit_stack_traces
     after = SimplePatternMatcher.match, _fx_passes.decompose_with_registry, torch.fx.config.do_not_emit_stack_traces
     assert after == before
+
+
+_HALVES = """
+<ir_version: 8, opset_import: ["" : 20]>
+halves (float[2, 8] x, float[2, 8] z) => (float[2, 4] a, float[2, 4] b, float[2, 4] c, float[2, 4] d)
+<int64[1] zero = {0}, int64[1] four = {4}, int64[1] eight = {8}, int64[1] last = {-1}>
+{
+    b = Slice(x, four, eight, last)
+    c = Slice(z, zero, four, last)
+    a = Slice(x, zero, four, last)
+    y = Neg(z)
+    d = Slice(y, four, eight, last)
+}
+"""
+
+
+def test_halves_of_one_tensor_are_split_and_halves_of_two_are_not():
+    def optimized():
+        model = ir.from_onnx_text(_HALVES)
+        onnxscript.optimizer.optimize_ir(model)
+        onnxscript.rewriter.rewrite(model)
+        return Counter(node.op_type for node in model.graph)
+
+    plain = optimized()
+    with quick.quick_exporters():
+        assert optimized() == plain
+    assert plain == Counter({"Split": 1, "Slice": 2, "Neg": 1})
