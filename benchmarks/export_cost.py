@@ -153,7 +153,8 @@ STEPS: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
-def _status(kind: str) -> int:
+def status_bytes(kind: str) -> int:
+    """A figure of `/proc/self/status` in bytes, such as `VmHWM`, the largest resident memory so far."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(kind))
 
@@ -168,13 +169,13 @@ def child(step: str, folder: Path, out: Path) -> None:
     import transformers  # noqa: F401
 
     before, pages = _read_by_calls(), 0
-    base = _status("RssFile")
+    base = status_bytes("RssFile")
     done = threading.Event()
 
     def watch() -> None:
         nonlocal pages
         while not done.wait(0.05):
-            pages = max(pages, _status("RssFile") - base)
+            pages = max(pages, status_bytes("RssFile") - base)
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -183,7 +184,7 @@ def child(step: str, folder: Path, out: Path) -> None:
     finally:
         done.set()
         thread.join()
-    print(json.dumps({"peak": _status("VmHWM"), "read": _read_by_calls() - before + max(pages, 0)}), flush=True)
+    print(json.dumps({"peak": status_bytes("VmHWM"), "read": _read_by_calls() - before + max(pages, 0)}), flush=True)
 
 
 def measure(step: str, folder: Path, out: Path) -> dict[str, Any]:

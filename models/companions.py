@@ -40,8 +40,8 @@ def companion_files(folder: Path) -> tuple[list[Path], list[str]]:
     return found, notes
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files with weights in a checkpoint's folder."""
+def saved_weights(folder: Path) -> list[Path]:
+    """The files with weights in a folder, safetensors or pickled, whether a checkpoint names them or not."""
     return sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from .calling.calls import named_arguments
 from .calling.wrappers import look_through
 from .checkpoint_keys import check_keys
-from .companions import weight_files
+from .companions import saved_weights
 from .dtypes import NORM_DTYPES, torch_dtype
 from .errors import EnvironmentMissingError, RmsnormDeployError, UsageError
 from .precision import convert
@@ -210,7 +210,7 @@ def _builtin(source: str, name: str) -> LoadedModel:
 
 def _folder(source: str, path: Path, options: LoadOptions) -> LoadedModel:
     config = path / "config.json"
-    if (path / "manifest.json").is_file() and not weight_files(path):  # config.json is copied beside an exported model
+    if (path / "manifest.json").is_file() and not saved_weights(path):  # config.json is copied beside an exported model
         raise UsageError(f"{source} is an exported folder, not a PyTorch model. Give the model it was exported from.")
     if not config.exists():
         raise UsageError(f"{source} has no config.json, so it is not a saved model. Save one with save_pretrained.")

@@ -29,24 +29,23 @@ from ..capture.capture import capture, detached
 from ..capture.captured import Capture
 from ..capture.swap import swapped
 from ..capture.transformers_model import is_pretrained
-from ..lowering.plugin_functions import PluginStyle, plugin_style
+from ..lowering.plugin_functions import plugin_style
 from ..lowering.table import DEFAULT_TARGET, Environment, LoweringRefusal, opset_for, parse_targets, resolve
 from ..onnx_io.destinations import check_destination, check_shared_folder
 from ..onnx_io.owned_files import MANIFEST
-from ..onnx_io.place_weights import WeightsMode, parse_weights
+from ..onnx_io.place_weights import parse_weights
 from .graph_norms import find_unswapped
 from .save import MODEL_FILE, ExportResult, PreparedModel, Progress, SaveOptions, save_all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExportOptions:
-    """How a model is exported.
+class ExportOptions(SaveOptions):
+    """How a model is exported, and how its folder is written (`SaveOptions`).
 
     Attributes:
         dtype: `float32`, `float16`, `bfloat16` or `float64`, or another name of one, such as `fp16`; another dtype
             than the model's exports a converted copy, in which the parts that the model keeps in float32 stay in
             float32.
-        opset: opset import of the file, 18 to 23; None for the target's default (20; 23 for `standard`).
         dynamic: True makes every dim dynamic that the model does not fix; False makes all static; a mapping is passed
             to `torch.export` as `dynamic_shapes`.
         with_past: export a decoder of transformers with its KV cache: one file for prefill and decode.
@@ -54,21 +53,13 @@ class ExportOptions:
             them to run the file; TensorRT up to 10.6 runs them instead of the plugin.
         ort_trt: write the file of target `plugin` for ONNX Runtime's TensorRT provider: plugin nodes in domain
             `trt.plugins`, without local functions.
-        weights: how the folder gets the weights that are in a checkpoint's safetensors files: `link` by hard links to
-            these files, or as `pack` where the file system cannot link to them; `copy` by copies of these files;
-            `pack` by one new file with all weights, each at a memory page of its own; `reference` writes the model and
-            its manifest into the checkpoint's folder, or one that contains it, where it reads the files themselves.
-        full_hash: also hash the checkpoint's files, which reads them, so that `verify` notices every change.
     """
 
     dtype: str | None = None
-    opset: int | None = None
     dynamic: bool | Mapping[str, Any] = True
     with_past: bool = False
     function: bool = True
     ort_trt: bool = False
-    weights: WeightsMode = "link"
-    full_hash: bool = False
 
 
 @overload
@@ -167,7 +158,7 @@ def export_model(
         one.notes += notes
         one.companions = companions
     results = [
-        save_all(prepared, place, name, _save_options(options, style if name == "plugin" else "function"), progress)
+        save_all(prepared, place, name, options, style if name == "plugin" else "function", progress)
         for name, place in zip(targets, places, strict=True)
     ]
     return results[0] if isinstance(target, str) and len(results) == 1 else results
@@ -340,10 +331,6 @@ def _inputs_of(loaded: LoadedModel, inputs: Any) -> Mapping[str, Any] | None:
     if not inside.isdisjoint(given):
         given = form.nested(given)
     return {**constants, **given}
-
-
-def _save_options(options: ExportOptions, style: PluginStyle) -> SaveOptions:
-    return SaveOptions(opset=options.opset, style=style, weights=options.weights, full_hash=options.full_hash)
 
 
 def existing_parent(folder: Path) -> Path:

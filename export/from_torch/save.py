@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ...models.companions import weight_files
+from ...models.companions import saved_weights
 from ...models.recognition.site import Recognition
 from ..capture.captured import Capture
 from ..graph.sizes import SizeLimits, metadata_of
@@ -78,13 +78,15 @@ class SaveOptions:
     """How a folder is written.
 
     Attributes:
-        opset: see `ExportOptions`.
-        style: how the file contains the custom operators of target `plugin`.
-        weights, full_hash: see `ExportOptions`.
+        opset: opset import of the file, 18 to 23; None for the target's default (20; 23 for `standard`).
+        weights: how the folder gets the weights that are in a checkpoint's safetensors files: `link` by hard links to
+            these files, or as `pack` where the file system cannot link to them; `copy` by copies of these files;
+            `pack` by one new file with all weights, each at a memory page of its own; `reference` writes the model and
+            its manifest into the checkpoint's folder, or one that contains it, where it reads the files themselves.
+        full_hash: also hash the checkpoint's files, which reads them, so that `verify` notices every change.
     """
 
     opset: int | None = None
-    style: PluginStyle = "function"
     weights: WeightsMode = "link"
     full_hash: bool = False
 
@@ -94,15 +96,16 @@ def save(
     path: str | os.PathLike[str],
     target: str,
     options: SaveOptions | None = None,
+    style: PluginStyle = "function",
     progress: Progress | None = None,
 ) -> ExportResult:
     """Lower a prepared model for one target and write its folder, completely or not at all.
 
-    The arguments are those of `export_model`.
+    The arguments are those of `export_model`; `style` is how the file contains the custom operators of target `plugin`.
     """
     progress, options = progress or _silent, options or SaveOptions()
     progress(f"lowering for {target}")
-    result = lower_graph(prepared.capture.model, target, options.opset, options.style)
+    result = lower_graph(prepared.capture.model, target, options.opset, style)
     lowered, unswapped = result.model, prepared.unswapped
     if target != "plugin":  # TensorRT transposes weights when it builds an engine
         as_stored(lowered)
@@ -122,7 +125,7 @@ def save(
         **({"conditions": [*limits.conditions]} if limits.conditions else {}),
         "sites": site_rows(prepared.recognition, result.sites, unswapped),
         "refusals": refusals,
-        "notes": [*prepared.notes, *prepared.capture.notes, *style_notes(lowered, options.style)],
+        "notes": [*prepared.notes, *prepared.capture.notes, *style_notes(lowered, style)],
     }
     shared = options.weights == "reference"
     with into_folder(path, (MODEL_FILE, MANIFEST)) if shared else new_folder(path) as folder:
@@ -134,7 +137,7 @@ def save(
             if not shared:
                 content["notes"] += copy_companions(prepared.companions, folder)
             for file in folder.glob(f"{MODEL_FILE}*"):
-                restrict_mode(file, weight_files(prepared.companions))
+                restrict_mode(file, saved_weights(prepared.companions))
         hashes = placed.hashes if shared else placed.hashes | {n: row["sha256"] for n, row in placed.linked.items()}
         manifest = write_manifest(folder, content, hashes)
     return ExportResult(Path(path), target, manifest, prepared.recognition)
@@ -145,29 +148,30 @@ def save_all(
     path: str | os.PathLike[str],
     target: str,
     options: SaveOptions,
+    style: PluginStyle,
     progress: Progress | None,
 ) -> ExportResult:
     """Write the folder of a model, or one with a folder for each of its parts and a manifest that lists them.
 
     Args:
         prepared: the whole model under None, or each part under its name.
-        path, target, options, progress: see `save`.
+        path, target, options, style, progress: see `save`.
     """
     if None in prepared:
-        return save(prepared[None], path, target, options, progress)
+        return save(prepared[None], path, target, options, style, progress)
     first = next(iter(prepared.values()))
     companions = first.companions
     with new_folder(path) as folder:
         results = {}
         for name, part in prepared.items():
             alone = replace(part, companions=None, details={**part.details, "part": name})
-            results[str(name)] = save(alone, folder / str(name), target, options, progress)
+            results[str(name)] = save(alone, folder / str(name), target, options, style, progress)
         manifests = [result.manifest for result in results.values()]
         notes = list(dict.fromkeys(note for manifest in manifests for note in manifest["notes"]))
         if companions is not None:
             notes += copy_companions(companions, folder)
             for file in folder.glob(f"*/{MODEL_FILE}*"):
-                restrict_mode(file, weight_files(companions))
+                restrict_mode(file, saved_weights(companions))
         content = {
             **first.details,
             "target": target,
