@@ -62,6 +62,11 @@ def too_old(distribution: str) -> str:
     return f"expected {distribution} {library.oldest} or later, got {version}. Install it with: {library.install}"
 
 
+def older(version: str, wanted: str) -> bool:
+    """Whether a version, such as `1.26.1`, is lower than another, such as `1.27`."""
+    return _numbers(version) < _numbers(wanted)
+
+
 def newer_than_tested(distribution: str) -> str:
     """A remark if the installed version of a library is later than the last one that was tried, else empty."""
     library, version = _BY_NAME[distribution], installed_version(distribution)

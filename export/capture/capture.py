@@ -20,12 +20,12 @@ from ...models.weights.stand_ins import unread_weights
 from ..graph.repairs import repair
 from ..graph.sizes import SizeLimits
 from ..lowering.table import DEFAULT_OPSET
+from ..sizes.dims import name_dims
+from ..sizes.ranges import size_limits, symbols_of
+from ..sizes.second_sizes import check_second_sizes, example_sizes
 from .captured import Capture
 from .causes import explained
-from .dims import name_dims
 from .quick_exporters import quick_exporters
-from .ranges import size_limits, symbols_of
-from .second_sizes import check_second_sizes, example_sizes
 from .torch_module import capture_module
 from .transformers_model import capture_transformers, is_pretrained
 

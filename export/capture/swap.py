@@ -15,10 +15,7 @@ from ...models.recognition.intercept import NormCall, replace_forward
 from ...models.recognition.likeness import likeness
 from ...models.recognition.site import Recognition, Refusal, Site
 from ...models.recognition.state import Snapshot, UnwatchableError
-
-# The node of a norm in a captured graph, before lowering. Its inputs are x, weight, bias, gate.
-CAPTURE_DOMAIN = "rmsnorm_deploy.capture"
-CAPTURE_OP = "Norm"
+from ..graph.captured_nodes import CAPTURE_DOMAIN, NORM_OP
 
 
 @dataclass(slots=True)
@@ -191,7 +188,7 @@ def _node(site: Site, call: NormCall) -> Tensor:
     for dim, size in zip(x.shape[-len(site.width) :] if site.width else (), site.width or (), strict=True):
         torch._check(dim == size)
     return torch.onnx.ops.symbolic(
-        f"{CAPTURE_DOMAIN}::{CAPTURE_OP}",
+        f"{CAPTURE_DOMAIN}::{NORM_OP}",
         [x, call.weight, call.bias, call.gate],
         {"spec": spec.to_json(), "path": site.path, "width": "x".join(map(str, site.width or ()))},
         dtype=result_dtype(spec, x.dtype, call.weight, call.bias),

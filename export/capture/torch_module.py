@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 from ...models.calling.calls import CallForm, call_form, named_tensors, split_arguments
 from ...models.errors import UnsupportedError, UsageError
+from ..sizes.measured_dims import MeasuredDims, fixed_note, measured_dims
 from .captured import Capture
-from .measured_dims import MeasuredDims, fixed_note, measured_dims
 
 # What a module keeps for its own hooks.
 _HOOKS = (

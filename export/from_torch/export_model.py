@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from ...models.attention.find_attention import AttentionRecognition, find_attention
 from ...models.calling.calls import call_form, named_arguments, named_tensors, split_arguments
 from ...models.calling.example_inputs import as_tensors, example_inputs
 from ...models.calling.media_parts import check_parts, media_record, modality_read
@@ -25,10 +27,12 @@ from ...models.precision import converted, model_dtype, saved_elements
 from ...models.recognition.find_norms import find_norms
 from ...models.recognition.site import Recognition
 from ...models.weights.stand_ins import unread_bytes, unread_weights
+from ..capture.attention_nodes import attention_nodes
 from ..capture.capture import capture, detached
 from ..capture.captured import Capture
 from ..capture.swap import swapped
 from ..capture.transformers_model import is_pretrained
+from ..lowering.attention_table import AttentionMode, parse_attention
 from ..lowering.plugin_functions import plugin_style
 from ..lowering.table import DEFAULT_TARGET, Environment, LoweringRefusal, opset_for, parse_targets, resolve
 from ..onnx_io.destinations import check_destination, check_shared_folder
@@ -48,6 +52,8 @@ class ExportOptions(SaveOptions):
             float32.
         dynamic: True makes every dim dynamic that the model does not fix; False makes all static; a mapping is passed
             to `torch.export` as `dynamic_shapes`.
+        attention: `node` writes each attention of a transformers model that was proven to follow an `AttentionSpec` in
+            the target's own form, see `rmsnorm targets`; `decomposed` writes the operators of its function.
         with_past: export a decoder of transformers with its KV cache: one file for prefill and decode.
         function: write local functions of the custom operators into the file of target `plugin`. ONNX Runtime requires
             them to run the file; TensorRT up to 10.6 runs them instead of the plugin.
@@ -57,6 +63,7 @@ class ExportOptions(SaveOptions):
 
     dtype: str | None = None
     dynamic: bool | Mapping[str, Any] = True
+    attention: AttentionMode = "node"
     with_past: bool = False
     function: bool = True
     ort_trt: bool = False
@@ -220,10 +227,15 @@ def prepare_parts(
             progress("checking that the parts compute what the model does")
             with unread_weights(model):
                 feeds = check_parts(model, modality, detached(feeds))
+        attention = AttentionRecognition()
+        if options.attention == "node" and is_pretrained(model):
+            progress("checking its attentions")
+            with unread_weights(model):
+                attention = find_attention(model, functools.partial(_run, model, feeds))
         captured = {}
         for part in parts:
             progress("capturing the graph" if part is None else f"capturing the graph of the {part}")
-            with swapped(model, recognition.sites):
+            with swapped(model, recognition.sites), attention_nodes(model, attention):
                 captured[part] = capture(
                     model,
                     detached(feeds),
@@ -236,7 +248,10 @@ def prepare_parts(
         for name, module in model.named_modules():
             module.training = training[name]
     progress("finding the norms that are not modules")
-    return {part: _prepared(model, one, recognition, dtype, feeds, part) for part, one in captured.items()}
+    prepared = {part: _prepared(model, one, recognition, dtype, feeds, part) for part, one in captured.items()}
+    for model_part in prepared.values():
+        model_part.attention = attention
+    return prepared
 
 
 def _prepared(
@@ -251,7 +266,7 @@ def _prepared(
     unswapped = find_unswapped(captured.model, model, recognition)
     recognition = Recognition(recognition.sites, unswapped.left(recognition.refusals))
     details = {**call_form(feeds).to_json(), "elements": saved_elements(model)}
-    prepared = PreparedModel(captured, recognition, dtype, unswapped, details, notes=unswapped.notes)
+    prepared = PreparedModel(captured, recognition, dtype, unswapped=unswapped, details=details, notes=unswapped.notes)
     if part is not None:
         prepared.details.update(media_record(model, feeds))
     restart = restart_length(model) if captured.with_past else None
@@ -341,6 +356,7 @@ def existing_parent(folder: Path) -> Path:
 def _changed(options: ExportOptions | None, changes: Mapping[str, Any]) -> ExportOptions:
     options = replace(options or ExportOptions(), **changes)
     parse_weights(options.weights)
+    parse_attention(options.attention)
     return options if options.dtype is None else replace(options, dtype=norm_dtype(options.dtype))
 
 

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from ...models.recognition.site import Recognition, Refusal
-from ..capture.swap import CAPTURE_DOMAIN
+from ..graph.captured_nodes import CAPTURE_DOMAIN
 from ..graph.constants import constant
 from ..graph.metadata import FOUND_KEY, IN_GRAPH, PARAMETERS_KEY, PATH_KEY
 from ..graph.site import GraphRefusal, GraphSite

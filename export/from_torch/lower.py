@@ -8,14 +8,18 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ...models.attention.find_attention import AttentionRecognition
+from ...models.attention.spec import AttentionSpec
 from ...models.dtypes import onnx_name
 from ...models.errors import UnsupportedError
 from ...models.recognition.site import Recognition
 from ...models.spec import NormSpec
-from ..capture.swap import CAPTURE_DOMAIN, CAPTURE_OP
+from ..graph.captured_nodes import ATTENTION_OP, CAPTURE_DOMAIN, NORM_OP
 from ..graph.metadata import Form
 from ..graph.residual import residual_operands
 from ..graph.site import GraphRefusal, GraphSite, node_name
+from ..lowering.attention_table import attention_cell, kind_of, required_versions
+from ..lowering.attention_writer import AttentionWriter, LoweredAttention
 from ..lowering.norm_writer import LoweredSite, NormWriter
 from ..lowering.plugin_functions import PluginStyle, check_style, style_plugin_nodes
 from ..lowering.quantized_norms import fuse_quantized_outputs
@@ -34,12 +38,19 @@ class Lowered:
     Attributes:
         model: the graph.
         sites: its norms, in graph order.
+        attentions: its attentions that were captured as nodes, in graph order.
         refusals: norms that are not modules and that the target does not support; they stay as they are.
     """
 
     model: ir.Model
     sites: list[LoweredSite]
+    attentions: list[LoweredAttention]
     refusals: list[GraphRefusal]
+
+    @property
+    def requires(self) -> dict[str, str]:
+        """The lowest version of each runtime that computes the graph right, where not every supported one does."""
+        return required_versions([attention.cell for attention in self.attentions])
 
 
 def lower(
@@ -70,13 +81,18 @@ def lower_graph(model: ir.Model, target: str, opset: int | None = None, style: P
     wanted = opset_for(target, opset)
     check_style(style, [target])
     lowered = model.clone()
+    if opset is None:
+        wanted = max(wanted, *_attention_opsets(lowered, target), 0)
     found = dict(marked(lowered))
     raise_opset(lowered, wanted)
     writer = NormWriter(lowered.graph, target, wanted)
-    sites, refusals = [], []
+    attention_writer = AttentionWriter(lowered.graph, target, wanted, writer)
+    sites, attentions, refusals = [], [], []
     for node in list(ir.traversal.RecursiveGraphIterator(lowered.graph)):
-        if node.domain == CAPTURE_DOMAIN and node.op_type == CAPTURE_OP:
+        if node.domain == CAPTURE_DOMAIN and node.op_type == NORM_OP:
             sites.append(writer.write(_site(node), _kept(node)).lowered)
+        elif node.domain == CAPTURE_DOMAIN and node.op_type == ATTENTION_OP:
+            attentions.append(attention_writer.write(node))
         elif node in found:
             site = found[node]
             try:
@@ -89,7 +105,20 @@ def lower_graph(model: ir.Model, target: str, opset: int | None = None, style: P
     if target == "plugin":
         fuse_quantized_outputs(lowered, may_raise_opset=opset is None)
     _finish(lowered, style)
-    return Lowered(lowered, sites, refusals)
+    return Lowered(lowered, sites, attentions, refusals)
+
+
+def _attention_opsets(model: ir.Model, target: str) -> list[int]:
+    """The opsets that the target's forms of the captured attentions require."""
+    nodes = [n for n in model.graph.all_nodes() if n.domain == CAPTURE_DOMAIN and n.op_type == ATTENTION_OP]
+    specs = [AttentionSpec.from_json(node.attributes["spec"].as_string()) for node in nodes]
+    cells = [(attention_cell(target, kind_of(spec)), node) for spec, node in zip(specs, nodes, strict=True)]
+    dtypes = [node.inputs[0].dtype if node.inputs[0] is not None else None for node in nodes]
+    return [
+        cell.opset
+        for (cell, _), dtype in zip(cells, dtypes, strict=True)
+        if dtype is not None and onnx_name(dtype) in cell.dtypes
+    ]
 
 
 def _site(node: ir.Node) -> GraphSite:
@@ -146,3 +175,10 @@ def site_rows(
     rows = [{**site.to_dict(), "calls": calls.get(site.path, [])} for site in recognition.sites]
     graph = unswapped.rows if unswapped is not None else []
     return [*rows, *({**row, "calls": calls[row["path"]]} for row in graph if row["path"] in calls)]
+
+
+def attention_rows(recognition: AttentionRecognition, lowered: Sequence[LoweredAttention]) -> list[dict[str, Any]]:
+    """Each attention for the manifest: its spec and main node, or the reason why its function was not captured."""
+    classes = {site.path: site.class_name for site in recognition.sites}
+    refused = [{"path": r.path, "class": r.class_name, "reason": r.reason} for r in recognition.refusals]
+    return [*({"class": classes.get(one.path, ""), **one.to_dict()} for one in lowered), *refused]

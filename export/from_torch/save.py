@@ -10,9 +10,11 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ...models.attention.find_attention import AttentionRecognition
 from ...models.companions import saved_weights
 from ...models.recognition.site import Recognition
 from ..capture.captured import Capture
+from ..graph.requirements import requirement_metadata
 from ..graph.sizes import SizeLimits, metadata_of
 from ..graph.stored_weights import as_stored
 from ..lowering.plugin_functions import PluginStyle, style_notes
@@ -21,7 +23,7 @@ from ..onnx_io.manifest import tensor_rows, write_manifest
 from ..onnx_io.owned_files import MANIFEST
 from ..onnx_io.place_weights import PlacedWeights, WeightsMode, place_weights
 from .graph_norms import UnswappedNorms
-from .lower import lower_graph, site_rows
+from .lower import attention_rows, lower_graph, site_rows
 
 MODEL_FILE = "model.onnx"
 Progress = Callable[[str], None]
@@ -58,6 +60,7 @@ class PreparedModel:
         capture: the captured graph.
         recognition: its modules; without the refused ones whose norms were found in the graph.
         dtype: dtype of its parameters.
+        attention: its attentions.
         unswapped: the norms that are not modules, which were found in the graph.
         details: fields for the manifest.
         companions: the folder to copy config and tokenizer files from.
@@ -67,6 +70,7 @@ class PreparedModel:
     capture: Capture
     recognition: Recognition
     dtype: str
+    attention: AttentionRecognition = field(default_factory=AttentionRecognition)
     unswapped: UnswappedNorms = field(default_factory=UnswappedNorms)
     details: dict[str, Any] = field(default_factory=dict)
     companions: Path | None = None
@@ -112,7 +116,7 @@ def save(
     refusals = [refusal.to_dict() for refusal in prepared.recognition.refusals]
     refusals += [refusal.to_dict() for refusal in (*unswapped.refusals, *result.refusals)]
     graph, limits = lowered.graph, prepared.capture.limits
-    lowered.metadata_props.update(metadata_of(limits))
+    lowered.metadata_props.update(metadata_of(limits) | requirement_metadata(result.requires))
     content = {
         **prepared.details,
         "target": target,
@@ -125,6 +129,8 @@ def save(
         **({"conditions": [*limits.conditions]} if limits.conditions else {}),
         "sites": site_rows(prepared.recognition, result.sites, unswapped),
         "refusals": refusals,
+        "requires": result.requires,
+        "attention": attention_rows(prepared.attention, result.attentions),
         "notes": [*prepared.notes, *prepared.capture.notes, *style_notes(lowered, style)],
     }
     shared = options.weights == "reference"

@@ -19,8 +19,12 @@ VALUES_KEY: Final = METADATA_PREFIX + "values"
 FOUND_KEY: Final = METADATA_PREFIX + "found"
 IN_GRAPH: Final = "graph"
 PARAMETERS_KEY: Final = METADATA_PREFIX + "parameters"
+# On the main node of an attention: the path of its module and its spec, as JSON.
+ATTENTION_KEY: Final = METADATA_PREFIX + "attention"
 # On the model: the sizes of dynamic dims that the graph is valid for, as JSON.
 SIZES_KEY: Final = METADATA_PREFIX + "sizes"
+# On the model: the lowest version of each runtime that computes it right, as JSON.
+REQUIRES_KEY: Final = METADATA_PREFIX + "requires"
 # The start of the names of constants that are scales of ones, made for operators that require a scale.
 ONES: Final = METADATA_PREFIX + "ones"
 # A KV cache's tensors, as runtimes and servers expect them: `past_key_values.N.key` goes in, `present.N.key` comes out;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -164,7 +164,7 @@ class NormWriter:
             output = site.y
             builder.withdraw()
         else:
-            self._name(builder, site.path)
+            self.name_nodes(builder.nodes, site.path or "norm")
             total = self._replace(builder, site, emitted, composite, x)
             core, output = emitted.core, emitted.output
         if found is None or SPEC_KEY not in core.metadata_props:
@@ -237,18 +237,19 @@ class NormWriter:
         if emitted.total is not None and add is not None and old_sum is not None:
             # Nodes after the Add read the sum, so the fused node takes the position of the Add.
             builder.insert_before(add)
-            self._take_over(old_sum, emitted.total)
-            self._take_over(site.y, emitted.output)
+            self.take_over(old_sum, emitted.total)
+            self.take_over(site.y, emitted.output)
             self._remove_unread([last, add])
             return emitted.total
         builder.insert_before(last)
         if composite is not None and old_sum is not None:
-            self._take_over(old_sum, total)
-        self._take_over(site.y, emitted.output)
+            self.take_over(old_sum, total)
+        self.take_over(site.y, emitted.output)
         self._remove_unread([last])
         return total
 
-    def _take_over(self, old: ir.Value, new: ir.Value) -> None:
+    def take_over(self, old: ir.Value, new: ir.Value) -> None:
+        """Let every reader of `old` read `new`, under the name of `old`."""
         name, shape = old.name, old.shape
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         old.name, new.name = None, name
@@ -284,13 +285,13 @@ class NormWriter:
                 self._root.initializers.pop(str(value.name), None)
         self._left.clear()
 
-    def _name(self, builder: Builder, path: str) -> None:
-        """Name the nodes after their module, so that profiles and engines are readable.
+    def name_nodes(self, nodes: Sequence[ir.Node], path: str) -> None:
+        """Name new nodes after their module, so that profiles and engines are readable.
 
-        Node names are unique: those of a norm that is called several times end in a number.
+        Node names are unique: those of a module that is called several times end in a number.
         """
-        for node in builder.nodes:
-            base = name = f"{path or 'norm'}/{node.op_type}"
+        for node in nodes:
+            base = name = f"{path}/{node.op_type}"
             while name in self._names:
                 self._numbers[base] += 1
                 name = f"{base}_{self._numbers[base]}"

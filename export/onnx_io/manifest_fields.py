@@ -78,6 +78,13 @@ class _LinkedFile(_Fields):
     sha256: str | None = None
 
 
+class _Attention(_Fields):
+    path: Text
+    spec: dict[str, Any] | None = None
+    node: Text | None = None
+    reason: Text | None = None
+
+
 class _Weights(_Fields):
     mode: Text
     files: dict[str, _LinkedFile] = {}
@@ -106,6 +113,8 @@ class ManifestFields(_Fields):
     outputs: list[_Tensor] = []
     sites: list[_Site] = []
     refusals: list[_Refusal] = []
+    attention: list[_Attention] = []
+    requires: dict[Text, Text] = {}
     notes: list[Text] = []
     files: dict[str, dict[str, Any]] = {}
     weights: _Weights | None = None

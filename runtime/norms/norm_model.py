@@ -45,8 +45,8 @@ def norm_model(
     """
     import onnx_ir as ir
 
-    from ...export.capture.swap import CAPTURE_DOMAIN, CAPTURE_OP
     from ...export.from_torch.lower import lower
+    from ...export.graph.captured_nodes import CAPTURE_DOMAIN, NORM_OP
     from ...export.lowering.table import LOWEST_OPSET
     from ...models.eager import result_dtype
     from ...models.tensors import to_torch
@@ -62,7 +62,7 @@ def norm_model(
     while inputs[-1] is None:
         inputs.pop()
     attributes = {"spec": spec.to_json(), "path": "norm", "width": "x".join(map(str, width))}
-    node = ir.node(CAPTURE_OP, inputs, attributes, domain=CAPTURE_DOMAIN, outputs=[y], name="norm")
+    node = ir.node(NORM_OP, inputs, attributes, domain=CAPTURE_DOMAIN, outputs=[y], name="norm")
     graph = ir.Graph(
         [value for value in (x, gate) if value is not None],
         [y],

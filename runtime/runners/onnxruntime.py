@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
+from ...export.graph.requirements import required_version
 from ...export.graph.sizes import limits_in
 from ...export.onnx_io.atomic_files import new_file
 from ...export.onnx_io.read_model import ModelFile, read_model
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
-from ...models.versions import too_old
+from ...models.versions import older, too_old
 from .base import Array, ClosesOnExit, TensorInfo, check_feeds, describe_feeds
 from .ort_assignment import (
     COMPILING,
@@ -86,6 +87,14 @@ def import_onnxruntime() -> ModuleType:
     return onnxruntime
 
 
+def _refuse_older(ort: ModuleType, wanted: str | None, where: str) -> None:
+    if wanted is not None and older(ort.__version__, wanted):
+        raise EnvironmentMissingError(
+            f"{where}: expected onnxruntime {wanted} or later, got {ort.__version__}, which computes an operator of "
+            "the file otherwise, or does not have it. Install a later one, or export with --attention decomposed."
+        )
+
+
 class OrtRunner(ClosesOnExit):
     """Runs an ONNX model in ONNX Runtime.
 
@@ -108,7 +117,8 @@ class OrtRunner(ClosesOnExit):
         UsageError: the model or its external data cannot be read, onnxruntime finds it invalid, or an option or
             provider name is unknown.
         UnsupportedError: an op has no kernel for its dtype, or an input or output is not a tensor of numbers.
-        EnvironmentMissingError: onnxruntime is not installed, or a provider is not available or not used.
+        EnvironmentMissingError: onnxruntime is not installed or older than the file requires, or a provider is not
+            available or not used.
     """
 
     def __init__(
@@ -129,6 +139,8 @@ class OrtRunner(ClosesOnExit):
         self._weights_folder = weights_folder
         file = read_model(source, weights_folder)
         self._where, self._path, self._external_files = file.where, file.path, file.external_files
+        metadata = {row.key: row.value for row in file.model.metadata_props}
+        _refuse_older(ort, required_version(metadata, "onnxruntime", file.where), file.where)
         self._provider_options = with_plugin_library(self._provider_options, file.model, file.where)
         self._norms = norms_in(file.model)
         self._profiling = bool(self._norms and self._session_options.get("profile_norms"))
@@ -137,7 +149,7 @@ class OrtRunner(ClosesOnExit):
         open_rank = {v.name for v in file.model.graph.input if not v.type.tensor_type.HasField("shape")}
         self._inputs = _infos(self._session.get_inputs(), self._where, open_rank)
         self._outputs = _infos(self._session.get_outputs(), self._where, set())
-        self._limits = limits_in({row.key: row.value for row in file.model.metadata_props}, self._where)
+        self._limits = limits_in(metadata, self._where)
         self._files: dict[str, Any] | None = None
 
     def close(self) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.capture.capture import capture
-from rmsnorm_deploy.export.capture.swap import CAPTURE_DOMAIN, CAPTURE_OP, swapped
+from rmsnorm_deploy.export.capture.swap import swapped
 from rmsnorm_deploy.export.from_torch.export_model import export_model
+from rmsnorm_deploy.export.graph.captured_nodes import CAPTURE_DOMAIN, NORM_OP
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.models.recognition.site import Recognition, Site
 from rmsnorm_deploy.models.spec import NormSpec
@@ -392,7 +393,7 @@ def test_each_call_becomes_one_node_that_carries_its_spec() -> None:
         expected = sites[path].spec
         assert spec == (expected if gated else expected.replace(gate="none", activation="none"))
         weight = f"{path}.weight" if spec.has_weight else None
-        assert node.op_type == CAPTURE_OP
+        assert node.op_type == NORM_OP
         inputs = [*node.inputs, None, None, None][:4]  # those at the end that are not there are left out
         assert [value is not None for value in inputs] == [True, spec.has_weight, False, gated]
         assert (inputs[1].name if inputs[1] is not None else None) == weight

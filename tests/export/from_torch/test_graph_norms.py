@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from rmsnorm_deploy.export.capture.swap import CAPTURE_OP
 from rmsnorm_deploy.export.from_torch.export_model import prepare
 from rmsnorm_deploy.export.from_torch.graph_norms import marked
 from rmsnorm_deploy.export.from_torch.lower import lower_graph, site_rows
 from rmsnorm_deploy.export.from_torch.save import PreparedModel
+from rmsnorm_deploy.export.graph.captured_nodes import NORM_OP
 from rmsnorm_deploy.export.graph.metadata import FOUND_KEY, PARAMETERS_KEY, PATH_KEY
 from rmsnorm_deploy.export.lowering.table import TARGETS
 from rmsnorm_deploy.models.recognition.site import Recognition
@@ -56,7 +56,7 @@ def test_formulas_and_parameters(dtype: torch.dtype) -> None:
 def test_norms_that_were_swapped_are_not_counted_twice() -> None:
     found = prepared(Layers)
     assert [site.path for site in found.recognition.sites] == ["norms.0", "norms.1"]
-    captured = [node for node in found.capture.model.graph if node.op_type == CAPTURE_OP]
+    captured = [node for node in found.capture.model.graph if node.op_type == NORM_OP]
     assert (len(captured), len(list(marked(found.capture.model)))) == (2, 6)
 
 

@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from rmsnorm_deploy.export.capture.swap import CAPTURE_DOMAIN
 from rmsnorm_deploy.export.from_torch.lower import lower
+from rmsnorm_deploy.export.graph.captured_nodes import CAPTURE_DOMAIN
 from rmsnorm_deploy.export.graph.metadata import PATH_KEY, SPEC_KEY
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.models.spec import NormSpec

@@ -17,10 +17,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from rmsnorm_deploy.cli.application import run
-from rmsnorm_deploy.export.capture.swap import CAPTURE_DOMAIN, CAPTURE_OP
 from rmsnorm_deploy.export.from_onnx.rewrite import fuse_quantized, rewrite
 from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.export.from_torch.lower import lower
+from rmsnorm_deploy.export.graph.captured_nodes import CAPTURE_DOMAIN, NORM_OP
 from rmsnorm_deploy.export.graph.metadata import PATH_KEY, SPEC_KEY, VALUES_KEY
 from rmsnorm_deploy.export.lowering.plugin_functions import plugin_function, style_plugin_nodes
 from rmsnorm_deploy.export.lowering.quantized_norms import (
@@ -482,7 +482,7 @@ def captured() -> ir.Model:
     ]  # fmt: skip
     spec = NormSpec(eps=1e-5, scale="weight", order="scale_then_cast")
     attributes = {"spec": spec.to_json(), "path": "norm", "width": str(WIDTH)}
-    norm = ir.node(CAPTURE_OP, [x, constants[0]], attributes, domain=CAPTURE_DOMAIN, name="norm")
+    norm = ir.node(NORM_OP, [x, constants[0]], attributes, domain=CAPTURE_DOMAIN, name="norm")
     quantize = ir.node("QuantizeLinear", [norm.outputs[0], *constants[1:]], name="quantize")
     norm.outputs[0].name, norm.outputs[0].type, norm.outputs[0].shape = "n", x.type, x.shape
     quantize.outputs[0].name, quantize.outputs[0].type = "q", ir.TensorType(ir.DataType.INT8)

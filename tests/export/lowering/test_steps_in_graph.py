@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from rmsnorm_deploy.export.capture.swap import CAPTURE_DOMAIN
 from rmsnorm_deploy.export.from_torch.lower import lower
+from rmsnorm_deploy.export.graph.captured_nodes import CAPTURE_DOMAIN
 from rmsnorm_deploy.export.graph.metadata import FORM_KEY, PATH_KEY, SPEC_KEY, TARGET_KEY
 from rmsnorm_deploy.export.lowering.table import TARGETS, cell
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError

@@ -10,8 +10,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from rmsnorm_deploy.export.capture.swap import CAPTURE_DOMAIN
 from rmsnorm_deploy.export.from_torch.lower import lower
+from rmsnorm_deploy.export.graph.captured_nodes import CAPTURE_DOMAIN
 from rmsnorm_deploy.plugins import contract
 from tests.helpers.graphs.capture_graph import GraphMaker, errors, run
 from tests.helpers.norms.norm_cases import (

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rmsnorm_deploy.export.capture.swap import CAPTURE_DOMAIN, CAPTURE_OP
+from rmsnorm_deploy.export.graph.captured_nodes import CAPTURE_DOMAIN, NORM_OP
 from rmsnorm_deploy.models.eager import result_dtype
 from rmsnorm_deploy.models.spec import NormSpec
 
@@ -82,7 +82,7 @@ class GraphMaker:
         attributes = {"spec": spec.to_json(), "path": path}
         dtype = dtype or self._result_dtype(spec, inputs)
         return self.node(
-            CAPTURE_OP, present, name, dims, attributes, domain=CAPTURE_DOMAIN, dtype=dtype, metadata=metadata
+            NORM_OP, present, name, dims, attributes, domain=CAPTURE_DOMAIN, dtype=dtype, metadata=metadata
         )
 
     def _result_dtype(self, spec: NormSpec, inputs: Sequence[ir.Value | None]) -> ir.DataType | None:

@@ -42,6 +42,15 @@ def export(
     with_past: Annotated[
         bool, typer.Option("--with-past", help="Make the KV cache an input and an output (decoders of transformers).")
     ] = False,
+    attention: Annotated[
+        str,
+        typer.Option(
+            "--attention",
+            metavar="HOW",
+            help="How attention of a transformers model is written: node (in the target's own form, where its function "
+            "was proven to compute it) or decomposed (the operators of its function).",
+        ),
+    ] = "node",
     no_function: options.NoFunction = False,
     ort_trt: options.OrtTrt = False,
     static: Annotated[
@@ -83,6 +92,7 @@ def export(
     as_json: options.AsJson = False,
 ) -> None:
     """Export a model to ONNX with its norms in the form that the target requires."""
+    from rmsnorm_deploy.export.lowering.attention_table import parse_attention
     from rmsnorm_deploy.export.lowering.plugin_functions import plugin_style
     from rmsnorm_deploy.export.lowering.table import DEFAULT_TARGET, opset_for, parse_targets
     from rmsnorm_deploy.export.onnx_io.place_weights import parse_weights
@@ -90,6 +100,7 @@ def export(
     screen = Screen(as_json, quiet)
     targets = parse_targets(target or DEFAULT_TARGET)
     mode = parse_weights(weights)
+    attention_mode = parse_attention(attention)
     for name in targets:
         opset_for(name, opset)  # refuses a wrong target or opset before slow work
     plugin_style(not no_function, ort_trt, targets)
@@ -121,6 +132,7 @@ def export(
             target=targets,
             opset=opset,
             dynamic=not static,
+            attention=attention_mode,
             with_past=with_past,
             function=not no_function,
             ort_trt=ort_trt,

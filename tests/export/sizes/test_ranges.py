@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.capture.capture import capture
-from rmsnorm_deploy.export.capture.ranges import comparison
 from rmsnorm_deploy.export.graph.sizes import SizeLimits
+from rmsnorm_deploy.export.sizes.ranges import comparison
 
 
 class Plain(nn.Module):

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from rmsnorm_deploy.export.capture.dims import name_dims
 from rmsnorm_deploy.export.from_torch.export_model import export_model
+from rmsnorm_deploy.export.sizes.dims import name_dims
 from tests.helpers.graphs.onnx_text import parsed
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, fx
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
+from ...models.attention.attend import attend
+from ...models.attention.spec import AttentionSpec
 from ...models.eager import eager
 from ...models.spec import NormSpec
-from .swap import CAPTURE_DOMAIN, CAPTURE_OP
+from ..graph.captured_nodes import ATTENTION_OP, CAPTURE_DOMAIN, NORM_OP
 
 # A position table is followed up to this size.
 _MOST = 1 << 16
@@ -24,7 +26,7 @@ _READERS = {
 
 
 class GraphRun:
-    """A captured program that runs in PyTorch, its norm nodes as `eager` computes them.
+    """A captured program that runs in PyTorch, its norms as `eager` and its attentions as `attend` compute them.
 
     Args:
         program: the program; its weights are not copied.
@@ -44,19 +46,22 @@ class GraphRun:
 
 class _Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
-        if _is_norm(n):
+        if _is_node(n, ATTENTION_OP):
+            inputs = self.fetch_args_kwargs_from_env(n)[0][0]
+            return attend(AttentionSpec.from_json(_attribute(n, "spec")), *inputs)
+        if _is_node(n, NORM_OP):
             inputs = self.fetch_args_kwargs_from_env(n)[0][0]
             x, weight, bias, gate = (*inputs, None, None, None)[:4]
             return eager(NormSpec.from_json(_attribute(n, "spec")), x, weight, bias, gate)
         return super().run_node(n)
 
 
-def _is_norm(node: fx.Node) -> bool:
-    return node.op == "call_function" and CAPTURE_OP in node.args and node.kwargs.get("domain") == CAPTURE_DOMAIN
+def _is_node(node: fx.Node, op: str) -> bool:
+    return node.op == "call_function" and op in node.args and node.kwargs.get("domain") == CAPTURE_DOMAIN
 
 
 def _attribute(node: fx.Node, name: str) -> str:
-    """An attribute of a norm node; all its attributes are strings, in two lists of one order."""
+    """An attribute of such a node; all its attributes are strings, in two lists of one order."""
     keys, texts = node.kwargs["attr_keys"], node.kwargs["attr_strs"]
     return str(dict(zip(keys, texts, strict=True))[name])  # type: ignore[arg-type]
 
@@ -82,9 +87,9 @@ def user_inputs(program: torch.export.ExportedProgram) -> list[tuple[str, Any]]:
 
 
 def has_inner_norms(program: torch.export.ExportedProgram) -> bool:
-    """Whether norms are in the bodies of control flow, which `GraphRun` does not run."""
+    """Whether norms or attentions are in the bodies of control flow, which `GraphRun` does not run."""
     return any(
-        _is_norm(node)
+        _is_node(node, NORM_OP) or _is_node(node, ATTENTION_OP)
         for name, module in program.graph_module.named_modules()
         if name and isinstance(module, fx.GraphModule)
         for node in module.graph.nodes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.capture.capture import capture
-from rmsnorm_deploy.export.capture.measured_dims import MeasuredDims, fixed_note, measured_dims
+from rmsnorm_deploy.export.sizes.measured_dims import MeasuredDims, fixed_note, measured_dims
 from rmsnorm_deploy.models.errors import UnsupportedError
 
 

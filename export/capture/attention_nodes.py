@@ -1,0 +1,56 @@
+"""Capture each attention of a transformers model as one node (`attention_nodes`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...models.attention.find_attention import AttentionRecognition, bias_of, is_causal, obstacle, spec_of
+from ...models.attention.intercept import AttentionCall, intercepted
+from ..graph.captured_nodes import ATTENTION_OP, CAPTURE_DOMAIN
+
+
+@contextmanager
+def attention_nodes(model: nn.Module, found: AttentionRecognition) -> Iterator[None]:
+    """Under `torch.export`, each of these attentions becomes one node; in PyTorch, nothing changes.
+
+    A call with other arguments than those that were checked stays as it is.
+    """
+    if not found.sites:
+        yield
+        return
+    paths = {module: path for path, module in model.named_modules()}
+    biases: dict[tuple[int, int], tuple[Any, ...]] = {}
+
+    def handle(call: AttentionCall) -> tuple[Tensor, Any]:
+        path = paths.get(call.module)
+        spec = found.spec(path) if torch.compiler.is_exporting() else None
+        if path is None or spec is None or obstacle(call) is not None or spec_of(call) != spec:
+            return call.original()
+        return _node(call, path, biases), None
+
+    with intercepted(handle):
+        yield
+
+
+def _node(call: AttentionCall, path: str, biases: dict[tuple[int, int], tuple[Any, ...]]) -> Tensor:
+    position = call.option("position_bias")
+    key = (id(call.mask), id(position))
+    if key not in biases:  # one for all layers; the tensors are kept, so that their ids stay theirs
+        biases[key] = (bias_of(call), call.mask, position)
+    bias, sink = biases[key][0], call.option("s_aux")
+    spec = replace(spec_of(call), causal=is_causal(call))
+    batch, heads, length, _ = call.query.shape
+    return torch.onnx.ops.symbolic(
+        f"{CAPTURE_DOMAIN}::{ATTENTION_OP}",
+        [call.query, call.key, call.value, bias, sink],
+        {"spec": spec.to_json(), "path": path},
+        dtype=call.query.dtype,
+        shape=(batch, length, heads, call.value.shape[3]),
+        version=1,
+    )

@@ -1,0 +1,192 @@
+"""Write the captured attentions of a graph in a target's form (`AttentionWriter`)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ...models.attention.spec import AttentionSpec
+from ...models.dtypes import onnx_name
+from ..graph.constants import HALF_TYPES
+from ..graph.metadata import ATTENTION_KEY
+from .attention_table import OPERATOR, AttentionCell, attention_form
+from .builder import Builder
+from .norm_writer import NormWriter
+from .table import Environment
+
+FLOAT = ir.DataType.FLOAT
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionInputs:
+    """What an attention reads: q `[B, H, S, D]`, k `[B, Hk, T, D]`, v `[B, Hk, T, Dv]`, and what is added to scores."""
+
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    bias: ir.Value | None
+    sink: ir.Value | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredAttention:
+    """One attention of the finished graph.
+
+    Attributes:
+        path: path of its module.
+        spec: what it computes in this call.
+        node: name of its main node: the operator, or the Softmax or Div in its place.
+        cell: the cell of the table that it was written by.
+        reason: why this is not the target's own cell, or None.
+    """
+
+    path: str
+    spec: AttentionSpec
+    node: str
+    cell: AttentionCell
+    reason: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attention as the manifest shows it."""
+        row = {"path": self.path, "spec": self.spec.to_dict(), "node": self.node, "emits": self.cell.emits}
+        return row if self.reason is None else {**row, "reason": self.reason}
+
+
+class AttentionWriter:
+    """Writes the attentions of one model.
+
+    Args:
+        root: the main graph, to which constants are added.
+        target: one of `TARGETS`.
+        opset: opset import of the finished file.
+        norms: the writer of the model's norms, which knows what replaced what, and the names of all nodes.
+    """
+
+    def __init__(self, root: ir.Graph, target: str, opset: int, norms: NormWriter) -> None:
+        self._root, self._target, self._opset, self._norms = root, target, opset, norms
+        self._constants: dict[Any, ir.Value] = {}
+
+    def write(self, node: ir.Node) -> LoweredAttention:
+        """Replace a captured node by the operators of the target.
+
+        Raises:
+            ValueError: the node does not have what a captured attention has.
+        """
+        spec = AttentionSpec.from_json(node.attributes["spec"].as_string())
+        path = node.attributes["path"].as_string()
+        query, key, value, bias, sink = (*node.inputs, None, None)[:5]
+        graph = node.graph
+        if query is None or key is None or value is None or query.dtype is None or not isinstance(graph, ir.Graph):
+            raise ValueError(f"attention {path!r}: expected a query of a known dtype, a key and a value")
+        environment = Environment(opset=self._opset, dtype=onnx_name(query.dtype))
+        cell, reason = attention_form(spec, self._target, environment)
+        builder = Builder(graph, self._root, {}, self._constants, self._opset)
+        heads = self._heads(path, query), self._heads(path, key)
+        write = _operator if cell.is_operator else _primitives
+        main, y = write(builder, spec, AttentionInputs(query, key, value, bias, sink), *heads)
+        y = builder.op("Transpose", [y], {"perm": [0, 2, 1, 3]}, dtype=query.dtype, shape=node.outputs[0].shape)
+        main.metadata_props[ATTENTION_KEY] = json.dumps({"path": path, "spec": spec.to_dict()}, sort_keys=True)
+        self._norms.name_nodes(builder.nodes, path)
+        builder.insert_before(node)
+        self._norms.take_over(node.outputs[0], y)
+        graph.remove(node, safe=True)
+        return LoweredAttention(path, spec, main.name or "", cell, reason)
+
+    def _heads(self, path: str, value: ir.Value) -> int:
+        heads = value.shape[1] if value.shape is not None and len(value.shape) == 4 else None
+        if not isinstance(heads, int):
+            raise ValueError(f"attention {path!r}: expected [B, H, S, D] with a fixed number of heads")
+        return heads
+
+
+_Main = tuple[ir.Node, ir.Value]
+
+
+def _operator(builder: Builder, spec: AttentionSpec, inputs: AttentionInputs, heads: int, groups: int) -> _Main:
+    dtype = inputs.query.dtype
+    assert dtype is not None
+    attributes: dict[str, Any] = {"scale": spec.scale}
+    if spec.softcap is not None:
+        attributes["softcap"] = spec.softcap
+    if spec.causal:
+        attributes["is_causal"] = 1
+    if dtype in HALF_TYPES:
+        attributes["softmax_precision"] = FLOAT
+    given = [inputs.query, inputs.key, inputs.value, *([inputs.bias] if inputs.bias is not None else [])]
+    y = builder.op(OPERATOR, given, attributes, dtype=dtype, shape=None)
+    return _producer(y), y
+
+
+def _primitives(builder: Builder, spec: AttentionSpec, inputs: AttentionInputs, heads: int, groups: int) -> _Main:
+    """Queries of one key are rows of one product, so that keys and values are not repeated."""
+    dtype = inputs.query.dtype
+    assert dtype is not None
+    shared = heads != groups
+
+    def op(name: str, *values: ir.Value, dtype: ir.DataType = dtype, **attributes: Any) -> ir.Value:
+        return builder.op(name, list(values), attributes, dtype=dtype, shape=None)
+
+    def number(value: float, dtype: ir.DataType = dtype) -> ir.Value:
+        return builder.constant(np.array(value), dtype, "attention")
+
+    def rows(value: ir.Value, count: int) -> ir.Value:
+        """`[B, h, r, w]` as `[B, count, h r / count, w]`."""
+        if not shared:
+            return value
+        return op("Reshape", value, builder.constant(np.array([0, count, -1, 0]), ir.DataType.INT64, "heads"))
+
+    query = op("Mul", inputs.query, number(spec.scale)) if spec.scale != 1.0 else inputs.query
+    scores = op("MatMul", rows(query, groups), op("Transpose", inputs.key, perm=[0, 1, 3, 2]))
+    scores = rows(scores, heads)
+    if spec.softcap is not None:
+        cap = number(spec.softcap)
+        scores = op("Mul", op("Tanh", op("Div", scores, cap)), cap)
+    if inputs.bias is not None:
+        scores = op("Add", scores, inputs.bias)
+    if spec.causal:
+        scores = _causal(builder, scores, dtype)
+    wide = FLOAT if dtype in HALF_TYPES else dtype
+    scores = builder.cast(scores, wide)
+    if inputs.sink is None:
+        weights = op("Softmax", scores, dtype=wide, axis=-1)
+    else:
+        shape = builder.constant(np.array([1, heads, 1, 1]), ir.DataType.INT64, "heads")
+        sink = op("Reshape", builder.cast(inputs.sink, wide), shape, dtype=wide)
+        last = builder.constant(np.array([-1]), ir.DataType.INT64, "axis")
+        most = op("Max", op("ReduceMax", scores, last, dtype=wide, keepdims=1), sink, dtype=wide)
+        parts = op("Exp", op("Sub", scores, most, dtype=wide), dtype=wide)
+        own = op("Exp", op("Sub", sink, most, dtype=wide), dtype=wide)
+        total = op("Add", op("ReduceSum", parts, last, dtype=wide, keepdims=1), own, dtype=wide)
+        weights = op("Div", parts, total, dtype=wide)
+    main = _producer(weights)
+    weights = builder.cast(weights, dtype)
+    return main, rows(op("MatMul", rows(weights, groups), inputs.value), heads)
+
+
+def _causal(builder: Builder, scores: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """The scores, with the lowest value of the dtype for every key after the query."""
+    lowest = builder.constant(np.array(_lowest(dtype)), dtype, "lowest")
+    shape = builder.op("Shape", [scores], {"start": 2}, dtype=ir.DataType.INT64, shape=None)
+    one = builder.constant(np.array(1), ir.DataType.INT64, "one")
+    ones = builder.op("Expand", [builder.constant(np.array(1), ir.DataType.INT64, "one"), shape],
+                      dtype=ir.DataType.INT64, shape=None)  # fmt: skip
+    later = builder.op("Trilu", [ones, one], {"upper": 1}, dtype=ir.DataType.INT64, shape=None)
+    hidden = builder.op("Cast", [later], {"to": ir.DataType.BOOL}, dtype=ir.DataType.BOOL, shape=None)
+    return builder.op("Where", [hidden, lowest, scores], dtype=dtype, shape=None)
+
+
+def _lowest(dtype: ir.DataType) -> float:
+    """The lowest finite value of a floating dtype."""
+    import ml_dtypes
+
+    return float(ml_dtypes.finfo(dtype.numpy()).min)
+
+
+def _producer(value: ir.Value) -> ir.Node:
+    node = value.producer()
+    assert node is not None
+    return node
