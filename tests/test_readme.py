@@ -8,7 +8,7 @@ from pathlib import Path
 
 import rmsnorm_deploy
 from rmsnorm_deploy.cli.application import app
-from rmsnorm_deploy.cli.commands.targets import markdown_table
+from rmsnorm_deploy.cli.commands.targets import attention_markdown_table, markdown_table
 from rmsnorm_deploy.runtime.norms.adversarial_rows import KINDS
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +18,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_table_of_targets_is_that_of_the_code() -> None:
     written = README.split("<!-- targets:begin -->")[1].split("<!-- targets:end -->")[0]
     assert written.strip() == markdown_table().strip()
+
+
+def test_the_table_of_attention_is_that_of_the_code() -> None:
+    written = README.split("<!-- attention:begin -->")[1].split("<!-- attention:end -->")[0]
+    assert written.strip() == attention_markdown_table().strip()
 
 
 def test_every_command_and_script_that_it_names_exists() -> None:

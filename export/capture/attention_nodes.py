@@ -38,6 +38,17 @@ def attention_nodes(model: nn.Module, found: AttentionRecognition) -> Iterator[N
         yield
 
 
+def _check_sizes(call: AttentionCall, bias: Tensor | None) -> None:
+    """State the equal sizes of the inputs: the operators of the function would, and the node does not."""
+    batch, _, length, _ = call.query.shape
+    equal = [(call.key.shape[0], batch), (call.value.shape[0], batch), (call.value.shape[2], call.key.shape[2])]
+    if bias is not None and bias.ndim == 4:
+        equal += zip(bias.shape, (batch, call.query.shape[1], length, call.key.shape[2]), strict=True)
+    for got, wanted in equal:
+        if not (isinstance(got, int) and got == 1):
+            torch._check(got == wanted)
+
+
 def _node(call: AttentionCall, path: str, biases: dict[tuple[int, int], tuple[Any, ...]]) -> Tensor:
     position = call.option("position_bias")
     key = (id(call.mask), id(position))
@@ -46,6 +57,7 @@ def _node(call: AttentionCall, path: str, biases: dict[tuple[int, int], tuple[An
     bias, sink = biases[key][0], call.option("s_aux")
     spec = replace(spec_of(call), causal=is_causal(call))
     batch, heads, length, _ = call.query.shape
+    _check_sizes(call, bias)
     return torch.onnx.ops.symbolic(
         f"{CAPTURE_DOMAIN}::{ATTENTION_OP}",
         [call.query, call.key, call.value, bias, sink],

@@ -73,9 +73,9 @@ _RTX = ("tensorrt-rtx", "1.7")
 _EVERYWHERE = (("onnxruntime", "1.23"), ("tensorrt", "10.7"), _RTX)
 _PLAIN = "Mul, MatMul, Add, Softmax, MatMul"
 _CAPPED = "Mul, MatMul, Div, Tanh, Mul, Add, Softmax, MatMul"
-_SINKS = "Mul, MatMul, Add, ReduceMax, Max, Sub, Exp, ReduceSum, Add, Div, MatMul"
+_SINKS = "Mul, MatMul, Add, ReduceMax, Max, Sub, Exp, Sub, Exp, ReduceSum, Add, Div, MatMul"
 _SHARED = "the heads of one key are rows of one product, so that keys and values are not repeated"
-_NO_SINKS = "the operator has no input for sinks"
+_NO_SINKS = "Mul, MatMul, Add, ReduceMax, Max, Sub, Exp, Sub, Exp, ReduceSum, Add, Div, MatMul"
 
 # fmt: off
 ATTENTION_TABLE: tuple[AttentionCell, ...] = (

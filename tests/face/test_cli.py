@@ -17,6 +17,7 @@ from rmsnorm_deploy.cli.arrays import write_npz
 from rmsnorm_deploy.cli.table import COMMANDS
 from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.export.from_torch.save import ExportResult
+from rmsnorm_deploy.export.lowering.attention_table import ATTENTION_TABLE
 from rmsnorm_deploy.export.lowering.table import TABLE, TARGETS
 from rmsnorm_deploy.runtime.doctor import diagnose
 from rmsnorm_deploy.runtime.inputs.arrays import read_arrays
@@ -284,9 +285,12 @@ def test_generate_requires_one_prompt(rmsnorm: CommandLine, arguments: tuple[str
 
 def test_targets(rmsnorm: CommandLine) -> None:
     content = rmsnorm("targets", "--json").json
-    assert content["schema"] == "rmsnorm_deploy.targets/2"
+    assert content["schema"] == "rmsnorm_deploy.targets/3"
     assert [(row["target"], row["form"], row["opset"]) for row in content["targets"]] == [
         (cell.target, cell.form, cell.opset) for cell in TABLE
+    ]
+    assert [(row["target"], row["kind"], row["emits"]) for row in content["attention"]] == [
+        (cell.target, cell.kind, cell.emits) for cell in ATTENTION_TABLE
     ]
     people = rmsnorm("targets").out
     reasons = {deviation.reason for cell in TABLE for deviation in cell.deviations}
@@ -295,8 +299,10 @@ def test_targets(rmsnorm: CommandLine) -> None:
 
 def test_targets_markdown(rmsnorm: CommandLine) -> None:
     table = [line for line in rmsnorm("targets", "--markdown").out.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + len(TABLE)
-    assert {line.count("|") for line in table} == {8}
+    norms, attentions = table[: 2 + len(TABLE)], table[2 + len(TABLE) :]
+    assert len(attentions) == 2 + len(ATTENTION_TABLE)
+    assert {line.count("|") for line in norms} == {8}
+    assert {line.count("|") for line in attentions} == {7}
 
 
 # --------------------------------------------------------------------------------------------------------- doctor

@@ -10,10 +10,13 @@ from rmsnorm_deploy.cli import options
 from rmsnorm_deploy.cli.screen import Screen
 
 if TYPE_CHECKING:
+    from rmsnorm_deploy.export.lowering.attention_table import AttentionCell
     from rmsnorm_deploy.export.lowering.table import Cell, Deviation
 
-SCHEMA = "rmsnorm_deploy.targets/2"
+SCHEMA = "rmsnorm_deploy.targets/3"
 COLUMNS = ("target", "form", "writes", "opset", "dtypes", "runs in", "not exact")
+ATTENTION_COLUMNS = ("target", "attention", "writes", "opset", "dtypes", "runs in")
+_KINDS = {"plain": "plain", "softcap": "with a softcap", "sink": "with sinks"}
 
 
 def targets(
@@ -21,11 +24,29 @@ def targets(
     as_json: options.AsJson = False,
 ) -> None:
     """Show what each target writes, what it requires, and where it is not exact."""
+    from rmsnorm_deploy.export.lowering.attention_table import ATTENTION_TABLE
     from rmsnorm_deploy.export.lowering.table import TABLE
 
     screen = Screen(as_json)
-    payload = {"schema": SCHEMA, "targets": [_json_row(cell) for cell in TABLE]}
-    screen.result(payload, lambda: print(markdown_table(), end="") if markdown else _print(screen))
+    payload = {
+        "schema": SCHEMA,
+        "targets": [_json_row(cell) for cell in TABLE],
+        "attention": [_attention_json(cell) for cell in ATTENTION_TABLE],
+    }
+    screen.result(payload, lambda: print(_markdown(), end="") if markdown else _print(screen))
+
+
+def _markdown() -> str:
+    return f"{markdown_table()}\n{attention_markdown_table()}"
+
+
+def attention_markdown_table() -> str:
+    """The table of attention in GitHub's Markdown."""
+    from rmsnorm_deploy.export.lowering.attention_table import ATTENTION_TABLE
+
+    lines = ["| " + " | ".join(ATTENTION_COLUMNS) + " |", "|" + " --- |" * len(ATTENTION_COLUMNS)]
+    lines += ["| " + " | ".join(_attention_row(cell, code="`")) + " |" for cell in ATTENTION_TABLE]
+    return "\n".join(lines) + "\n"
 
 
 def markdown_table() -> str:
@@ -39,9 +60,12 @@ def markdown_table() -> str:
 
 
 def _print(screen: Screen) -> None:
+    from rmsnorm_deploy.export.lowering.attention_table import ATTENTION_TABLE
     from rmsnorm_deploy.export.lowering.table import TABLE
 
     screen.table(COLUMNS, [_row(cell) for cell in TABLE])
+    screen.line()
+    screen.table(ATTENTION_COLUMNS, [_attention_row(cell) for cell in ATTENTION_TABLE])
     screen.line()
     screen.line("Not exact means: the result differs from the module's in these cases.")
     for number, deviation in _deviations().items():
@@ -59,6 +83,29 @@ def _row(cell: Cell, code: str = "") -> tuple[str, ...]:
         ", ".join(f"{runtime} {version}+" for runtime, version in cell.runtimes),
         ", ".join(numbers) or "-",
     )
+
+
+def _attention_row(cell: AttentionCell, code: str = "") -> tuple[str, ...]:
+    return (
+        f"{code}{cell.target}{code}",
+        _KINDS[cell.kind],
+        f"{cell.emits} ({cell.note})",
+        f"{cell.opset}+",
+        ", ".join(cell.dtypes),
+        ", ".join(f"{runtime} {version}+" for runtime, version in cell.runtimes),
+    )
+
+
+def _attention_json(cell: AttentionCell) -> dict[str, Any]:
+    return {
+        "target": cell.target,
+        "kind": cell.kind,
+        "emits": cell.emits,
+        "opset": cell.opset,
+        "dtypes": list(cell.dtypes),
+        "runtimes": dict(cell.runtimes),
+        "note": cell.note,
+    }
 
 
 def _deviations() -> dict[int, Deviation]:
