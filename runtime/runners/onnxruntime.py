@@ -33,6 +33,7 @@ from .ort_assignment import (
     profiled_nodes,
     recorded_nodes,
 )
+from .ort_decoding import OrtDecoding
 from .ort_errors import cause_of, load_error
 from .ort_graph import file_record, has_large_weights, op_counts
 from .providers import chosen_providers, open_session, with_plugin_library
@@ -177,20 +178,32 @@ class OrtRunner(ClosesOnExit):
             UsageError: the feeds do not match the inputs, or onnxruntime fails on them.
             UnsupportedError: a kernel does not support these feeds.
         """
-        session = self._opened()
-        check_feeds(self._inputs, feeds, self._where, self._limits)
-        values = {info.name: _to_value(feeds[info.name]) for info in self._inputs}
         names = [info.name for info in self._outputs] if outputs is None else list(outputs)
+        return {name: _to_array(value) for name, value in zip(names, self._computed(feeds, {}, names), strict=True)}
+
+    def decoding(self) -> OrtDecoding:
+        """The steps of a decoder whose cache stays in ONNX Runtime's values."""
+        self._opened()
+        return OrtDecoding(self._computed, _to_array, [info.name for info in self._outputs])
+
+    def _computed(self, feeds: Mapping[str, Array], own: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+        """The outputs as OrtValues, for arrays, and for OrtValues of an earlier run in place of some inputs."""
+        session = self._opened()
+        given = [info for info in self._inputs if info.name not in own]
+        check_feeds(given, feeds, self._where, self._limits)
+        values = {**{info.name: _to_value(feeds[info.name]) for info in given}, **own}
         try:
             results = (
-                _run_bound(session, values, names) if self._io_binding else session.run_with_ort_values(names, values)
+                _run_bound(session, values, names)
+                if self._io_binding
+                else session.run_with_ort_values(list(names), values)
             )
         except Exception as error:
             kind = UnsupportedError if type(error).__name__ == "NotImplemented" else UsageError
             raise kind(f"{self._where}: onnxruntime failed on {describe_feeds(feeds)}: {cause_of(error)}") from error
         if self._profiling:
             self._end_profile(session)
-        return {name: _to_array(value) for name, value in zip(names, results, strict=True)}
+        return list(results)
 
     def norm_assignment(self) -> list[dict[str, Any]]:
         """The execution provider of each norm of the file, and the operators that compute it; see `norm_assignment`.
