@@ -70,7 +70,22 @@ def test_exports_with_cache_agree_with_pytorch(name: str, dtype: str, tmp_path: 
 
 def test_an_overflowed_mask_is_refused_in_float64() -> None:
     with pytest.raises(UnsupportedError, match=r"LlamaForCausalLM in float64: .* Export in float32"):
-        prepare(build("llama", torch.float64))
+        prepare(build("llama", torch.float64), attention="decomposed")
+
+
+def test_attention_as_a_node_has_a_finite_mask_in_float64(tmp_path: Path) -> None:
+    model = build("llama", torch.float64).eval()
+    file = save(prepare(model), tmp_path / "out", "ort").folder / "model.onnx"
+    ids = torch.randint(3, VOCABULARY, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        wanted = model(input_ids=ids, attention_mask=mask).logits
+    with OrtRunner(file) as runner:
+        got = runner.run({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})["logits"]
+    assert got.dtype == np.float64
+    np.testing.assert_allclose(got[0, 3:], wanted[0, 3:].numpy(), atol=1e-6)
+    np.testing.assert_allclose(got[1], wanted[1].numpy(), atol=1e-6)
 
 
 def test_a_rotation_by_complex_numbers_is_exported_with_real_ones(tmp_path: Path) -> None:

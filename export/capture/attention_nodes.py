@@ -61,7 +61,7 @@ def _node(call: AttentionCall, path: str, biases: dict[tuple[int, int], tuple[An
     return torch.onnx.ops.symbolic(
         f"{CAPTURE_DOMAIN}::{ATTENTION_OP}",
         [call.query, call.key, call.value, bias, sink],
-        {"spec": spec.to_json(), "path": path},
+        {"spec": spec.to_json(), "path": path, "heads": int(heads), "groups": int(call.key.shape[1])},
         dtype=call.query.dtype,
         shape=(batch, length, heads, call.value.shape[3]),
         version=1,

@@ -222,16 +222,16 @@ def prepare_parts(
     try:
         progress(f"checking {len(recognition.sites)} norms in the running model")
         recognition = _checked(model, recognition, feeds)
-        modality = modality_read(model, feeds)
-        if modality is not None and modality.part in parts:
-            progress("checking that the parts compute what the model does")
-            with unread_weights(model):
-                feeds = check_parts(model, modality, detached(feeds))
         attention = AttentionRecognition()
         if options.attention == "node" and is_pretrained(model):
             progress("checking its attentions")
             with unread_weights(model):
                 attention = find_attention(model, functools.partial(_run, model, feeds))
+        modality = modality_read(model, feeds)
+        if modality is not None and modality.part in parts:
+            progress("checking that the parts compute what the model does")
+            with unread_weights(model):
+                feeds = check_parts(model, modality, detached(feeds))
         captured = {}
         for part in parts:
             progress("capturing the graph" if part is None else f"capturing the graph of the {part}")

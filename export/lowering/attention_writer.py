@@ -85,7 +85,7 @@ class AttentionWriter:
         environment = Environment(opset=self._opset, dtype=onnx_name(query.dtype))
         cell, reason = attention_form(spec, self._target, environment)
         builder = Builder(graph, self._root, {}, self._constants, self._opset)
-        heads = self._heads(path, query), self._heads(path, key)
+        heads = (node.attributes["heads"].as_int(), node.attributes["groups"].as_int())
         write = _operator if cell.is_operator else _primitives
         main, y = write(builder, spec, AttentionInputs(query, key, value, bias, sink), *heads)
         y = builder.op("Transpose", [y], {"perm": [0, 2, 1, 3]}, dtype=query.dtype, shape=node.outputs[0].shape)
@@ -95,12 +95,6 @@ class AttentionWriter:
         self._norms.take_over(node.outputs[0], y)
         graph.remove(node, safe=True)
         return LoweredAttention(path, spec, main.name or "", cell, reason)
-
-    def _heads(self, path: str, value: ir.Value) -> int:
-        heads = value.shape[1] if value.shape is not None and len(value.shape) == 4 else None
-        if not isinstance(heads, int):
-            raise ValueError(f"attention {path!r}: expected [B, H, S, D] with a fixed number of heads")
-        return heads
 
 
 _Main = tuple[ir.Node, ir.Value]
@@ -133,14 +127,18 @@ def _primitives(builder: Builder, spec: AttentionSpec, inputs: AttentionInputs, 
     def number(value: float, dtype: ir.DataType = dtype) -> ir.Value:
         return builder.constant(np.array(value), dtype, "attention")
 
-    def rows(value: ir.Value, count: int) -> ir.Value:
-        """`[B, h, r, w]` as `[B, count, h r / count, w]`."""
-        if not shared:
-            return value
+    def reshaped(value: ir.Value, count: int) -> ir.Value:
         return op("Reshape", value, builder.constant(np.array([0, count, -1, 0]), ir.DataType.INT64, "heads"))
 
+    def rows(value: ir.Value, count: int) -> ir.Value:
+        """`[B, h, r, w]` as `[B, count, h r / count, w]`."""
+        return reshaped(value, count) if shared else value
+
     query = op("Mul", inputs.query, number(spec.scale)) if spec.scale != 1.0 else inputs.query
-    scores = op("MatMul", rows(query, groups), op("Transpose", inputs.key, perm=[0, 1, 3, 2]))
+    # Without this Reshape, which changes nothing, ONNX Runtime moves the Transpose up to the norm of the keys, which it
+    # then cannot fuse.
+    columns = op("Transpose", reshaped(inputs.key, groups), perm=[0, 1, 3, 2])
+    scores = op("MatMul", rows(query, groups), columns)
     scores = rows(scores, heads)
     if spec.softcap is not None:
         cap = number(spec.softcap)

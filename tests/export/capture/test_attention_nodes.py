@@ -59,7 +59,7 @@ def test_the_manifest_names_each_attention(tmp_path):
 
 
 def test_decomposed_writes_what_the_function_does(tmp_path):
-    result = export_model(build("llama"), tmp_path / "out", target="standard", attention="decomposed")
+    result = export_model(build("llama"), tmp_path / "out", target="ort", attention="decomposed")
     assert "Attention" not in operators(tmp_path / "out" / "model.onnx")
     assert result.manifest["attention"] == []
     assert result.manifest["requires"] == {}

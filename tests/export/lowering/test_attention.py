@@ -45,7 +45,7 @@ def captured(spec, dtype, heads=4, groups=2, biased=True, width=8):
     k, v = maker.input("k", ["b", groups, "t", width]), maker.input("v", ["b", groups, "t", 5])
     bias = maker.input("bias", ["b", 1, "s", "t"]) if biased else None
     sink = maker.input("sink", [heads]) if spec.sink else None
-    attributes = {"spec": spec.to_json(), "path": PATH}
+    attributes = {"spec": spec.to_json(), "path": PATH, "heads": heads, "groups": groups}
     y = maker.node(ATTENTION_OP, [q, k, v, bias, sink], "y", ["b", "s", heads, 5], attributes, domain=CAPTURE_DOMAIN)
     graph = maker.graph([y])
     graph.opset_imports[CAPTURE_DOMAIN] = 1
@@ -141,7 +141,7 @@ def test_a_lower_opset_gets_the_primitives_and_says_why():
 
 
 def test_float64_gets_the_primitives_and_says_why():
-    cell, reason = attention_form(SPECS["plain"], "standard", Environment(opset=23, dtype="float64"))
+    cell, reason = attention_form(SPECS["plain"], "ort", Environment(opset=23, dtype="float64"))
     assert cell == attention_cell("primitives", "plain")
     assert reason == "Attention does not support float64 everywhere"
     assert lower_graph(captured(SPECS["plain"], torch.float64), "ort").model.graph.opset_imports[""] == 20
@@ -151,7 +151,7 @@ def test_versions_that_a_file_requires():
     assert required_versions([]) == {}
     assert required_versions([attention_cell("primitives", kind) for kind in KINDS]) == {}
     assert required_versions([attention_cell("ort", "softcap")]) == {"onnxruntime": "1.27"}
-    assert required_versions([attention_cell("standard", "plain")]) == {"onnxruntime": "1.27", "tensorrt": "10.14"}
+    assert required_versions([attention_cell("standard", "plain")]) == {}
     assert lower_graph(captured(SPECS["plain"], torch.float32), "ort").requires == {"onnxruntime": "1.27"}
 
 
