@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +18,9 @@ from .attention_table import OPERATOR, AttentionCell, attention_form
 from .builder import Builder
 from .norm_writer import NormWriter
 from .table import Environment
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 FLOAT = ir.DataType.FLOAT
 
@@ -89,12 +93,49 @@ class AttentionWriter:
         write = _operator if cell.is_operator else _primitives
         main, y = write(builder, spec, AttentionInputs(query, key, value, bias, sink), *heads)
         y = builder.op("Transpose", [y], {"perm": [0, 2, 1, 3]}, dtype=query.dtype, shape=node.outputs[0].shape)
-        main.metadata_props[ATTENTION_KEY] = json.dumps({"path": path, "spec": spec.to_dict()}, sort_keys=True)
+        record = {"path": path, "spec": spec.to_dict(), "heads": heads}
+        main.metadata_props[ATTENTION_KEY] = json.dumps(record, sort_keys=True)
         self._norms.name_nodes(builder.nodes, path)
         builder.insert_before(node)
         self._norms.take_over(node.outputs[0], y)
         graph.remove(node, safe=True)
         return LoweredAttention(path, spec, main.name or "", cell, reason)
+
+    def decompose(self, node: ir.Node) -> bool:
+        """Replace an operator that `write` wrote by primitives; False where the file does not say what they need."""
+        record = json.loads(node.metadata_props[ATTENTION_KEY])
+        query, key, value, bias = (*node.inputs, None)[:4]
+        graph = node.graph
+        if query is None or key is None or value is None or query.dtype is None or not isinstance(graph, ir.Graph):
+            return False
+        softcap = node.attributes.get_float("softcap", 0.0)
+        spec = AttentionSpec(
+            node.attributes["scale"].as_float(), softcap or None, bool(node.attributes.get_int("is_causal", 0))
+        )
+        builder = Builder(graph, self._root, {}, self._constants, self._opset)
+        _, y = _primitives(builder, spec, AttentionInputs(query, key, value, bias, None), *record["heads"])
+        self._norms.name_nodes(builder.nodes, record["path"])
+        builder.insert_before(node)
+        self._norms.take_over(node.outputs[0], y)
+        graph.remove(node, safe=True)
+        return True
+
+
+def has_operators(model: ModelProto) -> bool:
+    """Whether a file has operators that `AttentionWriter` wrote."""
+    return any(_is_written(node.op_type, [row.key for row in node.metadata_props]) for node in model.graph.node)
+
+
+def decompose_operators(model: ir.Model) -> int:
+    """Replace the operators that `AttentionWriter` wrote by primitives, for a runtime without them; their number."""
+    opset = model.graph.opset_imports[""]
+    writer = AttentionWriter(model.graph, "primitives", opset, NormWriter(model.graph, "primitives", opset))
+    found = [node for node in model.graph if _is_written(node.op_type, node.metadata_props)]
+    return sum(writer.decompose(node) for node in found)
+
+
+def _is_written(op_type: str, keys: Container[str]) -> bool:
+    return op_type == OPERATOR and ATTENTION_KEY in keys
 
 
 _Main = tuple[ir.Node, ir.Value]

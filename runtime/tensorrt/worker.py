@@ -19,6 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import onnx
+import onnx_ir as ir
+
+from ...export.lowering.attention_writer import decompose_operators, has_operators
 from ...export.lowering.plugin_functions import FUNCTION_NODE_PREFIXES
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
 from ...plugins import contract
@@ -159,7 +163,7 @@ class _Build:
 
     def _parse(self, parser: Any, network: Any) -> None:
         path = self.request["model"]
-        parsed = parser.parse(Path(path).read_bytes(), path)
+        parsed = parser.parse(_for_tensorrt(Path(path)), path)
         errors = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
         if not parsed or errors:
             raise UnsupportedError(
@@ -325,6 +329,17 @@ class _Build:
 
 def _print_now(line: str) -> None:
     print(line, flush=True)
+
+
+def _for_tensorrt(path: Path) -> bytes:
+    """The bytes of a file, with primitives in place of attention operators, of which TensorRT builds only some."""
+    content = path.read_bytes()
+    model = onnx.ModelProto.FromString(content)
+    if not has_operators(model):
+        return content
+    graph = ir.from_proto(model)
+    decompose_operators(graph)
+    return ir.to_proto(graph).SerializeToString()
 
 
 def _parser_error(error: Any) -> str:

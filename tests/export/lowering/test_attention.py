@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +24,7 @@ from rmsnorm_deploy.export.lowering.attention_table import (
     parse_attention,
     required_versions,
 )
+from rmsnorm_deploy.export.lowering.attention_writer import decompose_operators, has_operators
 from rmsnorm_deploy.export.lowering.table import TARGETS, Environment
 from rmsnorm_deploy.models.attention.attend import attend
 from rmsnorm_deploy.models.attention.spec import AttentionSpec
@@ -107,7 +109,7 @@ def test_each_cell_writes_what_it_names(row):
     (attention,) = lowered.attentions
     main = next(node for node in lowered.model.graph if node.name == attention.node)
     record = json.loads(main.metadata_props[ATTENTION_KEY])
-    assert record == {"path": PATH, "spec": SPECS[row.kind].to_dict()}
+    assert record == {"path": PATH, "spec": SPECS[row.kind].to_dict(), "heads": [4, 4]}
     assert attention.to_dict()["emits"] == row.emits
     assert "reason" not in attention.to_dict()
     assert lowered.model.graph.outputs[0].name == "y"
@@ -120,6 +122,30 @@ def test_causal_attention_without_a_mask(target, softcap):
     lowered = lower_graph(captured(spec, torch.float32, biased=False), target)
     feeds = feeds_for(spec, torch.float32, biased=False, queries=7, keys=7)
     np.testing.assert_allclose(run(lowered.model, feeds), wanted_for(spec, feeds), rtol=1e-5, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("kind", "causal"), [("plain", False), ("plain", True), ("softcap", False)])
+def test_operators_are_decomposed_for_a_runtime_without_them(kind, causal, dtype):
+    spec = replace(SPECS[kind], causal=causal)
+    lowered = lower_graph(captured(spec, dtype, biased=not causal), "ort").model
+    proto = ir.to_proto(lowered)
+    assert has_operators(proto)
+    again = ir.from_proto(proto)
+    assert decompose_operators(again) == 1
+    assert "Attention" not in {node.op_type for node in again.graph}
+    assert not has_operators(ir.to_proto(again))
+    feeds = feeds_for(spec, dtype, biased=not causal, keys=5 if causal else 9)
+    off = np.abs(run(again, feeds) - wanted_for(spec, feeds))
+    assert (off if causal else off[:-1]).max() <= 3 * ROUNDINGS[dtype]
+
+
+def test_other_attention_operators_are_left_alone():
+    lowered = lower_graph(captured(SPECS["plain"], torch.float32), "ort").model
+    for node in lowered.graph:
+        node.metadata_props.clear()
+    assert decompose_operators(lowered) == 0
+    assert "Attention" in {node.op_type for node in lowered.graph}
 
 
 def test_the_table_has_each_target_and_kind_once():
