@@ -40,8 +40,10 @@ def attention_nodes(model: nn.Module, found: AttentionRecognition) -> Iterator[N
 
 def _check_sizes(call: AttentionCall, bias: Tensor | None) -> None:
     """State the equal sizes of the inputs: the operators of the function would, and the node does not."""
-    batch, _, length, _ = call.query.shape
+    batch, _, length, width = call.query.shape
+    int(call.value.shape[3])  # a fixed number, as the layer behind the attention requires
     equal = [(call.key.shape[0], batch), (call.value.shape[0], batch), (call.value.shape[2], call.key.shape[2])]
+    equal += [(call.value.shape[1], call.key.shape[1]), (call.key.shape[3], width)]
     if bias is not None and bias.ndim == 4:
         equal += zip(bias.shape, (batch, call.query.shape[1], length, call.key.shape[2]), strict=True)
     for got, wanted in equal:
