@@ -18,12 +18,12 @@ from ..graph.captured_nodes import ATTENTION_OP, CAPTURE_DOMAIN, NORM_OP
 from ..graph.metadata import Form
 from ..graph.residual import residual_operands
 from ..graph.site import GraphRefusal, GraphSite, node_name
-from ..lowering.attention_table import attention_cell, kind_of, required_versions
+from ..lowering.attention_table import attention_form, required_versions
 from ..lowering.attention_writer import AttentionWriter, LoweredAttention
 from ..lowering.norm_writer import LoweredSite, NormWriter
 from ..lowering.plugin_functions import PluginStyle, check_style, style_plugin_nodes
 from ..lowering.quantized_norms import fuse_quantized_outputs
-from ..lowering.table import opset_for, refuse_other_epsilon
+from ..lowering.table import Environment, opset_for, refuse_other_epsilon
 from ..onnx_io.raise_opset import raise_opset
 from .graph_norms import UnswappedNorms, marked, unmark
 
@@ -82,7 +82,7 @@ def lower_graph(model: ir.Model, target: str, opset: int | None = None, style: P
     check_style(style, [target])
     lowered = model.clone()
     if opset is None:
-        wanted = max(wanted, *_attention_opsets(lowered, target), 0)
+        wanted = max(wanted, _attention_opset(lowered, target))
     found = dict(marked(lowered))
     raise_opset(lowered, wanted)
     writer = NormWriter(lowered.graph, target, wanted)
@@ -108,17 +108,16 @@ def lower_graph(model: ir.Model, target: str, opset: int | None = None, style: P
     return Lowered(lowered, sites, attentions, refusals)
 
 
-def _attention_opsets(model: ir.Model, target: str) -> list[int]:
-    """The opsets that the target's forms of the captured attentions require."""
-    nodes = [n for n in model.graph.all_nodes() if n.domain == CAPTURE_DOMAIN and n.op_type == ATTENTION_OP]
-    specs = [AttentionSpec.from_json(node.attributes["spec"].as_string()) for node in nodes]
-    cells = [(attention_cell(target, kind_of(spec)), node) for spec, node in zip(specs, nodes, strict=True)]
-    dtypes = [node.inputs[0].dtype if node.inputs[0] is not None else None for node in nodes]
-    return [
-        cell.opset
-        for (cell, _), dtype in zip(cells, dtypes, strict=True)
-        if dtype is not None and onnx_name(dtype) in cell.dtypes
-    ]
+def _attention_opset(model: ir.Model, target: str) -> int:
+    """The opset that the target's forms of the captured attentions require, 0 without attentions."""
+    lowest = 0
+    for node in model.graph.all_nodes():
+        if node.domain == CAPTURE_DOMAIN and node.op_type == ATTENTION_OP:
+            spec, query = AttentionSpec.from_json(node.attributes["spec"].as_string()), node.inputs[0]
+            if query is not None and query.dtype is not None:
+                cell, _ = attention_form(spec, target, Environment(dtype=onnx_name(query.dtype)))
+                lowest = max(lowest, cell.opset)
+    return lowest
 
 
 def _site(node: ir.Node) -> GraphSite:

@@ -68,8 +68,11 @@ def export(model: Path, folder: Path, with_past: bool) -> str:
         AssertionError: norms are missing.
     """
     from rmsnorm_deploy import export_model
+    from rmsnorm_deploy.models.versions import older
 
-    results = export_model(str(model), folder, target=list(TARGETS), with_past=with_past)
+    # Earlier versions compute the operator of attention otherwise, and refuse the file.
+    attention = "decomposed" if older(importlib.metadata.version("onnxruntime"), "1.27") else "node"
+    results = export_model(str(model), folder, target=list(TARGETS), with_past=with_past, attention=attention)
     counts = [len(result.manifest["sites"]) for result in results]
     if counts != [NORMS] * len(TARGETS):
         raise AssertionError(f"expected {NORMS} norms in each of {len(TARGETS)} files, got {counts}")
