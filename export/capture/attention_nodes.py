@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ...models.attention.find_attention import AttentionRecognition, bias_of, is_causal, obstacle, spec_of
 from ...models.attention.intercept import AttentionCall, intercepted
@@ -25,7 +26,7 @@ def attention_nodes(model: nn.Module, found: AttentionRecognition) -> Iterator[N
         yield
         return
     paths = {module: path for path, module in model.named_modules()}
-    biases: dict[tuple[int, int], tuple[Any, ...]] = {}
+    biases: dict[tuple[int, ...], tuple[Any, ...]] = {}
 
     def handle(call: AttentionCall) -> tuple[Tensor, Any]:
         path = paths.get(call.module)
@@ -51,11 +52,11 @@ def _check_sizes(call: AttentionCall, bias: Tensor | None) -> None:
             torch._check(got == wanted)
 
 
-def _node(call: AttentionCall, path: str, biases: dict[tuple[int, int], tuple[Any, ...]]) -> Tensor:
-    position = call.option("position_bias")
-    key = (id(call.mask), id(position))
-    if key not in biases:  # one for all layers; the tensors are kept, so that their ids stay theirs
-        biases[key] = (bias_of(call), call.mask, position)
+def _node(call: AttentionCall, path: str, biases: dict[tuple[int, ...], tuple[Any, ...]]) -> Tensor:
+    position, trace = call.option("position_bias"), get_proxy_mode()
+    key = (id(call.mask), id(position), id(trace))
+    if key not in biases:  # one for all layers of a trace; the objects are kept, so that their ids stay theirs
+        biases[key] = (bias_of(call), call.mask, position, trace)
     bias, sink = biases[key][0], call.option("s_aux")
     spec = replace(spec_of(call), causal=is_causal(call))
     batch, heads, length, _ = call.query.shape

@@ -25,6 +25,7 @@ from unittest import mock
 
 import torch
 from torch import fx
+from torch.export.graph_signature import TensorArgument
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..graph.stored_weights import is_at_rest
@@ -231,6 +232,7 @@ def decomposed(
         False if the program has such operators or a node could not be traced alone; it is then unchanged.
     """
     graph = program.graph
+    _name_outputs(program)
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     if any(node.op not in _PLAIN for node in graph.nodes):
         return False
@@ -261,6 +263,17 @@ def decomposed(
     graph.lint()
     program.graph_module.recompile()
     return True
+
+
+def _name_outputs(program: torch.export.ExportedProgram) -> None:
+    """Name the outputs of the signature after the nodes that return them, where a pass of torch left another name.
+
+    torch.export removes an `alias` of a result, and its signature still has the name.
+    """
+    (returned,) = (node.args[0] for node in program.graph.nodes if node.op == "output")
+    for spec, node in zip(program.graph_signature.output_specs, returned, strict=True):
+        if isinstance(node, fx.Node) and isinstance(spec.arg, TensorArgument):
+            spec.arg.name = node.name
 
 
 def _stated_sizes(sizes: Any, shape: torch.Size) -> list[Any]:

@@ -61,9 +61,10 @@ def _is_node(node: fx.Node, op: str) -> bool:
 
 
 def _attribute(node: fx.Node, name: str) -> str:
-    """An attribute of such a node; all its attributes are strings, in two lists of one order."""
-    keys, texts = node.kwargs["attr_keys"], node.kwargs["attr_strs"]
-    return str(dict(zip(keys, texts, strict=True))[name])  # type: ignore[arg-type]
+    """A text among the attributes of such a node; keys and types are in one order, and texts in a list of their own."""
+    keys, kinds, texts = (node.kwargs[field] for field in ("attr_keys", "attr_types", "attr_strs"))
+    named = [key for key, kind in zip(keys, kinds, strict=True) if kind == "s"]  # type: ignore[arg-type]
+    return str(dict(zip(named, texts, strict=True))[name])  # type: ignore[arg-type]
 
 
 def _arguments(program: torch.export.ExportedProgram, leaves: list[Any]) -> list[Any]:

@@ -54,6 +54,7 @@ def test_the_manifest_names_each_attention(tmp_path):
     nodes = {node.name: node for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node}
     assert [nodes[row["node"]].op_type for row in rows] == ["Attention", "Attention"]
     assert result.manifest["requires"] == {"onnxruntime": "1.27"}
+    assert result.manifest["notes"] == []  # such as that the captured graph could not be run at other sizes
     metadata = {row.key: row.value for row in onnx.load(tmp_path / "out" / "model.onnx").metadata_props}
     assert json.loads(metadata["rmsnorm_deploy.requires"]) == {"onnxruntime": "1.27"}
 

@@ -148,3 +148,12 @@ def test_halves_of_one_tensor_are_split_and_halves_of_two_are_not():
     with quick.quick_exporters():
         assert optimized() == plain
     assert plain == Counter({"Split": 1, "Slice": 2, "Neg": 1})
+
+
+def test_an_output_whose_name_a_pass_lost_gets_that_of_its_node():
+    program = torch.export.export(nn.Softplus(), (torch.randn(2, 3),))
+    program.graph_signature.output_specs[0].arg.name = "alias"
+    table = dict(torch.export.default_decompositions().items())
+    assert quick.decomposed(program, table, lambda operator: operator in table)
+    (returned,) = next(node for node in program.graph.nodes if node.op == "output").args[0]
+    assert program.graph_signature.output_specs[0].arg.name == returned.name
