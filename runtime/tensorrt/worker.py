@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
 from ...export.lowering.attention_writer import decompose_operators, has_operators
 from ...export.lowering.plugin_functions import FUNCTION_NODE_PREFIXES
@@ -334,7 +335,10 @@ def _print_now(line: str) -> None:
 def _for_tensorrt(path: Path) -> bytes:
     """The bytes of a file, with primitives in place of attention operators, of which TensorRT builds only some."""
     content = path.read_bytes()
-    model = onnx.ModelProto.FromString(content)
+    try:
+        model = onnx.ModelProto.FromString(content)
+    except DecodeError:  # TensorRT's parser says what it finds
+        return content
     if not has_operators(model):
         return content
     graph = ir.from_proto(model)
