@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ...export.lowering.attention_writer import decompose_operators, has_operators
 from ...export.lowering.plugin_functions import FUNCTION_NODE_PREFIXES
