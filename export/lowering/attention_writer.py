@@ -95,10 +95,7 @@ class AttentionWriter:
         y = builder.op("Transpose", [y], {"perm": [0, 2, 1, 3]}, dtype=query.dtype, shape=node.outputs[0].shape)
         record = {"path": path, "spec": spec.to_dict(), "heads": heads}
         main.metadata_props[ATTENTION_KEY] = json.dumps(record, sort_keys=True)
-        self._norms.name_nodes(builder.nodes, path)
-        builder.insert_before(node)
-        self._norms.take_over(node.outputs[0], y)
-        graph.remove(node, safe=True)
+        self._replace(graph, node, builder, y, path)
         return LoweredAttention(path, spec, main.name or "", cell, reason)
 
     def decompose(self, node: ir.Node) -> bool:
@@ -114,11 +111,15 @@ class AttentionWriter:
         )
         builder = Builder(graph, self._root, {}, self._constants, self._opset)
         _, y = _primitives(builder, spec, AttentionInputs(query, key, value, bias, None), *record["heads"])
-        self._norms.name_nodes(builder.nodes, record["path"])
+        self._replace(graph, node, builder, y, record["path"])
+        return True
+
+    def _replace(self, graph: ir.Graph, node: ir.Node, builder: Builder, y: ir.Value, path: str) -> None:
+        """Put the new nodes, named after the module, in the place of a node whose result `y` is."""
+        self._norms.name_nodes(builder.nodes, path)
         builder.insert_before(node)
         self._norms.take_over(node.outputs[0], y)
         graph.remove(node, safe=True)
-        return True
 
 
 def has_operators(model: ModelProto) -> bool:
@@ -211,8 +212,7 @@ def _causal(builder: Builder, scores: ir.Value, dtype: ir.DataType) -> ir.Value:
     lowest = builder.constant(np.array(_lowest(dtype)), dtype, "lowest")
     shape = builder.op("Shape", [scores], {"start": 2}, dtype=ir.DataType.INT64, shape=None)
     one = builder.constant(np.array(1), ir.DataType.INT64, "one")
-    ones = builder.op("Expand", [builder.constant(np.array(1), ir.DataType.INT64, "one"), shape],
-                      dtype=ir.DataType.INT64, shape=None)  # fmt: skip
+    ones = builder.op("Expand", [one, shape], dtype=ir.DataType.INT64, shape=None)
     later = builder.op("Trilu", [ones, one], {"upper": 1}, dtype=ir.DataType.INT64, shape=None)
     hidden = builder.op("Cast", [later], {"to": ir.DataType.BOOL}, dtype=ir.DataType.BOOL, shape=None)
     return builder.op("Where", [hidden, lowest, scores], dtype=dtype, shape=None)

@@ -77,10 +77,7 @@ def _row(cell: Cell, code: str = "") -> tuple[str, ...]:
     return (
         f"{code}{cell.target}{code}",
         {"plain": "norm", "residual_add": "residual add + norm"}[cell.form],
-        f"{cell.emits} ({cell.note})",
-        f"{cell.opset}+",
-        ", ".join(cell.dtypes),
-        ", ".join(f"{runtime} {version}+" for runtime, version in cell.runtimes),
+        *_requirements(cell),
         ", ".join(numbers) or "-",
     )
 
@@ -89,6 +86,13 @@ def _attention_row(cell: AttentionCell, code: str = "") -> tuple[str, ...]:
     return (
         f"{code}{cell.target}{code}",
         _KINDS[cell.kind],
+        *_requirements(cell),
+    )
+
+
+def _requirements(cell: Cell | AttentionCell) -> tuple[str, ...]:
+    """What a cell writes, and what that requires: the columns that both tables have."""
+    return (
         f"{cell.emits} ({cell.note})",
         f"{cell.opset}+",
         ", ".join(cell.dtypes),
