@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,25 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from ...models.attention.attend import attend
 from ...models.attention.find_attention import AttentionRecognition, bias_of, is_causal, obstacle, spec_of
 from ...models.attention.intercept import AttentionCall, intercepted
 from ..graph.captured_nodes import ATTENTION_OP, CAPTURE_DOMAIN
+
+_by_spec: ContextVar[bool] = ContextVar("by_spec", default=False)
+
+
+@contextmanager
+def attentions_by_spec() -> Iterator[None]:
+    """In PyTorch too, these attentions compute their spec while the context is open, as a captured graph does.
+
+    The results of a half type's own kernel differ by roundings, which grow from layer to layer.
+    """
+    token = _by_spec.set(True)
+    try:
+        yield
+    finally:
+        _by_spec.reset(token)
 
 
 @contextmanager
@@ -30,9 +47,12 @@ def attention_nodes(model: nn.Module, found: AttentionRecognition) -> Iterator[N
 
     def handle(call: AttentionCall) -> tuple[Tensor, Any]:
         path = paths.get(call.module)
-        spec = found.spec(path) if torch.compiler.is_exporting() else None
+        spec = found.spec(path) if torch.compiler.is_exporting() or _by_spec.get() else None
         if path is None or spec is None or obstacle(call) is not None or spec_of(call) != spec:
             return call.original()
+        if not torch.compiler.is_exporting():
+            own = replace(spec, causal=is_causal(call))
+            return attend(own, call.query, call.key, call.value, bias_of(call), call.option("s_aux")), None
         return _node(call, path, biases), None
 
     with intercepted(handle):

@@ -23,6 +23,7 @@ from ..lowering.table import DEFAULT_OPSET
 from ..sizes.dims import name_dims
 from ..sizes.ranges import size_limits, symbols_of
 from ..sizes.second_sizes import check_second_sizes, example_sizes
+from .attention_nodes import attentions_by_spec
 from .captured import Capture
 from .causes import explained
 from .quick_exporters import quick_exporters
@@ -101,7 +102,8 @@ def _check_sizes(captured: Capture, names: Mapping[str, str]) -> None:
         highs = {name: (0, ends[1]) for name, ends in limits.ranges.items() if ends[1] is not None}
         limits = SizeLimits(highs)
     outputs = [str(value.name) for value in captured.model.graph.outputs]
-    checked = check_second_sizes(model, program, dynamic, limits, outputs)
+    with attentions_by_spec():
+        checked = check_second_sizes(model, program, dynamic, limits, outputs)
     captured.limits = checked.limits
     captured.notes += checked.notes
     captured.program = None  # it holds a second copy of the graph

@@ -15,7 +15,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from rmsnorm_deploy import export_model
-from rmsnorm_deploy.export.capture.attention_nodes import attention_nodes
+from rmsnorm_deploy.export.capture import attention_nodes as attention_nodes_module
+from rmsnorm_deploy.export.capture.attention_nodes import attention_nodes, attentions_by_spec
+from rmsnorm_deploy.models.attention.attend import attend
 from rmsnorm_deploy.models.attention.find_attention import AttentionRecognition, find_attention
 from rmsnorm_deploy.models.calling.example_inputs import example_inputs
 from rmsnorm_deploy.models.errors import UsageError
@@ -37,6 +39,9 @@ def test_in_pytorch_the_model_computes_its_own_function():
     found = find_attention(model, lambda: model(**feeds))
     with attention_nodes(model, found):
         assert torch.equal(model(**feeds).logits, wanted)
+        with attentions_by_spec(), mock.patch.object(attention_nodes_module, "attend", wraps=attend) as used:
+            torch.testing.assert_close(model(**feeds).logits, wanted, rtol=1e-5, atol=1e-6)
+        assert used.call_count == 2
     assert "get_interface" not in vars(ALL_ATTENTION_FUNCTIONS)
 
 
