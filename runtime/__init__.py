@@ -9,10 +9,9 @@ rewriting: rewrite the norms of an .onnx file and prove the result (`rewrite_mod
 risk: find the norms that are at risk in float32, float16 or bfloat16 (`risk`).
 engines: engines of TensorRT on disk and opened on a GPU.
 tensorrt: build TensorRT engines (`build_engine`).
+generation: text from an exported decoder (`generate`).
 report: write reports as HTML and JUnit XML, and compare two results.
 doctor: what this machine can export, build and run (`examine`).
 doctor_records: what it finds. doctor_looks: how it finds it. doctor_registry: what it asks in a process of its own.
 doctor_tensorrt: what TensorRT and TensorRT-RTX can do here, what conflicts, and the target that suits this machine.
-generate_parts: generation with the parts of a model, such as an encoder and its decoder.
-generate: greedy text generation with an exported decoder (`generate`).
 """

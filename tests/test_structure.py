@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runtime.norms", "runtime.report"),
     ("runtime.rewriting", "runtime.risk"),
     ("runtime.tensorrt",),
-    ("runtime.validation",),
+    ("runtime.validation", "runtime.generation"),
     ("runtime",),
     ("", "cli", "cli.commands"),
 )

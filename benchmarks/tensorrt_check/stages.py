@@ -18,7 +18,7 @@ from torch import nn
 
 from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.runtime.engines import api
-from rmsnorm_deploy.runtime.generate import generate
+from rmsnorm_deploy.runtime.generation.api import generate
 from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds
 from rmsnorm_deploy.runtime.runners.base import Array, TensorInfo
 from rmsnorm_deploy.runtime.runners.tensorrt import TensorRTRunner

@@ -12,16 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmsnorm_deploy.export.graph.cache_names import is_past, present_to_past
-from rmsnorm_deploy.export.onnx_io.manifest import read_manifest
 from rmsnorm_deploy.models.calling.media_parts import first_one, modality_read
-from rmsnorm_deploy.models.calling.rotary import RESTART_FIELD
 from rmsnorm_deploy.models.errors import UnsupportedError
-from rmsnorm_deploy.runtime.generate_parts import with_parts
-from rmsnorm_deploy.runtime.inputs.encoder_decoder import decoder_steps, opened_parts
+from rmsnorm_deploy.runtime.generation.open import open_decoder
+from rmsnorm_deploy.runtime.generation.reader import Reader
 from rmsnorm_deploy.runtime.inputs.exported import component_folders
-from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds
-from rmsnorm_deploy.runtime.runners.base import Array, Runner, TensorInfo
+from rmsnorm_deploy.runtime.runners.base import Array, Runner
 from rmsnorm_deploy.runtime.runners.open import open_runner
 
 STEPS = 24
@@ -77,13 +73,10 @@ def onnx_tokens(folder: Path, prompt: Mapping[str, Tensor], wanted: Greedy, step
         UnsupportedError: the file has an input whose value is not known.
     """
     ids, mask = prompt["input_ids"].numpy(), prompt["attention_mask"].numpy()
-    parts = component_folders(folder)
-    if parts:
-        return _with_encoder(parts, ids, mask, wanted, steps)
-    with open_runner(folder / "model.onnx", session_options={"intra_op_num_threads": 1}) as runner:
-        if wanted.start is not None:
+    if wanted.start is not None and not component_folders(folder):
+        with open_runner(folder / "model.onnx", session_options={"intra_op_num_threads": 1}) as runner:
             return _encoder_decoder(runner, ids, mask, wanted, steps)
-        return _decoder(runner, ids, mask, wanted, steps, read_manifest(folder).get(RESTART_FIELD))
+    return _decoder_tokens(folder, ids, mask, {}, wanted.never, steps)
 
 
 def media_difference(model: Any, folder: Path, inputs: Mapping[str, Tensor]) -> tuple[bool, str]:
@@ -96,45 +89,21 @@ def media_difference(model: Any, folder: Path, inputs: Mapping[str, Tensor]) -> 
     text = {name: value[:1] for name, value in inputs.items() if name not in modality.of(inputs)}
     wanted = torch_tokens(model, {**text, **first, **{name: torch.tensor(rows) for name, rows in sizes.items()}})
     media = {name: value.numpy() for name, value in first.items()}
-    ids, _ = with_parts(folder, component_folders(folder), text["input_ids"][0].tolist(), media, STEPS, set(), "cpu")
-    return difference(wanted, np.array([ids]))
+    ids = text["input_ids"].numpy()
+    return difference(wanted, _decoder_tokens(folder, ids, np.ones_like(ids), media, [], STEPS))
 
 
-def _decoder(runner: Runner, ids: Array, mask: Array, wanted: Greedy, steps: int, restart: int | None = None) -> Array:
-    infos = runner.inputs()
-    cached = any(is_past(info.name) for info in infos)
-    tokens: list[Array] = []
-    past: dict[str, Array] = {}
-    pending = ids
-    while True:
-        feeds = _feeds(infos, pending, mask, past)
-        outputs = runner.run(feeds)
-        tokens.append(_most_likely(outputs["logits"], wanted.never))
-        if len(tokens) == steps:
-            return np.stack(tokens, 1)
-        mask = np.concatenate([mask, np.ones_like(mask[:, :1])], 1)
-        new = tokens[-1][:, None]
-        ids = np.concatenate([ids, new], 1)
-        again = not cached or ids.shape[1] - 1 == restart
-        past, pending = ({}, ids) if again else (present_to_past(outputs), new)
-
-
-def _feeds(infos: list[TensorInfo], pending: Array, mask: Array, past: Mapping[str, Array]) -> dict[str, Array]:
-    length = pending.shape[1]
-    positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -length:]
-    known = {"input_ids": pending, "attention_mask": mask, "position_ids": positions}
-    feeds = make_feeds([info for info in infos if is_past(info.name)], len(pending), length, 0, None)
-    feeds.update({name: value for name, value in past.items() if name in feeds})
-    for info in infos:
-        if is_past(info.name):
-            continue
-        if info.name not in known:
-            raise UnsupportedError(f"expected inputs {', '.join(known)} and a cache, got {info.name!r} too.")
-        value = known[info.name]
-        if info.shape is not None and len(info.shape) == value.ndim + 1:  # one row of positions for each axis of M-RoPE
-            value = np.broadcast_to(value, (int(info.shape[0] or 1), *value.shape)).copy()
-        feeds[info.name] = value.astype(info.dtype)
-    return feeds
+def _decoder_tokens(
+    folder: Path, ids: Array, mask: Array, media: Mapping[str, Array], never: list[int], steps: int
+) -> Array:
+    with open_decoder(folder) as model:
+        ids, mask = model.decoder.begin(ids, mask, media)
+        first, reader = ids.shape[1], Reader(model.decoder)
+        for _ in range(steps):
+            new = _most_likely(reader.logits(ids, mask)[:, None], never)
+            ids = np.concatenate([ids, new[:, None]], 1)
+            mask = np.concatenate([mask, np.ones_like(mask[:, :1])], 1)
+    return ids[:, first:]
 
 
 def _encoder_decoder(runner: Runner, ids: Array, mask: Array, wanted: Greedy, steps: int) -> Array:
@@ -146,16 +115,6 @@ def _encoder_decoder(runner: Runner, ids: Array, mask: Array, wanted: Greedy, st
             raise UnsupportedError(f"expected inputs {', '.join(known)}, got {', '.join(unknown)} too.")
         logits = runner.run({info.name: known[info.name] for info in runner.inputs()})["logits"]
         sequence = np.concatenate([sequence, _most_likely(logits, wanted.never)[:, None]], 1)
-    return sequence[:, 1:]
-
-
-def _with_encoder(parts: Mapping[str, Path], ids: Array, mask: Array, wanted: Greedy, steps: int) -> Array:
-    sequence = np.full((len(ids), 1), wanted.start, ids.dtype)
-    with opened_parts(parts, "cpu") as runners:
-        step = decoder_steps(runners, ids, mask)
-        for _ in range(steps):
-            new = _most_likely(step(sequence[:, -1:])[:, None], wanted.never)
-            sequence = np.concatenate([sequence, new[:, None]], 1)
     return sequence[:, 1:]
 
 

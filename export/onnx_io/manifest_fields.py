@@ -138,14 +138,19 @@ def checked(path: Path, content: Any, fields: type[_Model], remedy: str) -> _Mod
     try:
         return fields.model_validate(content)
     except ValidationError as error:
-        rows = error.errors(include_url=False)
-        texts = [
-            f"{'.'.join(map(str, row['loc'])) or 'the file'}: "
-            + ("missing" if row["type"] == "missing" else f"{_expected(row['msg'])}, got {_shown(row['input'])}")
-            for row in rows[:_PROBLEMS]
-        ]
-        more = f" and {len(rows) - _PROBLEMS} more" if len(rows) > _PROBLEMS else ""
-        raise UsageError(f"{path}: {'; '.join(texts)}{more}. {remedy}") from error
+        raise UsageError(f"{path}: {field_problems(error)}. {remedy}") from error
+
+
+def field_problems(error: ValidationError) -> str:
+    """What is wrong with the fields of an object: "FIELD: expected X, got Y", separated by semicolons."""
+    rows = error.errors(include_url=False)
+    texts = [
+        f"{'.'.join(map(str, row['loc'])) or 'the file'}: "
+        + ("missing" if row["type"] == "missing" else f"{_expected(row['msg'])}, got {_shown(row['input'])}")
+        for row in rows[:_PROBLEMS]
+    ]
+    more = f" and {len(rows) - _PROBLEMS} more" if len(rows) > _PROBLEMS else ""
+    return "; ".join(texts) + more
 
 
 def _expected(message: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,8 +27,24 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The token ids of the messages of a chat, up to where the model's answer begins.
+
+        Args:
+            messages: with the keys `role` and `content`.
+
+        Raises:
+            UsageError: the tokenizer has no chat template, or the template rejects the messages.
+        """
+        ...
+
     def decode(self, ids: list[int]) -> str:
         """The text of token ids."""
+        ...
+
+    @property
+    def of_transformers(self) -> Any:
+        """The tokenizer of transformers, or None."""
         ...
 
 
@@ -90,8 +106,13 @@ def _is_addition(folder: Path) -> bool:
 class _AdditionTokenizer:
     """The tokenizer of the addition task: one token per character."""
 
+    of_transformers = None
+
     def encode(self, text: str) -> list[int]:
         return token_ids(addition.encode([text])[0])
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        raise UsageError("the tokenizer of the addition task has no chat template; give a prompt without --chat.")
 
     def decode(self, ids: list[int]) -> str:
         return addition.decode(np.array([ids], np.int64))[0]
@@ -101,13 +122,25 @@ class _HubTokenizer:
     """A tokenizer that transformers loaded."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.of_transformers = tokenizer
 
     def encode(self, text: str) -> list[int]:
-        return token_ids(self._tokenizer(text)["input_ids"])
+        return token_ids(self.of_transformers(text)["input_ids"])
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        if not getattr(self.of_transformers, "chat_template", None):
+            raise UsageError("the tokenizer has no chat template; give a prompt without --chat.")
+        try:
+            text = self.of_transformers.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # templates raise errors of jinja2 and of their own
+            raise UsageError(f"the chat template rejects the messages: {' '.join(str(error).split())[:300]}") from error
+        # The template has written the special tokens.
+        return token_ids(self.of_transformers(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self.of_transformers.decode(ids, skip_special_tokens=True))
 
 
 def end_tokens(folder: Path | None) -> set[int]:

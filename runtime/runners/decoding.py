@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from ...export.graph.cache_names import present_to_past
@@ -16,7 +16,8 @@ class Decoding(Protocol):
         """Run the next tokens.
 
         Args:
-            feeds: every input of the decoder; those of the cache are read at the first step only.
+            feeds: every input of the decoder; those of the cache may be left out after the first step, and are not
+                read then.
 
         Returns:
             The logits of the last token, `[batch, vocabulary]`, float32.
@@ -25,6 +26,10 @@ class Decoding(Protocol):
 
     def restart(self) -> None:
         """Forget the cache."""
+        ...
+
+    def select(self, rows: Sequence[int]) -> bool:
+        """Let the rows of the cache be these of the present ones, in this order; False if it cannot."""
         ...
 
 
@@ -37,17 +42,23 @@ class HostDecoding:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
+        self._names = {info.name for info in runner.inputs()}
         self._past: dict[str, Array] = {}
 
     def step(self, feeds: Mapping[str, Array]) -> Array:
         """See `Decoding.step`."""
-        outputs = self._runner.run({name: self._past.get(name, value) for name, value in feeds.items()})
-        self._past = present_to_past(outputs)
+        outputs = self._runner.run({**feeds, **self._past})
+        self._past = {name: value for name, value in present_to_past(outputs).items() if name in self._names}
         return outputs["logits"][:, -1].astype("float32")
 
     def restart(self) -> None:
         """See `Decoding.restart`."""
         self._past = {}
+
+    def select(self, rows: Sequence[int]) -> bool:
+        """See `Decoding.select`."""
+        self._past = {name: value[list(rows)] for name, value in self._past.items()}
+        return True
 
 
 def open_decoding(runner: Runner) -> Decoding:

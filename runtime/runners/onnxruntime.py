@@ -184,7 +184,7 @@ class OrtRunner(ClosesOnExit):
     def decoding(self) -> OrtDecoding:
         """The steps of a decoder whose cache stays in ONNX Runtime's values."""
         self._opened()
-        return OrtDecoding(self._computed, _to_array, [info.name for info in self._outputs])
+        return OrtDecoding(self._computed, _view, _to_value, [info.name for info in self._outputs])
 
     def _computed(self, feeds: Mapping[str, Array], own: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
         """The outputs as OrtValues, for arrays, and for OrtValues of an earlier run in place of some inputs."""
@@ -390,14 +390,19 @@ def _to_value(array: Array) -> Any:
 
 def _to_array(value: Any) -> Array:
     """A copy of an OrtValue; runs return every output in host memory."""
+    return _view(value).copy()
+
+
+def _view(value: Any) -> Array:
+    """An array of an OrtValue in host memory, if possible over its memory; the value must live longer."""
     if value.element_type() != _BFLOAT16:
-        return np.array(value.numpy())
+        return np.asarray(value.numpy())
     shape = tuple(value.shape())
     if 0 in shape:
         return np.empty(shape, ml_dtypes.bfloat16)
     # Neither numpy() nor DLPack supports bfloat16, so its bits are read from memory.
     memory = (ctypes.c_uint16 * (value.tensor_size_in_bytes() // 2)).from_address(value.data_ptr())
-    return np.array(memory, dtype=np.uint16).view(ml_dtypes.bfloat16).reshape(shape)
+    return np.frombuffer(memory, np.uint16).view(ml_dtypes.bfloat16).reshape(shape)
 
 
 def _run_bound(session: Any, values: Mapping[str, Any], names: Sequence[str]) -> list[Any]:

@@ -213,6 +213,10 @@ class DeviceDecoding:
         self._past = {}
         self._cache.clear()
 
+    def select(self, rows: Sequence[int]) -> bool:
+        """See `Decoding.select`; the buffers of the cache are written by the engine alone."""
+        return False
+
     def _memory(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         if is_present(name):
             return self._cache.memory(name, shape, dtype)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rmsnorm_deploy.plugins.torch.quantized_operators import add_rms_norm_quantized, rms_norm_quantized
     from rmsnorm_deploy.plugins.torch.swap import KernelSwap, use_kernel
     from rmsnorm_deploy.runtime.accuracy.tolerances import Limits
-    from rmsnorm_deploy.runtime.generate import generate
+    from rmsnorm_deploy.runtime.generation.api import Generation, Generator, generate, generate_batch
     from rmsnorm_deploy.runtime.inputs.cases import Case
     from rmsnorm_deploy.runtime.report.compare import compare
     from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
@@ -69,7 +69,10 @@ _HOME = {
     "open_runner": "runtime.runners.open",
     "OrtRunner": "runtime.runners.onnxruntime",
     "TorchRunner": "runtime.runners.torch",
-    "generate": "runtime.generate",
+    "generate": "runtime.generation.api",
+    "generate_batch": "runtime.generation.api",
+    "Generator": "runtime.generation.api",
+    "Generation": "runtime.generation.api",
     "validate": "runtime.validation.api",
     "bisect": "runtime.validation.api",
     "ValidationOptions": "runtime.validation.options",
@@ -110,6 +113,9 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "OrtRunner",
     "TorchRunner",
     "generate",
+    "generate_batch",
+    "Generator",
+    "Generation",
     "validate",
     "bisect",
     "ValidationOptions",

@@ -368,7 +368,7 @@ def test_every_exception_becomes_a_message(
     def fails(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("rmsnorm_deploy.runtime.generate.generate", fails)
+    monkeypatch.setattr("rmsnorm_deploy.runtime.generation.api.Generator", fails)
     outcome = rmsnorm("generate", "out", "--prompt-ids", "1", "--json")
     assert outcome.code == code
     assert message in outcome.json["error"]["message"]

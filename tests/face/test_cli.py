@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -246,38 +247,107 @@ def test_npz_of_bfloat16_written_by_numpy(tmp_path: Path) -> None:
     assert (found == values).all()
 
 
-def test_generate(rmsnorm: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+class StandInGenerator:
+    """Answers with one token more at each call."""
 
-    def stand_in(
-        folder: Path, prompt: str | list[int], *, max_new_tokens: int, provider: str, runner: Any, inputs: Any
-    ) -> SimpleNamespace:
-        assert runner is None
-        asked.append((folder, prompt, max_new_tokens, provider, inputs))
-        text = "7530" if isinstance(prompt, str) else None
-        return SimpleNamespace(text=text, ids=[7, 5, 3, 0], prompt_ids=[0, 1], tokens_per_second=9.5, with_past=True)
+    asked: ClassVar[list[Any]] = []
 
-    monkeypatch.setattr("rmsnorm_deploy.runtime.generate.generate", stand_in)
+    def __init__(self, folder: Path, *, provider: str, runner: Any) -> None:
+        self.asked.append((folder, provider, runner))
+
+    def __enter__(self) -> StandInGenerator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.asked.append("closed")
+
+    def generate(self, prompt: Any, *, stream: Any = None, inputs: Any = None, **settings: Any) -> SimpleNamespace:
+        self.asked.append((prompt, settings))
+        text = None if isinstance(prompt[0], int) else "75\x1b30"
+        for piece in (text or "", ""):
+            if stream is not None:
+                stream(piece)
+        return SimpleNamespace(
+            text=text, ids=[7, 5, 3, 0], prompt_ids=[0, 1], tokens_per_second=9.5, with_past=True, finish="length"
+        )
+
+    def generate_batch(self, prompts: Any, **settings: Any) -> list[SimpleNamespace]:
+        return [self.generate(prompt, **settings) for prompt in prompts]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    monkeypatch.setattr(StandInGenerator, "asked", [])
+    monkeypatch.setattr("rmsnorm_deploy.runtime.generation.api.Generator", StandInGenerator)
+    return StandInGenerator.asked
+
+
+def test_generate(rmsnorm: CommandLine, asked: list[Any]) -> None:
     outcome = rmsnorm("generate", "out", "--prompt", "012+345=", "--max-new-tokens", "4")
-    assert (outcome.code, outcome.out) == (0, "7530\n")
+    assert (outcome.code, outcome.out) == (0, "75\\x1b30\n")
     assert "9.5 tokens/s" in outcome.err
     outcome = rmsnorm("generate", "out", "--prompt-ids", "0,1", "--provider", "cuda")
     assert outcome.out == "7,5,3,0\n"
-    content = rmsnorm("generate", "out", "--prompt-ids", "0,1", "--json").json
-    assert (content["schema"], content["ids"], content["text"]) == ("rmsnorm_deploy.generate/1", [7, 5, 3, 0], None)
-    assert asked[:2] == [
-        (Path("out"), "012+345=", 4, "cpu", None),
-        (Path("out"), [0, 1], 32, "cuda", None),
-    ]
+    content = rmsnorm("generate", "out", "--prompt-ids", "0,1", "--prompt-ids", "2", "--json").json
+    assert content["schema"] == "rmsnorm_deploy.generate/2"
+    assert [(one["ids"], one["text"], one["finish"]) for one in content["generations"]] == [
+        ([7, 5, 3, 0], None, "length")
+    ] * 2
+    assert asked == [
+        (Path("out"), "cpu", None), ("012+345=", {"max_new_tokens": 4, "seed": None}), "closed",
+        (Path("out"), "cuda", None), ([0, 1], {"max_new_tokens": 32, "seed": None}), "closed",
+        (Path("out"), "cpu", None), ([0, 1], {"max_new_tokens": 32, "seed": None}),
+        ([2], {"max_new_tokens": 32, "seed": None}), "closed",
+    ]  # fmt: skip
+
+
+def test_generate_settings(rmsnorm: CommandLine, asked: list[Any]) -> None:
+    rmsnorm(
+        *("generate", "out", "--prompt", "a", "--temperature", "0.5", "--top-k", "3", "--top-p", "0.9", "--seed", "1"),
+        *("--repetition-penalty", "1.1", "--beams", "2", "--stop", "x", "--stop", "y", "--sample"),
+    )
+    assert asked[1][1] == {
+        "max_new_tokens": 32, "seed": 1, "do_sample": True, "temperature": 0.5, "top_k": 3, "top_p": 0.9,
+        "repetition_penalty": 1.1, "num_beams": 2, "stop_strings": ["x", "y"],
+    }  # fmt: skip
+
+
+def test_a_chat_of_one_message_and_a_stream(rmsnorm: CommandLine, asked: list[Any]) -> None:
+    outcome = rmsnorm("generate", "out", "--chat", "--prompt", "hello", "--system", "be kind", "--stream")
+    assert (outcome.code, outcome.out) == (0, "75\\x1b30\n")
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
+    assert asked[1][0] == messages
+
+
+def test_a_chat_reads_messages_from_stdin(
+    rmsnorm: CommandLine, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nand you\n"))
+    outcome = rmsnorm("generate", "out", "--chat")
+    assert (outcome.code, outcome.out) == (0, "75\\x1b30\n" * 2)
+    assert [message["role"] for message in asked[2][0]] == ["user", "assistant", "user", "assistant"]
+    assert [message["content"] for message in asked[2][0]] == ["hello", "75\x1b30", "and you", "75\x1b30"]
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("--prompt", "a", "--prompt-ids", "1"), ("--prompt-ids", "1,x"), ("--prompt-ids", "")]
+    ("arguments", "message"),
+    [
+        ((), "expected either --prompt TEXT or --prompt-ids 1,2,3, got neither"),
+        (("--prompt", "a", "--prompt-ids", "1"), "got both"),
+        (("--prompt-ids", "1,x"), "expected integers separated by commas, such as 1,2,3, got '1,x'"),
+        (("--prompt-ids", ""), "expected integers separated by commas"),
+        (("--prompt-ids", "1", "--chat"), "--chat: expected --prompt TEXT or no prompt"),
+        (("--prompt", "a", "--system", "b"), "--system: expected --chat with it"),
+        (("--prompt", "a", "--stream", "--json"), "--stream: expected it without --json"),
+        (("--prompt", "a", "--prompt", "b", "--stream"), "--stream: expected one prompt, got 2"),
+        (("--prompt", "a", "--prompt", "b", "--inputs", "x.npz"), "--inputs: expected one prompt, got 2"),
+        (("--chat", "--json"), "--json: expected --prompt with it"),
+    ],
 )
-def test_generate_requires_one_prompt(rmsnorm: CommandLine, arguments: tuple[str, ...]) -> None:
+def test_generate_refuses(rmsnorm: CommandLine, arguments: tuple[str, ...], message: str) -> None:
     outcome = rmsnorm("generate", "out", *arguments)
     assert outcome.code == 2
-    assert "--prompt" in outcome.err
+    assert message in outcome.err
 
 
 # -------------------------------------------------------------------------------------------------------- targets

@@ -61,6 +61,11 @@ class Screen:
         else:
             print(text)
 
+    def piece(self, text: str) -> None:
+        """Print a part of a line on stdout at once."""
+        sys.stdout.write(printable(text))
+        sys.stdout.flush()
+
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Print a table on stdout, aligned with spaces if stdout is not a terminal."""
         texts = [[printable(str(cell)) for cell in row] for row in rows]

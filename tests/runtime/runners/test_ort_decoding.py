@@ -56,7 +56,7 @@ def test_only_the_logits_are_copied(path):
         decoding.step(feeds_of(runner, 4, 4))
         with (
             mock.patch.object(module, "_to_value", wraps=module._to_value) as given,
-            mock.patch.object(decoding, "_to_array", wraps=decoding._to_array) as taken,
+            mock.patch.object(decoding, "_view", wraps=decoding._view) as taken,
         ):
             decoding.step(feeds_of(runner, 1, 5))
         assert taken.call_count == 1

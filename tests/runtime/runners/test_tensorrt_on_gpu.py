@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rmsnorm_deploy.runtime.engines.api import FLAVORS, RUNTIMES, flavor_of, is_installed
-from rmsnorm_deploy.runtime.generate import generate
+from rmsnorm_deploy.runtime.generation.api import generate
 from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds
 from rmsnorm_deploy.runtime.runners.decoding import HostDecoding
 from rmsnorm_deploy.runtime.runners.open import open_runner

@@ -15,7 +15,7 @@ import pytest
 from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.engines.engine_file import record_of
-from rmsnorm_deploy.runtime.generate import generate
+from rmsnorm_deploy.runtime.generation.api import generate
 from rmsnorm_deploy.runtime.report import html
 from rmsnorm_deploy.runtime.tensorrt.build import build_engine
 from rmsnorm_deploy.runtime.validation.api import bisect, validate

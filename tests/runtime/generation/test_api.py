@@ -16,8 +16,8 @@ from rmsnorm_deploy.models.builtin import addition_task as addition
 from rmsnorm_deploy.models.builtin.addition_task import TOKENIZER
 from rmsnorm_deploy.models.builtin.checkpoint import addition as addition_model
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
-from rmsnorm_deploy.runtime.generate import generate
-from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds
+from rmsnorm_deploy.runtime.generation.api import generate
+from rmsnorm_deploy.runtime.runners.ort_decoding import OrtDecoding
 from tests.helpers.models.encoder_decoders import PROMPTS, export_t5, t5
 from tests.helpers.models.families import build
 from tests.helpers.models.small_models import Residual, residual_inputs
@@ -52,12 +52,13 @@ def test_a_prompt_is_read_in_pieces_of_the_length_that_the_file_is_valid_for(
     manifest["inputs"][0]["ranges"] = {"sequence": [1, 3]}
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
     lengths: list[int] = []
+    step = OrtDecoding.step
 
-    def recorded(infos: Any, batch: int, length: int, *more: Any, **options: Any) -> Any:
-        lengths.append(length)
-        return make_feeds(infos, batch, length, *more, **options)
+    def recorded(decoding: OrtDecoding, feeds: Any) -> Any:
+        lengths.append(feeds["input_ids"].shape[1])
+        return step(decoding, feeds)
 
-    monkeypatch.setattr("rmsnorm_deploy.runtime.generate.make_feeds", recorded)
+    monkeypatch.setattr(OrtDecoding, "step", recorded)
     assert generate(tmp_path / "out", PROMPT, max_new_tokens=6).ids == wanted
     assert lengths == [3, 1, 1, 1, 1, 1, 1]
 
@@ -137,7 +138,7 @@ def test_generation_ends_at_the_end_token_and_needs_a_start_token(t5_folder: Pat
     with pytest.raises(UsageError, match=r"config\.json: decoder_start_token_id: expected a token id, got None"):
         generate(folder, PROMPTS[0])
     with pytest.raises(UsageError, match="--prompt-ids"):
-        generate(folder, "hello")
+        generate(t5_folder, "hello")
     shutil.rmtree(folder / "decoder")
     with pytest.raises(UsageError, match="names the models encoder, decoder, but decoder is missing"):
         generate(folder, PROMPTS[0])

@@ -11,8 +11,8 @@ import torch
 
 from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
-from rmsnorm_deploy.runtime.generate import generate
-from rmsnorm_deploy.runtime.generate_parts import _image_positions
+from rmsnorm_deploy.runtime.generation.api import generate
+from rmsnorm_deploy.runtime.generation.positions import image_positions
 from rmsnorm_deploy.runtime.validation.api import validate
 from tests.helpers.models.media import (
     IMAGE,
@@ -100,7 +100,7 @@ def test_parts_of_images_and_sounds_are_right(
 
 
 def test_positions_of_an_image_are_those_of_its_patches() -> None:
-    found = _image_positions([5, IMAGE, IMAGE, IMAGE, IMAGE, 6, 7], IMAGE, [1, 4, 4], 2)
+    found = image_positions([5, IMAGE, IMAGE, IMAGE, IMAGE, 6, 7], IMAGE, [1, 4, 4], 2)
     assert found.tolist() == [[0, 1, 1, 1, 1, 3, 4], [0, 1, 1, 2, 2, 3, 4], [0, 1, 2, 1, 2, 3, 4]]
 
 
