@@ -96,7 +96,7 @@ def check_quantize(scheme: Scheme | None, targets: Iterable[str], dtype: str | N
 
 
 def import_quantizer() -> Any:
-    """The class `MatMulNBitsQuantizer`.
+    """The module of the class `MatMulNBitsQuantizer`.
 
     Raises:
         EnvironmentMissingError: it cannot be imported.
@@ -106,7 +106,7 @@ def import_quantizer() -> Any:
             raise EnvironmentMissingError(problem)
     try:
         with _unchanged_logging():
-            return importlib.import_module(_MODULE).MatMulNBitsQuantizer
+            return importlib.import_module(_MODULE)
     except ImportError as error:
         raise EnvironmentMissingError(
             f"quantize: ONNX Runtime's quantizer cannot be imported ({error}). Install it with: "
@@ -179,13 +179,14 @@ class QuantizedMatrix:
         """The attributes and parts of the operator that ONNX Runtime's quantizer makes of a MatMul."""
         scheme = self.scheme
         try:
-            quantizer = import_quantizer()(
-                _product(matrix),
+            module = import_quantizer()
+            config = module.DefaultWeightOnlyQuantConfig(
                 bits=scheme.bits,
                 block_size=scheme.block_size,
                 is_symmetric=scheme.symmetric,
                 accuracy_level=scheme.accuracy_level,
             )
+            quantizer = module.MatMulNBitsQuantizer(_product(matrix), algo_config=config)
             quantizer.process()
             graph = quantizer.model.model.graph
             (node,) = graph.node
