@@ -35,6 +35,7 @@ from ..capture.transformers_model import is_pretrained
 from ..lowering.attention_table import AttentionMode, parse_attention
 from ..lowering.plugin_functions import plugin_style
 from ..lowering.table import DEFAULT_TARGET, Environment, LoweringRefusal, opset_for, parse_targets, resolve
+from ..lowering.weight_quantizer import check_quantize, parse_quantize
 from ..onnx_io.destinations import check_destination, check_shared_folder
 from ..onnx_io.owned_files import MANIFEST
 from ..onnx_io.place_weights import parse_weights
@@ -129,13 +130,16 @@ def export_model(
 
     Raises:
         UsageError: an argument is wrong or the folder cannot be written to; nothing is left behind.
-        UnsupportedError: the target, opset or dtype does not support a norm, or the exporter cannot capture the model.
+        UnsupportedError: the target, opset or dtype does not support a norm or `quantize`, or the exporter cannot
+            capture the model.
+        EnvironmentMissingError: `quantize` was given, and ONNX Runtime is not installed.
         MismatchError: the outputs of the swapped model are not bit for bit those of the original.
     """
     options = _changed(options, changes)
     targets = parse_targets(target)
     for name in targets:
         opset_for(name, options.opset)
+    check_quantize(parse_quantize(options.quantize), targets)
     style = plugin_style(options.function, options.ort_trt, targets)
     folder = Path(path)
     places = [folder] if len(targets) == 1 else [folder / name for name in targets]
@@ -203,6 +207,7 @@ def prepare_parts(
     given = model
     model = given if options.dtype is None else converted(given, torch_dtype(options.dtype))
     dtype = options.dtype or torch_name(model_dtype(model) or torch.get_default_dtype())
+    check_quantize(parse_quantize(options.quantize), targets, dtype)
     feeds = as_tensors(inputs) if inputs is not None else example_inputs(model)
     if model is not given:
         feeds = cast_floats(feeds, dtype)
@@ -357,6 +362,7 @@ def _changed(options: ExportOptions | None, changes: Mapping[str, Any]) -> Expor
     options = replace(options or ExportOptions(), **changes)
     parse_weights(options.weights)
     parse_attention(options.attention)
+    parse_quantize(options.quantize)
     return options if options.dtype is None else replace(options, dtype=norm_dtype(options.dtype))
 
 

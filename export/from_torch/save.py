@@ -12,12 +12,15 @@ import onnx_ir as ir
 
 from ...models.attention.find_attention import AttentionRecognition
 from ...models.companions import saved_weights
+from ...models.errors import UnsupportedError
 from ...models.recognition.site import Recognition
 from ..capture.captured import Capture
 from ..graph.requirements import requirement_metadata
 from ..graph.sizes import SizeLimits, metadata_of
 from ..graph.stored_weights import as_stored
 from ..lowering.plugin_functions import PluginStyle, style_notes
+from ..lowering.quantized_weights import QuantizedWeights, quantize_weights, summed
+from ..lowering.weight_quantizer import DOMAIN, LOWEST_ONNXRUNTIME, OPERATOR, check_quantize, parse_quantize
 from ..onnx_io.atomic_files import copy_companions, into_folder, new_folder, restrict_mode
 from ..onnx_io.manifest import tensor_rows, write_manifest
 from ..onnx_io.owned_files import MANIFEST
@@ -88,11 +91,15 @@ class SaveOptions:
             `pack` by one new file with all weights, each at a memory page of its own; `reference` writes the model and
             its manifest into the checkpoint's folder, or one that contains it, where it reads the files themselves.
         full_hash: also hash the checkpoint's files, which reads them, so that `verify` notices every change.
+        quantize: `int4` or `int8` for weights of MatMuls in blocks of 4 or 8 bits, which ONNX Runtime alone reads; not
+            for target `plugin`. With `link`, the other weights are packed, because links would keep the whole
+            checkpoint.
     """
 
     opset: int | None = None
     weights: WeightsMode = "link"
     full_hash: bool = False
+    quantize: str | None = None
 
 
 def save(
@@ -107,16 +114,37 @@ def save(
 
     The arguments are those of `export_model`; `style` is how the file contains the custom operators of target `plugin`.
     """
-    progress, options = progress or _silent, options or SaveOptions()
+    return _save(prepared, path, target, options or SaveOptions(), style, progress or _silent)
+
+
+def _save(
+    prepared: PreparedModel,
+    path: str | os.PathLike[str],
+    target: str,
+    options: SaveOptions,
+    style: PluginStyle,
+    progress: Progress,
+    part: bool = False,
+) -> ExportResult:
+    """`save`, also for a part of a model, in which there may be nothing to quantize."""
+    scheme = parse_quantize(options.quantize)
+    check_quantize(scheme, [target], prepared.dtype)
     progress(f"lowering for {target}")
     result = lower_graph(prepared.capture.model, target, options.opset, style)
     lowered, unswapped = result.model, prepared.unswapped
+    requires, quantized = result.requires, None
+    if scheme is not None:
+        quantized = quantize_weights(lowered, scheme)
+        if not part:
+            _check_any(quantized.to_json())
+        if quantized.nodes:
+            requires = {"onnxruntime": LOWEST_ONNXRUNTIME, **requires}
     if target != "plugin":  # TensorRT transposes weights when it builds an engine
         as_stored(lowered)
     refusals = [refusal.to_dict() for refusal in prepared.recognition.refusals]
     refusals += [refusal.to_dict() for refusal in (*unswapped.refusals, *result.refusals)]
     graph, limits = lowered.graph, prepared.capture.limits
-    lowered.metadata_props.update(metadata_of(limits) | requirement_metadata(result.requires))
+    lowered.metadata_props.update(metadata_of(limits) | requirement_metadata(requires))
     content = {
         **prepared.details,
         "target": target,
@@ -129,13 +157,14 @@ def save(
         **({"conditions": [*limits.conditions]} if limits.conditions else {}),
         "sites": site_rows(prepared.recognition, result.sites, unswapped),
         "refusals": refusals,
-        "requires": result.requires,
+        "requires": requires,
         "attention": attention_rows(prepared.attention, result.attentions),
-        "notes": [*prepared.notes, *prepared.capture.notes, *style_notes(lowered, style)],
+        **({} if quantized is None else {"quantized": quantized.to_json()}),
+        "notes": [*prepared.notes, *prepared.capture.notes, *style_notes(lowered, style), *_quantized_notes(quantized)],
     }
     shared = options.weights == "reference"
     with into_folder(path, (MODEL_FILE, MANIFEST)) if shared else new_folder(path) as folder:
-        progress("writing the model")
+        progress("writing the model" if quantized is None else "quantizing the weights and writing the model")
         placed = _write_model(lowered, folder, options, Path(path) if shared else None)
         content["notes"] += placed.notes
         content["weights"] = {"mode": placed.mode, "files": placed.linked}
@@ -171,7 +200,7 @@ def save_all(
         results = {}
         for name, part in prepared.items():
             alone = replace(part, companions=None, details={**part.details, "part": name})
-            results[str(name)] = save(alone, folder / str(name), target, options, style, progress)
+            results[str(name)] = _save(alone, folder / str(name), target, options, style, progress or _silent, True)
         manifests = [result.manifest for result in results.values()]
         notes = list(dict.fromkeys(note for manifest in manifests for note in manifest["notes"]))
         if companions is not None:
@@ -187,6 +216,7 @@ def save_all(
             "components": list(results),
             "sites": _all_calls(manifests),
             "refusals": manifests[0]["refusals"],
+            **({} if options.quantize is None else {"quantized": _checked_sum(manifests)}),
             "notes": notes,
         }
         hashes = {
@@ -196,6 +226,32 @@ def save_all(
         }
         manifest = write_manifest(folder, content, hashes)
     return ExportResult(Path(path), target, manifest, first.recognition)
+
+
+def _checked_sum(manifests: list[dict[str, Any]]) -> dict[str, Any]:
+    quantized = summed(manifest["quantized"] for manifest in manifests)
+    _check_any(quantized)
+    return quantized
+
+
+def _check_any(quantized: Mapping[str, Any]) -> None:
+    if not quantized["nodes"]:
+        left = ", ".join(f"{count} because {reason}" for reason, count in quantized["left"].items())
+        raise UnsupportedError(
+            f"quantize: no MatMul of the model has a constant weight that can be quantized to {quantized['profile']}"
+            f"{f' (left: {left})' * bool(left)}. Export without --quantize."
+        )
+
+
+def _quantized_notes(quantized: QuantizedWeights | None) -> list[str]:
+    if quantized is None or not quantized.nodes:
+        return []
+    scheme = quantized.scheme
+    return [
+        f"{quantized.nodes} MatMuls have weights in {scheme.name}, in blocks of {scheme.block_size} with a scale "
+        f"({DOMAIN}::{OPERATOR}, which of all runtimes only ONNX Runtime has); rmsnorm validate judges the file by the "
+        f"limits of --lossy {scheme.name}"
+    ]
 
 
 def _all_calls(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -214,7 +270,8 @@ def _ranges(row: Mapping[str, Any], limits: SizeLimits) -> dict[str, Any]:
 
 def _write_model(model: ir.Model, folder: Path, options: SaveOptions, final: Path | None = None) -> PlacedWeights:
     model.producer_name = "rmsnorm-deploy"
-    placed = place_weights(model, folder, MODEL_FILE, options.weights, options.full_hash, final)
+    mode = "pack" if options.quantize is not None and options.weights == "link" else options.weights
+    placed = place_weights(model, folder, MODEL_FILE, mode, options.full_hash, final)
     ir.save(model, folder / MODEL_FILE)
     return placed
 

@@ -9,4 +9,6 @@ attention_table: ATTENTION_TABLE, the operators of each target and kind of atten
 attention_writer: AttentionWriter, which writes one attention into a graph.
 plugin_functions: plugin_function, the local function of a custom operator; style_plugin_nodes, is_plugin_node.
 quantized_norms: fuse_quantized_outputs and split_quantized_outputs, norms of the plugin with a quantized output.
+weight_quantizer: SCHEMES; QuantizedMatrix, a weight that ONNX Runtime's own quantizer quantizes when it is read.
+quantized_weights: quantize_weights, which gives the MatMuls of a lowered graph quantized weights.
 """

@@ -90,6 +90,13 @@ class _Weights(_Fields):
     files: dict[str, _LinkedFile] = {}
 
 
+class _Quantized(_Fields):
+    profile: Text
+    operator: Text | None = None
+    nodes: int
+    left: dict[Text, int] = {}
+
+
 class ManifestFields(_Fields):
     """A manifest."""
 
@@ -118,6 +125,7 @@ class ManifestFields(_Fields):
     notes: list[Text] = []
     files: dict[str, dict[str, Any]] = {}
     weights: _Weights | None = None
+    quantized: _Quantized | None = None
 
 
 _Model = TypeVar("_Model", bound=BaseModel)

@@ -145,8 +145,9 @@ def _check_inline(values: list[ir.Value]) -> None:
     size = sum(value.const_value.nbytes for value in values if value.const_value is not None)
     if size > _MOST_INLINE:
         raise UsageError(
-            f"weights: {size} bytes of weights are not in the checkpoint as the model uses them (another dtype, or "
-            f"combined), and reference writes at most {_MOST_INLINE} bytes into the ONNX file. Use link or pack."
+            f"weights: {size} bytes of weights are not in the checkpoint as the model uses them (another dtype, "
+            f"combined, quantized), and reference writes at most {_MOST_INLINE} bytes into the ONNX file. Use link or "
+            "pack."
         )
 
 

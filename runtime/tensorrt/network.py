@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ...export.graph.metadata import FORM_KEY, PATH_KEY, SPEC_KEY
 from ...export.graph.plugin_nodes import PLUGIN_DOMAINS, is_plugin_node
 from ...export.lowering.quantized_norms import is_quantized_norm
+from ...export.lowering.weight_quantizer import DOMAIN, OPERATOR
 from ...export.onnx_io.check_graph import check_graph
 from ...export.onnx_io.read_model import ModelFile, all_nodes, graphs, label, read_model, to_ir
 from ...models.errors import UnsupportedError, UsageError
@@ -90,12 +91,14 @@ def read_network(path: Path, allow_float64: bool = False) -> NetworkFile:
 
     Raises:
         UsageError: the file is not a valid ONNX model, or its weights are missing.
-        UnsupportedError: it contains float64 values, or plugin nodes where TensorRT does not support plugins.
+        UnsupportedError: it contains float64 values, weights that ONNX Runtime quantized, or plugin nodes where
+            TensorRT does not support plugins.
     """
     file = read_model(path)
     check_graph(file.model, file.where)
     if not file.model.graph.node:
         raise UsageError(f"{file.where}: the graph has no nodes, so there is nothing to build.")
+    _check_no_quantized_weights(file.model, file.where)
     if not allow_float64:
         _check_no_float64(file.model, file.where)
     plugin_nodes = _plugin_nodes(file.model, file.where)
@@ -120,6 +123,15 @@ def _check_no_float64(model: ModelProto, where: str) -> None:
         raise UnsupportedError(
             f"{where}: float64 values, which TensorRT silently computes in float32: {names}. Export the model "
             "in float32, float16 or bfloat16, or accept float32 with --float64-as-float32."
+        )
+
+
+def _check_no_quantized_weights(model: ModelProto, where: str) -> None:
+    count = sum((node.domain, node.op_type) == (DOMAIN, OPERATOR) for node in all_nodes(model))
+    if count:
+        raise UnsupportedError(
+            f"{where}: {count} nodes {DOMAIN}::{OPERATOR} with quantized weights, which only ONNX Runtime runs. Export "
+            "without --quantize; TensorRT reads weights that are quantized with QuantizeLinear and DequantizeLinear."
         )
 
 

@@ -30,7 +30,7 @@ from .components import validate_components, validate_runners
 from .depth import DepthPoint, errors_introduced, measure_depth
 from .names import Renamed, RenamedTorch, match_inputs, own_names, renamed_infos
 from .norm_checks import try_or_note, unsound_norms
-from .options import ValidationOptions
+from .options import ValidationOptions, quantized_profile, with_own_profile
 from .pipeline import (
     Baseline,
     BaselineRuns,
@@ -102,6 +102,8 @@ def validate(
     options = dataclasses.replace(options or ValidationOptions(), **changes)
     progress = progress or (lambda _: None)
     is_path = isinstance(candidate, str | Path) and not is_model_source(str(candidate))
+    if isinstance(candidate, str | Path) and is_path and Path(candidate).expanduser().is_dir():
+        options = with_own_profile(options, Path(candidate).expanduser())
     if len(options.runners) > 1:
         again = functools.partial(
             validate, candidate, model, cases=cases, trust_remote_code=trust_remote_code, allow_code=allow_code,
@@ -209,9 +211,17 @@ def _compared(
         remark = reduced_precision(provenance["candidate"])
         if remark is not None and report.verdict == "fail" and dtype_of(sides.model) == "float32":
             report.warnings.append(remark)
-        report.notes[:0] = [*([sides.hint] if sides.hint else []), *matched.notes]
+        report.notes[:0] = [*([sides.hint] if sides.hint else []), *_profile_notes(sides, options), *matched.notes]
         provenance |= {"baseline": torch_runner.provenance(), "versions": versions()}
     return report, provenance
+
+
+def _profile_notes(sides: Sides, options: ValidationOptions) -> list[str]:
+    """That the limits are those of the profile that the manifest names; the same whether the user named it too."""
+    profile = quantized_profile(sides.candidate.manifest)
+    if profile is None or profile != options.lossy:
+        return []
+    return [f"the manifest says that the file has {profile} weights: it is judged by the limits of --lossy {profile}"]
 
 
 def _examined(

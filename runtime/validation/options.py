@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
+from ...export.onnx_io.manifest import read_manifest
 from ...models.errors import UsageError
 from ..accuracy.lossy import PROFILES, limits_with
 from ..accuracy.tolerances import PARTS, Limits
@@ -29,7 +31,8 @@ class ValidationOptions:
             error. The names `@norms` and `@segments` stand for all norms and all segments; those without limits are
             judged by the tolerance table.
         lossy: a profile of limits for quantized and converted files, a name in `PROFILES`: `int8`, `int4`, `fp16` or
-            `bf16`. Single limits of it are replaced by `limits`, and the candidate may have another dtype.
+            `bf16`. Single limits of it are replaced by `limits`, and the candidate may have another dtype. None is that
+            of the quantized weights that the manifest of an exported folder names, if there are any.
         thorough: try generated inputs that take long too: lengths past every window that the config names, all token
             ids, and several seeds.
         outputs_only: skip norms and segments.
@@ -118,3 +121,27 @@ class ValidationOptions:
         values["limits"] = {name: dataclasses.asdict(limits) for name, limits in self.limits.items()}
         values["shapes"] = None if self.shapes is None else [list(shape) for shape in self.shapes]
         return {**values, "prompts": list(self.prompts), "runners": list(self.runners)}
+
+
+def with_own_profile(options: ValidationOptions, folder: Path) -> ValidationOptions:
+    """The options with the profile of an exported folder's quantized weights, where they name none.
+
+    Raises:
+        UsageError: the folder has no manifest, or one that names a profile that is unknown.
+    """
+    profile = quantized_profile(read_manifest(folder)) if options.lossy is None else None
+    if profile is None:
+        return options
+    if profile not in PROFILES:
+        raise UsageError(
+            f"{folder}: its manifest says that its weights are {profile!r}, expected one of {', '.join(PROFILES)}. "
+            "Name the limits with --lossy."
+        )
+    return dataclasses.replace(options, lossy=profile)
+
+
+def quantized_profile(manifest: Mapping[str, Any]) -> str | None:
+    """The profile of the quantized weights that a manifest names; None without quantized weights."""
+    quantized = manifest.get("quantized") or {}
+    profile = quantized.get("profile")
+    return None if profile is None else str(profile)

@@ -89,3 +89,10 @@ def _patterns(paths: Sequence[str]) -> str:
     counts = Counter(re.sub(r"(^|\.)\d+(?=[.:]|$)", r"\1*", path) or "the model itself" for path in paths)
     shown = list(counts)[:_PATHS_SHOWN]
     return ", ".join(shown) + (f" and {len(counts) - len(shown)} more" if len(counts) > len(shown) else "")
+
+
+def quantized_line(quantized: Mapping[str, Any]) -> str:
+    """What the weights of an exported file were quantized to, from its manifest."""
+    left = "".join(f"; left: {count} ({reason})" for reason, count in quantized.get("left", {}).items())
+    profile = quantized["profile"]
+    return f"  quantized to {profile}: the weights of {quantized['nodes']} MatMuls{left}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rmsnorm_deploy.cli import options
-from rmsnorm_deploy.cli.norms import found_line, print_found
+from rmsnorm_deploy.cli.norms import found_line, print_found, quantized_line
 from rmsnorm_deploy.cli.screen import Screen, file_size
 from rmsnorm_deploy.runtime.inputs.arrays import read_arrays
 from rmsnorm_deploy.runtime.report.printed import print_deviations
@@ -84,6 +84,15 @@ def export(
             "reference (DIR is the checkpoint's own folder, into which the model is written).",
         ),
     ] = "link",
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            "--quantize",
+            metavar="BITS",
+            help="int4 or int8: quantize the weights of MatMuls with ONNX Runtime's quantizer, for ONNX Runtime alone; "
+            "norms, attention and embeddings stay as they are.",
+        ),
+    ] = None,
     full_hash: Annotated[
         bool,
         typer.Option("--hash", help="Hash all weights, so that `rmsnorm verify` notices every change of a byte."),
@@ -95,6 +104,7 @@ def export(
     from rmsnorm_deploy.export.lowering.attention_table import parse_attention
     from rmsnorm_deploy.export.lowering.plugin_functions import plugin_style
     from rmsnorm_deploy.export.lowering.table import DEFAULT_TARGET, opset_for, parse_targets
+    from rmsnorm_deploy.export.lowering.weight_quantizer import check_quantize, parse_quantize
     from rmsnorm_deploy.export.onnx_io.place_weights import parse_weights
 
     screen = Screen(as_json, quiet)
@@ -104,6 +114,7 @@ def export(
     for name in targets:
         opset_for(name, opset)  # refuses a wrong target or opset before slow work
     plugin_style(not no_function, ort_trt, targets)
+    check_quantize(parse_quantize(quantize), targets, dtype)
     arrays = read_arrays(inputs) if inputs is not None else None
     injection = _injection(outliers)
     with screen.working(f"loading {model}") as progress:
@@ -138,6 +149,7 @@ def export(
             ort_trt=ort_trt,
             weights=mode,
             full_hash=full_hash,
+            quantize=quantize,
             details=details,
             progress=progress,
         )
@@ -183,6 +195,7 @@ def _export_row(result: ExportResult) -> dict[str, Any]:
         "files": [str(result.folder / name) for name in result.files],
         "manifest": str(result.folder / "manifest.json"),
         "deviations": deviation_rows(result.manifest),
+        **({"quantized": result.manifest["quantized"]} if "quantized" in result.manifest else {}),
     }
 
 
@@ -201,6 +214,8 @@ def _print(screen: Screen, model: str, payload: dict[str, Any]) -> None:
         screen.line(f"{row['target']} (opset {row['opset']}, {row['dtype']}) -> {row['folder']}")
         for file in row["files"]:
             screen.line(f"  {Path(file).relative_to(row['folder'])}  {file_size(Path(file))}")
+        if "quantized" in row:
+            screen.line(quantized_line(row["quantized"]))
         print_deviations(screen, row["deviations"])
 
 
