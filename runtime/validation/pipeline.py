@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -210,9 +211,20 @@ def _repeated(candidate: CandidateRuns) -> list[int]:
 
 
 def run_baseline(
-    baseline: Baseline, candidate: CandidateRuns, progress: Progress, name: str = "the candidate"
+    baseline: Baseline,
+    candidate: CandidateRuns,
+    progress: Progress,
+    name: str = "the candidate",
+    watched: AbstractContextManager[None] | None = None,
 ) -> tuple[CandidateRuns, BaselineRuns]:
     """Run every case in PyTorch, record the norms of the largest case, and match the names of the outputs.
+
+    Args:
+        baseline: PyTorch.
+        candidate: the candidate's runs.
+        progress: called with a line of text for each case.
+        name: the candidate's name in messages.
+        watched: entered while the largest case runs.
 
     Returns:
         The candidate's runs without the optional cases that PyTorch does not run, and without the outputs that PyTorch
@@ -229,7 +241,8 @@ def run_baseline(
         progress(f"PyTorch: {run.case.name} ({number + 1} of {len(candidate.runs)})")
         try:
             if number == candidate.largest:
-                survey = survey_norms(baseline.model, baseline.runner, baseline.recognition, run.torch_feeds)
+                with watched or nullcontext():
+                    survey = survey_norms(baseline.model, baseline.runner, baseline.recognition, run.torch_feeds)
                 called, found = survey.called, survey.outputs
             if number != candidate.largest or _in_calls(baseline, run):
                 found = _run_torch(baseline, run, run.torch_feeds)
