@@ -225,7 +225,8 @@ def _examined(
     candidate = sides.candidate
     called: dict[Key, CalledAttention | str] = {}
     watched = recorded_attentions(baseline.model, _attention_paths(candidate, options), called)
-    runs, own = run_baseline(baseline, runs, progress, candidate.name, watched)
+    baseline = dataclasses.replace(baseline, watched=watched)
+    runs, own = run_baseline(baseline, runs, progress, candidate.name)
     baseline = dataclasses.replace(baseline, runner=RenamedTorch(baseline.runner, outputs=own.names))
     largest = runs.runs[runs.largest]
     access = None

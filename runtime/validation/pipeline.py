@@ -88,11 +88,12 @@ class CandidateRuns:
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """PyTorch: the model in the deployed dtype, its runner, and its norms."""
+    """PyTorch: the model in the deployed dtype, its runner, its norms, and what records the largest case's run."""
 
     model: nn.Module
     runner: DecoderSession
     recognition: Recognition
+    watched: AbstractContextManager[None] = field(default_factory=nullcontext)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,20 +212,9 @@ def _repeated(candidate: CandidateRuns) -> list[int]:
 
 
 def run_baseline(
-    baseline: Baseline,
-    candidate: CandidateRuns,
-    progress: Progress,
-    name: str = "the candidate",
-    watched: AbstractContextManager[None] | None = None,
+    baseline: Baseline, candidate: CandidateRuns, progress: Progress, name: str = "the candidate"
 ) -> tuple[CandidateRuns, BaselineRuns]:
     """Run every case in PyTorch, record the norms of the largest case, and match the names of the outputs.
-
-    Args:
-        baseline: PyTorch.
-        candidate: the candidate's runs.
-        progress: called with a line of text for each case.
-        name: the candidate's name in messages.
-        watched: entered while the largest case runs.
 
     Returns:
         The candidate's runs without the optional cases that PyTorch does not run, and without the outputs that PyTorch
@@ -241,7 +231,7 @@ def run_baseline(
         progress(f"PyTorch: {run.case.name} ({number + 1} of {len(candidate.runs)})")
         try:
             if number == candidate.largest:
-                with watched or nullcontext():
+                with baseline.watched:
                     survey = survey_norms(baseline.model, baseline.runner, baseline.recognition, run.torch_feeds)
                 called, found = survey.called, survey.outputs
             if number != candidate.largest or _in_calls(baseline, run):

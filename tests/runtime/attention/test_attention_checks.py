@@ -15,6 +15,13 @@ from onnx import helper, numpy_helper
 
 from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.export.graph.metadata import ATTENTION_KEY, VALUES_KEY
+from rmsnorm_deploy.runtime.attention.attention_checks import check_attentions
+from rmsnorm_deploy.runtime.attention.file_attentions import FileAttentions
+from rmsnorm_deploy.runtime.attention.torch_attentions import recorded_attentions
+from rmsnorm_deploy.runtime.norms.onnx_norms import OnnxNorms
+from rmsnorm_deploy.runtime.report import html, junit
+from rmsnorm_deploy.runtime.report.page import TextPage
+from rmsnorm_deploy.runtime.report.printed import print_validation
 from rmsnorm_deploy.runtime.validation.api import bisect, validate
 from tests.helpers.models.families import build
 
@@ -144,50 +151,55 @@ FAULTS = {
     "sink": (_sink, ("gpt_oss",)),
 }
 PLANTED = [(fault, *file) for file in FILES for fault, (_, names) in FAULTS.items() if file[0] in names]
-HALF = [("scale", "llama", "ort"), ("keys", "llama", "primitives"), ("sink", "gpt_oss", "ort")]
+HALF = [
+    (*one, "float16")
+    for one in (("scale", "llama", "ort"), ("keys", "llama", "primitives"), ("sink", "gpt_oss", "ort"))
+]
 
 
-def _validated(folder: Path, model: torch.nn.Module):
-    return validate(folder, model, **ONE)
+def _checked(folder: Path, model: torch.nn.Module):
+    """The check of each attention by its path, and the notes, as `validate` makes them."""
+    called, notes = {}, []
+    rows = json.loads((folder / "manifest.json").read_text())["attention"]
+    ids = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), recorded_attentions(model, {row["path"] for row in rows}, called):
+        model(input_ids=ids)
+    file = FileAttentions(OnnxNorms(folder / "model.onnx", "cpu"), rows)
+    checks = check_attentions(file, called, 0, lambda _: None, notes)
+    return {one.key[0]: one for one in checks}, [*file.notes, *notes]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "target"), [*FILES, ("gemma3", "ort")])
-def test_a_file_without_faults_passes(exported, name, target, dtype):
+@pytest.mark.parametrize(("name", "target"), FILES)
+def test_an_attention_without_faults_passes(exported, name, target, dtype):
     model, folder = exported(name, target, dtype)
-    report = _validated(folder, model)
-    assert [one.key for one in report.attentions] == [(FAULTY, 0), (SOUND, 0)]
-    assert {(one.passed, one.reason) for one in report.attentions} == {(True, "correct on 9 kinds of inputs")}
-    assert all({kind.name for kind in one.kinds} == KINDS for one in report.attentions)
+    checks, notes = _checked(folder, model)
+    assert {path: (one.passed, one.reason) for path, one in checks.items()} == dict.fromkeys(
+        (FAULTY, SOUND), (True, "correct on 9 kinds of inputs")
+    )
+    assert all({kind.name for kind in one.kinds} == KINDS for one in checks.values())
     operator = {"ort": "Attention", "primitives": "Softmax"}[target]
-    assert {one.form for one in report.attentions} == {"Div" if name == "gpt_oss" else operator}
-    assert report.verdict == "pass", report.summary
-    assert "2 of 2 attention nodes" in report.summary
-    zeros = [note for note in report.notes if "attend to nothing get zeros" in note]
+    assert {one.form for one in checks.values()} == {"Div" if name == "gpt_oss" else operator}
+    zeros = [note for note in notes if "attend to nothing get zeros" in note]
+    assert zeros == notes
     assert len(zeros) == (operator == "Attention" and name != "gpt_oss")
 
 
-@pytest.mark.parametrize(("fault", "name", "target"), PLANTED)
-def test_a_fault_is_named(exported, tmp_path, fault, name, target):
-    _assert_named(*exported(name, target), fault, tmp_path)
-
-
-@pytest.mark.parametrize(("fault", "name", "target"), HALF)
-def test_a_fault_in_float16_is_named(exported, tmp_path, fault, name, target):
-    _assert_named(*exported(name, target, "float16"), fault, tmp_path)
-
-
-def _assert_named(model, folder, fault, tmp_path):
+@pytest.mark.parametrize(("fault", "name", "target", "dtype"), [*((*one, "float32") for one in PLANTED), *HALF])
+def test_a_fault_is_named(exported, tmp_path, fault, name, target, dtype):
+    model, folder = exported(name, target, dtype)
     edit = Edit(folder)
     FAULTS[fault][0](edit)
-    report = _validated(edit.save(tmp_path / "faulty"), model)
-    assert {one.key[0]: one.passed for one in report.attentions} == {FAULTY: False, SOUND: True}
-    assert report.verdict == "fail"
-    first = report.culprits[0]
-    assert (first.kind, first.name) == ("attention", FAULTY)
-    assert first.reason.startswith("wrong on: ")
-    # The segment that contains it is not named too.
-    assert [one.name for one in report.culprits if one.kind == "segment"] == []
+    checks, _ = _checked(edit.save(tmp_path / "faulty"), model)
+    assert {path: one.passed for path, one in checks.items()} == {FAULTY: False, SOUND: True}
+    assert checks[FAULTY].reason.startswith("wrong on: ")
+
+
+def test_a_file_with_a_window_passes(exported):
+    report = validate(exported("gemma3", "ort")[1], exported("gemma3", "ort")[0], **ONE)
+    assert [one.key for one in report.attentions] == [(FAULTY, 0), (SOUND, 0)]
+    assert report.verdict == "pass", report.summary
+    assert "2 of 2 attention nodes" in report.summary
 
 
 def test_bisect_names_the_attention(exported, tmp_path):
@@ -195,6 +207,7 @@ def test_bisect_names_the_attention(exported, tmp_path):
     edit = Edit(folder)
     _scale(edit)
     report = bisect(edit.save(tmp_path / "faulty"), model, **ONE)
+    # The segment that contains it is not named too.
     assert [(one.kind, one.name) for one in report.culprits] == [("attention", FAULTY)]
     assert f"error is introduced in {FAULTY}." in report.summary
     content = report.to_dict()
@@ -202,6 +215,13 @@ def test_bisect_names_the_attention(exported, tmp_path):
         (FAULTY, 0, False), (SOUND, 0, True),
     ]  # fmt: skip
     assert {kind["kind"] for kind in content["attentions"][0]["inputs"]} == KINDS
+    assert f'name="{FAULTY}"' in junit.render(content)
+    page = html.render(content)
+    assert '<h2 id="attentions">Attentions</h2>' in page
+    assert 'href="#attention-1"' in page
+    shown = TextPage()
+    print_validation(shown, content, show_parts=True)
+    assert any(line.startswith(FAULTY) and "fail" in line for line in shown.lines)
 
 
 def test_zeros_of_primitives_are_a_fault(exported, tmp_path):
@@ -209,21 +229,21 @@ def test_zeros_of_primitives_are_a_fault(exported, tmp_path):
     model, folder = exported("llama", "primitives")
     edit = Edit(folder)
     zero, low = edit.constant("zero", np.float32(0)), edit.constant("low", np.float32(-1e38))
-    last = edit.constant("last dim", np.array([-1]))
-    edit.proto.graph.node.insert(
-        next(i for i, node in enumerate(edit.proto.graph.node) if node == edit.main) + 1,
-        helper.make_node("ReduceMax", [edit.main.input[0], last], ["most"], keepdims=1),
-    )
-    place = next(i for i, node in enumerate(edit.proto.graph.node) if node == edit.main) + 2
     weights = edit.main.output[0]
     for node in edit.nodes:
         node.input[:] = ["kept" if name == weights else name for name in node.input]
-    edit.proto.graph.node.insert(place, helper.make_node("Less", ["most", low], ["nothing"]))
-    edit.proto.graph.node.insert(place + 1, helper.make_node("Where", ["nothing", zero, weights], ["kept"]))
-    report = _validated(edit.save(tmp_path / "faulty"), model)
-    one = report.attentions[0]
-    assert one.passed is False
-    assert [kind.name for kind in one.kinds if not kind.passed] == ["left padding", "nothing to attend to"]
+    place = next(i for i, node in enumerate(edit.proto.graph.node) if node == edit.main) + 1
+    made = [
+        helper.make_node("ReduceMax", [edit.main.input[0], edit.constant("last", np.array([-1]))], ["most"]),
+        helper.make_node("Less", ["most", low], ["nothing"]),
+        helper.make_node("Where", ["nothing", zero, weights], ["kept"]),
+    ]
+    for number, node in enumerate(made):
+        edit.proto.graph.node.insert(place + number, node)
+    checks, _ = _checked(edit.save(tmp_path / "faulty"), model)
+    assert checks[FAULTY].passed is False
+    wrong = [kind.name for kind in checks[FAULTY].kinds if not kind.passed]
+    assert wrong == ["left padding", "nothing to attend to"]
 
 
 def _without_values(edit: Edit) -> None:
@@ -268,11 +288,9 @@ def test_what_cannot_be_cut_is_noted(exported, tmp_path, change, reason):
     model, folder = exported("llama", "ort")
     edit = Edit(folder)
     change(edit)
-    report = _validated(edit.save(tmp_path / "changed"), model)
-    assert [one.key[0] for one in report.attentions] == [SOUND]
-    (note,) = [note for note in report.notes if note.startswith(f"{FAULTY} could not be checked alone: ")]
-    assert re.fullmatch(reason, note.partition("alone: ")[2])
-    assert "1 of 1 attention node " in report.summary
+    checks, notes = _checked(edit.save(tmp_path / "changed"), model)
+    assert [*checks] == [SOUND]
+    assert re.fullmatch(f"{FAULTY} could not be checked alone: ({reason})", notes[0])
 
 
 def test_outputs_only_checks_no_attention(exported):
