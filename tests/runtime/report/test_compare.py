@@ -273,7 +273,7 @@ _READS = "expected the schema rmsnorm_deploy.validate/6 or rmsnorm_deploy.bisect
     ("change", "message"),
     [
         ({"schema": "rmsnorm_deploy.validate/1"}, f"{_READS} 'rmsnorm_deploy.validate/1'. Write the report again"),
-        ({"schema": "rmsnorm_deploy.validate/7"}, f"{_READS} 'rmsnorm_deploy.validate/6'"),
+        ({"schema": "rmsnorm_deploy.validate/7"}, f"{_READS} 'rmsnorm_deploy.validate/7'"),
         ({"schema": "rmsnorm_deploy.run/1"}, f"{_READS} 'rmsnorm_deploy.run/1'"),
         ({"schema": None}, f"{_READS} None"),
         ({"schema": "rmsnorm_deploy.bisect/5"}, "compare two reports of one schema"),
