@@ -4,6 +4,7 @@ runners: run a model in PyTorch or ONNX Runtime.
 inputs: the inputs that a model runs on, generated or given by the user.
 accuracy: errors against a float64 reference, and the rules that decide whether they pass.
 norms: run and check the norms of a model one by one, and the segments between them.
+attention: run and check the attentions of a file one by one.
 validation: compare an exported model with PyTorch (`validate`, `bisect`).
 rewriting: rewrite the norms of an .onnx file and prove the result (`rewrite_model`).
 risk: find the norms that are at risk in float32, float16 or bfloat16 (`risk`).

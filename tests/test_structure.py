@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("export.from_onnx", "export.from_torch", "runtime.runners"),
     ("export", "runtime.inputs"),
     ("runtime.norms", "runtime.report"),
-    ("runtime.rewriting", "runtime.risk"),
+    ("runtime.rewriting", "runtime.risk", "runtime.attention"),
     ("runtime.tensorrt",),
     ("runtime.validation", "runtime.generation"),
     ("runtime",),

@@ -12,7 +12,7 @@ PATH_KEY: Final = METADATA_PREFIX + "path"
 SPEC_KEY: Final = METADATA_PREFIX + "spec"
 TARGET_KEY: Final = METADATA_PREFIX + "target"
 FORM_KEY: Final = METADATA_PREFIX + "form"
-# On the main node: names of the values that go into and come out of the whole norm, as JSON.
+# On the main node: names of the values that go into and come out of the whole norm, or attention, as JSON.
 VALUES_KEY: Final = METADATA_PREFIX + "values"
 # On the nodes of a norm that export found in the graph, not as a module: where it was found, and the names of its
 # weight and bias in the PyTorch model, as JSON.

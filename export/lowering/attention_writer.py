@@ -13,7 +13,7 @@ import onnx_ir as ir
 from ...models.attention.spec import AttentionSpec
 from ...models.dtypes import onnx_name
 from ..graph.constants import HALF_TYPES
-from ..graph.metadata import ATTENTION_KEY
+from ..graph.metadata import ATTENTION_KEY, VALUES_KEY
 from .attention_table import OPERATOR, AttentionCell, attention_form
 from .builder import Builder
 from .norm_writer import NormWriter
@@ -96,6 +96,9 @@ class AttentionWriter:
         record = {"path": path, "spec": spec.to_dict(), "heads": heads}
         main.metadata_props[ATTENTION_KEY] = json.dumps(record, sort_keys=True)
         self._replace(graph, node, builder, y, path)
+        values = {"query": query, "key": key, "value": value, "bias": bias, "y": y}
+        names = {role: value.name for role, value in values.items() if value is not None}
+        main.metadata_props[VALUES_KEY] = json.dumps(names, sort_keys=True)
         return LoweredAttention(path, spec, main.name or "", cell, reason)
 
     def decompose(self, node: ir.Node) -> bool:

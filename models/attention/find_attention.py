@@ -114,18 +114,18 @@ def is_causal(call: AttentionCall) -> bool:
 def bias_of(call: AttentionCall) -> Tensor | None:
     """The mask and the position bias of a call as one tensor to add, finite, in the dtype of the query."""
     dtype, bias, mask = call.query.dtype, call.option("position_bias"), call.mask
-    lowest = _lowest(dtype)
+    least = lowest(dtype)
     if mask is None:
         return None if bias is None else bias.to(dtype)
     if mask.dtype == torch.bool:
         kept = torch.zeros((), dtype=dtype, device=mask.device) if bias is None else bias.to(dtype)
-        return torch.where(mask, kept, torch.full((), lowest, dtype=dtype, device=mask.device))
+        return torch.where(mask, kept, torch.full((), least, dtype=dtype, device=mask.device))
     total = mask if bias is None else mask + bias
     as_it_is = total is mask and mask.dtype == dtype != torch.float64
-    return total if as_it_is else total.clamp(min=lowest).to(dtype)
+    return total if as_it_is else total.clamp(min=least).to(dtype)
 
 
-def _lowest(dtype: torch.dtype) -> float:
+def lowest(dtype: torch.dtype) -> float:
     """The value of what is not attended to: the dtype's lowest, and float32's for float64.
 
     Exporters write constants as float32, in which the lowest value of float64 is infinite.
@@ -238,7 +238,7 @@ def _differs(call: AttentionCall, spec: AttentionSpec, result: Tensor, where: st
     off = (result.double() - wanted).abs()
     if bias is not None:
         shape = (call.query.shape[0], call.query.shape[1], call.query.shape[2], call.key.shape[2])
-        attended = (bias > _lowest(bias.dtype) / 2).broadcast_to(shape).any(-1)
+        attended = (bias > lowest(bias.dtype) / 2).broadcast_to(shape).any(-1)
         off = torch.where(attended.transpose(1, 2)[..., None], off, 0.0)
     # An error of the scores, which may be large, is the same relative error of the result.
     scores = float(call.query.double().norm(dim=-1).max() * call.key.double().norm(dim=-1).max()) * abs(spec.scale)

@@ -85,11 +85,13 @@ class Sources:
         keys: the norms whose values the segment reads.
         paths: modules of norms whose nodes are inside the segment.
         reads_inputs: whether the segment reads, or may read, the model's inputs too.
+        attentions: modules of attentions whose main nodes are inside the segment.
     """
 
     keys: list[Key]
     paths: frozenset[str] = frozenset()
     reads_inputs: bool = True
+    attentions: frozenset[str] = frozenset()
 
 
 RunNorms = Callable[[Mapping[Key, NormFeed]], dict[Key, NormResult]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
@@ -20,6 +20,7 @@ from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPa
 from ...export.from_onnx.annotate import annotate
 from ...export.graph.infer_types import fill_types
 from ...export.graph.metadata import (
+    ATTENTION_KEY,
     FORM_KEY,
     FOUND_KEY,
     IN_GRAPH,
@@ -80,11 +81,13 @@ class Ancestry:
         values: names of the cut values.
         paths: modules in the metadata of the nodes between them and the value.
         reads_inputs: whether it depends on the model's inputs too.
+        attentions: the attentions between them and the value, by the path of the module.
     """
 
     values: set[str]
     paths: set[str]
     reads_inputs: bool
+    attentions: set[str] = field(default_factory=set)
 
 
 class GraphNorms:
@@ -120,6 +123,10 @@ class GraphNorms:
         """numpy's name of a value's dtype; float32 if the file does not specify it."""
         dtype = self._values[name].dtype
         return "float32" if dtype is None else dtype.numpy().name
+
+    def values(self) -> Iterable[ir.Value]:
+        """Every value of the main graph."""
+        return self._values.values()
 
     def place(self, key: Key) -> NormPlace:
         """The place of a norm in `model`, for `cut_out`."""
@@ -174,7 +181,9 @@ class GraphNorms:
             seen.add(node)
             if PATH_KEY in node.metadata_props:
                 found.paths.add(node.metadata_props[PATH_KEY])
-            for before in _read(node):
+            if ATTENTION_KEY in node.metadata_props:
+                found.attentions.add(_attention_path(node))
+            for before in read_by(node):
                 if before.name in cut:
                     found.values.add(str(before.name))
                 else:
@@ -215,7 +224,7 @@ class GraphNorms:
         made_here = self._values[x].producer() in group
         operands = tuple(str(v.name) for v in cores[0].inputs[:2] if v is not None) if made_here else (x,)
         outside = {
-            v for node in nodes for v in _read(node)
+            v for node in nodes for v in read_by(node)
             if v.producer() not in group and v.name not in (*operands, gate) and self._varies(v)
         }  # fmt: skip
         if outside:
@@ -236,7 +245,9 @@ class GraphNorms:
         that the norm's nodes read or compute, nor of another norm's result, and only one value can be meant, that one
         is taken.
         """
-        read = {str(v.name): v for node in group for v in _read(node) if v.producer() not in group and self._varies(v)}
+        read = {
+            str(v.name): v for node in group for v in read_by(node) if v.producer() not in group and self._varies(v)
+        }
         made = {str(v.name): v for node in group for v in node.outputs if v.name and (v.uses() or v.is_graph_output())}
         results = {n for n, v in made.items() if v.is_graph_output() or {use.node for use in v.uses()} - group}
         whole = core.metadata_props.get(FORM_KEY) == "residual_add" and len(core.outputs) > 1
@@ -278,7 +289,7 @@ class GraphNorms:
             node = current.producer()
             if node is not None and node not in seen:
                 seen.add(node)
-                pending.extend(_read(node))
+                pending.extend(read_by(node))
         return False
 
 
@@ -294,6 +305,14 @@ def _recorded(core: ir.Node) -> RecordedNorm | None:
     if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
         return None
     return RecordedNorm(spec, tuple(parameters))
+
+
+def _attention_path(main: ir.Node) -> str:
+    """The module of an attention, from its main node; empty where it cannot be read."""
+    try:
+        return str(json.loads(main.metadata_props[ATTENTION_KEY])["path"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
 
 
 def cut_name(key: Key) -> str:
@@ -313,7 +332,7 @@ def _values(graph: ir.Graph) -> Iterable[ir.Value]:
         yield from node.outputs
 
 
-def _read(node: ir.Node) -> Iterable[ir.Value]:
+def read_by(node: ir.Node) -> Iterable[ir.Value]:
     """The values that a node and its subgraphs read."""
     yield from (value for value in node.inputs if value is not None)
     for attribute in node.attributes.values():
@@ -360,7 +379,7 @@ def _connected(nodes: list[ir.Node], ends: Container[str | None] = ()) -> list[l
         return node
 
     for node in nodes:
-        for value in _read(node):
+        for value in read_by(node):
             producer = value.producer()
             if producer in parent and value.name not in ends:
                 parent[root(node)] = root(producer)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..runners.base import Array, OnnxSession, Runner
 from ..runners.open import has_large_weights, open_runner
 from .access import Formula, NormDtypes, NormFeed, NormResult, RecordedNorm, RunNorms, Sink, Sources, windows
 from .activation_store import ActivationStore, Key
-from .cut import Opener, cut_out, run_alone
+from .cut import Cut, Opener, RunCuts, cut_out, run_alone
 from .formula import FileFormulas, read_formulas
 from .graph_norms import GraphNorms, cut_name, fed_name
 
@@ -38,6 +38,16 @@ class OnnxNorms:
         self._formulas: FileFormulas | None = None
         self._large = has_large_weights(read_model(path).external_files)
         self._options: dict[str, Any] = {"session_options": {"repack_weights": not self._large}}
+
+    @property
+    def graph(self) -> GraphNorms:
+        """The graph of the file."""
+        return self._graph
+
+    @property
+    def in_engines(self) -> bool:
+        """Whether parts of the file run in engines that are built of them."""
+        return self._opener is not None
 
     @property
     def keys(self) -> list[Key]:
@@ -88,14 +98,13 @@ class OnnxNorms:
         found = self._graph.ancestry(keys, end if isinstance(end, str) else self._graph.norms[end].x)
         norms = self._graph.norms
         feeding = [key for key in keys if found.values & {norms[key].x, norms[key].y}]
-        return Sources(feeding, frozenset(found.paths), found.reads_inputs)
+        return Sources(feeding, frozenset(found.paths), found.reads_inputs, frozenset(found.attentions))
 
     @contextmanager
     def alone(self, keys: Iterable[Key]) -> Iterator[RunNorms]:
         """See `NormAccess.alone`. A fused residual add receives x as two parts whose sum is exactly x."""
         places = {key: self._graph.place(key) for key in keys}
-        cut = cut_out(self._graph.model, [place.cut() for place in places.values()])
-        with run_alone(cut, self._provider, self._path.parent, opener=self._opener, **self._options) as run_cuts:
+        with self.cut_out([place.cut() for place in places.values()]) as run_cuts:
 
             def run(feeds: Mapping[Key, NormFeed]) -> dict[Key, NormResult]:
                 split = {cut_name(key): place.split(self._cast(key, feeds[key]))[1] for key, place in places.items()}
@@ -104,6 +113,11 @@ class OnnxNorms:
                 return {key: NormResult(arrays["y"], arrays.get("sum")) for key, arrays in found.items()}
 
             yield run
+
+    def cut_out(self, cuts: Sequence[Cut]) -> AbstractContextManager[RunCuts]:
+        """A function that runs these parts of the graph alone."""
+        cut = cut_out(self._graph.model, cuts)
+        return run_alone(cut, self._provider, self._path.parent, opener=self._opener, **self._options)
 
     def between(
         self, feeds: Mapping[str, Array], keys: list[Key], store: ActivationStore, sink: Sink

@@ -84,7 +84,8 @@ class Change:
     """One row, statistic or setting that differs.
 
     Attributes:
-        kind: `output`, `norm`, `norm input`, `segment` or `report`; for settings the part of the report.
+        kind: `output`, `norm`, `norm input`, `attention`, `attention input`, `segment` or `report`; for settings the
+            part of the report.
         name: name of the row, or the dotted key.
         before: value in the first report.
         after: value in the second report.
@@ -292,11 +293,12 @@ def _rows(path: Path, report: Mapping[str, Any]) -> dict[tuple[str, str], _Row]:
 def _all_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     for row in report["outputs"]:
         yield "output", f"{row['case']}, {row['name']}", row
-    for row in report.get("norms", ()):
-        name = label(row)
-        yield "norm", name, row
-        for part in row.get("inputs", ()):
-            yield "norm input", f"{name}, {part['kind']}", part
+    for kind, rows in (("norm", report.get("norms", ())), ("attention", report.get("attentions", ()))):
+        for row in rows:
+            name = label(row)
+            yield kind, name, row
+            for part in row.get("inputs", ()):
+                yield f"{kind} input", f"{name}, {part['kind']}", part
     for row in report.get("segments", ()):
         yield "segment", row["name"], row
 

@@ -38,7 +38,7 @@ def render(report: Mapping[str, Any]) -> str:
     """The report as an HTML page; the same report gives the same text.
 
     Args:
-        report: a report of schema `rmsnorm_deploy.validate/5` or `rmsnorm_deploy.bisect/4`. `schema`, `verdict` and
+        report: a report of schema `rmsnorm_deploy.validate/6` or `rmsnorm_deploy.bisect/5`. `schema`, `verdict` and
             `outputs` are required; sections that are missing or empty are omitted.
 
     Raises:
@@ -112,6 +112,7 @@ def _view(report: Mapping[str, Any], plots: ModuleType) -> dict[str, Any]:
     """The variables of the template; missing lists are empty."""
     lists = (
         "norms",
+        "attentions",
         "segments",
         "depth",
         "culprits",
@@ -125,10 +126,17 @@ def _view(report: Mapping[str, Any], plots: ModuleType) -> dict[str, Any]:
     view: dict[str, Any] = {name: report.get(name) or [] for name in ("outputs", *lists)}
     view["notes"] = [*view["notes"], *norm_lines(report), *cpu_notes(report)]
     norms = [_norm(row) for row in view["norms"]]
-    anchors = {row["path"]: f"norm-{place}" for place, row in reversed(list(enumerate(norms, 1))) if not row["passed"]}
+    attentions = [_norm(row) for row in view["attentions"]]
+    anchors = {
+        row["path"]: f"{kind}-{place}"
+        for kind, rows in (("attention", attentions), ("norm", norms))
+        for place, row in reversed(list(enumerate(rows, 1)))
+        if not row["passed"]
+    }
     culprits = [{**row, "anchor": anchors.get(row["name"])} for row in view["culprits"]]
     outputs = [_figured(row) for row in view["outputs"]]
     guilty = {row["name"] for row in culprits if row["kind"] == "norm"}
+    guilty_attentions = {row["name"] for row in culprits if row["kind"] == "attention"}
     return {
         **view,
         "command": command(report),
@@ -143,6 +151,8 @@ def _view(report: Mapping[str, Any], plots: ModuleType) -> dict[str, Any]:
         "outputs": outputs,
         "logits": any(row["figures"]["top1_agreement"] is not None for row in outputs),
         "norms": norms,
+        "attentions": attentions,
+        "guilty_attentions": guilty_attentions,
         "segments": [_figured(row) for row in view["segments"]],
         "culprits": culprits,
         "guilty": guilty,
@@ -204,7 +214,11 @@ def _histograms(outputs: Sequence[Row], plots: ModuleType) -> list[dict[str, Any
 def _worst(view: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
     """The elements with the largest errors: first those of failed rows, then in descending order of ULPs."""
     judged = [(f"{row['case']}, {row['name']}", row) for row in view["outputs"]]
-    judged += [(f"{label(row)}, {kind['kind']}", kind) for row in view["norms"] for kind in row.get("inputs") or []]
+    judged += [
+        (f"{label(row)}, {kind['kind']}", kind)
+        for row in [*view["norms"], *view["attentions"]]
+        for kind in row.get("inputs") or []
+    ]
     judged += [(row["name"], row) for row in view["segments"]]
     found = [
         {**element, "where": where, "passed": row["passed"]}

@@ -1,4 +1,4 @@
-"""Write a validation report as JUnit XML for CI systems (`render`, `write`): a test case per output, norm, segment.
+"""Write a validation report as JUnit XML for CI systems (`render`, `write`): a test case per output and part.
 
 The file conforms to both common schemas, the strict one of Ant's JUnitReport task (github.com/windyroad/JUnit-Schema)
 and junit-10 of Jenkins' xUnit plugin. The first requires that `testsuites` has no attributes, that every suite has
@@ -39,15 +39,17 @@ def render(report: Mapping[str, Any]) -> str:
     """The report as JUnit XML.
 
     Args:
-        report: a report of schema `rmsnorm_deploy.validate/5` or `rmsnorm_deploy.bisect/4`.
+        report: a report of schema `rmsnorm_deploy.validate/6` or `rmsnorm_deploy.bisect/5`.
 
     Returns:
-        The XML with its declaration. Suites `outputs`, `norms` and `segments`, each omitted if it has no case. If the
-        report failed but none of its parts did, a failed case `verdict` is added, so that CI systems report a failure.
+        The XML with its declaration. Suites `outputs`, `norms`, `attentions` and `segments`, each omitted if it has no
+        case. If the report failed but none of its parts did, a failed case `verdict` is added, so that CI systems
+        report a failure.
     """
     suites = {
         "outputs": [_output(row) for row in report["outputs"]],
         "norms": [_norm(row) for row in report.get("norms") or []],
+        "attentions": [_norm(row) for row in report.get("attentions") or []],
         "segments": [_segment(row) for row in report.get("segments") or []],
     }
     if report["verdict"] != "pass" and not any(case.problem for cases in suites.values() for case in cases):

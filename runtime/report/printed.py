@@ -87,14 +87,16 @@ def _rank(row: Mapping[str, Any]) -> tuple[int, float]:
 
 
 def _print_parts(page: Page, report: Mapping[str, Any]) -> None:
-    if report["norms"]:
+    for title, parts in (("norm, alone", report["norms"]), ("attention, alone", report.get("attentions", ()))):
+        if not parts:
+            continue
         page.line()
         rows = []
-        for norm in report["norms"]:
-            worst = max(norm["inputs"], key=lambda row: (not row["passed"], _error(row)), default=None)
+        for part in parts:
+            worst = max(part["inputs"], key=lambda row: (not row["passed"], _error(row)), default=None)
             cells = _judged(worst)[1:] if worst is not None else ("-", "-")
-            rows.append((label(norm), _verdict(norm), worst["kind"] if worst is not None else "-", *cells))
-        page.table(("norm, alone", "verdict", "worst on", *_JUDGED), rows)
+            rows.append((label(part), _verdict(part), worst["kind"] if worst is not None else "-", *cells))
+        page.table((title, "verdict", "worst on", *_JUDGED), rows)
     if report["segments"]:
         page.line()
         segments = [(row["name"], *_judged(row)) for row in report["segments"]]

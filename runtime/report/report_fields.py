@@ -46,6 +46,8 @@ class _Input(_Row):
 
 
 class _Norm(_Row):
+    """A norm or an attention."""
+
     path: Text
     call: int | None = Field(default=None, ge=0)
     inputs: list[_Input] = []
@@ -62,6 +64,7 @@ class ReportFields(_Fields):
     summary: Text | None = None
     outputs: list[_Output] = []
     norms: list[_Norm] = []
+    attentions: list[_Norm] = []
     segments: list[_Segment] = []
     settings: dict[str, Any] | None = None
     provenance: dict[str, Any] = {}

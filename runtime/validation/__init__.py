@@ -1,4 +1,4 @@
-"""Compare a deployed model with PyTorch: every output, every norm, and every segment between norms.
+"""Compare a deployed model with PyTorch: every output, every norm, every attention, and every segment between norms.
 
 api: `validate` and `bisect`.
 options: `ValidationOptions`, every option of a validation.

@@ -13,12 +13,16 @@ from ...export.onnx_io.manifest import deviation_rows, versions
 from ...models.errors import UsageError
 from ...models.recognition.find_norms import find_norms
 from ...models.recognition.site import Recognition
-from ..accuracy.tolerances import PARTS, check_limits
+from ..accuracy.tolerances import NORMS, PARTS, check_limits
+from ..attention.attention_checks import AttentionCheck, check_attentions
+from ..attention.file_attentions import FileAttentions
+from ..attention.torch_attentions import CalledAttention, recorded_attentions
 from ..inputs.cases import Case, given_cases
 from ..inputs.exported import component_folders
 from ..inputs.plan import Plan
 from ..norms.access import NormAccess, as_deployed
-from ..norms.activation_store import ActivationStore
+from ..norms.activation_store import ActivationStore, Key
+from ..norms.onnx_norms import OnnxNorms
 from ..norms.torch_norms import TorchNorms
 from ..report.report_file import BISECT_SCHEMA, VALIDATE_SCHEMA
 from ..runners.base import Runner, TensorInfo
@@ -229,6 +233,9 @@ def _examined(
 ) -> ValidationReport:
     """All stages after the candidate's runs."""
     candidate = sides.candidate
+    called: dict[Key, CalledAttention | str] = {}
+    watched = recorded_attentions(baseline.model, _attention_paths(candidate, options), called)
+    baseline = dataclasses.replace(baseline, watched=watched)
     runs, own = run_baseline(baseline, runs, progress, candidate.name)
     baseline = dataclasses.replace(baseline, runner=RenamedTorch(baseline.runner, outputs=own.names))
     largest = runs.runs[runs.largest]
@@ -274,12 +281,40 @@ def _examined(
             checks, remarks = check_recorded(candidate, access, baseline.model, own.called, feeds, options, progress)
             parts.norms.extend(checks)
             notes += remarks
+    attentions = _checked_attentions(candidate, access, called, options, progress, notes)
     unchecked = ""
     if not parts.norms and not options.outputs_only:
         unchecked = why_no_norm(candidate, baseline.recognition, own.called, [*matched.notes, *parts.notes])
     return ValidationReport(
         candidate.name, rows, parts.norms, parts.segments, points, notes, warnings, list(own.untried),
-        unchecked=unchecked, hint=sides.hint,
+        unchecked=unchecked, hint=sides.hint, attentions=attentions,
+    )  # fmt: skip
+
+
+def _attention_paths(candidate: Candidate, options: ValidationOptions) -> set[str]:
+    """The modules whose attentions are nodes of the candidate, if its parts are checked."""
+    if candidate.norms is None or options.outputs_only:
+        return set()
+    return {row["path"] for row in candidate.manifest.get("attention", ()) if row.get("node") is not None}
+
+
+def _checked_attentions(
+    candidate: Candidate,
+    access: NormAccess | None,
+    called: Mapping[Key, CalledAttention | str],
+    options: ValidationOptions,
+    progress: Progress,
+    notes: list[str],
+) -> list[AttentionCheck]:
+    """The check of every attention alone; the notes say which could not be checked."""
+    rows = candidate.manifest.get("attention", ())
+    if not rows or not isinstance(access, OnnxNorms):
+        return []
+    file, limits = FileAttentions(access, rows), options.all_limits.get(NORMS)
+    notes += file.notes
+    return try_or_note(
+        "attentions", notes,
+        lambda: check_attentions(file, called, options.seed, progress, notes, limits, options.window),
     )  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def validate_runners(
 
 
 def _named(runner: str, report: ValidationReport) -> ValidationReport:
-    """The report, the names of its norms and segments beginning with the runner's."""
+    """The report, the names of its norms, attentions and segments beginning with the runner's."""
     norms = [
         dataclasses.replace(check, norm=dataclasses.replace(check.norm, key=_key(runner, check.norm.key)))
         for check in report.norms
@@ -140,12 +140,14 @@ def _named(runner: str, report: ValidationReport) -> ValidationReport:
             segment,
             name=f"{runner}: {segment.name}",
             contains=[f"{runner}: {name}" for name in segment.contains],
+            attentions=frozenset(f"{runner}: {path}" for path in segment.attentions),
             end=None if segment.end is None else _key(runner, segment.end),
         )
         for segment in report.segments
     ]
     depth = [dataclasses.replace(point, key=_key(runner, point.key)) for point in report.depth]
-    return dataclasses.replace(report, norms=norms, segments=segments, depth=depth)
+    attentions = [dataclasses.replace(one, key=_key(runner, one.key)) for one in report.attentions]
+    return dataclasses.replace(report, norms=norms, attentions=attentions, segments=segments, depth=depth)
 
 
 def _key(runner: str, key: tuple[str, int]) -> tuple[str, int]:

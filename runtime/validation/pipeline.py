@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -87,11 +88,12 @@ class CandidateRuns:
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """PyTorch: the model in the deployed dtype, its runner, and its norms."""
+    """PyTorch: the model in the deployed dtype, its runner, its norms, and what records the largest case's run."""
 
     model: nn.Module
     runner: DecoderSession
     recognition: Recognition
+    watched: AbstractContextManager[None] = field(default_factory=nullcontext)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,8 @@ def run_baseline(
         progress(f"PyTorch: {run.case.name} ({number + 1} of {len(candidate.runs)})")
         try:
             if number == candidate.largest:
-                survey = survey_norms(baseline.model, baseline.runner, baseline.recognition, run.torch_feeds)
+                with baseline.watched:
+                    survey = survey_norms(baseline.model, baseline.runner, baseline.recognition, run.torch_feeds)
                 called, found = survey.called, survey.outputs
             if number != candidate.largest or _in_calls(baseline, run):
                 found = _run_torch(baseline, run, run.torch_feeds)

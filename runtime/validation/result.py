@@ -15,6 +15,7 @@ from typing import Any, Literal
 from ...models.recognition.site import norm_name
 from ..accuracy.compare_output import OutputVerdict, all_passed
 from ..accuracy.error_stats import json_value
+from ..attention.attention_checks import AttentionCheck
 from ..norms.adversarial_rows import AS_IT_RUNS
 from ..report.page import Page, Shown
 from ..report.printed import print_validation
@@ -30,9 +31,9 @@ VERDICTS: dict[bool | None, Verdict] = {True: "pass", False: "fail", None: "cann
 
 @dataclass(frozen=True, slots=True)
 class Culprit:
-    """Where error is introduced: a norm, a segment between norms, or the whole run."""
+    """Where error is introduced: a norm, an attention, a segment between norms, or the whole run."""
 
-    kind: Literal["norm", "segment", "output"]
+    kind: Literal["norm", "attention", "segment", "output"]
     name: str
     reason: str
 
@@ -43,16 +44,16 @@ class Culprit:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """The error of a norm on the values that it receives, or of a segment, against the float64 reference.
+    """The error of a norm or an attention on the values that it receives, or of a segment, against float64.
 
     Attributes:
-        kind: `norm` or `segment`.
+        kind: `norm`, `attention` or `segment`.
         name: its name.
         cosine: see `Figures`.
         rms_rel_row: see `Figures`.
     """
 
-    kind: Literal["norm", "segment"]
+    kind: Literal["norm", "attention", "segment"]
     name: str
     cosine: float
     rms_rel_row: float
@@ -84,10 +85,11 @@ class ValidationReport(Shown):
         deviations: known deviations of the target, from the manifest.
         settings: the arguments of the validation, from which it can be run again.
         provenance: versions, files and options of both sides.
-        schema: `rmsnorm_deploy.validate/5` or `rmsnorm_deploy.bisect/4`.
+        schema: `rmsnorm_deploy.validate/6` or `rmsnorm_deploy.bisect/5`.
         runners: the verdict by the runtime that ran the candidate, if there were several.
         unchecked: why no norm was checked; empty if one was, or if only outputs were asked for.
         hint: that the export came from another model than the one that is compared; else empty.
+        attentions: the check of every attention alone.
         created: when the report was made, ISO 8601 in UTC, to the second.
     """
 
@@ -107,12 +109,14 @@ class ValidationReport(Shown):
     runners: dict[str, str] = field(default_factory=dict)
     unchecked: str = ""
     hint: str = ""
+    attentions: list[AttentionCheck] = field(default_factory=list)
     created: str = field(default_factory=_now)
 
     @property
     def verdict(self) -> Verdict:
-        """`fail` if an output, norm or segment failed; `cannot be judged` if one could not be; else `pass`."""
-        parts = [*(row.passed for _, row in self.rows), *(norm.passed for norm in self.norms)]
+        """`fail` if an output or a part failed; `cannot be judged` if one could not be; else `pass`."""
+        parts = [row.passed for _, row in self.rows]
+        parts += [*(norm.passed for norm in self.norms), *(one.passed for one in self.attentions)]
         passed = all_passed([*parts, *(segment.verdict.passed for segment in self.segments)])
         if passed and not self.rows:
             return "cannot be judged"
@@ -120,7 +124,7 @@ class ValidationReport(Shown):
 
     @property
     def unjudged(self) -> list[tuple[str, list[str]]]:
-        """What could not be judged: each reason once, with the norms, segments and outputs to which it applies."""
+        """What could not be judged: each reason once, with the parts and outputs to which it applies."""
         found: dict[str, list[str]] = {}
         for name, passed, reason in self._parts():
             if passed is None:
@@ -130,6 +134,8 @@ class ValidationReport(Shown):
     def _parts(self) -> Iterator[tuple[str, bool | None, str]]:
         for norm in self.norms:
             yield f"norm {norm_name(*norm.norm.key)}", norm.passed, norm.reason
+        for one in self.attentions:
+            yield f"attention {norm_name(*one.key)}", one.passed, one.reason
         for segment in self.segments:
             yield f"segment {segment.name}", segment.verdict.passed, segment.verdict.reason
         for case, row in self.rows:
@@ -137,9 +143,17 @@ class ValidationReport(Shown):
 
     @property
     def culprits(self) -> list[Culprit]:
-        """Where error is introduced: norms first, then segments; outputs only if no norm or segment failed."""
+        """Where error is introduced: norms, attentions, then segments; outputs only if no part failed.
+
+        A segment that has a wrong attention inside is explained by it.
+        """
         found = [Culprit("norm", norm_name(*n.norm.key), n.reason) for n in self.norms if n.passed is False]
+        wrong = [one for one in self.attentions if one.passed is False]
+        found += [Culprit("attention", norm_name(*one.key), one.reason) for one in wrong]
+        paths = {one.key[0] for one in wrong}
         for segment in (segment for segment in self.segments if segment.verdict.passed is False):
+            if segment.attentions & paths:
+                continue
             reason = segment.verdict.reason
             if segment.contains:
                 found += [Culprit("norm", name, f"inside {segment.name}: {reason}") for name in segment.contains]
@@ -152,12 +166,17 @@ class ValidationReport(Shown):
 
     @property
     def loss(self) -> list[Loss]:
-        """The error of every norm and segment, largest first, where a profile of lossy files was given; else empty."""
+        """The error of every part, largest first, where a profile of lossy files was given; else empty."""
         if not self.settings.get("lossy"):
             return []
         found = [
             Loss("norm", norm_name(*norm.norm.key), kind.figures.cosine, kind.figures.rms_rel_row)
             for norm in self.norms for kind in norm.kinds if kind.name == AS_IT_RUNS.name and kind.figures is not None
+        ]  # fmt: skip
+        found += [
+            Loss("attention", norm_name(*one.key), kind.figures.cosine, kind.figures.rms_rel_row)
+            for one in self.attentions for kind in one.kinds
+            if kind.name == AS_IT_RUNS.name and kind.figures is not None
         ]  # fmt: skip
         for segment in self.segments:
             figures = segment.verdict.figures
@@ -177,6 +196,7 @@ class ValidationReport(Shown):
         counts = (
             _share("output", [row.passed for _, row in self.rows]),
             _share("norm", [norm.passed for norm in self.norms]),
+            _share("attention node", [one.passed for one in self.attentions]),
             _share("segment", [segment.verdict.passed for segment in self.segments]),
         )
         text = ", ".join(count for count in counts if count)
@@ -218,7 +238,7 @@ class ValidationReport(Shown):
         html.write(self.to_dict(), path)
 
     def to_junit(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as JUnit XML: a test case for each output, norm and segment.
+        """Write the report as JUnit XML: a test case for each output and part.
 
         Raises:
             UsageError: the place cannot be written to; a file that was there is left as it was.
@@ -243,6 +263,7 @@ class ValidationReport(Shown):
             "settings": self.settings,
             "outputs": [{"case": case, **row.to_dict()} for case, row in self.rows],
             "norms": [norm.to_dict() for norm in self.norms],
+            "attentions": [one.to_dict() for one in self.attentions],
             "segments": [segment.to_dict(index) for index, segment in enumerate(self.segments)],
             "depth": [point.to_dict() for point in self.depth],
             "notes": self.notes,
@@ -288,6 +309,7 @@ def merged(name: str, reports: Mapping[str, ValidationReport], hint: str = "") -
         name,
         rows=[(f"{part}: {case}", row) for part, report in reports.items() for case, row in report.rows],
         norms=_chained(report.norms for report in reports.values()),
+        attentions=_chained(report.attentions for report in reports.values()),
         segments=_chained(report.segments for report in reports.values()),
         depth=_chained(report.depth for report in reports.values()),
         notes=[*hints, *_joined(notes)],

@@ -28,12 +28,14 @@ class SegmentCheck:
         verdict: the verdict on the value at its end.
         contains: norms inside it that could not be checked alone.
         end: the norm whose x is its end; None for a gate or an output.
+        attentions: modules of attentions inside it.
     """
 
     name: str
     verdict: OutputVerdict
     contains: list[str]
     end: Key | None = None
+    attentions: frozenset[str] = frozenset()
 
     def to_dict(self, index: int) -> dict[str, Any]:
         """The check as JSON values."""
@@ -70,7 +72,12 @@ def check_segments(
         verdict = judge(role, value, store.get(key, role), store.get(key, f"own_{role}"), limits=limits)
         name, inside = describe(key)
         is_x = role == "x"
-        found[key, role] = SegmentCheck(name if is_x else f"{name} (its gate)", verdict, inside, key if is_x else None)
+        found[key, role] = SegmentCheck(
+            name if is_x else f"{name} (its gate)", verdict, inside, key if is_x else None, attentions(key)
+        )
+
+    def attentions(end: Key | str) -> frozenset[str]:
+        return candidate.sources(keys, end).attentions
 
     own_outputs = baseline.between(feeds[1], keys, store, lambda k, role, v: store.put(k, f"own_{role}", v))
     results = candidate.between(feeds[0], keys, store, compare)
@@ -81,7 +88,8 @@ def check_segments(
         got, true, wanted = results[name], outputs.reference[name], own[name]
         if is_last_token(got, wanted):
             true, wanted = last_token(true, got), last_token(wanted, got)
-        checks.append(SegmentCheck(segment, judge(name, got, true, wanted, limits=limits), inside))
+        verdict = judge(name, got, true, wanted, limits=limits)
+        checks.append(SegmentCheck(segment, verdict, inside, attentions=attentions(name)))
     return checks
 
 

@@ -14,7 +14,7 @@ import torch
 
 from rmsnorm_deploy.export.from_torch.lower import lower_graph
 from rmsnorm_deploy.export.graph.captured_nodes import ATTENTION_OP, CAPTURE_DOMAIN
-from rmsnorm_deploy.export.graph.metadata import ATTENTION_KEY
+from rmsnorm_deploy.export.graph.metadata import ATTENTION_KEY, VALUES_KEY
 from rmsnorm_deploy.export.lowering.attention_table import (
     ATTENTION_TABLE,
     KINDS,
@@ -110,6 +110,8 @@ def test_each_cell_writes_what_it_names(row):
     main = next(node for node in lowered.model.graph if node.name == attention.node)
     record = json.loads(main.metadata_props[ATTENTION_KEY])
     assert record == {"path": PATH, "spec": SPECS[row.kind].to_dict(), "heads": [4, 4]}
+    ends = {"query": "q", "key": "k", "value": "v", "bias": "bias", "y": "y"}
+    assert json.loads(main.metadata_props[VALUES_KEY]) == ends
     assert attention.to_dict()["emits"] == row.emits
     assert "reason" not in attention.to_dict()
     assert lowered.model.graph.outputs[0].name == "y"

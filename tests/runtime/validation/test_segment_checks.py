@@ -39,6 +39,9 @@ class Side:
             sink(key, role, value)
         return self._outputs
 
+    def sources(self, keys: list[Key], end: Key | str) -> Sources:
+        return Sources(keys, attentions=frozenset({"attention"} if end == B else ()))
+
 
 def checked(
     mine: Mapping[tuple[Key, str], np.ndarray],
