@@ -1,18 +1,26 @@
-"""Time one step of a decoder in ONNX Runtime: attention as one node, decomposed, and onnxruntime-genai's file.
+"""Time one step of a decoder in ONNX Runtime: our files beside onnxruntime-genai's, transformers' and PyTorch.
 
-Decoders of 8 layers and width 1024 with random float32 weights and a vocabulary of 8192 are saved and exported. Each
-file runs in processes of its own, in rotating order. A step reads a batch of tokens behind a cache of some length; its
-tensors stay where ONNX Runtime put them; the time is the CPU time of `session.run_with_ort_values`, the median of a
-process, then of the processes. Ratios are to the decomposed file of the same run. The last line of a model is the
-largest difference of a file's last logits from those of the decomposed file, over all cases.
+Decoders of 8 layers and width 1024 with random weights and a vocabulary of 8192 are saved and exported. Each file runs
+in processes of its own, in rotating order. A step reads a batch of tokens behind a cache of some length; its tensors
+stay where ONNX Runtime put them. With one thread, the time is the CPU time of `session.run_with_ort_values`, otherwise
+the time of a clock; the median of a process, then of the processes. Ratios are to the first column of the same run:
 
-    python -m benchmarks.decode                              # about 20 minutes, with onnxruntime-genai if installed
-    python -m benchmarks.decode --models llama --past 1000   # a part
+- ours: target ort, with attention as one node; decomposed: with attention in primitive operators.
+- fusions: transformers' exporter with ort_fusions, a file for the prompt and one for single tokens.
+- genai: the file of onnxruntime-genai's builder.
+- PyTorch: the model in transformers.
+
+The last lines of a model are the largest difference of the last logits from the first column, and the time of ours by
+that of the fastest other file: the median and the largest of all cases.
+
+    python -m benchmarks.decode                              # about 40 minutes, with onnxruntime-genai if installed
+    python -m benchmarks.decode --models llama --past 1000 --weights int4   # a part
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -35,9 +43,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 128}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {"head_dim": 128, "sliding_window": 512}),
 }
-BASE = "decomposed"
-KINDS = (BASE, "node", "genai")
+OURS = "ours"
+COLUMNS = {"fp32": (OURS, "decomposed", "fusions", "genai", "PyTorch"), "int4": (OURS, "genai")}
 PREFILL = ((1, 128, 0), (1, 1024, 0))
+Case = tuple[int, int, int]
 
 
 def build(name: str) -> Any:
@@ -50,104 +59,217 @@ def build(name: str) -> Any:
     return getattr(transformers, model)(getattr(transformers, config)(**SIZE, **options)).eval()
 
 
-def make(name: str, folder: Path, target: str) -> list[str]:
-    """Write the files of a decoder, and the kinds that there are."""
+def fusions(model: Any, folder: Path) -> None:
+    """Write the files of transformers' own exporter."""
+    import onnx_ir as ir
+    import torch
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    ids = torch.randint(3, 8000, (2, 7))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    config = OnnxConfig(dynamic=True, ort_fusions="cpu")
+    made = OnnxExporter().export_for_generation(model, given, config)
+    folder.mkdir()
+    for name, component in made.components.items():
+        ir.save(component.program, folder / f"{name}.onnx", external_data=f"{name}.data")
+
+
+def make(name: str, weights: str, target: str, folder: Path) -> list[str]:
+    """Write the files of a decoder; returns the columns that there are."""
     from rmsnorm_deploy import export_model
 
-    model = build(name)
+    model, found = build(name), []
     model.save_pretrained(folder / "checkpoint")
-    for kind in ("decomposed", "node"):
-        export_model(model, folder / kind, target=target, with_past=True, attention=kind)
-    found = [BASE, "node"]
-    try:
-        genai(folder / "checkpoint", folder / "genai")
-    except ImportError:
-        print("onnxruntime-genai is not installed", file=sys.stderr)
-    else:
-        found.append("genai")
+    for kind in COLUMNS[weights]:
+        try:
+            if kind in (OURS, "decomposed"):
+                export_model(
+                    model, folder / kind, target=target, with_past=True, quantize="int4" if weights == "int4" else None,
+                    attention="decomposed" if kind == "decomposed" else "node",
+                )  # fmt: skip
+            elif kind == "fusions":
+                fusions(model, folder / kind)
+            elif kind == "genai":
+                genai(folder / "checkpoint", folder / kind, weights)
+        except Exception as error:  # a peer that is not installed or rejects the model has no column
+            if kind == OURS:
+                raise
+            print(f"{name}, {weights}: {kind} left out: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+        else:
+            found.append(kind)
     return found
 
 
-def feeds_for(session: Any, config: dict[str, Any], batch: int, tokens: int, past: int) -> dict[str, Any]:
-    """Random tokens behind a random cache."""
+def arrays_for(names: dict[str, str], config: dict[str, Any], case: Case) -> dict[str, Any]:
+    """Random tokens behind a random cache, by the names of inputs; the same for every file."""
     import numpy as np
-    import onnxruntime
 
+    batch, tokens, past = case
     arrays: dict[str, Any] = {}
-    for value in session.get_inputs():
-        random = np.random.default_rng(zlib.crc32(value.name.encode()))  # the same in every file
-        if value.name.startswith("past_key_values."):
+    for name, role in names.items():
+        random = np.random.default_rng(zlib.crc32(role.encode()))
+        if role.startswith("past"):
             shape = (batch, config["num_key_value_heads"], past, config["head_dim"])
-            arrays[value.name] = random.standard_normal(shape, dtype=np.float32)
-        elif value.name == "attention_mask":
-            arrays[value.name] = np.ones((batch, past + tokens), np.int64)
-        elif value.name == "position_ids":
-            arrays[value.name] = np.tile(np.arange(past, past + tokens), (batch, 1))
+            arrays[name] = random.standard_normal(shape, dtype=np.float32)
+        elif role == "attention_mask":
+            arrays[name] = np.ones((batch, past + tokens), np.int64)
+        elif role == "position_ids":
+            arrays[name] = np.tile(np.arange(past, past + tokens), (batch, 1))
         else:
-            arrays[value.name] = random.integers(3, 8000, (batch, tokens))
-    return {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+            arrays[name] = random.integers(3, 8000, (batch, tokens))
+    return arrays
 
 
-def child(path: Path, threads: int, cases: list[list[int]], runs: int) -> None:
-    """Time each case, and print the seconds of CPU time as JSON."""
+def role_of(name: str) -> str:
+    """What an input is, of the names of all writers: `past_key_values.0.key`, `past_key_values_layers_0_keys`."""
+    if "past" not in name and "cache" not in name:
+        return next(role for role in ("input_ids", "attention_mask", "position_ids") if role in name)
+    numbers = [part for part in name.replace("_", ".").split(".") if part.isdigit()]
+    return f"past.{numbers[0]}.{'key' if 'key' in name.rsplit(numbers[0], 1)[-1] else 'value'}"
+
+
+class OrtStep:
+    """A step of the file of a case in a folder."""
+
+    def __init__(self, folder: Path, threads: int, config: dict[str, Any]) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self._config = config
+        self._sessions = {
+            path.stem: onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            for path in folder.glob("*.onnx")
+        }
+
+    def prepare(self, case: Case) -> Any:
+        """The feeds of a case."""
+        import onnxruntime
+
+        session = self._sessions.get("model") or self._sessions["prefill" if case[2] == 0 else "decode"]
+        names = {value.name: role_of(value.name) for value in session.get_inputs()}
+        arrays = arrays_for(names, self._config, case)
+        return session, {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+
+    def run(self, prepared: Any) -> Any:
+        """One step; the last logits."""
+        session, feeds = prepared
+        names = [value.name for value in session.get_outputs()]
+        results = session.run_with_ort_values(names, feeds)
+        return results[next(place for place, name in enumerate(names) if "logits" in name)]
+
+    def logits(self, result: Any) -> Any:
+        """The logits of the last tokens."""
+        return result.numpy()[:, -1]
+
+
+class TorchStep:
+    """A step of the model in transformers."""
+
+    def __init__(self, name: str, threads: int, config: dict[str, Any]) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._model, self._config = build(name), config
+
+    def prepare(self, case: Case) -> Any:
+        """The inputs of a case; the cache is made by each run, because a run changes it."""
+        import torch
+
+        layers = range(self._config["num_hidden_layers"])
+        roles = ["input_ids", "attention_mask", "position_ids"]
+        roles += [f"past.{layer}.{kind}" for layer in layers for kind in ("key", "value")]
+        return {
+            name: torch.from_numpy(array)
+            for name, array in arrays_for({r: r for r in roles}, self._config, case).items()
+        }
+
+    def run(self, prepared: Any) -> Any:
+        """One step; the last logits."""
+        import torch
+        from transformers import DynamicCache
+
+        layers = range(self._config["num_hidden_layers"])
+        cache = DynamicCache([(prepared[f"past.{layer}.key"], prepared[f"past.{layer}.value"]) for layer in layers])
+        given = {name: value for name, value in prepared.items() if not name.startswith("past")}
+        with torch.inference_mode():
+            return self._model(**given, past_key_values=cache, logits_to_keep=0).logits
+
+    def logits(self, result: Any) -> Any:
+        """The logits of the last tokens."""
+        return result[:, -1].numpy()
+
+
+def child(path: Path, name: str, threads: int, cases: list[Case], runs: int) -> None:
+    """Time each case, and print the seconds as JSON, and the largest resident memory in bytes."""
+    import resource
+
     import numpy as np
-    import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(path / "model.onnx", options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_outputs()]
     config = json.loads((path.parent / "checkpoint" / "config.json").read_text())
+    step: Any = TorchStep(name, threads, config) if path.name == "PyTorch" else OrtStep(path, threads, config)
+    clock = time.process_time if threads == 1 else time.perf_counter
     rows, logits = [], []
-    for batch, tokens, past in cases:
-        feeds, times = feeds_for(session, config, batch, tokens, past), []
-        for _ in range(max(3, runs // (8 if tokens > 100 else 1))):
-            start = time.process_time()
-            results = session.run_with_ort_values(names, feeds)
-            times.append(time.process_time() - start)
+    for case in cases:
+        prepared, times = step.prepare(case), []
+        for _ in range(max(3, runs // (8 if case[1] > 100 else 1))):
+            start = clock()
+            result = step.run(prepared)
+            times.append(clock() - start)
         rows.append(statistics.median(times[1:]))
-        logits.append(results[names.index("logits")].numpy()[:, -1])
-        del results, feeds
-    np.savez(path / "logits.npz", *logits)
-    print(json.dumps(rows), flush=True)
+        logits.append(step.logits(result))
+        del result, prepared
+    np.savez(path.parent / f"{path.name}.npz", *logits)
+    print(json.dumps([rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10]), flush=True)
 
 
-def differences(folder: Path, kinds: list[str]) -> dict[str, float]:
-    """The largest difference of each kind's logits from those of the decomposed file, over all cases."""
+def differences(folder: Path, kinds: list[str]) -> list[float]:
+    """The largest difference of each kind's logits from ours, over all cases."""
     import numpy as np
 
-    stored = {kind: np.load(folder / kind / "logits.npz") for kind in kinds}
-    return {
-        kind: max(float(np.abs(stored[kind][key] - stored[BASE][key]).max()) for key in stored[BASE].files)
-        for kind in kinds
-    }
+    stored = [np.load(folder / f"{kind}.npz") for kind in kinds]
+    return [max(float(np.abs(one[key] - stored[0][key]).max()) for key in stored[0].files) for one in stored]
 
 
-def measure(path: Path, threads: int, cases: list[tuple[int, int, int]], runs: int) -> list[float]:
-    """The seconds of each case in a process of its own."""
-    given = ["--child", str(path), "--threads", str(threads), "--runs", str(runs), "--cases", json.dumps(cases)]
-    command = [sys.executable, "-m", "benchmarks.decode", *given]
+def measure(path: Path, name: str, threads: int, cases: list[Case], runs: int) -> tuple[list[float], int]:
+    """The seconds of each case, and the memory, in a process of its own."""
+    given = ["--child", str(path), "--models", name, "--threads", str(threads), "--runs", str(runs)]
+    command = [sys.executable, "-m", "benchmarks.decode", *given, "--cases", json.dumps(cases)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{path.name} failed: {done.stderr[-500:]}")
-    return list(json.loads(done.stdout.splitlines()[-1]))
+    rows, memory = json.loads(done.stdout.splitlines()[-1])
+    return rows, memory
 
 
-def run(name: str, folder: Path, arguments: argparse.Namespace) -> None:
+def run(name: str, weights: str, folder: Path, arguments: argparse.Namespace) -> None:
     """Print the lines of one model."""
-    kinds = make(name, folder, arguments.target)
-    cases = [(batch, 1, past) for past in arguments.past for batch in arguments.batch] + list(PREFILL)
-    times: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
-    for number in range(arguments.rounds):
-        for kind in (*kinds[number % len(kinds) :], *kinds[: number % len(kinds)]):
-            times[kind].append(measure(folder / kind, arguments.threads, cases, arguments.runs))
-    off = differences(folder, kinds)
-    for position, (batch, tokens, past) in enumerate(cases):
-        medians = {kind: statistics.median(row[position] for row in rows) for kind, rows in times.items()}
-        cells = [f"{medians[kind] * 1e3:.1f} ({medians[kind] / medians[BASE]:.2f})" for kind in kinds]
-        print(f"| {name} | {batch}, {tokens}, {past} | {' | '.join(cells)} |", flush=True)
-    print(f"| {name} | logits off by | {' | '.join(f'{off[kind]:.1e}' for kind in kinds)} |", flush=True)
+    with contextlib.redirect_stdout(sys.stderr):
+        kinds = make(name, weights, arguments.target, folder)
+    cases: list[Case] = [(batch, 1, past) for past in arguments.past for batch in arguments.batch] + list(PREFILL)
+    for threads in arguments.threads:
+        print(f"\n{name}, {weights}, threads: {threads}\n", flush=True)
+        print(f"| batch, tokens, past | {' | '.join(kinds)} |\n|---|{'---|' * len(kinds)}", flush=True)
+        times: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
+        memory = dict.fromkeys(kinds, 0)
+        for number in range(arguments.rounds):
+            for kind in (*kinds[number % len(kinds) :], *kinds[: number % len(kinds)]):
+                row, used = measure(folder / kind, name, threads, cases, arguments.runs)
+                times[kind].append(row)
+                memory[kind] = max(memory[kind], used)
+        behind = []
+        for position, case in enumerate(cases):
+            medians = {kind: statistics.median(row[position] for row in rows) for kind, rows in times.items()}
+            cells = [f"{medians[kind] * 1e3:.1f} ({medians[kind] / medians[OURS]:.2f})" for kind in kinds]
+            print(f"| {', '.join(map(str, case))} | {' | '.join(cells)} |", flush=True)
+            peers = [value for kind, value in medians.items() if kind not in (OURS, "decomposed")]
+            behind += [medians[OURS] / min(peers)] if peers else []
+        print(f"| logits off by | {' | '.join(f'{off:.1e}' for off in differences(folder, kinds))} |")
+        print(f"| peak memory, GB | {' | '.join(f'{memory[kind] / 1e9:.2f}' for kind in kinds)} |")
+        if behind:
+            line = f"ours by the fastest other: median {statistics.median(behind):.2f}, largest {max(behind):.2f}"
+            print(f"\n{line}", flush=True)
 
 
 def main() -> None:
@@ -155,22 +277,23 @@ def main() -> None:
         prog="python -m benchmarks.decode", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--weights", nargs="+", choices=list(COLUMNS), default=list(COLUMNS))
     parser.add_argument("--past", nargs="+", type=int, default=[128, 1000, 4000], help="tokens in the cache")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4], help="rows of a batch")
-    parser.add_argument("--target", default="ort", help="the target of both of our files")
-    parser.add_argument("--threads", type=int, default=1, help="threads of ONNX Runtime")
+    parser.add_argument("--target", default="ort", help="the target of our files")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="threads of ONNX Runtime")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each file")
-    parser.add_argument("--runs", type=int, default=40, help="runs of each case; the first is not counted")
+    parser.add_argument("--runs", type=int, default=24, help="runs of each case; the first is not counted")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cases", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        child(arguments.child, arguments.threads, arguments.cases, arguments.runs)
+        child(arguments.child, arguments.models[0], arguments.threads[0], arguments.cases, arguments.runs)
         return
-    print(f"| model | batch, tokens, past | {' | '.join(KINDS)} |\n|---|---|{'---|' * len(KINDS)}", flush=True)
     for name in arguments.models:
-        with tempfile.TemporaryDirectory() as folder:
-            run(name, Path(folder), arguments)
+        for weights in arguments.weights:
+            with tempfile.TemporaryDirectory() as folder:
+                run(name, weights, Path(folder), arguments)
 
 
 if __name__ == "__main__":

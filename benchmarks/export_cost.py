@@ -132,7 +132,7 @@ def torch_onnx(folder: Path, out: Path) -> None:
     program.save(out / "model.onnx", external_data=True)
 
 
-def genai(folder: Path, out: Path) -> None:
+def genai(folder: Path, out: Path, weights: str = "fp32") -> None:
     """onnxruntime-genai's builder in float32, because it has no bfloat16 for the CPU; it requires a tokenizer."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -141,7 +141,7 @@ def genai(folder: Path, out: Path) -> None:
     tokenizer = Tokenizer(WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     builder = "onnxruntime_genai.models.builder"
-    sys.argv = [builder, "-i", str(folder), "-o", str(out), "-p", "fp32", "-e", "cpu", "-c", str(out / "cache")]
+    sys.argv = [builder, "-i", str(folder), "-o", str(out), "-p", weights, "-e", "cpu", "-c", str(out / "cache")]
     runpy.run_module(builder, run_name="__main__", alter_sys=True)
 
 
