@@ -32,7 +32,7 @@ from ..capture.capture import capture, detached
 from ..capture.captured import Capture
 from ..capture.swap import swapped
 from ..capture.transformers_model import is_pretrained
-from ..lowering.attention_table import AttentionMode, parse_attention
+from ..lowering.attention_table import check_attention, parse_attention
 from ..lowering.plugin_functions import plugin_style
 from ..lowering.table import DEFAULT_TARGET, Environment, LoweringRefusal, opset_for, parse_targets, resolve
 from ..lowering.weight_quantizer import check_quantize, parse_quantize
@@ -53,8 +53,6 @@ class ExportOptions(SaveOptions):
             float32.
         dynamic: True makes every dim dynamic that the model does not fix; False makes all static; a mapping is passed
             to `torch.export` as `dynamic_shapes`.
-        attention: `node` writes each attention of a transformers model that was proven to follow an `AttentionSpec` in
-            the target's own form, see `rmsnorm targets`; `decomposed` writes the operators of its function.
         with_past: export a decoder of transformers with its KV cache: one file for prefill and decode.
         function: write local functions of the custom operators into the file of target `plugin`. ONNX Runtime requires
             them to run the file; TensorRT up to 10.6 runs them instead of the plugin.
@@ -64,7 +62,6 @@ class ExportOptions(SaveOptions):
 
     dtype: str | None = None
     dynamic: bool | Mapping[str, Any] = True
-    attention: AttentionMode = "node"
     with_past: bool = False
     function: bool = True
     ort_trt: bool = False
@@ -137,6 +134,7 @@ def export_model(
     """
     options = _changed(options, changes)
     targets = parse_targets(target)
+    check_attention(options.attention, targets, with_past=options.with_past)
     for name in targets:
         opset_for(name, options.opset)
     check_quantize(parse_quantize(options.quantize), targets)
@@ -228,7 +226,7 @@ def prepare_parts(
         progress(f"checking {len(recognition.sites)} norms in the running model")
         recognition = _checked(model, recognition, feeds)
         attention = AttentionRecognition()
-        if options.attention == "node" and is_pretrained(model):
+        if options.attention != "decomposed" and is_pretrained(model):
             progress("checking its attentions")
             with unread_weights(model):
                 attention = find_attention(model, functools.partial(_run, model, feeds))

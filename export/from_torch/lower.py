@@ -18,7 +18,7 @@ from ..graph.captured_nodes import ATTENTION_OP, CAPTURE_DOMAIN, NORM_OP
 from ..graph.metadata import Form
 from ..graph.residual import residual_operands
 from ..graph.site import GraphRefusal, GraphSite, node_name
-from ..lowering.attention_table import attention_form, required_versions
+from ..lowering.attention_table import AttentionMode, attention_form, required_versions
 from ..lowering.attention_writer import AttentionWriter, LoweredAttention
 from ..lowering.norm_writer import LoweredSite, NormWriter
 from ..lowering.plugin_functions import PluginStyle, check_style, style_plugin_nodes
@@ -40,12 +40,14 @@ class Lowered:
         sites: its norms, in graph order.
         attentions: its attentions that were captured as nodes, in graph order.
         refusals: norms that are not modules and that the target does not support; they stay as they are.
+        in_place: the inputs of the cache that attentions write in place.
     """
 
     model: ir.Model
     sites: list[LoweredSite]
     attentions: list[LoweredAttention]
     refusals: list[GraphRefusal]
+    in_place: list[str]
 
     @property
     def requires(self) -> dict[str, str]:
@@ -76,8 +78,18 @@ def lower(
     return lowered.model, lowered.sites
 
 
-def lower_graph(model: ir.Model, target: str, opset: int | None = None, style: PluginStyle = "function") -> Lowered:
-    """`lower`, which also returns the norms that are not modules and that the target does not support."""
+def lower_graph(
+    model: ir.Model,
+    target: str,
+    opset: int | None = None,
+    style: PluginStyle = "function",
+    attention: AttentionMode = "node",
+) -> Lowered:
+    """`lower`, which also returns the norms that are not modules and that the target does not support.
+
+    Args:
+        attention: `in-place` for attentions that write the cache in place where they can.
+    """
     wanted = opset_for(target, opset)
     check_style(style, [target])
     lowered = model.clone()
@@ -86,7 +98,8 @@ def lower_graph(model: ir.Model, target: str, opset: int | None = None, style: P
     found = dict(marked(lowered))
     raise_opset(lowered, wanted)
     writer = NormWriter(lowered.graph, target, wanted)
-    attention_writer = AttentionWriter(lowered.graph, target, wanted, writer)
+    mode: AttentionMode = "in-place" if attention == "in-place" else "node"
+    attention_writer = AttentionWriter(lowered.graph, target, wanted, writer, mode)
     sites, attentions, refusals = [], [], []
     for node in list(ir.traversal.RecursiveGraphIterator(lowered.graph)):
         if node.domain == CAPTURE_DOMAIN and node.op_type == NORM_OP:
@@ -101,11 +114,12 @@ def lower_graph(model: ir.Model, target: str, opset: int | None = None, style: P
             except UnsupportedError as error:
                 refusals.append(GraphRefusal(node_name(node), site.path, str(error), node.op_type))
                 unmark(node)
+    attention_writer.cache.finish()
     writer.finish()
     if target == "plugin":
         fuse_quantized_outputs(lowered, may_raise_opset=opset is None)
     _finish(lowered, style)
-    return Lowered(lowered, sites, attentions, refusals)
+    return Lowered(lowered, sites, attentions, refusals, attention_writer.cache.names)
 
 
 def _attention_opset(model: ir.Model, target: str) -> int:

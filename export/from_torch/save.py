@@ -15,9 +15,10 @@ from ...models.companions import saved_weights
 from ...models.errors import UnsupportedError
 from ...models.recognition.site import Recognition
 from ..capture.captured import Capture
-from ..graph.requirements import requirement_metadata
+from ..graph.requirements import in_place_metadata, requirement_metadata
 from ..graph.sizes import SizeLimits, metadata_of
 from ..graph.stored_weights import as_stored
+from ..lowering.attention_table import AttentionMode
 from ..lowering.plugin_functions import PluginStyle, style_notes
 from ..lowering.quantized_weights import QuantizedWeights, quantize_weights, summed
 from ..lowering.weight_quantizer import DOMAIN, LOWEST_ONNXRUNTIME, OPERATOR, check_quantize, parse_quantize
@@ -94,12 +95,16 @@ class SaveOptions:
         quantize: `int4` or `int8` for weights of MatMuls in blocks of 4 or 8 bits, which ONNX Runtime alone reads; not
             for target `plugin`. With `link`, the other weights are packed, because links would keep the whole
             checkpoint.
+        attention: `node` writes each attention of a transformers model that was proven to follow an `AttentionSpec` in
+            the target's own form, see `rmsnorm targets`; `decomposed` writes the operators of its function; `in-place`
+            writes nodes that put keys and values into the cache's own buffer, where they can (target `ort`).
     """
 
     opset: int | None = None
     weights: WeightsMode = "link"
     full_hash: bool = False
     quantize: str | None = None
+    attention: AttentionMode = "node"
 
 
 def save(
@@ -130,7 +135,7 @@ def _save(
     scheme = parse_quantize(options.quantize)
     check_quantize(scheme, [target], prepared.dtype)
     progress(f"lowering for {target}")
-    result = lower_graph(prepared.capture.model, target, options.opset, style)
+    result = lower_graph(prepared.capture.model, target, options.opset, style, options.attention)
     lowered, unswapped = result.model, prepared.unswapped
     requires, quantized = result.requires, None
     if scheme is not None:
@@ -144,7 +149,9 @@ def _save(
     refusals = [refusal.to_dict() for refusal in prepared.recognition.refusals]
     refusals += [refusal.to_dict() for refusal in (*unswapped.refusals, *result.refusals)]
     graph, limits = lowered.graph, prepared.capture.limits
-    lowered.metadata_props.update(metadata_of(limits) | requirement_metadata(requires))
+    lowered.metadata_props.update(
+        metadata_of(limits) | requirement_metadata(requires) | in_place_metadata(result.in_place)
+    )
     content = {
         **prepared.details,
         "target": target,
@@ -159,6 +166,7 @@ def _save(
         "refusals": refusals,
         "requires": requires,
         "attention": attention_rows(prepared.attention, result.attentions),
+        **({"in_place_cache": result.in_place} if result.in_place else {}),
         **({} if quantized is None else {"quantized": quantized.to_json()}),
         "notes": [*prepared.notes, *prepared.capture.notes, *style_notes(lowered, style), *_quantized_notes(quantized)],
     }

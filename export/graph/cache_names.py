@@ -62,6 +62,11 @@ def is_present(name: str) -> bool:
     return name.startswith(PRESENT) and _CROSS not in name
 
 
+def past_to_present(name: str) -> str:
+    """The output that is the next run's input of this name."""
+    return PRESENT + name.removeprefix(PAST)
+
+
 def present_to_past(outputs: Mapping[str, Value]) -> dict[str, Value]:
     """The cache among the outputs of a run, arrays or tensors, under the names of the inputs of the next run."""
     return {PAST + name.removeprefix(PRESENT): value for name, value in outputs.items() if is_present(name)}

@@ -25,6 +25,8 @@ ATTENTION_KEY: Final = METADATA_PREFIX + "attention"
 SIZES_KEY: Final = METADATA_PREFIX + "sizes"
 # On the model: the lowest version of each runtime that computes it right, as JSON.
 REQUIRES_KEY: Final = METADATA_PREFIX + "requires"
+# On the model: the inputs of the cache that are the buffers of their outputs too, as JSON.
+IN_PLACE_KEY: Final = METADATA_PREFIX + "in_place"
 # The start of the names of constants that are scales of ones, made for operators that require a scale.
 ONES: Final = METADATA_PREFIX + "ones"
 # A KV cache's tensors, as runtimes and servers expect them: `past_key_values.N.key` goes in, `present.N.key` comes out;

@@ -1,12 +1,12 @@
-"""The lowest versions of runtimes that compute an exported file right, in the file's metadata."""
+"""What an exported file requires of its runtime, in the file's metadata: versions, and a cache in place."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ...models.errors import UsageError
-from .metadata import REQUIRES_KEY
+from .metadata import IN_PLACE_KEY, REQUIRES_KEY
 
 
 def requirement_metadata(versions: Mapping[str, str]) -> dict[str, str]:
@@ -32,3 +32,24 @@ def required_version(metadata: Mapping[str, str], runtime: str, where: str) -> s
             f"{where}: metadata {REQUIRES_KEY!r}: expected versions by runtime, got {text[:100]!r}. Export again."
         )
     return versions.get(runtime)
+
+
+def in_place_metadata(names: Sequence[str]) -> dict[str, str]:
+    """The entry of an ONNX file's metadata for the inputs of a cache that is written in place; none without them."""
+    return {IN_PLACE_KEY: json.dumps(list(names))} if names else {}
+
+
+def in_place_names(metadata: Mapping[str, str], where: str) -> frozenset[str]:
+    """The inputs of the cache that a file writes in place, from its metadata.
+
+    Raises:
+        UsageError: the entry cannot be read.
+    """
+    text = metadata.get(IN_PLACE_KEY, "[]")
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"{where}: metadata {IN_PLACE_KEY!r}: expected names, got {text[:100]!r}. Export again.")
+    return frozenset(names)

@@ -25,7 +25,8 @@ OPERATOR = "Attention"
 OPERATOR_OPSET = 23
 
 
-AttentionMode = Literal["node", "decomposed"]
+# `in-place` is `node`, and where it can be, a node that writes keys and values into the buffer of the cache.
+AttentionMode = Literal["node", "decomposed", "in-place"]
 
 
 def parse_attention(given: str) -> AttentionMode:
@@ -36,8 +37,26 @@ def parse_attention(given: str) -> AttentionMode:
     """
     modes: dict[str, AttentionMode] = {mode: mode for mode in get_args(AttentionMode)}
     if given.lower() not in modes:
-        raise UsageError(f"attention: expected {' or '.join(modes)}, got {given!r}.")
+        raise UsageError(f"attention: expected one of {', '.join(modes)}, got {given!r}.")
     return modes[given.lower()]
+
+
+def check_attention(mode: AttentionMode, targets: Iterable[str], *, with_past: bool) -> None:
+    """Refuse a mode that the export cannot have.
+
+    Raises:
+        UsageError: `in-place` without a cache, or for another target than `ort`.
+    """
+    if mode != "in-place":
+        return
+    others = [target for target in targets if target != "ort"]
+    if others:
+        raise UsageError(
+            f"attention: in-place is for target ort, whose runtime has the operator, got target {', '.join(others)}. "
+            "Use --attention node there."
+        )
+    if not with_past:
+        raise UsageError("attention: in-place writes the KV cache in place, and the export has none; add --with-past.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +71,7 @@ class AttentionCell:
         dtypes: dtypes of the query that are supported; others are written as target `primitives` does.
         runtimes: lowest version of each runtime that runs it right.
         note: a remark for the reader.
+        mode: `node`, or `in-place` for attentions that write the cache in place.
     """
 
     target: Target
@@ -61,6 +81,7 @@ class AttentionCell:
     dtypes: tuple[str, ...]
     runtimes: tuple[tuple[str, str], ...]
     note: str
+    mode: AttentionMode = "node"
 
     @property
     def is_operator(self) -> bool:
@@ -68,6 +89,9 @@ class AttentionCell:
         return self.emits.startswith(OPERATOR)
 
 
+_GROUPED = "Transpose, Reshape, com.microsoft::GroupQueryAttention, Reshape"
+_BUFFER = "keys and values are written into the cache's own buffer"
+_NEWEST = (("onnxruntime", "1.32"),)
 _ALL = ("float32", "float16", "bfloat16", "float64")
 _THREE = ("float32", "float16", "bfloat16")
 _RTX = ("tensorrt-rtx", "1.7")
@@ -92,6 +116,10 @@ ATTENTION_TABLE: tuple[AttentionCell, ...] = (
     AttentionCell("ort", "softcap", "Attention, Transpose", OPERATOR_OPSET, _THREE,
                   (("onnxruntime", "1.27"),), "ONNX Runtime 1.23 computes another softcap"),
     AttentionCell("ort", "sink", _SINKS, 7, _ALL, _EVERYWHERE, _NO_SINKS),
+    AttentionCell("ort", "plain", _GROUPED, 18, ("float32", "float16"), _NEWEST, _BUFFER, "in-place"),
+    AttentionCell("ort", "softcap", _GROUPED, 18, ("float32", "float16"), _NEWEST, _BUFFER, "in-place"),
+    AttentionCell("ort", "sink", _GROUPED, 18, ("float32", "float16"), _NEWEST,
+                  "the operator has an input for sinks", "in-place"),
     AttentionCell("plugin", "plain", _PLAIN, 7, _ALL, _EVERYWHERE, "for TensorRT versions without the operator too"),
     AttentionCell("plugin", "softcap", _CAPPED, 7, _ALL, _EVERYWHERE, _SHARED),
     AttentionCell("plugin", "sink", _SINKS, 7, _ALL, _EVERYWHERE, "the sink is a term of the sum, not a column"),
@@ -115,28 +143,33 @@ def required_versions(cells: Iterable[AttentionCell]) -> dict[str, str]:
     return found
 
 
-def attention_cell(target: str, kind: AttentionKind) -> AttentionCell:
+def attention_cell(target: str, kind: AttentionKind, mode: AttentionMode = "node") -> AttentionCell:
     """The table's cell.
 
     Raises:
         UsageError: the target is unknown.
     """
     for row in ATTENTION_TABLE:
-        if row.target == target and row.kind == kind:
+        if (row.target, row.kind, row.mode) == (target, kind, mode):
             return row
+    if mode == "in-place" and target in TARGETS:
+        raise UsageError(f"attention: {mode} is for target ort, got target {target}.")
     raise UsageError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}.")
 
 
-def attention_form(spec: AttentionSpec, target: str, environment: Environment) -> tuple[AttentionCell, str | None]:
+def attention_form(
+    spec: AttentionSpec, target: str, environment: Environment, mode: AttentionMode = "node"
+) -> tuple[AttentionCell, str | None]:
     """The cell to use, and why it is not the target's own, or None.
 
     Args:
         spec: the attention.
         target: one of `TARGETS`.
         environment: opset and dtype of the file.
+        mode: `node` or `in-place`.
     """
     kind = kind_of(spec)
-    own, usual = attention_cell(target, kind), attention_cell("primitives", kind)
+    own, usual = attention_cell(target, kind, mode), attention_cell("primitives", kind)
     if environment.dtype not in own.dtypes:
         return usual, f"{own.emits.split(',')[0]} does not support {environment.dtype} everywhere"
     if environment.opset is not None and environment.opset < own.opset:

@@ -14,8 +14,9 @@ from ...models.attention.spec import AttentionSpec
 from ...models.dtypes import onnx_name
 from ..graph.constants import HALF_TYPES
 from ..graph.metadata import ATTENTION_KEY, VALUES_KEY
-from .attention_table import OPERATOR, AttentionCell, attention_form
+from .attention_table import OPERATOR, AttentionCell, AttentionMode, attention_form
 from .builder import Builder
+from .in_place_cache import CachePlace, InPlaceCache, grouped
 from .norm_writer import NormWriter
 from .table import Environment
 
@@ -68,11 +69,16 @@ class AttentionWriter:
         target: one of `TARGETS`.
         opset: opset import of the finished file.
         norms: the writer of the model's norms, which knows what replaced what, and the names of all nodes.
+        mode: `node`, or `in-place` for nodes that write the cache in place where they can.
     """
 
-    def __init__(self, root: ir.Graph, target: str, opset: int, norms: NormWriter) -> None:
-        self._root, self._target, self._opset, self._norms = root, target, opset, norms
+    def __init__(
+        self, root: ir.Graph, target: str, opset: int, norms: NormWriter, mode: AttentionMode = "node"
+    ) -> None:
+        self._root, self._target, self._opset, self._norms, self._mode = root, target, opset, norms, mode
         self._constants: dict[Any, ir.Value] = {}
+        self._sizes: dict[ir.Value, tuple[ir.Value, ...]] = {}
+        self.cache = InPlaceCache(root)
 
     def write(self, node: ir.Node) -> LoweredAttention:
         """Replace a captured node by the operators of the target.
@@ -87,19 +93,49 @@ class AttentionWriter:
         if query is None or key is None or value is None or query.dtype is None or not isinstance(graph, ir.Graph):
             raise ValueError(f"attention {path!r}: expected a query of a known dtype, a key and a value")
         environment = Environment(opset=self._opset, dtype=onnx_name(query.dtype))
-        cell, reason = attention_form(spec, self._target, environment)
+        cell, reason = attention_form(spec, self._target, environment, self._mode)
+        place = self.cache.place(query, key, value, bias) if cell.mode == "in-place" else None
+        if isinstance(place, str):
+            cell, reason = attention_form(spec, self._target, environment)[0], place
         builder = Builder(graph, self._root, {}, self._constants, self._opset)
         heads = (node.attributes["heads"].as_int(), node.attributes["groups"].as_int())
-        write = _operator if cell.is_operator else _primitives
-        main, y = write(builder, spec, AttentionInputs(query, key, value, bias, sink), *heads)
-        y = builder.op("Transpose", [y], {"perm": [0, 2, 1, 3]}, dtype=query.dtype, shape=node.outputs[0].shape)
+        inputs = AttentionInputs(query, key, value, bias, sink)
+        if isinstance(place, CachePlace):
+            main, y = self._in_place(builder, spec, inputs, place, heads)
+        else:
+            write = _operator if cell.is_operator else _primitives
+            main, y = write(builder, spec, inputs, *heads)
+            y = builder.op("Transpose", [y], {"perm": [0, 2, 1, 3]}, dtype=query.dtype, shape=node.outputs[0].shape)
         record = {"path": path, "spec": spec.to_dict(), "heads": heads}
         main.metadata_props[ATTENTION_KEY] = json.dumps(record, sort_keys=True)
         self._replace(graph, node, builder, y, path)
         values = {"query": query, "key": key, "value": value, "bias": bias, "y": y}
+        if isinstance(place, CachePlace):
+            self._take_presents(main, key, value)
+            values |= {"key": place.key, "value": place.value}
+            values |= {"past_key": place.past_key, "past_value": place.past_value}
         names = {role: value.name for role, value in values.items() if value is not None}
         main.metadata_props[VALUES_KEY] = json.dumps(names, sort_keys=True)
         return LoweredAttention(path, spec, main.name or "", cell, reason)
+
+    def _in_place(
+        self, builder: Builder, spec: AttentionSpec, inputs: AttentionInputs, place: CachePlace, heads: tuple[int, int]
+    ) -> tuple[ir.Node, ir.Value]:
+        attributes: dict[str, Any] = {"num_heads": heads[0], "kv_num_heads": heads[1], "scale": spec.scale}
+        if spec.softcap is not None:
+            attributes["softcap"] = spec.softcap
+        self.cache.use(place)
+        return grouped(builder, place, (inputs.query, inputs.bias, inputs.sink), attributes, self._sizes)
+
+    def _take_presents(self, main: ir.Node, key: ir.Value, value: ir.Value) -> None:
+        """Let the operator return the caches in place of what joined them."""
+        for old, new in zip((key, value), main.outputs[1:], strict=True):
+            joining = old.producer()
+            assert joining is not None
+            assert isinstance(joining.graph, ir.Graph)
+            new.shape = old.shape
+            self._norms.take_over(old, new)
+            joining.graph.remove(joining, safe=True)
 
     def decompose(self, node: ir.Node) -> bool:
         """Replace an operator that `write` wrote by primitives; False where the file does not say what they need."""

@@ -121,6 +121,7 @@ class ManifestFields(_Fields):
     sites: list[_Site] = []
     refusals: list[_Refusal] = []
     attention: list[_Attention] = []
+    in_place_cache: list[Text] = []
     requires: dict[Text, Text] = {}
     notes: list[Text] = []
     files: dict[str, dict[str, Any]] = {}

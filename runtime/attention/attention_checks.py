@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...export.lowering.attention_table import OPERATOR
+from ...export.lowering.in_place_cache import GROUPED
 from ...models.attention.spec import AttentionSpec
 from ...models.dtypes import HALF_DTYPES, numpy_dtype
 from ...models.errors import few
@@ -34,8 +35,8 @@ Progress = Callable[[str], None]
 _SOUND = {"float16": 64.0, "bfloat16": 64.0, "float32": 512.0, "float64": 4096.0}
 
 
-# ONNX Runtime's operator returns zeros where a query attends to nothing; the primitives average, as PyTorch does.
-_ZEROS_FROM = (OPERATOR,)
+# ONNX Runtime's operators return zeros where a query attends to nothing; the primitives average, as PyTorch does.
+_ZEROS_FROM = (OPERATOR, GROUPED)
 _ZEROS = "queries that attend to nothing get zeros, where PyTorch gives them an average of the values"
 
 

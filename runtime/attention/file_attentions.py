@@ -22,7 +22,7 @@ from ..runners.base import Array
 from .torch_attentions import AttentionFeed
 
 # The values at which an attention is cut out; sinks are constants, which stay in it as a norm's weight does.
-INPUTS = ("query", "key", "value", "bias")
+INPUTS = ("query", "key", "value", "bias", "past_key", "past_value")
 _ABSENT = "no node of the candidate names this attention in its metadata"
 
 
@@ -156,5 +156,10 @@ def _json(text: str | None) -> dict[str, Any] | None:
 def _arrays(place: AttentionPlace, feed: AttentionFeed) -> dict[str, Array]:
     """The inputs by role, in the dtype of the file."""
     dtype = numpy_dtype(place.dtype)
-    given = {role: getattr(feed, role) for role in place.inputs}
+    given: dict[str, Array | None] = {"query": feed.query, "key": feed.key, "value": feed.value, "bias": feed.bias}
+    if "past_key" in place.inputs:  # it joins the cache and the new keys itself
+        past = feed.key.shape[2] - feed.query.shape[2]
+        given |= {"past_key": feed.key[:, :, :past], "past_value": feed.value[:, :, :past]}
+        given |= {"key": feed.key[:, :, past:], "value": feed.value[:, :, past:]}
+    given = {role: given[role] for role in place.inputs}
     return {role: array.astype(dtype, copy=False) for role, array in given.items() if array is not None}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from ...export.graph.requirements import required_version
+from ...export.graph.requirements import in_place_names, required_version
 from ...export.graph.sizes import limits_in
 from ...export.onnx_io.atomic_files import new_file
 from ...export.onnx_io.read_model import ModelFile, read_model
@@ -151,6 +151,7 @@ class OrtRunner(ClosesOnExit):
         self._inputs = _infos(self._session.get_inputs(), self._where, open_rank)
         self._outputs = _infos(self._session.get_outputs(), self._where, set())
         self._limits = limits_in(metadata, self._where)
+        self._in_place = in_place_names(metadata, self._where)
         self._files: dict[str, Any] | None = None
 
     def close(self) -> None:
@@ -184,18 +185,27 @@ class OrtRunner(ClosesOnExit):
     def decoding(self) -> OrtDecoding:
         """The steps of a decoder whose cache stays in ONNX Runtime's values."""
         self._opened()
-        return OrtDecoding(self._computed, _view, _to_value, [info.name for info in self._outputs])
+        return OrtDecoding(self._computed, _view, _to_value, [info.name for info in self._outputs], self._in_place)
 
-    def _computed(self, feeds: Mapping[str, Array], own: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
-        """The outputs as OrtValues, for arrays, and for OrtValues of an earlier run in place of some inputs."""
+    def _computed(
+        self,
+        feeds: Mapping[str, Array],
+        own: Mapping[str, Any],
+        names: Sequence[str],
+        targets: Mapping[str, Any] | None = None,
+    ) -> list[Any]:
+        """The outputs as OrtValues, for arrays, and for OrtValues of an earlier run in place of some inputs.
+
+        Outputs with a target are written into the memory of that OrtValue.
+        """
         session = self._opened()
         given = [info for info in self._inputs if info.name not in own]
         check_feeds(given, feeds, self._where, self._limits)
         values = {**{info.name: _to_value(feeds[info.name]) for info in given}, **own}
         try:
             results = (
-                _run_bound(session, values, names)
-                if self._io_binding
+                _run_bound(session, values, names, targets or {})
+                if self._io_binding or targets
                 else session.run_with_ort_values(list(names), values)
             )
         except Exception as error:
@@ -405,12 +415,15 @@ def _view(value: Any) -> Array:
     return np.frombuffer(memory, np.uint16).view(ml_dtypes.bfloat16).reshape(shape)
 
 
-def _run_bound(session: Any, values: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+def _run_bound(session: Any, values: Mapping[str, Any], names: Sequence[str], targets: Mapping[str, Any]) -> list[Any]:
     binding = session.io_binding()
     for name, value in values.items():
         binding.bind_ortvalue_input(name, value)
     for name in names:
-        binding.bind_output(name, "cpu")
+        if name in targets:
+            binding.bind_ortvalue_output(name, targets[name])
+        else:
+            binding.bind_output(name, "cpu")
     session.run_with_iobinding(binding)
     return binding.get_outputs()
 

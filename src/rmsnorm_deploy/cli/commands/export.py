@@ -48,7 +48,8 @@ def export(
             "--attention",
             metavar="HOW",
             help="How attention of a transformers model is written: node (in the target's own form, where its function "
-            "was proven to compute it) or decomposed (the operators of its function).",
+            "was proven to compute it), decomposed (the operators of its function), or in-place (target ort with "
+            "--with-past: nodes that write keys and values into the cache's own buffer, ONNX Runtime 1.32 or later).",
         ),
     ] = "node",
     no_function: options.NoFunction = False,
@@ -101,7 +102,7 @@ def export(
     as_json: options.AsJson = False,
 ) -> None:
     """Export a model to ONNX with its norms in the form that the target requires."""
-    from rmsnorm_deploy.export.lowering.attention_table import parse_attention
+    from rmsnorm_deploy.export.lowering.attention_table import check_attention, parse_attention
     from rmsnorm_deploy.export.lowering.plugin_functions import plugin_style
     from rmsnorm_deploy.export.lowering.table import DEFAULT_TARGET, opset_for, parse_targets
     from rmsnorm_deploy.export.lowering.weight_quantizer import check_quantize, parse_quantize
@@ -111,6 +112,7 @@ def export(
     targets = parse_targets(target or DEFAULT_TARGET)
     mode = parse_weights(weights)
     attention_mode = parse_attention(attention)
+    check_attention(attention_mode, targets, with_past=with_past)
     for name in targets:
         opset_for(name, opset)  # refuses a wrong target or opset before slow work
     plugin_style(not no_function, ort_trt, targets)

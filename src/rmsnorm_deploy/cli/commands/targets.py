@@ -85,7 +85,7 @@ def _row(cell: Cell, code: str = "") -> tuple[str, ...]:
 def _attention_row(cell: AttentionCell, code: str = "") -> tuple[str, ...]:
     return (
         f"{code}{cell.target}{code}",
-        _KINDS[cell.kind],
+        _KINDS[cell.kind] + (", in place" if cell.mode == "in-place" else ""),
         *_requirements(cell),
     )
 
@@ -104,6 +104,7 @@ def _attention_json(cell: AttentionCell) -> dict[str, Any]:
     return {
         "target": cell.target,
         "kind": cell.kind,
+        "mode": cell.mode,
         "emits": cell.emits,
         "opset": cell.opset,
         "dtypes": list(cell.dtypes),

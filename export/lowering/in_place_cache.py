@@ -1,0 +1,253 @@
+"""Attentions that write keys and values into the buffer of the cache (`InPlaceCache`): GroupQueryAttention.
+
+The operator of ONNX Runtime takes the cache before and after the step as one buffer with room for more tokens, if both
+are bound to the same memory; where they are not, it returns a longer cache, as other files do. It hides later keys by
+itself, so it is used only where the mask was found to hide them for several lengths and paddings, and depends on
+nothing but lengths, padding and positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ..graph.cache_names import is_past
+from .builder import Builder
+
+DOMAIN = "com.microsoft"
+GROUPED = "GroupQueryAttention"
+_VERSION = 1
+_MASK, _TOKENS = "attention_mask", ("input_ids", "inputs_embeds")
+# The inputs on which a mask may depend, and those of which it may read the size alone.
+_VALUES = (_MASK, "position_ids")
+# Batch, length and past for which a mask is computed, without and with padding on the left.
+_CASES = ((2, 3, 0), (2, 1, 7), (2, 4, 5), (1, 19, 0), (1, 2, 40))
+_WIDTH = 8  # the operator requires widths of heads that this divides
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlace:
+    """Where an attention reads the cache: the inputs of the graph, the new keys and values, and what joins them."""
+
+    past_key: ir.Value
+    past_value: ir.Value
+    key: ir.Value
+    value: ir.Value
+
+
+class InPlaceCache:
+    """The caches of a graph that attentions can write in place.
+
+    Args:
+        root: the main graph.
+    """
+
+    def __init__(self, root: ir.Graph) -> None:
+        self._root = root
+        self._inputs = {str(value.name): value for value in root.inputs}
+        self._masks: dict[ir.Value, str | None] = {}
+        self.names: list[str] = []
+
+    def place(self, query: ir.Value, key: ir.Value, value: ir.Value, bias: ir.Value | None) -> CachePlace | str:
+        """Where an attention reads the cache, or why it cannot write it in place."""
+        if self._mask() is None:
+            return f"the model does not read {_MASK} and {' or '.join(_TOKENS)}, which tell the length of the cache"
+        if bias is None or bias.shape is None or len(bias.shape) != 4:
+            return "it has no mask of four dimensions"
+        widths = [
+            value.shape[3] if value.shape is not None and len(value.shape) == 4 else None for value in (query, value)
+        ]
+        if widths[0] != widths[1] or not isinstance(widths[0], int) or widths[0] % _WIDTH:
+            return f"expected heads of one width that {_WIDTH} divides, got {widths[0]} and {widths[1]}"
+        joined = [self._joined(one) for one in (key, value)]
+        if joined[0] is None or joined[1] is None:
+            return "its keys and values are not those of the cache with the new ones behind them"
+        if bias not in self._masks:
+            self._masks[bias] = self._why_not_causal(bias)
+        problem = self._masks[bias]
+        return problem if problem is not None else CachePlace(joined[0][0], joined[1][0], joined[0][1], joined[1][1])
+
+    def _mask(self) -> tuple[ir.Value, ir.Value] | None:
+        """The inputs whose sizes tell the number of all tokens, and of the new ones."""
+        tokens = next((self._inputs[name] for name in _TOKENS if name in self._inputs), None)
+        mask = self._inputs.get(_MASK)
+        if tokens is None or mask is None or mask.shape is None or len(mask.shape) != 2:
+            return None
+        return mask, tokens
+
+    def _joined(self, value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+        """The cache and the new keys or values, of which this value is the concatenation that nothing else reads."""
+        node = value.producer()
+        if node is None or node.op_type != "Concat" or node.domain != "" or len(node.inputs) != 2:
+            return None
+        past, new = node.inputs
+        axis = node.attributes.get_int("axis", 0)
+        if past is None or new is None or axis not in (2, -2) or not value.is_graph_output():
+            return None
+        if len(value.uses()) != 1 or not past.is_graph_input() or not is_past(str(past.name)):
+            return None
+        others = [use.node for use in past.uses() if use.node is not node]
+        return (past, new) if all(_is_length(other) for other in others) else None
+
+    def _why_not_causal(self, bias: ir.Value) -> str | None:
+        """Why a mask is not known to hide later keys, or None."""
+        from onnx import reference
+
+        inputs, problem = self._read_by(bias)
+        if problem is not None:
+            return problem
+        graph = ir.convenience.extract(self._root, inputs, [bias])
+        model = ir.Model(graph, ir_version=10)
+        graph.opset_imports.update(self._root.opset_imports)
+        try:
+            evaluator = reference.ReferenceEvaluator(ir.to_proto(model))
+            for batch, length, past in _CASES:
+                for padding in (0, 2):
+                    feeds = {str(v.name): _example(v, batch, length, past, padding) for v in inputs}
+                    got = np.asarray(next(iter(evaluator.run(None, feeds))))
+                    later = np.triu(np.ones((length, past + length), bool), past + 1)
+                    if np.any(np.broadcast_to(got, (*got.shape[:2], *later.shape))[..., later] > -1e4):
+                        return "its mask shows later keys"
+        except Exception as error:  # of operators that the evaluator does not know, or shapes that do not fit
+            return f"its mask could not be computed: {' '.join(str(error).split())[:120]}"
+        return None
+
+    def _read_by(self, bias: ir.Value) -> tuple[list[ir.Value], str | None]:
+        """The inputs of the graph that a mask is computed from, and why it may be another one for other tokens."""
+        found: dict[ir.Value, None] = {}
+        seen: set[ir.Node] = set()
+        pending = [bias]
+        while pending:
+            value = pending.pop()
+            node = value.producer()
+            if node is None:
+                if value.is_graph_input() and not value.is_initializer():
+                    found[value] = None
+            elif node not in seen:
+                seen.add(node)
+                pending += [one for one in node.inputs if one is not None]
+        for value in found:
+            readers = {use.node.op_type for use in value.uses() if use.node in seen}
+            if value.name not in _VALUES and readers != {"Shape"}:
+                return [], f"its mask depends on {value.name}"
+        return list(found), None
+
+    def use(self, place: CachePlace) -> None:
+        """Note that an attention writes these caches."""
+        self.names += [str(place.past_key.name), str(place.past_value.name)]
+
+    def finish(self) -> None:
+        """Take the length of the cache from the mask, where the graph takes it from a cache that is a buffer now."""
+        sizes = self._mask()
+        if not self.names or sizes is None:
+            return
+        self._root.opset_imports[DOMAIN] = _VERSION
+        length: ir.Value | None = None
+        for name in self.names:
+            for use in list(self._inputs[name].uses()):
+                if use.node.op_type != "Shape":
+                    continue
+                if length is None:
+                    length = self._length(*sizes)
+                (old,) = use.node.outputs
+                old.replace_all_uses_with(length, replace_graph_outputs=True)
+                self._root.remove(use.node, safe=True)
+
+    def _length(self, mask: ir.Value, tokens: ir.Value) -> ir.Value:
+        """The number of tokens in the cache, `[1]`, at the start of the graph."""
+        builder = Builder(self._root, self._root, {}, {}, self._root.opset_imports[""])
+        kind = ir.DataType.INT64
+        sizes = [
+            builder.op("Shape", [value], {"start": 1, "end": 2}, dtype=kind, shape=ir.Shape([1]))
+            for value in (mask, tokens)
+        ]
+        length = builder.op("Sub", sizes, dtype=kind, shape=ir.Shape([1]))
+        builder.insert_before(self._root[0])
+        return length
+
+
+def grouped(
+    builder: Builder,
+    place: CachePlace,
+    inputs: Sequence[ir.Value | None],
+    attributes: dict[str, Any],
+    sizes: dict[ir.Value, tuple[ir.Value, ...]],
+) -> tuple[ir.Node, ir.Value]:
+    """Write the operator; its node, and its result `[B, S, H, D]`.
+
+    Args:
+        builder: receives the nodes.
+        place: where it reads the cache.
+        inputs: query `[B, H, S, D]`, bias `[B, 1, S, T]`, and sinks `[H]` or None.
+        attributes: of the operator.
+        sizes: the lengths that the operator reads, by the bias that tells them; shared by the attentions of a graph.
+    """
+    query, bias, sink = inputs
+    assert query is not None
+    assert bias is not None
+    dtype = query.dtype
+    assert dtype is not None
+    if bias not in sizes:
+        sizes[bias] = _sizes(builder, query, bias)
+    last, total, length = sizes[bias]
+    flat = builder.constant(np.array([0, 0, -1]), ir.DataType.INT64, "heads")
+
+    def rows(value: ir.Value) -> ir.Value:
+        turned = builder.op("Transpose", [value], {"perm": [0, 2, 1, 3]}, dtype=dtype, shape=None)
+        return builder.op("Reshape", [turned, flat], dtype=dtype, shape=None)
+
+    given: list[ir.Value | None] = [rows(query), rows(place.key), rows(place.value), place.past_key, place.past_value]
+    given += [last, total, None, None, None, bias, sink, None, None, None, None, length]
+    node = ir.node(GROUPED, given, attributes, domain=DOMAIN, num_outputs=3)
+    for output in node.outputs:
+        output.dtype = dtype
+    builder.nodes.append(node)
+    heads = builder.constant(np.array([0, 0, attributes["num_heads"], -1]), ir.DataType.INT64, "heads")
+    return node, builder.op("Reshape", [node.outputs[0], heads], dtype=dtype, shape=None)
+
+
+def _sizes(builder: Builder, query: ir.Value, bias: ir.Value) -> tuple[ir.Value, ...]:
+    """The last position of each row, the number of all tokens, and the number of new ones of each row, int32."""
+
+    def op(name: str, values: list[ir.Value], dtype: ir.DataType, **attributes: int) -> ir.Value:
+        return builder.op(name, values, attributes, dtype=dtype, shape=None)
+
+    wide, narrow = ir.DataType.INT64, ir.DataType.INT32
+    # The mask has the batch, so that what belongs to an attention follows from its inputs.
+    same = bias.shape is not None and query.shape is not None and bias.shape[0] == query.shape[0]
+    batch = op("Shape", [bias if same else query], wide, start=0, end=1)
+    size = [op("Shape", [bias], wide, start=axis, end=axis + 1) for axis in (2, 3)]
+    length, total = (op("Cast", [value], narrow, to=int(narrow)) for value in size)
+    last = op("Sub", [total, builder.constant(np.array([1]), narrow, "one")], narrow)
+    scalar = op("Squeeze", [total], narrow)
+    return op("Expand", [last, batch], narrow), scalar, op("Expand", [length, batch], narrow)
+
+
+def _is_length(node: ir.Node) -> bool:
+    """Whether a node reads the length of a cache alone, as `[1]`, or sizes that a buffer has too."""
+    if node.op_type != "Shape" or node.domain != "":
+        return False
+    return (node.attributes.get_int("start", 0), node.attributes.get_int("end", 4)) == (2, 3)
+
+
+def _example(value: ir.Value, batch: int, length: int, past: int, padding: int) -> NDArray[Any]:
+    """An input of the graph for a batch whose last row begins with padding."""
+    total = past + length
+    mask: NDArray[Any] = np.ones((batch, total), np.int64)
+    mask[-1, : min(padding, total - 1)] = 0
+    if value.name == _MASK:
+        array = mask
+    elif value.name == "position_ids":
+        array = np.maximum(mask.cumsum(1) - 1, 0)[:, past:]
+    else:
+        shape = value.shape
+        assert shape is not None
+        sizes = [batch, length, 1, 1] if not is_past(str(value.name)) else [batch, 1, past, 1]
+        array = np.zeros([dim if isinstance(dim, int) else sizes[axis] for axis, dim in enumerate(shape)])
+    assert value.dtype is not None
+    return array.astype(value.dtype.numpy())
