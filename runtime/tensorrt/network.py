@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...export.graph.metadata import FORM_KEY, PATH_KEY, SPEC_KEY
 from ...export.graph.plugin_nodes import PLUGIN_DOMAINS, is_plugin_node
+from ...export.lowering.in_place_cache import GROUPED
 from ...export.lowering.quantized_norms import is_quantized_norm
 from ...export.lowering.weight_quantizer import DOMAIN, OPERATOR
 from ...export.onnx_io.check_graph import check_graph
@@ -91,14 +92,14 @@ def read_network(path: Path, allow_float64: bool = False) -> NetworkFile:
 
     Raises:
         UsageError: the file is not a valid ONNX model, or its weights are missing.
-        UnsupportedError: it contains float64 values, weights that ONNX Runtime quantized, or plugin nodes where
-            TensorRT does not support plugins.
+        UnsupportedError: it contains float64 values, operators of ONNX Runtime alone, or plugin nodes where TensorRT
+            does not support plugins.
     """
     file = read_model(path)
     check_graph(file.model, file.where)
     if not file.model.graph.node:
         raise UsageError(f"{file.where}: the graph has no nodes, so there is nothing to build.")
-    _check_no_quantized_weights(file.model, file.where)
+    _check_operators(file.model, file.where)
     if not allow_float64:
         _check_no_float64(file.model, file.where)
     plugin_nodes = _plugin_nodes(file.model, file.where)
@@ -126,13 +127,20 @@ def _check_no_float64(model: ModelProto, where: str) -> None:
         )
 
 
-def _check_no_quantized_weights(model: ModelProto, where: str) -> None:
-    count = sum((node.domain, node.op_type) == (DOMAIN, OPERATOR) for node in all_nodes(model))
-    if count:
-        raise UnsupportedError(
-            f"{where}: {count} nodes {DOMAIN}::{OPERATOR} with quantized weights, which only ONNX Runtime runs. Export "
-            "without --quantize; TensorRT reads weights that are quantized with QuantizeLinear and DequantizeLinear."
-        )
+# Operators that an export writes for ONNX Runtime alone, and how to export without them.
+_OF_ONNX_RUNTIME = {
+    OPERATOR: "with quantized weights, which only ONNX Runtime runs. Export without --quantize; TensorRT reads "
+    "weights that are quantized with QuantizeLinear and DequantizeLinear.",
+    GROUPED: "that write the cache in place, which only ONNX Runtime runs. Export with --attention node; an engine "
+    "keeps its cache on the GPU by itself.",
+}
+
+
+def _check_operators(model: ModelProto, where: str) -> None:
+    counts = Counter(node.op_type for node in all_nodes(model) if node.domain == DOMAIN)
+    for operator, remedy in _OF_ONNX_RUNTIME.items():
+        if counts[operator]:
+            raise UnsupportedError(f"{where}: {counts[operator]} nodes {DOMAIN}::{operator} {remedy}")
 
 
 def _float64_values(model: ModelProto) -> Iterator[str]:

@@ -355,7 +355,7 @@ def test_generate_refuses(rmsnorm: CommandLine, arguments: tuple[str, ...], mess
 
 def test_targets(rmsnorm: CommandLine) -> None:
     content = rmsnorm("targets", "--json").json
-    assert content["schema"] == "rmsnorm_deploy.targets/3"
+    assert content["schema"] == "rmsnorm_deploy.targets/4"
     assert [(row["target"], row["form"], row["opset"]) for row in content["targets"]] == [
         (cell.target, cell.form, cell.opset) for cell in TABLE
     ]

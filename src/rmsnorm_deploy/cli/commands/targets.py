@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rmsnorm_deploy.export.lowering.attention_table import AttentionCell
     from rmsnorm_deploy.export.lowering.table import Cell, Deviation
 
-SCHEMA = "rmsnorm_deploy.targets/3"
+SCHEMA = "rmsnorm_deploy.targets/4"
 COLUMNS = ("target", "form", "writes", "opset", "dtypes", "runs in", "not exact")
 ATTENTION_COLUMNS = ("target", "attention", "writes", "opset", "dtypes", "runs in")
 _KINDS = {"plain": "plain", "softcap": "with a softcap", "sink": "with sinks"}
