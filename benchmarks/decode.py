@@ -33,7 +33,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from .export_cost import genai
+from .export_cost import genai, status_bytes
 
 SIZE = {
     "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
@@ -238,8 +238,6 @@ class TorchStep:
 
 def child(path: Path, name: str, threads: int, cases: list[Case], runs: int) -> None:
     """Time each case, and print the seconds as JSON, and the largest resident memory in bytes."""
-    import resource
-
     import numpy as np
 
     config = json.loads((path.parent / "checkpoint" / "config.json").read_text())
@@ -259,7 +257,7 @@ def child(path: Path, name: str, threads: int, cases: list[Case], runs: int) -> 
         logits.append(step.logits(result))
         del result, prepared
     np.savez(path.parent / f"{path.name}.npz", *logits)
-    print(json.dumps([rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10]), flush=True)
+    print(json.dumps([rows, status_bytes("VmHWM")]), flush=True)
 
 
 def differences(folder: Path, kinds: list[str]) -> list[float]:

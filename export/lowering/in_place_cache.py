@@ -27,6 +27,7 @@ _MASK, _TOKENS = "attention_mask", ("input_ids", "inputs_embeds")
 _VALUES = (_MASK, "position_ids")
 # Batch, length and past for which a mask is computed, without and with padding on the left.
 _CASES = ((2, 3, 0), (2, 1, 7), (2, 4, 5), (1, 19, 0), (1, 2, 40))
+_LENGTH = 2  # the axis of a cache
 _WIDTH = 8  # the operator requires widths of heads that this divides
 
 
@@ -87,12 +88,12 @@ class InPlaceCache:
             return None
         past, new = node.inputs
         axis = node.attributes.get_int("axis", 0)
-        if past is None or new is None or axis not in (2, -2) or not value.is_graph_output():
+        if past is None or new is None or axis not in (_LENGTH, _LENGTH - 4) or not value.is_graph_output():
             return None
         if len(value.uses()) != 1 or not past.is_graph_input() or not is_past(str(past.name)):
             return None
         others = [use.node for use in past.uses() if use.node is not node]
-        return (past, new) if all(_is_length(other) for other in others) else None
+        return (past, new) if all(_is_size(other) for other in others) else None
 
     def _why_not_causal(self, bias: ir.Value) -> str | None:
         """Why a mask is not known to hide later keys, or None."""
@@ -150,7 +151,7 @@ class InPlaceCache:
         length: ir.Value | None = None
         for name in self.names:
             for use in list(self._inputs[name].uses()):
-                if use.node.op_type != "Shape":
+                if use.node.op_type != "Shape" or _range(use.node) != (_LENGTH, _LENGTH + 1):
                     continue
                 if length is None:
                     length = self._length(*sizes)
@@ -228,11 +229,18 @@ def _sizes(builder: Builder, query: ir.Value, bias: ir.Value) -> tuple[ir.Value,
     return op("Expand", [last, batch], narrow), scalar, op("Expand", [length, batch], narrow)
 
 
-def _is_length(node: ir.Node) -> bool:
-    """Whether a node reads the length of a cache alone, as `[1]`, or sizes that a buffer has too."""
+def _range(node: ir.Node) -> tuple[int, int]:
+    """The axes of a cache that a Shape reads, from the first to before the last."""
+    first, last = node.attributes.get_int("start", 0), node.attributes.get_int("end", 4)
+    return first % 4 if first < 0 else first, last % 4 if last < 0 else last
+
+
+def _is_size(node: ir.Node) -> bool:
+    """Whether a node reads sizes of a cache that can be replaced: its length alone, or those that a buffer has too."""
     if node.op_type != "Shape" or node.domain != "":
         return False
-    return (node.attributes.get_int("start", 0), node.attributes.get_int("end", 4)) == (2, 3)
+    first, last = _range(node)
+    return (first, last) == (_LENGTH, _LENGTH + 1) or not first <= _LENGTH < last
 
 
 def _example(value: ir.Value, batch: int, length: int, past: int, padding: int) -> NDArray[Any]:
