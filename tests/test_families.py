@@ -1,6 +1,6 @@
 """Every family, every target, fp32 and fp16, with and without KV cache: recognized, exported, run, compared.
 
-A family is tested without a cache in one dtype with one target, and with a cache in the other dtype with another target;
+A family is tested without a cache in one dtype with one target, and with a cache in the other dtype with another one;
 `RMSNORM_TESTS=all` tests all.
 """
 
