@@ -165,6 +165,7 @@ def _save(
         "sites": site_rows(prepared.recognition, result.sites, unswapped),
         "refusals": refusals,
         "requires": requires,
+        **({"rotary": {"nodes": len(result.rotaries)}} if result.rotaries else {}),
         "attention": attention_rows(prepared.attention, result.attentions),
         **({"in_place_cache": result.in_place} if result.in_place else {}),
         **({} if quantized is None else {"quantized": quantized.to_json()}),

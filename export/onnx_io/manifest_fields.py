@@ -85,6 +85,10 @@ class _Attention(_Fields):
     reason: Text | None = None
 
 
+class _Rotary(_Fields):
+    nodes: int
+
+
 class _Weights(_Fields):
     mode: Text
     files: dict[str, _LinkedFile] = {}
@@ -123,6 +127,7 @@ class ManifestFields(_Fields):
     attention: list[_Attention] = []
     in_place_cache: list[Text] = []
     requires: dict[Text, Text] = {}
+    rotary: _Rotary | None = None
     notes: list[Text] = []
     files: dict[str, dict[str, Any]] = {}
     weights: _Weights | None = None
