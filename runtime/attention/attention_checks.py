@@ -18,7 +18,6 @@ from ...export.lowering.attention_table import OPERATOR
 from ...export.lowering.in_place_cache import GROUPED
 from ...models.attention.spec import AttentionSpec
 from ...models.dtypes import HALF_DTYPES, numpy_dtype
-from ...models.errors import few
 from ..accuracy.compare_output import OutputVerdict, all_passed, brief, judge
 from ..accuracy.errors import LEAST_ROW, errors_of, row_scale_error, row_width
 from ..accuracy.float_formats import format_of
@@ -150,9 +149,6 @@ def check_attentions(
     checks = []
     for first in range(0, len(asked), window or max(len(asked), 1)):
         checks += _checked(file, asked[first : first + (window or len(asked))], seed, progress, limits)
-    zero = [one.key[0] for one in checks if any(kind.reason.endswith(_ZEROS) for kind in one.kinds)]
-    if zero:
-        notes.append(f"{few(zero)}: {_ZEROS}; such queries are padding")
     return checks
 
 
