@@ -23,6 +23,8 @@ from ..lowering.attention_writer import AttentionWriter, LoweredAttention
 from ..lowering.norm_writer import LoweredSite, NormWriter
 from ..lowering.plugin_functions import PluginStyle, check_style, style_plugin_nodes
 from ..lowering.quantized_norms import fuse_quantized_outputs
+from ..lowering.rotary import LOWEST_PARTIAL, Rotary, find_rotary, write_rotary
+from ..lowering.rotary import OPERATOR_OPSET as ROTARY_OPSET
 from ..lowering.table import Environment, opset_for, refuse_other_epsilon
 from ..onnx_io.raise_opset import raise_opset
 from .graph_norms import UnswappedNorms, marked, unmark
@@ -39,18 +41,22 @@ class Lowered:
         model: the graph.
         sites: its norms, in graph order.
         attentions: its attentions that were captured as nodes, in graph order.
+        rotaries: its rotary embeddings that became one operator each, in graph order.
         refusals: norms that are not modules and that the target does not support; they stay as they are.
     """
 
     model: ir.Model
     sites: list[LoweredSite]
     attentions: list[LoweredAttention]
+    rotaries: list[Rotary]
     refusals: list[GraphRefusal]
 
     @property
     def requires(self) -> dict[str, str]:
         """The lowest version of each runtime that computes the graph right, where not every supported one does."""
-        return required_versions([attention.cell for attention in self.attentions])
+        partial = any(rotary.rotated != rotary.width for rotary in self.rotaries)
+        found = required_versions([attention.cell for attention in self.attentions])
+        return {**(LOWEST_PARTIAL if partial else {}), **found}
 
 
 def lower(
@@ -83,9 +89,13 @@ def lower_graph(model: ir.Model, target: str, opset: int | None = None, style: P
     lowered = model.clone()
     if opset is None:
         wanted = max(wanted, _attention_opset(lowered, target))
+        if _may_have_rotary(lowered, target) and find_rotary(lowered.graph):
+            wanted = max(wanted, ROTARY_OPSET)
     found = dict(marked(lowered))
+    has_rotary = _may_have_rotary(lowered, target)
     raise_opset(lowered, wanted)
     writer = NormWriter(lowered.graph, target, wanted)
+    rotaries = write_rotary(lowered.graph, wanted, writer) if has_rotary else []
     attention_writer = AttentionWriter(lowered.graph, target, wanted, writer)
     sites, attentions, refusals = [], [], []
     for node in list(ir.traversal.RecursiveGraphIterator(lowered.graph)):
@@ -105,7 +115,14 @@ def lower_graph(model: ir.Model, target: str, opset: int | None = None, style: P
     if target == "plugin":
         fuse_quantized_outputs(lowered, may_raise_opset=opset is None)
     _finish(lowered, style)
-    return Lowered(lowered, sites, attentions, refusals)
+    return Lowered(lowered, sites, attentions, rotaries, refusals)
+
+
+def _may_have_rotary(model: ir.Model, target: str) -> bool:
+    """Whether the target has an operator for rotary embeddings, which is used where attention is captured as nodes."""
+    return target == "ort" and any(
+        node.domain == CAPTURE_DOMAIN and node.op_type == ATTENTION_OP for node in model.graph
+    )
 
 
 def _attention_opset(model: ir.Model, target: str) -> int:

@@ -158,6 +158,7 @@ def _save(
         "sites": site_rows(prepared.recognition, result.sites, unswapped),
         "refusals": refusals,
         "requires": requires,
+        **({"rotary": {"nodes": len(result.rotaries)}} if result.rotaries else {}),
         "attention": attention_rows(prepared.attention, result.attentions),
         **({} if quantized is None else {"quantized": quantized.to_json()}),
         "notes": [*prepared.notes, *prepared.capture.notes, *style_notes(lowered, style), *_quantized_notes(quantized)],

@@ -21,6 +21,8 @@ IN_GRAPH: Final = "graph"
 PARAMETERS_KEY: Final = METADATA_PREFIX + "parameters"
 # On the main node of an attention: the path of its module and its spec, as JSON.
 ATTENTION_KEY: Final = METADATA_PREFIX + "attention"
+# On an operator that computes a rotary embedding: how many of the channels it rotates, as JSON.
+ROTARY_KEY: Final = METADATA_PREFIX + "rotary"
 # On the model: the sizes of dynamic dims that the graph is valid for, as JSON.
 SIZES_KEY: Final = METADATA_PREFIX + "sizes"
 # On the model: the lowest version of each runtime that computes it right, as JSON.

@@ -239,13 +239,13 @@ class NormWriter:
             builder.insert_before(add)
             self.take_over(old_sum, emitted.total)
             self.take_over(site.y, emitted.output)
-            self._remove_unread([last, add])
+            self.remove_unread([last, add])
             return emitted.total
         builder.insert_before(last)
         if composite is not None and old_sum is not None:
             self.take_over(old_sum, total)
         self.take_over(site.y, emitted.output)
-        self._remove_unread([last])
+        self.remove_unread([last])
         return total
 
     def take_over(self, old: ir.Value, new: ir.Value) -> None:
@@ -257,7 +257,7 @@ class NormWriter:
             new.shape = shape
         self._successors[old] = new
 
-    def _remove_unread(self, nodes: list[ir.Node]) -> None:
+    def remove_unread(self, nodes: list[ir.Node]) -> None:
         """Remove these nodes if nothing reads them, and then the nodes that only they read."""
         pending = list(nodes)
         while pending:

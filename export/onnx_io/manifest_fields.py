@@ -85,6 +85,10 @@ class _Attention(_Fields):
     reason: Text | None = None
 
 
+class _Rotary(_Fields):
+    nodes: int
+
+
 class _Weights(_Fields):
     mode: Text
     files: dict[str, _LinkedFile] = {}
@@ -122,6 +126,7 @@ class ManifestFields(_Fields):
     refusals: list[_Refusal] = []
     attention: list[_Attention] = []
     requires: dict[Text, Text] = {}
+    rotary: _Rotary | None = None
     notes: list[Text] = []
     files: dict[str, dict[str, Any]] = {}
     weights: _Weights | None = None

@@ -25,6 +25,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ...export.lowering.attention_writer import decompose_operators, has_operators
 from ...export.lowering.plugin_functions import FUNCTION_NODE_PREFIXES
+from ...export.lowering.rotary import decompose_rotary, has_rotary
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError
 from ...plugins import contract
 from ...plugins.tensorrt import library as plugin_library
@@ -333,16 +334,17 @@ def _print_now(line: str) -> None:
 
 
 def _for_tensorrt(path: Path) -> bytes:
-    """The bytes of a file, with primitives in place of attention operators, of which TensorRT builds only some."""
+    """The bytes of a file, with primitives in place of operators that TensorRT builds only in part."""
     content = path.read_bytes()
     try:
         model = onnx.ModelProto.FromString(content)
     except DecodeError:  # TensorRT's parser says what it finds
         return content
-    if not has_operators(model):
+    if not (has_operators(model) or has_rotary(model)):
         return content
     graph = ir.from_proto(model)
     decompose_operators(graph)
+    decompose_rotary(graph)
     return ir.to_proto(graph).SerializeToString()
 
 
