@@ -48,6 +48,7 @@ OURS = "ours"
 IN_PLACE = {"in place": "in place", "genai in place": "genai"}  # and the folders of their files
 COLUMNS = {
     "fp32": (OURS, "in place", "decomposed", "fusions", "genai", "genai in place", "PyTorch"),
+    "int8": (OURS, "in place"),
     "int4": (OURS, "in place", "genai", "genai in place"),
 }
 ATTENTION: dict[str, Any] = {OURS: "node", "in place": "in-place", "decomposed": "decomposed"}
@@ -91,7 +92,7 @@ def make(name: str, weights: str, target: str, folder: Path) -> list[str]:
             if kind in ATTENTION:
                 export_model(
                     model, folder / kind, target=target, with_past=True, attention=ATTENTION[kind],
-                    quantize="int4" if weights == "int4" else None,
+                    quantize=None if weights == "fp32" else weights,
                 )  # fmt: skip
             elif kind in IN_PLACE and not (folder / IN_PLACE[kind]).is_dir():
                 continue
@@ -268,6 +269,12 @@ def differences(folder: Path, kinds: list[str]) -> list[float]:
     return [max(float(np.abs(one[key] - stored[0][key]).max()) for key in stored[0].files) for one in stored]
 
 
+def _size(folder: Path) -> int:
+    """The bytes of the models in a folder; 0 without one."""
+    kept = (".onnx", ".data", ".safetensors")
+    return sum(file.stat().st_size for file in folder.glob("*") if file.suffix in kept) if folder.is_dir() else 0
+
+
 def measure(path: Path, name: str, threads: int, cases: list[Case], runs: int) -> tuple[list[float], int]:
     """The seconds of each case, and the memory, in a process of its own."""
     given = ["--child", str(path), "--models", name, "--threads", str(threads), "--runs", str(runs)]
@@ -305,6 +312,8 @@ def run(name: str, weights: str, folder: Path, arguments: argparse.Namespace) ->
             behind += [best / min(peers)] if peers else []
         print(f"| logits off by | {' | '.join(f'{off:.1e}' for off in differences(folder, kinds))} |")
         print(f"| peak memory, GB | {' | '.join(f'{memory[kind] / 1e9:.2f}' for kind in kinds)} |")
+        sizes = [_size(folder / IN_PLACE.get(kind, kind)) for kind in kinds]
+        print(f"| files, MB | {' | '.join(f'{size / 1e6:.0f}' for size in sizes)} |")
         if behind:
             middle, most = statistics.median(behind), max(behind)
             line = f"the fastest of ours by the fastest other: median {middle:.2f}, largest {most:.2f}"

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 
 from ...models.errors import UsageError
 from ..inputs.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, token_ids
-from ..runners.base import Array
+from ..runners.base import Array, ClosesOnExit
 from .decoder import TextDecoder, vocabulary_of
 from .loop import generated_ids, loop_over
 from .open import open_decoder
@@ -109,7 +108,7 @@ def generate_batch(
         return generator.generate_batch(prompts, max_new_tokens=max_new_tokens, seed=seed, **settings)
 
 
-class Generator:
+class Generator(ClosesOnExit):
     """An exported decoder that is opened once for many generations; a context manager.
 
     A prompt that continues the last prompt and its result, as in a chat, is read from there.
@@ -129,14 +128,6 @@ class Generator:
         self._stack = ExitStack()
         self._model = self._stack.enter_context(open_decoder(folder, provider, runner))
         self._reader = Reader(self._model.decoder)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Release the sessions and their memory."""
@@ -193,19 +184,16 @@ class Generator:
                 streamer=None if stream is None or tokenizer is None else stream_to(stream, tokenizer),
             )  # fmt: skip
         seconds = time.perf_counter() - start
-        made = [self._ended(row[ids.shape[1] :].tolist()) for row in result]
-        speed = sum(map(len, made)) / seconds
+        stops = settings.get("stop_strings") or ()
+        made = [_ended(row[ids.shape[1] :].tolist(), ends, stops, tokenizer) for row in result]
+        speed = sum(len(new) for new, _ in made) / seconds
         return [
             Generation(
                 new, prompt, None if tokenizer is None else tokenizer.decode(new), speed, self._model.decoder.has_cache,
-                "stop" if len(new) < count or new[-1] in ends else "length",
+                "stop" if is_stopped else "length",
             )
-            for prompt, new in zip(rows, made, strict=True)
+            for prompt, (new, is_stopped) in zip(rows, made, strict=True)
         ]  # fmt: skip
-
-    def _ended(self, ids: list[int]) -> list[int]:
-        """The tokens up to the first that ends a text."""
-        return next((ids[: place + 1] for place, token in enumerate(ids) if token in self._model.ends), ids)
 
     def _ids_of(self, prompt: Prompt) -> list[int]:
         if _is_ids(prompt):
@@ -229,6 +217,23 @@ class Generator:
 
 def _is_ids(prompt: Prompt) -> bool:
     return not isinstance(prompt, str) and not (len(prompt) and isinstance(prompt[0], Mapping))
+
+
+def _ended(
+    ids: list[int], ends: Collection[int], stops: Sequence[str], tokenizer: Tokenizer | None
+) -> tuple[list[int], bool]:
+    """The tokens up to the first that ends a text or completes a stop text, and whether there is one.
+
+    Behind it, a row of a batch has padding.
+    """
+    for place, token in enumerate(ids, start=1):
+        if token in ends or (stops and tokenizer is not None and _has(tokenizer.decode(ids[:place]), stops)):
+            return ids[:place], True
+    return ids, False
+
+
+def _has(text: str, stops: Sequence[str]) -> bool:
+    return any(stop in text for stop in stops)
 
 
 def _padded(rows: Sequence[Sequence[int]], padding: int, left: bool) -> tuple[Array, Array]:

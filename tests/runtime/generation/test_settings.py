@@ -131,6 +131,10 @@ def test_a_stop_text_ends_a_generation(qwen: tuple[Any, Path]) -> None:
     made = generate(folder, "abc", max_new_tokens=STEPS, stop_strings=[stop])
     assert made.text == text[: text.index(stop) + len(stop)]
     assert made.finish == "stop"
+    # In a batch, a row that has stopped is filled up.
+    rows = generate_batch(folder, ["abc", "xyz"], max_new_tokens=STEPS, stop_strings=[stop])
+    assert (rows[0].text, rows[0].finish) == (made.text, "stop")
+    assert rows[1].ids == generate(folder, "xyz", max_new_tokens=STEPS, stop_strings=[stop]).ids
 
 
 def test_a_chat_is_read_from_where_it_was(qwen: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
