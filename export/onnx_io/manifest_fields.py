@@ -82,6 +82,7 @@ class _Attention(_Fields):
     path: Text
     spec: dict[str, Any] | None = None
     node: Text | None = None
+    emits: Text | None = None
     reason: Text | None = None
 
 

@@ -24,6 +24,7 @@ from rmsnorm_deploy.runtime.doctor import diagnose
 from rmsnorm_deploy.runtime.inputs.arrays import read_arrays
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 from tests.helpers.interface.command_line import CommandLine
+from tests.helpers.models.families import build
 from tests.helpers.runtime.machines import CPU_MACHINE, GPU_MACHINE
 
 SITE_KEYS = {"path", "class", "spec", "width", "dtype", "parameters"}
@@ -348,6 +349,20 @@ def test_generate_refuses(rmsnorm: CommandLine, arguments: tuple[str, ...], mess
     outcome = rmsnorm("generate", "out", *arguments)
     assert outcome.code == 2
     assert message in outcome.err
+
+
+def test_inspect_shows_how_attention_was_written(rmsnorm: CommandLine, tmp_path: Path) -> None:
+    export_model(build("gpt_oss"), tmp_path / "out", target="ort", with_past=True, attention="in-place")
+    outcome = rmsnorm("inspect", tmp_path / "out")
+    line = "2 attentions as Transpose, Reshape, com.microsoft::GroupQueryAttention, Reshape: model.layers.*.self_attn"
+    assert line in outcome.out.splitlines()
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["attention"][1] = {"path": "model.layers.1.self_attn", "class": "A", "reason": "it adds one"}
+    path.write_text(json.dumps(manifest))
+    shown = rmsnorm("inspect", tmp_path / "out").out.splitlines()
+    assert "1 attention left as the function's operators: model.layers.*.self_attn (it adds one)" in shown
+    assert rmsnorm("inspect", tmp_path / "out", "--json").json["attention"] == manifest["attention"]
 
 
 # -------------------------------------------------------------------------------------------------------- targets

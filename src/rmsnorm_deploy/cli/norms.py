@@ -91,6 +91,18 @@ def _patterns(paths: Sequence[str]) -> str:
     return ", ".join(shown) + (f" and {len(counts) - len(shown)} more" if len(counts) > len(shown) else "")
 
 
+def attention_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How the attentions of an exported file were written, from its manifest: a line for each way, with the reason."""
+    ways: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        how = "left as the function's operators" if row.get("node") is None else f"as {row.get('emits')}"
+        ways.setdefault((how, row.get("reason") or ""), []).append(row["path"])
+    return [
+        f"{len(paths)} attention{'s' * (len(paths) > 1)} {how}: {_patterns(paths)}{f' ({reason})' if reason else ''}"
+        for (how, reason), paths in ways.items()
+    ]
+
+
 def quantized_line(quantized: Mapping[str, Any]) -> str:
     """What the weights of an exported file were quantized to, from its manifest."""
     left = "".join(f"; left: {count} ({reason})" for reason, count in quantized.get("left", {}).items())

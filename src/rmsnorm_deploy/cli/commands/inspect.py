@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rmsnorm_deploy.cli import options
-from rmsnorm_deploy.cli.norms import found_line, print_found, quantized_line
+from rmsnorm_deploy.cli.norms import attention_lines, found_line, print_found, quantized_line
 from rmsnorm_deploy.cli.screen import Screen
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.regular_files import read_json
@@ -71,6 +71,7 @@ def inspect(
         sites, refusals = found_in_file.sites, found_in_file.refusals
         extra = {"calls": found_in_file.calls}
         extra |= {"sizes": found_in_file.limits.to_dict()} if found_in_file.limits else {}
+        extra |= {"attention": found_in_file.attention} if found_in_file.attention else {}
         extra |= {"quantized": found_in_file.quantized} if found_in_file.quantized else {}
     else:
         with screen.working(f"loading {model}") as progress:
@@ -117,6 +118,8 @@ def _print(screen: Screen, payload: dict[str, Any]) -> None:
     first = found_line(sites, refusals, payload["model"], calls, modules_only=calls is None)
     print_found(screen, sites, refusals, first)
     for line in _size_lines(payload.get("sizes", {})):
+        screen.line(line)
+    for line in attention_lines(payload.get("attention", ())):
         screen.line(line)
     if "quantized" in payload:
         screen.line(quantized_line(payload["quantized"]))
@@ -171,6 +174,7 @@ class _InFile:
     calls: int
     refusals: list[dict[str, Any]]
     limits: SizeLimits
+    attention: Sequence[dict[str, Any]] = ()
     quantized: dict[str, Any] | None = None
 
 
@@ -183,7 +187,8 @@ def _from_folder(folder: Path) -> _InFile:
     sites = [{key: value for key, value in site.items() if key != "calls"} for site in manifest.get("sites", ())]
     sites = [{"class": None, "width": None, "dtype": None, **site} for site in sites]
     refusals = [{"class": "", **row} for row in manifest.get("refusals", ())]
-    return _InFile(sites, calls, refusals, size_limits_of(manifest), manifest.get("quantized"))
+    attention = manifest.get("attention", ())
+    return _InFile(sites, calls, refusals, size_limits_of(manifest), attention, manifest.get("quantized"))
 
 
 def _from_file(path: Path) -> _InFile:
