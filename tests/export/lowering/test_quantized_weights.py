@@ -58,6 +58,53 @@ def test_a_product_with_a_constant_is_quantized(tmp_path: Path, name: str, most:
         assert 0 < np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2)) < most
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_products_of_one_factor_become_one_operator_with_their_bits(tmp_path: Path, name: str, dtype: type) -> None:
+    word = {np.float32: "float", np.float16: "float16"}[dtype]
+    model = graph(
+        f"g ({word}[2,3,64] x, {word}[64,48] u, {word}[16,64] v, {word}[64,32] w, {word}[64,24] odd, "
+        f"{word}[64,32] tied) => ({word}[2,3,48] a, {word}[2,3,16] b, {word}[2,3,32] c, {word}[2,3,24] d, "
+        f"{word}[2,3,32] e, {word}[2,3,32] f) "
+        "{ a = MatMul(x, u) t = Transpose<perm=[1,0]>(v) b = MatMul(x, t) h = Neg(x) c = MatMul(x, w) "
+        "d = MatMul(x, odd) e = MatMul(x, tied) f = MatMul(h, tied) }",
+        {"u": numbers(64, 48, dtype=dtype), "v": numbers(16, 64, dtype=dtype), "w": numbers(64, 32, dtype=dtype),
+         "odd": numbers(64, 24, dtype=dtype), "tied": numbers(64, 32, dtype=dtype)},
+    )  # fmt: skip
+    model.graph.node("node_h").outputs[0].shape = ir.Shape([2, 3, 64])
+    alone = model.clone()
+    model.graph.node("node_a").metadata_props["kept"] = "yes"
+    found = quantize_weights(model, SCHEMES[name])
+    assert (found.nodes, found.weights) == (6, 5)
+    assert op_types(model) == ["MatMulNBits", "Split", "Neg", "MatMulNBits", "MatMulNBits", "MatMulNBits"]
+    first, split = list(model.graph)[:2]
+    assert (first.name, first.attributes["N"].as_int(), first.metadata_props["kept"]) == ("node_a", 96, "yes")
+    assert first.outputs[0].shape == ir.Shape([2, 3, 96])
+    assert [value.name for value in split.outputs] == ["a", "b", "c"]
+    x = numbers(2, 3, 64, dtype=dtype)
+    got = run(model, tmp_path / "joined.onnx", x)
+    for index, node in enumerate([node for node in alone.graph if node.op_type == "MatMul"]):
+        one = alone.clone()
+        one.graph.outputs[:] = [one.graph.outputs[index]]
+        for other in [other for other in reversed(list(one.graph)) if other.op_type == "MatMul"]:
+            if other.name != node.name:
+                one.graph.remove(other, safe=True)
+        quantize_weights(one, SCHEMES[name])
+        assert op_types(one).count("Split") == 0
+        np.testing.assert_array_equal(run(one, tmp_path / "alone.onnx", x)[0], got[index])
+
+
+def test_products_with_a_bias_stay_apart(tmp_path: Path) -> None:
+    """ONNX Runtime adds a bias in the kernel of its product."""
+    model = graph(
+        "g (float[2,3,64] x, float[64,32] u, float[64,32] w, float[32] b) => (float[2,3,32] a, float[2,3,32] c) "
+        "{ p = MatMul(x, u) a = Add(p, b) q = MatMul(x, w) c = Add(b, q) }",
+        {"u": numbers(64, 32), "w": numbers(64, 32), "b": numbers(32)},
+    )
+    quantize_weights(model, SCHEMES["int8"])
+    assert op_types(model) == ["MatMulNBits", "Add", "MatMulNBits", "Add"]
+
+
 def test_everything_else_stays(tmp_path: Path) -> None:
     model = graph(
         "g (float[4,64] x, float[64,64] norm, float[64,64] w, float[2,64,64] batch, float[64,16] narrow, "
