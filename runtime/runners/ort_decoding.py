@@ -45,18 +45,14 @@ class OrtDecoding:
 
     def step(self, feeds: Mapping[str, Array]) -> Array:
         """See `Decoding.step`."""
-        arrays = {name: array for name, array in feeds.items() if name not in self._past}
-        own, targets = dict(self._past), dict[str, Any]()
-        if self._buffers.names:
-            total = feeds[_MASK].shape[1]
-            buffers = self._buffers.with_room(arrays, total)
-            own |= buffers
-            targets = {past_to_present(name): value for name, value in buffers.items()}
-            arrays = {name: array for name, array in arrays.items() if name not in buffers}
+        buffers = self._buffers.with_room(feeds)
+        own = {**self._past, **buffers}
+        arrays = {name: array for name, array in feeds.items() if name not in own}
+        targets = {past_to_present(name): value for name, value in buffers.items()}
         values = self._compute(arrays, own, self._names, targets)
-        self._past = present_to_past(dict(zip(self._names[1:], values[1:], strict=True)))
-        if self._buffers.names:
-            self._buffers.used = total
+        presents = present_to_past(dict(zip(self._names[1:], values[1:], strict=True)))
+        self._past = {name: value for name, value in presents.items() if name not in buffers}
+        self._buffers.take(feeds)
         return self._view(values[0])[:, -1].astype("float32")
 
     def restart(self) -> None:
@@ -66,11 +62,8 @@ class OrtDecoding:
 
     def select(self, rows: Sequence[int]) -> bool:
         """See `Decoding.select`."""
+        self._past = {name: self._to_value(self._view(value)[list(rows)]) for name, value in self._past.items()}
         self._buffers.select(rows)
-        self._past = {
-            name: self._to_value(self._view(value)[list(rows)])
-            for name, value in self._past.items() if name not in self._buffers.names
-        } | (self._buffers.values if self._past else {})  # fmt: skip
         return True
 
 
@@ -97,21 +90,30 @@ class OrtBuffers:
         self.values: dict[str, Any] = {}
         self.used = 0
 
-    def with_room(self, first: Mapping[str, Array], total: int) -> dict[str, Any]:
-        """The buffers, with room for a number of tokens.
+    def with_room(self, feeds: Mapping[str, Array]) -> dict[str, Any]:
+        """The buffers, with room for all tokens of a step; none if no cache is written in place.
 
         Args:
-            first: the inputs of the cache, where there are no buffers yet.
-            total: the number of tokens.
+            feeds: the inputs of the step, with those of the cache where there are no buffers yet.
         """
+        if not self.names:
+            return {}
         if not self._arrays:
-            self._set({name: first[name] for name in self.names})
-            self.used = next(iter(self._arrays.values())).shape[2]
-        size = next(iter(self._arrays.values())).shape[2]
-        if size < total:
-            room = max(total, 2 * size, _LEAST)
+            self._set({name: feeds[name] for name in self.names})
+            self.used = self._size()
+        total = feeds[_MASK].shape[1]
+        if self._size() < total:
+            room = max(total, 2 * self._size(), _LEAST)
             self._set({name: self._copied(array, range(len(array)), room) for name, array in self._arrays.items()})
         return self.values
+
+    def take(self, feeds: Mapping[str, Array]) -> None:
+        """Note that a step has written its tokens."""
+        if self.names:
+            self.used = feeds[_MASK].shape[1]
+
+    def _size(self) -> int:
+        return int(next(iter(self._arrays.values())).shape[2])
 
     def select(self, rows: Sequence[int]) -> None:
         """Let the rows of the batch be these."""
