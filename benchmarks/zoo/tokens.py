@@ -14,8 +14,11 @@ from torch import Tensor
 
 from rmsnorm_deploy.models.calling.media_parts import first_one, modality_read
 from rmsnorm_deploy.models.errors import UnsupportedError
+from rmsnorm_deploy.runtime.generation.decoder import Decoder
 from rmsnorm_deploy.runtime.generation.open import open_decoder
+from rmsnorm_deploy.runtime.generation.parts import EncodedDecoder
 from rmsnorm_deploy.runtime.generation.reader import Reader
+from rmsnorm_deploy.runtime.inputs.encoder_decoder import opened_parts
 from rmsnorm_deploy.runtime.inputs.exported import component_folders
 from rmsnorm_deploy.runtime.runners.base import Array, Runner
 from rmsnorm_deploy.runtime.runners.open import open_runner
@@ -73,10 +76,15 @@ def onnx_tokens(folder: Path, prompt: Mapping[str, Tensor], wanted: Greedy, step
         UnsupportedError: the file has an input whose value is not known.
     """
     ids, mask = prompt["input_ids"].numpy(), prompt["attention_mask"].numpy()
-    if wanted.start is not None and not component_folders(folder):
-        with open_runner(folder / "model.onnx", session_options={"intra_op_num_threads": 1}) as runner:
-            return _encoder_decoder(runner, ids, mask, wanted, steps)
-    return _decoder_tokens(folder, ids, mask, {}, wanted.never, steps)
+    parts = component_folders(folder)
+    if wanted.start is None:
+        with open_decoder(folder) as model:
+            return _decoder_tokens(model.decoder, ids, mask, {}, wanted.never, steps)
+    if parts:  # the folder of a model in memory does not name the decoder's first token
+        with opened_parts(parts, "cpu") as runners:
+            return _decoder_tokens(EncodedDecoder(folder, runners, wanted.start), ids, mask, {}, wanted.never, steps)
+    with open_runner(folder / "model.onnx", session_options={"intra_op_num_threads": 1}) as runner:
+        return _encoder_decoder(runner, ids, mask, wanted, steps)
 
 
 def media_difference(model: Any, folder: Path, inputs: Mapping[str, Tensor]) -> tuple[bool, str]:
@@ -90,19 +98,19 @@ def media_difference(model: Any, folder: Path, inputs: Mapping[str, Tensor]) -> 
     wanted = torch_tokens(model, {**text, **first, **{name: torch.tensor(rows) for name, rows in sizes.items()}})
     media = {name: value.numpy() for name, value in first.items()}
     ids = text["input_ids"].numpy()
-    return difference(wanted, _decoder_tokens(folder, ids, np.ones_like(ids), media, [], STEPS))
+    with open_decoder(folder) as opened:
+        return difference(wanted, _decoder_tokens(opened.decoder, ids, np.ones_like(ids), media, [], STEPS))
 
 
 def _decoder_tokens(
-    folder: Path, ids: Array, mask: Array, media: Mapping[str, Array], never: list[int], steps: int
+    decoder: Decoder, ids: Array, mask: Array, media: Mapping[str, Array], never: list[int], steps: int
 ) -> Array:
-    with open_decoder(folder) as model:
-        ids, mask = model.decoder.begin(ids, mask, media)
-        first, reader = ids.shape[1], Reader(model.decoder)
-        for _ in range(steps):
-            new = _most_likely(reader.logits(ids, mask)[:, None], never)
-            ids = np.concatenate([ids, new[:, None]], 1)
-            mask = np.concatenate([mask, np.ones_like(mask[:, :1])], 1)
+    ids, mask = decoder.begin(ids, mask, media)
+    first, reader = ids.shape[1], Reader(decoder)
+    for _ in range(steps):
+        new = _most_likely(reader.logits(ids, mask)[:, None], never)
+        ids = np.concatenate([ids, new[:, None]], 1)
+        mask = np.concatenate([mask, np.ones_like(mask[:, :1])], 1)
     return ids[:, first:]
 
 

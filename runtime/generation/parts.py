@@ -20,7 +20,7 @@ from ...models.regular_files import read_json
 from ..inputs.encoder_decoder import decoder_steps
 from ..inputs.exported import open_exported
 from ..inputs.synthetic import cast_feeds, make_feeds
-from ..runners.base import Array, OnnxSession
+from ..runners.base import Array, OnnxSession, Runner
 from ..runners.decoding import open_decoding
 from ..runners.open import open_runner
 from .decoder import IDS, MASK, POSITIONS, Decoder
@@ -68,7 +68,7 @@ class EncodedDecoder:
     has_cache = True
     pads_left = False
 
-    def __init__(self, folder: Path, runners: tuple[OnnxSession, OnnxSession], start: int) -> None:
+    def __init__(self, folder: Path, runners: tuple[Runner, Runner], start: int) -> None:
         self._folder, self._runners, self._start = folder, runners, start
         self._prompts = self._mask = np.zeros((0, 0), np.int64)
         self._step: Callable[[Array], Array] | None = None
