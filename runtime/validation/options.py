@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ...export.onnx_io.manifest import read_manifest
 from ...models.errors import UsageError
 from ..accuracy.lossy import PROFILES, limits_with
 from ..accuracy.tolerances import PARTS, Limits
@@ -129,6 +128,8 @@ def with_own_profile(options: ValidationOptions, folder: Path) -> ValidationOpti
     Raises:
         UsageError: the folder has no manifest, or one that names a profile that is unknown.
     """
+    from ...export.onnx_io.manifest import read_manifest
+
     profile = quantized_profile(read_manifest(folder)) if options.lossy is None else None
     if profile is None:
         return options

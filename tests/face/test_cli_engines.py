@@ -82,7 +82,7 @@ def test_an_engine_generates_what_its_folder_generates(
     wanted = rmsnorm("generate", made["out"], *ask).json
     for more in ((engine,), (made["out"], "--runner", "rtx")):
         found = rmsnorm("generate", *more, *ask).json
-        assert (found["ids"], found["with_past"]) == (wanted["ids"], True)
+        assert (found["generations"], found["with_past"]) == (wanted["generations"], True)
     outcome = rmsnorm("generate", engine, "--prompt-ids", "3,5", "--provider", "cuda")
     assert outcome.code == 2
     assert "expected no provider of ONNX Runtime" in outcome.err

@@ -69,7 +69,7 @@ def test_decomposed_writes_what_the_function_does(tmp_path):
     assert "Attention" not in operators(tmp_path / "out" / "model.onnx")
     assert result.manifest["attention"] == []
     assert result.manifest["requires"] == {}
-    with pytest.raises(UsageError, match="attention: expected node or decomposed, got 'one'"):
+    with pytest.raises(UsageError, match="attention: expected one of node, decomposed, in-place, got 'one'"):
         export_model(build("llama"), tmp_path / "other", attention="one")
 
 

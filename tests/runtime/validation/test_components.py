@@ -51,7 +51,10 @@ def test_rows_norms_and_segments_of_both(report: ValidationReport) -> None:
     ]
     assert report.rows[-1][1].reason == "the greedy tokens of 2 prompts are PyTorch's, 46 in all"
     assert [norm.norm.key[0].split(".")[0] for norm in report.norms] == ["encoder"] * 3 + ["decoder"] * 4
-    assert report.summary == "7 of 7 outputs, 7 of 7 norms, 11 of 11 segments as accurate as PyTorch."
+    assert (
+        report.summary
+        == "7 of 7 outputs, 7 of 7 norms, 3 of 3 attention nodes, 11 of 11 segments as accurate as PyTorch."
+    )
     assert sorted(report.provenance["candidate"]) == ["decoder", "encoder"]
     assert report.untried == [
         "padding, special token ids and other generated inputs: omit --shape, or repeat without it"
