@@ -244,7 +244,7 @@ def _unless_unsound(verdict: OutputVerdict, exact: Array, own: Array, spec: Atte
 
 
 def _no_average(result: Array, given: _Given, silent: Array) -> str | None:
-    """Why the rows of queries that attend to nothing are no average of the values, or None."""
+    """Why the rows of queries that attend to nothing are not an average of the values, or None."""
     values, rows = given.feed.value.astype(np.float64), result.astype(np.float64)
     repeated = np.repeat(values, rows.shape[2] // values.shape[1], axis=1)
     low, high = (np.broadcast_to(f(repeated, 2)[:, None], rows.shape)[silent] for f in (np.min, np.max))
@@ -256,7 +256,7 @@ def _no_average(result: Array, given: _Given, silent: Array) -> str | None:
         return f"{np.count_nonzero(~np.isfinite(got))} elements are not finite in rows that attend to nothing"
     beyond = (got < low - slack) | (got > high + slack)
     if beyond.any():
-        return f"{np.count_nonzero(beyond)} elements of rows that attend to nothing are no average of the values"
+        return f"{np.count_nonzero(beyond)} elements of rows that attend to nothing are not an average of the values"
     return None
 
 

@@ -36,7 +36,7 @@ def run(model: ir.Model, path: Path, x: np.ndarray) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(("name", "most"), [("int4", 0.15), ("int8", 0.02)])
 def test_a_product_with_a_constant_is_quantized(tmp_path: Path, name: str, most: float) -> None:
-    # The second product reads a transposed weight, twice; 40 is no multiple of a block.
+    # The second product reads a transposed weight, twice; 40 is not a multiple of a block.
     model = graph(
         "g (float[2,3,64] x, float[64,40] u, float[8,40] v) => (float[2,3,8] a, float[2,3,8] b) "
         "{ h = MatMul(x, u) t = Transpose<perm=[1,0]>(v) a = MatMul(h, t) n = Neg(h) b = MatMul(n, t) }",

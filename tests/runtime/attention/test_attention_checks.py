@@ -137,7 +137,7 @@ def _mask(edit: Edit) -> None:
 
 
 def _sink(edit: Edit) -> None:
-    """The sink is no term of the sum."""
+    """The sink is not a term of the sum."""
     total = next(node for node in edit.nodes if node.op_type == "Add" and edit.one("ReduceSum").output[0] in node.input)
     edit.one("Div").input[1] = edit.one("ReduceSum").output[0]
     edit.proto.graph.node.remove(total)
