@@ -175,7 +175,7 @@ class Generator(ClosesOnExit):
         ids, mask = self._model.decoder.begin(*_padded(rows, end, self._model.decoder.pads_left), media)
         if not isinstance(self._model.decoder, TextDecoder):
             self._reader = Reader(self._model.decoder)  # equal tokens may stand for other images
-        model = loop_over(self._reader)
+        model = loop_over(self._reader, vocabulary_of(self._model.runner))
         start = time.perf_counter()
         with _seeded(seed):
             result = generated_ids(

@@ -12,13 +12,17 @@ from ..runners.base import Array
 from .reader import Reader
 
 
-def loop_over(reader: Reader) -> Any:
+def loop_over(reader: Reader, vocabulary: int | None) -> Any:
     """A model of transformers that computes its logits with a reader, and generates as all its models do.
+
+    Args:
+        reader: computes the logits.
+        vocabulary: the number of token ids, which transformers 5.15 reads in a beam search; None if unknown.
 
     Raises:
         EnvironmentMissingError: transformers is not installed.
     """
-    return _decoder_class()(reader)
+    return _decoder_class()(reader, vocabulary)
 
 
 def generated_ids(
@@ -66,8 +70,10 @@ def _decoder_class() -> Any:
         main_input_name = "input_ids"
         _is_stateful = True  # the reader keeps the cache, so transformers must not cut it
 
-        def __init__(self, reader: Reader) -> None:
-            super().__init__(transformers.PreTrainedConfig())
+        def __init__(self, reader: Reader, vocabulary: int | None) -> None:
+            config = transformers.PreTrainedConfig()
+            config.vocab_size = vocabulary
+            super().__init__(config)
             self._reader = reader
 
         @property
