@@ -99,12 +99,12 @@ def lower_graph(
     wanted = opset_for(target, opset)
     check_style(style, [target])
     lowered = model.clone()
+    has_rotary = _may_have_rotary(lowered, target)
     if opset is None:
         wanted = max(wanted, _attention_opset(lowered, target))
-        if _may_have_rotary(lowered, target) and find_rotary(lowered.graph):
+        if has_rotary and find_rotary(lowered.graph):
             wanted = max(wanted, ROTARY_OPSET)
     found = dict(marked(lowered))
-    has_rotary = _may_have_rotary(lowered, target)
     raise_opset(lowered, wanted)
     writer = NormWriter(lowered.graph, target, wanted)
     rotaries = write_rotary(lowered.graph, wanted, writer) if has_rotary else []

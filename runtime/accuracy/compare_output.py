@@ -7,7 +7,7 @@ Both process the arrays a few rows at a time, so that outputs of many million el
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,12 @@ def brief(verdict: OutputVerdict) -> dict[str, Any]:
         for figures in (row["figures"], row["baseline_figures"]):
             figures.update(histogram=None, worst=[])
     return row
+
+
+def kind_rows(verdicts: Sequence[OutputVerdict]) -> list[dict[str, Any]]:
+    """The verdicts on several kinds of input as JSON values, each with its name as `kind`."""
+    rows = [brief(verdict) for verdict in verdicts]
+    return [{"kind": row.pop("name"), **row} for row in rows]
 
 
 def judge(

@@ -18,7 +18,7 @@ from ...export.lowering.attention_table import OPERATOR
 from ...export.lowering.in_place_cache import GROUPED
 from ...models.attention.spec import AttentionSpec
 from ...models.dtypes import HALF_DTYPES, numpy_dtype
-from ..accuracy.compare_output import OutputVerdict, all_passed, brief, judge
+from ..accuracy.compare_output import OutputVerdict, all_passed, judge, kind_rows
 from ..accuracy.errors import LEAST_ROW, errors_of, row_scale_error, row_width
 from ..accuracy.float_formats import format_of
 from ..accuracy.tolerances import Limits
@@ -61,10 +61,6 @@ class AttentionCheck:
 
     def to_dict(self) -> dict[str, Any]:
         """The check as JSON values, with the keys of a norm's."""
-        inputs = []
-        for verdict in self.kinds:
-            row = brief(verdict)
-            inputs.append({"kind": row.pop("name"), **row})
         return {
             "path": self.key[0],
             "call": self.key[1],
@@ -72,7 +68,7 @@ class AttentionCheck:
             "form": self.form,
             "passed": self.passed,
             "reason": self.reason,
-            "inputs": inputs,
+            "inputs": kind_rows(self.kinds),
         }
 
 

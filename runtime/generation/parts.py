@@ -135,7 +135,9 @@ class MediaDecoder:
     def read(self, ids: Array, mask: Array, new: int) -> Array:
         """See `Decoder.read`."""
         batch, length = ids.shape
-        features = {name: np.concatenate([rows] * batch) for name, rows in self._features.items()}
+        features = {
+            name: rows if batch == 1 else np.concatenate([rows] * batch) for name, rows in self._features.items()
+        }
         embedded = self._runners[EMBEDDING].run({IDS: ids[:, length - new :], **features})
         types = np.zeros((batch, length), np.int64)  # new tokens are text
         types[:, : len(self._prompt)] = np.array(self._prompt) == self._manifest.get(self._modality.token_field)

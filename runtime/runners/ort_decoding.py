@@ -48,8 +48,7 @@ class OrtDecoding:
         buffers = self._buffers.with_room(feeds)
         own = {**self._past, **buffers}
         arrays = {name: array for name, array in feeds.items() if name not in own}
-        targets = {past_to_present(name): value for name, value in buffers.items()}
-        values = self._compute(arrays, own, self._names, targets)
+        values = self._compute(arrays, own, self._names, self._buffers.targets)
         presents = present_to_past(dict(zip(self._names[1:], values[1:], strict=True)))
         self._past = {name: value for name, value in presents.items() if name not in buffers}
         self._buffers.take(feeds)
@@ -76,6 +75,7 @@ class OrtBuffers:
 
     Attributes:
         values: the buffers as values of ONNX Runtime, by the names of the inputs.
+        targets: the same values, by the names of the outputs that are written to them.
         used: the number of tokens in them.
     """
 
@@ -86,8 +86,7 @@ class OrtBuffers:
 
     def clear(self) -> None:
         """Forget the tokens."""
-        self._arrays: dict[str, Array] = {}
-        self.values: dict[str, Any] = {}
+        self._set({})
         self.used = 0
 
     def with_room(self, feeds: Mapping[str, Array]) -> dict[str, Any]:
@@ -130,3 +129,4 @@ class OrtBuffers:
     def _set(self, arrays: dict[str, Array]) -> None:
         self._arrays = arrays
         self.values = {name: self._to_value(array) for name, array in arrays.items()}
+        self.targets = {past_to_present(name): value for name, value in self.values.items()}

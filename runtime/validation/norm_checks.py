@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...models.errors import RmsnormDeployError
-from ..accuracy.compare_output import OutputVerdict, brief
+from ..accuracy.compare_output import OutputVerdict, kind_rows
 from ..accuracy.tolerances import Limits
 from ..norms.access import CalledNorm, NormAccess, NormBaseline, NormFeed
 from ..norms.activation_store import ActivationStore, Key
@@ -50,10 +50,6 @@ class NormCheck:
 
     def to_dict(self) -> dict[str, Any]:
         """The check as JSON values."""
-        inputs = []
-        for verdict in self.kinds:
-            row = brief(verdict)
-            inputs.append({"kind": row.pop("name"), **row})
         return {
             "path": self.norm.key[0],
             "call": self.norm.key[1],
@@ -61,7 +57,7 @@ class NormCheck:
             "form": self.form,
             "passed": self.passed,
             "reason": self.reason,
-            "inputs": inputs,
+            "inputs": kind_rows(self.kinds),
         }
 
 

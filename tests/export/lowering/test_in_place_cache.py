@@ -17,13 +17,13 @@ from rmsnorm_deploy.export.graph.captured_nodes import ATTENTION_OP, CAPTURE_DOM
 from rmsnorm_deploy.models.attention.spec import AttentionSpec
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.runtime.generation.api import generate, generate_batch
-from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds
 from rmsnorm_deploy.runtime.runners.decoding import HostDecoding
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 from rmsnorm_deploy.runtime.tensorrt.network import read_network
 from rmsnorm_deploy.runtime.validation.api import validate
 from tests.helpers.graphs.capture_graph import DATA_TYPES, GraphMaker
 from tests.helpers.models.families import build
+from tests.helpers.runtime.feeds import step_feeds
 
 BATCH = [[5, 17, 40, 8, 33, 61], [9, 12], [44, 3, 70, 21]]
 # Without anything special; with sinks and a window; with a window.
@@ -42,14 +42,6 @@ def exported(request, tmp_path_factory):
 
 def rows_of(folder):
     return json.loads((folder / "manifest.json").read_text())["attention"]
-
-
-def feeds_of(runner, tokens, read, batch=2):
-    feeds = make_feeds(runner.inputs(), batch, tokens, read, vocabulary=97)
-    feeds["attention_mask"] = np.ones((batch, read), np.int64)
-    if "position_ids" in feeds:
-        feeds["position_ids"] += read - tokens
-    return feeds
 
 
 def test_the_manifest_says_which_attentions_write_in_place(exported):
@@ -78,7 +70,7 @@ def test_a_step_writes_into_the_buffers_which_grow_by_doubling(exported):
         own, host, read, sizes = runner.decoding(), HostDecoding(runner), 0, []
         for tokens in (5, 1, 57, 3, 1, 80, 1):
             read += tokens
-            feeds = feeds_of(runner, tokens, read)
+            feeds = step_feeds(runner, tokens, read)
             before = {name: value.data_ptr() for name, value in own._buffers.values.items()}
             np.testing.assert_allclose(own.step(feeds), host.step(feeds), atol=1e-5)
             sizes.append(next(iter(own._buffers.values.values())).shape()[2])
@@ -90,14 +82,14 @@ def test_a_step_writes_into_the_buffers_which_grow_by_doubling(exported):
 def test_a_failed_step_can_be_repeated(exported):
     with OrtRunner(exported[2] / "in-place" / "model.onnx") as runner:
         own, host = runner.decoding(), HostDecoding(runner)
-        own.step(feeds_of(runner, 4, 4))
+        own.step(step_feeds(runner, 4, 4))
         with pytest.raises(UsageError, match="onnxruntime failed"):
-            own.step(feeds_of(runner, 1, 5, batch=3))
-        host.step(feeds_of(runner, 4, 4))
-        np.testing.assert_allclose(own.step(feeds_of(runner, 1, 5)), host.step(feeds_of(runner, 1, 5)), atol=1e-5)
+            own.step(step_feeds(runner, 1, 5, batch=3))
+        host.step(step_feeds(runner, 4, 4))
+        np.testing.assert_allclose(own.step(step_feeds(runner, 1, 5)), host.step(step_feeds(runner, 1, 5)), atol=1e-5)
         own.restart()
         host.restart()
-        feeds = feeds_of(runner, 3, 3)
+        feeds = step_feeds(runner, 3, 3)
         np.testing.assert_allclose(own.step(feeds), host.step(feeds), atol=1e-5)
 
 
@@ -106,9 +98,9 @@ def test_a_chunk_of_a_batch_behind_a_cache_without_a_buffer(exported):
     results = []
     for mode in ("in-place", "node"):
         with OrtRunner(exported[2] / mode / "model.onnx") as runner:
-            first = runner.run(feeds_of(runner, 5, 5, batch=3))
+            first = runner.run(step_feeds(runner, 5, 5, batch=3))
             past = {n: v for n, v in present_to_past(first).items() if n in {i.name for i in runner.inputs()}}
-            results.append(runner.run({**feeds_of(runner, 4, 9, batch=3), **past}))
+            results.append(runner.run({**step_feeds(runner, 4, 9, batch=3), **past}))
     for name, value in results[1].items():
         np.testing.assert_allclose(results[0][name], value, atol=2e-5)
 

@@ -10,12 +10,12 @@ import pytest
 from rmsnorm_deploy import export_model
 from rmsnorm_deploy.export.graph.cache_names import is_past
 from rmsnorm_deploy.models.errors import UsageError
-from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds
 from rmsnorm_deploy.runtime.runners import onnxruntime as module
 from rmsnorm_deploy.runtime.runners.decoding import HostDecoding, open_decoding
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 from rmsnorm_deploy.runtime.runners.ort_decoding import OrtDecoding
 from tests.helpers.models.families import build
+from tests.helpers.runtime.feeds import step_feeds
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +23,6 @@ def path(tmp_path_factory):
     folder = tmp_path_factory.mktemp("decoder")
     export_model(build("gpt_oss"), folder / "out", target="ort", with_past=True)
     return folder / "out" / "model.onnx"
-
-
-def feeds_of(runner, tokens, read, batch=2):
-    feeds = make_feeds(runner.inputs(), batch, tokens, read, vocabulary=97)
-    feeds["attention_mask"] = np.ones((batch, read), np.int64)
-    if "position_ids" in feeds:
-        feeds["position_ids"] += read - tokens
-    return feeds
 
 
 @pytest.mark.parametrize("io_binding", [False, True])
@@ -42,7 +34,7 @@ def test_the_logits_are_those_of_a_cache_of_arrays(path, io_binding):
             read = 0
             for tokens in (6, 1, 1, 3, 1):
                 read += tokens
-                feeds = feeds_of(runner, tokens, read)
+                feeds = step_feeds(runner, tokens, read)
                 got = own.step(feeds)
                 assert got.shape == (2, 97)
                 assert np.array_equal(got, host.step(feeds))
@@ -53,12 +45,12 @@ def test_the_logits_are_those_of_a_cache_of_arrays(path, io_binding):
 def test_only_the_logits_are_copied(path):
     with OrtRunner(path) as runner:
         decoding = runner.decoding()
-        decoding.step(feeds_of(runner, 4, 4))
+        decoding.step(step_feeds(runner, 4, 4))
         with (
             mock.patch.object(module, "_to_value", wraps=module._to_value) as given,
             mock.patch.object(decoding, "_view", wraps=decoding._view) as taken,
         ):
-            decoding.step(feeds_of(runner, 1, 5))
+            decoding.step(step_feeds(runner, 1, 5))
         assert taken.call_count == 1
         assert given.call_count == len([info for info in runner.inputs() if not is_past(info.name)])
 
@@ -66,12 +58,12 @@ def test_only_the_logits_are_copied(path):
 def test_a_failed_step_can_be_repeated(path):
     with OrtRunner(path) as runner:
         decoding = runner.decoding()
-        decoding.step(feeds_of(runner, 4, 4))
+        decoding.step(step_feeds(runner, 4, 4))
         with pytest.raises(UsageError, match="onnxruntime failed"):
-            decoding.step(feeds_of(runner, 1, 5, batch=3))
+            decoding.step(step_feeds(runner, 1, 5, batch=3))
         again = HostDecoding(runner)
-        again.step(feeds_of(runner, 4, 4))
-        assert np.array_equal(decoding.step(feeds_of(runner, 1, 5)), again.step(feeds_of(runner, 1, 5)))
+        again.step(step_feeds(runner, 4, 4))
+        assert np.array_equal(decoding.step(step_feeds(runner, 1, 5)), again.step(step_feeds(runner, 1, 5)))
 
 
 def test_a_closed_runner_has_no_steps(path):
