@@ -6,6 +6,7 @@ onnxruntime: `OrtRunner` for ONNX models, and `optimized_op_counts`, the operato
 providers: `chosen_providers`, ONNX Runtime's execution providers as users name them; `reduced_precision`.
 torch: `TorchRunner` for PyTorch modules, and the conversions `to_torch` and `to_numpy`.
 tensorrt: `TensorRTRunner` for engines.
+ort_binding: `Binding`, inputs and outputs that stay bound from one run to the next.
 ort_decoding: `OrtDecoding`, the steps of a decoder whose cache stays in ONNX Runtime's values.
 decoding: `open_decoding`, the steps of a decoder whose cache stays where it runs.
 ort_assignment: `norm_assignment`, the execution provider and the operators of each norm.

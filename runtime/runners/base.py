@@ -190,24 +190,24 @@ def _check_array(info: TensorInfo, array: Array, where: str) -> None:
 def _check_shape(info: TensorInfo, shape: tuple[int, ...], where: str, symbols: dict[str, tuple[int, str]]) -> None:
     if info.shape is None:
         return
-    wanted = "[" + ", ".join("?" if dim is None else str(dim) for dim in info.shape) + "]"
     if len(shape) != len(info.shape):
         raise UsageError(
-            f"{where}: input {info.name}: expected shape {wanted} of rank {len(info.shape)}, "
-            f"got {list(shape)} of rank {len(shape)}."
+            f"{_expected_shape(info, where)} of rank {len(info.shape)}, got {list(shape)} of rank {len(shape)}."
         )
     for axis, (size, dim) in enumerate(zip(shape, info.shape, strict=True)):
         if isinstance(dim, int) and size != dim:
-            raise UsageError(
-                f"{where}: input {info.name}: expected shape {wanted}, got {list(shape)} (dim {axis} must be {dim})."
-            )
+            raise UsageError(f"{_expected_shape(info, where)}, got {list(shape)} (dim {axis} must be {dim}).")
         if isinstance(dim, str):
             known, owner = symbols.setdefault(dim, (size, info.name))
             if known != size:
                 raise UsageError(
-                    f"{where}: input {info.name}: expected shape {wanted}, got {list(shape)}, but {dim} is "
-                    f"{known} in input {owner}."
+                    f"{_expected_shape(info, where)}, got {list(shape)}, but {dim} is {known} in input {owner}."
                 )
+
+
+def _expected_shape(info: TensorInfo, where: str) -> str:
+    shape = ", ".join("?" if dim is None else str(dim) for dim in info.shape or ())
+    return f"{where}: input {info.name}: expected shape [{shape}]"
 
 
 def token_input(names: Container[str]) -> str:

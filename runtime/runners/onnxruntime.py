@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
+from ...export.graph.cache_names import is_past
 from ...export.graph.requirements import in_place_names, required_version
 from ...export.graph.sizes import limits_in
 from ...export.onnx_io.atomic_files import new_file
@@ -33,6 +35,7 @@ from .ort_assignment import (
     profiled_nodes,
     recorded_nodes,
 )
+from .ort_binding import Binding
 from .ort_decoding import OrtDecoding
 from .ort_errors import cause_of, load_error
 from .ort_graph import file_record, has_large_weights, op_counts
@@ -184,8 +187,11 @@ class OrtRunner(ClosesOnExit):
 
     def decoding(self) -> OrtDecoding:
         """The steps of a decoder whose cache stays in ONNX Runtime's values."""
-        self._opened()
-        return OrtDecoding(self._computed, _view, _to_value, [info.name for info in self._outputs], self._in_place)
+        binding = Binding(self._opened())
+        compute = self._computed
+        if self._in_place and not any(is_past(info.name) for info in self._inputs if info.name not in self._in_place):
+            compute = partial(self._computed, binding=binding)
+        return OrtDecoding(compute, _view, _to_value, [info.name for info in self._outputs], self._in_place)
 
     def _computed(
         self,
@@ -193,10 +199,12 @@ class OrtRunner(ClosesOnExit):
         own: Mapping[str, Any],
         names: Sequence[str],
         targets: Mapping[str, Any] | None = None,
+        binding: Binding | None = None,
     ) -> list[Any]:
         """The outputs as OrtValues, for arrays, and for OrtValues of an earlier run in place of some inputs.
 
-        Outputs with a target are written into the memory of that OrtValue.
+        Outputs with a target are written into the memory of that OrtValue, and are not among the results. With a
+        binding of earlier runs, the results are valid until its next run.
         """
         session = self._opened()
         given = [info for info in self._inputs if info.name not in own]
@@ -204,7 +212,7 @@ class OrtRunner(ClosesOnExit):
         values = {**{info.name: _to_value(feeds[info.name]) for info in given}, **own}
         try:
             results = (
-                _run_bound(session, values, names, targets or {})
+                (binding or Binding(session)).run(values, names, targets or {})
                 if self._io_binding or targets
                 else session.run_with_ort_values(list(names), values)
             )
@@ -413,19 +421,6 @@ def _view(value: Any) -> Array:
     # Neither numpy() nor DLPack supports bfloat16, so its bits are read from memory.
     memory = (ctypes.c_uint16 * (value.tensor_size_in_bytes() // 2)).from_address(value.data_ptr())
     return np.frombuffer(memory, np.uint16).view(ml_dtypes.bfloat16).reshape(shape)
-
-
-def _run_bound(session: Any, values: Mapping[str, Any], names: Sequence[str], targets: Mapping[str, Any]) -> list[Any]:
-    binding = session.io_binding()
-    for name, value in values.items():
-        binding.bind_ortvalue_input(name, value)
-    for name in names:
-        if name in targets:
-            binding.bind_ortvalue_output(name, targets[name])
-        else:
-            binding.bind_output(name, "cpu")
-    session.run_with_iobinding(binding)
-    return binding.get_outputs()
 
 
 def _utf8(path: str | os.PathLike[str], where: str) -> str:

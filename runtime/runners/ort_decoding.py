@@ -16,7 +16,7 @@ from .base import Array
 _LOGITS = "logits"
 _MASK = "attention_mask"
 # Runs the model with arrays, with values of the runtime in place of some of them, and with values that some outputs are
-# written to; returns its values.
+# written to; returns the values of the others.
 Compute = Callable[[Mapping[str, Array], Mapping[str, Any], Sequence[str], Mapping[str, Any]], list[Any]]
 View = Callable[[Any], Array]
 ToValue = Callable[[Array], Any]
@@ -48,9 +48,10 @@ class OrtDecoding:
         buffers = self._buffers.with_room(feeds)
         own = {**self._past, **buffers}
         arrays = {name: array for name, array in feeds.items() if name not in own}
-        values = self._compute(arrays, own, self._names, self._buffers.targets)
-        presents = present_to_past(dict(zip(self._names[1:], values[1:], strict=True)))
-        self._past = {name: value for name, value in presents.items() if name not in buffers}
+        targets = self._buffers.targets
+        values = self._compute(arrays, own, self._names, targets)
+        kept = [name for name in self._names[1:] if name not in targets]
+        self._past = present_to_past(dict(zip(kept, values[1:], strict=True)))
         self._buffers.take(feeds)
         return self._view(values[0])[:, -1].astype("float32")
 
