@@ -8,6 +8,7 @@ already_lowered: counterparts, the nodes of a graph that are equal to new ones.
 attention_table: ATTENTION_TABLE, the operators of each target and kind of attention; attention_form.
 attention_writer: AttentionWriter, which writes one attention into a graph.
 in_place_cache: InPlaceCache, attentions that write the cache in place.
+head_layout: rows_of, the heads of a token in one row, as projections have them.
 rotary: write_rotary and decompose_rotary, rotary embeddings as one operator each, and back.
 plugin_functions: plugin_function, the local function of a custom operator; style_plugin_nodes, is_plugin_node.
 quantized_norms: fuse_quantized_outputs and split_quantized_outputs, norms of the plugin with a quantized output.

@@ -16,6 +16,7 @@ from ..graph.constants import HALF_TYPES
 from ..graph.metadata import ATTENTION_KEY, VALUES_KEY
 from .attention_table import OPERATOR, AttentionCell, AttentionMode, attention_form
 from .builder import Builder
+from .head_layout import read_rows
 from .in_place_cache import CachePlace, InPlaceCache, grouped
 from .norm_writer import NormWriter
 from .table import Environment
@@ -112,7 +113,10 @@ class AttentionWriter:
         values = {"query": query, "key": key, "value": value, "bias": bias, "y": y}
         if isinstance(place, CachePlace):
             self._take_presents(main, key, value)
-            values |= {"key": place.key, "value": place.value}
+            read_rows(y, main.outputs[0], self._norms)
+            unread = [one.producer() for one in (query, place.key, place.value, y)]
+            self._norms.remove_unread([node for node in unread if node is not None])
+            values |= dict(zip(("query", "key", "value"), main.inputs, strict=False)) | {"y": main.outputs[0]}
             values |= {"past_key": place.past_key, "past_value": place.past_value}
         names = {role: value.name for role, value in values.items() if value is not None}
         main.metadata_props[VALUES_KEY] = json.dumps(names, sort_keys=True)

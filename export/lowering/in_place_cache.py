@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..graph.cache_names import is_past
 from .builder import Builder
+from .head_layout import rows_of
 
 DOMAIN = "com.microsoft"
 GROUPED = "GroupQueryAttention"
@@ -28,6 +29,8 @@ _VALUES = (_MASK, "position_ids")
 # Batch, length and past for which a mask is computed, without and with padding on the left.
 _CASES = ((2, 3, 0), (2, 1, 7), (2, 4, 5), (1, 19, 0), (1, 2, 40))
 _LENGTH = 2  # the axis of a cache
+# Inputs that are not given: cos, sin and positions of a rotary embedding, and weights and scales of other forms.
+_NO_ROTARY, _NO_SCALES = [None] * 3, [None] * 4
 _WIDTH = 8  # the operator requires widths of heads that this divides
 
 
@@ -179,7 +182,7 @@ def grouped(
     attributes: dict[str, Any],
     sizes: dict[ir.Value, tuple[ir.Value, ...]],
 ) -> tuple[ir.Node, ir.Value]:
-    """Write the operator; its node, and its result `[B, S, H, D]`.
+    """Write the operator; its node, which reads and returns `[B, S, H D]`, and its result `[B, S, H, D]`.
 
     Args:
         builder: receives the nodes.
@@ -196,14 +199,9 @@ def grouped(
     if bias not in sizes:
         sizes[bias] = _sizes(builder, query, bias)
     last, total, length = sizes[bias]
-    flat = builder.constant(np.array([0, 0, -1]), ir.DataType.INT64, "heads")
-
-    def rows(value: ir.Value) -> ir.Value:
-        turned = builder.op("Transpose", [value], {"perm": [0, 2, 1, 3]}, dtype=dtype, shape=None)
-        return builder.op("Reshape", [turned, flat], dtype=dtype, shape=None)
-
-    given: list[ir.Value | None] = [rows(query), rows(place.key), rows(place.value), place.past_key, place.past_value]
-    given += [last, total, None, None, None, bias, sink, None, None, None, None, length]
+    given: list[ir.Value | None] = [rows_of(value, builder) for value in (query, place.key, place.value)]
+    given += [place.past_key, place.past_value, last, total]
+    given += [*_NO_ROTARY, bias, sink, *_NO_SCALES, length]
     node = ir.node(GROUPED, given, attributes, domain=DOMAIN, num_outputs=3)
     for output in node.outputs:
         output.dtype = dtype

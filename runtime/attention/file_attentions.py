@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ...export.graph.metadata import ATTENTION_KEY, VALUES_KEY
+from ...export.lowering.in_place_cache import GROUPED
 from ...models.dtypes import numpy_dtype
 from ...models.recognition.site import norm_name
 from ..norms.activation_store import Key
@@ -23,6 +24,8 @@ from .torch_attentions import AttentionFeed
 
 # The values at which an attention is cut out; sinks are constants, which stay in it as a norm's weight does.
 INPUTS = ("query", "key", "value", "bias", "past_key", "past_value")
+# Those that hold the heads of a token in one row where `AttentionPlace.heads` is given.
+_IN_ROWS = ("query", "key", "value")
 _ABSENT = "no node of the candidate names this attention in its metadata"
 
 
@@ -35,6 +38,7 @@ class AttentionPlace:
         operator: the operator of its main node.
         inputs: the values that it reads, by the names in `INPUTS`.
         y: its result.
+        heads: H, where the values have all heads of a token in one row, `[B, S, H D]`; otherwise None.
         dtype: numpy's name of the dtype of its query.
     """
 
@@ -42,6 +46,7 @@ class AttentionPlace:
     operator: str
     inputs: Mapping[str, ir.Value]
     y: ir.Value
+    heads: int | None
     dtype: str
 
 
@@ -101,7 +106,7 @@ class FileAttentions:
             def run(feeds: Mapping[Key, AttentionFeed]) -> dict[Key, Array]:
                 given = {name: _arrays(place, feeds[place.key]) for name, place in places.items()}
                 results = run_cuts(given)
-                return {place.key: results[name]["y"] for name, place in places.items()}
+                return {place.key: _heads_of(place, results[name]["y"]) for name, place in places.items()}
 
             yield run
 
@@ -123,7 +128,12 @@ class FileAttentions:
             return "its metadata name a result that other nodes compute"
         if outside:
             return f"it also reads {', '.join(sorted(outside))}, computed from the model's inputs"
-        return AttentionPlace(key, main.op_type, inputs, y, self._access.graph.dtype(roles["query"]))
+        heads = None
+        if main.op_type == GROUPED:
+            heads = main.attributes.get_int("num_heads", 0)
+            if heads < 1:
+                return "its node does not tell its number of heads"
+        return AttentionPlace(key, main.op_type, inputs, y, heads, self._access.graph.dtype(roles["query"]))
 
 
 def _between(y: ir.Value, inputs: set[ir.Value]) -> tuple[set[ir.Node], set[str]]:
@@ -161,5 +171,18 @@ def _arrays(place: AttentionPlace, feed: AttentionFeed) -> dict[str, Array]:
         past = feed.key.shape[2] - feed.query.shape[2]
         given |= {"past_key": feed.key[:, :, :past], "past_value": feed.value[:, :, :past]}
         given |= {"key": feed.key[:, :, past:], "value": feed.value[:, :, past:]}
+    if place.heads is not None:
+        rows = {role: array for role in _IN_ROWS if (array := given[role]) is not None}
+        given |= {role: array.transpose(0, 2, 1, 3).reshape(*_ends(array), -1) for role, array in rows.items()}
     given = {role: given[role] for role in place.inputs}
     return {role: array.astype(dtype, copy=False) for role, array in given.items() if array is not None}
+
+
+def _ends(array: Array) -> tuple[int, int]:
+    """Batch and length of `[B, H, S, D]`."""
+    return array.shape[0], array.shape[2]
+
+
+def _heads_of(place: AttentionPlace, y: Array) -> Array:
+    """The result as `[B, S, H, D]`."""
+    return y if place.heads is None else y.reshape(*y.shape[:2], place.heads, -1)

@@ -79,6 +79,25 @@ def test_a_step_writes_into_the_buffers_which_grow_by_doubling(exported):
         assert sizes == [64, 64, 64, 128, 128, 256, 256]
 
 
+def test_projections_reach_the_operator_without_other_layouts(exported):
+    graph = onnx.load(exported[2] / "in-place" / "model.onnx", load_external_data=False).graph
+    made_by = {name: node for node in graph.node for name in node.output}
+    grouped = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+    # The rotary embedding of gpt_oss is spelled in another way, and stays as it is.
+    wanted = {"Reshape"} if exported[0] == "gpt_oss" else {"RotaryEmbedding"}
+    assert {made_by[name].op_type for node in grouped for name in node.input[:2]} == wanted
+    if exported[0] == "gpt_oss":
+        return
+    assert not [node for node in graph.node if node.op_type == "Transpose" and _reads_heads(node)]
+    # Between them and the products there are the norms of queries and keys, which have an axis of heads, at the most.
+    joined = {node.input[0] for node in graph.node if node.op_type == "Reshape"}
+    assert not joined & {node.output[0] for node in grouped}
+
+
+def _reads_heads(node):
+    return [list(a.ints) for a in node.attribute if a.name == "perm"] == [[0, 2, 1, 3]]
+
+
 def test_a_failed_step_can_be_repeated(exported):
     with OrtRunner(exported[2] / "in-place" / "model.onnx") as runner:
         own, host = runner.decoding(), HostDecoding(runner)
