@@ -15,7 +15,7 @@ from ...models.dtypes import onnx_name
 from ..graph.constants import HALF_TYPES
 from ..graph.metadata import ATTENTION_KEY, VALUES_KEY
 from .attention_table import OPERATOR, AttentionCell, AttentionMode, attention_form
-from .builder import Builder
+from .builder import Builder, lowest
 from .head_layout import read_rows
 from .in_place_cache import CachePlace, InPlaceCache, grouped
 from .norm_writer import NormWriter
@@ -114,10 +114,10 @@ class AttentionWriter:
         if isinstance(place, CachePlace):
             self._take_presents(main, key, value)
             read_rows(y, main.outputs[0], self._norms)
-            unread = [one.producer() for one in (query, place.key, place.value, y)]
+            unread = [one.producer() for one in (query, place.key, place.value, y, bias) if one is not None]
             self._norms.remove_unread([node for node in unread if node is not None])
             values |= dict(zip(("query", "key", "value"), main.inputs, strict=False)) | {"y": main.outputs[0]}
-            values |= {"past_key": place.past_key, "past_value": place.past_value}
+            values |= {"bias": place.bias, "past_key": place.past_key, "past_value": place.past_value}
         names = {role: value.name for role, value in values.items() if value is not None}
         main.metadata_props[VALUES_KEY] = json.dumps(names, sort_keys=True)
         return LoweredAttention(path, spec, main.name or "", cell, reason)
@@ -129,7 +129,7 @@ class AttentionWriter:
         if spec.softcap is not None:
             attributes["softcap"] = spec.softcap
         self.cache.use(place)
-        return grouped(builder, place, (inputs.query, inputs.bias, inputs.sink), attributes, self._sizes)
+        return grouped(builder, place, (inputs.query, inputs.sink), attributes, self._sizes)
 
     def _take_presents(self, main: ir.Node, key: ir.Value, value: ir.Value) -> None:
         """Let the operator return the caches in place of what joined them."""
@@ -252,20 +252,13 @@ def _primitives(builder: Builder, spec: AttentionSpec, inputs: AttentionInputs, 
 
 def _causal(builder: Builder, scores: ir.Value, dtype: ir.DataType) -> ir.Value:
     """The scores, with the lowest value of the dtype for every key after the query."""
-    lowest = builder.constant(np.array(_lowest(dtype)), dtype, "lowest")
+    least = builder.constant(np.array(lowest(dtype)), dtype, "lowest")
     shape = builder.op("Shape", [scores], {"start": 2}, dtype=ir.DataType.INT64, shape=None)
     one = builder.constant(np.array(1), ir.DataType.INT64, "one")
     ones = builder.op("Expand", [one, shape], dtype=ir.DataType.INT64, shape=None)
     later = builder.op("Trilu", [ones, one], {"upper": 1}, dtype=ir.DataType.INT64, shape=None)
     hidden = builder.op("Cast", [later], {"to": ir.DataType.BOOL}, dtype=ir.DataType.BOOL, shape=None)
-    return builder.op("Where", [hidden, lowest, scores], dtype=dtype, shape=None)
-
-
-def _lowest(dtype: ir.DataType) -> float:
-    """The lowest finite value of a floating dtype."""
-    import ml_dtypes
-
-    return float(ml_dtypes.finfo(dtype.numpy()).min)
+    return builder.op("Where", [hidden, least, scores], dtype=dtype, shape=None)
 
 
 def _producer(value: ir.Value) -> ir.Node:

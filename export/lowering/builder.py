@@ -129,3 +129,10 @@ def promote(a: ir.DataType | None, b: ir.DataType | None) -> ir.DataType:
     if ir.DataType.DOUBLE in (a, b):
         return ir.DataType.DOUBLE
     return ir.DataType.FLOAT
+
+
+def lowest(dtype: ir.DataType) -> float:
+    """The lowest finite value of a floating dtype, which masks add to scores."""
+    import ml_dtypes
+
+    return float(ml_dtypes.finfo(dtype.numpy()).min)

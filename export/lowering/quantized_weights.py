@@ -18,6 +18,8 @@ _VERSION = 1
 # ONNX Runtime's kernels round the columns behind the last whole tile in another order. Measured on the CPU with 1.32:
 # with widths of which each is a multiple of this, products side by side have the bits of those alone.
 _TILE = 16
+# As many products of one factor become one.
+_LEAST = 3
 # The operators whose constant weights stay as they are, by the place of the weight.
 _OTHERS = {"Gemm": 1, "Conv": 1, "Gather": 0}
 
@@ -120,8 +122,9 @@ def quantize_weights(model: ir.Model, scheme: Scheme) -> QuantizedWeights:
     The weight is a constant matrix of float32 or float16 with at least as many rows as a block has; the nodes of norms
     and all others stay as they are. The weights are read and quantized when their new constants are read.
 
-    MatMuls of one x (queries, keys and values; gate and up) become one operator with their columns side by side, and a
-    Split behind it: columns are quantized and multiplied independently, and a step reads x once.
+    Three MatMuls of one x (queries, keys and values) or more become one operator with their columns side by side, and a
+    Split behind it: columns are quantized and multiplied independently, and a step reads x once. Two (gate and up) stay
+    apart, because the Split costs as much as the operator that it saves, and a prompt more, for which it copies.
 
     Args:
         model: a lowered graph, which is changed.
@@ -175,13 +178,13 @@ def quantize_weights(model: ir.Model, scheme: Scheme) -> QuantizedWeights:
 
 
 def _groups(products: Sequence[_Product], uses: Mapping[tuple[int, bool], int]) -> list[list[_Product]]:
-    """The products that become one operator: those of one x in one graph, without a bias, whose weights are theirs."""
+    """The products that become one operator: three or more of one x in one graph, without a bias, with own weights."""
     groups: dict[Any, list[_Product]] = {}
     for product in products:
         alone = uses[product.key] > 1 or product.width % _TILE != 0 or _has_bias(product.node)
         key = product if alone else (product.node.inputs[0], id(product.node.graph), _dtype(product.weight))
         groups.setdefault(key, []).append(product)
-    return list(groups.values())
+    return [part for group in groups.values() for part in ([group] if len(group) >= _LEAST else [[p] for p in group])]
 
 
 def _has_bias(node: ir.Node) -> bool:

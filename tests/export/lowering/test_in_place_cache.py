@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import onnx
@@ -185,6 +186,67 @@ def test_a_mask_that_shows_later_keys_keeps_the_operator():
     assert attention.reason == "its mask shows later keys"
     assert attention.cell.is_operator
     assert lowered.in_place == []
+
+
+def causal(maker, tokens, mask, past, *, window=None, positions=False):
+    """Hides padding and later keys, and with a window keys that are as far back as it is wide."""
+    integers, truth = {"dtype": ir.DataType.INT64}, {"dtype": ir.DataType.BOOL}
+    scalars = {}
+    for name, value in (("zero", 0), ("one", 1), ("width", window or 0)):
+        scalars[name] = maker.value(name, [], ir.DataType.INT64)
+        scalars[name].const_value = ir.Tensor(np.array(value), name=name)
+        maker.initializers.append(scalars[name])
+    first, last = whole(maker, "first", [0]), whole(maker, "last", [-1])
+    ends = {}
+    for name, value, axis in (("total", mask, 1), ("old", past, 2)):
+        size = maker.node("Shape", [value], f"{name}_size", [1], {"start": axis, "end": axis + 1}, **integers)
+        ends[name] = maker.node("Squeeze", [size, first], name, [], **integers)
+    keys = maker.node("Range", [scalars["zero"], ends["total"], scalars["one"]], "keys", ["t"], **integers)
+    if positions:
+        given = maker.input("position_ids", ["b", "s"], ir.DataType.INT64)
+        queries = maker.node("Gather", [given, scalars["zero"]], "queries", ["s"], **integers)
+    else:
+        queries = maker.node("Range", [ends["old"], ends["total"], scalars["one"]], "queries", ["s"], **integers)
+    column = maker.node("Unsqueeze", [queries, last], "column", ["s", 1], **integers)
+    shown = maker.node("LessOrEqual", [keys, column], "seen", ["s", "t"], **truth)
+    if window is not None:
+        back = maker.node("Sub", [column, keys], "back", ["s", "t"], **integers)
+        near = maker.node("Less", [back, scalars["width"]], "near", ["s", "t"], **truth)
+        shown = maker.node("And", [shown, near], "both", ["s", "t"], **truth)
+    bits = maker.node("Cast", [mask], "bits", ["b", "t"], {"to": int(ir.DataType.BOOL)}, **truth)
+    axes = whole(maker, "axes", [1, 2])
+    padded = maker.node("Unsqueeze", [bits, axes], "padded", ["b", 1, 1, "t"], **truth)
+    kept = maker.node("And", [shown, padded], "kept", ["b", 1, "s", "t"], **truth)
+    floats = [maker.initializer(name, torch.tensor(value)) for name, value in (("0", 0.0), ("low", -3.4e38))]
+    return maker.node("Where", [kept, *floats], "bias", ["b", 1, "s", "t"])
+
+
+def remaining(**options):
+    """The operators that compute the mask of an attention in place."""
+    graph = lower_graph(captured(partial(causal, **options)), "ort", attention="in-place").model.graph
+    (node,) = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    found, pending = set(), [node.inputs[10]]
+    while pending:
+        made = pending.pop().producer()
+        if made is not None:
+            found.add(made.op_type)
+            pending += made.inputs
+    return found
+
+
+def test_a_mask_of_later_keys_and_padding_is_written_with_the_padding_alone():
+    assert remaining() == {"Unsqueeze", "Cast", "Where", "Shape", "Concat", "Expand"}
+
+
+@pytest.mark.parametrize("window", [8, 200, 1 << 20])
+def test_a_mask_with_a_window_stays(window):
+    """The widest is not computed, and may be one."""
+    assert {"Less", "LessOrEqual", "Range"} <= remaining(window=window)
+
+
+def test_a_mask_that_follows_positions_stays():
+    """They may begin anew within a row."""
+    assert {"Gather", "LessOrEqual"} <= remaining(positions=True)
 
 
 def test_a_width_that_the_operator_does_not_have():

@@ -97,12 +97,23 @@ def test_products_of_one_factor_become_one_operator_with_their_bits(tmp_path: Pa
 def test_products_with_a_bias_stay_apart(tmp_path: Path) -> None:
     """ONNX Runtime adds a bias in the kernel of its product."""
     model = graph(
-        "g (float[2,3,64] x, float[64,32] u, float[64,32] w, float[32] b) => (float[2,3,32] a, float[2,3,32] c) "
-        "{ p = MatMul(x, u) a = Add(p, b) q = MatMul(x, w) c = Add(b, q) }",
-        {"u": numbers(64, 32), "w": numbers(64, 32), "b": numbers(32)},
+        "g (float[2,3,64] x, float[64,32] u, float[64,32] v, float[64,32] w, float[32] b) "
+        "=> (float[2,3,32] a, float[2,3,32] c, float[2,3,32] d) "
+        "{ p = MatMul(x, u) a = Add(p, b) q = MatMul(x, v) c = Add(b, q) r = MatMul(x, w) d = Add(r, b) }",
+        {"u": numbers(64, 32), "v": numbers(64, 32), "w": numbers(64, 32), "b": numbers(32)},
     )
     quantize_weights(model, SCHEMES["int8"])
-    assert op_types(model) == ["MatMulNBits", "Add", "MatMulNBits", "Add"]
+    assert op_types(model) == ["MatMulNBits", "Add"] * 3
+
+
+def test_two_products_stay_apart() -> None:
+    model = graph(
+        "g (float[2,3,64] x, float[64,32] u, float[64,32] w) => (float[2,3,32] a, float[2,3,32] c) "
+        "{ a = MatMul(x, u) c = MatMul(x, w) }",
+        {"u": numbers(64, 32), "w": numbers(64, 32)},
+    )
+    quantize_weights(model, SCHEMES["int4"])
+    assert op_types(model) == ["MatMulNBits"] * 2
 
 
 def test_everything_else_stays(tmp_path: Path) -> None:
