@@ -238,7 +238,7 @@ class TorchStep:
 
 
 def child(path: Path, name: str, threads: int, cases: list[Case], runs: int) -> None:
-    """Time each case, and print the seconds as JSON, and the largest resident memory in bytes."""
+    """Time each case, and print the seconds as JSON, and the largest resident memory after each, in bytes."""
     import numpy as np
 
     config = json.loads((path.parent / "checkpoint" / "config.json").read_text())
@@ -247,7 +247,7 @@ def child(path: Path, name: str, threads: int, cases: list[Case], runs: int) -> 
         TorchStep(name, threads, config) if path.name == "PyTorch" else OrtStep(folder, threads, config, in_place)
     )
     clock = time.process_time if threads == 1 else time.perf_counter
-    rows, logits = [], []
+    rows, memory, logits = [], [], []
     for case in cases:
         prepared, times = step.prepare(case), []
         for _ in range(max(3, runs // (8 if case[1] > 100 else 1))):
@@ -256,9 +256,10 @@ def child(path: Path, name: str, threads: int, cases: list[Case], runs: int) -> 
             times.append(clock() - start)
         rows.append(statistics.median(times[1:]))
         logits.append(step.logits(result))
+        memory.append(status_bytes("VmHWM"))
         del result, prepared
     np.savez(path.parent / f"{path.name}.npz", *logits)
-    print(json.dumps([rows, status_bytes("VmHWM")]), flush=True)
+    print(json.dumps([rows, memory]), flush=True)
 
 
 def differences(folder: Path, kinds: list[str]) -> list[float]:
@@ -275,8 +276,8 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*") if file.suffix in kept) if folder.is_dir() else 0
 
 
-def measure(path: Path, name: str, threads: int, cases: list[Case], runs: int) -> tuple[list[float], int]:
-    """The seconds of each case, and the memory, in a process of its own."""
+def measure(path: Path, name: str, threads: int, cases: list[Case], runs: int) -> tuple[list[float], list[int]]:
+    """The seconds of each case, and the peak memory up to it, in a process of its own."""
     given = ["--child", str(path), "--models", name, "--threads", str(threads), "--runs", str(runs)]
     command = [sys.executable, "-m", "benchmarks.decode", *given, "--cases", json.dumps(cases)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -296,12 +297,12 @@ def run(name: str, weights: str, folder: Path, arguments: argparse.Namespace) ->
         print(f"\n{name}, {weights}, threads: {threads}\n", flush=True)
         print(f"| batch, tokens, past | {' | '.join(kinds)} |\n|---|{'---|' * len(kinds)}", flush=True)
         times: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
-        memory = dict.fromkeys(kinds, 0)
+        memory = {kind: [0] * len(cases) for kind in kinds}
         for number in range(arguments.rounds):
             for kind in (*kinds[number % len(kinds) :], *kinds[: number % len(kinds)]):
                 row, used = measure(folder / kind, name, threads, cases, arguments.runs)
                 times[kind].append(row)
-                memory[kind] = max(memory[kind], used)
+                memory[kind] = [max(pair) for pair in zip(memory[kind], used, strict=True)]
         behind = []
         for position, case in enumerate(cases):
             medians = {kind: statistics.median(row[position] for row in rows) for kind, rows in times.items()}
@@ -311,7 +312,9 @@ def run(name: str, weights: str, folder: Path, arguments: argparse.Namespace) ->
             best = min(value for kind, value in medians.items() if kind in ATTENTION)
             behind += [best / min(peers)] if peers else []
         print(f"| logits off by | {' | '.join(f'{off:.1e}' for off in differences(folder, kinds))} |")
-        print(f"| peak memory, GB | {' | '.join(f'{memory[kind] / 1e9:.2f}' for kind in kinds)} |")
+        steps = len(cases) - len(PREFILL)
+        for place, title in ((steps - 1, "steps"), (len(cases) - 1, "steps and prompts")):
+            print(f"| peak memory of {title}, GB | {' | '.join(f'{memory[k][place] / 1e9:.2f}' for k in kinds)} |")
         sizes = [_size(folder / IN_PLACE.get(kind, kind)) for kind in kinds]
         print(f"| files, MB | {' | '.join(f'{size / 1e6:.0f}' for size in sizes)} |")
         if behind:
