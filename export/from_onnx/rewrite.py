@@ -114,6 +114,7 @@ def rewrite(
     opset: int | None = None,
     skip: Container[int] = (),
     attention: AttentionMode = "decomposed",
+    failed: Mapping[int, str] | None = None,
 ) -> Rewritten:
     """Rewrite every norm of a graph in a target's form.
 
@@ -129,6 +130,8 @@ def rewrite(
         skip: indices of norms, in graph order, that are not rewritten.
         attention: `node` to replace attentions that are spelled out by the target's operator, `decomposed` to leave
             them as they are.
+        failed: the indices of attentions, in `Rewritten.attentions` without this, that are left as they are, with the
+            reason.
 
     Raises:
         UsageError: the target is unknown, or has no operator for attention.
@@ -154,7 +157,7 @@ def rewrite(
         notes.append(f"the biases of {len(names)} SkipSimplifiedLayerNormalization nodes are an Add of their own")
     filled = fill_types(original)
     found = find_norms(original)
-    attentions = proven_attentions(original, target, opset) if attention == "node" else FoundAttentions()
+    attentions = proven_attentions(original, target, opset, failed) if attention == "node" else FoundAttentions()
     rewritten = original.clone()
     copies = _copies(original.graph, rewritten.graph)
     current = _opset_import(rewritten)
@@ -175,7 +178,7 @@ def rewrite(
                 refusals.append(GraphRefusal(site.node, site.path, str(error)))
         done.append((before, site, written))
     attention_writer = AttentionRewriter(rewritten.graph, copies, target, wanted, writer)
-    written_attentions = [attention_writer.write(site) for site in attentions.sites]
+    written_attentions = attention_writer.write(attentions.sites)
     writer.finish()
     sites = [_rewritten(writer, *row) for row in done]
     result = Rewritten(

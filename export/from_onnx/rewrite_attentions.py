@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import onnx_ir as ir
 from ...models.dtypes import onnx_name
 from ...models.errors import UsageError
 from ..graph.captured_nodes import ATTENTION_OP, CAPTURE_DOMAIN
-from ..graph.constants import DEFAULT_DOMAINS, Dim, constant, dims, same_dims
+from ..graph.constants import DEFAULT_DOMAINS, Dim, constant, dims, same_dims, scalar
 from ..graph.site import GraphRefusal, node_name
 from ..lowering.attention_table import AttentionMode, attention_cell, attention_form
 from ..lowering.attention_writer import AttentionWriter, LoweredAttention
@@ -41,6 +42,7 @@ class RewrittenAttention:
         original: the result in the original model, with the heads before or behind the queries.
         result: the same in the rewritten model.
         infinite: its mask may be minus infinity.
+        inputs: what `before.inputs` are in the rewritten model.
     """
 
     before: FoundAttention
@@ -48,6 +50,7 @@ class RewrittenAttention:
     original: ir.Value
     result: ir.Value
     infinite: bool
+    inputs: tuple[ir.Value, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,13 +79,16 @@ def check_rewriting(mode: AttentionMode, target: str) -> None:
         )
 
 
-def proven_attentions(model: ir.Model, target: str, opset: int | None) -> FoundAttentions:
+def proven_attentions(
+    model: ir.Model, target: str, opset: int | None, failed: Mapping[int, str] | None = None
+) -> FoundAttentions:
     """The attentions of a model that the target has an operator for, each proven by running its nodes in float64.
 
     Args:
         model: a model whose types are known; it does not change.
         target: one of `TARGETS`.
         opset: opset import of the finished file, or None where it can be raised.
+        failed: the numbers of proven attentions that are left alone all the same, with the reason.
     """
     found = find_attentions(model)
     order = {node: number for number, node in enumerate(model.graph)}
@@ -98,6 +104,10 @@ def proven_attentions(model: ir.Model, target: str, opset: int | None) -> FoundA
             proven.sites.append(site)
         else:
             proven.refusals.append(GraphRefusal(node_name(site.softmax), site.path, problem, site.softmax.op_type))
+    for number in sorted(failed or {}, reverse=True):
+        site = proven.sites.pop(number)
+        reason = f"its proof fails: {(failed or {})[number]}"
+        proven.refusals.append(GraphRefusal(node_name(site.softmax), site.path, reason, site.softmax.op_type))
     return proven
 
 
@@ -120,8 +130,12 @@ class AttentionRewriter:
         self._constants: dict[Any, ir.Value] = {}
         self._biases: dict[tuple[Any, ...], _Bias] = {}
 
-    def write(self, site: FoundAttention) -> RewrittenAttention:
-        """Write one attention; call this in the order of the graph."""
+    def write(self, sites: Sequence[FoundAttention]) -> list[RewrittenAttention]:
+        """Write the attentions, which are in the order of the graph."""
+        rows = [self._written(site) for site in sites]
+        return [dataclasses.replace(row, inputs=tuple(map(self._now, row.before.inputs))) for row in rows]
+
+    def _written(self, site: FoundAttention) -> RewrittenAttention:
         product = _producer(self._now(site.y))
         query, source, value = (self._now(one) for one in (site.query, site.key.source, site.value))
         builder = Builder(self._root, self._root, {}, self._constants, self._opset)
@@ -242,7 +256,7 @@ class AttentionRewriter:
 
 
 def lower_bound(value: ir.Value | None) -> float:
-    """A number that a value is not below: the lowest of the constants that nodes move and select; else -infinity."""
+    """A number that a value is not below, from constants that are moved, selected or times a flag; else -infinity."""
     least = np.inf
     seen: set[ir.Value] = set()
     pending = [value]
@@ -257,12 +271,27 @@ def lower_bound(value: ir.Value | None) -> float:
         if array is not None:
             number = float(np.min(array.astype(np.float64), initial=np.inf))
             least = -np.inf if np.isnan(number) else min(least, number)
-        elif node is None or node.domain not in DEFAULT_DOMAINS or node.op_type not in _MOVES:
+        elif node is None or node.domain not in DEFAULT_DOMAINS:
+            return -np.inf
+        elif (factor := _times_flag(node)) is not None:
+            least = min(least, factor, 0.0)
+        elif node.op_type not in _MOVES:
             return -np.inf
         else:
             places = _MOVES[node.op_type]
             pending += node.inputs if places is None else [node.inputs[place] for place in places]
     return least
+
+
+def _times_flag(node: ir.Node) -> float | None:
+    """The constant factor of a product with a bool that was cast, or None."""
+    for number, flag in (node.inputs, node.inputs[::-1]) if node.op_type == "Mul" else ():
+        cast = None if flag is None else flag.producer()
+        if cast is not None and cast.op_type == "Cast" and cast.domain in DEFAULT_DOMAINS:
+            given = cast.inputs[0]
+            if given is not None and given.dtype == ir.DataType.BOOL:
+                return scalar(number)
+    return None
 
 
 def masked_note(written: list[RewrittenAttention]) -> str | None:
@@ -271,8 +300,8 @@ def masked_note(written: list[RewrittenAttention]) -> str | None:
     if not count:
         return None
     return (
-        f"{count} attentions have a mask that may be minus infinity: a query that attends to nothing gets an average "
-        "of the values, where the original gives it NaN"
+        f"the mask of {count} attention{'s' * (count != 1)} may be minus infinity: a query that attends to nothing "
+        "gets an average of the values, where the original gives it NaN"
     )
 
 

@@ -56,4 +56,6 @@ attention_values:
     scaled: a value before a constant factor.
 attention_proof:
     difference: why the nodes of an attention do not compute its spec, found by running them in float64.
+    feeds_of: random inputs of an attention.
+    attend: its formula in float64.
 """

@@ -14,7 +14,7 @@ from .find_attentions import FoundAttention, MaskPart
 
 Values = NDArray[np.float64]
 # Batch, queries and keys, where the graph leaves them open; and the width of heads that is unknown.
-_CASES = ((2, 3, 5), (1, 1, 7), (3, 4, 2))
+CASES = ((2, 3, 5), (1, 1, 7), (3, 4, 2))
 _WIDTH = 6
 # Both sides compute in float64, and differ by roundings.
 _CLOSE = 1e-9
@@ -37,20 +37,21 @@ def difference(site: FoundAttention, model: ir.Model) -> str | None:
     graph = _Cut(site)
     if graph.missing:
         return f"it also reads {', '.join(sorted(graph.missing))}"
+    cases = [feeds_of(site, case, np.random.default_rng(number)) for number, case in enumerate(CASES)]
+    proto = graph.proto(model)
     try:
-        evaluator = reference.ReferenceEvaluator(graph.proto(model))
-        for number, case in enumerate(_CASES):
-            feeds = _feeds(site, case, np.random.default_rng(number))
-            given = {str(value.name): array for value, array in feeds.items() if value in graph.inputs}
-            got = np.asarray(next(iter(evaluator.run(None, given))))
-            wanted = _attend(site, feeds)
-            if got.shape != wanted.shape:
-                return f"expected a result of the shape {list(wanted.shape)}, got {list(got.shape)}"
-            off = float(np.max(np.abs(got - wanted)))
-            if not off <= _CLOSE * max(1.0, float(np.max(np.abs(wanted)))):
-                return f"its result differs by {off:.3g} from that of {site.spec.describe()}"
+        evaluator = reference.ReferenceEvaluator(proto)
+        given = [{str(value.name): array for value, array in feeds.items() if value in graph.inputs} for feeds in cases]
+        results = [np.asarray(next(iter(evaluator.run(None, one)))) for one in given]
     except Exception as error:  # of operators that the evaluator does not know, or shapes that do not fit
         return f"it could not be computed: {' '.join(str(error).split())[:120]}"
+    for got, feeds in zip(results, cases, strict=True):
+        wanted = attend(site, feeds)
+        if got.shape != wanted.shape:
+            return f"expected a result of the shape {list(wanted.shape)}, got {list(got.shape)}"
+        off = float(np.max(np.abs(got - wanted)))
+        if not off <= _CLOSE * max(1.0, float(np.max(np.abs(wanted)))):
+            return f"its result differs by {off:.3g} from that of {site.spec.describe()}"
     return None
 
 
@@ -58,8 +59,7 @@ class _Cut:
     """The nodes between the inputs of an attention and its result."""
 
     def __init__(self, site: FoundAttention) -> None:
-        targets = [target for row in site.repeats for target in row.targets if constant(target) is None]
-        self.inputs = set(site.inputs) | set(targets)
+        self.inputs = set(site.inputs) | set(site.targets)
         self.missing: set[str] = set()
         self._y = site.y
         self._constants: dict[ir.Value, NDArray[Any]] = {}
@@ -107,8 +107,17 @@ class _Cut:
         return helper.make_model(whole, opset_imports=[helper.make_opsetid("", opset)], ir_version=_HIGHEST_IR)
 
 
-def _feeds(site: FoundAttention, case: tuple[int, int, int], rng: np.random.Generator) -> dict[ir.Value, NDArray[Any]]:
-    """Random inputs, with the sizes that the graph fixes."""
+def feeds_of(
+    site: FoundAttention, case: tuple[int, int, int], rng: np.random.Generator, *, silent: bool = False
+) -> dict[ir.Value, NDArray[Any]]:
+    """Random inputs of an attention in float64, with the sizes that the graph fixes.
+
+    Args:
+        site: the attention.
+        case: batch, number of queries and number of keys, where the graph leaves them open.
+        rng: the random numbers.
+        silent: the first query attends to nothing; without that, every query attends to the first key.
+    """
     named: dict[str, int] = {}
 
     def size(dim: ir.SymbolicDim | int, usual: int) -> int:
@@ -129,25 +138,27 @@ def _feeds(site: FoundAttention, case: tuple[int, int, int], rng: np.random.Gene
         whole = (batch, heads, length, keys)
         shape = dims(part.value) or []
         sizes = [1 if dim == 1 else usual for dim, usual in zip(shape, whole[4 - len(shape) :], strict=True)]
-        feeds.setdefault(part.value, _mask(part, sizes, rng))
+        feeds.setdefault(part.value, _mask(part, sizes, rng, silent))
     for row, last in zip(site.repeats, (width, other), strict=False):
         feeds[row.targets[0]] = np.array([batch, groups, row.count, keys, last])
         feeds[row.targets[1]] = np.array([batch, heads, keys, last])
     return feeds
 
 
-def _mask(part: MaskPart, sizes: list[int], rng: np.random.Generator) -> NDArray[Any]:
-    """A mask that shows each query the first key."""
+def _mask(part: MaskPart, sizes: list[int], rng: np.random.Generator, silent: bool) -> NDArray[Any]:
+    """A mask that shows each query the first key, or the first query nothing."""
     hidden: NDArray[Any] = rng.random(sizes) < 0.4
     if sizes:
         hidden[..., 0] = False
+    if len(sizes) > 1 and silent:
+        hidden[..., 0, :] = True
     if part.kind == "add":
         return np.where(hidden, _MASKED, rng.standard_normal(sizes))
     return hidden if part.kind == "hide" else np.logical_not(hidden)
 
 
-def _attend(site: FoundAttention, feeds: dict[ir.Value, NDArray[Any]]) -> Values:
-    """The formula of the attention, `[B, H, S, Dv]`."""
+def attend(site: FoundAttention, feeds: dict[ir.Value, NDArray[Any]]) -> Values:
+    """The formula of an attention in float64, `[B, H, S, Dv]`, of the inputs that `feeds_of` makes."""
     count = site.heads[0] // site.heads[1]
     key = feeds[site.key.source]
     key = np.repeat(key if site.key.perm is None else key.transpose(site.key.perm), count, axis=1)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...models.attention.spec import AttentionSpec
-from ..graph.constants import DEFAULT_DOMAINS, dims, same_dims, scalar
+from ..graph.constants import DEFAULT_DOMAINS, constant, dims, same_dims, scalar
 from ..graph.site import GraphRefusal, node_name
 from .attention_values import KeySide, Repeated, key_side, repeated, scaled
 from .find_norms import module_path
@@ -77,6 +77,12 @@ class FoundAttention:
     def inputs(self) -> list[ir.Value]:
         """The values that it reads: query, key, value and its masks."""
         return [self.query, self.key.source, self.value, *(part.value for part in self.parts)]
+
+    @property
+    def targets(self) -> list[ir.Value]:
+        """The shapes to which key and value are repeated, where they are not constant."""
+        targets = dict.fromkeys(target for row in self.repeats for target in row.targets)
+        return [target for target in targets if constant(target) is None]
 
 
 @dataclass(slots=True)
@@ -148,12 +154,12 @@ def _read(softmax: ir.Node, opset: int) -> FoundAttention:
     scale *= side.factor
     if not np.isfinite(scale) or scale <= 0:
         raise _RefusedError(f"the factor of its scores is {scale:g}, expected a positive number")
-    heads = _heads(query, side.shape, value)
+    heads, groups = _heads(query, side.shape, value)
     repeats = _repeats(side, value, heads)
     if repeats is not None:
         side, value = side.at(repeats[0]), repeats[1].source
     _check_types(query, side.source, value, product.outputs[0])
-    groups = heads if repeats is None else heads // repeats[0].count
+    groups = groups if repeats is None else heads // repeats[0].count
     _check_batch(query, side.shape, value)
     for part in parts:
         _check_mask(part, query, side.shape, heads)
@@ -292,17 +298,18 @@ def _alone(value: ir.Value) -> ir.Node:
     return node
 
 
-def _heads(query: ir.Value, key: list[ir.SymbolicDim | int], value: ir.Value) -> int:
+def _heads(query: ir.Value, key: list[ir.SymbolicDim | int], value: ir.Value) -> tuple[int, int]:
+    """The numbers of heads of the query, and of key and value, which may have one that all queries read."""
     shapes = [dims(query), key, dims(value)]
     counts = [shape[1] if shape is not None and len(shape) == _RANK else None for shape in shapes]
-    first = counts[0]
-    if not all(isinstance(count, int) for count in counts) or not isinstance(first, int):
+    first, second, _ = counts
+    if not isinstance(first, int) or not isinstance(second, int) or not isinstance(counts[2], int):
         raise _RefusedError("the numbers of its heads are unknown")
-    if set(counts) != {first}:
+    if second not in (1, first) or counts[2] != second:
         raise _RefusedError(
             f"its query, key and value have {counts[0]}, {counts[1]} and {counts[2]} heads, expected as many"
         )
-    return first
+    return first, second
 
 
 def _repeats(side: KeySide, value: ir.Value, heads: int) -> tuple[Repeated, Repeated] | None:
@@ -340,6 +347,9 @@ def _check_mask(part: MaskPart, query: ir.Value, key: list[ir.SymbolicDim | int]
         raise _RefusedError("its mask is not known to have the batch of the query")
     if own[1] not in (1, heads):
         raise _RefusedError(f"its mask has {own[1]} heads, expected 1 or {heads}")
+    for dim, size, what in ((own[2], whole[2], "queries"), (own[3], key[2], "keys")):
+        if isinstance(dim, int) and isinstance(size, int) and dim not in (1, size):
+            raise _RefusedError(f"its mask has {dim} {what}, expected 1 or {size}")
 
 
 def _is(node: ir.Node, op_type: str) -> bool:

@@ -95,8 +95,8 @@ def rewrite_model(
             no space, but onnx and onnx_ir refuse to read them.
         attention: `node` replaces each attention that the file spells out (product, scale, mask, Softmax, product) by
             the target's operator, if its nodes are proven to compute that; `decomposed` leaves attention as it is.
-        verify: run every rewritten norm and the whole model, before and after, in ONNX Runtime. A norm whose proof
-            fails is left unchanged.
+        verify: run every rewritten norm and attention and the whole model, before and after, in ONNX Runtime. One whose
+            proof fails is left unchanged.
         inputs: inputs of the whole model for the proof; generated if None.
         seed: seed of the proof's random numbers.
         progress: called with a line of text at each step.
@@ -216,20 +216,24 @@ def _proven(
     seed: int,
     progress: Any,
 ) -> tuple[Rewritten, Proof]:
-    """Prove the norms, and rewrite again without those whose proof fails."""
+    """Prove the norms and attentions alone, and rewrite again without those whose proof fails."""
+    from .verify_attentions import prove_attentions
     from .verify_norms import prove_norms
 
     proof = prove_norms(rewritten, folder, seed=seed, progress=progress)
+    proof.attentions = prove_attentions(rewritten, folder, seed=seed, progress=progress)
+    wrong = {row.number: row.reason for row in proof.attentions if row.verdict == "mismatch"}
     failed = {row.number: row.reason for row in proof.sites if row.verdict == "mismatch"}
-    if failed:
+    if failed or wrong:
         sites = rewritten.sites
         refused = [
             GraphRefusal(sites[number].before.node, sites[number].before.path, f"its proof fails: {reason}")
             for number, reason in failed.items()
         ]
-        rewritten = rewrite(graph, target, opset, skip=failed, attention=attention)
+        rewritten = rewrite(graph, target, opset, skip=failed, attention=attention, failed=wrong)
         rewritten.refusals.extend(refused)
         proof = prove_norms(rewritten, folder, seed=seed, progress=progress)
+        proof.attentions = prove_attentions(rewritten, folder, seed=seed, progress=progress)
     return rewritten, proof
 
 

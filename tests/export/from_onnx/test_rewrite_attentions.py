@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rmsnorm_deploy.export.from_onnx.rewrite import Rewritten, rewrite
 from rmsnorm_deploy.export.from_onnx.rewrite_attentions import lower_bound
+from rmsnorm_deploy.export.graph.infer_types import fill_types
 from rmsnorm_deploy.export.graph.metadata import REQUIRES_KEY
 from rmsnorm_deploy.models.errors import UsageError
 from tests.helpers.graphs.attention_graphs import SPELLINGS, attention_model
@@ -88,7 +89,7 @@ def test_an_average_takes_the_place_of_nan_with_a_note() -> None:
     assert np.isfinite(got).all()
     np.testing.assert_allclose(got[1], before[1], atol=2e-6)
     (note,) = [note for note in result.notes if "infinity" in note]
-    assert note.startswith("1 attentions")
+    assert note.startswith("the mask of 1 attention may be minus infinity")
 
 
 @pytest.mark.parametrize("mask", ["float[B, 1, 1, T] mask", "float[1, 4, S, T] mask", "float[S, T] mask"])
@@ -126,6 +127,26 @@ def test_keys_in_another_order_are_transposed_once() -> None:
     np.testing.assert_allclose(run(result.model, feeds), run(model, feeds), atol=2e-6)
 
 
+def test_one_head_of_keys_and_values_is_read_by_all_queries() -> None:
+    parts = {
+        "inputs": ", float[B, 1, T, 8] k1, float[B, 1, T, 8] v1", "keys": "kt = Transpose <perm = [0, 1, 3, 2]> (k1)",
+        "product": "y = MatMul (used, v1)",
+    }  # fmt: skip
+    model, result = rewritten(**parts)
+    assert result.attentions[0].before.heads == (4, 1)
+    feeds = feeds_for(LOWEST)
+    feeds |= {"k1": feeds["k"][:, :1], "v1": feeds["v"][:, 1:]}
+    np.testing.assert_allclose(run(result.model, feeds), run(model, feeds), atol=2e-6)
+
+
+def test_zeros_of_infinite_masks_are_kept_in_files_of_earlier_opsets() -> None:
+    parts = {"behind": "bad = IsNaN (weights)\nused = Where (bad, zero, weights)"}
+    model = attention_model(opset=15, **parts)
+    result = rewrite(model, "ort", attention="node")
+    feeds = feeds_for(-np.inf)
+    np.testing.assert_allclose(run(result.model, feeds), run(model, feeds), atol=2e-6)
+
+
 def test_the_file_names_its_runtime_and_its_opset() -> None:
     _, result = rewritten()
     assert json.loads(result.model.metadata_props[REQUIRES_KEY]) == {"onnxruntime": "1.27"}
@@ -159,9 +180,12 @@ def test_a_cache_in_place_is_for_exports() -> None:
 
 
 def test_the_lowest_number_of_a_mask_follows_from_its_constants() -> None:
-    mask = "m = Where (show, zero, low)\ne = Unsqueeze (m, one)\nmasked = Add (scaled, e)\nn = Mul (e, low)"
+    mask = "m = Where (show, zero, low)\ne = Unsqueeze (m, one)\nmasked = Add (scaled, e)\nn = Mul (e, low)\n"
+    mask += "f = Cast <to = 1> (show)\np = Mul (low, f)"
     model = attention_model(mask=mask, inputs=", bool[B, S, T] show")
+    fill_types(model)
     values = {str(value.name): value for node in model.graph for value in node.outputs}
     assert lower_bound(values["e"]) == pytest.approx(LOWEST)
     assert lower_bound(values["n"]) == -np.inf
+    assert lower_bound(values["p"]) == pytest.approx(LOWEST)
     assert lower_bound(model.graph.inputs[0]) == -np.inf

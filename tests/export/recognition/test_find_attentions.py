@@ -10,7 +10,7 @@ from rmsnorm_deploy.export.recognition.attention_proof import difference
 from rmsnorm_deploy.export.recognition.find_attentions import FoundAttention, FoundAttentions, find_attentions
 from tests.helpers.graphs.attention_graphs import SPELLINGS, attention_model
 
-# Graphs that are no such attention, and the reason that is given.
+# Graphs that are refused, and a part of the reason.
 REFUSED: dict[str, tuple[dict[str, str], str]] = {
     "weights as an output": ({"outputs": "float[B, S, 4, 8] z, float[B, 4, S, T] weights"}, "are an output"),
     "weights are read": (
@@ -45,6 +45,19 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
     ),
     "NaN to one": ({"behind": "bad = IsNaN (weights)\nused = Where (bad, scale, weights)"}, "others than zero"),
     "mask of another batch": ({"mask_type": "float[C, 1, S, T] mask"}, "have the batch of the query"),
+    "mask of other queries": (
+        {"inputs": ", float[B, 4, 1, 8] q1", "scores": "scores = MatMul (q1, kt)",
+         "mask_type": "float[B, 1, 6, T] mask", "end": "z = Transpose <perm = [0, 2, 1, 3]> (y)", "outputs": "float[B, 6, 4, 8] z"},
+        "its mask has 6 queries, expected 1 or 1",
+    ),
+    "a number of the scores": (
+        {"scale": "s = Mul (scores, scale)\nt = Tanh (s)\nscaled = Mul (t, low)"},
+        "its softcap is -3.40282e+38, expected a positive number",
+    ),
+    "another product in the mask": (
+        {"inputs": ", float[B, 4, 8, T] r", "mask": "rel = MatMul (q, r)\nmasked = Add (scaled, rel)"},
+        "not that of scores and a mask",
+    ),
     "unknown heads": (
         {"scores": "q2 = Reshape (q, shape)\nscores = MatMul (q2, kt)", "inputs": ", int64[4] shape"},
         "the numbers of its heads are unknown",
@@ -114,20 +127,29 @@ def test_repeated_heads_of_unknown_sizes_are_read_as_they_are() -> None:
     assert difference(site, model) is None
 
 
-@pytest.mark.parametrize(
-    ("parts", "reason"),
-    [
-        # Each is of the form of an attention, and computes another one than its parts say.
-        ({"keys": "kt2 = Transpose <perm = [0, 1, 3, 2]> (kr)\nkt = Identity (kt2)"}, None),
-        ({"keys": "k3s = Concat <axis = 0> (minus, width, keys)\nk3 = Reshape (kr, k3s)\n"
-          "t3 = Transpose <perm = [0, 2, 1]> (k3)\nt4s = Concat <axis = 0> (batch, heads, width, keys)\n"
-          "kt = Reshape (t3, t4s)"}, "its result differs by"),
-    ],
-)  # fmt: skip
-def test_a_wrong_transposition_of_keys_is_disproved(parts: dict[str, str], reason: str | None) -> None:
-    model = attention_model(**parts)
-    found = found_in(model)
-    if reason is None:
-        assert "keys are not transposed" in found.refusals[0].reason
-    else:
-        assert reason in (difference(only(found), model) or "")
+# Each is of the form of an attention, and computes another one than its parts say.
+DISPROVED: dict[str, dict[str, str]] = {
+    "keys regrouped": {
+        "keys": "k3s = Concat <axis = 0> (minus, width, keys)\nk3 = Reshape (kr, k3s)\n"
+        "t3 = Transpose <perm = [0, 2, 1]> (k3)\nt4s = Concat <axis = 0> (batch, heads, width, keys)\n"
+        "kt = Reshape (t3, t4s)"
+    },
+    "scores rounded": {
+        "scale": "s = Mul (scores, scale)\ni = Cast <to = 7> (s)\nscaled = Cast <to = 1> (i)",
+    },
+}
+
+
+@pytest.mark.parametrize("name", DISPROVED)
+def test_what_computes_something_else_is_disproved(name: str) -> None:
+    model = attention_model(**DISPROVED[name])
+    assert "its result differs by" in (difference(only(found_in(model)), model) or "")
+
+
+def test_what_cannot_be_run_is_not_proven() -> None:
+    model = attention_model()
+    site = only(found_in(model))
+    node = site.y.producer()
+    assert node is not None
+    node.domain = "unknown"
+    assert "it could not be computed" in (difference(site, model) or "")
