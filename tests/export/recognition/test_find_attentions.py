@@ -47,7 +47,8 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
     "mask of another batch": ({"mask_type": "float[C, 1, S, T] mask"}, "have the batch of the query"),
     "mask of other queries": (
         {"inputs": ", float[B, 4, 1, 8] q1", "scores": "scores = MatMul (q1, kt)",
-         "mask_type": "float[B, 1, 6, T] mask", "end": "z = Transpose <perm = [0, 2, 1, 3]> (y)", "outputs": "float[B, 6, 4, 8] z"},
+         "mask_type": "float[B, 1, 6, T] mask", "end": "z = Transpose <perm = [0, 2, 1, 3]> (y)",
+         "outputs": "float[B, 6, 4, 8] z"},
         "its mask has 6 queries, expected 1 or 1",
     ),
     "a number of the scores": (
