@@ -35,7 +35,7 @@ from .rewrite_attentions import (
     AttentionRewriter,
     RewrittenAttention,
     check_rewriting,
-    masked_note,
+    masked_notes,
     proven_attentions,
 )
 
@@ -212,9 +212,7 @@ def _note_attentions(result: Rewritten) -> None:
     if versions:
         metadata = result.model.metadata_props
         metadata[REQUIRES_KEY] = merged_requirements(metadata.get(REQUIRES_KEY), versions)
-    note = masked_note(result.attentions)
-    if note is not None:
-        result.notes.append(note)
+    result.notes.extend(masked_notes(result.attentions))
 
 
 def fuse_quantized(result: Rewritten, target: str, opset: int | None = None) -> None:

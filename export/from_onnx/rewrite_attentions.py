@@ -14,7 +14,7 @@ import onnx_ir as ir
 from ...models.dtypes import onnx_name
 from ...models.errors import UsageError
 from ..graph.captured_nodes import ATTENTION_OP, CAPTURE_DOMAIN
-from ..graph.constants import DEFAULT_DOMAINS, Dim, constant, dims, same_dims, scalar
+from ..graph.constants import DEFAULT_DOMAINS, HALF_TYPES, Dim, constant, dims, same_dims, scalar
 from ..graph.site import GraphRefusal, node_name
 from ..lowering.attention_table import AttentionMode, attention_cell, attention_form
 from ..lowering.attention_writer import AttentionWriter, LoweredAttention
@@ -294,15 +294,22 @@ def _times_flag(node: ir.Node) -> float | None:
     return None
 
 
-def masked_note(written: list[RewrittenAttention]) -> str | None:
-    """What changes for queries that attend to nothing, or None if nothing does."""
+def masked_notes(written: list[RewrittenAttention]) -> list[str]:
+    """What changes for queries that attend to nothing."""
+    notes = []
+    narrow = sum(bool(row.before.parts) and row.before.query.dtype in HALF_TYPES for row in written)
+    if narrow:
+        notes.append(
+            f"{narrow} attention{'s' * (narrow != 1)} of a half type: a query that attends to nothing gets another "
+            "average of the values, because a mask of that type does not absorb the scores"
+        )
     count = sum(row.infinite and not row.before.zeros for row in written)
-    if not count:
-        return None
-    return (
-        f"the mask of {count} attention{'s' * (count != 1)} may be minus infinity: a query that attends to nothing "
-        "gets an average of the values, where the original gives it NaN"
-    )
+    if count:
+        notes.append(
+            f"the mask of {count} attention{'s' * (count != 1)} may be minus infinity: a query that attends to nothing "
+            "gets an average of the values, where the original gives it NaN"
+        )
+    return notes
 
 
 def _floor(dtype: ir.DataType) -> float:

@@ -150,7 +150,7 @@ def _read(softmax: ir.Node, opset: int) -> FoundAttention:
     scale *= factor
     side = key_side(key)
     if side is None:
-        raise _RefusedError("its keys are not transposed as [batch, heads, width, keys]")
+        raise _RefusedError(_no_keys(key))
     scale *= side.factor
     if not np.isfinite(scale) or scale <= 0:
         raise _RefusedError(f"the factor of its scores is {scale:g}, expected a positive number")
@@ -265,6 +265,13 @@ def _product(scores: ir.Value) -> tuple[ir.Node, float, float | None]:
             f"its scores are computed by {node.op_type}{_operands(node)}, expected a product and a scale"
         )
     return node, factor, softcap
+
+
+def _no_keys(key: ir.Value) -> str:
+    node = key.producer()
+    if node is not None and node.op_type in ("Mul", "Div"):
+        return "a factor of its keys is not one constant number, or they are not transposed behind it"
+    return "its keys are not known to be transposed as [batch, heads, width, keys]"
 
 
 def _operands(node: ir.Node) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from rmsnorm_deploy.export.from_onnx.rewrite import Rewritten, rewrite
 from rmsnorm_deploy.export.from_onnx.rewrite_attentions import lower_bound
@@ -17,6 +20,7 @@ from rmsnorm_deploy.export.graph.infer_types import fill_types
 from rmsnorm_deploy.export.graph.metadata import REQUIRES_KEY
 from rmsnorm_deploy.models.errors import UsageError
 from tests.helpers.graphs.attention_graphs import SPELLINGS, attention_model
+from tests.helpers.models.families import build
 
 Feeds = dict[str, NDArray[Any]]
 LOWEST = float(np.finfo(np.float32).min)
@@ -189,3 +193,41 @@ def test_the_lowest_number_of_a_mask_follows_from_its_constants() -> None:
     assert lower_bound(values["n"]) == -np.inf
     assert lower_bound(values["p"]) == pytest.approx(LOWEST)
     assert lower_bound(model.graph.inputs[0]) == -np.inf
+
+
+def exported(family: str, implementation: str, path: Path) -> ir.Model:
+    """The file that torch's own exporter writes, with dynamic batch and length."""
+    model = build(family)
+    model.set_attn_implementation(implementation)
+    wrapped = _Logits(model).eval()
+    dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    given = {"input_ids": torch.full((2, 7), 5), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    torch.onnx.export(
+        wrapped, (), str(path), kwargs=given, dynamic_shapes=dict.fromkeys(given, dims), dynamo=True, verbose=False,
+        external_data=False,
+    )  # fmt: skip
+    return ir.load(path)
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+@pytest.mark.parametrize(("family", "implementation"), [("llama", "sdpa"), ("gemma2", "eager")])
+def test_files_of_torchs_exporter_compute_the_same_on_padded_batches(
+    family: str, implementation: str, tmp_path: Path
+) -> None:
+    model = exported(family, implementation, tmp_path / "model.onnx")
+    result = rewrite(model, "ort", attention="node")
+    assert [row.before.heads for row in result.attentions] == [(4, 2), (4, 2)]
+    assert result.attention_refusals == []
+    for batch, length, padding in ((1, 1, 0), (2, 9, 4)):
+        mask = np.ones((batch, length), np.int64)
+        mask[-1, :padding] = 0
+        feeds = {"input_ids": np.arange(batch * length).reshape(batch, length) % 90 + 3, "attention_mask": mask}
+        np.testing.assert_allclose(run(result.model, feeds), run(model, feeds), atol=2e-5)

@@ -37,7 +37,11 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
          "outputs": "float[B, B, S, 4, 8] z"},
         "have 5 dims",
     ),
-    "keys as they are": ({"keys": "kt = Identity (k3)", "inputs": ", float[B, 4, 8, T] k3"}, "keys are not transposed"),
+    "keys as they are": ({"keys": "kt = Identity (k3)", "inputs": ", float[B, 4, 8, T] k3"}, "not known to be"),
+    "factor of the keys": (
+        {"inputs": ", float factor", "keys": "k0 = Transpose <perm = [0, 1, 3, 2]> (kr)\nkt = Mul (k0, factor)"},
+        "a factor of its keys is not one constant number",
+    ),
     "negative scale": ({"scale": "n = Mul (scores, scale)\nscaled = Mul (n, low)"}, "expected a positive number"),
     "weak replacement": (
         {"mask_type": "bool[B, 1, S, T] mask", "mask": "masked = Where (mask, scaled, scale)"},
