@@ -12,8 +12,11 @@ import onnx_ir as ir
 from ...models.dtypes import onnx_name
 from ...models.errors import UnsupportedError, UsageError
 from ..graph.infer_types import Filled, fill_types
+from ..graph.metadata import REQUIRES_KEY
 from ..graph.plugin_nodes import is_plugin_node
+from ..graph.requirements import merged_requirements
 from ..graph.site import GraphRefusal, GraphSite
+from ..lowering.attention_table import OPERATOR_OPSET, AttentionMode, required_versions
 from ..lowering.norm_writer import LoweredSite, NormWriter, Written
 from ..lowering.plugin_functions import QUANTIZED_OPSET, move_to_contract_domain, style_plugin_nodes
 from ..lowering.quantized_norms import (
@@ -24,9 +27,17 @@ from ..lowering.quantized_norms import (
 )
 from ..lowering.table import HIGHEST_OPSET, cell, refuse_other_epsilon
 from ..onnx_io.raise_opset import raise_opset
+from ..recognition.find_attentions import FoundAttentions
 from ..recognition.find_norms import find_norms
 from ..recognition.separate_biases import has_bias, separate_biases
 from .inline_functions import inline_norm_functions
+from .rewrite_attentions import (
+    AttentionRewriter,
+    RewrittenAttention,
+    check_rewriting,
+    masked_notes,
+    proven_attentions,
+)
 
 # In earlier IR versions every initializer must also be a graph input.
 _CONSTANTS_SINCE = 4
@@ -73,6 +84,8 @@ class Rewritten:
         notes: other changes, for the user.
         quantized: norms whose result is quantized; filled by `fuse_quantized`.
         split: number of operators with a quantized output that were split.
+        attentions: the attentions that were rewritten, in graph order.
+        attention_refusals: what looks like an attention and was not rewritten, with the reason.
     """
 
     model: ir.Model
@@ -82,14 +95,27 @@ class Rewritten:
     notes: list[str] = field(default_factory=list)
     quantized: list[QuantizedOutput] = field(default_factory=list)
     split: int = 0
+    attentions: list[RewrittenAttention] = field(default_factory=list)
+    attention_refusals: list[GraphRefusal] = field(default_factory=list)
 
     @property
     def changed(self) -> bool:
-        """Whether any norm was rewritten, split or fused with its quantization."""
-        return bool(self.split) or any(site.changed for site in self.sites) or any(q.dtype for q in self.quantized)
+        """Whether any norm or attention was rewritten, or a norm split or fused with its quantization."""
+        return (
+            bool(self.split or self.attentions)
+            or any(site.changed for site in self.sites)
+            or any(q.dtype for q in self.quantized)
+        )
 
 
-def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Container[int] = ()) -> Rewritten:
+def rewrite(
+    model: ir.Model,
+    target: str,
+    opset: int | None = None,
+    skip: Container[int] = (),
+    attention: AttentionMode = "decomposed",
+    failed: Mapping[int, str] | None = None,
+) -> Rewritten:
     """Rewrite every norm of a graph in a target's form.
 
     For target `plugin` the result has local functions, so ONNX Runtime can run it; see `style_plugin_nodes`. Norms with
@@ -102,13 +128,18 @@ def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Contai
         target: one of the lowering table's targets.
         opset: opset import of the result; None raises it only as far as the target requires.
         skip: indices of norms, in graph order, that are not rewritten.
+        attention: `node` to replace attentions that are spelled out by the target's operator, `decomposed` to leave
+            them as they are.
+        failed: the indices of attentions, in `Rewritten.attentions` without this, that are left as they are, with the
+            reason.
 
     Raises:
-        UsageError: the target is unknown.
+        UsageError: the target is unknown, or has no operator for attention.
         UnsupportedError: the opset cannot be raised without changing the meaning of another operator, or the target
             supports none of the norms.
     """
     lowest = cell(target, "plain").opset
+    check_rewriting(attention, target)
     _sort(model)
     original, inlined = inline_norm_functions(model)
     notes = [f"inlined, because they contain norms: {', '.join(inlined)}"] if inlined else []
@@ -126,10 +157,12 @@ def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Contai
         notes.append(f"the biases of {len(names)} SkipSimplifiedLayerNormalization nodes are an Add of their own")
     filled = fill_types(original)
     found = find_norms(original)
+    attentions = proven_attentions(original, target, opset, failed) if attention == "node" else FoundAttentions()
     rewritten = original.clone()
     copies = _copies(original.graph, rewritten.graph)
     current = _opset_import(rewritten)
     wanted = _wanted_opset(target, opset, current, lowest if found.sites else current)
+    wanted = max(wanted, OPERATOR_OPSET) if attentions.sites else wanted
     # Plugin nodes of another style are in the target's form as soon as they have their local functions.
     restyled = target == "plugin" and move_to_contract_domain(rewritten, _plugin_nodes(found.sites, copies))
     writer = NormWriter(rewritten.graph, target, wanted)
@@ -144,13 +177,20 @@ def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Contai
             except UnsupportedError as error:
                 refusals.append(GraphRefusal(site.node, site.path, str(error)))
         done.append((before, site, written))
+    attention_writer = AttentionRewriter(rewritten.graph, copies, target, wanted, writer)
+    written_attentions = attention_writer.write(attentions.sites)
     writer.finish()
     sites = [_rewritten(writer, *row) for row in done]
-    result = Rewritten(rewritten, original, sites, refusals, notes, split=len(split))
+    result = Rewritten(
+        rewritten, original, sites, refusals, notes, split=len(split), attentions=written_attentions,
+        attention_refusals=attentions.refusals,
+    )  # fmt: skip
+    _note_attentions(result)
     if (
         sites
         and refusals
         and not skip
+        and not written_attentions
         and not any(s.lowered for s in sites)
         and any(not s.before.target for s in sites)
     ):
@@ -164,6 +204,15 @@ def rewrite(model: ir.Model, target: str, opset: int | None = None, skip: Contai
         style_plugin_nodes(rewritten, "function")
     _untype(result, [(copies[row.value], row) for row in filled])
     return result
+
+
+def _note_attentions(result: Rewritten) -> None:
+    """Record what the operators of attention require of a runtime, and what they change."""
+    versions = required_versions([row.lowered.cell for row in result.attentions])
+    if versions:
+        metadata = result.model.metadata_props
+        metadata[REQUIRES_KEY] = merged_requirements(metadata.get(REQUIRES_KEY), versions)
+    result.notes.extend(masked_notes(result.attentions))
 
 
 def fuse_quantized(result: Rewritten, target: str, opset: int | None = None) -> None:
@@ -286,6 +335,12 @@ def _untype(result: Rewritten, filled: list[tuple[ir.Value, Filled]]) -> None:
     for value, before in filled:
         if value not in kept:
             value.type, value.shape = before.type, before.shape
+
+
+def rewritten_attentions(rewritten: Rewritten) -> list[dict[str, Any]]:
+    """Each attention of a rewritten file for the manifest; `node` is absent for those that were left alone."""
+    refused = [{**row.to_dict(), "node": None, "softmax": row.node} for row in rewritten.attention_refusals]
+    return [*({"class": "Softmax", **row.lowered.to_dict()} for row in rewritten.attentions), *refused]
 
 
 def rewritten_rows(rewritten: Rewritten) -> list[dict[str, Any]]:

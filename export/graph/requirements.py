@@ -6,12 +6,27 @@ import json
 from collections.abc import Mapping, Sequence
 
 from ...models.errors import UsageError
+from ...models.versions import older
 from .metadata import IN_PLACE_KEY, REQUIRES_KEY
 
 
 def requirement_metadata(versions: Mapping[str, str]) -> dict[str, str]:
     """The entry of an ONNX file's metadata for the lowest version of each runtime; none without versions."""
     return {REQUIRES_KEY: json.dumps(dict(versions), sort_keys=True)} if versions else {}
+
+
+def merged_requirements(text: str | None, versions: Mapping[str, str]) -> str:
+    """The entry with the higher version of each runtime: that of an entry, if it can be read, or the given one."""
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        found = {}
+    before = found if isinstance(found, dict) else {}
+    merged = {name: version for name, version in before.items() if isinstance(version, str)}
+    for name, version in versions.items():
+        if name not in merged or older(merged[name], version):
+            merged[name] = version
+    return json.dumps(merged, sort_keys=True)
 
 
 def required_version(metadata: Mapping[str, str], runtime: str, where: str) -> str | None:

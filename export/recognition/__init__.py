@@ -1,4 +1,4 @@
-"""Finding the norms of an ONNX graph by what its nodes compute.
+"""Finding the norms and the attentions of an ONNX graph by what its nodes compute.
 
 One norm, node by node. The graph is `(float16[batch, 4] x) => (float16[batch, 4] y)` with the constants
 `two = 2`, `axes = [-1]` and `eps = 1e-05` (which float32 holds as 9.999999747378752e-06) and a float16 `weight` of
@@ -47,4 +47,15 @@ to_spec:
     Reading: the result of `reading`.
     unfolded: the weight to which 1 was added to give a constant.
     shortest: the shortest decimal of an epsilon's float32 value.
+find_attentions:
+    find_attentions: the attentions that a graph spells out, and what looks like one, with the reason.
+    FoundAttention: one of them: its spec, its inputs, its masks and its result.
+attention_values:
+    key_side: the key of which a value is the transposition.
+    repeated: the keys or values before each of their heads was repeated.
+    scaled: a value before a constant factor.
+attention_proof:
+    difference: why the nodes of an attention do not compute its spec, found by running them in float64.
+    feeds_of: random inputs of an attention.
+    attend: its formula in float64.
 """

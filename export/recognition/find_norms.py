@@ -82,7 +82,7 @@ def find_norms(model: ir.Model) -> GraphRecognition:
 
 
 def _refusal(node: ir.Node, nodes: tuple[ir.Node, ...], reason: str) -> GraphRefusal:
-    return GraphRefusal(node_name(node), _path(nodes, None, {}), reason, node.op_type)
+    return GraphRefusal(node_name(node), module_path(nodes, None, {}), reason, node.op_type)
 
 
 def _last(read: Reading) -> ir.Node:
@@ -98,8 +98,8 @@ def _site(read: Reading, shared: _Shared) -> GraphSite:
     spec, weight = _refined(read.spec, nodes, read.weight)
     assert read.x.dtype is not None
     return GraphSite(
-        _path(nodes, read.weight, shared), spec, form, read.x, weight, read.bias, read.gate, read.y, operands, nodes,
-        node_name(read.normed.reduce), _shape(read.x), read.x.dtype,
+        module_path(nodes, read.weight, shared), spec, form, read.x, weight, read.bias, read.gate, read.y, operands,
+        nodes, node_name(read.normed.reduce), _shape(read.x), read.x.dtype,
     )  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def _composite(node: ir.Node, shared: _Shared) -> GraphSite | str:
     )
     spec, weight = _refined(spec, (node,), weight)
     return GraphSite(
-        _path((node,), scale, shared), spec, "residual_add", total, weight, None, None, node.outputs[0], (a, b),
+        module_path((node,), scale, shared), spec, "residual_add", total, weight, None, None, node.outputs[0], (a, b),
         (node,), node_name(node), _shape(a), a.dtype, "plugin" if ours else "ort",
     )  # fmt: skip
 
@@ -196,7 +196,7 @@ def _refined(spec: NormSpec, nodes: tuple[ir.Node, ...], weight: ir.Value | None
     return known.replace(scale=spec.scale, offset_in_float32=spec.offset_in_float32), weight
 
 
-def _path(nodes: tuple[ir.Node, ...], weight: ir.Value | None, shared: _Shared) -> str:
+def module_path(nodes: tuple[ir.Node, ...], weight: ir.Value | None, shared: _Shared) -> str:
     """The path of a norm's module, from the nodes' metadata, the name of its weight, or the names of its nodes.
 
     An exporter may have merged equal weights of several norms; the name of such a weight is not used.

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...export.from_onnx.rewrite import Rewritten, fuse_quantized, rewrite, rewritten_rows
+from ...export.from_onnx.rewrite import Rewritten, fuse_quantized, rewrite, rewritten_attentions, rewritten_rows
+from ...export.from_onnx.rewrite_attentions import check_rewriting
 from ...export.graph.cache_names import is_past
 from ...export.graph.site import GraphRefusal
+from ...export.lowering.attention_table import AttentionMode, parse_attention
 from ...export.lowering.plugin_functions import PluginStyle, plugin_style, style_notes, style_plugin_nodes
 from ...export.lowering.table import DEFAULT_TARGET, parse_target
 from ...export.onnx_io.atomic_files import copy_companions, new_file, new_folder, restrict_mode
@@ -72,6 +74,7 @@ def rewrite_model(
     function: bool = True,
     ort_trt: bool = False,
     weights: Weights = "copy",
+    attention: AttentionMode = "decomposed",
     verify: bool = True,
     inputs: Mapping[str, Array] | None = None,
     seed: int = 0,
@@ -90,8 +93,10 @@ def rewrite_model(
         ort_trt: for target `plugin`, write the file for ONNX Runtime's TensorRT provider.
         weights: `copy` copies external data to the new folder; `link` makes hard links there, which takes no time and
             no space, but onnx and onnx_ir refuse to read them.
-        verify: run every rewritten norm and the whole model, before and after, in ONNX Runtime. A norm whose proof
-            fails is left unchanged.
+        attention: `node` replaces each attention that the file spells out (product, scale, mask, Softmax, product) by
+            the target's operator, if its nodes are proven to compute that; `decomposed` leaves attention as it is.
+        verify: run every rewritten norm and attention and the whole model, before and after, in ONNX Runtime. One whose
+            proof fails is left unchanged.
         inputs: inputs of the whole model for the proof; generated if None.
         seed: seed of the proof's random numbers.
         progress: called with a line of text at each step.
@@ -109,6 +114,8 @@ def rewrite_model(
     if weights not in WEIGHTS:
         raise UsageError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}.")
     target = parse_target(target)
+    mode = parse_attention(attention)
+    check_rewriting(mode, target)
     style = plugin_style(function, ort_trt, [target])
     source, place = Path(path), Path(output).expanduser()
     beside = place.suffix == ".onnx"
@@ -128,10 +135,10 @@ def rewrite_model(
         check_graph(original.model, original.where)
         graph = to_ir(original)
         progress("finding the norms")
-        rewritten = rewrite(graph, target, opset)
+        rewritten = rewrite(graph, target, opset, attention=mode)
         proof = None
         if verify:
-            rewritten, proof = _proven(rewritten, graph, target, opset, source.parent, seed, progress)
+            rewritten, proof = _proven(rewritten, graph, target, opset, mode, source.parent, seed, progress)
         fuse_quantized(rewritten, target, opset)  # norms are proven without the fusion, the whole model with it
         job = _Job(original, source, rewritten, proof, target, style, inputs, seed, progress)
         if beside:
@@ -172,7 +179,7 @@ def _write(job: _Job, folder: Path, name: str, weights: Literal["copy", "link", 
         _restyle(job)
     job.progress("writing the model")
     notes = write_model(job.rewritten.model, job.original, folder, name, weights)
-    if not job.rewritten.sites and not job.rewritten.notes:
+    if not job.rewritten.sites and not job.rewritten.notes and not job.rewritten.changed:
         shutil.copyfile(job.source, folder / name)  # nothing was rewritten: copy the original file
         restrict_mode(folder / name, [job.source])
     if weights == "link" and job.original.external_files and not notes:
@@ -200,22 +207,33 @@ def _restyle(job: _Job) -> None:
 
 
 def _proven(
-    rewritten: Rewritten, graph: Any, target: str, opset: int | None, folder: Path, seed: int, progress: Any
+    rewritten: Rewritten,
+    graph: Any,
+    target: str,
+    opset: int | None,
+    attention: AttentionMode,
+    folder: Path,
+    seed: int,
+    progress: Any,
 ) -> tuple[Rewritten, Proof]:
-    """Prove the norms, and rewrite again without those whose proof fails."""
+    """Prove the norms and attentions alone, and rewrite again without those whose proof fails."""
+    from .verify_attentions import prove_attentions
     from .verify_norms import prove_norms
 
     proof = prove_norms(rewritten, folder, seed=seed, progress=progress)
+    proof.attentions = prove_attentions(rewritten, folder, seed=seed, progress=progress)
+    wrong = {row.number: row.reason for row in proof.attentions if row.verdict == "mismatch"}
     failed = {row.number: row.reason for row in proof.sites if row.verdict == "mismatch"}
-    if failed:
+    if failed or wrong:
         sites = rewritten.sites
         refused = [
             GraphRefusal(sites[number].before.node, sites[number].before.path, f"its proof fails: {reason}")
             for number, reason in failed.items()
         ]
-        rewritten = rewrite(graph, target, opset, skip=failed)
+        rewritten = rewrite(graph, target, opset, skip=failed, attention=attention, failed=wrong)
         rewritten.refusals.extend(refused)
         proof = prove_norms(rewritten, folder, seed=seed, progress=progress)
+        proof.attentions = prove_attentions(rewritten, folder, seed=seed, progress=progress)
     return rewritten, proof
 
 
@@ -235,6 +253,7 @@ def _content(job: _Job, notes: list[str]) -> dict[str, Any]:
         "outputs": tensor_rows(list(graph.outputs)),
         "sites": rewritten_rows(rewritten),
         "refusals": [refusal.to_dict() for refusal in rewritten.refusals],
+        "attention": rewritten_attentions(rewritten),
         "notes": [*rewritten.notes, *notes],
         "proof": None if job.proof is None else job.proof.to_dict(),
     }

@@ -1,7 +1,8 @@
 """Prove that a rewritten file as a whole computes the same as the original file (`prove_model`).
 
 There is no float64 reference for the whole model. Its outputs are compared with those of the original file; the
-baseline is the original file with each norm's result multiplied by 1 +- eps, that is, with one rounding at each norm.
+baseline is the original file with the result of each norm, and of each attention that was rewritten, multiplied by
+1 +- eps, that is, with one rounding at each.
 """
 
 from __future__ import annotations
@@ -220,7 +221,7 @@ def _vocabulary(model: ir.Model) -> int | None:
 
 
 def _rounded(rewritten: Rewritten, seed: int) -> bytes:
-    """The original model with each norm's result multiplied by 1 +- eps of its dtype."""
+    """The original model with the result of each norm and rewritten attention multiplied by 1 +- eps of its dtype."""
     original = rewritten.original
     model = original.clone()
     twins = dict(zip(original.graph.all_nodes(), model.graph.all_nodes(), strict=True))
@@ -229,6 +230,10 @@ def _rounded(rewritten: Rewritten, seed: int) -> bytes:
         node, index = site.before.y.producer(), site.before.y.index()
         if node is not None and index is not None:
             _round(model.graph, twins[node].outputs[index], f"{prefix}.{number}", [seed, number])
+    for number, attention in enumerate(rewritten.attentions, len(rewritten.sites)):
+        node = attention.original.producer()
+        if node is not None:
+            _round(model.graph, twins[node].outputs[0], f"{prefix}.{number}", [seed, number])
     return ir.to_proto(model).SerializeToString()
 
 

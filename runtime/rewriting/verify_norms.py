@@ -80,6 +80,7 @@ class Proof:
 
     Attributes:
         sites: the proof of each rewritten norm.
+        attentions: the proof of each rewritten attention.
         model: a verdict for each output of the whole model, by shape; None before it ran.
         alone: whether only the rewritten file ran, because the original file cannot be loaded.
         notes: steps that could not be done as usual.
@@ -87,6 +88,7 @@ class Proof:
     """
 
     sites: list[SiteProof] = field(default_factory=list)
+    attentions: list[SiteProof] = field(default_factory=list)
     model: list[OutputVerdict] | None = None
     alone: bool = False
     notes: list[str] = field(default_factory=list)
@@ -95,30 +97,37 @@ class Proof:
     @property
     def verdict(self) -> Verdict:
         """`mismatch` if anything differs, `unproven` if anything could not be run, else `pass`."""
-        if any(site.verdict == "mismatch" for site in self.sites) or any(v.passed is False for v in self.model or ()):
+        alone = [*self.sites, *self.attentions]
+        if any(site.verdict == "mismatch" for site in alone) or any(v.passed is False for v in self.model or ()):
             return "mismatch"
-        unproven = self.unproven or any(site.verdict == "unproven" for site in self.sites)
+        unproven = self.unproven or any(site.verdict == "unproven" for site in alone)
         unproven = unproven or any(output.passed is None for output in self.model or ())
         return "unproven" if unproven else "pass"
 
     @property
     def reason(self) -> str:
         """The result of the proof in one line."""
-        for site in self.sites:
+        alone = [("norm", site) for site in self.sites] + [("attention", site) for site in self.attentions]
+        for what, site in alone:
             if site.verdict == "mismatch":
-                return f"norm {site.path}: {site.reason}"
+                return f"{what} {site.path}: {site.reason}"
         for output in self.model or ():
             if not output.passed:
                 return f"output {output.name}: {output.reason}"
-        unproven = [site for site in self.sites if site.verdict == "unproven"]
-        if unproven:
-            return f"norm {unproven[0].path} could not be run: {unproven[0].reason}"
+        for what, site in alone:
+            if site.verdict == "unproven":
+                return f"{what} {site.path} could not be run: {site.reason}"
         if self.unproven:
             return self.unproven
-        if not self.sites:
+        if not alone:
             whole = f"; the whole model, {len(self.model)} outputs" if self.model else ""
             return f"no norm was rewritten{whole}"
-        norms = f"{len(self.sites)} norm{'s' * (len(self.sites) != 1)} alone on {len(KINDS)} kinds of rows"
+        parts = []
+        if self.sites:
+            parts.append(f"{len(self.sites)} norm{'s' * (len(self.sites) != 1)} alone on {len(KINDS)} kinds of rows")
+        if self.attentions:
+            parts.append(f"{len(self.attentions)} attention{'s' * (len(self.attentions) != 1)} alone")
+        norms = "; ".join(parts)
         if self.alone:
             return f"{norms}; the whole model runs and is finite; the original file cannot be loaded"
         return f"{norms}; the whole model, {len(self.model or ())} outputs"
@@ -130,6 +139,7 @@ class Proof:
             "verdict": self.verdict,
             "reason": self.reason,
             "norms": [site.to_dict() for site in self.sites],
+            "attentions": [site.to_dict() for site in self.attentions],
             "outputs": outputs,
             "notes": self.notes,
         }

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from rmsnorm_deploy.cli.application import run
+from tests.helpers.graphs.attention_graphs import attention_model
 from tests.helpers.spellings.look_alike_graphs import LOOK_ALIKES
 from tests.helpers.spellings.norm_places import PLACES
 from tests.helpers.spellings.norm_spellings import SPELLINGS, WIDTH
@@ -42,13 +44,38 @@ def test_what_was_found_done_and_proven(model: Path, tmp_path: Path, capsys: pyt
 def test_json_is_one_object(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["rewrite", str(model), "-o", str(tmp_path / "out"), "--json"]) == 0
     payload = json.loads(capsys.readouterr().out)
-    assert payload["schema"] == "rmsnorm_deploy.rewrite/2"
+    assert payload["schema"] == "rmsnorm_deploy.rewrite/3"
     assert (payload["norms"], payload["changed"], payload["kept"], payload["refusals"]) == (4, 4, 0, [])
     assert payload["proof"]["verdict"] == "pass"
     assert [row["kinds"] for row in payload["proof"]["norms"]] == [10, 10, 10, 10]
     assert all(Path(file).is_file() for file in payload["files"])
     assert run(["rewrite", str(model), "-o", str(tmp_path / "out2"), "--json", "--no-verify"]) == 0
     assert json.loads(capsys.readouterr().out)["proof"] is None
+
+
+def test_attentions_are_listed_with_the_reason_of_those_that_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, parts in {"plain": {}, "dropout": {"behind": "used = Dropout (weights)"}}.items():
+        onnx.save(ir.to_proto(attention_model(**parts)), tmp_path / f"{name}.onnx")
+    options = ["--target", "ort", "--attention", "node", "--no-verify"]
+    assert run(["rewrite", str(tmp_path / "plain.onnx"), "-o", str(tmp_path / "one"), *options]) == 0
+    assert "Attentions as one operator: 1 of 1." in capsys.readouterr().out.splitlines()
+    assert run(["rewrite", str(tmp_path / "dropout.onnx"), "-o", str(tmp_path / "none"), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = lines.index("Attentions as one operator: 0 of 1.")
+    assert lines[first + 1] == "Attentions left as they are: 1"
+    assert lines[first + 2] == "  weights: its weights are read by Dropout, expected a product with the values"
+    assert (tmp_path / "none" / "dropout.onnx").read_bytes() == (tmp_path / "dropout.onnx").read_bytes()
+    assert run(["rewrite", str(tmp_path / "dropout.onnx"), "-o", str(tmp_path / "json"), *options, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["attention"]
+    assert (row["node"], row["softmax"], row["class"]) == (None, "weights", "Softmax")
+    plain = str(tmp_path / "plain.onnx")
+    for target in ("standard", "plugin", "primitives"):
+        assert run(["rewrite", plain, "-o", str(tmp_path / "no"), "--target", target, "--attention", "node"]) == 2
+        assert f"attention: node is for target ort, which has an operator for attention, got target {target}" in (
+            capsys.readouterr().err
+        )
 
 
 def test_what_is_left_alone_is_listed_with_node_and_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from rmsnorm_deploy.runtime.report.printed import print_deviations
 if TYPE_CHECKING:
     from rmsnorm_deploy.runtime.rewriting.rewrite_file import RewriteResult
 
-SCHEMA = "rmsnorm_deploy.rewrite/2"
+SCHEMA = "rmsnorm_deploy.rewrite/3"
 _REFUSALS_SHOWN = 20
 
 
@@ -60,6 +60,15 @@ def rewrite(
             help="Whether external data is copied to the new folder, or hard-linked.",
         ),
     ] = Weights.COPY,
+    attention: Annotated[
+        str,
+        typer.Option(
+            "--attention",
+            metavar="HOW",
+            help="How attention is written: decomposed (as it is), or node (target ort: each attention that the file "
+            "spells out becomes one operator of opset 23, if its nodes are proven to compute that).",
+        ),
+    ] = "decomposed",
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare every norm and the whole model, before and after.")
     ] = True,
@@ -74,11 +83,16 @@ def rewrite(
     as_json: options.AsJson = False,
 ) -> None:
     """Rewrite the norms of any .onnx file for a target, and verify the result."""
+    from rmsnorm_deploy.export.from_onnx.rewrite_attentions import check_rewriting
+    from rmsnorm_deploy.export.lowering.attention_table import parse_attention
     from rmsnorm_deploy.export.lowering.plugin_functions import plugin_style
     from rmsnorm_deploy.export.lowering.table import DEFAULT_TARGET, parse_targets
 
     screen = Screen(as_json, quiet)
     targets = parse_targets(target or DEFAULT_TARGET)
+    attention_mode = parse_attention(attention)
+    for name in targets:
+        check_rewriting(attention_mode, name)
     plugin_style(not no_function, ort_trt, targets)
     places = _places(output, targets)
     feeds = read_arrays(inputs) if inputs is not None else None
@@ -89,7 +103,8 @@ def rewrite(
         results = [
             rewrite_model(
                 path, place, target=name, opset=opset, function=styles[name][0], ort_trt=styles[name][1],
-                weights=weights.value, verify=verify, inputs=feeds, seed=seed, progress=progress,
+                weights=weights.value, attention=attention_mode, verify=verify, inputs=feeds, seed=seed,
+                progress=progress,
             )
             for name, place in places.items()
         ]  # fmt: skip
@@ -132,10 +147,33 @@ def _payload(result: RewriteResult) -> dict[str, Any]:
         "kept": len(kept),
         "sites": manifest["sites"],
         "refusals": manifest["refusals"],
+        "attention": manifest["attention"],
         "notes": manifest["notes"],
         "deviations": deviation_rows(manifest),
         "proof": manifest["proof"],
     }
+
+
+def _print_attentions(screen: Screen, rows: Sequence[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    left = [row for row in rows if row["node"] is None]
+    screen.line(f"Attentions as one operator: {len(rows) - len(left)} of {len(rows)}.")
+    if left:
+        screen.line(f"Attentions left as they are: {len(left)}")
+        _print_reasons(screen, [(row["softmax"] or row["path"], row["reason"]) for row in left])
+
+
+def _print_reasons(screen: Screen, rows: Sequence[tuple[str, str]]) -> None:
+    """The nodes that were not changed, together by reason."""
+    places: dict[str, list[str]] = {}
+    for name, reason in rows:
+        places.setdefault(reason, []).append(name or "a node without a name")
+    for reason, names in places.items():
+        more = f" and {len(names) - _REFUSALS_SHOWN} more" if len(names) > _REFUSALS_SHOWN else ""
+        screen.line(f"  {', '.join(names[:_REFUSALS_SHOWN])}{more}: {reason}")
+    if any(len(names) > _REFUSALS_SHOWN for names in places.values()):
+        screen.line("  --json lists them all")
 
 
 def _print(screen: Screen, path: Path, payload: dict[str, Any]) -> None:
@@ -149,14 +187,8 @@ def _print(screen: Screen, path: Path, payload: dict[str, Any]) -> None:
         screen.line(f"Rewritten for {payload['target']}: {payload['changed']} of {payload['norms']}{same}.")
     if refusals:
         screen.line(f"Not changed: {len(refusals)}")
-        places: dict[str, list[str]] = {}
-        for row in refusals:
-            places.setdefault(row["reason"], []).append(row["node"] or row["path"] or "a node without a name")
-        for reason, names in places.items():
-            more = f" and {len(names) - _REFUSALS_SHOWN} more" if len(names) > _REFUSALS_SHOWN else ""
-            screen.line(f"  {', '.join(names[:_REFUSALS_SHOWN])}{more}: {reason}")
-        if any(len(names) > _REFUSALS_SHOWN for names in places.values()):
-            screen.line("  --json lists them all")
+        _print_reasons(screen, [(row["node"] or row["path"], row["reason"]) for row in refusals])
+    _print_attentions(screen, payload["attention"])
     for text in payload["notes"]:
         screen.line(f"Note: {text}.")
     print_deviations(screen, payload["deviations"])
