@@ -194,6 +194,8 @@ def _functional_obstacle(call: AttentionCall) -> str | None:
     dropout, scale = call.option("dropout"), call.option("scaling")
     if not isinstance(dropout, int | float) or dropout != 0:
         return f"it calls scaled_dot_product_attention with dropout_p {dropout}; expected 0 in a model in eval mode"
+    if call.option("combined"):
+        return "it has a mask and is_causal, which versions of torch combine or refuse"
     if isinstance(scale, bool) or not isinstance(scale, int | float | None):
         return f"its scale is a {type(scale).__name__}; expected a number"
     if scale is not None and not 0 < scale < math.inf:

@@ -36,7 +36,8 @@ class _Registered:
     ) -> tuple[Tensor, None]:
         named = {"attn_mask": mask, "dropout_p": options["dropout"], "scale": options["scaling"]}
         named |= {"enable_gqa": True} if options["enable_gqa"] else {}
-        result = self.original(query, key, value, is_causal=options["is_causal"] and mask is None, **named)
+        causal = options["is_causal"] and (mask is None or options["combined"])
+        result = self.original(query, key, value, is_causal=causal, **named)
         turned = result.transpose(1, 2) if result.ndim == 4 else result
         self.last.append((turned, result))
         return turned, None
@@ -88,8 +89,7 @@ def _call(modules: set[int], function: _Registered, *given: Any, **named: Any) -
     tensors = [query, key, value, *([mask] if mask is not None else [])]
     if module is None or not all(isinstance(tensor, Tensor) for tensor in tensors):
         return None
-    if mask is not None and options["is_causal"]:
-        return None
+    options["combined"] = mask is not None and options["is_causal"]
     return AttentionCall(module, FUNCTIONAL, function, query, key, value, mask, options)
 
 
