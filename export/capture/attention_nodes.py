@@ -1,4 +1,4 @@
-"""Capture each attention of a transformers model as one node (`attention_nodes`)."""
+"""Capture each attention of a model as one node (`attention_nodes`)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...models.attention.attend import attend
-from ...models.attention.find_attention import AttentionRecognition, bias_of, is_causal, obstacle, spec_of
-from ...models.attention.intercept import AttentionCall, intercepted
+from ...models.attention.call import FUNCTIONAL, AttentionCall
+from ...models.attention.find_attention import (
+    AttentionRecognition,
+    AttentionRefusal,
+    attending,
+    bias_of,
+    is_causal,
+    known_size,
+    lowest,
+    obstacle,
+    spec_of,
+)
+from ...models.attention.intercept import intercepted
+from ...models.attention.spec import AttentionSpec
 from ..graph.captured_nodes import ATTENTION_OP, CAPTURE_DOMAIN
 
 _by_spec: ContextVar[bool] = ContextVar("by_spec", default=False)
@@ -37,25 +50,35 @@ def attentions_by_spec() -> Iterator[None]:
 def attention_nodes(model: nn.Module, found: AttentionRecognition) -> Iterator[None]:
     """Under `torch.export`, each of these attentions becomes one node; in PyTorch, nothing changes.
 
-    A call with other arguments than those that were checked stays as it is.
+    A call with other arguments than those that were checked stays as it is, and its reason is added to the refusals.
     """
     if not found.sites:
         yield
         return
     paths = {module: path for path, module in model.named_modules()}
-    biases: dict[tuple[int, ...], tuple[Any, ...]] = {}
+    biases: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    weighted = any(True for _ in model.parameters())
 
     def handle(call: AttentionCall) -> tuple[Tensor, Any]:
         path = paths.get(call.module)
         spec = found.spec(path) if torch.compiler.is_exporting() or _by_spec.get() else None
-        if path is None or spec is None or obstacle(call) is not None or spec_of(call) != spec:
+        if path is None or spec is None:
+            return call.original()
+        # Weights fix the sizes of heads. torch may know that only later, and a node states them.
+        reason = (None if weighted else _varying(call)) or obstacle(call) or _other(spec_of(call), spec)
+        if reason is not None:
+            if torch.compiler.is_exporting() and all(refusal.path != path for refusal in found.refusals):
+                found.refusals.append(
+                    AttentionRefusal(path, type(call.module).__name__, f"under torch.export, {reason}")
+                )
             return call.original()
         if not torch.compiler.is_exporting():
             own = replace(spec, causal=is_causal(call))
-            return attend(own, call.query, call.key, call.value, bias_of(call), call.option("s_aux")), None
+            y = attend(own, call.query, call.key, call.value, bias_of(call), call.option("s_aux"))
+            return _without_silent_rows(y, attending(call)), None
         return _node(call, path, biases), None
 
-    with intercepted(handle):
+    with intercepted(model, handle):
         yield
 
 
@@ -72,16 +95,42 @@ def _check_sizes(call: AttentionCall, bias: Tensor | None) -> None:
             torch._check(got == wanted)
 
 
-def _node(call: AttentionCall, path: str, biases: dict[tuple[int, ...], tuple[Any, ...]]) -> Tensor:
-    position, trace = call.option("position_bias"), get_proxy_mode()
-    key = (id(call.mask), id(position), id(trace))
-    if key not in biases:  # one for all layers of a trace; the objects are kept, so that their ids stay theirs
-        biases[key] = (bias_of(call), call.mask, position, trace)
-    bias, sink = biases[key][0], call.option("s_aux")
-    spec = replace(spec_of(call), causal=is_causal(call))
+def _varying(call: AttentionCall) -> str | None:
+    sizes = [tensor.shape[axis] for tensor in (call.query, call.key, call.value) for axis in (1, 3) if tensor.ndim == 4]
+    varies = any(known_size(size) is None for size in sizes)
+    return "the number or the size of its heads varies with the inputs" if varies else None
+
+
+def _other(got: AttentionSpec, wanted: AttentionSpec) -> str | None:
+    return None if got == wanted else f"expected {wanted.describe()}, got {got.describe()}"
+
+
+def _without_silent_rows(y: Tensor, attending: Tensor | None) -> Tensor:
+    """The result with zeros for the queries that attend to nothing."""
+    return y if attending is None else torch.where(attending, y, torch.zeros((), dtype=y.dtype, device=y.device))
+
+
+def _top_left(call: AttentionCall) -> Tensor:
+    """The bias of a causal attention whose queries may be fewer or more than its keys: runtimes align these apart."""
+    length, keys, like = call.query.shape[2], call.key.shape[2], call.query
+    shown = torch.ones(length, keys, dtype=torch.bool, device=like.device).tril()
+    bias = torch.where(shown, 0.0, lowest(like.dtype)).to(like.dtype)
+    return bias[None, None]
+
+
+def _node(call: AttentionCall, path: str, biases: dict[tuple[Any, ...], tuple[Any, ...]]) -> Tensor:
+    position, trace, causal = call.option("position_bias"), get_proxy_mode(), is_causal(call)
     batch, heads, length, _ = call.query.shape
+    keys = call.key.shape[2]
+    aligned = call.implementation == FUNCTIONAL and causal and not statically_known_true(length == keys)
+    key = (id(call.mask), id(position), id(trace), str(length), str(keys), aligned)
+    if key not in biases:  # one for all layers of a trace; the objects are kept, so that their ids stay theirs
+        bias = _top_left(call) if aligned else bias_of(call)
+        biases[key] = (bias, attending(call), call.mask, position, trace)
+    (bias, shown), sink = biases[key][:2], call.option("s_aux")
+    spec = replace(spec_of(call), causal=causal and not aligned)
     _check_sizes(call, bias)
-    return torch.onnx.ops.symbolic(
+    y = torch.onnx.ops.symbolic(
         f"{CAPTURE_DOMAIN}::{ATTENTION_OP}",
         [call.query, call.key, call.value, bias, sink],
         {"spec": spec.to_json(), "path": path, "heads": int(heads), "groups": int(call.key.shape[1])},
@@ -89,3 +138,4 @@ def _node(call: AttentionCall, path: str, biases: dict[tuple[int, ...], tuple[An
         shape=(batch, length, heads, call.value.shape[3]),
         version=1,
     )
+    return _without_silent_rows(y, shown)

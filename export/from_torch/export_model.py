@@ -226,7 +226,7 @@ def prepare_parts(
         progress(f"checking {len(recognition.sites)} norms in the running model")
         recognition = _checked(model, recognition, feeds)
         attention = AttentionRecognition()
-        if options.attention != "decomposed" and is_pretrained(model):
+        if options.attention != "decomposed":
             progress("checking its attentions")
             with unread_weights(model):
                 attention = find_attention(model, functools.partial(_run, model, feeds))

@@ -95,9 +95,9 @@ class SaveOptions:
         quantize: `int4` or `int8` for weights of MatMuls in blocks of 4 or 8 bits, which ONNX Runtime alone reads; not
             for target `plugin`. With `link`, the other weights are packed, because links would keep the whole
             checkpoint.
-        attention: `node` writes each attention of a transformers model that was proven to follow an `AttentionSpec` in
-            the target's own form, see `rmsnorm targets`; `decomposed` writes the operators of its function; `in-place`
-            writes nodes that put keys and values into the cache's own buffer, where they can (target `ort`).
+        attention: `node` writes each attention that was proven to follow an `AttentionSpec` in the target's own form,
+            see `rmsnorm targets`; `decomposed` writes the operators of its function; `in-place` writes nodes that put
+            keys and values into the cache's own buffer, where they can (target `ort`).
     """
 
     opset: int | None = None

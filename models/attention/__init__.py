@@ -2,6 +2,8 @@
 
 spec: AttentionSpec, what one attention computes.
 attend: attend, the same in PyTorch.
-intercept: intercepted, the calls of a transformers model's attention functions.
+call: AttentionCall, one call of an attention function.
+functional: functional_calls, the calls of torch's own function by the modules of a model.
+intercept: intercepted, the calls of a model's attention functions, of transformers' registry and of torch.
 find_attention: find_attention, the attention modules whose functions follow a spec.
 """

@@ -1,4 +1,4 @@
-"""Find the attention modules of a transformers model whose functions follow an AttentionSpec (`find_attention`).
+"""Find the attention modules of a model whose functions follow an AttentionSpec (`find_attention`).
 
 The model runs once. What each attention function returned is compared with `attend`, as are its results for other
 lengths and masks than those of the run; a module whose function does anything else is refused with the reason.
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import torch_name
 from .attend import attend
-from .intercept import IMPLEMENTATIONS, AttentionCall, intercepted
+from .call import FUNCTIONAL, IMPLEMENTATIONS, AttentionCall
+from .intercept import intercepted
 from .spec import AttentionSpec
 
 # Differences up to this many eps of the function's dtype, relative to the largest value, are roundings.
@@ -65,12 +67,12 @@ def find_attention(model: nn.Module, run: Callable[[], Any]) -> AttentionRecogni
     """Find the attention modules that follow a spec.
 
     Args:
-        model: a model of transformers in eval mode.
+        model: a model in eval mode.
         run: runs the model on example inputs.
 
     Returns:
-        The modules whose functions were called; none for a transformers without a registry of attention functions,
-        and none for models that do not use it.
+        The modules that called an attention function, of transformers' registry or
+        `torch.nn.functional.scaled_dot_product_attention`.
     """
     paths = {module: path for path, module in model.named_modules()}
     specs: dict[str, AttentionSpec] = {}
@@ -88,7 +90,7 @@ def find_attention(model: nn.Module, run: Callable[[], Any]) -> AttentionRecogni
                 reasons[path] = reason
         return result
 
-    with torch.no_grad(), intercepted(handle):
+    with torch.no_grad(), intercepted(model, handle):
         run()
     classes = {path: type(module).__name__ for module, path in paths.items()}
     sites = [AttentionSite(path, classes[path], spec) for path, spec in specs.items() if path not in reasons]
@@ -98,13 +100,15 @@ def find_attention(model: nn.Module, run: Callable[[], Any]) -> AttentionRecogni
 def spec_of(call: AttentionCall) -> AttentionSpec:
     """The spec that the arguments of a call describe, without `causal`."""
     given = call.option("scaling")
-    scale = float(given) if isinstance(given, int | float) else call.query.shape[-1] ** -0.5
+    scale = float(given) if isinstance(given, int | float) else int(call.query.shape[-1]) ** -0.5
     softcap = call.option("softcap")
     return AttentionSpec(scale, None if softcap is None else float(softcap), sink=call.option("s_aux") is not None)
 
 
 def is_causal(call: AttentionCall) -> bool:
     """Whether the function hides later keys by itself, because the call has no mask."""
+    if call.implementation == FUNCTIONAL:
+        return call.mask is None and bool(call.option("is_causal"))
     if call.mask is not None or call.implementation != "sdpa" or call.query.shape[2] == 1:
         return False
     given = call.option("is_causal")
@@ -115,14 +119,48 @@ def bias_of(call: AttentionCall) -> Tensor | None:
     """The mask and the position bias of a call as one tensor to add, finite, in the dtype of the query."""
     dtype, bias, mask = call.query.dtype, call.option("position_bias"), call.mask
     least = lowest(dtype)
+    if mask is not None and call.implementation == FUNCTIONAL:
+        mask = expanded(call, mask)
     if mask is None:
         return None if bias is None else bias.to(dtype)
     if mask.dtype == torch.bool:
         kept = torch.zeros((), dtype=dtype, device=mask.device) if bias is None else bias.to(dtype)
         return torch.where(mask, kept, torch.full((), least, dtype=dtype, device=mask.device))
     total = mask if bias is None else mask + bias
-    as_it_is = total is mask and mask.dtype == dtype != torch.float64
+    as_it_is = total is call.mask and mask.dtype == dtype != torch.float64 and call.implementation != FUNCTIONAL
     return total if as_it_is else total.clamp(min=least).to(dtype)
+
+
+def expanded(call: AttentionCall, mask: Tensor) -> Tensor:
+    """A mask that is broadcast, as `[B or 1, H or 1, S, T]`: ONNX Runtime's operator broadcasts only the first dims."""
+    mask = mask[(None,) * (4 - mask.ndim)]
+    wanted = (mask.shape[0], mask.shape[1], call.query.shape[2], call.key.shape[2])
+    pairs = zip(mask.shape, wanted, strict=True)
+    broadcast = [_is_one(size) and not _is_one(other) for size, other in pairs]
+    return mask.expand([new if one else -1 for one, new in zip(broadcast, wanted, strict=True)])
+
+
+def attending(call: AttentionCall) -> Tensor | None:
+    """Which queries attend to a key, bool `[B or 1, S or 1, H or 1, 1]`: torch's own function returns zeros elsewhere.
+
+    None where a call has no mask, and for functions of transformers' registry, whose masks leave this open.
+    """
+    if call.mask is None or call.implementation != FUNCTIONAL:
+        return None
+    mask = call.mask[(None,) * (4 - call.mask.ndim)]
+    shown = mask if mask.dtype == torch.bool else mask > -math.inf
+    return shown.any(-1, keepdim=True).transpose(1, 2)
+
+
+def _is_one(size: Any) -> bool:
+    """Whether a size is 1 at any sizes of the inputs."""
+    return known_size(size) == 1
+
+
+def known_size(size: int | torch.SymInt) -> int | None:
+    """The size, where it is fixed also under `torch.export`; None for one that varies."""
+    found: int | None = size if isinstance(size, int) else size.node.maybe_as_int()
+    return found
 
 
 def lowest(dtype: torch.dtype) -> float:
@@ -135,6 +173,8 @@ def lowest(dtype: torch.dtype) -> float:
 
 def obstacle(call: AttentionCall) -> str | None:
     """Why a call cannot be described by a spec, or None."""
+    if call.implementation == FUNCTIONAL:
+        return _functional_obstacle(call)
     if call.implementation not in IMPLEMENTATIONS:
         return f"its attention implementation is {call.implementation!r}; expected {' or '.join(IMPLEMENTATIONS)}"
     if call.option("output_attentions"):
@@ -147,6 +187,43 @@ def obstacle(call: AttentionCall) -> str | None:
     if sink is not None and tuple(sink.shape) != (heads,):
         return f"expected one sink for each of {heads} heads, got shape {tuple(sink.shape)}"
     return None
+
+
+def _functional_obstacle(call: AttentionCall) -> str | None:
+    query, key, value, mask = call.query, call.key, call.value, call.mask
+    dropout, scale = call.option("dropout"), call.option("scaling")
+    if not isinstance(dropout, int | float) or dropout != 0:
+        return f"it calls scaled_dot_product_attention with dropout_p {dropout}; expected 0 in a model in eval mode"
+    if call.option("combined"):
+        return "it has a mask and is_causal, which versions of torch combine or refuse"
+    if isinstance(scale, bool) or not isinstance(scale, int | float | None):
+        return f"its scale is a {type(scale).__name__}; expected a number"
+    if scale is not None and not 0 < scale < math.inf:
+        return f"its scale is {scale}; expected a positive one, as runtimes do"
+    ranks = [tensor.ndim for tensor in (query, key, value)]
+    if ranks != [4, 4, 4] or (mask is not None and mask.ndim > 4):
+        ranks += [mask.ndim] if mask is not None else []
+        return f"expected queries, keys and values [B, H, S, D] and a mask of at most 4 dims, got {ranks} dims"
+    if any(tensor.is_nested or _is_mapped(tensor) for tensor in (query, key, value)):
+        return "its tensors are nested, or mapped by torch.vmap"
+    if _differ(key.shape[0], query.shape[0]) or _differ(value.shape[0], query.shape[0]):
+        return "its queries, keys and values have unequal batches"
+    heads, groups, other = (int(tensor.shape[1]) for tensor in (query, key, value))
+    if not groups or groups != other or heads % groups:
+        return (
+            f"expected equal heads of keys and values that divide those of queries, got {heads}, {groups} and {other}"
+        )
+    return None
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two sizes differ; of symbolic ones, whether one of them is 1, which would be broadcast."""
+    sizes = known_size(one), known_size(other)
+    return sizes[0] != sizes[1] if None not in sizes else 1 in sizes
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    return bool(torch._C._functorch.is_batchedtensor(tensor))
 
 
 def _judged(call: AttentionCall, result: Tensor, known: dict[Hashable, str | None]) -> tuple[str | None, AttentionSpec]:
@@ -192,6 +269,8 @@ def _variations(call: AttentionCall) -> Iterator[tuple[str, AttentionCall]]:
     if isinstance(window, int) and 0 < window <= _WIDEST_WINDOW:
         lengths.append((f"with {window + 3} keys, more than its window", 2, window + 3))
     yield "without a mask", _with_lengths(call, 6, 6, masked=False)
+    if call.implementation == FUNCTIONAL:
+        yield "without a mask, with 5 queries and 9 keys", _with_lengths(call, 5, 9, masked=False)
     for name, queries, keys in lengths:
         yield name, _with_lengths(call, queries, keys, masked=True)
 
@@ -235,6 +314,8 @@ def _differs(call: AttentionCall, spec: AttentionSpec, result: Tensor, where: st
         return f"{where}, its tensors have other shapes than attention has: {' '.join(str(error).split())[:200]}"
     if result.shape != wanted.shape:
         return f"{where}, expected a result of shape {tuple(wanted.shape)}, got {tuple(result.shape)}"
+    if result.dtype != call.query.dtype:
+        return f"{where}, expected a result in {torch_name(call.query.dtype)}, got {torch_name(result.dtype)}"
     off = (result.double() - wanted).abs()
     if bias is not None:
         shape = (call.query.shape[0], call.query.shape[1], call.query.shape[2], call.key.shape[2])

@@ -1,96 +1,71 @@
-"""Intercept the attention functions that a transformers model calls (`intercepted`)."""
+"""Intercept the attention functions that a model calls (`intercepted`)."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
 
-# Arguments that carry no meaning of their own: the mask and the position embedding, which are applied, contain it.
-_HARMLESS = frozenset({"position_ids", "cache_position", "dropout", "sliding_window", "token_type_ids", "labels"})
-_READ = frozenset({"scaling", "softcap", "is_causal", "s_aux", "position_bias"})
-# Masks are bool or absent for one, and floats that are added for the other.
-IMPLEMENTATIONS = ("sdpa", "eager")
+from .call import AttentionCall
+from .functional import functional_calls
 
-
-@dataclass(frozen=True, slots=True)
-class AttentionCall:
-    """One call of an attention function.
-
-    Attributes:
-        module: the attention module.
-        implementation: transformers' name of the function, such as `sdpa`.
-        function: the function itself, as the module calls it.
-        query, key, value: `[B, H, S, D]`, `[B, Hk, T, D]`, `[B, Hk, T, Dv]`.
-        mask: bool, where True is attended to; or floats that are added; or None.
-        options: the other arguments.
-    """
-
-    module: nn.Module
-    implementation: str
-    function: Callable[..., tuple[Tensor, Any]]
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def original(self) -> tuple[Tensor, Any]:
-        """What the module's own function returns."""
-        return self.function(self.module, self.query, self.key, self.value, self.mask, **self.options)
-
-    def option(self, name: str) -> Any:
-        """An argument by its name, or None."""
-        return self.options.get(name)
-
-    def unread(self) -> list[str]:
-        """The tensors among the arguments whose meaning is unknown, by name."""
-        names = self.options.keys() - _HARMLESS - _READ
-        return sorted(name for name in names if _has_tensor(self.options[name]))
-
-
-def _has_tensor(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_has_tensor, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_has_tensor, value))
-    return isinstance(value, Tensor)
+Handle = Callable[[AttentionCall], tuple[Tensor, Any]]
+# Whether a function of the registry is running, which may call torch's own function.
+_registered: ContextVar[bool] = ContextVar("registered", default=False)
 
 
 @contextmanager
-def intercepted(handle: Callable[[AttentionCall], tuple[Tensor, Any]]) -> Iterator[bool]:
-    """Call `handle` for each attention of transformers' models while the context is open.
+def intercepted(model: nn.Module, handle: Handle) -> Iterator[None]:
+    """Call `handle` for each attention of a model while the context is open.
 
-    Yields:
-        Whether the installed transformers has the registry of attention functions.
+    These are the calls of the functions in transformers' registry, by any module, and the calls of
+    `torch.nn.functional.scaled_dot_product_attention` that modules of the model make themselves.
     """
-    try:
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        registry: Any = ALL_ATTENTION_FUNCTIONS
-        original = registry.get_interface
-    except (ImportError, AttributeError):
-        yield False
-        return
+    def outside(call: AttentionCall) -> tuple[Tensor, Any]:
+        return call.original() if _registered.get() else handle(call)
+
+    with ExitStack() as stack:
+        registry = _registry()
+        if registry is not None:
+            stack.enter_context(_registry_calls(registry, handle))
+        stack.enter_context(functional_calls(model, outside))
+        yield
+
+
+def _registry() -> Any:
+    """transformers' registry of attention functions; None without one, or without a model of transformers."""
+    registry = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", None)
+    return registry if hasattr(registry, "get_interface") else None
+
+
+@contextmanager
+def _registry_calls(registry: Any, handle: Handle) -> Iterator[None]:
+    original = registry.get_interface
 
     def get_interface(implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
         function = original(implementation, default)
 
         @functools.wraps(function)
         def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *given: Any, **options: Any) -> Any:
-            if len(given) > 1 or (given and "attention_mask" in options):
-                return function(module, query, key, value, *given, **options)
-            mask = given[0] if given else options.pop("attention_mask", None)
-            return handle(AttentionCall(module, implementation, function, query, key, value, mask, options))
+            token = _registered.set(True)
+            try:
+                if len(given) > 1 or (given and "attention_mask" in options):
+                    return function(module, query, key, value, *given, **options)
+                mask = given[0] if given else options.pop("attention_mask", None)
+                return handle(AttentionCall(module, implementation, function, query, key, value, mask, options))
+            finally:
+                _registered.reset(token)
 
         return attention
 
     registry.get_interface = get_interface
     try:
-        yield True
+        yield
     finally:
         del registry.get_interface

@@ -72,6 +72,7 @@ class FileAttentions:
                 self.problems[row["path"]] = f"the export did not capture it: {row.get('reason', 'no reason is known')}"
             else:
                 wanted.append(row["path"])
+        wanted = [path for path in wanted if path not in self.problems]
         if access.in_engines and wanted:
             reason = "its inputs have many shapes, and TensorRT would need an engine for each of them"
             self.problems.update(dict.fromkeys(wanted, reason))

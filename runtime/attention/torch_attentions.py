@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from ...models.attention.attend import attend
+from ...models.attention.call import AttentionCall
 from ...models.attention.find_attention import bias_of, is_causal, lowest, obstacle, spec_of
-from ...models.attention.intercept import AttentionCall, intercepted
+from ...models.attention.intercept import intercepted
 from ...models.attention.spec import AttentionSpec
 from ...models.dtypes import torch_name
 from ..norms.activation_store import Key
@@ -164,7 +165,7 @@ def recorded_attentions(
             found[key] = obstacle(call) or CalledAttention(key, _copied(call), _spec(call))
         return call.original()
 
-    with intercepted(handle):
+    with intercepted(model, handle):
         yield
 
 

@@ -10,8 +10,9 @@ import transformers
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
+from rmsnorm_deploy.models.attention.call import AttentionCall
 from rmsnorm_deploy.models.attention.find_attention import bias_of, find_attention
-from rmsnorm_deploy.models.attention.intercept import AttentionCall, intercepted
+from rmsnorm_deploy.models.attention.intercept import intercepted
 from rmsnorm_deploy.models.attention.spec import AttentionSpec
 from rmsnorm_deploy.models.calling.example_inputs import example_inputs
 from tests.helpers.models.families import FAMILIES, build
@@ -149,7 +150,7 @@ def test_the_registry_is_restored_after_an_error():
     before = ALL_ATTENTION_FUNCTIONS.get_interface
 
     def stopped():
-        with intercepted(lambda call: call.original()):
+        with intercepted(build("llama"), lambda call: call.original()):
             assert ALL_ATTENTION_FUNCTIONS.get_interface != before
             raise RuntimeError("stop")
 
