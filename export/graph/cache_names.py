@@ -57,6 +57,11 @@ def is_past(name: str) -> bool:
     return name.startswith(PAST) and _CROSS not in name
 
 
+def is_cross(name: str) -> bool:
+    """Whether an input is part of a cross-attention cache."""
+    return name.startswith(PAST) and _CROSS in name
+
+
 def is_present(name: str) -> bool:
     """Whether an output is part of a cache that a step changes; see `is_past`."""
     return name.startswith(PRESENT) and _CROSS not in name
