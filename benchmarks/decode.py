@@ -81,13 +81,13 @@ def fusions(model: Any, folder: Path) -> None:
         ir.save(component.program, folder / f"{name}.onnx", external_data=f"{name}.data")
 
 
-def make(name: str, weights: str, target: str, folder: Path) -> list[str]:
-    """Write the files of a decoder; returns the columns that there are."""
+def make(name: str, weights: str, target: str, folder: Path, columns: list[str]) -> list[str]:
+    """Write the files of a decoder; returns those of the columns that there are."""
     from rmsnorm_deploy import export_model
 
     model, found = build(name), []
     model.save_pretrained(folder / "checkpoint")
-    for kind in COLUMNS[weights]:
+    for kind in (kind for kind in COLUMNS[weights] if kind in columns):
         try:
             if kind in ATTENTION:
                 export_model(
@@ -291,7 +291,7 @@ def measure(path: Path, name: str, threads: int, cases: list[Case], runs: int) -
 def run(name: str, weights: str, folder: Path, arguments: argparse.Namespace) -> None:
     """Print the lines of one model."""
     with contextlib.redirect_stdout(sys.stderr):
-        kinds = make(name, weights, arguments.target, folder)
+        kinds = make(name, weights, arguments.target, folder, [OURS, *arguments.columns])
     cases: list[Case] = [(batch, 1, past) for past in arguments.past for batch in arguments.batch] + list(PREFILL)
     for threads in arguments.threads:
         print(f"\n{name}, {weights}, threads: {threads}\n", flush=True)
@@ -329,6 +329,8 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--weights", nargs="+", choices=list(COLUMNS), default=list(COLUMNS))
+    columns = [kind for kind in COLUMNS["fp32"] if kind != OURS]
+    parser.add_argument("--columns", nargs="+", choices=columns, default=columns, help="beside ours")
     parser.add_argument("--past", nargs="+", type=int, default=[128, 1000, 4000], help="tokens in the cache")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4], help="rows of a batch")
     parser.add_argument("--target", default="ort", help="the target of our files")
