@@ -7,6 +7,7 @@ from .model_faults.attention_faults import ATTENTION_FAULTS
 from .model_faults.cache_faults import CACHE_FAULTS
 from .model_faults.encoder_decoder_faults import ENCODER_DECODER_FAULTS
 from .model_faults.file_faults import FILE_DATA_FAULTS
+from .model_faults.node_faults import NODE_FAULTS
 from .model_faults.position_faults import FAULTS_OF_POSITIONS
 from .model_faults.token_faults import TOKEN_FAULTS
 from .model_faults.value_faults import VALUE_FAULTS
@@ -18,6 +19,7 @@ _BY_FAMILY: dict[str, tuple[Fault, ...]] = {
     **NORM_FAULTS,
     **SEGMENT_FAULTS,
     **ATTENTION_FAULTS,
+    **NODE_FAULTS,
     **FAULTS_OF_POSITIONS,
     **CACHE_FAULTS,
     **TOKEN_FAULTS,

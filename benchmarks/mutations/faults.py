@@ -23,8 +23,9 @@ class Fault:
         target: the target of the file that it is planted in.
         plant: plants the fault in the open file; None for a fault that `damage` plants.
         norms: module paths that `bisect` must name; empty for a fault between norms.
+        attentions: module paths that `bisect` must name as attentions; empty for other faults.
         before: norm or output at the end of the segment that `bisect` must name; empty for a fault in norms. A fault
-            without `norms` and `before` must be detected, but need not be located.
+            without `norms`, `attentions` and `before` must be detected, but need not be located.
         dtype: dtype of the model.
         variant: variant of the model, see `Subject`.
         family: the kind of fault, a key of `catalog.FAMILIES`.
@@ -40,6 +41,7 @@ class Fault:
     dtype: str = "float32"
     variant: str = "plain"
     family: str = ""
+    attentions: tuple[str, ...] = ()
     damage: Callable[[Path], None] | None = None
 
     @property

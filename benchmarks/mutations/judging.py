@@ -43,7 +43,7 @@ class FaultResult:
             other exception.
         summary: the report's summary, or the error's message.
         wanted: places that bisect must name; empty for a candidate with outputs only.
-        in_norm: whether these places are norms.
+        kind: what these places are: `norm`, `attention` or `segment`.
         named: whether bisect named all of them.
         innocents: correct norms that bisect named.
         culprits: all places that bisect named.
@@ -59,7 +59,7 @@ class FaultResult:
     verdict: str
     summary: str
     wanted: tuple[str, ...]
-    in_norm: bool
+    kind: str
     named: bool
     innocents: tuple[str, ...]
     culprits: tuple[str, ...]
@@ -89,23 +89,23 @@ def judge_fault(fault: Fault | RunnerFault, exports: Exports) -> FaultResult:
         alive, verdict, summary = _judge_runner(fault, exports, honest)
         found: list[Mapping[str, str]] = []
         wanted: tuple[str, ...] = ()
-        in_norm = False
+        kind = "segment"
     else:
         place = exports.work / "fault"
         shutil.rmtree(place, ignore_errors=True)
         folder = fault.write(honest, place)
         alive = aliveness(fault, exports, folder)
         verdict, summary, _ = _ask(validate, folder, exports.model(fault.subject))
-        wanted, in_norm = fault.norms or tuple(filter(None, [fault.before])), bool(fault.norms)
+        wanted = fault.norms or fault.attentions or tuple(filter(None, [fault.before]))
+        kind = "norm" if fault.norms else "attention" if fault.attentions else "segment"
         found = _ask(bisect, folder, exports.model(fault.subject))[2] if wanted else []
-    kind = "norm" if in_norm else "segment"
     names = {row["name"] for row in found if row["kind"] == kind}
-    named = all(any(_is_place(name, place, in_norm) for name in names) for place in wanted)
+    named = all(any(_is_place(name, place, kind) for name in names) for place in wanted)
     innocents = tuple(
-        row["name"] for row in found if row["kind"] == "norm" and (not in_norm or row["name"] not in wanted)
+        row["name"] for row in found if row["kind"] == "norm" and (kind != "norm" or row["name"] not in wanted)
     )
     return FaultResult(
-        fault.name, fault.subject.label, fault.target, fault.dtype, alive, verdict, summary, wanted, in_norm, named,
+        fault.name, fault.subject.label, fault.target, fault.dtype, alive, verdict, summary, wanted, kind, named,
         innocents, tuple(f"{row['kind']} {row['name']}" for row in found), round(time.perf_counter() - start, 2),
         fault.family,
     )  # fmt: skip
@@ -144,8 +144,8 @@ def _ask(tool: Any, candidate: Any, model: Any) -> tuple[str, str, list[Mapping[
     return report.verdict, text, [culprit.to_dict() for culprit in report.culprits]
 
 
-def _is_place(name: str, wanted: str, in_norm: bool) -> bool:
-    return name == wanted if in_norm else name.removesuffix(" (its gate)").endswith(f"... {wanted}")
+def _is_place(name: str, wanted: str, kind: str) -> bool:
+    return name == wanted if kind != "segment" else name.removesuffix(" (its gate)").endswith(f"... {wanted}")
 
 
 def _norm_differs(path: str, honest: Path, folder: Path) -> bool:

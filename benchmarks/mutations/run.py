@@ -74,7 +74,8 @@ def judge_all(exports: Exports, faults: Sequence[Fault | RunnerFault]) -> list[F
     for fault in faults:
         result = judge_fault(fault, exports)
         results.append(result)
-        named = ("yes" if result.named else "NO") + ("" if result.in_norm else " (segment)") if result.wanted else "-"
+        place = "" if result.kind == "norm" else f" ({result.kind})"
+        named = ("yes" if result.named else "NO") + place if result.wanted else "-"
         cells = (
             result.family,
             result.fault,
@@ -132,7 +133,7 @@ def _alarms(honest: Sequence[HonestResult]) -> list[str]:
 
 
 def totals(faults: Sequence[FaultResult], honest: Sequence[HonestResult]) -> list[str]:
-    norms = [r for r in faults if r.in_norm]
+    norms = [r for r in faults if r.kind == "norm"]
     lines = []
     if faults:
         caught, named = sum(r.caught for r in faults), sum(r.named for r in norms)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rmsnorm_deploy.export.from_torch.export_model import prepare
-from rmsnorm_deploy.export.from_torch.save import PreparedModel, save
+from rmsnorm_deploy.export.from_torch.save import PreparedModel, SaveOptions, save
+from rmsnorm_deploy.export.lowering.attention_table import AttentionMode
 from rmsnorm_deploy.models.builtin.checkpoint import addition
 from rmsnorm_deploy.models.outliers import inject_outliers
 from tests.helpers.models.families import build
@@ -19,6 +20,8 @@ from tests.helpers.norms.norm_zoo import Biased, Weighted, hub_class, randomized
 from .witnesses import Witnesses
 
 TARGETS = ("primitives", "standard", "ort", "plugin")
+IN_PLACE = "in place"
+_NODES: dict[str, AttentionMode] = {"nodes": "node", "nodes past": "node", IN_PLACE: "in-place"}
 WIDTH, GROUP = 32, 16
 _OUTLIERS = (2, 50.0, 0)  # channels, factor, seed
 
@@ -66,7 +69,7 @@ class Subject:
             `NAME w40` has a sliding window of 40 tokens, which is longer than most inputs.
         dtype: `float32` or `float16`.
         variant: `plain`, `past` (with the KV cache), `outliers` (outlier channels), or `redrawn` (other random
-            weights).
+            weights); `nodes`, `nodes past` and `in place` have their attentions in nodes, the last two with the cache.
     """
 
     model: str
@@ -103,14 +106,17 @@ class Exports:
         """The exported folder of a model for a target."""
         place = self.work / f"{subject.model.replace(' ', '_')}-{subject.variant}-{subject.dtype}" / target
         if not place.is_dir():
-            save(self.prepared(subject), place, target)
+            mode: AttentionMode = "in-place" if subject.variant == IN_PLACE else "node"
+            save(self.prepared(subject), place, target, SaveOptions(attention=mode))
         return place
 
     def _prepared(self, subject: Subject) -> PreparedModel:
         x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
         inputs = {"x": x.to(getattr(torch, subject.dtype))} if subject.model == "assorted" else None
-        # The faults are put into the operators of the models' own functions.
-        return prepare(self.model(subject), inputs=inputs, with_past=subject.variant == "past", attention="decomposed")
+        # Most faults are put into the operators of the models' own functions.
+        mode: AttentionMode = _NODES.get(subject.variant, "decomposed")
+        with_past = subject.variant in ("past", "nodes past", IN_PLACE)
+        return prepare(self.model(subject), inputs=inputs, with_past=with_past, attention=mode)
 
     def _model(self, subject: Subject) -> nn.Module:
         return subject.build()

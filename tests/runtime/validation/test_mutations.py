@@ -116,9 +116,9 @@ def test_honest_runs_have_the_requested_number_and_differ() -> None:
 
 def test_the_last_lines_count_what_was_missed() -> None:
     common = {"model": "m", "target": "ort", "dtype": "float32", "summary": "s", "culprits": (), "seconds": 0.0}
-    caught = judging.FaultResult("a", alive="outputs", verdict="fail", wanted=("n",), in_norm=True, named=True,
+    caught = judging.FaultResult("a", alive="outputs", verdict="fail", wanted=("n",), kind="norm", named=True,
                                  innocents=(), **common)  # fmt: skip
-    missed = judging.FaultResult("b", alive="norm", verdict="pass", wanted=("n",), in_norm=True, named=False,
+    missed = judging.FaultResult("b", alive="norm", verdict="pass", wanted=("n",), kind="norm", named=False,
                                  innocents=(), **common)  # fmt: skip
     alarm = honest.HonestResult("m", "float32", "ort", 0, False, "s")
     passed = honest.HonestResult("m", "float32", "ort", 1, True, "s")
