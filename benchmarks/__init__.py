@@ -10,6 +10,8 @@ kernel: time of the CUDA kernel on a GPU, compared with other kernels and a copy
 kernel_code: registers, instructions and the order of loads of the CUDA kernel.
 kernel_faults: faults planted in the CUDA kernel's source, and what finds them without a GPU.
 residual_add: residual add and norm as two operators, compared with ONNX Runtime's fused operator.
+decode: time and memory of one step of a decoder, beside the files of other tools.
+generation: tokens per second of whole generations, beside other loops.
 validate_cost: memory and time of validating a model of 1.1e9 parameters.
 
 Models and files that they share with the tests are in `tests.helpers`.

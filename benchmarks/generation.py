@@ -3,9 +3,9 @@
     python -m benchmarks.generation [--models llama qwen3 gemma3] [--weights fp32 int4] [--batch 1 4] [--prompt 128]
                                     [--new 64] [--rounds 3]
 
-Models are those of `benchmarks.decode`. Each column runs in a process of its own, in rotating order, with all cores, and
-generates; prefill counts. Ours is `Generator` with `--attention in-place`, and `outside` is
-the part of its time outside ONNX Runtime's runs. onnxruntime-genai is left out where it is not installed.
+Models are those of `benchmarks.decode`. Each column runs in a process of its own, in rotating order, with all cores;
+prefill counts. Ours is `Generator` with `--attention in-place`, and `outside` is the part of its time outside ONNX
+Runtime's runs. onnxruntime-genai is left out where it is not installed.
 """
 
 from __future__ import annotations
@@ -108,9 +108,8 @@ def run_torch(name: str, batch: int, length: int, new: int) -> tuple[float, floa
     ids = torch.from_numpy(prompts(batch, length))
     for count in (2, new):
         start = time.perf_counter()
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False
-        )
+        counts = {"max_new_tokens": count, "min_new_tokens": count}
+        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **counts)
         seconds = time.perf_counter() - start
     return seconds, 0.0
 
@@ -173,9 +172,8 @@ def main() -> None:
     if arguments.child:
         child(arguments.child, arguments.models[0], arguments.batch[0], arguments.prompt, arguments.new)
         return
-    print(
-        f"| model, weights, batch | {' | '.join(COLUMNS)} | outside |\n|---|{'---|' * (len(COLUMNS) + 1)}", flush=True
-    )
+    print(f"| model, weights, batch | {' | '.join(COLUMNS)} | outside |", flush=True)
+    print(f"|---|{'---|' * (len(COLUMNS) + 1)}", flush=True)
     for name in arguments.models:
         for weights in arguments.weights:
             with tempfile.TemporaryDirectory() as folder:
