@@ -29,11 +29,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("export.from_onnx", "export.from_torch", "runtime.runners"),
     ("export", "runtime.inputs"),
     ("runtime.norms", "runtime.report"),
-    ("runtime.rewriting", "runtime.risk", "runtime.attention"),
+    ("runtime.rewriting", "runtime.risk", "runtime.attention", "runtime.packaging"),
     ("runtime.tensorrt",),
     ("runtime.validation", "runtime.generation"),
     ("runtime",),
-    ("", "cli", "cli.commands"),
+    ("", "cli", "cli.commands", "cli.delivery"),
 )
 TOGETHER = (set(LAYERS[0]), set(LAYERS[-1]))
 # `export` reads the contract of the custom operators and nothing else of `plugins`.

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rmsnorm_deploy.runtime.accuracy.tolerances import Limits
     from rmsnorm_deploy.runtime.generation.api import Generation, Generator, generate, generate_batch
     from rmsnorm_deploy.runtime.inputs.cases import Case
+    from rmsnorm_deploy.runtime.packaging.api import Package, package_model
     from rmsnorm_deploy.runtime.report.compare import compare
     from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
     from rmsnorm_deploy.runtime.risk.report import RiskReport, risk
@@ -58,6 +59,8 @@ _HOME = {
     "verify_folder": "export.onnx_io.verify",
     "TARGETS": "export.lowering.table",
     "rewrite_model": "runtime.rewriting.rewrite_file",
+    "package_model": "runtime.packaging.api",
+    "Package": "runtime.packaging.api",
     "use_kernel": "plugins.torch.swap",
     "KernelSwap": "plugins.torch.swap",
     "rms_norm": "plugins.torch.operators",
@@ -101,6 +104,8 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "verify_folder",
     "TARGETS",
     "rewrite_model",
+    "package_model",
+    "Package",
     "use_kernel",
     "KernelSwap",
     "rms_norm",

@@ -17,13 +17,15 @@ from rmsnorm_deploy.cli.commands.rewrite import rewrite
 from rmsnorm_deploy.cli.commands.run import run
 from rmsnorm_deploy.cli.commands.targets import targets
 from rmsnorm_deploy.cli.commands.validate import validate
-from rmsnorm_deploy.cli.commands.verify import verify
+from rmsnorm_deploy.cli.delivery.package import package
+from rmsnorm_deploy.cli.delivery.verify import verify
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
     "export": export,
     "rewrite": rewrite,
     "build": build,
+    "package": package,
     "verify": verify,
     "validate": validate,
     "bisect": bisect,

@@ -1,0 +1,140 @@
+"""Packages: their files and hashes, the report in them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rmsnorm_deploy import export_model, package_model, validate, verify_folder
+from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
+from rmsnorm_deploy.runtime.inputs.exported import open_exported
+from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds
+from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
+from tests.helpers.models.families import build
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder without a cache, whose weights stay in the checkpoint's format."""
+    place = tmp_path_factory.mktemp("packages")
+    build("llama").save_pretrained(place / "checkpoint")
+    export_model(place / "checkpoint", place / "llama", target="ort")
+    return place / "llama"
+
+
+@pytest.fixture(scope="module")
+def report(exported: Path) -> Path:
+    path = exported.parent / "report.json"
+    found = validate(exported, exported.parent / "checkpoint", shapes=((2, 5),))
+    path.write_text(json.dumps(found.to_dict()))
+    return path
+
+
+@pytest.mark.parametrize("weights", ["copy", "link"])
+def test_a_repository_for_triton(exported: Path, report: Path, tmp_path: Path, weights: Any) -> None:
+    made = package_model(exported, "triton", tmp_path / "repository", name="small", report=report, weights=weights)
+    place = tmp_path / "repository"
+    assert (place / "small" / "config.pbtxt").read_text().startswith('name: "small"\nbackend: "onnxruntime"\n')
+    assert sorted(path.name for path in (place / "small" / "1").iterdir()) == ["model.onnx", "model.safetensors"]
+    assert sorted(made.files) == sorted(
+        path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()
+    )
+    assert (made.validated, made.notes) == ("pass", [])
+    manifest = json.loads((place / "manifest.json").read_text())
+    assert manifest["package"] == {"for": "triton", "name": "small", "validated": "pass"}
+    assert json.loads((place / "report.json").read_text())["verdict"] == "pass"
+    same = os.path.samefile(place / "small" / "1" / "model.safetensors", exported / "model.safetensors")
+    assert same == (weights == "link")
+    # Every byte is checked on the machine that serves it, and the folder runs as the exported one does.
+    assert {(file.compared, file.problem) for file in verify_folder(place)} == {("all bytes", None)}
+    results = []
+    for folder in (exported, place):
+        with OrtRunner(open_exported(folder).model) as runner:
+            results.append(runner.run(make_feeds(runner.inputs(), 2, 5, 0, 60))["logits"])
+    np.testing.assert_array_equal(*results)
+
+
+def test_a_changed_byte_is_found_there(exported: Path, tmp_path: Path) -> None:
+    package_model(exported, "triton", tmp_path / "repository", name="small")
+    weights = tmp_path / "repository" / "small" / "1" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert [file.name for file in verify_folder(tmp_path / "repository") if file.problem] == [
+        "small/1/model.safetensors"
+    ]
+
+
+def test_without_a_report_the_user_is_told(exported: Path, tmp_path: Path) -> None:
+    made = package_model(exported, "triton", tmp_path / "repository")
+    assert (made.name, made.validated) == ("llama", None)
+    assert made.notes == ["no validation report is in it; add one with --report, from rmsnorm validate --json"]
+    manifest = json.loads((tmp_path / "repository" / "manifest.json").read_text())
+    assert manifest["package"]["validated"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"verdict": "fail"}, "expected the verdict pass, got 'fail'"),
+        ({"provenance": {}}, r"expected a report on the model in .* got one on .* \(sha256 None\)"),
+        ({"schema": "rmsnorm_deploy.bisect/5"}, "expected a report of rmsnorm validate"),
+    ],
+)
+def test_a_report_that_proves_nothing(
+    exported: Path, report: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    other = tmp_path / "report.json"
+    other.write_text(json.dumps({**json.loads(report.read_text()), **change}))
+    with pytest.raises(UsageError, match=message):
+        package_model(exported, "triton", tmp_path / "repository", report=other)
+    assert not (tmp_path / "repository").exists()
+
+
+def test_a_report_on_another_model(exported: Path, report: Path, tmp_path: Path) -> None:
+    export_model(build("llama"), tmp_path / "other", target="primitives")
+    with pytest.raises(UsageError, match="expected a report on the model in"):
+        package_model(tmp_path / "other", "triton", tmp_path / "repository", report=report)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"server": "tensorflow"}, "for: expected one of genai, triton, got 'tensorflow'"),
+        ({"name": "../llama"}, "name: expected letters, digits"),
+        ({"name": ""}, "name: expected letters, digits"),
+        ({"max_batch": -1}, "max_batch: expected at least 0, got -1"),
+    ],
+)
+def test_wrong_options(exported: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    given = {"server": "triton", **options}
+    with pytest.raises(UsageError, match=message):
+        package_model(exported, output=tmp_path / "repository", **given)
+
+
+def test_a_folder_that_is_not_as_exported(exported: Path, tmp_path: Path) -> None:
+    package_model(exported, "triton", tmp_path / "copy", name="small")
+    (tmp_path / "copy" / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"config.json: expected .* bytes, got 2"):
+        package_model(tmp_path / "copy", "triton", tmp_path / "again")
+
+
+def test_a_folder_that_holds_something_else_is_not_replaced(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError):
+        package_model(exported, "triton", tmp_path / "repository")
+    assert (tmp_path / "repository" / "notes.txt").read_text() == "mine"
+
+
+def test_several_models_are_packaged_one_by_one(tmp_path: Path) -> None:
+    export_model(build("t5"), tmp_path / "t5", target="ort", with_past=True)
+    with pytest.raises(UnsupportedError, match=r"got several: encoder, decoder\. Package each of them"):
+        package_model(tmp_path / "t5", "triton", tmp_path / "repository")
+    package_model(tmp_path / "t5" / "decoder", "triton", tmp_path / "repository", name="t5_decoder")
+    assert (tmp_path / "repository" / "t5_decoder" / "1" / "model.onnx").is_file()

@@ -1,0 +1,127 @@
+"""Packages for onnxruntime-genai: the real one gives our tokens, with its cache, in a batch, and for a chat."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rmsnorm_deploy import export_model, package_model
+from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
+from rmsnorm_deploy.runtime.generation.api import generate_batch
+from rmsnorm_deploy.runtime.inputs.tokenizer import load_tokenizer
+from rmsnorm_deploy.runtime.packaging.genai import genai_config, genai_notes
+from tests.helpers.models.families import build
+from tests.helpers.models.tokenizers import save_bpe_tokenizer
+
+og = pytest.importorskip("onnxruntime_genai", reason="needs the package onnxruntime-genai")
+
+VOCABULARY, NEW = 290, 20
+PROMPTS = [[50, 17, 40, 80, 33, 61], [91, 12], [44, 30, 70, 21]]
+# With one buffer for the cache; with sinks and a window; with a cache that grows.
+MODELS = (("qwen3", "in-place"), ("gpt_oss", "in-place"), ("llama", "node"))
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda param: param[0])
+def folders(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An exported decoder and its package."""
+    name, attention = request.param
+    place = tmp_path_factory.mktemp(name)
+    model = build(name, vocab_size=VOCABULARY)
+    model.config.eos_token_id = model.generation_config.eos_token_id = 0
+    model.save_pretrained(place / "checkpoint")
+    save_bpe_tokenizer(place / "checkpoint", VOCABULARY)
+    export_model(place / "checkpoint", place / "out", target="ort", with_past=True, attention=attention)
+    package_model(place / "out", "genai", place / "package")
+    return place / "out", place / "package"
+
+
+def tokens(folder: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """The new tokens of onnxruntime-genai, whose batches are padded on the right."""
+    model = og.Model(str(folder))
+    length = max(map(len, prompts))
+    rows = np.full(
+        (len(prompts), length), json.loads((folder / "genai_config.json").read_text())["model"]["pad_token_id"]
+    )
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=length + count, batch_size=len(prompts), do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(rows.astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [[int(token) for token in generator.get_sequence(row)[length:]] for row in range(len(prompts))]
+
+
+def until_end(ids: list[int]) -> list[int]:
+    """The tokens up to the one that ends the text, behind which is padding."""
+    return ids[: ids.index(0) + 1] if 0 in ids else ids
+
+
+def test_a_batch_has_our_tokens(folders: tuple[Path, Path]) -> None:
+    """Of several lengths, where the model has no sliding window, in which the padding behind a prompt would count."""
+    window = json.loads((folders[0] / "config.json").read_text()).get("sliding_window")
+    prompts = [prompt[:2] for prompt in PROMPTS] if window else PROMPTS
+    wanted = [one.ids for one in generate_batch(folders[0], prompts, max_new_tokens=NEW)]
+    assert max(map(len, wanted)) == NEW
+    assert [until_end(ids) for ids in tokens(folders[1], prompts, NEW)] == wanted
+    assert bool(genai_notes(folders[0])) == bool(window)
+
+
+def test_a_chat_has_our_tokens(folders: tuple[Path, Path]) -> None:
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello, how are you?"}]
+    tokenizer = og.Tokenizer(og.Model(str(folders[1])))
+    text = tokenizer.apply_chat_template(messages=json.dumps(messages), add_generation_prompt=True)
+    wanted = load_tokenizer(folders[0]).encode_chat(messages)
+    assert tokenizer.encode(text).tolist() == wanted
+    assert tokenizer.decode(wanted[-4:]) == load_tokenizer(folders[0]).decode(wanted[-4:])
+
+
+def test_the_package_is_an_exported_folder(folders: tuple[Path, Path]) -> None:
+    results = [generate_batch(folder, PROMPTS[:1], max_new_tokens=4)[0].ids for folder in folders]
+    assert results[0] == results[1]
+
+
+def test_the_configuration_says_how_the_cache_is_kept(folders: tuple[Path, Path]) -> None:
+    config = genai_config(folders[0])
+    manifest = json.loads((folders[0] / "manifest.json").read_text())
+    assert config["search"]["past_present_share_buffer"] == bool(manifest.get("in_place_cache"))
+    assert (config["model"]["eos_token_id"], config["model"]["vocab_size"]) == ([0], VOCABULARY)
+    assert config["model"]["decoder"]["num_key_value_heads"] == 2
+
+
+def changed(folder: Path, place: Path, **fields: Any) -> Path:
+    """A copy of the small files of an exported folder, with other fields in its config.json."""
+    place.mkdir()
+    for name in ("manifest.json", "generation_config.json"):
+        (place / name).write_bytes((folder / name).read_bytes())
+    config = {**json.loads((folder / "config.json").read_text()), **fields}
+    (place / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return place
+
+
+def test_a_config_without_what_is_needed(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    place = changed(folders[0], tmp_path / "one", hidden_size=None)
+    with pytest.raises(UsageError, match=r"config.json: hidden_size: expected a positive integer, got None"):
+        genai_config(place)
+    (place / "config.json").unlink()
+    with pytest.raises(UsageError, match=r"expected the model's config.json beside the file, got none"):
+        genai_config(place)
+    place = changed(folders[0], tmp_path / "two", eos_token_id=None)
+    (place / "generation_config.json").unlink()
+    with pytest.raises(UsageError, match="expected an eos_token_id"):
+        genai_config(place)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "llama"])
+def test_decoders_that_it_does_not_run(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    model.save_pretrained(tmp_path / "checkpoint")
+    export_model(tmp_path / "checkpoint", tmp_path / "out", target="ort", with_past=name == "mamba2")
+    with pytest.raises(UnsupportedError, match=r"expected a decoder that reads .* Export a decoder with --with-past"):
+        package_model(tmp_path / "out", "genai", tmp_path / "package")
+    assert not (tmp_path / "package").exists()
