@@ -94,7 +94,7 @@ def make(name: str, weights: str, target: str, folder: Path, columns: list[str])
                     model, folder / kind, target=target, with_past=True, attention=ATTENTION[kind],
                     quantize=None if weights == "fp32" else weights,
                 )  # fmt: skip
-            elif kind in IN_PLACE and not (folder / IN_PLACE[kind]).is_dir():
+            elif kind in IN_PLACE and IN_PLACE[kind] not in found:
                 continue
             elif kind == "fusions":
                 fusions(model, folder / kind)
@@ -283,9 +283,21 @@ def measure(path: Path, name: str, threads: int, cases: list[Case], runs: int) -
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
-        raise SystemExit(f"{path.name} failed: {done.stderr[-500:]}")
+        raise RuntimeError(f"{path.name} failed: {done.stderr[-500:]}")
     rows, memory = json.loads(done.stdout.splitlines()[-1])
     return rows, memory
+
+
+def runs(path: Path, name: str, case: Case) -> bool:
+    """Whether a file runs; ours must."""
+    try:
+        measure(path, name, 1, [case], 1)
+    except RuntimeError as error:
+        if path.name in ATTENTION:
+            raise
+        print(f"{name}: {path.name} left out: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def run(name: str, weights: str, folder: Path, arguments: argparse.Namespace) -> None:
@@ -293,6 +305,7 @@ def run(name: str, weights: str, folder: Path, arguments: argparse.Namespace) ->
     with contextlib.redirect_stdout(sys.stderr):
         kinds = make(name, weights, arguments.target, folder, [OURS, *arguments.columns])
     cases: list[Case] = [(batch, 1, past) for past in arguments.past for batch in arguments.batch] + list(PREFILL)
+    kinds = [kind for kind in kinds if runs(folder / kind, name, cases[0])]
     for threads in arguments.threads:
         print(f"\n{name}, {weights}, threads: {threads}\n", flush=True)
         print(f"| batch, tokens, past | {' | '.join(kinds)} |\n|---|{'---|' * len(kinds)}", flush=True)
