@@ -89,7 +89,7 @@ class AttentionCell:
         return self.emits.startswith(OPERATOR)
 
 
-_GROUPED = "Transpose, Reshape, com.microsoft::GroupQueryAttention, Reshape"
+_GROUPED = "com.microsoft::GroupQueryAttention"
 _BUFFER = "keys and values are written into the cache's own buffer"
 _NEWEST = (("onnxruntime", "1.32"),)
 _ALL = ("float32", "float16", "bfloat16", "float64")
