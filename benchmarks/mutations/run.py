@@ -133,11 +133,13 @@ def _alarms(honest: Sequence[HonestResult]) -> list[str]:
 
 
 def totals(faults: Sequence[FaultResult], honest: Sequence[HonestResult]) -> list[str]:
-    norms = [r for r in faults if r.kind == "norm"]
+    norms = [r for r in faults if r.wanted and r.kind != "segment"]
     lines = []
     if faults:
         caught, named = sum(r.caught for r in faults), sum(r.named for r in norms)
-        lines.append(f"caught {caught} of {len(faults)} faults; bisect named the norm in {named} of {len(norms)}")
+        lines.append(
+            f"caught {caught} of {len(faults)} faults; bisect named the norm or attention in {named} of {len(norms)}"
+        )
     if honest:
         lines.append(f"false alarms: {sum(not r.passed for r in honest)} of {len(honest)} honest runs")
     return lines

@@ -15,8 +15,8 @@ from ..faults import Fault, Plant
 from ..surgery import FLOAT, FLOAT16, Array, Edit
 
 _END = np.iinfo(np.int64).max
-# The inputs of the two operators that have the mask, and of the second that have the sinks and the last positions.
-_BIAS, _GROUPED_BIAS, _GROUPED_SINK, _GROUPED_LAST = 3, 10, 11, 5
+# The inputs of the two operators that have the mask, and of the second the one that has the sinks.
+_BIAS, _GROUPED_BIAS, _GROUPED_SINK = 3, 10, 11
 FIRST, SECOND = "model.layers.0.self_attn", "model.layers.1.self_attn"
 
 
@@ -129,13 +129,6 @@ def _constant(path: str, place: int, change: Callable[[Array], Array]) -> Plant:
     return lambda edit: edit.change_constant(main_node(edit, path), place, change)
 
 
-def _one_less(edit: Edit) -> None:
-    """The last position of each row is that of the token before."""
-    node = main_node(edit, FIRST)
-    last = node.inputs[_GROUPED_LAST]
-    node.replace_input_with(_GROUPED_LAST, edit.op("Sub", last, edit.constant(np.array([1], np.int32))))
-
-
 def _fault(
     name: str, model: str, plant: Plant, path: str = FIRST, variant: str = "nodes", target: str = "ort"
 ) -> Fault:
@@ -171,7 +164,6 @@ _MASKS = (
     _fault("later keys hidden in an encoder", "t5",
            _flag("encoder.block.0.layer.0.SelfAttention", "is_causal", 1), "encoder.block.0.layer.0.SelfAttention"),
     _fault("a window of four tokens", "llama", _flag(FIRST, "local_window_size", 4), variant="in place"),
-    _fault("the last position one less", "llama", _one_less, variant="in place"),
 )  # fmt: skip
 
 NODE_FAULTS: dict[str, tuple[Fault, ...]] = {"attention nodes": _NODES, "masks of attention nodes": _MASKS}

@@ -123,7 +123,7 @@ def test_the_last_lines_count_what_was_missed() -> None:
     alarm = honest.HonestResult("m", "float32", "ort", 0, False, "s")
     passed = honest.HonestResult("m", "float32", "ort", 1, True, "s")
     assert run.totals([caught, missed], [alarm, passed, passed]) == [
-        "caught 1 of 2 faults; bisect named the norm in 1 of 2",
+        "caught 1 of 2 faults; bisect named the norm or attention in 1 of 2",
         "false alarms: 1 of 3 honest runs",
     ]
     assert [caught.good, missed.good] == [True, False]
