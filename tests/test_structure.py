@@ -29,9 +29,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("export.from_onnx", "export.from_torch", "runtime.runners"),
     ("export", "runtime.inputs"),
     ("runtime.norms", "runtime.report"),
-    ("runtime.rewriting", "runtime.risk", "runtime.attention", "runtime.packaging"),
+    ("runtime.rewriting", "runtime.risk", "runtime.attention"),
     ("runtime.tensorrt",),
-    ("runtime.validation", "runtime.generation"),
+    ("runtime.validation", "runtime.generation", "runtime.packaging"),
     ("runtime",),
     ("", "cli", "cli.commands", "cli.delivery"),
 )

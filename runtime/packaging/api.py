@@ -21,8 +21,10 @@ from .genai import FILE as GENAI
 from .genai import genai_config, genai_notes
 from .triton import FILE as TRITON
 from .triton import Serving, triton_config
+from .trtexec import FILE as SCRIPT
+from .trtexec import BuildScript, build_script
 
-Server = Literal["genai", "triton"]
+Server = Literal["genai", "triton", "trtexec"]
 REPORT = "report.json"
 _VERSION = "1"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -66,8 +68,9 @@ def package_model(
 
     Args:
         folder: an exported folder.
-        server: `genai` (onnxruntime-genai) or `triton` (a model repository of Triton Inference Server, with its ONNX
-            Runtime backend).
+        server: `genai` (onnxruntime-genai), `triton` (a model repository of Triton Inference Server, with its ONNX
+            Runtime backend), or `trtexec` (a script that builds an engine with TensorRT's own tool, and the plugin's
+            library where the file needs it and it is built).
         output: the folder to create.
         name: of the model in the server; None is the exported folder's name.
         report: a JSON report of `validate` on this folder, which is added.
@@ -95,13 +98,19 @@ def package_model(
         raise UsageError(f"{source / broken[0].name}: {broken[0].problem}. Restore the file, or export again.")
     validated = None if report is None else _checked_report(Path(report), manifest, source)
     inner = f"{wanted}/{_VERSION}/" if server == "triton" else ""
-    texts = _texts(source, server, manifest, wanted, max_batch)
-    notes = genai_notes(source) if server == "genai" else []
+    model = str(manifest.get("model", "model.onnx"))
+    script = build_script(source, model) if server == "trtexec" else None
+    texts = _texts(source, server, manifest, Serving(wanted, "onnxruntime", model, max_batch), script)
+    notes = genai_notes(source) if server == "genai" else [] if script is None else list(script.notes)
     with new_folder(output) as place:
         hashes = _place_files(source, manifest, place, inner, weights, set(texts), notes)
         for path, text in texts.items():
             (place / path).parent.mkdir(parents=True, exist_ok=True)
             (place / path).write_text(text, encoding="utf-8")
+        if script is not None:
+            (place / SCRIPT).chmod((place / SCRIPT).stat().st_mode | 0o111)
+            if script.library is not None:
+                shutil.copyfile(script.library, place / script.library.name)
         if report is not None:
             shutil.copyfile(report, place / REPORT)
         record = {"for": server, "name": wanted, "validated": validated}
@@ -148,14 +157,18 @@ def _checked_report(path: Path, manifest: Mapping[str, Any], source: Path) -> st
     return str(content["verdict"])
 
 
-def _texts(source: Path, server: Server, manifest: Mapping[str, Any], name: str, max_batch: int) -> dict[str, str]:
+def _texts(
+    source: Path, server: Server, manifest: Mapping[str, Any], serving: Serving, script: BuildScript | None
+) -> dict[str, str]:
     """The server's own files, by their place in the folder."""
     match server:
         case "genai":
             return {GENAI: json.dumps(genai_config(source), indent=2) + "\n"}
         case "triton":
-            model = str(manifest.get("model", "model.onnx"))
-            return {f"{name}/{TRITON}": triton_config(Serving(name, "onnxruntime", model, max_batch), manifest)}
+            return {f"{serving.name}/{TRITON}": triton_config(serving, manifest)}
+        case "trtexec":
+            assert script is not None
+            return {SCRIPT: script.text}
 
 
 def _place_files(

@@ -105,7 +105,7 @@ def test_a_report_on_another_model(exported: Path, report: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"server": "tensorflow"}, "for: expected one of genai, triton, got 'tensorflow'"),
+        ({"server": "tensorflow"}, "for: expected one of genai, triton, trtexec, got 'tensorflow'"),
         ({"name": "../llama"}, "name: expected letters, digits"),
         ({"name": ""}, "name: expected letters, digits"),
         ({"max_batch": -1}, "max_batch: expected at least 0, got -1"),

@@ -20,7 +20,10 @@ SCHEMA = "rmsnorm_deploy.package/1"
 def package(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An exported folder.", show_default=False)],
     server: Annotated[
-        str, typer.Option("--for", metavar="SERVER", help="genai (onnxruntime-genai) or triton.", show_default=False)
+        str,
+        typer.Option(
+            "--for", metavar="SERVER", help="genai (onnxruntime-genai), triton or trtexec.", show_default=False
+        ),
     ],
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="The folder to create.", show_default=False)
@@ -45,7 +48,7 @@ def package(
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write a folder that a server runs: onnxruntime-genai or Triton Inference Server."""
+    """Write a folder that onnxruntime-genai, Triton Inference Server or trtexec runs."""
     from rmsnorm_deploy.runtime.packaging.api import check_server, package_model
 
     screen = Screen(as_json, quiet)
