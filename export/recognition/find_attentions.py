@@ -87,7 +87,7 @@ class FoundAttention:
 
 @dataclass(slots=True)
 class FoundAttentions:
-    """The attentions of a graph in its order, and what looks like one, with the reason why it is none."""
+    """The attentions of a graph in its order, and what looks like one, with the reason why it is not."""
 
     sites: list[FoundAttention] = field(default_factory=list)
     refusals: list[GraphRefusal] = field(default_factory=list)
@@ -219,7 +219,7 @@ def _masks(scores: ir.Value) -> tuple[ir.Value, list[MaskPart]]:
             number = scalar(node.inputs[3 - inner[0]])
             most = _HIDDEN.get(node.outputs[0].dtype or ir.DataType.FLOAT, _HIDDEN_WIDE)
             if number is None or number > most:
-                shown = "no constant" if number is None else f"{number:g}"
+                shown = "a value that is not constant" if number is None else f"{number:g}"
                 raise _RefusedError(f"scores are replaced by {shown}, expected the lowest number")
             scores = _operand(node, inner[0])
             parts.append(MaskPart("keep" if inner[0] == 1 else "hide", _operand(node, 0), number))
@@ -297,7 +297,7 @@ def _alone(value: ir.Value) -> ir.Node:
     """The node that computes a value that one node reads."""
     node = value.producer()
     if node is None:
-        raise _RefusedError("its scores are no product")
+        raise _RefusedError("its scores are not a product")
     if value.is_graph_output():
         raise _RefusedError(f"its scores {value.name} are an output of the graph")
     if len(value.uses()) != 1:
