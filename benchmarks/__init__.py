@@ -12,6 +12,7 @@ kernel_faults: faults planted in the CUDA kernel's source, and what finds them w
 residual_add: residual add and norm as two operators, compared with ONNX Runtime's fused operator.
 decode: time and memory of one step of a decoder, beside the files of other tools.
 generation: tokens per second of whole generations, beside other loops.
+genai_tokens: packages for onnxruntime-genai, run by it, for the decoders of the zoo.
 validate_cost: memory and time of validating a model of 1.1e9 parameters.
 
 Models and files that they share with the tests are in `tests.helpers`.

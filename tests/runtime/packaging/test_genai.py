@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from rmsnorm_deploy import export_model, package_model
@@ -16,6 +15,7 @@ from rmsnorm_deploy.runtime.inputs.tokenizer import load_tokenizer
 from rmsnorm_deploy.runtime.packaging.genai import genai_config, genai_notes
 from tests.helpers.models.families import build
 from tests.helpers.models.tokenizers import save_bpe_tokenizer
+from tests.helpers.runtime.genai import genai_tokens
 
 og = pytest.importorskip("onnxruntime_genai", reason="needs the package onnxruntime-genai")
 
@@ -39,36 +39,13 @@ def folders(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return place / "out", place / "package"
 
 
-def tokens(folder: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """The new tokens of onnxruntime-genai, whose batches are padded on the right."""
-    model = og.Model(str(folder))
-    length = max(map(len, prompts))
-    rows = np.full(
-        (len(prompts), length), json.loads((folder / "genai_config.json").read_text())["model"]["pad_token_id"]
-    )
-    for row, prompt in zip(rows, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    parameters = og.GeneratorParams(model)
-    parameters.set_search_options(max_length=length + count, batch_size=len(prompts), do_sample=False)
-    generator = og.Generator(model, parameters)
-    generator.append_tokens(rows.astype(np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    return [[int(token) for token in generator.get_sequence(row)[length:]] for row in range(len(prompts))]
-
-
-def until_end(ids: list[int]) -> list[int]:
-    """The tokens up to the one that ends the text, behind which is padding."""
-    return ids[: ids.index(0) + 1] if 0 in ids else ids
-
-
 def test_a_batch_has_our_tokens(folders: tuple[Path, Path]) -> None:
     """Of several lengths, where the model has no sliding window, in which the padding behind a prompt would count."""
     window = json.loads((folders[0] / "config.json").read_text()).get("sliding_window")
     prompts = [prompt[:2] for prompt in PROMPTS] if window else PROMPTS
     wanted = [one.ids for one in generate_batch(folders[0], prompts, max_new_tokens=NEW)]
     assert max(map(len, wanted)) == NEW
-    assert [until_end(ids) for ids in tokens(folders[1], prompts, NEW)] == wanted
+    assert genai_tokens(folders[1], prompts, NEW) == wanted
     assert bool(genai_notes(folders[0])) == bool(window)
 
 
