@@ -64,8 +64,7 @@ def attention_nodes(model: nn.Module, found: AttentionRecognition) -> Iterator[N
         spec = found.spec(path) if torch.compiler.is_exporting() or _by_spec.get() else None
         if path is None or spec is None:
             return call.original()
-        # Weights fix the sizes of heads. torch may know that only later, and a node states them.
-        reason = (None if weighted else _varying(call)) or obstacle(call) or _other(spec_of(call), spec)
+        reason = _varying(call, weighted) or obstacle(call) or _other(spec_of(call), spec)
         if reason is not None:
             if torch.compiler.is_exporting() and all(refusal.path != path for refusal in found.refusals):
                 found.refusals.append(
@@ -95,10 +94,21 @@ def _check_sizes(call: AttentionCall, bias: Tensor | None) -> None:
             torch._check(got == wanted)
 
 
-def _varying(call: AttentionCall) -> str | None:
-    sizes = [tensor.shape[axis] for tensor in (call.query, call.key, call.value) for axis in (1, 3) if tensor.ndim == 4]
-    varies = any(known_size(size) is None for size in sizes)
+def _varying(call: AttentionCall, weighted: bool) -> str | None:
+    """Why the sizes of heads, which a node states as numbers, are not known to be fixed; or None.
+
+    Weights fix those of queries, also where torch has a quotient of an input's width for them. The sizes of keys and
+    values may come from other inputs, such as a cache, and follow from those of queries.
+    """
+    given = [call.query] if weighted else [call.query, call.key, call.value]
+    sizes = [tensor.shape[axis] for tensor in given for axis in (1, 3) if tensor.ndim == 4]
+    varies = [size for size in sizes if known_size(size) is None and not (weighted and _is_quotient(size))]
     return "the number or the size of its heads varies with the inputs" if varies else None
+
+
+def _is_quotient(size: Any) -> bool:
+    """Whether a symbolic size is what splitting a dim into heads gives."""
+    return type(size.node.expr).__name__ in ("FloorDiv", "CleanDiv")
 
 
 def _other(got: AttentionSpec, wanted: AttentionSpec) -> str | None:

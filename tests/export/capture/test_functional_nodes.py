@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -183,3 +185,28 @@ def test_what_stays_decomposed_is_named_in_the_manifest(tmp_path):
     assert row["reason"].startswith("it calls scaled_dot_product_attention with dropout_p 1e-09; expected 0")
     whole = export_model(Layer(causal), tmp_path / "a", target="ort", inputs=tokens(2, 7, 0), attention="decomposed")
     assert whole.manifest["attention"] == []
+
+
+class OverBlocks(nn.Module):
+    """Each token attends to two states of its own, so that the second dim, which is that of heads, is the length."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.norm = nn.Parameter(torch.randn(WIDTH)), nn.RMSNorm(WIDTH)
+
+    def forward(self, x):
+        states = self.norm(torch.stack([x, 2 * x.roll(1, -1)], -2))
+        query = self.query.view(1, 1, 1, WIDTH).expand(*states.shape[:2], 1, WIDTH)
+        return F.scaled_dot_product_attention(query, states, states).squeeze(2)
+
+
+def test_heads_that_vary_with_the_length_leave_the_length_dynamic(tmp_path):
+    torch.manual_seed(0)
+    model = OverBlocks().eval()
+    export_model(model, tmp_path / "out", target="ort", inputs={"x": random(2, 5, WIDTH)})
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    x = random(3, 7, WIDTH)
+    (got,) = session.run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(got, model(x).detach().numpy(), atol=1e-5)
+    (row,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["attention"]
+    assert row["reason"] == "under torch.export, the number or the size of its heads varies with the inputs"
