@@ -74,8 +74,8 @@ def attention_nodes(model: nn.Module, found: AttentionRecognition) -> Iterator[N
         if not torch.compiler.is_exporting():
             own = replace(spec, causal=is_causal(call))
             y = attend(own, call.query, call.key, call.value, bias_of(call), call.option("s_aux"))
-            return _without_silent_rows(y, attending(call)), None
-        return _node(call, path, biases), None
+            return _without_silent_rows(y, attending(call, of_registry=found.reads_silent)), None
+        return _node(call, path, biases, found.reads_silent), None
 
     with intercepted(model, handle):
         yield
@@ -128,7 +128,7 @@ def _top_left(call: AttentionCall) -> Tensor:
     return bias[None, None]
 
 
-def _node(call: AttentionCall, path: str, biases: dict[tuple[Any, ...], tuple[Any, ...]]) -> Tensor:
+def _node(call: AttentionCall, path: str, biases: dict[tuple[Any, ...], tuple[Any, ...]], reads_silent: bool) -> Tensor:
     position, trace, causal = call.option("position_bias"), get_proxy_mode(), is_causal(call)
     batch, heads, length, _ = call.query.shape
     keys = call.key.shape[2]
@@ -136,7 +136,7 @@ def _node(call: AttentionCall, path: str, biases: dict[tuple[Any, ...], tuple[An
     key = (id(call.mask), id(position), id(trace), str(length), str(keys), aligned)
     if key not in biases:  # one for all layers of a trace; the objects are kept, so that their ids stay theirs
         bias = _top_left(call) if aligned else bias_of(call)
-        biases[key] = (bias, attending(call), call.mask, position, trace)
+        biases[key] = (bias, attending(call, of_registry=reads_silent), call.mask, position, trace)
     (bias, shown), sink = biases[key][:2], call.option("s_aux")
     spec = replace(spec_of(call), causal=causal and not aligned)
     _check_sizes(call, bias)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.attention.find_attention import AttentionRecognition, find_attention
+from ...models.attention.silent_queries import reads_silent_queries
 from ...models.calling.calls import call_form, named_arguments, named_tensors, split_arguments
 from ...models.calling.example_inputs import as_tensors, example_inputs
 from ...models.calling.media_parts import check_parts, media_record, modality_read
@@ -230,6 +231,8 @@ def prepare_parts(
             progress("checking its attentions")
             with unread_weights(model):
                 attention = find_attention(model, functools.partial(_run, model, feeds))
+                if attention.sites and reads_silent_queries(model, functools.partial(_run, model), feeds):
+                    attention = replace(attention, reads_silent=True)
         modality = modality_read(model, feeds)
         if modality is not None and modality.part in parts:
             progress("checking that the parts compute what the model does")

@@ -53,10 +53,17 @@ class AttentionRefusal:
 
 @dataclass(frozen=True, slots=True)
 class AttentionRecognition:
-    """The attention modules of a model, in the order of their calls."""
+    """The attention modules of a model, in the order of their calls.
+
+    Attributes:
+        sites: those that follow a spec.
+        refusals: the others.
+        reads_silent: whether the model reads what queries get that attend to nothing, see `reads_silent_queries`.
+    """
 
     sites: list[AttentionSite] = field(default_factory=list)
     refusals: list[AttentionRefusal] = field(default_factory=list)
+    reads_silent: bool = False
 
     def spec(self, path: str | None) -> AttentionSpec | None:
         """The spec of the module at this path, or None."""
@@ -140,12 +147,13 @@ def expanded(call: AttentionCall, mask: Tensor) -> Tensor:
     return mask.expand([new if one else -1 for one, new in zip(broadcast, wanted, strict=True)])
 
 
-def attending(call: AttentionCall) -> Tensor | None:
+def attending(call: AttentionCall, *, of_registry: bool) -> Tensor | None:
     """Which queries attend to a key, bool `[B or 1, S or 1, H or 1, 1]`: torch's own function returns zeros elsewhere.
 
-    None where a call has no mask, and for functions of transformers' registry, whose masks leave this open.
+    None where a call has no mask, where its mask has no meaning alone (it is added in the lowest value), and without
+    `of_registry` for functions of transformers' registry, where what padding gets is seldom read.
     """
-    if call.mask is None or call.implementation != FUNCTIONAL:
+    if call.mask is None or not (call.implementation == FUNCTIONAL or (of_registry and call.mask.dtype == torch.bool)):
         return None
     mask = call.mask[(None,) * (4 - call.mask.ndim)]
     shown = mask if mask.dtype == torch.bool else mask > -math.inf

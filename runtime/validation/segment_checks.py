@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ...models.recognition.site import norm_name
 from ..accuracy.compare_output import OutputVerdict, brief, judge
 from ..accuracy.tolerances import Limits
@@ -69,7 +71,8 @@ def check_segments(
     found: dict[tuple[Key, str], SegmentCheck] = {}
 
     def compare(key: Key, role: str, value: Array) -> None:
-        verdict = judge(role, value, store.get(key, role), store.get(key, f"own_{role}"), limits=limits)
+        sides = judged_rows(feeds[0], value, store.get(key, role), store.get(key, f"own_{role}"))
+        verdict = judge(role, *sides, limits=limits)
         name, inside = describe(key)
         is_x = role == "x"
         found[key, role] = SegmentCheck(
@@ -88,9 +91,31 @@ def check_segments(
         got, true, wanted = results[name], outputs.reference[name], own[name]
         if is_last_token(got, wanted):
             true, wanted = last_token(true, got), last_token(wanted, got)
-        verdict = judge(name, got, true, wanted, limits=limits)
+        verdict = judge(name, *judged_rows(feeds[0], got, true, wanted), limits=limits)
         checks.append(SegmentCheck(segment, verdict, inside, attentions=attentions(name)))
     return checks
+
+
+def judged_rows(feeds: Mapping[str, Array], got: Array, true: Array, own: Array) -> tuple[Array, Array, Array]:
+    """The rows of a value that are judged: not those of padding on the left, whose queries attend to nothing.
+
+    Their attention differs between implementations. Where a model reads them, its outputs show it.
+
+    Args:
+        feeds: the inputs, with `attention_mask`, `[B, S]`, if there is padding.
+        got: the candidate's value; `[B, S, ...]` or `[B, H, S, D]` where its tokens are known.
+        true: the reference's.
+        own: PyTorch's.
+    """
+    mask = feeds.get("attention_mask")
+    if mask is None or mask.ndim != 2 or mask.all() or not got.shape == true.shape == own.shape:
+        return got, true, own
+    seen = np.cumsum(mask != 0, axis=1) > 0
+    for axis in (1, 2):
+        if got.ndim > axis + 1 and (got.shape[0], got.shape[axis]) == seen.shape:
+            places = [np.moveaxis(side, axis, 1)[seen] for side in (got, true, own)]
+            return places[0], places[1], places[2]
+    return got, true, own
 
 
 @dataclass(frozen=True, slots=True)
