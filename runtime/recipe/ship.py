@@ -14,7 +14,7 @@ from ...export.onnx_io.owned_files import is_own_report
 from ...models.errors import UsageError
 from .recipe import Recipe, suggestion
 from .recipe_file import RECIPE, read_recipe
-from .row_record import examine, steps_of
+from .row_record import examine, read_record, steps_of
 from .rows import Row, rows_of
 from .ship_row import Progress, ship_row, worst
 from .summary import JUNIT, SCHEMA, SUMMARY, write_summary
@@ -132,8 +132,15 @@ def _shipment(recipe: Recipe, rows: list[dict[str, Any]]) -> Shipment:
 
 
 def _not_run(row: Row) -> dict[str, Any]:
-    """The result of a row that an interrupt kept from ending."""
-    steps = [{"step": n, "status": "not run", "seconds": 0.0, "result": None, "error": None} for n in steps_of(row)]
+    """The result of a row that an interrupt kept from ending: what its record says is done, and what is not run."""
+    record = read_record(Path(row["folder"]))
+    done = record.steps if record is not None and record.key == row["key"] else {}
+    steps = [
+        {"step": name, "status": "done", "seconds": done[name].seconds, "result": done[name].result, "error": None}
+        if name in done
+        else {"step": name, "status": "not run", "seconds": 0.0, "result": None, "error": None}
+        for name in steps_of(row)
+    ]
     same = {name: row[name] for name in ("row", "model", "folder", "target", "dtype")}
     rest = {"exit_code": 0, "seconds": 0.0, "bytes": 0, "notes": [], "steps": steps}
     return {**same, "status": "not run", "reason": "", **rest}

@@ -43,7 +43,7 @@ def write_summary(summary: Mapping[str, Any], output: Path) -> None:
 
 
 def step_word(row: Mapping[str, Any], kind: str) -> str:
-    """What became of the steps of one kind: `pass`, `unchanged`, `failed`, `not run`, or a dash without one."""
+    """What became of the steps of one kind: the first of `failed`, `not run`, `done` and `unchanged`; else a dash."""
     found = [step["status"] for step in row["steps"] if step["step"].partition(":")[0] == kind]
     for status in ("failed", "not run", "done", "unchanged"):
         if status in found:

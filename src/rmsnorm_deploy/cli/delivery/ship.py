@@ -67,7 +67,7 @@ def _print(screen: Screen, summary: dict[str, Any], quiet: bool) -> None:
             ],
         )  # fmt: skip
     for row in rows:
-        for note in row["notes"]:
+        for note in row["notes"] if row["status"] != "unchanged" else []:
             screen.note(f"{row['row']}: note: {note}")
         for step in row["steps"]:
             if step["error"]:
