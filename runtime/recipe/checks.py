@@ -88,6 +88,10 @@ def _source(model: Merged, base: Path) -> Iterator[Problem]:
             if source not in known:
                 hint = suggestion(source, known)
                 yield Problem(model.at("source"), f"expected one of {', '.join(known)}, got {source!r}{hint}")
+            elif model.values.get("with_past"):
+                yield Problem(
+                    model.at("with_past"), f"expected a decoder of transformers, got {source!r}, without a cache"
+                )
         case "file" | "module" | "folder" | "hub":
             pass
 

@@ -74,6 +74,7 @@ class _Scanner:
         self.at += brackets
         path: Path = ()
         for name, _ in parents:
+            self.found.setdefault((*path, name), self.position(start))
             path = self.inside((*path, name))
         path = (*path, last)
         if brackets == 2:

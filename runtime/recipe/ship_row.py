@@ -176,7 +176,7 @@ def _validate(row: Mapping[str, Any], server: str, progress: Progress) -> Result
         report.to_html(folder / HTML)
     if report.verdict != "pass":
         kind: type[RmsnormDeployError] = MismatchError if report.verdict == "fail" else UnsupportedError
-        raise kind(f"{report.summary} See {folder / REPORT}.")
+        raise kind(f"{report.summary} See {folder / (HTML if with_html else REPORT)}.")
     written = {"report": REPORT, "sha256": sha256(folder / REPORT), "html": HTML if with_html else None}
     return {"verdict": report.verdict, "summary": report.summary, **written}
 

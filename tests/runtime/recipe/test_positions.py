@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from rmsnorm_deploy.runtime.recipe.positions import Position, Positions
@@ -66,3 +71,21 @@ def test_what_is_missing_has_the_place_of_what_would_hold_it() -> None:
 def test_a_text_that_is_not_toml_is_refused() -> None:
     with pytest.raises(ValueError, match="Invalid value"):
         Positions.of("a = ")
+
+
+def _leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from _leaves(inner, (*path, key))
+
+
+def test_every_key_of_a_large_file_stands_where_it_says() -> None:
+    text = (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
+    found, lines = Positions.of(text).found, text.splitlines()
+    leaves = list(_leaves(tomllib.loads(text)))
+    assert len(leaves) > 200
+    assert [path for path in leaves if path not in found] == []
+    for path in leaves:
+        if isinstance(path[-1], str):
+            assert path[-1] in lines[found[path].line - 1][found[path].column - 1 :]

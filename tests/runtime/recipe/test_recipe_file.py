@@ -9,6 +9,7 @@ import pytest
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.recipe.recipe_file import parse_recipe, read_recipe
 
+_HUB = '[[model]]\nname = "a"\nsource = "owner/name"\n'
 _MODEL = '[[model]]\nname = "a"\nsource = "builtin:small"\n'
 
 
@@ -94,6 +95,10 @@ _MISTAKES = {
         '[[model]]\nname = "a"\nsource = "builtin:smal"\n',
         "3:1: source: expected one of builtin:addition, builtin:small",
     ),
+    "a builtin with a cache": (
+        _MODEL + "with_past = true\n",
+        "4:1: with_past: expected a decoder of transformers, got",
+    ),
     "no such folder": (
         '[[model]]\nname = "a"\nsource = "./nosuch"\n',
         "3:1: source: expected an existing folder or file.py:factory",
@@ -132,7 +137,7 @@ _MISTAKES = {
         "5:1: quantize: ONNX Runtime's CPU provider has no",
     ),
     "in-place elsewhere": (
-        _MODEL + "attention = 'in-place'\nwith_past = true\ntargets = ['standard']\n",
+        _HUB + "attention = 'in-place'\nwith_past = true\ntargets = ['standard']\n",
         "4:1: attention: in-place is for target ort",
     ),
     "in-place without a cache": (

@@ -18,7 +18,7 @@ from rmsnorm_deploy.runtime.recipe.summary import junit
 
 @pytest.fixture
 def row(tmp_path: Path) -> dict[str, Any]:
-    text = '[[model]]\nname = "a"\nsource = "builtin:small"\nwith_past = true\npackage = ["genai", "triton"]\n'
+    text = '[[model]]\nname = "a"\nsource = "owner/name"\nwith_past = true\npackage = ["genai", "triton"]\n'
     return rows_of(parse_recipe(text, tmp_path / "rmsnorm.toml"))[0]
 
 
