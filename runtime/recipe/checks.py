@@ -6,6 +6,7 @@ problem names the key that is wrong.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -22,7 +23,7 @@ from ..packaging.api import Server
 from .positions import Path as Keys
 from .recipe import Merged, Problem, suggestion
 from .rows import row_names
-from .sources import source_kind
+from .sources import located, source_kind
 
 SERVERS: tuple[str, ...] = get_args(Server)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -30,18 +31,19 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 RESERVED = ("summary.json", "junit.xml")
 
 
-def value_problems(models: Sequence[Merged], base: Path, wrong: Collection[Keys]) -> list[Problem]:
+def value_problems(models: Sequence[Merged], base: Path, output: Path, wrong: Collection[Keys]) -> list[Problem]:
     """The problems of all models.
 
     Args:
         models: the models with their defaults.
         base: the folder that paths are relative to.
+        output: the folder of the results.
         wrong: the beginnings of paths that have a problem already, and whose values are not looked at.
     """
     problems = []
     sound = [model for model in models if model.header not in wrong and not _uses(model, wrong)]
     for model in sound:
-        problems += [*_own_problems(model, base), *_together(model)]
+        problems += [*_own_problems(model, base), *_together(model), *_results_in_source(model, base, output)]
     if len(sound) == len(models):
         problems += _same_names(models)
     return problems
@@ -94,6 +96,21 @@ def _source(model: Merged, base: Path) -> Iterator[Problem]:
                 )
         case "file" | "module" | "folder" | "hub":
             pass
+
+
+def _results_in_source(model: Merged, base: Path, output: Path) -> Iterator[Problem]:
+    """A source in which results would be written, so that it would never be the same again."""
+    source = model.values.get("source")
+    if source is None or source_kind(source, base) != "folder":
+        return
+    place = Path(os.path.realpath(located(source, base)))
+    for name in row_names(model.values):
+        folder = Path(os.path.realpath(output / name))
+        if place == folder or place in folder.parents:
+            yield Problem(
+                model.at("source"), f"expected a folder without the results, got {source!r}, which holds {folder}"
+            )
+            return
 
 
 def _inputs(model: Merged, base: Path) -> Iterator[Problem]:

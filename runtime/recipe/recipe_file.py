@@ -93,11 +93,12 @@ def parse_recipe(text: str, path: Path) -> Recipe:
     problems = _field_problems(content)
     wrong = {problem.path[:2] for problem in problems}
     models = _merged(content)
-    problems += value_problems(models, path.parent, wrong)
+    given = content.get("output", RecipeFields.model_fields["output"].default)
+    output = Path(path.parent, Path(given if isinstance(given, str) else "").expanduser()).absolute()
+    problems += value_problems(models, path.parent, output, wrong)
     if problems:
         raise UsageError(_listed(path, Positions.of(text), problems))
-    output = Path(content.get("output", RecipeFields.model_fields["output"].default)).expanduser()
-    return Recipe(path, Path(path.parent, output).absolute(), tuple(model.values for model in models))
+    return Recipe(path, output, tuple(model.values for model in models))
 
 
 def _merged(content: Mapping[str, Any]) -> list[Merged]:

@@ -16,6 +16,7 @@ _MODEL = '[[model]]\nname = "a"\nsource = "builtin:small"\n'
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     (tmp_path / "models.py").write_text("")
+    (tmp_path / "folder").mkdir()
     (tmp_path / "inputs.npz").write_bytes(b"")
     return tmp_path / "rmsnorm.toml"
 
@@ -98,6 +99,10 @@ _MISTAKES = {
     "a builtin with a cache": (
         _MODEL + "with_past = true\n",
         "4:1: with_past: expected a decoder of transformers, got",
+    ),
+    "results in the source": (
+        "output = '.'\n[[model]]\nname = 'folder'\nsource = './folder'\n",
+        "4:1: source: expected a folder without the results, got './folder', which holds",
     ),
     "no such folder": (
         '[[model]]\nname = "a"\nsource = "./nosuch"\n',
