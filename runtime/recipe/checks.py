@@ -38,26 +38,24 @@ def value_problems(models: Sequence[Merged], base: Path, output: Path, wrong: Co
         models: the models with their defaults.
         base: the folder that paths are relative to.
         output: the folder of the results.
-        wrong: the beginnings of paths that have a problem already, and whose values are not looked at.
+        wrong: the paths of fields that have a problem already, and whose values are not looked at.
     """
     problems = []
-    sound = [model for model in models if model.header not in wrong and not _uses(model, wrong)]
+    sound = [model._replace(values=_sound(model, wrong)) for model in models]
     for model in sound:
         problems += [*_own_problems(model, base), *_together(model), *_results_in_source(model, base, output)]
-    if len(sound) == len(models):
-        problems += _same_names(models)
-    return problems
+    return [*problems, *_same_names([model for model in sound if "name" in model.values])]
 
 
-def _uses(model: Merged, wrong: Collection[Keys]) -> bool:
-    """Whether a model takes one of the fields from the defaults whose types are wrong."""
-    return any(place[:2] in wrong for place in model.places.values() if place[0] == "defaults")
+def _sound(model: Merged, wrong: Collection[Keys]) -> dict[str, Any]:
+    """The fields of a model that have the right types."""
+    return {key: value for key, value in model.values.items() if model.places[key] not in wrong}
 
 
 def _own_problems(model: Merged, base: Path) -> Iterator[Problem]:
     """Problems of one value."""
     values = model.values
-    if not _NAME.fullmatch(values["name"]):
+    if "name" in values and not _NAME.fullmatch(values["name"]):
         expected = "expected letters, digits, '.', '-' and '_' that begin with a letter or digit, at most 100"
         yield Problem(model.at("name"), f"{expected}, got {values['name'][:110]!r}")
     yield from _source(model, base)
@@ -76,6 +74,8 @@ def _own_problems(model: Merged, base: Path) -> Iterator[Problem]:
 
 def _source(model: Merged, base: Path) -> Iterator[Problem]:
     source = model.values.get("source")
+    if source is None and "source" in model.places:
+        return  # it has another type
     if source is None:
         yield Problem((*model.header, "source"), "expected a model, as MODEL of rmsnorm export, got none")
         return
@@ -101,7 +101,7 @@ def _source(model: Merged, base: Path) -> Iterator[Problem]:
 def _results_in_source(model: Merged, base: Path, output: Path) -> Iterator[Problem]:
     """A source in which results would be written, so that it would never be the same again."""
     source = model.values.get("source")
-    if source is None or source_kind(source, base) != "folder":
+    if source is None or "name" not in model.values or source_kind(source, base) != "folder":
         return
     place = Path(os.path.realpath(located(source, base)))
     for name in row_names(model.values):
@@ -165,6 +165,9 @@ def _refused(place: Keys, check: Callable[[], Any], remedy: str = "") -> Iterato
 def _together(model: Merged) -> Iterator[Problem]:
     """Problems of several values, where each of them alone is one that exists."""
     values = model.values
+    servers, with_past = values.get("package") or [], values.get("with_past", False)
+    if "genai" in servers and not with_past:
+        yield Problem(model.at("package"), "genai runs decoders with a cache: expected with_past = true, got false")
     try:
         targets = [parse_target(target) for target in values.get("targets") or [DEFAULT_TARGET]]
         dtypes: list[str | None] = [norm_dtype(dtype) for dtype in values.get("dtypes") or []] or [None]
@@ -172,7 +175,6 @@ def _together(model: Merged) -> Iterator[Problem]:
         scheme = _scheme(values.get("quantize"))
     except RmsnormDeployError:
         return
-    servers, with_past = values.get("package") or [], values.get("with_past", False)
     if mode == "in-place":
         remedy = 'Expected targets = ["ort"] and with_past = true.'
         yield from _refused(model.at("attention"), lambda: check_attention(mode, targets, with_past=with_past), remedy)
@@ -188,8 +190,6 @@ def _together(model: Merged) -> Iterator[Problem]:
             lambda dtype=dtype: check_quantize(scheme, targets, dtype),  # type: ignore[misc]
             remedy,
         )
-    if "genai" in servers and not with_past:
-        yield Problem(model.at("package"), "genai runs decoders with a cache: expected with_past = true, got false")
     if "trtexec" in servers and "ort" in targets:
         yield Problem(
             model.at("package"), "trtexec parses the targets standard, primitives and plugin, got the target ort"
@@ -201,11 +201,11 @@ def _together(model: Merged) -> Iterator[Problem]:
 def _same_names(models: Sequence[Merged]) -> Iterator[Problem]:
     """Models of one name, and rows whose folders are the same, also where the case of letters does not count."""
     seen = dict.fromkeys(RESERVED, "a file of the summary")
-    for number, model in enumerate(models, start=1):
+    for model in models:
         names = dict.fromkeys([model.values["name"], *row_names(model.values)])
         taken = next((name for name in names if name.casefold() in seen), None)
         if taken is not None:
             reason = seen[taken.casefold()]
             yield Problem(model.at("name"), f"expected another name, got {taken!r}, which is {reason} already")
         for name in names:
-            seen.setdefault(name.casefold(), f"the name of [[model]] {number} or of one of its rows")
+            seen.setdefault(name.casefold(), f"the name of [[model]] {int(model.header[1]) + 1} or of one of its rows")

@@ -91,7 +91,7 @@ def parse_recipe(text: str, path: Path) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(_syntax_problem(path, text, error)) from error
     problems = _field_problems(content)
-    wrong = {problem.path[:2] for problem in problems}
+    wrong = {problem.path[: 3 if problem.path[0] == "model" else 2] for problem in problems}
     models = _merged(content)
     given = content.get("output", RecipeFields.model_fields["output"].default)
     output = Path(path.parent, Path(given if isinstance(given, str) else "").expanduser()).absolute()

@@ -167,13 +167,19 @@ def test_a_mistake_has_its_place_and_reason(mistake: str, path: Path) -> None:
 
 def test_all_problems_are_listed_in_the_order_of_the_file(path: Path) -> None:
     second = _MODEL.replace('"a"', '"b"')
-    text = f"{_MODEL}with_pst = true\n{second}opset = 1.5\n[[model]]\nname = 'c'\ntargets = ['x', 'y']\n"
+    first = f"{_MODEL.replace('builtin:small', './nosuch')}with_pst = true\n"
+    text = f"{first}{second}opset = 1.5\n[[model]]\nname = 'c'\ntargets = ['x', 'y']\n"
     with pytest.raises(UsageError) as caught:
         parse_recipe(text, path)
     lines = [line.removeprefix(f"{path}:").split(": ")[:2] for line in str(caught.value).splitlines()]
     assert lines == [
-        ["4:1", "with_pst"], ["8:1", "opset"], ["9:1", "source"], ["11:12", "targets[0]"], ["11:17", "targets[1]"],
-    ]  # fmt: skip
+        ["3:1", "source"],
+        ["4:1", "with_pst"],
+        ["8:1", "opset"],
+        ["9:1", "source"],
+        ["11:12", "targets[0]"],
+        ["11:17", "targets[1]"],
+    ]
 
 
 def test_fields_come_from_the_model_and_else_from_the_defaults(path: Path) -> None:
