@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+BUG = 70  # EX_SOFTWARE of sysexits.h
+
 
 class RmsnormDeployError(Exception):
     """Base of every error raised on purpose.
@@ -46,6 +48,29 @@ class MismatchError(RmsnormDeployError):
     """Two computations that must agree differ: exit code 1."""
 
     exit_code = 1
+
+
+def explained(error: BaseException) -> tuple[str, str, int]:
+    """Kind, message and exit code of an error that some work ended with.
+
+    An error that was not raised on purpose is one of the system or of the user's code, or else a bug: exit code 70.
+    """
+    kind = type(error).__name__
+    if isinstance(error, RmsnormDeployError):
+        return kind, str(error), error.exit_code
+    if isinstance(error, SystemExit):
+        return "UsageError", f"code that this command ran, such as the model's, exited with {error.code!r}.", 2
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("rmsnorm_deploy"):
+        message = f"the package {error.name} is not installed. List what is missing with: rmsnorm doctor"
+        return "EnvironmentMissingError", message, 4
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return "UsageError", f"{where}{error.strerror}", 2
+    if isinstance(error, MemoryError):
+        cause = f" ({error})" if str(error) else ""
+        return "UsageError", f"this needs more memory than there is{cause}. Use smaller files or shapes.", 2
+    first = " ".join(str(error).split())[:400]
+    return kind, f"{kind}: {first} (this is a bug; run with RMSNORM_DEBUG=1 for the traceback)", BUG
 
 
 def few(names: Sequence[str], most: int = 3) -> str:

@@ -11,6 +11,7 @@ risk: find the norms that are at risk in float32, float16 or bfloat16 (`risk`).
 engines: engines of TensorRT on disk and opened on a GPU.
 tensorrt: build TensorRT engines (`build_engine`).
 generation: text from an exported decoder (`generate`).
+recipe: export, validate and package the models of a recipe (`ship`).
 report: write reports as HTML and JUnit XML, and compare two results.
 doctor: what this machine can export, build and run (`examine`).
 doctor_records: what it finds. doctor_looks: how it finds it. doctor_registry: what it asks in a process of its own.

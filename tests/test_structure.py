@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runtime.rewriting", "runtime.risk", "runtime.attention"),
     ("runtime.tensorrt",),
     ("runtime.validation", "runtime.generation", "runtime.packaging"),
+    ("runtime.recipe",),
     ("runtime",),
     ("", "cli", "cli.commands", "cli.delivery"),
 )

@@ -6,6 +6,7 @@ Manifests come from other people. Unknown fields are allowed.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -159,13 +160,14 @@ def checked(path: Path, content: Any, fields: type[_Model], remedy: str) -> _Mod
 def field_problems(error: ValidationError) -> str:
     """What is wrong with the fields of an object: "FIELD: expected X, got Y", separated by semicolons."""
     rows = error.errors(include_url=False)
-    texts = [
-        f"{'.'.join(map(str, row['loc'])) or 'the file'}: "
-        + ("missing" if row["type"] == "missing" else f"{_expected(row['msg'])}, got {_shown(row['input'])}")
-        for row in rows[:_PROBLEMS]
-    ]
+    texts = [f"{'.'.join(map(str, row['loc'])) or 'the file'}: {field_problem(row)}" for row in rows[:_PROBLEMS]]
     more = f" and {len(rows) - _PROBLEMS} more" if len(rows) > _PROBLEMS else ""
     return "; ".join(texts) + more
+
+
+def field_problem(row: Mapping[str, Any]) -> str:
+    """What one of pydantic's rows says: "missing", or "expected X, got Y"."""
+    return "missing" if row["type"] == "missing" else f"{_expected(row['msg'])}, got {_shown(row['input'])}"
 
 
 def _expected(message: str) -> str:

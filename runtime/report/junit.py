@@ -1,4 +1,4 @@
-"""Write a validation report as JUnit XML for CI systems (`render`, `write`): a test case per output and part.
+"""Write a validation report as JUnit XML for CI systems (`render`, `write`), and other cases (`document`).
 
 The file conforms to both common schemas, the strict one of Ant's JUnitReport task (github.com/windyroad/JUnit-Schema)
 and junit-10 of Jenkins' xUnit plugin. The first requires that `testsuites` has no attributes, that every suite has
@@ -8,7 +8,7 @@ and junit-10 of Jenkins' xUnit plugin. The first requires that `testsuites` has 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from xml.etree import ElementTree as ET
@@ -21,18 +21,22 @@ _FIGURES = ("max_ulp", "mean_ulp", "p999_ulp", "max_abs", "max_rel_row", "cosine
 _NO_TIME = "1970-01-01T00:00:00+00:00"
 
 
-class _Case(NamedTuple):
+class Case(NamedTuple):
     """One test case.
 
     Attributes:
         name: its name.
         problem: the message and the text of a case that did not pass, else None.
         judged: whether it could be judged: a case that could not is an `error`, not a `failure`.
+        seconds: how long it took.
+        skipped: why it was not run, else None.
     """
 
     name: str
     problem: tuple[str, str] | None
     judged: bool = True
+    seconds: float = 0
+    skipped: str | None = None
 
 
 def render(report: Mapping[str, Any]) -> str:
@@ -54,7 +58,17 @@ def render(report: Mapping[str, Any]) -> str:
     }
     if report["verdict"] != "pass" and not any(case.problem for cases in suites.values() for case in cases):
         reason = report.get("summary") or f"the verdict is: {report['verdict']}"
-        suites["outputs"].append(_Case("verdict", (reason, ""), report["verdict"] == "fail"))
+        suites["outputs"].append(Case("verdict", (reason, ""), report["verdict"] == "fail"))
+    return document(suites, report)
+
+
+def document(suites: Mapping[str, Sequence[Case]], report: Mapping[str, Any]) -> str:
+    """JUnit XML with a suite for each name that has cases.
+
+    Args:
+        suites: the cases.
+        report: what all of them are of: `schema`, `verdict` and, if known, `created`, `warnings` and `settings`.
+    """
     root = ET.Element("testsuites")
     for name, cases in suites.items():
         if cases:
@@ -72,7 +86,7 @@ def write(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     write_text(render(report), path)
 
 
-def _add_suite(root: ET.Element, name: str, cases: list[_Case], report: Mapping[str, Any]) -> None:
+def _add_suite(root: ET.Element, name: str, cases: Sequence[Case], report: Mapping[str, Any]) -> None:
     title = command(report)
     suite = ET.SubElement(
         root,
@@ -86,8 +100,8 @@ def _add_suite(root: ET.Element, name: str, cases: list[_Case], report: Mapping[
             "tests": str(len(cases)),
             "failures": str(sum(case.problem is not None and case.judged for case in cases)),
             "errors": str(sum(not case.judged for case in cases)),
-            "skipped": "0",
-            "time": "0",
+            "skipped": str(sum(case.skipped is not None for case in cases)),
+            "time": _seconds(sum(case.seconds for case in cases)),
         },
     )
     properties = ET.SubElement(suite, "properties")
@@ -95,14 +109,20 @@ def _add_suite(root: ET.Element, name: str, cases: list[_Case], report: Mapping[
         ET.SubElement(properties, "property", {"name": clean(key), "value": clean(value)})
     for case in cases:
         # Jenkins uses the part before the last dot of a class name as the package.
-        attributes = {"classname": f"{title}.{name}", "name": clean(case.name), "time": "0"}
+        attributes = {"classname": f"{title}.{name}", "name": clean(case.name), "time": _seconds(case.seconds)}
         element = ET.SubElement(suite, "testcase", attributes)
         if case.problem is not None:
             message, text = map(clean, case.problem)
             tag, kind = ("failure", "mismatch") if case.judged else ("error", "not judged")
             ET.SubElement(element, tag, {"message": message, "type": kind}).text = text
+        elif case.skipped is not None:
+            ET.SubElement(element, "skipped", {"message": clean(case.skipped)})
     ET.SubElement(suite, "system-out")
     ET.SubElement(suite, "system-err")
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3f}".rstrip("0").rstrip(".")
 
 
 def _properties(report: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -123,23 +143,23 @@ def _timestamp(created: str) -> str:
     return moment.replace(tzinfo=None).isoformat(timespec="seconds")
 
 
-def _output(row: Mapping[str, Any]) -> _Case:
+def _output(row: Mapping[str, Any]) -> Case:
     return _case(f"{row['case']}: {row['name']}", row, _figures(row))
 
 
-def _segment(row: Mapping[str, Any]) -> _Case:
+def _segment(row: Mapping[str, Any]) -> Case:
     return _case(f"{row['index']}: {row['name']}", row, _figures(row))
 
 
-def _norm(row: Mapping[str, Any]) -> _Case:
+def _norm(row: Mapping[str, Any]) -> Case:
     failed = [kind for kind in row.get("inputs") or [] if not kind["passed"]]
     return _case(label(row), row, "\n".join(f"{kind['kind']}: {kind['reason']}\n{_figures(kind)}" for kind in failed))
 
 
-def _case(name: str, row: Mapping[str, Any], details: str) -> _Case:
+def _case(name: str, row: Mapping[str, Any], details: str) -> Case:
     if row["passed"]:
-        return _Case(name, None)
-    return _Case(name, (row["reason"], f"{row['reason']}\n{details}".rstrip()), row["passed"] is not None)
+        return Case(name, None)
+    return Case(name, (row["reason"], f"{row['reason']}\n{details}".rstrip()), row["passed"] is not None)
 
 
 def _figures(row: Mapping[str, Any]) -> str:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from rmsnorm_deploy.runtime.generation.api import Generation, Generator, generate, generate_batch
     from rmsnorm_deploy.runtime.inputs.cases import Case
     from rmsnorm_deploy.runtime.packaging.api import Package, package_model
+    from rmsnorm_deploy.runtime.recipe.ship import Shipment, ship
     from rmsnorm_deploy.runtime.report.compare import compare
     from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
     from rmsnorm_deploy.runtime.risk.report import RiskReport, risk
@@ -61,6 +62,8 @@ _HOME = {
     "rewrite_model": "runtime.rewriting.rewrite_file",
     "package_model": "runtime.packaging.api",
     "Package": "runtime.packaging.api",
+    "ship": "runtime.recipe.ship",
+    "Shipment": "runtime.recipe.ship",
     "use_kernel": "plugins.torch.swap",
     "KernelSwap": "plugins.torch.swap",
     "rms_norm": "plugins.torch.operators",
@@ -106,6 +109,8 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "rewrite_model",
     "package_model",
     "Package",
+    "ship",
+    "Shipment",
     "use_kernel",
     "KernelSwap",
     "rms_norm",

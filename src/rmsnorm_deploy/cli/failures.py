@@ -12,10 +12,10 @@ from typing import Any
 
 import typer
 
-from rmsnorm_deploy.models.errors import RmsnormDeployError
+from rmsnorm_deploy.models.errors import explained
 
 SCHEMA = "rmsnorm_deploy.error/1"
-BUG, INTERRUPTED, TERMINATED, PIPE_CLOSED = 70, 130, 143, 141
+INTERRUPTED, TERMINATED, PIPE_CLOSED = 130, 143, 141
 
 # The parent of all errors about a command line, for which typer has no public name.
 _COMMAND_LINE_ERROR: Any = typer.BadParameter.__base__
@@ -47,31 +47,15 @@ class Failure:
 
 def failure_of(error: BaseException) -> Failure:
     """The message and exit code of an exception."""
-    kind = type(error).__name__
-    if isinstance(error, RmsnormDeployError):
-        return Failure(kind, str(error), error.exit_code)
     if isinstance(error, _COMMAND_LINE_ERROR):
         return Failure("UsageError", _command_line_message(error), 2)
     if isinstance(error, Terminated):
         return Failure("Interrupted", "terminated; no incomplete files were left behind.", TERMINATED)
     if isinstance(error, KeyboardInterrupt):
         return Failure("Interrupted", "interrupted; no incomplete files were left behind.", INTERRUPTED)
-    if isinstance(error, SystemExit):
-        return Failure("UsageError", f"code that this command ran, such as the model's, exited with {error.code!r}.", 2)
     if isinstance(error, BrokenPipeError):
-        return Failure(kind, "", PIPE_CLOSED)
-    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("rmsnorm_deploy"):
-        message = f"the package {error.name} is not installed. List what is missing with: rmsnorm doctor"
-        return Failure("EnvironmentMissingError", message, 4)
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return Failure("UsageError", f"{where}{error.strerror}", 2)
-    if isinstance(error, MemoryError):
-        cause = f" ({error})" if str(error) else ""
-        return Failure("UsageError", f"this needs more memory than there is{cause}. Use smaller files or shapes.", 2)
-    first = " ".join(str(error).split())[:400]
-    message = f"{kind}: {first} (this is a bug; run with RMSNORM_DEBUG=1 for the traceback)"
-    return Failure(kind, message, BUG)
+        return Failure(type(error).__name__, "", PIPE_CLOSED)
+    return Failure(*explained(error))
 
 
 @contextmanager

@@ -164,7 +164,12 @@ def _discard_stdout() -> None:
 
 def file_size(path: Path) -> str:
     """A file's size with its unit, such as `1.2 MB`."""
-    size = float(path.stat().st_size)
+    return size_text(path.stat().st_size)
+
+
+def size_text(count: int) -> str:
+    """A number of bytes with its unit, such as `1.2 MB`."""
+    size = float(count)
     for unit in ("B", "KB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

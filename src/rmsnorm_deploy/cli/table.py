@@ -17,7 +17,9 @@ from rmsnorm_deploy.cli.commands.rewrite import rewrite
 from rmsnorm_deploy.cli.commands.run import run
 from rmsnorm_deploy.cli.commands.targets import targets
 from rmsnorm_deploy.cli.commands.validate import validate
+from rmsnorm_deploy.cli.delivery.init import init
 from rmsnorm_deploy.cli.delivery.package import package
+from rmsnorm_deploy.cli.delivery.ship import ship
 from rmsnorm_deploy.cli.delivery.verify import verify
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -27,6 +29,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "build": build,
     "package": package,
     "verify": verify,
+    "init": init,
+    "ship": ship,
     "validate": validate,
     "bisect": bisect,
     "compare": compare,

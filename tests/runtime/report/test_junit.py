@@ -68,6 +68,22 @@ def test_one_suite_each_and_one_case_for_every_part() -> None:
     assert names[13][1] == "1: model.layers.0.post_attention_layernorm ... model.layers.1.input_layernorm"
 
 
+def test_other_cases_have_times_and_may_be_skipped() -> None:
+    cases = [
+        junit.Case("a", None, seconds=1.25),
+        junit.Case("b", None, skipped="a <failed>"),
+        junit.Case("c", ("no", "no"), judged=False, seconds=2),
+    ]
+    report = {"schema": "rmsnorm_deploy.ship/1", "verdict": "fail"}
+    (suite,) = ET.fromstring(junit.document({"export": cases, "validate": []}, report).encode())
+    assert set(suite.attrib) == _SUITE
+    counts = [suite.get(name) for name in ("name", "tests", "failures", "errors", "skipped", "time")]
+    assert counts == ["rmsnorm ship export", "3", "0", "1", "1", "3.25"]
+    found = [(case.get("name"), case.get("time"), [child.tag for child in case]) for case in suite.iter("testcase")]
+    assert found == [("a", "1.25", []), ("b", "0", ["skipped"]), ("c", "2", ["error"])]
+    assert [skipped.get("message") for skipped in suite.iter("skipped")] == ["a <failed>"]
+
+
 def test_a_pass_has_no_failure() -> None:
     assert list(_root(sample_report()).iter("failure")) == []
 

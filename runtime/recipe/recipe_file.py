@@ -1,0 +1,169 @@
+"""Read a recipe (`read_recipe`): its fields with their types, and every problem in it with its line and column."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ...export.onnx_io.manifest_fields import field_problem
+from ...models.errors import UsageError
+from ...models.regular_files import read_bytes
+from .checks import value_problems
+from .positions import Path as Keys
+from .positions import Position, Positions
+from .recipe import Merged, Problem, Recipe, suggestion
+
+RECIPE = "rmsnorm.toml"
+_LARGEST = 16 << 20
+_PLACE = re.compile(r" \(at line (\d+), column (\d+)\)$")
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Settings(_Fields):
+    """The fields of a model that `[defaults]` may have too; None where the file does not say."""
+
+    source: str | None = None
+    targets: list[str] | None = None
+    dtypes: list[str] | None = None
+    with_past: bool | None = None
+    attention: str | None = None
+    quantize: str | None = None
+    opset: int | None = None
+    inputs: str | None = None
+    validate_: bool | None = Field(default=None, alias="validate")
+    lossy: str | None = None
+    package: list[str] | None = None
+    trust_remote_code: bool | None = None
+
+
+class ModelFields(Settings):
+    """A `[[model]]`."""
+
+    name: str
+
+
+class RecipeFields(_Fields):
+    """A recipe."""
+
+    output: str = "dist"
+    defaults: Settings = Settings()
+    model: list[ModelFields]
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        UsageError: the file cannot be read, or has problems: all of them, one a line, as
+            "FILE:LINE:COLUMN: KEY: expected X, got Y".
+    """
+    if not path.exists():
+        raise UsageError(f"{path}: there is no such file. Write one with: rmsnorm init MODEL -o {path}")
+    content = read_bytes(path, _LARGEST)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        column = error.start - content.rfind(b"\n", 0, error.start)
+        raise UsageError(
+            f"{path}:{line}:{column}: expected UTF-8, got the byte {content[error.start]:#04x}."
+        ) from error
+    return parse_recipe(text, path)
+
+
+def parse_recipe(text: str, path: Path) -> Recipe:
+    """Check the text of a recipe; see `read_recipe`.
+
+    Args:
+        text: the text.
+        path: its file, for messages, and whose folder relative paths are relative to.
+    """
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(_syntax_problem(path, text, error)) from error
+    problems = _field_problems(content)
+    wrong = {problem.path[: 3 if problem.path[0] == "model" else 2] for problem in problems}
+    models = _merged(content)
+    given = content.get("output", RecipeFields.model_fields["output"].default)
+    output = Path(path.parent, Path(given if isinstance(given, str) else "").expanduser()).absolute()
+    problems += value_problems(models, path.parent, output, wrong)
+    if problems:
+        raise UsageError(_listed(path, Positions.of(text), problems))
+    return Recipe(path, output, tuple(model.values for model in models))
+
+
+def _merged(content: Mapping[str, Any]) -> list[Merged]:
+    defaults, models = content.get("defaults", {}), content.get("model", [])
+    defaults = defaults if isinstance(defaults, dict) else {}
+    found = []
+    for number, model in enumerate(models if isinstance(models, list) else []):
+        if isinstance(model, dict):
+            header = ("model", number)
+            places: dict[str, Keys] = {key: ("defaults", key) for key in defaults}
+            places |= {key: (*header, key) for key in model}
+            found.append(Merged({**defaults, **model}, places, header))
+    return found
+
+
+def _field_problems(content: Mapping[str, Any]) -> list[Problem]:
+    """Unknown keys, missing keys and wrong types."""
+    try:
+        RecipeFields.model_validate(content)
+    except ValidationError as error:
+        return [_problem(row) for row in error.errors(include_url=False)]
+    return [] if content["model"] else [Problem(("model",), "expected at least one [[model]], got none")]
+
+
+def _problem(row: Mapping[str, Any]) -> Problem:
+    path: Keys = tuple(row["loc"])
+    if row["type"] == "extra_forbidden":
+        fields = _fields_of(path[:-1])
+        return Problem(path, f"unknown key; expected one of {', '.join(fields)}{suggestion(str(path[-1]), fields)}")
+    if row["type"] == "missing":
+        what = "at least one [[model]]" if path == ("model",) else "a value"
+        return Problem(path, f"expected {what}, got none")
+    if row["type"] in ("model_type", "model_attributes_type"):
+        row = {**row, "msg": "Input should be a table"}
+    return Problem(path, field_problem(row))
+
+
+def _fields_of(table: Keys) -> list[str]:
+    """The names of the fields of a table, as the file has them."""
+    kinds: dict[int, type[BaseModel]] = {0: RecipeFields, 1: Settings, 2: ModelFields}
+    fields = kinds[len(table)].model_fields
+    return sorted(field.alias or name for name, field in fields.items())
+
+
+def _listed(path: Path, positions: Positions, problems: Iterable[Problem]) -> str:
+    rows: dict[tuple[Position, str], None] = {}
+    for problem in problems:
+        shown = _shown_key(problem.path)
+        rows[positions.at(problem.path), f"{shown}: {problem.text}"] = None
+    lines = [f"{path}:{place.line}:{place.column}: {text}" for place, text in sorted(rows)]
+    return "\n".join(line if line.endswith((".", "?")) else f"{line}." for line in lines)
+
+
+def _shown_key(path: Keys) -> str:
+    """The key as the file has it: the last name, with the number of an element of an array."""
+    names = [part for part in path if isinstance(part, str)]
+    number = path[-1] if isinstance(path[-1], int) else None
+    if number is None:
+        return names[-1]
+    return f"[[{names[-1]}]] {number + 1}" if len(path) == 2 else f"{names[-1]}[{number}]"
+
+
+def _syntax_problem(path: Path, text: str, error: tomllib.TOMLDecodeError) -> str:
+    message = str(error)
+    place = _PLACE.search(message)
+    line, column = (int(place[1]), int(place[2])) if place else (text.count("\n") + 1, len(text) - text.rfind("\n"))
+    reason = _PLACE.sub("", message).removesuffix(" (at end of document)")
+    return f"{path}:{line}:{column}: expected TOML, got: {reason[:1].lower()}{reason[1:]}."

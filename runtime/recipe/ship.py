@@ -1,0 +1,146 @@
+"""Ship the models of a recipe (`ship`): every row that is not as it was, one after the other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ...export.onnx_io.destinations import check_new_file
+from ...export.onnx_io.owned_files import is_own_report
+from ...models.errors import UsageError
+from .recipe import Recipe, suggestion
+from .recipe_file import RECIPE, read_recipe
+from .row_record import examine, read_record, steps_of
+from .rows import Row, rows_of
+from .ship_row import Progress, ship_row, worst
+from .summary import JUNIT, SCHEMA, SUMMARY, write_summary
+
+
+@dataclass(frozen=True, slots=True)
+class Shipment:
+    """What became of the rows of a recipe.
+
+    Attributes:
+        recipe: its file.
+        output: the folder of the results.
+        rows: the result of each row, see `ship_row`.
+        created: when it was made, in UTC.
+    """
+
+    recipe: Path
+    output: Path
+    rows: list[dict[str, Any]]
+    created: str
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of the worst row: 0 if all of them are done."""
+        return worst([row["exit_code"] for row in self.rows])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `summary.json`."""
+        complete = all(step["status"] != "not run" for row in self.rows for step in row["steps"])
+        return {
+            "schema": SCHEMA,
+            "verdict": "pass" if self.exit_code == 0 and complete else "fail",
+            "exit_code": self.exit_code,
+            "created": self.created,
+            "recipe": str(self.recipe),
+            "output": str(self.output),
+            "rows": self.rows,
+        }
+
+
+def ship(
+    recipe: str | os.PathLike[str] = RECIPE,
+    *,
+    only: Sequence[str] = (),
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Shipment:
+    """Export, validate and package every row of a recipe, and write `summary.json` and `junit.xml`.
+
+    A row that is as it was is skipped, and one that was interrupted goes on where it stopped. The error of a row is in
+    its result; it does not stop the others.
+
+    Args:
+        recipe: the file.
+        only: names of rows or models; all rows when empty.
+        force: do all of them again.
+        progress: called with a line of text at each step.
+
+    Raises:
+        UsageError: the recipe has problems, a name is not in it, or the summary cannot be written.
+    """
+    read = read_recipe(Path(recipe))
+    rows = chosen(rows_of(read), only)
+    _check_output(read)
+    done: list[dict[str, Any]] = []
+    try:
+        for row in rows:
+            done.append(ship_row(row, force=force, progress=progress))
+    except KeyboardInterrupt:
+        write_summary(_shipment(read, [*done, *map(_not_run, rows[len(done) :])]).to_dict(), read.output)
+        raise
+    shipment = _shipment(read, done)
+    write_summary(shipment.to_dict(), read.output)
+    return shipment
+
+
+def plan(recipe: str | os.PathLike[str], *, only: Sequence[str] = (), force: bool = False) -> list[dict[str, Any]]:
+    """What `ship` would do: for each row its name, the steps that remain, and why. Nothing is written.
+
+    Raises:
+        UsageError: as `ship`.
+    """
+    found = []
+    for row in chosen(rows_of(read_recipe(Path(recipe))), only):
+        state = examine(row, force=force)
+        found.append({"row": row["row"], "folder": row["folder"], "steps": state.steps, "reason": state.reason})
+    return found
+
+
+def chosen(rows: list[Row], only: Sequence[str]) -> list[Row]:
+    """The rows of some names.
+
+    Raises:
+        UsageError: a name is neither that of a row nor that of a model.
+    """
+    known = list(dict.fromkeys(name for row in rows for name in (row["row"], row["model"])))
+    for name in only:
+        if name not in known:
+            raise UsageError(f"only: expected one of {', '.join(known)}, got {name!r}{suggestion(name, known) or '.'}")
+    return [row for row in rows if not only or {row["row"], row["model"]} & set(only)]
+
+
+def _check_output(recipe: Recipe) -> None:
+    """Create the folder of the results, and check before slow work that the summary can be written there."""
+    try:
+        recipe.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{recipe.output}: cannot be created: {error.strerror or error}.") from error
+    for name in (SUMMARY, JUNIT):
+        check_new_file(recipe.output / name, is_own_report)
+
+
+def _shipment(recipe: Recipe, rows: list[dict[str, Any]]) -> Shipment:
+    return Shipment(recipe.path, recipe.output, rows, datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def _not_run(row: Row) -> dict[str, Any]:
+    """The result of a row that an interrupt kept from ending: what its record says is done, and what is not run."""
+    record = read_record(Path(row["folder"]))
+    done = record.steps if record is not None and record.key == row["key"] else {}
+    steps = [
+        {"step": name, "status": "done", "seconds": done[name].seconds, "result": done[name].result, "error": None}
+        if name in done
+        else {"step": name, "status": "not run", "seconds": 0.0, "result": None, "error": None}
+        for name in steps_of(row)
+    ]
+    same = {name: row[name] for name in ("row", "model", "folder", "target", "dtype")}
+    rest = {"exit_code": 0, "seconds": 0.0, "bytes": 0, "notes": [], "steps": steps}
+    return {**same, "status": "not run", "reason": "", **rest}

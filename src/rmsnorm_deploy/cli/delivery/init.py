@@ -1,0 +1,35 @@
+"""`rmsnorm init`: write a first recipe for a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rmsnorm_deploy.cli import options
+from rmsnorm_deploy.cli.screen import Screen
+
+SCHEMA = "rmsnorm_deploy.init/1"
+
+
+def init(
+    model: options.Model,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="The recipe, which must not exist.")
+    ] = Path("rmsnorm.toml"),
+    quiet: options.Quiet = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write a recipe for one model, which `rmsnorm ship` exports, validates and packages."""
+    from rmsnorm_deploy.export.onnx_io.atomic_files import new_file
+    from rmsnorm_deploy.export.onnx_io.destinations import check_new_file
+    from rmsnorm_deploy.runtime.recipe.first_recipe import first_recipe
+
+    screen = Screen(as_json, quiet)
+    check_new_file(output)
+    text = first_recipe(model, output)
+    with new_file(output) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+    payload = {"schema": SCHEMA, "recipe": str(output), "model": model}
+    screen.result(payload, lambda: screen.line(f"{output}: a recipe for {model}. Ship it with: rmsnorm ship {output}"))

@@ -1,0 +1,248 @@
+"""`rmsnorm ship` and `rmsnorm init`: rows that are new, unchanged, interrupted, changed, damaged and wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rmsnorm_deploy import verify_folder
+from rmsnorm_deploy.runtime.recipe import ship_row
+from tests.helpers.interface.command_line import CommandLine
+from tests.helpers.models.families import build
+
+_MODELS = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(12, 32)
+        self.norm = nn.RMSNorm(32, eps=1e-6)
+        self.head = nn.Linear(32, 16, bias=False)
+
+    def forward(self, input_ids):
+        return self.head(self.norm(self.embed(input_ids)))
+
+
+def net():
+    return Net()
+
+
+def broken():
+    raise RuntimeError("no <luck> & no \\x1b model")
+
+
+def quitting():
+    raise SystemExit(3)
+"""
+_RECIPE = """
+[defaults]
+targets = ["ort"]
+validate = false
+
+[[model]]
+name = "first"
+source = "models.py:net"
+
+[[model]]
+name = "second"
+source = "models.py:net"
+package = ["triton"]
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "models.py").write_text(_MODELS)
+    path = tmp_path / "rmsnorm.toml"
+    path.write_text(_RECIPE)
+    return path
+
+
+def _words(summary: dict[str, Any]) -> dict[str, list[str]]:
+    return {row["row"]: [step["status"] for step in row["steps"]] for row in summary["rows"]}
+
+
+def _row(output: Path, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((output / name / "row.json").read_text())
+    return content
+
+
+def test_what_has_not_changed_is_not_done_again(rmsnorm: CommandLine, recipe: Path) -> None:
+    output = recipe.parent / "dist"
+    outcome = rmsnorm("ship", recipe, "--dry-run")
+    assert (outcome.code, output.exists()) == (0, False)
+    assert outcome.out == "first: export (new)\nsecond: export, package:triton (new)\n"
+    first = rmsnorm("ship", recipe, "--json")
+    assert first.code == 0
+    assert _words(first.json) == {"first": ["done"], "second": ["done", "done"]}
+    assert json.loads((output / "summary.json").read_text()) == first.json
+    assert (output / "second" / "triton" / "second" / "config.pbtxt").is_file()
+
+    written = (output / "first" / "model" / "model.onnx").stat().st_mtime_ns
+    again = rmsnorm("ship", recipe)
+    assert again.code == 0
+    assert [line.split()[:4] for line in again.out.splitlines()[1:3]] == [
+        ["first", "unchanged", "-", "-"], ["second", "unchanged", "-", "unchanged"],
+    ]  # fmt: skip
+    assert again.out.splitlines()[-1] == f"verdict: pass (2 unchanged); {output}"
+    assert (output / "first" / "model" / "model.onnx").stat().st_mtime_ns == written
+
+    # A step that is not done goes on there; an option, the source's code and a damaged file do the row again.
+    record = _row(output, "second")
+    del record["steps"]["package:triton"]
+    (output / "second" / "row.json").write_text(json.dumps(record))
+    assert rmsnorm("ship", recipe, "--dry-run").out == "first: unchanged\nsecond: package:triton (continued)\n"
+    assert _words(rmsnorm("ship", recipe, "--json").json) == {"first": ["unchanged"], "second": ["unchanged", "done"]}
+
+    recipe.write_text(_RECIPE.replace('package = ["triton"]', 'package = ["triton"]\nquantize = "int8"'))
+    outcome = rmsnorm("ship", recipe, "--dry-run")
+    assert outcome.out == "first: unchanged\nsecond: export, package:triton (changed: quantize)\n"
+    recipe.write_text(_RECIPE)
+
+    model = output / "first" / "model" / "model.onnx"
+    content = bytearray(model.read_bytes())
+    content[-1] ^= 1
+    model.write_bytes(content)
+    outcome = rmsnorm("ship", recipe, "--only", "first", "--json")
+    assert _words(outcome.json) == {"first": ["done"]}
+    assert "model was changed since it was written; it was kept as model.changed-1" in outcome.err + outcome.out
+    assert (model.parent.with_name("model.changed-1") / "model.onnx").read_bytes() == content
+    assert [file.problem for file in verify_folder(model.parent) if file.problem] == []
+
+    with (recipe.parent / "models.py").open("a") as file:
+        file.write("# another\n")
+    outcome = rmsnorm("ship", recipe, "--dry-run", "--json")
+    assert [row["reason"] for row in outcome.json["rows"]] == ["changed: source", "changed: source"]
+    assert [row["steps"] for row in outcome.json["rows"]] == [["export"], ["export", "package:triton"]]
+
+
+def test_a_row_that_fails_does_not_stop_the_others(rmsnorm: CommandLine, recipe: Path) -> None:
+    broken = '[[model]]\nname = "broken"\nsource = "models.py:broken"\nvalidate = true\npackage = ["triton"]\n'
+    quitting = '[[model]]\nname = "quitting"\nsource = "models.py:quitting"\n'
+    recipe.write_text(broken + quitting + _RECIPE.replace('package = ["triton"]', 'dtypes = ["fp32", "fp16"]'))
+    outcome = rmsnorm("ship", recipe, "--only", "broken", "--only", "quitting", "--only", "second-float16")
+    assert outcome.code == 2
+    assert "broken: export: " in outcome.out
+    assert outcome.out.splitlines()[-1].startswith("verdict: fail (1 done, 2 failed); ")
+    summary = json.loads((recipe.parent / "dist" / "summary.json").read_text())
+    assert _words(summary) == {
+        "broken": ["failed", "not run", "not run"], "quitting": ["failed"], "second-float16": ["done"],
+    }  # fmt: skip
+    from xml.etree import ElementTree as ET
+
+    root = ET.parse(recipe.parent / "dist" / "junit.xml").getroot()
+    suites = {suite.get("name"): suite for suite in root}
+    assert [case.get("name") for case in suites["rmsnorm ship export"].iter("testcase")] == [
+        "broken",
+        "quitting",
+        "second-float16",
+    ]
+    (error,) = suites["rmsnorm ship export"].findall("testcase[@name='broken']/error")
+    assert "no <luck> & no \ufffd model" in (error.get("message") or "")
+    assert suites["rmsnorm ship package"].get("skipped") == "1"
+    # What failed is tried again.
+    assert "broken: export, validate, package:triton (continued)" in rmsnorm("ship", recipe, "--dry-run").out
+
+
+def test_an_interrupted_run_keeps_what_is_done(
+    rmsnorm: CommandLine, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    steps = ship_row._STEPS
+    monkeypatch.setattr(ship_row, "_STEPS", {**steps, "package": interrupted})
+    outcome = rmsnorm("ship", recipe)
+    assert outcome.code == 130
+    summary = json.loads((recipe.parent / "dist" / "summary.json").read_text())
+    assert (summary["verdict"], _words(summary)) == ("fail", {"first": ["done"], "second": ["done", "not run"]})
+    monkeypatch.setattr(ship_row, "_STEPS", steps)
+    assert _words(rmsnorm("ship", recipe, "--json").json) == {"first": ["unchanged"], "second": ["unchanged", "done"]}
+    assert list(recipe.parent.rglob(".*")) == []
+
+
+def test_a_validated_row_brings_its_report(rmsnorm: CommandLine, recipe: Path) -> None:
+    recipe.write_text(_RECIPE.replace("validate = false", "validate = true"))
+    outcome = rmsnorm("ship", recipe, "--only", "second", "--json")
+    assert _words(outcome.json) == {"second": ["done", "done", "done"]}
+    place = recipe.parent / "dist" / "second"
+    assert json.loads((place / "triton" / "report.json").read_text())["verdict"] == "pass"
+    assert (place / "report.html").is_file()
+    (place / "report.json").unlink()
+    outcome = rmsnorm("ship", recipe, "--only", "second", "--dry-run")
+    assert outcome.out == "second: validate, package:triton (report.json is missing)\n"
+
+
+def test_what_we_did_not_write_stays(rmsnorm: CommandLine, recipe: Path) -> None:
+    output = recipe.parent / "dist"
+    (output / "first" / "model").mkdir(parents=True)
+    (output / "first" / "model" / "mine.txt").write_text("mine")
+    (output / "second").mkdir()
+    (output / "second" / "row.json").write_text("mine")
+    outcome = rmsnorm("ship", recipe, "--force")
+    assert outcome.code == 2
+    assert "first: export: " in outcome.out
+    assert "holds files that no export wrote" in outcome.out
+    assert "row.json exists and rmsnorm did not write it" in outcome.out
+    assert (
+        (output / "first" / "model" / "mine.txt").read_text() == (output / "second" / "row.json").read_text() == "mine"
+    )
+    (output / "summary.json").unlink()
+    (output / "summary.json").write_text("mine")
+    outcome = rmsnorm("ship", recipe)
+    assert (outcome.code, (output / "summary.json").read_text()) == (2, "mine")
+    assert "summary.json exists and rmsnorm did not write it" in outcome.err
+
+
+def test_wrong_recipes_and_names(rmsnorm: CommandLine, recipe: Path) -> None:
+    outcome = rmsnorm("ship", recipe, "--only", "frist")
+    assert outcome.code == 2
+    assert "only: expected one of first, second, got 'frist'. Did you mean 'first'?" in outcome.err
+    recipe.write_text(_RECIPE + "opst = 23\n")
+    outcome = rmsnorm("ship", recipe)
+    assert (outcome.code, (recipe.parent / "dist").exists()) == (2, False)
+    assert f"error: {recipe}:14:1: opst: unknown key; " in outcome.err
+
+
+def test_a_first_recipe_of_a_checkpoint_ships(
+    rmsnorm: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    build("llama", num_hidden_layers=1).save_pretrained(tmp_path / "tiny llama")
+    path = tmp_path / "recipes" / "rmsnorm.toml"
+    path.parent.mkdir()
+    assert rmsnorm("init", "tiny llama", "-o", path).code == 0
+    text = path.read_text()
+    for line in ('name = "tiny-llama"', 'source = "../tiny llama"', 'package = ["genai"]  #', "with_past = true  #"):
+        assert f"\n{line}" in text
+    outcome = rmsnorm("init", "builtin:small", "-o", path)
+    assert (outcome.code, path.read_text()) == (2, text)
+    path.write_text(text.replace("# validate = true", "validate = false  #"))
+    outcome = rmsnorm("ship", path, "--json")
+    assert _words(outcome.json) == {"tiny-llama": ["done", "done"]}
+    config = json.loads((path.parent / "dist" / "tiny-llama" / "genai" / "genai_config.json").read_text())
+    assert config["model"]["type"] == "decoder"
+
+
+@pytest.mark.parametrize("model", ["builtin:small", "owner/model-1B", "package.module:factory", "models.py:net"])
+def test_a_first_recipe_of_other_sources(
+    rmsnorm: CommandLine, recipe: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    outcome = rmsnorm("init", model, "-o", "new.toml")
+    assert outcome.code == 0
+    (row,) = rmsnorm("ship", "new.toml", "--dry-run", "--json").json["rows"]
+    assert row["steps"] == ["export", "validate"]
+
+
+def test_a_first_recipe_needs_a_model(rmsnorm: CommandLine, tmp_path: Path) -> None:
+    outcome = rmsnorm("init", "./nosuch", "-o", tmp_path / "new.toml")
+    assert (outcome.code, list(tmp_path.iterdir())) == (2, [])
+    assert "MODEL: expected an existing folder or file.py:factory, or a hub name" in outcome.err

@@ -1,0 +1,205 @@
+"""Recipes: what is read, and every mistake with its line, column, key and reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rmsnorm_deploy.models.errors import UsageError
+from rmsnorm_deploy.runtime.recipe.recipe_file import parse_recipe, read_recipe
+
+_HUB = '[[model]]\nname = "a"\nsource = "owner/name"\n'
+_MODEL = '[[model]]\nname = "a"\nsource = "builtin:small"\n'
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "models.py").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "inputs.npz").write_bytes(b"")
+    return tmp_path / "rmsnorm.toml"
+
+
+# Each text, and the beginning of the message after the file's name.
+_MISTAKES = {
+    "no value": ("output = \n", "1:10: expected TOML, got: invalid value."),
+    "no end": ('output = "', "1:11: expected TOML, got: unterminated string."),
+    "twice": ("output = 'a'\noutput = 'b'\n", "2:13: expected TOML, got: cannot overwrite a value."),
+    "empty": ("", "1:1: model: expected at least one [[model]], got none."),
+    "no models": ("model = []\n", "1:1: model: expected at least one [[model]], got none."),
+    "one table": ('[model]\nname = "a"\n', "1:1: model: expected a valid list, got {'name': 'a'}."),
+    "numbers": ("model = [1]\n", "1:10: [[model]] 1: expected a table, got 1."),
+    "unknown key": (_MODEL + "with_pst = true\n", "4:1: with_pst: unknown key; expected one of attention, dtypes,"),
+    "nearest key": (_MODEL + "targts = ['ort']\n", "Did you mean 'targets'?"),
+    "unknown table": (_MODEL + "[default]\n", "4:1: default: unknown key; expected one of defaults, model, output."),
+    "name in defaults": ("[defaults]\nname = 'b'\n" + _MODEL, "2:1: name: unknown key; expected one of attention,"),
+    "no name": ('[[model]]\nsource = "builtin:small"\n', "1:1: name: expected a value, got none."),
+    "no source": ('[[model]]\nname = "a"\n', "1:1: source: expected a model, as MODEL of rmsnorm export, got none."),
+    "a text for a flag": (_MODEL + 'with_past = "yes"\n', "4:1: with_past: expected a valid boolean, got 'yes'."),
+    "a text for a list": (_MODEL + 'targets = "ort"\n', "4:1: targets: expected a valid list, got 'ort'."),
+    "a number in a list": (
+        _MODEL + "dtypes = [\n  'fp16',\n  16]\n",
+        "6:3: dtypes[1]: expected a valid string, got 16.",
+    ),
+    "a flag for a number": (_MODEL + "opset = true\n", "4:1: opset: expected a valid integer, got True."),
+    "type in defaults": ("[defaults]\nopset = '23'\n" + _MODEL, "2:1: opset: expected a valid integer, got '23'."),
+    "bad name": (
+        '[[model]]\nname = "a/b"\nsource = "builtin:small"\n',
+        "2:1: name: expected letters, digits, '.', '-'",
+    ),
+    "two of a name": (
+        _MODEL + _MODEL.replace('"a"', '"A"'),
+        "5:1: name: expected another name, got 'A', which is the name",
+    ),
+    "two rows of a name": (
+        _MODEL + "targets = ['ort', 'standard']\n" + _MODEL.replace('"a"', '"a-ort"'),
+        "6:1: name: expected another name, got 'a-ort', which is the name of [[model]] 1 or of one of its rows",
+    ),
+    "name of the summary": (
+        _MODEL.replace('"a"', '"summary.json"'),
+        "2:1: name: expected another name, got 'summary.json'",
+    ),
+    "unknown target": (
+        _MODEL + "targets = ['ort', 'nosuch']\n",
+        "4:19: targets[1]: expected one of primitives, standard,",
+    ),
+    "runtime as target": (_MODEL + "targets = ['tensorrt']\n", "See: rmsnorm targets"),
+    "no targets": (_MODEL + "targets = []\n", "4:1: targets: expected at least one, got none; omit the key"),
+    "unknown dtype": (_MODEL + "dtypes = ['int8']\n", "4:11: dtypes[0]: expected one of float32, float16, bfloat16,"),
+    "a dtype twice": (
+        _MODEL + "dtypes = ['fp16', 'half']\n",
+        "4:1: dtypes: expected each at most once, got 'float16' 2 times.",
+    ),
+    "unknown server": (
+        _MODEL + "package = ['vllm']\n",
+        "4:12: package[0]: expected one of genai, triton, trtexec, got 'vllm'.",
+    ),
+    "unknown attention": (
+        _MODEL + "attention = 'flash'\n",
+        "4:1: attention: expected one of node, decomposed, in-place, got",
+    ),
+    "unknown bits": (_MODEL + "quantize = 'int2'\n", "4:1: quantize: expected one of int4, int8, got 'int2'."),
+    "unknown profile": (
+        _MODEL + "lossy = 'in8'\n",
+        "4:1: lossy: expected one of int8, int4, fp16, bf16, got 'in8'. Did you mean 'int8'?",
+    ),
+    "opset too high": (
+        _MODEL + "opset = 99\n",
+        "4:1: opset: expected 18 to 23, got 99. Omit opset, or use another target.",
+    ),
+    "opset too low": (
+        _MODEL + "opset = 18\ntargets = ['standard']\n",
+        "4:1: opset: target 'standard' requires opset 23, got opset 18.",
+    ),
+    "no such builtin": (
+        '[[model]]\nname = "a"\nsource = "builtin:smal"\n',
+        "3:1: source: expected one of builtin:addition, builtin:small",
+    ),
+    "a builtin with a cache": (
+        _MODEL + "with_past = true\n",
+        "4:1: with_past: expected a decoder of transformers, got",
+    ),
+    "results in the source": (
+        "output = '.'\n[[model]]\nname = 'folder'\nsource = './folder'\n",
+        "4:1: source: expected a folder without the results, got './folder', which holds",
+    ),
+    "no such folder": (
+        '[[model]]\nname = "a"\nsource = "./nosuch"\n',
+        "3:1: source: expected an existing folder or file.py:factory",
+    ),
+    "no such module file": (
+        '[[model]]\nname = "a"\nsource = "nosuch.py:net"\n',
+        "3:1: source: expected an existing folder or file.py",
+    ),
+    "a file as a source": (
+        '[[model]]\nname = "a"\nsource = "models.py"\n',
+        "3:1: source: expected an existing folder or file.py:factory",
+    ),
+    "no such inputs": (_MODEL + "inputs = 'no.npz'\n", "4:1: inputs: expected a file, got none at"),
+    "inputs of another kind": (
+        _MODEL + "inputs = 'models.py'\n",
+        "4:1: inputs: expected a file .npz or .safetensors, got",
+    ),
+    "genai without a cache": (
+        _MODEL + "package = ['genai']\n",
+        "4:1: package: genai runs decoders with a cache: expected with_past",
+    ),
+    "trtexec for ort": (
+        _MODEL + "targets = ['ort']\npackage = ['trtexec']\n",
+        "5:1: package: trtexec parses the targets standard,",
+    ),
+    "quantized for trtexec": (
+        _MODEL + "quantize = 'int4'\npackage = ['trtexec']\n",
+        "5:1: package: trtexec does not run quantize = 'int4'",
+    ),
+    "quantized plugin": (
+        _MODEL + "targets = ['plugin']\nquantize = 'int4'\n",
+        "5:1: quantize: int4 weights are read by com.microsoft",
+    ),
+    "quantized bfloat16": (
+        _MODEL + "dtypes = ['bf16']\nquantize = 'int4'\n",
+        "5:1: quantize: ONNX Runtime's CPU provider has no",
+    ),
+    "in-place elsewhere": (
+        _HUB + "attention = 'in-place'\nwith_past = true\ntargets = ['standard']\n",
+        "4:1: attention: in-place is for target ort",
+    ),
+    "in-place without a cache": (
+        _MODEL + "attention = 'in-place'\ntargets = ['ort']\n",
+        "4:1: attention: in-place writes the KV cache in place",
+    ),
+    "in defaults": ("[defaults]\npackage = ['genai']\n" + _MODEL, "2:1: package: genai runs decoders with a cache"),
+}
+
+
+@pytest.mark.parametrize("mistake", _MISTAKES)
+def test_a_mistake_has_its_place_and_reason(mistake: str, path: Path) -> None:
+    text, expected = _MISTAKES[mistake]
+    with pytest.raises(UsageError) as caught:
+        parse_recipe(text, path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:")
+    assert expected in message
+    assert len(message.splitlines()) == 1
+    assert "--" not in message
+
+
+def test_all_problems_are_listed_in_the_order_of_the_file(path: Path) -> None:
+    second = _MODEL.replace('"a"', '"b"')
+    first = f"{_MODEL.replace('builtin:small', './nosuch')}with_pst = true\n"
+    text = f"{first}{second}opset = 1.5\n[[model]]\nname = 'c'\ntargets = ['x', 'y']\n"
+    with pytest.raises(UsageError) as caught:
+        parse_recipe(text, path)
+    lines = [line.removeprefix(f"{path}:").split(": ")[:2] for line in str(caught.value).splitlines()]
+    assert lines == [
+        ["3:1", "source"],
+        ["4:1", "with_pst"],
+        ["8:1", "opset"],
+        ["9:1", "source"],
+        ["11:12", "targets[0]"],
+        ["11:17", "targets[1]"],
+    ]
+
+
+def test_fields_come_from_the_model_and_else_from_the_defaults(path: Path) -> None:
+    text = "output = 'out'\n[defaults]\ntargets = ['ort']\nopset = 23\nwith_past = true\n"
+    text += '[[model]]\nname = "a"\nsource = "models.py:net"\nwith_past = false\ninputs = "inputs.npz"\n'
+    path.write_text(text + '[[model]]\nname = "b"\nsource = "owner/b"\n')
+    recipe = read_recipe(path)
+    assert recipe.output == path.parent / "out"
+    shared = {"targets": ["ort"], "opset": 23}
+    assert recipe.models == (
+        {"name": "a", "source": "models.py:net", "with_past": False, "inputs": "inputs.npz", **shared},
+        {"name": "b", "source": "owner/b", "with_past": True, **shared},
+    )
+
+
+def test_files_that_cannot_be_read(path: Path) -> None:
+    with pytest.raises(UsageError, match=r"there is no such file\. Write one with: rmsnorm init MODEL -o"):
+        read_recipe(path)
+    path.write_bytes(b"a = 1\nb = '\xff'")
+    with pytest.raises(UsageError, match=r"rmsnorm.toml:2:6: expected UTF-8, got the byte 0xff"):
+        read_recipe(path)
+    with pytest.raises(UsageError, match="expected a regular file, got a folder"):
+        read_recipe(path.parent)

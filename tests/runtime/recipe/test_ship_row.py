@@ -1,0 +1,110 @@
+"""One row: its steps, its errors and the worst of them, with stand-ins for the steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rmsnorm_deploy.models.errors import EnvironmentMissingError, MismatchError, UnsupportedError
+from rmsnorm_deploy.runtime.recipe import ship_row as module
+from rmsnorm_deploy.runtime.recipe.recipe_file import parse_recipe
+from rmsnorm_deploy.runtime.recipe.rows import rows_of
+from rmsnorm_deploy.runtime.recipe.ship_row import ship_row, worst
+from rmsnorm_deploy.runtime.recipe.summary import junit
+
+
+@pytest.fixture
+def row(tmp_path: Path) -> dict[str, Any]:
+    text = '[[model]]\nname = "a"\nsource = "owner/name"\nwith_past = true\npackage = ["genai", "triton"]\n'
+    return rows_of(parse_recipe(text, tmp_path / "rmsnorm.toml"))[0]
+
+
+def _steps(monkeypatch: pytest.MonkeyPatch, **errors: BaseException) -> list[str]:
+    """Stand-ins for the steps, of which some raise an error; the names of those that ran."""
+    ran: list[str] = []
+
+    def of(kind: str) -> Any:
+        def step(row: Any, server: str, progress: Any) -> dict[str, Any]:
+            ran.append(server or kind)
+            if (server or kind) in errors:
+                raise errors[server or kind]
+            return {"bytes": 3, "notes": ["a note"]}
+
+        return step
+
+    monkeypatch.setattr(module, "_STEPS", {kind: of(kind) for kind in ("export", "validate", "package")})
+    return ran
+
+
+def test_the_steps_of_a_row(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = _steps(monkeypatch)
+    result = ship_row(row)
+    assert ran == ["export", "validate", "genai", "triton"]
+    assert (result["status"], result["reason"], result["exit_code"], result["bytes"]) == ("done", "new", 0, 12)
+    assert result["notes"] == ["a note"]
+    record = json.loads((Path(row["folder"]) / "row.json").read_text())
+    assert next(iter(record)) == "schema"
+    assert (record["schema"], record["key"], list(record["steps"])) == (
+        "rmsnorm_deploy.row/1", row["key"], ["export", "validate", "package:genai", "package:triton"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("errors", "ran", "code"),
+    [
+        ({"export": UnsupportedError("x")}, ["export"], 3),
+        ({"export": SystemExit(3)}, ["export"], 2),
+        ({"export": KeyError("x")}, ["export"], 70),
+        ({"export": ModuleNotFoundError("no", name="transformers")}, ["export"], 4),
+        ({"validate": MismatchError("x")}, ["export", "validate"], 1),
+        ({"genai": UnsupportedError("x")}, ["export", "validate", "genai", "triton"], 3),
+        (
+            {"genai": UnsupportedError("x"), "triton": EnvironmentMissingError("y")},
+            ["export", "validate", "genai", "triton"],
+            4,
+        ),
+    ],
+)
+def test_an_error_ends_the_row_but_not_the_other_packages(
+    errors: dict[str, BaseException], ran: list[str], code: int, row: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _steps(monkeypatch, **errors) == []
+    seen = _steps(monkeypatch, **errors)
+    result = ship_row(row)
+    assert seen == ran
+    assert (result["status"], result["exit_code"]) == ("failed", code)
+    statuses = {step["step"].removeprefix("package:"): step["status"] for step in result["steps"]}
+    assert {name for name, status in statuses.items() if status == "failed"} == set(errors)
+    assert {name for name, status in statuses.items() if status == "not run"} == set(statuses) - set(ran)
+    text = junit({"schema": "rmsnorm_deploy.ship/1", "verdict": "fail", "rows": [result]})
+    assert text.count("<failure") == sum(isinstance(error, MismatchError) for error in errors.values())
+    assert text.count("<failure") + text.count("<error") == len(errors)
+    assert text.count("<skipped") == 4 - len(ran)
+
+
+def test_a_record_that_is_not_one_is_replaced_only_if_it_is_ours(
+    row: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _steps(monkeypatch)
+    file = Path(row["folder"]) / "row.json"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"schema": "rmsnorm_deploy.row/1", "steps": 3}')
+    assert ship_row(row)["status"] == "done"
+    file.write_text("{}")
+    result = ship_row(row)
+    assert (result["exit_code"], file.read_text()) == (2, "{}")
+    assert "rmsnorm did not write it" in result["steps"][0]["error"]["message"]
+
+
+def test_the_worst_exit_code() -> None:
+    assert [worst([]), worst([0, 3]), worst([3, 4]), worst([4, 2]), worst([2, 1]), worst([1, 70])] == [
+        0,
+        3,
+        4,
+        2,
+        1,
+        70,
+    ]
