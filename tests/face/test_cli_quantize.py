@@ -8,33 +8,13 @@ import numpy as np
 import pytest
 
 from tests.helpers.interface.command_line import CommandLine
-
-_MODEL = """
-import torch
-from torch import nn
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(12, 32)
-        self.norm = nn.RMSNorm(32, eps=1e-6)
-        self.head = nn.Linear(32, 64, bias=False)
-
-    def forward(self, input_ids):
-        return self.head(self.norm(self.embed(input_ids)))
-
-
-def net():
-    return Net()
-"""
+from tests.helpers.models.factory_file import SMALL_MODEL
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("models") / "quantized_models.py"
-    path.write_text(_MODEL)
+    path.write_text(SMALL_MODEL)
     return f"{path}:net"
 
 

@@ -11,28 +11,12 @@ import pytest
 from rmsnorm_deploy import verify_folder
 from rmsnorm_deploy.runtime.recipe import ship_row
 from tests.helpers.interface.command_line import CommandLine
+from tests.helpers.models.factory_file import SMALL_MODEL
 from tests.helpers.models.families import build
 
-_MODELS = """
-import torch
-from torch import nn
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(12, 32)
-        self.norm = nn.RMSNorm(32, eps=1e-6)
-        self.head = nn.Linear(32, 16, bias=False)
-
-    def forward(self, input_ids):
-        return self.head(self.norm(self.embed(input_ids)))
-
-
-def net():
-    return Net()
-
+_MODELS = (
+    SMALL_MODEL
+    + """
 
 def broken():
     raise RuntimeError("no <luck> & no \\x1b model")
@@ -41,6 +25,7 @@ def broken():
 def quitting():
     raise SystemExit(3)
 """
+)
 _RECIPE = """
 [defaults]
 targets = ["ort"]
