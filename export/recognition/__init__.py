@@ -26,6 +26,7 @@ result no norm uses so is in `GraphReader.refusals`, with the reason.
 find_norms:
     find_graph_norms: every norm of a model, after its missing types are inferred, and what was refused.
     find_norms: the same for a model whose types are known.
+    module_path: the path of the module that nodes belong to.
 separate_biases:
     has_bias: whether a node is ONNX Runtime's operator that adds and normalizes, with a bias.
     separate_biases: an Add of its own for each such bias.
@@ -50,7 +51,11 @@ to_spec:
 find_attentions:
     find_attentions: the attentions that a graph spells out, and what looks like one, with the reason.
     FoundAttention: one of them: its spec, its inputs, its masks and its result.
+    FoundAttentions: all of them, and the refusals.
+    MaskPart: what is added to its scores, or replaces some of them.
 attention_values:
+    KeySide: the key of a product of query and transposed key.
+    Repeated: keys or values whose heads are repeated.
     key_side: the key of which a value is the transposition.
     repeated: the keys or values before each of their heads was repeated.
     scaled: a value before a constant factor.

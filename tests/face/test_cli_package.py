@@ -8,28 +8,37 @@ import pytest
 
 from rmsnorm_deploy import export_model
 from tests.helpers.interface.command_line import CommandLine
-from tests.helpers.models.families import build
+from tests.helpers.models.factory_file import SMALL_MODEL
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("packages")
-    model = build("llama")
-    model.save_pretrained(place / "checkpoint")
-    export_model(place / "checkpoint", place / "llama", target="ort", with_past=True, attention="in-place")
-    return place / "llama"
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("packages") / "command_models.py"
+    path.write_text(SMALL_MODEL)
+    return f"{path}:net"
 
 
-def test_a_package_for_each_server_and_its_check(rmsnorm: CommandLine, exported: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def exported(source: str) -> Path:
+    folder = Path(source).parent / "small"
+    export_model(source, folder, target="standard")
+    return folder
+
+
+def test_a_package_for_each_server_and_its_check(
+    rmsnorm: CommandLine, exported: Path, source: str, tmp_path: Path
+) -> None:
     report = tmp_path / "report.json"
-    arguments = ["--against", exported.parent / "checkpoint", "--shape", "2x5", "-o", report]
-    assert rmsnorm("validate", exported, *arguments).code == 0
-    for server, own in (("genai", "genai_config.json"), ("triton", "llama/config.pbtxt")):
+    assert rmsnorm("validate", exported, "--against", source, "--shape", "2x5", "-o", report).code == 0
+    for server, own in (("trtexec", "build.sh"), ("triton", "small/config.pbtxt")):
         outcome = rmsnorm("package", exported, "--for", server, "-o", tmp_path / server, "--report", report)
         assert outcome.code == 0
-        assert f"{tmp_path / server}: llama for {server}, validated. Check it there with: rmsnorm verify" in outcome.out
+        assert f"{tmp_path / server}: small for {server}, validated. Check it there with: rmsnorm verify" in outcome.out
         assert (tmp_path / server / own).is_file()
         assert rmsnorm("verify", tmp_path / server).code == 0
+    outcome = rmsnorm("package", exported, "--for", "genai", "-o", tmp_path / "genai")
+    assert outcome.code == 3
+    assert "expected a decoder that reads input_ids" in outcome.err
 
 
 def test_json(rmsnorm: CommandLine, exported: Path, tmp_path: Path) -> None:

@@ -11,68 +11,76 @@ import numpy as np
 import pytest
 
 from rmsnorm_deploy import export_model, package_model, validate, verify_folder
+from rmsnorm_deploy.export.onnx_io.owned_files import sha256
 from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.runtime.inputs.exported import open_exported
 from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
-from tests.helpers.models.families import build
+from tests.helpers.models.factory_file import SMALL_MODEL
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A decoder without a cache, whose weights stay in the checkpoint's format."""
-    place = tmp_path_factory.mktemp("packages")
-    build("llama").save_pretrained(place / "checkpoint")
-    export_model(place / "checkpoint", place / "llama", target="ort")
-    return place / "llama"
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("packages") / "packaged_models.py"
+    path.write_text(SMALL_MODEL)
+    return f"{path}:net"
 
 
 @pytest.fixture(scope="module")
-def report(exported: Path) -> Path:
+def exported(source: str) -> Path:
+    """A model whose weights are in a file beside it."""
+    folder = Path(source).parent / "small"
+    export_model(source, folder, target="ort")
+    (folder / "config.json").write_text('{"vocab_size": 12}')
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["config.json"] = {"bytes": 18, "sha256": sha256(folder / "config.json")}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(exported: Path, source: str) -> Path:
     path = exported.parent / "report.json"
-    found = validate(exported, exported.parent / "checkpoint", shapes=((2, 5),))
-    path.write_text(json.dumps(found.to_dict()))
+    path.write_text(json.dumps(validate(exported, source, shapes=((2, 5),)).to_dict()))
     return path
 
 
 @pytest.mark.parametrize("weights", ["copy", "link"])
 def test_a_repository_for_triton(exported: Path, report: Path, tmp_path: Path, weights: Any) -> None:
-    made = package_model(exported, "triton", tmp_path / "repository", name="small", report=report, weights=weights)
+    made = package_model(exported, "triton", tmp_path / "repository", name="served", report=report, weights=weights)
     place = tmp_path / "repository"
-    assert (place / "small" / "config.pbtxt").read_text().startswith('name: "small"\nbackend: "onnxruntime"\n')
-    assert sorted(path.name for path in (place / "small" / "1").iterdir()) == ["model.onnx", "model.safetensors"]
+    assert (place / "served" / "config.pbtxt").read_text().startswith('name: "served"\nbackend: "onnxruntime"\n')
+    assert sorted(path.name for path in (place / "served" / "1").iterdir()) == ["model.onnx", "model.onnx.data"]
     assert sorted(made.files) == sorted(
         path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()
     )
     assert (made.validated, made.notes) == ("pass", [])
     manifest = json.loads((place / "manifest.json").read_text())
-    assert manifest["package"] == {"for": "triton", "name": "small", "validated": "pass"}
+    assert manifest["package"] == {"for": "triton", "name": "served", "validated": "pass"}
     assert json.loads((place / "report.json").read_text())["verdict"] == "pass"
-    same = os.path.samefile(place / "small" / "1" / "model.safetensors", exported / "model.safetensors")
+    same = os.path.samefile(place / "served" / "1" / "model.onnx.data", exported / "model.onnx.data")
     assert same == (weights == "link")
     # Every byte is checked on the machine that serves it, and the folder runs as the exported one does.
     assert {(file.compared, file.problem) for file in verify_folder(place)} == {("all bytes", None)}
     results = []
     for folder in (exported, place):
         with OrtRunner(open_exported(folder).model) as runner:
-            results.append(runner.run(make_feeds(runner.inputs(), 2, 5, 0, 60))["logits"])
-    np.testing.assert_array_equal(*results)
+            results.append(runner.run(make_feeds(runner.inputs(), 2, 5, 0, 12)))
+    np.testing.assert_equal(*results)
 
 
 def test_a_changed_byte_is_found_there(exported: Path, tmp_path: Path) -> None:
     package_model(exported, "triton", tmp_path / "repository", name="small")
-    weights = tmp_path / "repository" / "small" / "1" / "model.safetensors"
+    weights = tmp_path / "repository" / "small" / "1" / "model.onnx.data"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert [file.name for file in verify_folder(tmp_path / "repository") if file.problem] == [
-        "small/1/model.safetensors"
-    ]
+    assert [file.name for file in verify_folder(tmp_path / "repository") if file.problem] == ["small/1/model.onnx.data"]
 
 
 def test_without_a_report_the_user_is_told(exported: Path, tmp_path: Path) -> None:
     made = package_model(exported, "triton", tmp_path / "repository")
-    assert (made.name, made.validated) == ("llama", None)
+    assert (made.name, made.validated) == ("small", None)
     assert made.notes == ["no validation report is in it; add one with --report, from rmsnorm validate --json"]
     manifest = json.loads((tmp_path / "repository" / "manifest.json").read_text())
     assert manifest["package"]["validated"] is None
@@ -96,8 +104,8 @@ def test_a_report_that_proves_nothing(
     assert not (tmp_path / "repository").exists()
 
 
-def test_a_report_on_another_model(exported: Path, report: Path, tmp_path: Path) -> None:
-    export_model(build("llama"), tmp_path / "other", target="primitives")
+def test_a_report_on_another_model(source: str, report: Path, tmp_path: Path) -> None:
+    export_model(source, tmp_path / "other", target="primitives")
     with pytest.raises(UsageError, match="expected a report on the model in"):
         package_model(tmp_path / "other", "triton", tmp_path / "repository", report=report)
 
@@ -106,7 +114,7 @@ def test_a_report_on_another_model(exported: Path, report: Path, tmp_path: Path)
     ("options", "message"),
     [
         ({"server": "tensorflow"}, "for: expected one of genai, triton, trtexec, got 'tensorflow'"),
-        ({"name": "../llama"}, "name: expected letters, digits"),
+        ({"name": "../small"}, "name: expected letters, digits"),
         ({"name": ""}, "name: expected letters, digits"),
         ({"max_batch": -1}, "max_batch: expected at least 0, got -1"),
     ],
@@ -132,9 +140,10 @@ def test_a_folder_that_holds_something_else_is_not_replaced(exported: Path, tmp_
     assert (tmp_path / "repository" / "notes.txt").read_text() == "mine"
 
 
-def test_several_models_are_packaged_one_by_one(tmp_path: Path) -> None:
-    export_model(build("t5"), tmp_path / "t5", target="ort", with_past=True)
+def test_several_models_are_packaged_one_by_one(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    manifest = json.loads((exported / "manifest.json").read_text())
+    content = json.dumps({**manifest, "components": ["encoder", "decoder"]})
+    (tmp_path / "parts" / "manifest.json").write_text(content)
     with pytest.raises(UnsupportedError, match=r"got several: encoder, decoder\. Package each of them"):
-        package_model(tmp_path / "t5", "triton", tmp_path / "repository")
-    package_model(tmp_path / "t5" / "decoder", "triton", tmp_path / "repository", name="t5_decoder")
-    assert (tmp_path / "repository" / "t5_decoder" / "1" / "model.onnx").is_file()
+        package_model(tmp_path / "parts", "triton", tmp_path / "repository")
