@@ -1,9 +1,9 @@
 """Real engines of real families: four targets, three dtypes, with and without KV cache, built by TensorRT-RTX.
 
-Llama has the whole cross product. The other families have every dtype and the plugin in each of them, with the other
-targets and the KV cache spread over the cases; `RMSNORM_TESTS=all` builds the whole cross product of all. The decoders
-of transformers have one layer here. Every case is one capture, whose targets are built two at a time; a `plugin` file
-is built with the plugins in Python and with the C++ library.
+Llama in float32 is built for every target. The other cases have the other families and dtypes, with one target each;
+`RMSNORM_TESTS=all` builds the whole cross product of all. The decoders of transformers have one layer here. Every case
+is one capture, whose targets are built two at a time; a `plugin` file is built with the plugins in Python and with the
+C++ library.
 """
 
 from __future__ import annotations
