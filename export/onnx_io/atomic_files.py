@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from ...models.companions import companion_files
 from ...models.errors import UsageError, few
@@ -167,6 +168,17 @@ def restrict_mode(path: Path, sources: Iterable[Path]) -> None:
         with contextlib.suppress(OSError):
             mode &= stat.S_IMODE(source.stat().st_mode) | stat.S_IRUSR | stat.S_IWUSR
     path.chmod(mode)
+
+
+def copy_or_link(source: Path, place: Path, mode: Literal["copy", "link"]) -> bool:
+    """Copy a file, or hard-link it where the file system can; whether it was linked."""
+    if mode == "link":
+        with contextlib.suppress(OSError):  # another file system, one without hard links, or a file of another user
+            os.link(source, place)
+            return True
+    shutil.copyfile(source, place)
+    restrict_mode(place, [source])
+    return False
 
 
 def _move_into_place(partial: Path, target: Path) -> None:

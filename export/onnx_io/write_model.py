@@ -6,7 +6,6 @@ The conversion to onnx_ir and back loses what onnx_ir does not represent; `graft
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
 
 from ...models.errors import UnsupportedError, UsageError
-from .atomic_files import restrict_mode
+from .atomic_files import copy_or_link, restrict_mode
 from .owned_files import MANIFEST
 from .read_model import LARGEST_MODEL, ModelFile, shorten
 
@@ -81,21 +80,11 @@ def _place_weights(original: ModelFile, folder: Path, name: str, weights: Litera
                 )
         place.parent.mkdir(parents=True, exist_ok=True)
         source = Path(os.path.realpath(file))  # os.link does not follow symbolic links
-        if weights == "copy" or not _linked(source, place):
-            shutil.copyfile(source, place)
-            restrict_mode(place, [source])
+        if not copy_or_link(source, place, weights):
             copied.append(file.name)
     if weights == "link" and copied:
         return [f"{shorten(', '.join(copied), 200)}: copied, because the file system cannot link to the original."]
     return []
-
-
-def _linked(source: Path, place: Path) -> bool:
-    try:
-        os.link(source, place)
-    except OSError:  # another file system, one without hard links, or a file of another user
-        return False
-    return True
 
 
 def graft(original: ModelProto, rewritten: ModelProto) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ...export.onnx_io.atomic_files import new_folder, restrict_mode
+from ...export.onnx_io.atomic_files import copy_or_link, new_folder
 from ...export.onnx_io.manifest import read_manifest, write_manifest
 from ...export.onnx_io.owned_files import MANIFEST
 from ...export.onnx_io.verify import verify_folder
@@ -190,9 +190,7 @@ def _place_files(
         target = place / (inner + name if _belongs_to_model(name, manifest, linked) else name)
         target.parent.mkdir(parents=True, exist_ok=True)
         file = Path(os.path.realpath(source / name))
-        if weights == "copy" or not _linked(file, target):
-            shutil.copyfile(file, target)
-            restrict_mode(target, [file])
+        if not copy_or_link(file, target, weights):
             copied.append(name)
         if row.get("sha256") is not None:  # other weights are hashed here, for those who check the copy
             hashes[target.relative_to(place).as_posix()] = row["sha256"]
@@ -210,14 +208,6 @@ def _place_files(
 def _belongs_to_model(name: str, manifest: Mapping[str, Any], linked: set[str]) -> bool:
     model = str(manifest.get("model", "model.onnx"))
     return name == model or name in linked or name.startswith(f"{model}.")
-
-
-def _linked(source: Path, target: Path) -> bool:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        return False
-    return True
 
 
 def _moved(manifest: Mapping[str, Any], inner: str, record: dict[str, Any]) -> dict[str, Any]:

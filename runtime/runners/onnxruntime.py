@@ -187,10 +187,9 @@ class OrtRunner(ClosesOnExit):
 
     def decoding(self) -> OrtDecoding:
         """The steps of a decoder whose cache stays in ONNX Runtime's values."""
-        binding = Binding(self._opened())
-        compute = self._computed
+        session, compute = self._opened(), self._computed
         if self._in_place and not any(is_past(info.name) for info in self._inputs if info.name not in self._in_place):
-            compute = partial(self._computed, binding=binding)
+            compute = partial(self._computed, binding=Binding(session))
         return OrtDecoding(compute, _view, _to_value, [info.name for info in self._outputs], self._in_place)
 
     def _computed(

@@ -280,10 +280,16 @@ def _judged_places(case: Case, call: Call, got: Array) -> Array | None:
     mask = case.feeds.get("attention_mask")
     if mask is None or mask.ndim != 2 or got.ndim < 2 or mask.all():
         return None
-    seen = np.cumsum(mask != 0, axis=1) > 0
+    seen = behind_padding(mask)
     if call.positions:
         seen = seen[:, list(call.positions)] if seen.shape[1] > call.positions[-1] else seen
     return seen if seen.shape == got.shape[:2] and not seen.all() else None
+
+
+def behind_padding(mask: Array) -> Array:
+    """Which tokens of a mask `[B, S]` are not padding on the left, bool."""
+    seen: Array = np.cumsum(mask != 0, axis=1) > 0
+    return seen
 
 
 def is_last_token(candidate: Array, wanted: Array) -> bool:

@@ -18,7 +18,7 @@ from ..norms.access import CalledNorm, NormAccess
 from ..norms.activation_store import ActivationStore, Key
 from ..norms.torch_norms import TorchNorms
 from ..runners.base import Array
-from .run_cases import is_last_token, last_token
+from .run_cases import behind_padding, is_last_token, last_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def judged_rows(feeds: Mapping[str, Array], got: Array, true: Array, own: Array)
     mask = feeds.get("attention_mask")
     if mask is None or mask.ndim != 2 or mask.all() or not got.shape == true.shape == own.shape:
         return got, true, own
-    seen = np.cumsum(mask != 0, axis=1) > 0
+    seen = behind_padding(mask)
     for axis in (1, 2):
         if got.ndim > axis + 1 and (got.shape[0], got.shape[axis]) == seen.shape:
             places = [np.moveaxis(side, axis, 1)[seen] for side in (got, true, own)]

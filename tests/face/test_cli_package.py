@@ -8,14 +8,12 @@ import pytest
 
 from rmsnorm_deploy import export_model
 from tests.helpers.interface.command_line import CommandLine
-from tests.helpers.models.factory_file import SMALL_MODEL
+from tests.helpers.models.factory_file import small_model
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("packages") / "command_models.py"
-    path.write_text(SMALL_MODEL)
-    return f"{path}:net"
+    return small_model(tmp_path_factory.mktemp("packages"), "command_models")
 
 
 @pytest.fixture(scope="module")

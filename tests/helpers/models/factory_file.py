@@ -1,6 +1,8 @@
-"""The text of a Python file with a factory of a small model: tokens, a norm, and a product (`SMALL_MODEL`)."""
+"""A Python file with a factory of a small model: tokens, a norm, and a product (`SMALL_MODEL`, `small_model`)."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 # `net` makes it, always with the same weights.
 SMALL_MODEL = """
@@ -23,3 +25,10 @@ class Net(nn.Module):
 def net():
     return Net()
 """
+
+
+def small_model(folder: Path, name: str) -> str:
+    """Write the file, and name its factory as `rmsnorm export` reads it."""
+    path = folder / f"{name}.py"
+    path.write_text(SMALL_MODEL)
+    return f"{path}:net"

@@ -16,14 +16,12 @@ from rmsnorm_deploy.models.errors import UnsupportedError, UsageError
 from rmsnorm_deploy.runtime.inputs.exported import open_exported
 from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
-from tests.helpers.models.factory_file import SMALL_MODEL
+from tests.helpers.models.factory_file import small_model
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("packages") / "packaged_models.py"
-    path.write_text(SMALL_MODEL)
-    return f"{path}:net"
+    return small_model(tmp_path_factory.mktemp("packages"), "packaged_models")
 
 
 @pytest.fixture(scope="module")

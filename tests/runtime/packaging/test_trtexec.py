@@ -12,14 +12,12 @@ import pytest
 from rmsnorm_deploy import export_model, package_model, verify_folder
 from rmsnorm_deploy.models.errors import UnsupportedError
 from rmsnorm_deploy.plugins.tensorrt import library
-from tests.helpers.models.factory_file import SMALL_MODEL
+from tests.helpers.models.factory_file import small_model
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("packages") / "built_models.py"
-    path.write_text(SMALL_MODEL)
-    return f"{path}:net"
+    return small_model(tmp_path_factory.mktemp("packages"), "built_models")
 
 
 def words_of(folder: Path, tmp_path: Path, *more: str) -> list[str]:
