@@ -11,6 +11,10 @@ risk: find the norms that are at risk in float32, float16 or bfloat16 (`risk`).
 engines: engines of TensorRT on disk and opened on a GPU.
 tensorrt: build TensorRT engines (`build_engine`).
 generation: text from an exported decoder (`generate`).
+packaging: folders that servers run (`package_model`).
+serving: serve a model over HTTP.
+cluster: work on a cluster of Ray.
+dataset: run a model on the rows of a data set (`run_dataset`).
 recipe: export, validate and package the models of a recipe (`ship`).
 report: write reports as HTML and JUnit XML, and compare two results.
 doctor: what this machine can export, build and run (`examine`).

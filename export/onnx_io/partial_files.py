@@ -11,9 +11,11 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from ...models.errors import UsageError
 from .owned_files import delete_export, has_manifest
 
 try:
@@ -73,6 +75,31 @@ def recover(target: Path) -> None:
             pass
         finally:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other processes from a folder that several steps write to, until the block or the process ends.
+
+    Nothing is kept from anyone where the file system has no locks.
+
+    Raises:
+        UsageError: another process has claimed it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(
+                    f"{folder}: another process is writing there. Wait until it has ended, or end it."
+                ) from error
+            except OSError:
+                pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def discard(partial: Path) -> None:

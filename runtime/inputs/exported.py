@@ -63,6 +63,8 @@ def open_exported(path: str | Path) -> Exported:
             raise UsageError(f"{place}: its manifest names the model {name!r}, which is outside of the folder.")
         if not model.is_file():
             raise UsageError(f"{place}: its manifest names the model {name!r}, which is missing; export again.")
+        if is_engine(model):  # of a package
+            return open_exported(model)
         check_weights(place, manifest)
         return Exported(model, place, manifest)
     if "\0" in str(place) or not place.exists():

@@ -1,7 +1,9 @@
 """Folders that servers run, made of exported folders: `rmsnorm package`.
 
 api: `package_model`, which writes such a folder, and `Package`.
+contents: `Contents`, the files of a package: those of an exported folder, or an engine with its plugin.
 genai: `genai_config`, the configuration of onnxruntime-genai.
 trtexec: `build_script`, which builds the engine with TensorRT's own tool.
-triton: `triton_config`, the configuration of a model in a repository of Triton Inference Server.
+triton: `add_triton`, the configuration of a model in a repository of Triton Inference Server, and what starts it.
+ort_server: `server_texts`, for this package's own server.
 """

@@ -6,6 +6,7 @@ problem names the key that is wrong.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -22,7 +23,7 @@ from ..inputs.arrays import ARRAY_SUFFIXES
 from ..packaging.api import Server
 from .positions import Path as Keys
 from .recipe import Merged, Problem, suggestion
-from .rows import row_names
+from .rows import NEEDS, row_names
 from .sources import located, source_kind
 
 SERVERS: tuple[str, ...] = get_args(Server)
@@ -67,6 +68,9 @@ def _own_problems(model: Merged, base: Path) -> Iterator[Problem]:
         yield from _refused(model.at("attention"), lambda: parse_attention(values["attention"]))
     if "quantize" in values:
         yield from _refused(model.at("quantize"), lambda: _scheme(values["quantize"]))
+    for key in NEEDS:
+        if key in values and not (math.isfinite(values[key]) and values[key] >= 0):
+            yield Problem(model.at(key), f"expected a number of at least 0, got {values[key]}")
     if "lossy" in values and values["lossy"] not in PROFILES:
         hint = suggestion(values["lossy"], PROFILES)
         yield Problem(model.at("lossy"), f"expected one of {', '.join(PROFILES)}, got {values['lossy']!r}{hint}")

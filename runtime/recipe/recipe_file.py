@@ -42,6 +42,9 @@ class Settings(_Fields):
     lossy: str | None = None
     package: list[str] | None = None
     trust_remote_code: bool | None = None
+    cpus: float | None = None
+    gpus: float | None = None
+    memory: float | None = None
 
 
 class ModelFields(Settings):

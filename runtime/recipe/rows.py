@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 Row = dict[str, Any]
+NEEDS = ("cpus", "gpus", "memory")
 
 
 def row_names(model: Mapping[str, Any]) -> list[str]:
@@ -55,7 +56,8 @@ def rows_of(recipe: Recipe) -> list[Row]:
     Returns:
         JSON values: `row` (its name), `model`, `folder` (of its results), `source` and `inputs` (with absolute paths),
         `target`, `dtype`, `with_past`, `attention`, `quantize`, `opset`, `validate`, `lossy`, `package`,
-        `trust_remote_code`; `facts`, what decides whether results are still those of this row; and `key`, their hash.
+        `trust_remote_code`; `needs`, what it occupies of a cluster (`cpus`, `gpus`, `memory` in GB); `facts`, what
+        decides whether results are still those of this row; and `key`, their hash.
 
     Raises:
         UsageError: a source cannot be read.
@@ -95,6 +97,7 @@ def rows_of(recipe: Recipe) -> list[Row]:
                     **options,
                     "source": located(source, base),
                     "inputs": None if inputs is None else str(inputs.absolute()),
+                    "needs": {"cpus": 1, "gpus": 0, "memory": 0, **{key: model[key] for key in NEEDS if key in model}},
                     "facts": {fact: _digest(value) for fact, value in facts.items()},
                     "key": _digest(facts),
                 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from ...export.onnx_io.destinations import check_new_file
 from ...export.onnx_io.owned_files import is_own_report
+from ...export.onnx_io.partial_files import claimed
 from ...models.errors import UsageError
 from .recipe import Recipe, suggestion
 from .recipe_file import RECIPE, read_recipe
@@ -60,6 +61,7 @@ def ship(
     *,
     only: Sequence[str] = (),
     force: bool = False,
+    ray: str | None = None,
     progress: Progress | None = None,
 ) -> Shipment:
     """Export, validate and package every row of a recipe, and write `summary.json` and `junit.xml`.
@@ -71,24 +73,50 @@ def ship(
         recipe: the file.
         only: names of rows or models; all rows when empty.
         force: do all of them again.
+        ray: the address of a cluster of Ray on which rows are shipped side by side, each with the cores, GPUs and
+            memory that the recipe asks for: `local` (on this machine), `auto`, HOST:PORT or ray://HOST:PORT. None is
+            one row after the other in this process.
         progress: called with a line of text at each step.
 
     Raises:
-        UsageError: the recipe has problems, a name is not in it, or the summary cannot be written.
+        UsageError: the recipe has problems, a name is not in it, another process ships to the same folder, the summary
+            cannot be written, or there is no cluster at the address.
+        EnvironmentMissingError: Ray is not installed.
     """
     read = read_recipe(Path(recipe))
     rows = chosen(rows_of(read), only)
     _check_output(read)
-    done: list[dict[str, Any]] = []
-    try:
-        for row in rows:
-            done.append(ship_row(row, force=force, progress=progress))
-    except KeyboardInterrupt:
-        write_summary(_shipment(read, [*done, *map(_not_run, rows[len(done) :])]).to_dict(), read.output)
-        raise
-    shipment = _shipment(read, done)
-    write_summary(shipment.to_dict(), read.output)
+    done: dict[str, dict[str, Any]] = {}
+    with claimed(read.output):
+        try:
+            for result in _results(rows, read.output, force, ray, progress):
+                done[result["row"]] = result
+        except BaseException as error:
+            if done or isinstance(error, KeyboardInterrupt):
+                _write(read, rows, done)
+            raise
+        return _write(read, rows, done)
+
+
+def _write(recipe: Recipe, rows: list[Row], done: Mapping[str, dict[str, Any]]) -> Shipment:
+    """Write the summary of the rows that are done; of the others it says that they are not run."""
+    results = [done.get(row["row"]) or _not_run(row) for row in rows]
+    shipment = Shipment(recipe.path, recipe.output, results, datetime.now(UTC).isoformat(timespec="seconds"))
+    write_summary(shipment.to_dict(), recipe.output)
     return shipment
+
+
+def _results(
+    rows: list[Row], output: Path, force: bool, ray: str | None, progress: Progress | None
+) -> Iterator[dict[str, Any]]:
+    """The result of each row, as rows end."""
+    if ray is not None:
+        from .on_cluster import rows_on_cluster
+
+        yield from rows_on_cluster(rows, ray, output, force=force, progress=progress)
+        return
+    for row in rows:
+        yield ship_row(row, force=force, progress=progress)
 
 
 def plan(recipe: str | os.PathLike[str], *, only: Sequence[str] = (), force: bool = False) -> list[dict[str, Any]]:
@@ -125,10 +153,6 @@ def _check_output(recipe: Recipe) -> None:
         raise UsageError(f"{recipe.output}: cannot be created: {error.strerror or error}.") from error
     for name in (SUMMARY, JUNIT):
         check_new_file(recipe.output / name, is_own_report)
-
-
-def _shipment(recipe: Recipe, rows: list[dict[str, Any]]) -> Shipment:
-    return Shipment(recipe.path, recipe.output, rows, datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 def _not_run(row: Row) -> dict[str, Any]:

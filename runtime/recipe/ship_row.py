@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...export.onnx_io.partial_files import claimed
 from ...models.errors import (
     EnvironmentMissingError,
     MismatchError,
@@ -39,17 +40,24 @@ def ship_row(row: Mapping[str, Any], *, force: bool = False, progress: Progress 
     """
     start = time.monotonic()
     say = progress or (lambda _: None)
-    steps: list[Result] = []
-    state, notes = RowState([]), []
     try:
-        say(f"{row['row']}: comparing with the last run")
-        state = examine(row, force=force)
-        if state.steps:
-            notes = _prepare(row, state)
-        steps = _run(row, state, lambda text: say(f"{row['row']}: {text}"))
+        Path(row["folder"]).mkdir(parents=True, exist_ok=True)
+        with claimed(Path(row["folder"])):
+            say(f"{row['row']}: comparing with the last run")
+            state = examine(row, force=force)
+            notes = _prepare(row, state) if state.steps else []
+            steps = _run(row, state, lambda text: say(f"{row['row']}: {text}"))
     except Exception as error:  # of any kind: the other rows go on
-        failed = _failed(EXPORT, error, 0.0)
-        steps = [failed, *(_not_run(name) for name in steps_of(row)[1:])]
+        return failed_row(row, error)
+    return _result(row, state, steps, notes, round(time.monotonic() - start, 3))
+
+
+def failed_row(row: Mapping[str, Any], error: BaseException) -> Result:
+    """The result of a row, as that of `ship_row`, which an error ended before its first step."""
+    return _result(row, RowState([]), [_failed(EXPORT, error, 0.0), *map(_not_run, steps_of(row)[1:])], [], 0.0)
+
+
+def _result(row: Mapping[str, Any], state: RowState, steps: list[Result], notes: list[str], seconds: float) -> Result:
     codes = [step["error"]["exit_code"] for step in steps if step["error"]]
     results = [step["result"] for step in steps if step["result"]]
     return {
@@ -61,7 +69,7 @@ def ship_row(row: Mapping[str, Any], *, force: bool = False, progress: Progress 
         "status": "failed" if codes else "done" if state.steps else "unchanged",
         "reason": state.reason,
         "exit_code": worst(codes),
-        "seconds": round(time.monotonic() - start, 3),
+        "seconds": seconds,
         "bytes": sum(result.get("bytes", 0) for result in results),
         "notes": list(dict.fromkeys([*notes, *(note for result in results for note in result.get("notes", ()))])),
         "steps": steps,
@@ -74,9 +82,8 @@ def worst(codes: list[int]) -> int:
 
 
 def _prepare(row: Mapping[str, Any], state: RowState) -> list[str]:
-    """Create the folder, move away what was changed in it, and forget the steps that are done again."""
+    """Move away what was changed in the folder, and forget the steps that are done again."""
     folder = Path(row["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
     notes = []
     for place in state.changed:
         number = 1

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rmsnorm_deploy.plugins.torch.quantized_operators import add_rms_norm_quantized, rms_norm_quantized
     from rmsnorm_deploy.plugins.torch.swap import KernelSwap, use_kernel
     from rmsnorm_deploy.runtime.accuracy.tolerances import Limits
+    from rmsnorm_deploy.runtime.dataset.run_dataset import DatasetRun, run_dataset
     from rmsnorm_deploy.runtime.generation.api import Generation, Generator, generate, generate_batch
     from rmsnorm_deploy.runtime.inputs.cases import Case
     from rmsnorm_deploy.runtime.packaging.api import Package, package_model
@@ -64,6 +65,8 @@ _HOME = {
     "Package": "runtime.packaging.api",
     "ship": "runtime.recipe.ship",
     "Shipment": "runtime.recipe.ship",
+    "run_dataset": "runtime.dataset.run_dataset",
+    "DatasetRun": "runtime.dataset.run_dataset",
     "use_kernel": "plugins.torch.swap",
     "KernelSwap": "plugins.torch.swap",
     "rms_norm": "plugins.torch.operators",
@@ -107,6 +110,8 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "verify_folder",
     "TARGETS",
     "rewrite_model",
+    "run_dataset",
+    "DatasetRun",
     "package_model",
     "Package",
     "ship",

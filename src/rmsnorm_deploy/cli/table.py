@@ -19,6 +19,7 @@ from rmsnorm_deploy.cli.commands.targets import targets
 from rmsnorm_deploy.cli.commands.validate import validate
 from rmsnorm_deploy.cli.delivery.init import init
 from rmsnorm_deploy.cli.delivery.package import package
+from rmsnorm_deploy.cli.delivery.serve import serve
 from rmsnorm_deploy.cli.delivery.ship import ship
 from rmsnorm_deploy.cli.delivery.verify import verify
 
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "bisect": bisect,
     "compare": compare,
     "run": run,
+    "serve": serve,
     "generate": generate,
     "targets": targets,
     "doctor": doctor,

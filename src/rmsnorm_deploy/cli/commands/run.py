@@ -1,4 +1,4 @@
-"""`rmsnorm run`: run an exported model or an engine once, on the arrays of a file."""
+"""`rmsnorm run`: run an exported model or an engine on the arrays of a file, or on the rows of a data set."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rmsnorm_deploy.cli.arrays import write_npz
 from rmsnorm_deploy.cli.screen import Screen
 from rmsnorm_deploy.export.onnx_io.destinations import check_distinct, check_new_file
 from rmsnorm_deploy.export.onnx_io.owned_files import is_own_report
+from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.inputs.arrays import read_arrays
 
 if TYPE_CHECKING:
@@ -22,19 +23,73 @@ SCHEMA = "rmsnorm_deploy.run/1"
 
 def run(
     path: options.Exported,
-    inputs: Annotated[
-        Path, typer.Option("--inputs", metavar="FILE", help="One array for each input, by name: .npz or .safetensors.")
-    ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE.npz", help="The file to write the outputs to.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE.npz", help="The file for the outputs; with --dataset, the folder for them."
+        ),
     ],
+    inputs: Annotated[
+        Path | None,
+        typer.Option("--inputs", metavar="FILE", help="One array for each input, by name: .npz or .safetensors."),
+    ] = None,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(
+            "--dataset",
+            metavar="FILE|DIR",
+            help="Parquet with a column for each input; each row is run once, also when a run is killed and repeated.",
+        ),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option("--batch", metavar="N", min=1, help="With --dataset: the most rows of one run of the model.")
+    ] = 32,
+    rows: Annotated[
+        int, typer.Option("--rows", metavar="N", min=1, help="With --dataset: the most rows of a file of results.")
+    ] = 4096,
+    column: Annotated[
+        list[str] | None,
+        typer.Option("--column", metavar="INPUT=COLUMN", help="With --dataset: the column of an input. Repeatable."),
+    ] = None,
+    outputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--outputs", metavar="NAME", help="With --dataset: an output to write; all if omitted. Repeatable."
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="With --dataset: a cluster of Ray: local (this machine), auto or HOST:PORT.",
+        ),
+    ] = None,
+    worker: Annotated[
+        str | None,
+        typer.Option(
+            "--worker",
+            metavar="NEEDS",
+            help="With --ray: what a worker occupies, such as cpus=4,gpus=1,memory=16 (GB).",
+            show_default="cpus=1",
+        ),
+    ] = None,
     provider: options.Provider = "cpu",
     runner: options.Runner = None,
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Run an exported model or an engine on the arrays of a file."""
+    """Run an exported model or an engine on the arrays of a file, or on the rows of a data set."""
     screen = Screen(as_json, quiet)
+    if (inputs is None) == (dataset is None):
+        raise UsageError(f"expected either --inputs or --dataset, got {'none' if inputs is None else 'both'}.")
+    if dataset is not None:
+        from rmsnorm_deploy.cli.dataset import DatasetOptions, run_on_dataset
+
+        options_ = DatasetOptions(batch, rows, tuple(column or ()), tuple(outputs or ()), ray, worker)
+        run_on_dataset(path, dataset, output, options_, runner, provider, screen)
+        return
+    assert inputs is not None
     check_distinct({"-o": output}, {"DIR_OR_ONNX": path, "--inputs": inputs})
     check_new_file(output, is_own_report)
     feeds = read_arrays(inputs)

@@ -18,11 +18,19 @@ SCHEMA = "rmsnorm_deploy.package/1"
 
 
 def package(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An exported folder.", show_default=False)],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="An exported folder; for triton also an engine of TensorRT.", show_default=False
+        ),
+    ],
     server: Annotated[
         str,
         typer.Option(
-            "--for", metavar="SERVER", help="genai (onnxruntime-genai), triton or trtexec.", show_default=False
+            "--for",
+            metavar="SERVER",
+            help="genai (onnxruntime-genai), triton, trtexec or ort-server.",
+            show_default=False,
         ),
     ],
     output: Annotated[
@@ -45,10 +53,19 @@ def package(
             help="For triton: the most rows of a batch of several requests; 0: none.",
         ),
     ] = 8,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            "--backend",
+            metavar="NAME",
+            help="For triton: onnxruntime, python or tensorrt.",
+            show_default="tensorrt for an engine, else onnxruntime",
+        ),
+    ] = None,
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write a folder that onnxruntime-genai, Triton Inference Server or trtexec runs."""
+    """Write a folder that onnxruntime-genai, Triton Inference Server, trtexec or rmsnorm serve runs."""
     from rmsnorm_deploy.runtime.packaging.api import check_server, package_model
 
     screen = Screen(as_json, quiet)
@@ -58,7 +75,10 @@ def package(
         raise UsageError(f"--weights: expected copy or link, got {weights!r}.")
     mode: Literal["copy", "link"] = "link" if weights == "link" else "copy"
     with screen.working(f"packaging {folder} for {server}"):
-        made = package_model(folder, kind, output, name=name, report=report, weights=mode, max_batch=max_batch)
+        chosen: Any = backend
+        made = package_model(
+            folder, kind, output, name=name, report=report, weights=mode, max_batch=max_batch, backend=chosen
+        )
     payload = {
         "schema": SCHEMA, "folder": str(made.folder), "for": made.server, "name": made.name, "files": made.files,
         "validated": made.validated, "notes": made.notes,

@@ -20,6 +20,14 @@ def ship(
         typer.Option("--only", metavar="NAME", help="The name of a row or a model to ship; may be repeated."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Do everything again, also what has not changed.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Ship rows side by side on a cluster of Ray: local (on this machine), auto or HOST:PORT.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")] = False,
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
@@ -39,7 +47,7 @@ def ship(
         screen.result({"schema": SCHEMA, "rows": rows}, lambda: _print_plan(screen, rows), is_answer=True)
         return 0
     with screen.working(f"reading {recipe}") as progress:
-        summary = ship_recipe(recipe, only=only or (), force=force, progress=progress).to_dict()
+        summary = ship_recipe(recipe, only=only or (), force=force, ray=ray, progress=progress).to_dict()
     screen.result(summary, lambda: _print(screen, summary, quiet), is_answer=True)
     return int(summary["exit_code"])
 
