@@ -53,7 +53,7 @@ def test_json(rmsnorm: CommandLine, exported: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--for", "genie"], "for: expected one of genai, triton, trtexec, got 'genie'."),
+        (["--for", "genie"], "for: expected one of genai, triton, trtexec, ort-server, got 'genie'."),
         (["--for", "triton", "--weights", "move"], "--weights: expected copy or link, got 'move'."),
         (["--for", "triton", "--report", "missing.json"], "missing.json"),
     ],

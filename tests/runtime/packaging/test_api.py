@@ -111,7 +111,7 @@ def test_a_report_on_another_model(source: str, report: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"server": "tensorflow"}, "for: expected one of genai, triton, trtexec, got 'tensorflow'"),
+        ({"server": "tensorflow"}, "for: expected one of genai, triton, trtexec, ort-server, got 'tensorflow'"),
         ({"name": "../small"}, "name: expected letters, digits"),
         ({"name": ""}, "name: expected letters, digits"),
         ({"max_batch": -1}, "max_batch: expected at least 0, got -1"),

@@ -113,7 +113,10 @@ def _body(**changes: Any) -> str:
         (_body(data=["a", "b"]), "expected 2 elements of int64"),
         (_body(data=[1.5, 2]), "expected 2 elements of int64"),
         (_body(data=[1 << 80, 2]), "expected 2 elements of int64"),
-        (_body(datatype="INT8", data=[1, 300]), "expected 2 elements of int8 for shape [1, 2], got: numbers beyond int8"),
+        (
+            _body(datatype="INT8", data=[1, 300]),
+            "expected 2 elements of int8 for shape [1, 2], got: numbers beyond int8",
+        ),
         (_body(data=None), "data: expected a list, got NoneType"),
         (_body(name="tokens"), "missing: input_ids; unexpected: tokens"),
         (_body(data=[1, 99]), ""),
