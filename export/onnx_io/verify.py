@@ -13,7 +13,7 @@ from ...models.errors import UsageError
 from ...models.weights.digest import sample_digest
 from .manifest import read_manifest
 from .owned_files import sha256
-from .read_model import read_model
+from .read_model import ENGINE_SUFFIXES, read_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,8 @@ def verify_folder(folder: Path) -> list[VerifiedFile]:
     found = [_verified(folder, name, row, weights.get(name)) for name, row in files.items()]
     broken = {file.name for file in found if file.problem is not None}
     for name in _models(folder, manifest):
-        problem = _graph_problem(folder / name) if name not in broken else None
+        is_onnx = not name.endswith(ENGINE_SUFFIXES)  # a package can hold an engine
+        problem = _graph_problem(folder / name) if is_onnx and name not in broken else None
         if problem is not None:
             found = [VerifiedFile(f.name, f.compared, problem) if f.name == name else f for f in found]
     return found

@@ -18,6 +18,8 @@ from ...models.versions import installed_version
 LOCAL = "local"
 _PACKAGE = "rmsnorm-deploy"
 _MARK = ".rmsnorm-shared-"
+# To wait for an answer of a cluster.
+_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class SharedFolder:
     path: str
     mark: str
     content: str
-    version: str
+    version: str | None
 
 
 @contextmanager
@@ -64,6 +66,7 @@ def connected(address: str) -> Iterator[Any]:
     # Otherwise Ray hides all GPUs from tasks that ask for none by an empty CUDA_VISIBLE_DEVICES, and warns of it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
+    _check_answers(address)
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=_debugging(), **options)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError, OSError) as error:
@@ -75,6 +78,21 @@ def connected(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Check that something listens at HOST:PORT, for which Ray itself would wait for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"ray: expected the address of a cluster that runs, got {address!r}, where nothing answers: {reason}. "
+            "Start a cluster with: ray start --head"
+        ) from error
 
 
 def _debugging() -> bool:

@@ -108,7 +108,8 @@ def read_part(part: Part) -> Any:
     import pyarrow as pa
 
     with opened(Path(part.file)) as file:
-        groups, before, seen = [], 0, 0
+        groups: list[int] = []
+        before, seen = 0, 0
         for number in range(file.metadata.num_row_groups):
             size = file.metadata.row_group(number).num_rows
             if seen + size > part.start and seen < part.start + part.rows:

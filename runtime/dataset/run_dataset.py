@@ -26,7 +26,7 @@ from .parts import Part, dataset_files, foreign_parts, is_written, plan_parts
 from .run_part import MASK, TOKENS, PartOptions, PartRunner, problem_of_model, rows_at_once
 
 SCHEMA = "rmsnorm_deploy.dataset/1"
-RECORD = "dataset.json"
+RECORD = "_dataset.json"  # readers of Parquet folders skip names that begin so
 ROWS = 4096
 Progress = Callable[[str], None]
 
@@ -75,7 +75,7 @@ def run_dataset(
     Args:
         model: an exported folder, an .onnx file or an engine.
         dataset: a Parquet file, or a folder of them, with a column for each input: numbers, or nested lists.
-        output: the folder of the results, which is created: `part-NNNNNN.parquet`, and `dataset.json` when all are
+        output: the folder of the results, which is created: `part-NNNNNN.parquet`, and `_dataset.json` when all are
             there.
         batch: the most rows of one run of the model.
         rows: the most rows of a part.
@@ -99,7 +99,7 @@ def run_dataset(
     start, place = time.monotonic(), Path(output).expanduser().absolute()
     files = dataset_files(Path(dataset))
     parts, schema = plan_parts(files, rows)
-    exported = open_exported(model)
+    exported = open_exported(Path(model))
     with open_model(exported, runner, provider) as opened:
         inputs, names = opened.inputs(), [info.name for info in opened.outputs()]
     renamed = dict(columns or {})

@@ -13,7 +13,6 @@ import pytest
 from rmsnorm_deploy import export_model, run_dataset, ship
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, UsageError
 from rmsnorm_deploy.runtime.cluster.calls import Call, Needs, run_calls
-from rmsnorm_deploy.runtime.cluster.connection import SharedFolder, check_node, connected, shared_folder
 from tests.helpers.models.factory_file import small_model
 from tests.helpers.runtime import remote_calls as remote
 
@@ -111,23 +110,3 @@ def test_what_no_node_can_do(ray: Any, tmp_path: Path) -> None:
     pq.write_table(pa.table({"input_ids": [[1, 2]]}), tmp_path / "data.parquet")
     with pytest.raises(UsageError, match=r"expected a node with 1 CPUs, 3 GPUs, got a cluster of local without"):
         run_dataset(tmp_path / "exported", tmp_path / "data.parquet", tmp_path / "o", ray="local", needs=Needs(gpus=3))
-
-
-def test_a_node_must_see_the_folder_and_have_the_version(tmp_path: Path) -> None:
-    with shared_folder(tmp_path) as folder:
-        check_node(folder)
-        other = SharedFolder(str(tmp_path / "elsewhere"), folder.mark, folder.content, folder.version)
-        with pytest.raises(EnvironmentMissingError, match=r"expected to see .*elsewhere"):
-            check_node(other)
-        older = SharedFolder(folder.path, folder.mark, folder.content, "0.0.1")
-        with pytest.raises(EnvironmentMissingError, match=r"expected rmsnorm-deploy 0\.0\.1.*Install the same version"):
-            check_node(older)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_address_without_a_cluster() -> None:
-    module = pytest.importorskip("ray")
-    if module.is_initialized():
-        pytest.skip("this process is connected already")
-    with pytest.raises(UsageError, match="expected local, auto, HOST:PORT"), connected("nonsense address"):
-        pass

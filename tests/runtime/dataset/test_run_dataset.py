@@ -20,10 +20,11 @@ pq = pytest.importorskip("pyarrow.parquet")
 LENGTHS = [3, 5, 3, 1, 5, 3, 3, 5, 1, 3, 2]
 
 
-@pytest.fixture
-def exported(tmp_path: Path) -> Path:
-    export_model(small_model(tmp_path, "models"), tmp_path / "exported", target="ort")
-    return tmp_path / "exported"
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    export_model(small_model(folder, "models"), folder / "exported", target="ort")
+    return folder / "exported"
 
 
 def _rows() -> list[list[int]]:
@@ -43,7 +44,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def _read(output: Path) -> Any:
-    return pq.read_table(sorted(output.glob("part-*.parquet")))
+    return pq.read_table(output)
 
 
 def test_every_row_has_the_outputs_of_pytorch(exported: Path, data: Path, tmp_path: Path) -> None:
@@ -52,12 +53,12 @@ def test_every_row_has_the_outputs_of_pytorch(exported: Path, data: Path, tmp_pa
     assert (done.rows, done.parts, done.ran) == (11, 5, 5)  # 3 + 3 + 1 of the first file, 3 + 1 of the second
     table = _read(tmp_path / "out")
     assert table["name"].to_pylist() == [f"row {index}" for index in range(11)]
-    model = load_model(f"{tmp_path / 'models.py'}:net").model
+    model = load_model(f"{exported.parent / 'models.py'}:net").model
     (name,) = [column for column in table.column_names if column != "name"]
     for found, row in zip(table[name].to_pylist(), _rows(), strict=True):
         expected = model(torch.tensor([row])).detach().numpy()[0]
         np.testing.assert_allclose(np.array(found), expected, rtol=0, atol=2e-6)
-    record = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    record = json.loads((tmp_path / "out" / "_dataset.json").read_text())
     assert (record["rows"], record["parts"]) == (11, 5)
 
 
@@ -102,7 +103,7 @@ def test_results_of_another_run_stay(change: str, exported: Path, data: Path, tm
     elif change == "outputs":
         options["outputs"] = [json.loads((exported / "manifest.json").read_text())["outputs"][0]["name"]]
     else:
-        (out / "dataset.json").unlink()
+        (out / "_dataset.json").unlink()
         pq.write_table(pa.table({"x": [1]}), out / "part-000001.parquet")
         before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(UsageError, match=r"another (run|file)"):

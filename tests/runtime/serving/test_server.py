@@ -45,12 +45,17 @@ def _tokens(rows: int, length: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).integers(0, 12, (rows, length))
 
 
-def _expected(source: str, tokens: Any) -> Any:
-    return load_model(source).model(torch.tensor(tokens)).detach().numpy()
+@pytest.fixture(scope="module")
+def net(source: str) -> torch.nn.Module:
+    return load_model(source).model
+
+
+def _expected(net: torch.nn.Module, tokens: Any) -> Any:
+    return net(torch.tensor(tokens)).detach().numpy()
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_the_client_of_triton_gets_the_numbers_of_pytorch(source: str, server: Server, binary: bool) -> None:
+def test_the_client_of_triton_gets_the_numbers_of_pytorch(net: torch.nn.Module, server: Server, binary: bool) -> None:
     client = pytest.importorskip("tritonclient.http")
     with client.InferenceServerClient(server.address) as triton:
         assert triton.is_server_live()
@@ -65,11 +70,11 @@ def test_the_client_of_triton_gets_the_numbers_of_pytorch(source: str, server: S
         wanted = [client.InferRequestedOutput(name, binary_data=binary)]
         for outputs in (wanted, None):
             found = triton.infer("served", [given], outputs=outputs, request_id="7")
-            np.testing.assert_allclose(found.as_numpy(name), _expected(source, tokens), rtol=0, atol=2e-6)
+            np.testing.assert_allclose(found.as_numpy(name), _expected(net, tokens), rtol=0, atol=2e-6)
             assert found.get_response()["id"] == "7"
 
 
-def test_requests_side_by_side_get_their_own_answers(source: str, server: Server) -> None:
+def test_requests_side_by_side_get_their_own_answers(net: torch.nn.Module, server: Server) -> None:
     client = pytest.importorskip("tritonclient.http")
 
     def ask(seed: int) -> bool:
@@ -79,7 +84,7 @@ def test_requests_side_by_side_get_their_own_answers(source: str, server: Server
             given.set_data_from_numpy(tokens)
             found = triton.infer("served", [given])
             name = found.get_response()["outputs"][0]["name"]
-            return bool(np.allclose(found.as_numpy(name), _expected(source, tokens), rtol=0, atol=2e-6))
+            return bool(np.allclose(found.as_numpy(name), _expected(net, tokens), rtol=0, atol=2e-6))
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(ask, range(24)))
