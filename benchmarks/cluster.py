@@ -206,7 +206,7 @@ def dataset_check(rows: int) -> None:
 
 def main() -> None:
     """Print what was asked for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cluster", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", default=["recipe", "dataset"], help="recipe, dataset, or both")
     parser.add_argument("--models", type=int, default=40, help="models of the recipe")
     parser.add_argument("--rows", type=int, default=100_000, help="rows of the data set")

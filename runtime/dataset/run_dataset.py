@@ -69,7 +69,7 @@ def run_dataset(
 
     The data set is cut into parts; the result of a part is one file, written completely or not at all. Called again, it
     goes on with the parts that are missing, so that every row has one result whatever was killed. Rows of one shape are
-    run together; nothing is padded. Columns that are no inputs are copied to the results, and a missing
+    run together; nothing is padded. Other columns are copied to the results, and a missing
     `attention_mask` is all ones.
 
     Args:

@@ -8,6 +8,7 @@ sources: what a model's source names (`source_kind`), and whether it changed (`f
 rows: `rows_of`, a row for each model, target and dtype, as plain data.
 row_record: `row.json`, the steps of a row that are done, and those that remain.
 ship_row: `ship_row`, which exports, validates and packages one row.
+on_cluster: `rows_on_cluster`, which ships rows side by side on a cluster of Ray.
 ship: `ship`, which does so for every row of a recipe.
 summary: the summary as JSON and JUnit XML.
 first_recipe: `first_recipe`, a recipe for one model (`rmsnorm init`).
