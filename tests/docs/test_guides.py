@@ -54,46 +54,47 @@ def rmsnorm(capsys: pytest.CaptureFixture[str]) -> CommandLine:
     return CommandLine(capsys)
 
 
-@pytest.fixture(scope="module")
-def left(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders that pages left behind, for those that continue them."""
-    return {}
+def _text(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
 
 
-def _read(
-    name: str, folder: Path, left: dict[str, Path], rmsnorm: CommandLine, monkeypatch: pytest.MonkeyPatch
+def _groups() -> list[list[str]]:
+    """The pages in the order in which they are run; those that continue each other together, so that each runs once."""
+    groups: list[list[str]] = []
+    for name in sorted(PAGES, key=lambda name: len(continues(_text(name)))):
+        before = {f"guides/{other}" for other in continues(_text(name))}
+        joined = [group for group in groups if before & set(group)]
+        groups = [group for group in groups if group not in joined]
+        groups.append([*(page for group in joined for page in group), name])
+    return groups
+
+
+@pytest.mark.parametrize("names", _groups(), ids="+".join)
+def test_pages_do_what_they_say(
+    names: list[str], rmsnorm: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (DOCS / name).read_text(encoding="utf-8")
-    folder.mkdir()
-    for other in continues(page):
-        path = f"guides/{other}"
-        if path not in left:
-            _read(path, folder.with_name(other), left, rmsnorm, monkeypatch)
-        shutil.copytree(left[path], folder, dirs_exist_ok=True)
-    monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(folder)
-    with Reader(rmsnorm) as reader:
-        reader.read(page)
-    left[name] = folder
+    for name in names:
+        folder = tmp_path / Path(name).stem
+        folder.mkdir()
+        for other in continues(_text(name)):
+            shutil.copytree(tmp_path / Path(other).stem, folder, dirs_exist_ok=True)
+        with monkeypatch.context() as here, Reader(rmsnorm) as reader:
+            here.chdir(folder)
+            here.syspath_prepend(folder)
+            reader.read(_text(name))
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_a_page_does_what_it_says(
-    name: str,
-    left: dict[str, Path],
-    rmsnorm: CommandLine,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if name in left:  # a page that continues it came first
-        return
-    _read(name, tmp_path_factory.mktemp("guide") / "folder", left, rmsnorm, monkeypatch)
+def test_pages_that_continue_others_run_behind_them() -> None:
+    groups = _groups()
+    assert sorted(name for group in groups for name in group) == PAGES
+    (group,) = [group for group in groups if "guides/serve.md" in group]
+    assert group.index("guides/serve.md") > max(group.index("guides/export.md"), group.index("guides/decoder.md"))
 
 
 def test_every_guide_has_commands_and_what_they_print() -> None:
     assert len(GUIDES) >= 7
     for name in GUIDES:
-        blocks = blocks_of((DOCS / name).read_text(encoding="utf-8"))
+        blocks = blocks_of(_text(name))
         steps = [step for block in blocks if block.language == "console" for step in steps_of(block.text)]
         assert len(steps) >= 3, name
         assert any(step.shown not in ([], ["..."]) for step in steps), name

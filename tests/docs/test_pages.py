@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import typer
 
 import rmsnorm_deploy
-from docs.generate import TABLES, command_pages, python_pages, with_tables
+from docs.generate import TABLES, command_pages, pages, python_pages, with_tables
 from rmsnorm_deploy.cli.application import app
 from rmsnorm_deploy.cli.commands.targets import attention_markdown_table, markdown_table
 from rmsnorm_deploy.cli.table import COMMANDS
@@ -63,11 +64,11 @@ def test_defaults_are_shown() -> None:
 
 
 def test_every_public_name_is_on_one_page() -> None:
-    pages = python_pages()
-    named = [line.removeprefix("::: ") for page in pages.values() for line in page.splitlines() if line[:4] == "::: "]
+    made = python_pages()
+    named = [line.removeprefix("::: ") for page in made.values() for line in page.splitlines() if line[:4] == "::: "]
     homes = rmsnorm_deploy._HOME
     assert sorted(named) == sorted(f"rmsnorm_deploy.{homes[name]}.{name}" for name in rmsnorm_deploy.__all__)
-    assert all(pages["python/index.md"].count(f"[`{name}`][") == 1 for name in rmsnorm_deploy.__all__)
+    assert all(made["python/index.md"].count(f"[`{name}`][") == 1 for name in rmsnorm_deploy.__all__)
 
 
 def test_the_page_of_targets_has_the_tables_of_the_code() -> None:
@@ -76,3 +77,17 @@ def test_the_page_of_targets_has_the_tables_of_the_code() -> None:
     filled = with_tables(page)
     assert markdown_table() in filled
     assert attention_markdown_table() in filled
+
+
+def test_links_and_the_navigation_lead_to_pages() -> None:
+    on_disk = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md")}
+    known = {*on_disk, *pages()}
+    links = [
+        (name, os.path.normpath(Path(name).parent / link))
+        for name, text in {**on_disk, **pages()}.items()
+        for link in re.findall(r"\]\(([^)#\s]+\.md)\)", text)
+    ]
+    assert len(links) >= 30
+    assert [(name, link) for name, link in links if link not in known] == []
+    settings = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    assert {path for path in on_disk if f" {path}\n" not in settings} == set()
