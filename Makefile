@@ -8,7 +8,7 @@ WORKERS ?= 2
 # /dev/null installs the newest of everything that pyproject.toml allows
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-kernel test-versions lint types pytest install clean
+.PHONY: demo test test-kernel test-versions lint types pytest docs install clean
 .DEFAULT_GOAL := demo
 
 install: $(VENV)/.installed
@@ -50,5 +50,13 @@ types: install .typecheck/rmsnorm_deploy
 pytest: install
 	$(BIN)/python -m pytest -n $(WORKERS)
 
+# the documentation, in site/; loads nothing from other hosts
+docs: $(VENV)/.docs-installed .typecheck/rmsnorm_deploy
+	$(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-out build dist
+	rm -rf $(VENV) demo-out build dist site
