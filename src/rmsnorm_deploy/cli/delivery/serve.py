@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from typing import Annotated, Any
 
@@ -44,6 +45,7 @@ def serve(
     ) as server:
         url = f"http://{server.address}/v2/models/{server.name}"
         screen.result({"schema": SCHEMA, "url": url, "name": server.name}, lambda: screen.line(f"serving {url}"))
+        sys.stdout.flush()  # a pipe would get the line at the end alone
         _stop_on_signals(server)
         server.run()
 
