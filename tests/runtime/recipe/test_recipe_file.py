@@ -30,7 +30,10 @@ _MISTAKES = {
     "no models": ("model = []\n", "1:1: model: expected at least one [[model]], got none."),
     "one table": ('[model]\nname = "a"\n', "1:1: model: expected a valid list, got {'name': 'a'}."),
     "numbers": ("model = [1]\n", "1:10: [[model]] 1: expected a table, got 1."),
-    "unknown key": (_MODEL + "with_pst = true\n", "4:1: with_pst: unknown key; expected one of attention, dtypes,"),
+    "unknown key": (
+        _MODEL + "with_pst = true\n",
+        "4:1: with_pst: unknown key; expected one of attention, cpus, dtypes,",
+    ),
     "nearest key": (_MODEL + "targts = ['ort']\n", "Did you mean 'targets'?"),
     "unknown table": (_MODEL + "[default]\n", "4:1: default: unknown key; expected one of defaults, model, output."),
     "name in defaults": ("[defaults]\nname = 'b'\n" + _MODEL, "2:1: name: unknown key; expected one of attention,"),
@@ -73,13 +76,16 @@ _MISTAKES = {
     ),
     "unknown server": (
         _MODEL + "package = ['vllm']\n",
-        "4:12: package[0]: expected one of genai, triton, trtexec, got 'vllm'.",
+        "4:12: package[0]: expected one of genai, triton, trtexec, ort-server, got 'vllm'.",
     ),
     "unknown attention": (
         _MODEL + "attention = 'flash'\n",
         "4:1: attention: expected one of node, decomposed, in-place, got",
     ),
     "unknown bits": (_MODEL + "quantize = 'int2'\n", "4:1: quantize: expected one of int4, int8, got 'int2'."),
+    "no cores": (_MODEL + "cpus = -1\n", "4:1: cpus: expected a number of at least 0, got -1."),
+    "endless memory": (_MODEL + "memory = inf\n", "4:1: memory: expected a number of at least 0, got inf."),
+    "all GPUs": (_MODEL + "gpus = 'all'\n", "4:1: gpus: expected a number, got"),
     "unknown profile": (
         _MODEL + "lossy = 'in8'\n",
         "4:1: lossy: expected one of int8, int4, fp16, bf16, got 'in8'. Did you mean 'int8'?",

@@ -77,3 +77,12 @@ def test_the_key_is_of_the_source_and_the_inputs(tmp_path: Path) -> None:
     (tmp_path / "x.npz").write_bytes(b"2")
     keys.append(_rows(tmp_path, "inputs = 'x.npz'")[0]["key"])
     assert len(set(keys)) == 3
+
+
+def test_what_a_row_occupies_does_not_change_its_key(tmp_path: Path) -> None:
+    (plain,) = _rows(tmp_path)
+    (large,) = _rows(tmp_path, "cpus = 4\ngpus = 0.5\nmemory = 32\n")
+    assert (plain["needs"], large["needs"]) == (
+        {"cpus": 1, "gpus": 0, "memory": 0}, {"cpus": 4, "gpus": 0.5, "memory": 32},
+    )  # fmt: skip
+    assert plain["key"] == large["key"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +110,25 @@ def test_the_worst_exit_code() -> None:
         1,
         70,
     ]
+
+
+def test_another_process_that_writes_there_ends_the_row(
+    row: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran = _steps(monkeypatch)
+    folder = Path(row["folder"])
+    folder.mkdir(parents=True)
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from rmsnorm_deploy.export.onnx_io.partial_files import claimed\n"
+        "with claimed(Path(sys.argv[1])): print('claimed', flush=True); sys.stdin.readline()\n"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "claimed\n"
+        refused = ship_row(row)
+        process.communicate("\n", timeout=30)
+    assert (refused["status"], refused["exit_code"], ran) == ("failed", 2, [])
+    assert "another process is writing there" in refused["steps"][0]["error"]["message"]
+    assert ship_row(row)["status"] == "done"
