@@ -85,7 +85,7 @@ _MISTAKES = {
     "unknown bits": (_MODEL + "quantize = 'int2'\n", "4:1: quantize: expected one of int4, int8, got 'int2'."),
     "no cores": (_MODEL + "cpus = -1\n", "4:1: cpus: expected a number of at least 0, got -1."),
     "endless memory": (_MODEL + "memory = inf\n", "4:1: memory: expected a number of at least 0, got inf."),
-    "all GPUs": (_MODEL + "gpus = 'all'\n", "4:1: gpus: expected a number, got"),
+    "all GPUs": (_MODEL + "gpus = 'all'\n", "4:1: gpus: expected a valid number, got 'all'."),
     "unknown profile": (
         _MODEL + "lossy = 'in8'\n",
         "4:1: lossy: expected one of int8, int4, fp16, bf16, got 'in8'. Did you mean 'int8'?",
