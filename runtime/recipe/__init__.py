@@ -9,6 +9,8 @@ rows: `rows_of`, a row for each model, target and dtype, as plain data.
 row_record: `row.json`, the steps of a row that are done, and those that remain.
 ship_row: `ship_row`, which exports, validates and packages one row.
 ship: `ship`, which does so for every row of a recipe.
-summary: the summary as JSON and JUnit XML.
+summary: the summary as JSON, JUnit XML and an HTML page.
+history: `history.jsonl`, a line for each run, and the reports of the rows.
+report_server: `ReportServer`, which shows results over HTTP (`rmsnorm serve-report`).
 first_recipe: `first_recipe`, a recipe for one model (`rmsnorm init`).
 """

@@ -1,5 +1,6 @@
 """Serve models over HTTP, in the protocol that KServe and Triton Inference Server call version 2.
 
 server: `Server`, which answers requests; `serve_folder` opens what it serves.
+http_server: `HttpServer`, what servers have in common.
 protocol: requests and answers: their JSON, and arrays as JSON or as bytes.
 """

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from rmsnorm_deploy.cli import options
+from rmsnorm_deploy.cli.delivery.signals import stop_on_signals
 from rmsnorm_deploy.cli.screen import Screen
 
 SCHEMA = "rmsnorm_deploy.serve/1"
@@ -44,15 +43,5 @@ def serve(
     ) as server:
         url = f"http://{server.address}/v2/models/{server.name}"
         screen.result({"schema": SCHEMA, "url": url, "name": server.name}, lambda: screen.line(f"serving {url}"))
-        _stop_on_signals(server)
+        stop_on_signals(server)
         server.run()
-
-
-def _stop_on_signals(server: Any) -> None:
-    """Let SIGTERM and an interrupt end the server once what is being answered is sent."""
-
-    def stop(number: int, frame: Any) -> None:
-        threading.Thread(target=server.stop).start()  # in the server's own thread it would wait for itself
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
