@@ -9,10 +9,11 @@ import contextlib
 import ipaddress
 import logging
 import os
+import re
 from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote
 
 from ...models.errors import RmsnormDeployError, UsageError
 from ...models.regular_files import LARGEST_JSON, read_bytes
@@ -26,6 +27,7 @@ _JSON, _PAGE, _TEXT = "application/json", "text/html; charset=utf-8", "text/plai
 # What is sent of the folder, and of that of a row.
 _FILES = {SUMMARY: _JSON, JUNIT: "application/xml", HISTORY: "application/x-ndjson"}
 _ROW_FILES = {REPORT: _JSON, HTML: _PAGE}
+_PORT = re.compile(r":\d*$")
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -75,15 +77,15 @@ class ReportServer(HttpServer):
             host: the server's name as the request gives it. A server on a loopback address answers to names of this
                 machine alone, so that no page of another site can read it by a name that leads here.
         """
-        if self._is_local and host is not None and not _is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if self._is_local and host is not None and not _is_loopback(_PORT.sub("", host).strip("[]")):
             return _message(HTTPStatus.FORBIDDEN, f"expected localhost or 127.0.0.1 as the host, got {host[:200]!r}")
-        parts = urlsplit(target)
-        path = unquote(parts.path, errors="replace")
+        given, _, query = target.partition("?")
+        path = unquote(given, errors="replace")
         match path.removeprefix("/").split("/"):
             case [name] if name in ("", PAGE):
                 return _page(page(read_summary(self.folder), self.folder, is_served=True))
             case ["drift"]:
-                return self._drift(parse_qs(parts.query))
+                return self._drift(parse_qs(query))
             case [name] if name in _FILES:
                 return self._file(_FILES[name], name)
             case [row, name] if name in _ROW_FILES and self._is_row(row):

@@ -13,10 +13,10 @@ from typing import Any
 from .html import environment
 from .margins import Nearness
 from .text import clean, counted, short, size_text
-from .trend import HEIGHT, WIDTH, Chart, chart
+from .trend import HEIGHT, WIDTH, chart
 
-# The runs that a trend shows, the norms of a row, and the statistics of a comparison.
-RUNS, _NORMS, _FIGURES = 30, 3, 10
+# The runs that a trend shows, the norms of a row, and the changes of each kind of a comparison.
+RUNS, _NORMS, _CHANGES = 30, 3, 12
 _KINDS = ("export", "validate", "package")
 _MARKS = {"pass": "✓", "fail": "✗", "unjudged": "?"}
 
@@ -206,18 +206,20 @@ def _change(before: float | None, after: float | None) -> tuple[str, str]:
 
 
 def _comparison(content: Row) -> dict[str, Any]:
-    """The comparison of two reports; of the statistics that changed, those that changed most."""
+    """The comparison of two reports, with the first changes of each kind; of statistics, the largest changes."""
 
     def size(change: Row) -> float:
         ratio = float(change["ratio"])
         return abs(math.log(ratio)) if 0 < ratio < math.inf else math.inf
 
-    figures = sorted(content["figures"], key=size, reverse=True)
-    return {**content, "figures": figures[:_FIGURES], "more": max(len(figures) - _FIGURES, 0)}
+    lists = {**content, "figures": sorted(content["figures"], key=size, reverse=True)}
+    kinds = ("verdicts", "missing", "added", "figures", "settings")
+    more = sum(max(len(lists[kind]) - _CHANGES, 0) for kind in kinds)
+    return {**content, **{kind: lists[kind][:_CHANGES] for kind in kinds}, "more": more}
 
 
-def _trends(runs: Sequence[Row], names: Sequence[str]) -> list[tuple[str, Chart, Chart]]:
-    """The charts of each row that has been run before: the worst share of a limit, and seconds."""
+def _trends(runs: Sequence[Row], names: Sequence[str]) -> list[tuple[Any, ...]]:
+    """For each row that has been run before: its name; chart and latest of its worst share; the same of its seconds."""
     found = []
     tables = [{row["row"]: row for row in run["rows"]} for run in runs]
     for name in names:
@@ -226,16 +228,11 @@ def _trends(runs: Sequence[Row], names: Sequence[str]) -> list[tuple[str, Chart,
             continue
         shares = [None if row is None or row["worst"] is None else float(row["worst"]) for row in rows]
         seconds = [None if row is None or not row["seconds"] else float(row["seconds"]) for row in rows]
-        times = [str(run["created"]) for run in runs]
-        found.append(
-            (
-                name,
-                chart(
-                    shares, [f"{time}: {_share(value)}" for time, value in zip(times, shares, strict=True)], limit=1.0
-                ),
-                chart(seconds, [f"{time}: {_seconds(value)}" for time, value in zip(times, seconds, strict=True)]),
-            )
-        )
+        drawn: list[Any] = [name]
+        for values, text, limit in ((shares, _share, 1.0), (seconds, _seconds, None)):
+            texts = [f"{run['created']}: {text(value)}" for run, value in zip(runs, values, strict=True)]
+            drawn += [chart(values, texts, limit=limit), text(values[-1])]
+        found.append(tuple(drawn))
     return found
 
 
@@ -247,7 +244,7 @@ def _numbered(runs: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _share(value: float | None) -> str:
     """A share of a limit as a percentage of three digits."""
-    return "–" if value is None else f"{short(100 * value)} %"
+    return "–" if value is None else f"{short(100 * value)} %" if math.isfinite(value) else short(value)
 
 
 def _seconds(value: float | None) -> str:
