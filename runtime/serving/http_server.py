@@ -56,6 +56,10 @@ class _Http(ThreadingHTTPServer):
     request_queue_size = 128
     owner: HttpServer
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that its client broke goes to the log rather than to stderr."""
+        _log.info("a connection from %s ended", client_address, exc_info=True)
+
 
 class Handler(BaseHTTPRequestHandler):
     """The requests of one connection, each of which `respond` answers."""
