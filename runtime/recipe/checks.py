@@ -29,7 +29,7 @@ from .sources import located, source_kind
 SERVERS: tuple[str, ...] = get_args(Server)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Files in the folder of the results, beside the folders of the rows.
-RESERVED = ("summary.json", "junit.xml")
+RESERVED = ("summary.json", "junit.xml", "summary.html", "history.jsonl")
 
 
 def value_problems(models: Sequence[Merged], base: Path, output: Path, wrong: Collection[Keys]) -> list[Problem]:

@@ -18,6 +18,8 @@ from ..report.text import write_text
 
 SCHEMA = "rmsnorm_deploy.row/1"
 FILE, MODEL, REPORT, HTML = "row.json", "model", "report.json", "report.html"
+# The report of the validation before.
+EARLIER = "report.before.json"
 EXPORT, VALIDATE, PACKAGE = "export", "validate", "package"
 
 

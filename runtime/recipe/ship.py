@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from .recipe_file import RECIPE, read_recipe
 from .row_record import examine, read_record, steps_of
 from .rows import Row, rows_of
 from .ship_row import Progress, ship_row, worst
-from .summary import JUNIT, SCHEMA, SUMMARY, write_summary
+from .summary import FILES, SCHEMA, write_progress, write_summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +31,14 @@ class Shipment:
         output: the folder of the results.
         rows: the result of each row, see `ship_row`.
         created: when it was made, in UTC.
+        notes: on what was not written.
     """
 
     recipe: Path
     output: Path
     rows: list[dict[str, Any]]
     created: str
+    notes: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -64,7 +67,9 @@ def ship(
     ray: str | None = None,
     progress: Progress | None = None,
 ) -> Shipment:
-    """Export, validate and package every row of a recipe, and write `summary.json` and `junit.xml`.
+    """Export, validate and package every row of a recipe, and write `summary.json`, `junit.xml` and `summary.html`.
+
+    `summary.json` is written as rows end; `history.jsonl` gets a line for each run.
 
     A row that is as it was is skipped, and one that was interrupted goes on where it stopped. The error of a row is in
     its result; it does not stop the others.
@@ -91,6 +96,9 @@ def ship(
         try:
             for result in _results(rows, read.output, force, ray, progress):
                 done[result["row"]] = result
+                if len(done) < len(rows):
+                    with contextlib.suppress(UsageError):  # what stops it now will stop the last one too
+                        write_progress(_shipment(read, rows, done).to_dict(), read.output)
         except BaseException as error:
             if done or isinstance(error, KeyboardInterrupt):
                 _write(read, rows, done)
@@ -99,11 +107,15 @@ def ship(
 
 
 def _write(recipe: Recipe, rows: list[Row], done: Mapping[str, dict[str, Any]]) -> Shipment:
-    """Write the summary of the rows that are done; of the others it says that they are not run."""
+    """Write the summary of the rows that are done."""
+    shipment = _shipment(recipe, rows, done)
+    return replace(shipment, notes=tuple(write_summary(shipment.to_dict(), recipe.output)))
+
+
+def _shipment(recipe: Recipe, rows: list[Row], done: Mapping[str, dict[str, Any]]) -> Shipment:
+    """The rows that are done; of the others it says that they are not run."""
     results = [done.get(row["row"]) or _not_run(row) for row in rows]
-    shipment = Shipment(recipe.path, recipe.output, results, datetime.now(UTC).isoformat(timespec="seconds"))
-    write_summary(shipment.to_dict(), recipe.output)
-    return shipment
+    return Shipment(recipe.path, recipe.output, results, datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 def _results(
@@ -151,7 +163,7 @@ def _check_output(recipe: Recipe) -> None:
         recipe.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{recipe.output}: cannot be created: {error.strerror or error}.") from error
-    for name in (SUMMARY, JUNIT):
+    for name in FILES:
         check_new_file(recipe.output / name, is_own_report)
 
 

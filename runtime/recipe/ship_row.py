@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...export.onnx_io.atomic_files import new_file
+from ...export.onnx_io.owned_files import is_own_report, sha256
 from ...export.onnx_io.partial_files import claimed
 from ...models.errors import (
     EnvironmentMissingError,
@@ -16,7 +19,20 @@ from ...models.errors import (
     UnsupportedError,
     explained,
 )
-from .row_record import EXPORT, HTML, MODEL, PACKAGE, REPORT, VALIDATE, DoneStep, RowRecord, RowState, examine, steps_of
+from .row_record import (
+    EARLIER,
+    EXPORT,
+    HTML,
+    MODEL,
+    PACKAGE,
+    REPORT,
+    VALIDATE,
+    DoneStep,
+    RowRecord,
+    RowState,
+    examine,
+    steps_of,
+)
 
 Progress = Callable[[str], None]
 Result = dict[str, Any]
@@ -160,7 +176,6 @@ def _export(row: Mapping[str, Any], server: str, progress: Progress) -> Result:
 
 
 def _validate(row: Mapping[str, Any], server: str, progress: Progress) -> Result:
-    from ...export.onnx_io.owned_files import sha256
     from ..report.html import check_installed
     from ..validation.api import validate
 
@@ -178,6 +193,9 @@ def _validate(row: Mapping[str, Any], server: str, progress: Progress) -> Result
         trust_remote_code=row["trust_remote_code"],
         progress=progress,
     )
+    if is_own_report(folder / REPORT):
+        with new_file(folder / EARLIER, is_own_report) as partial:
+            shutil.copyfile(folder / REPORT, partial)
     report.save(folder / REPORT)
     if with_html:
         report.to_html(folder / HTML)

@@ -44,7 +44,7 @@ def render(report: Mapping[str, Any]) -> str:
     Raises:
         EnvironmentMissingError: jinja2 or matplotlib is not installed.
     """
-    page = _environment().get_template("report.html.j2").render(_view(report, _plots()))
+    page = environment().get_template("report.html.j2").render(_view(report, _plots()))
     return clean(page)
 
 
@@ -64,12 +64,17 @@ def check_installed() -> None:
     Raises:
         EnvironmentMissingError: jinja2 or matplotlib is not installed.
     """
-    _environment()
+    environment()
     _plots()
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The templates of pages, every value of which is escaped.
+
+    Raises:
+        EnvironmentMissingError: jinja2 is not installed.
+    """
     try:
         import jinja2
     except ImportError as error:

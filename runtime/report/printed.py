@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ...models.errors import few
+from .margins import limit_share
 from .norm_providers import cpu_notes, norm_lines
 from .page import Page, TextPage
 from .text import counted, label, verdict_word
@@ -179,10 +180,7 @@ def _shown_outputs(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 def _closeness(row: Mapping[str, Any]) -> float:
     """How near the errors of a row are to what they may be, 1 being the limit; without a margin, their size."""
     margin = row.get("margin")
-    if margin is None:
-        return _size(row)
-    pairs = (("worst", "allowed_worst"), ("rms", "allowed_rms"))
-    return max(float(margin[a]) / (float(margin[b]) or 1.0) for a, b in pairs)
+    return _size(row) if margin is None else limit_share(margin)
 
 
 def _print_reasons(page: Page, rows: Iterable[tuple[str, str]]) -> None:

@@ -87,6 +87,16 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def size_text(count: int) -> str:
+    """A number of bytes with its unit, such as `1.2 MB`."""
+    size = float(count)
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
 def write_text(text: str, path: str | os.PathLike[str]) -> None:
     """Write a report as UTF-8 text under a temporary name beside `path`, then rename it.
 

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,15 @@ from ..inputs.exported import open_exported
 from ..inputs.synthetic import cast_feeds
 from ..runners.base import Runner
 from ..tensorrt.on_demand import open_model
+from .http_server import Handler, HttpServer
 from .protocol import HEADER_LENGTH, answer, metadata, parse_request
 
 LARGEST = 1 << 30
 VERSION = "1"
-_SECONDS = 60
 _log = logging.getLogger(__name__)
 
 
-class Server:
+class Server(HttpServer):
     """A server of one model, which answers until `stop`.
 
     Requests are read and written side by side; the model runs at most `concurrency` of them at a time.
@@ -52,29 +51,7 @@ class Server:
         self.name, self.largest = name, largest
         self._runner, self._places = runner, threading.BoundedSemaphore(concurrency)
         self._about = metadata(name, VERSION, runner.inputs(), runner.outputs())
-        try:
-            self._http = _Http((host, port), _Handler)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(f"{host}:{port}: cannot listen there: {reason}. Choose another with --port.") from error
-        self._http.model = self
-
-    @property
-    def address(self) -> str:
-        """HOST:PORT, where it listens."""
-        host, port = self._http.server_address[:2]
-        return f"{host if isinstance(host, str) else host.decode()}:{port}"
-
-    def run(self) -> None:
-        """Answer requests until `stop` is called from another thread, or an interrupt."""
-        try:
-            self._http.serve_forever(poll_interval=0.2)
-        finally:
-            self._http.server_close()  # waits for what is being answered
-
-    def stop(self) -> None:
-        """End `run`, once what is being answered is sent."""
-        self._http.shutdown()
+        super().__init__(host, port, _Handler)
 
     def get(self, path: str) -> tuple[HTTPStatus, dict[str, Any] | None]:
         """The answer to a question about the server or the model; None for an empty body."""
@@ -117,33 +94,29 @@ class _NotFoundError(UsageError):
     """A path or a model that this server does not have."""
 
 
-class _Http(ThreadingHTTPServer):
-    daemon_threads = False
-    block_on_close = True
-    request_queue_size = 128
-    model: Server
+class _Handler(Handler):
+    @property
+    def _model(self) -> Server:
+        assert isinstance(self.server.owner, Server)
+        return self.server.owner
 
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server_version = "rmsnorm-deploy"
-    sys_version = ""
-    timeout = _SECONDS  # of a connection on which nothing comes
-    server: _Http
-
-    def do_GET(self) -> None:
-        with self._errors():
-            status, content = self.server.model.get(self.path)
-            self._send(status, b"" if content is None else json.dumps(content).encode())
-
-    def do_POST(self) -> None:
-        with self._errors():
-            body = self._body()
-            content, length = self.server.model.infer(self.path, body, self.headers.get(HEADER_LENGTH))
-            self._send(HTTPStatus.OK, content, length)
+    def respond(self) -> None:
+        """See `Handler.respond`."""
+        match self.command:
+            case "GET":
+                with self._errors():
+                    status, content = self._model.get(self.path)
+                    self._send(status, b"" if content is None else json.dumps(content).encode())
+            case "POST":
+                with self._errors():
+                    body = self._body()
+                    answered, length = self._model.infer(self.path, body, self.headers.get(HEADER_LENGTH))
+                    self._send(HTTPStatus.OK, answered, length)
+            case _:
+                self.send_error(HTTPStatus.NOT_IMPLEMENTED)
 
     def _body(self) -> bytes:
-        length, most = self.headers.get("Content-Length", ""), self.server.model.largest
+        length, most = self.headers.get("Content-Length", ""), self._model.largest
         if not length.isdecimal():
             self.close_connection = True
             raise UsageError("Content-Length: expected the number of bytes of the request, got none.")
@@ -180,10 +153,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(HEADER_LENGTH, str(json_length))
         self.end_headers()
         self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """One line for each request, to the log rather than to stderr."""
-        _log.info("%s %s", self.address_string(), format % args)
 
 
 @contextmanager

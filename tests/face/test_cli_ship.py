@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import pytest
 from rmsnorm_deploy import verify_folder
 from rmsnorm_deploy.runtime.recipe import ship_row
 from tests.helpers.interface.command_line import CommandLine
+from tests.helpers.interface.shipped_sample import sample_row, ship_sample
 from tests.helpers.models.factory_file import SMALL_MODEL
 from tests.helpers.models.families import build
 
@@ -139,13 +144,18 @@ def test_a_row_that_fails_does_not_stop_the_others(rmsnorm: CommandLine, recipe:
 def test_an_interrupted_run_keeps_what_is_done(
     rmsnorm: CommandLine, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    seen = []
+
     def interrupted(*_: Any) -> Any:
+        seen.append(_words(json.loads((recipe.parent / "dist" / "summary.json").read_text())))
         raise KeyboardInterrupt
 
     steps = ship_row._STEPS
     monkeypatch.setattr(ship_row, "_STEPS", {**steps, "package": interrupted})
     outcome = rmsnorm("ship", recipe)
     assert outcome.code == 130
+    # Rows that end are in the summary at once, for those who watch, and if the run is killed.
+    assert seen == [{"first": ["done"], "second": ["not run", "not run"]}]
     summary = json.loads((recipe.parent / "dist" / "summary.json").read_text())
     assert (summary["verdict"], _words(summary)) == ("fail", {"first": ["done"], "second": ["done", "not run"]})
     monkeypatch.setattr(ship_row, "_STEPS", steps)
@@ -231,3 +241,69 @@ def test_a_first_recipe_needs_a_model(rmsnorm: CommandLine, tmp_path: Path) -> N
     outcome = rmsnorm("init", "./nosuch", "-o", tmp_path / "new.toml")
     assert (outcome.code, list(tmp_path.iterdir())) == (2, [])
     assert "MODEL: expected an existing folder or file.py:factory, or a hub name" in outcome.err
+
+
+def _history(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "history.jsonl").read_text().splitlines()]
+
+
+def test_a_page_and_a_history_of_two_runs(rmsnorm: CommandLine, recipe: Path) -> None:
+    pytest.importorskip("jinja2")
+    output = recipe.parent / "dist"
+    recipe.write_text(_RECIPE.replace("validate = false", "validate = true").replace('package = ["triton"]', ""))
+    assert rmsnorm("ship", recipe, "--only", "second").code == 0
+    page = (output / "summary.html").read_text()
+    assert '<a href="second/report.html">' in page
+    assert 'id="drift"' not in page
+    assert rmsnorm("ship", recipe, "--only", "second").code == 0
+    first, second = _history(output)
+    assert first["schema"] == "rmsnorm_deploy.ship_history/1"
+    (row,) = first["rows"]
+    assert (row["row"], row["status"]) == ("second", "done")
+    assert 0 < row["worst"] <= 1
+    assert second["rows"] == [{**row, "status": "unchanged"}]
+    # The report of the validation before is kept beside the new one.
+    before = (output / "second" / "report.json").read_bytes()
+    assert rmsnorm("ship", recipe, "--only", "second", "--force").code == 0
+    assert (output / "second" / "report.before.json").read_bytes() == before
+    assert len(_history(output)) == 3
+    page = (output / "summary.html").read_text()
+    assert "verdicts worse: 0, better: 0; rows missing: 0; figures changed more than 2 times: 0" in page
+    assert "The last 3 of 3 runs" in page
+
+
+def test_without_jinja2_there_is_no_page(rmsnorm: CommandLine, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rmsnorm_deploy.runtime.report import html
+
+    html.environment.cache_clear()
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    outcome = rmsnorm("ship", recipe, "--only", "first")
+    assert outcome.code == 0
+    assert "note: summary.html was not written: an HTML report requires jinja2" in outcome.err
+    output = recipe.parent / "dist"
+    assert not (output / "summary.html").exists()
+    assert len(_history(output)) == 1
+
+
+def test_results_are_served_until_a_signal(recipe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    output = tmp_path / "dist"
+    ship_sample(output, [sample_row(output, "first")], "2026-11-21T08:15:00+00:00")
+    command = [sys.executable, "-m", "rmsnorm_deploy", "serve-report", str(output), "--port", "0", "--json"]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(4)]
+        answer = json.loads("".join(lines))
+        assert answer["schema"] == "rmsnorm_deploy.serve_report/1"
+        with urllib.request.urlopen(answer["url"], timeout=30) as response:
+            assert b"Pass" in response.read()
+        process.send_signal(number)
+        assert process.communicate(timeout=30) == ("", "")
+        assert process.returncode == 0
+
+
+def test_a_folder_without_results_is_not_served(rmsnorm: CommandLine, tmp_path: Path) -> None:
+    outcome = rmsnorm("serve-report", tmp_path)
+    assert outcome.code == 2
+    assert f"error: {tmp_path}: expected a folder with summary.json, got none there." in outcome.err

@@ -15,7 +15,7 @@ from typing import Any
 from rmsnorm_deploy.cli.failures import Failure
 from rmsnorm_deploy.runtime.report.page import aligned, fits, folded, is_whole
 from rmsnorm_deploy.runtime.report.printed import brief
-from rmsnorm_deploy.runtime.report.text import printable
+from rmsnorm_deploy.runtime.report.text import printable, size_text
 
 DEBUG_VARIABLE, PROGRESS_VARIABLE = "RMSNORM_DEBUG", "RMSNORM_PROGRESS"
 
@@ -165,13 +165,3 @@ def _discard_stdout() -> None:
 def file_size(path: Path) -> str:
     """A file's size with its unit, such as `1.2 MB`."""
     return size_text(path.stat().st_size)
-
-
-def size_text(count: int) -> str:
-    """A number of bytes with its unit, such as `1.2 MB`."""
-    size = float(count)
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

@@ -20,6 +20,7 @@ from rmsnorm_deploy.cli.commands.validate import validate
 from rmsnorm_deploy.cli.delivery.init import init
 from rmsnorm_deploy.cli.delivery.package import package
 from rmsnorm_deploy.cli.delivery.serve import serve
+from rmsnorm_deploy.cli.delivery.serve_report import serve_report
 from rmsnorm_deploy.cli.delivery.ship import ship
 from rmsnorm_deploy.cli.delivery.verify import verify
 
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "verify": verify,
     "init": init,
     "ship": ship,
+    "serve-report": serve_report,
     "validate": validate,
     "bisect": bisect,
     "compare": compare,

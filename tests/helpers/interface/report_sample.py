@@ -56,6 +56,20 @@ def sample_report(passed: bool = True, norms: int = 9) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def with_margins(report: dict[str, Any], limit: float = 4.0) -> dict[str, Any]:
+    """The report with a margin wherever there are figures: the largest error is `max_ulp`, the mean is `mean_ulp`."""
+    norms = [kind for norm in report["norms"] for kind in norm["inputs"]]
+    for row in (*report["outputs"], *norms, *report["segments"]):
+        figures = row["figures"]
+        row["margin"] = figures and {
+            "worst": figures["max_ulp"],
+            "allowed_worst": limit,
+            "rms": figures["mean_ulp"],
+            "allowed_rms": limit,
+        }
+    return report
+
+
 def _paths(count: int) -> list[str]:
     names = [f"model.layers.{i // 2}.{('input', 'post_attention')[i % 2]}_layernorm" for i in range(count - 1)]
     return [*names, "model.norm"]

@@ -303,7 +303,7 @@ def test_a_missing_package_is_named(module: str, monkeypatch: pytest.MonkeyPatch
             raise ModuleNotFoundError(f"No module named {module!r}", name=module)
         return real(name, *rest, **more)
 
-    html._environment.cache_clear()
+    html.environment.cache_clear()
     monkeypatch.delitem(sys.modules, f"{package.__name__}.plots", raising=False)
     monkeypatch.delattr(package, "plots", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)

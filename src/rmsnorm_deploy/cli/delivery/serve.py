@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from rmsnorm_deploy.cli import options
+from rmsnorm_deploy.cli.delivery.signals import run_until_stopped
 from rmsnorm_deploy.cli.screen import Screen
 
 SCHEMA = "rmsnorm_deploy.serve/1"
@@ -45,16 +43,4 @@ def serve(
     ) as server:
         url = f"http://{server.address}/v2/models/{server.name}"
         screen.result({"schema": SCHEMA, "url": url, "name": server.name}, lambda: screen.line(f"serving {url}"))
-        sys.stdout.flush()  # a pipe would get the line at the end alone
-        _stop_on_signals(server)
-        server.run()
-
-
-def _stop_on_signals(server: Any) -> None:
-    """Let SIGTERM and an interrupt end the server once what is being answered is sent."""
-
-    def stop(number: int, frame: Any) -> None:
-        threading.Thread(target=server.stop).start()  # in the server's own thread it would wait for itself
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+        run_until_stopped(server)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from rmsnorm_deploy.cli import options
-from rmsnorm_deploy.cli.screen import Screen, size_text
+from rmsnorm_deploy.cli.screen import Screen
 
 SCHEMA = "rmsnorm_deploy.ship_plan/1"
 
@@ -47,7 +47,10 @@ def ship(
         screen.result({"schema": SCHEMA, "rows": rows}, lambda: _print_plan(screen, rows), is_answer=True)
         return 0
     with screen.working(f"reading {recipe}") as progress:
-        summary = ship_recipe(recipe, only=only or (), force=force, ray=ray, progress=progress).to_dict()
+        shipment = ship_recipe(recipe, only=only or (), force=force, ray=ray, progress=progress)
+    summary = shipment.to_dict()
+    for note in shipment.notes:
+        screen.note(f"note: {note}")
     screen.result(summary, lambda: _print(screen, summary, quiet), is_answer=True)
     return int(summary["exit_code"])
 
@@ -60,6 +63,7 @@ def _print_plan(screen: Screen, rows: list[dict[str, Any]]) -> None:
 
 def _print(screen: Screen, summary: dict[str, Any], quiet: bool) -> None:
     from rmsnorm_deploy.runtime.recipe.summary import step_word
+    from rmsnorm_deploy.runtime.report.text import size_text
 
     rows = summary["rows"]
     if not quiet:

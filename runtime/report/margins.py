@@ -1,0 +1,104 @@
+"""How near the errors of a report are to their limits: the worst of it, and the norms at most risk (`nearness`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .text import label
+
+# Errors that a margin compares, each with the largest that passes.
+_PAIRS = (("worst", "allowed_worst"), ("rms", "allowed_rms"))
+
+
+class NormRisk(NamedTuple):
+    """The kind of input on which a norm or an attention is nearest to its limit, or beyond it.
+
+    Attributes:
+        kind: `norm` or `attention`.
+        name: its name, see `label`.
+        on: the kind of input.
+        passed: whether it passed there.
+        figure: `max` or `rms`, whichever is nearer to its limit.
+        error, limit: that figure and the largest that passes, in eps x row scale.
+        share: error divided by limit.
+    """
+
+    kind: str
+    name: str
+    on: str
+    passed: bool
+    figure: str
+    error: float
+    limit: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Nearness:
+    """What a report says about limits.
+
+    Attributes:
+        verdict: the report's.
+        worst: the largest error divided by its limit, over all outputs, norms, attentions and segments; None where
+            other rules decided everything, such as explicit limits.
+        where: the place of the worst; empty without one.
+        norms: norms and attentions with the largest shares, one entry for each, in descending order.
+    """
+
+    verdict: str
+    worst: float | None
+    where: str
+    norms: tuple[NormRisk, ...]
+
+
+def limit_share(margin: Mapping[str, Any]) -> float:
+    """How near the errors of a `margin` are to what they may be: 1 is the limit, infinity a NaN."""
+    return max(_share(margin, pair) for pair in _PAIRS)
+
+
+def nearness(report: Mapping[str, Any], most: int) -> Nearness:
+    """The worst share of a limit in a report, and the norms at most risk.
+
+    Parts that could not be judged have no meaningful limit, and do not count.
+
+    Args:
+        report: as `read_report` returns it.
+        most: the largest number of norms.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: the report is not as `validate` writes it.
+    """
+    norms = sorted(_norms(report), key=lambda norm: -norm.share)
+    places = [(norm.share, f"{norm.kind} {norm.name}, {norm.on}") for norm in norms]
+    places += [(share, f"output {row['case']}, {row['name']}") for row, share in _judged(report.get("outputs") or ())]
+    places += [(share, f"segment {row['name']}") for row, share in _judged(report.get("segments") or ())]
+    worst, where = max(places, key=lambda place: place[0], default=(None, ""))
+    return Nearness(str(report.get("verdict")), worst, where, tuple(norms[:most]))
+
+
+def _norms(report: Mapping[str, Any]) -> Iterator[NormRisk]:
+    for kind, rows in (("norm", report.get("norms") or ()), ("attention", report.get("attentions") or ())):
+        for row in rows:
+            judged = list(_judged(row.get("inputs") or ()))
+            if judged:
+                part, share = max(judged, key=lambda found: found[1])
+                margin = part["margin"]
+                pair = max(_PAIRS, key=lambda pair: _share(margin, pair))
+                error, limit = (float(margin[key]) for key in pair)
+                figure = "max" if pair[0] == "worst" else "rms"
+                yield NormRisk(kind, label(row), str(part["kind"]), part["passed"], figure, error, limit, share)
+
+
+def _judged(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], float]]:
+    """The rows that the default rule judged, each with its share."""
+    for row in rows:
+        if row["passed"] is not None and row.get("margin") is not None:
+            yield row, limit_share(row["margin"])
+
+
+def _share(margin: Mapping[str, Any], pair: tuple[str, str]) -> float:
+    share = float(margin[pair[0]]) / (float(margin[pair[1]]) or 1.0)
+    return math.inf if math.isnan(share) else share
