@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,14 @@ from rmsnorm_deploy.models.builtin.decoder import Decoder, causal_mask, random_d
 IDS = torch.arange(24).reshape(2, 12) % CONFIG.vocab_size
 WIDTH = CONFIG.hidden_size
 NAMES = [str(variant) for variant in VARIANTS]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _by_hand(model: Decoder, variant: Variant) -> Tensor:
@@ -165,11 +173,7 @@ def _cells(printed: str, title: str) -> dict[str, list[str]]:
 
 
 def test_the_quick_look_measures_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    threads = torch.get_num_threads()
-    try:
-        assert main(["--quick", "--threads", "1", "--json", str(tmp_path / "out.json")]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert main(["--quick", "--json", str(tmp_path / "out.json")]) == 0
     printed = capsys.readouterr().out
     found: dict[str, Any] = json.loads((tmp_path / "out.json").read_text())
     assert list(found["training"]) == NAMES

@@ -121,10 +121,8 @@ def export_norms(folder: Path, width: int) -> dict[str, Path]:
     dims = ({0: torch.export.Dim.DYNAMIC},)
     torch.onnx.export(layer_norm, (x,), paths["LayerNorm"], dynamo=True, dynamic_shapes=dims, verbose=False)
     rms_norm = nn.Sequential(nn.RMSNorm(width, CONFIG.eps)).eval()
-    for target in ("ort", "standard"):
-        place = folder / f"rms_norm_{target}"
-        export_model(rms_norm, place, inputs=(x,), target=target)
-        paths[f"RMSNorm, target {target}"] = place / "model.onnx"
+    for result in export_model(rms_norm, folder / "rms_norm", inputs=(x,), target=["ort", "standard"]):
+        paths[f"RMSNorm, target {result.target}"] = result.folder / "model.onnx"
     return paths
 
 

@@ -40,10 +40,10 @@ class TrainingOptions:
         threshold: steps with a larger norm of the gradient are counted.
     """
 
-    steps: int = 600
-    high_steps: int = 150
+    steps: int = 400
+    high_steps: int = 60
     seeds: int = 3
-    problems: int = 2000
+    problems: int = 1000
     high: float = 30.0
     clip: float = 1.0
     threshold: float = 1.0
