@@ -110,6 +110,15 @@ def test_training_is_that_of_the_checkpoint() -> None:
     assert max(found.gradients) > 1.0  # the norm before clipping
 
 
+@pytest.mark.parametrize("clip", [0.25, 1e6, None])
+def test_a_gradient_is_kept_as_it_was_before_clipping(clip: float | None) -> None:
+    model = build(Variant("LayerNorm", "pre-norm"), CONFIG, seed=0)
+    (gradient,) = train(model, 0, [1e-3], clip).gradients
+    left = nn.utils.get_total_norm([one.grad for one in model.parameters()]).item()  # type: ignore[misc]
+    assert gradient > 0.25
+    assert left == pytest.approx(0.25 if clip == 0.25 else gradient, rel=1e-4)
+
+
 def test_a_loss_that_is_not_finite_ends_training() -> None:
     model = build(Variant("RMSNorm", "post-norm"), CONFIG, seed=0)
     found = train(model, 0, [1e30] * 6)
@@ -126,21 +135,21 @@ def test_a_loss_is_the_mean_of_the_last_ten() -> None:
 
 
 def test_rounds_rotate_and_ratios_are_of_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that is ten times slower in some rounds changes no ratio."""
+    """Of b, the ratio of the medians is 1, and the median of the ratios 1.5; the first three rounds do not count."""
     clock, order = 0.0, []
-    costs = {"a": 2.0, "b": 3.0, "c": 1.0}
+    costs = {"a": [2.0, 20.0, 4.0, 8.0, 2.0], "b": [3.0, 20.0, 12.0, 4.0, 3.0], "c": [1.0] * 5}
 
     def way(name: str) -> Callable[[], None]:
         def call() -> None:
             nonlocal clock
+            clock += ([1000.0, 2000.0, 3000.0] + costs[name])[len(order) // 3]
             order.append(name)
-            clock += costs[name] * (10 if (len(order) - 1) // 3 in (4, 5) else 1)
 
         return call
 
     monkeypatch.setattr(times.time, "perf_counter", lambda: clock)
     found = times.in_turns({name: way(name) for name in costs}, rounds=5)
-    assert found == {"a": (2.0, 1.0), "b": (3.0, 1.5), "c": (1.0, 0.5)}
+    assert found == {"a": (4.0, 1.0), "b": (4.0, 1.5), "c": (1.0, 0.25)}
     assert "".join(order) == "abcbcacab" * 2 + "abcbca"
 
 
