@@ -134,7 +134,7 @@ def test_a_loss_is_the_mean_of_the_last_ten() -> None:
     assert (training.loss_at(2), training.loss_at(30)) == (1.5, 25.5)
 
 
-def test_rounds_rotate_and_ratios_are_of_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_rotate_and_ratios_are_of_one_round() -> None:
     """Of b, the ratio of the medians is 1, and the median of the ratios 1.5; the first three rounds do not count."""
     clock, order = 0.0, []
     costs = {"a": [2.0, 20.0, 4.0, 8.0, 2.0], "b": [3.0, 20.0, 12.0, 4.0, 3.0], "c": [1.0] * 5}
@@ -147,8 +147,7 @@ def test_rounds_rotate_and_ratios_are_of_one_round(monkeypatch: pytest.MonkeyPat
 
         return call
 
-    monkeypatch.setattr(times.time, "perf_counter", lambda: clock)
-    found = times.in_turns({name: way(name) for name in costs}, rounds=5)
+    found = times.in_turns({name: way(name) for name in costs}, rounds=5, clock=lambda: clock)
     assert found == {"a": (4.0, 1.0), "b": (4.0, 1.5), "c": (1.0, 0.25)}
     assert "".join(order) == "abcbcacab" * 2 + "abcbca"
 

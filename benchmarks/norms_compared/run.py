@@ -3,7 +3,8 @@
 The readable decoder (`models/builtin`) learns to add numbers in four variants that differ in their norms alone: the
 seeds, the first weights and the problems are the same. Each is then observed in float32 on held-out problems, trained
 once more at a high rate without warm-up and clipping, exported, and timed in ONNX Runtime. A norm alone is timed in
-PyTorch and in ONNX Runtime. Times are medians of rounds in rotating order, and ratios are medians of ratios in a round.
+PyTorch and in ONNX Runtime. Times are medians of rounds in rotating order, and ratios are medians of ratios in a round;
+they are CPU time with one thread, and else the time that passed.
 
     python -m benchmarks.norms_compared                  # the tables, in about a quarter of an hour
     python -m benchmarks.norms_compared --quick          # a look at all of them in a minute; the models learn nothing

@@ -28,21 +28,29 @@ def rotated(items: Iterable[Any], by: int) -> list[Any]:
     return items[by % len(items) :] + items[: by % len(items)]
 
 
-def in_turns(ways: Mapping[Any, Callable[[], object]], rounds: int, calls: int = 1) -> dict[Any, tuple[float, float]]:
+def clock_of(threads: int) -> Callable[[], float]:
+    """The CPU time of the process for one thread, which other programs disturb less; else the time that passed."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def in_turns(
+    ways: Mapping[Any, Callable[[], object]], rounds: int, clock: Callable[[], float], calls: int = 1
+) -> dict[Any, tuple[float, float]]:
     """Median seconds of a call, and the median over the rounds of its ratio to the first way.
 
     Args:
         ways: what is timed.
         rounds: rounds that count; each begins with another way, and the first `WARM_UP` are not counted.
+        clock: gives seconds, see `clock_of`.
         calls: calls of a way in a row, for times near the clock's resolution.
     """
     times: dict[Any, list[float]] = defaultdict(list)
     for index in range(rounds + WARM_UP):
         for way in rotated(ways, index):
-            start = time.perf_counter()
+            start = clock()
             for _ in range(calls):
                 ways[way]()
-            times[way].append((time.perf_counter() - start) / calls)
+            times[way].append((clock() - start) / calls)
     first = times[next(iter(ways))][WARM_UP:]
     return {
         way: (
@@ -67,10 +75,10 @@ def norm_in_torch(rows: int, width: int, rounds: int) -> dict[str, dict[str, tup
         y, leaves = module(x), (x, *module.parameters())
         return lambda: torch.autograd.grad(y, leaves, weight, retain_graph=True)
 
-    calls = calls_for(rows * width)
+    calls, clock = calls_for(rows * width), clock_of(torch.get_num_threads())
     return {
-        "forward": in_turns({name: lambda m=module: m(x) for name, module in modules.items()}, rounds, calls),
-        "backward": in_turns({name: backward(module) for name, module in modules.items()}, rounds, calls),
+        "forward": in_turns({name: lambda m=module: m(x) for name, module in modules.items()}, rounds, clock, calls),
+        "backward": in_turns({name: backward(module) for name, module in modules.items()}, rounds, clock, calls),
     }
 
 
@@ -133,7 +141,7 @@ def norm_in_ort(rows: int, width: int, rounds: int, threads: int) -> dict[str, d
         sessions = {way: session(path, threads) for way, path in paths.items()}
         x = np.random.default_rng(0).standard_normal((rows, width)).astype(np.float32)
         ways = {way: runs_of(running, x) for way, running in sessions.items()}
-        times = in_turns(ways, rounds, calls_for(rows * width))
+        times = in_turns(ways, rounds, clock_of(threads), calls_for(rows * width))
         return {
             way: {"seconds": times[way][0], "ratio": times[way][1], "kernels": kernels_of(path)}
             for way, path in paths.items()
@@ -162,7 +170,7 @@ def models_in_ort(
             vocabulary = next(iter(models.values())).config.vocab_size
             ids = np.random.default_rng(0).integers(0, vocabulary, (batch, tokens))
             ways = {variant: runs_of(running, ids) for variant, running in sessions.items()}
-            times = in_turns(ways, rounds)
+            times = in_turns(ways, rounds, clock_of(threads))
             found[f"batch {batch}, tokens {tokens}"] = {
                 variant: {
                     "seconds": times[variant][0],
