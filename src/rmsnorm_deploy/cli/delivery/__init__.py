@@ -2,6 +2,7 @@
 
 init: `rmsnorm init`.
 package: `rmsnorm package`.
+push: `rmsnorm push`.
 ship: `rmsnorm ship`.
 verify: `rmsnorm verify`.
 """
