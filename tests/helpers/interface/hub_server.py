@@ -105,8 +105,8 @@ def hub_server(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[HubServ
 
 
 class _RefusedError(Exception):
-    def __init__(self, status: int, code: str, message: str) -> None:
-        self.status, self.code = status, code
+    def __init__(self, status: int, code: str, message: str, place: str = "") -> None:
+        self.status, self.code, self.place = status, code, place
         super().__init__(message)
 
 
@@ -142,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
             work(path)
         except _RefusedError as error:
             headers = {"X-Error-Code": error.code, "X-Error-Message": str(error)}
-            self._send({"error": str(error)}, error.status, headers)
+            self._send({"error": str(error), "url": self.hub.address + error.place}, error.status, headers)
 
     def _send(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         content = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -173,11 +173,14 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[:2] == ["api", "models"]:
             name, rest = "/".join(parts[2:4]), parts[4:]
             repository = self._repository(name)
-            revision = "/".join(rest[1:]) if rest else "main"
+            inside = "/".join(rest[2:]) if rest[:1] == ["tree"] else ""
+            revision = "/".join(rest[1:]).removesuffix(f"/{inside}" if inside else "") if rest else "main"
             if not rest and not repository.refs:
                 self._send({"id": name, "sha": None, "private": repository.private, "siblings": []})
                 return
             sha, files = self._commit(repository, revision)
+            if inside and not any(file.startswith(f"{inside}/") for file in files):
+                raise _RefusedError(404, "EntryNotFound", f"{inside} does not exist")
             if rest[:1] == ["tree"]:
                 self._send([{"type": "file", "path": p, "size": len(c), "oid": _oid(c)} for p, c in files.items()])
             else:
@@ -204,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
             wanted = json.loads(self.content)
             name = f"{wanted['organization']}/{wanted['name']}"
             if name in self.hub.repositories:
-                raise _RefusedError(409, "", "You already created this model repo")
+                raise _RefusedError(409, "", "You already created this model repo", f"/{name}")
             private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
             self.hub.repositories[name] = Repository(private)
             self.hub.repositories[name].commit({".gitattributes": b""})
@@ -216,9 +219,10 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             self._send({"objects": actions, "transfer": "basic"})
         else:
-            self._change(self._repository("/".join(parts[2:4])), parts[4], "/".join(parts[5:]))
+            self._change("/".join(parts[2:4]), parts[4], "/".join(parts[5:]))
 
-    def _change(self, repository: Repository, what: str, revision: str) -> None:
+    def _change(self, name: str, what: str, revision: str) -> None:
+        repository = self._repository(name)
         if what == "branch":
             if revision in repository.refs:
                 raise _RefusedError(409, "", "Reference already exists")
@@ -251,7 +255,8 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile":
                 added[value["path"]] = self.hub.uploads[value["oid"]]
         sha = repository.commit({**files, **added}, revision)
-        self._send({"commitUrl": f"{self.hub.address}/commit/{sha}", "commitOid": sha, "pullRequestUrl": None})
+        url = f"{self.hub.address}/{name}/commit/{sha}"
+        self._send({"commitUrl": url, "commitOid": sha, "pullRequestUrl": None})
 
     def _put(self, path: str) -> None:
         self.hub.uploads[path.rpartition("/")[2]] = self.content
