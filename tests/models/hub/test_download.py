@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from rmsnorm_deploy import HubOptions, export_model, load_model
+from rmsnorm_deploy import HubOptions, load_model
+from rmsnorm_deploy.models.companions import companion_files
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, RmsnormDeployError, UsageError
 from rmsnorm_deploy.models.hub.download import companions_of
 from rmsnorm_deploy.models.hub.options import showing_downloads, using_hub
@@ -94,9 +95,7 @@ def test_a_branch_that_moves_meanwhile_gives_the_files_of_one_commit(
     assert len(seen) == 1
 
 
-def test_an_export_of_a_subfolder_has_its_companions_and_its_commit(
-    hub: HubServer, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_subfolder_has_its_companions_and_its_commit(hub: HubServer, checkpoint: Path, tmp_path: Path) -> None:
     inside = {f"small/fp32/{path.name}": path.read_bytes() for path in checkpoint.iterdir()}
     commit = hub.add(NAME, {**inside, "unrelated.bin": b"x"})
     with pytest.raises(
@@ -104,11 +103,15 @@ def test_an_export_of_a_subfolder_has_its_companions_and_its_commit(
     ):
         load_model(NAME)
     options = HubOptions(subfolder="small/fp32", cache_dir=tmp_path / "other cache")
-    made = export_model(NAME, tmp_path / "out", target="ort", hub=options)
-    wanted = {"name": NAME, "revision": None, "subfolder": "small/fp32", "commit": commit}
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["hub"] == wanted
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == inside["small/fp32/tokenizer.json"]
-    assert not any("download" in note or "copied" in note for note in made.manifest["notes"])
+    source = load_model(NAME, hub=options).hub
+    assert source is not None
+    assert source.to_dict() == {"name": NAME, "revision": None, "subfolder": "small/fp32", "commit": commit}
+    folder, reason = companions_of(source)
+    found, notes = companion_files(folder)
+    assert (reason, notes) == ("", [])
+    assert {path.name: path.read_bytes() for path in found} == {
+        path.name: path.read_bytes() for path in companion_files(checkpoint)[0]
+    }
     assert {path.name for path in (tmp_path / "other cache").iterdir()} >= {"models--owner--small-llama"}
     assert not any(path.endswith("unrelated.bin") for _, path, _ in hub.requests)
     with using_hub(options, NAME):
