@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib
 import json
 import threading
 from collections.abc import Iterator
@@ -92,6 +93,9 @@ def hub_server(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[HubServ
         "HF_HUB_DISABLE_XET": True,
     }.items():
         monkeypatch.setattr(constants, name, value)  # read from the environment at import only
+    # Both libraries keep one object, which has the endpoint of its first use.
+    monkeypatch.setattr(importlib.import_module("huggingface_hub.hf_api").api, "endpoint", hub.address)
+    monkeypatch.setattr(importlib.import_module("transformers.utils.hub"), "_hf_api", None, raising=False)
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(variable, raising=False)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)

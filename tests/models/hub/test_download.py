@@ -96,26 +96,27 @@ def test_a_branch_that_moves_meanwhile_gives_the_files_of_one_commit(
 
 
 def test_a_subfolder_has_its_companions_and_its_commit(hub: HubServer, checkpoint: Path, tmp_path: Path) -> None:
+    name = "owner/nested-llama"  # transformers remembers the commit of a branch while a process runs
     inside = {f"small/fp32/{path.name}": path.read_bytes() for path in checkpoint.iterdir()}
-    commit = hub.add(NAME, {**inside, "unrelated.bin": b"x"})
+    commit = hub.add(name, {**inside, "unrelated.bin": b"x"})
     with pytest.raises(
-        UsageError, match=r"'owner/small-llama': expected a config.json, got none. If the model is in a"
+        UsageError, match=r"'owner/nested-llama': expected a config.json, got none. If the model is in a"
     ):
-        load_model(NAME)
+        load_model(name)
     options = HubOptions(subfolder="small/fp32", cache_dir=tmp_path / "other cache")
-    source = load_model(NAME, hub=options).hub
+    source = load_model(name, hub=options).hub
     assert source is not None
-    assert source.to_dict() == {"name": NAME, "revision": None, "subfolder": "small/fp32", "commit": commit}
+    assert source.to_dict() == {"name": name, "revision": None, "subfolder": "small/fp32", "commit": commit}
     folder, reason = companions_of(source)
     found, notes = companion_files(folder)
     assert (reason, notes) == ("", [])
     assert {path.name: path.read_bytes() for path in found} == {
         path.name: path.read_bytes() for path in companion_files(checkpoint)[0]
     }
-    assert {path.name for path in (tmp_path / "other cache").iterdir()} >= {"models--owner--small-llama"}
+    assert {path.name for path in (tmp_path / "other cache").iterdir()} >= {"models--owner--nested-llama"}
     assert not any(path.endswith("unrelated.bin") for _, path, _ in hub.requests)
-    with using_hub(options, NAME):
-        assert load_tokenizer(NAME).encode("ab") == load_tokenizer(checkpoint).encode("ab")
+    with using_hub(options, name):
+        assert load_tokenizer(name).encode("ab") == load_tokenizer(checkpoint).encode("ab")
 
 
 def test_a_private_model_needs_the_token_of_the_file(
