@@ -68,7 +68,8 @@ def _what(manifest: Mapping[str, Any], server: Any) -> str:
     of = f"[{name}](https://huggingface.co/{name})" if name else "A PyTorch model"
     commit = f", commit {_code(hub['commit'])}" if name and hub.get("commit") else ""
     kind = f", as a folder for {_code(server)}" if server else ""
-    return f"{of}{commit}, exported with rmsnorm-deploy{kind}: its RMSNorms are in the form that the runtime executes best."
+    norms = "its RMSNorms are in the form that the runtime executes best."
+    return f"{of}{commit}, exported with rmsnorm-deploy{kind}: {norms}"
 
 
 def _facts(manifest: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
