@@ -15,6 +15,7 @@ versions: LIBRARIES, the supported versions of other libraries; too_old, newer_t
 configs: config_value, a value of a model's config.
 companions: folder_of, where the config and tokenizer files of a model are.
 weights: weights that stay in their files.
+hub: models of the Hugging Face hub.
 calling: how a model is called, and its parts.
 recognition: finding the norms of a model.
 builtin: the models shipped with this package.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from .hub.options import hub_keywords, hub_options, without_token
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,8 +29,7 @@ def companion_files(folder: Path) -> tuple[list[Path], list[str]]:
     """
     found, notes = [], []
     allowed = [Path(os.path.realpath(folder))]
-    if allowed[0].parent.name == "snapshots":
-        allowed.append(allowed[0].parent.parent / "blobs")
+    allowed += [inner.parent.parent / "blobs" for inner in (allowed[0], *allowed[0].parents) if _is_snapshot(inner)]
     for name in COMPANIONS:
         file = folder / name
         real = Path(os.path.realpath(file))
@@ -38,6 +40,11 @@ def companion_files(folder: Path) -> tuple[list[Path], list[str]]:
         else:
             notes.append(f"{name} was not copied, because it is a link that leads out of {folder}")
     return found, notes
+
+
+def _is_snapshot(folder: Path) -> bool:
+    """Whether a folder is a commit of a repository in the hub's cache."""
+    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
 
 
 def saved_weights(folder: Path) -> list[Path]:
@@ -61,10 +68,11 @@ def folder_of(model: nn.Module) -> tuple[Path | None, str]:
         return Path(name).expanduser(), ""
     if name.startswith((".", "/", "~")):
         return None, f"config and tokenizer files were not copied: the folder {name} does not exist"
+    options = replace(hub_options(name), subfolder=None)
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=list(COMPANIONS))), ""
+        return Path(snapshot_download(name, allow_patterns=list(COMPANIONS), **hub_keywords(options))), ""
     except Exception as error:  # the hub's client raises many kinds, requests' among them
-        first = " ".join(str(error).split())[:200]
+        first = without_token(" ".join(str(error).split())[:200], options)
         return None, f"config and tokenizer files of {name} could not be downloaded: {type(error).__name__}: {first}"

@@ -20,10 +20,12 @@ from .checkpoint_keys import check_keys
 from .companions import saved_weights
 from .dtypes import NORM_DTYPES, torch_dtype
 from .errors import EnvironmentMissingError, RmsnormDeployError, UsageError
+from .hub.download import open_checkpoint
+from .hub.options import HubOptions, HubSource, check_hub, hub_keywords, hub_options, without_token
 from .precision import convert
 from .regular_files import read_json
 from .weights.checkpoint import pickles_allowed, refuse_pickles
-from .weights.load_transformers import can_stay_at_rest, downloaded, load_at_rest
+from .weights.load_transformers import can_stay_at_rest, load_at_rest
 
 Kind = Literal["transformers", "decoder", "python"]
 BUILTINS = ("addition", "small")
@@ -42,6 +44,7 @@ class LoadOptions:
         allow_pickle: read weights that are pickled (`pytorch_model.bin`), as a whole, into memory.
         side_folder: where a temporary file is created for weights that are not used as they are stored; the system's
             folder when None.
+        hub: how a model with a hub name is read; None for the options of `using_hub`, or the default ones.
     """
 
     dtype: str | None = None
@@ -49,6 +52,7 @@ class LoadOptions:
     allow_missing: Sequence[str] = ()
     allow_pickle: bool = False
     side_folder: Path | None = None
+    hub: HubOptions | None = None
 
 
 @dataclass(slots=True)
@@ -63,6 +67,7 @@ class LoadedModel:
         example_inputs: arguments by name that a Python factory returned with its model, see `named_arguments`.
         task: `addition` for the model that adds numbers, else None.
         notes: remarks for the user.
+        hub: where in the hub it came from, if it did.
     """
 
     model: nn.Module
@@ -72,6 +77,7 @@ class LoadedModel:
     example_inputs: Mapping[str, Any] | None = None
     task: str | None = None
     notes: list[str] = field(default_factory=list)
+    hub: HubSource | None = None
 
     @property
     def details(self) -> dict[str, Any]:
@@ -79,6 +85,8 @@ class LoadedModel:
         if not self.source:
             return {}
         details: dict[str, Any] = {"source": self.source}
+        if self.hub is not None:
+            details["hub"] = self.hub.to_dict()
         if self.task is not None:
             details["task"] = self.task
         if self.task == "addition":
@@ -134,6 +142,8 @@ def load_model(source: str, options: LoadOptions | None = None, **changes: Any) 
         raise UsageError(
             f"allow_missing: expected a list of names or patterns, got the text {options.allow_missing!r}."
         )
+    if options.hub is not None:
+        check_hub(options.hub)
     loaded = _dispatch(source, options)
     if dtype is not None and loaded.kind != "transformers":
         convert(loaded.model, torch_dtype(dtype))
@@ -176,6 +186,7 @@ def names_python(source: str) -> bool:
 def _dispatch(source: str, options: LoadOptions) -> LoadedModel:
     name, _, rest = source.rpartition(":")
     if name == "builtin":
+        _refuse_revision(source, options)
         return _builtin(source, rest)
     path = Path(source).expanduser()
     try:
@@ -183,6 +194,7 @@ def _dispatch(source: str, options: LoadOptions) -> LoadedModel:
     except OSError as error:  # a name that is too long, or a parent folder without read permission
         raise UsageError(f"{source[:80]!r} cannot be opened: {error.strerror or error}.") from error
     if is_folder and source:
+        _refuse_revision(source, options)
         return _folder(source, path, options)
     if is_file:
         raise UsageError(
@@ -191,10 +203,19 @@ def _dispatch(source: str, options: LoadOptions) -> LoadedModel:
             "--against MODEL"
         )
     if names_python(source):
+        _refuse_revision(source, options)
         return _python(source, name, rest)
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source:
         raise UsageError(f"{source!r} is neither an existing folder nor a hub name (owner/model).")
     return _transformers(source, None, options)
+
+
+def _refuse_revision(source: str, options: LoadOptions) -> None:
+    """Refuse options that a model without a hub name does not have."""
+    hub = options.hub or hub_options(source)
+    for name, value in (("revision", hub.revision), ("subfolder", hub.subfolder)):
+        if value is not None:
+            raise UsageError(f"{name}: expected a model with a hub name (owner/model), got {source}. Omit {name}.")
 
 
 def _builtin(source: str, name: str) -> LoadedModel:
@@ -235,20 +256,24 @@ def _transformers(source: str, folder: Path | None, options: LoadOptions) -> Loa
             'Install it with: pip install "rmsnorm-deploy[hf]"'
         ) from error
     name = str(folder) if folder is not None else source
+    hub = options.hub or hub_options(source)
     where = f"the folder {source}" if folder is not None else f"the hub name {source!r}"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    checkpoint = None if folder is not None else open_checkpoint(name, hub)
+    place = folder if checkpoint is None else checkpoint.folder
+    given = {} if checkpoint is None else hub_keywords(checkpoint.options)
+    assert place is not None
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code, **given)
         cls = _architecture(transformers, config)
-        place = folder if folder is not None else downloaded(name)
-        at_rest = place is not None and can_stay_at_rest(cls, config, place)
+        at_rest = can_stay_at_rest(cls, config, place)
         allow_pickle = options.allow_pickle or pickles_allowed()
-        if place is not None and not at_rest and not allow_pickle:
+        if not at_rest and not allow_pickle:
             refuse_pickles(place)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # weights that are allowed to be missing get the same values at each load
-            if place is not None and at_rest:
+            if at_rest:
                 model, info = load_at_rest(cls, config, place, options.dtype, options.side_folder)
                 model.name_or_path = model.config._name_or_path = name
             else:
@@ -257,15 +282,17 @@ def _transformers(source: str, folder: Path | None, options: LoadOptions) -> Loa
                     dtype=options.dtype or "auto",
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,
+                    **given,
                     **({} if allow_pickle else {"use_safetensors": True}),
                     **({"trust_remote_code": True} if options.trust_remote_code else {}),
                 )
     except RmsnormDeployError:
         raise
     except Exception as error:  # transformers raises many kinds of errors for a source that it cannot load
-        first = " ".join(str(error).split())[:300]
+        first = " ".join(without_token(str(error), hub).split())[:300]
         raise UsageError(f"{where} could not be loaded by transformers: {first}") from error
-    return LoadedModel(model, source, "transformers", folder, notes=check_keys(where, info, options.allow_missing))
+    notes = check_keys(where, info, options.allow_missing)
+    return LoadedModel(model, source, "transformers", folder, notes=notes, hub=checkpoint)
 
 
 def _architecture(transformers: ModuleType, config: Any) -> Any:

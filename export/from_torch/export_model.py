@@ -23,6 +23,8 @@ from ...models.calling.rotary import RESTART_FIELD, restart_length
 from ...models.companions import folder_of
 from ...models.dtypes import norm_dtype, torch_dtype, torch_name
 from ...models.errors import MismatchError, UnsupportedError, UsageError
+from ...models.hub.download import companions_of
+from ...models.hub.options import HubOptions
 from ...models.loading import LoadedModel, LoadOptions, as_loaded, cast_floats
 from ...models.precision import converted, model_dtype, saved_elements
 from ...models.recognition.find_norms import find_norms
@@ -100,6 +102,7 @@ def export_model(
     details: Mapping[str, Any] | None = None,
     companions: Path | None = None,
     trust_remote_code: bool = False,
+    hub: HubOptions | None = None,
     progress: Progress | None = None,
     **changes: Any,
 ) -> ExportResult | list[ExportResult]:
@@ -120,6 +123,7 @@ def export_model(
         companions: a folder to copy config and tokenizer files from; the model's own when None, also of a module that
             `from_pretrained` loaded.
         trust_remote_code: run Python code that comes with a transformers checkpoint.
+        hub: how a model with a hub name is read: revision, subfolder, cache, token, offline.
         progress: called with a line of text at each step.
         changes: fields of `ExportOptions` that differ from `options`, such as `dtype="float16"`.
 
@@ -149,7 +153,9 @@ def export_model(
             check_destination(place)
     if isinstance(model, str | Path) and progress is not None:
         progress(f"loading {model}")
-    loading = LoadOptions(dtype=options.dtype, trust_remote_code=trust_remote_code, side_folder=existing_parent(folder))
+    loading = LoadOptions(
+        dtype=options.dtype, trust_remote_code=trust_remote_code, side_folder=existing_parent(folder), hub=hub
+    )
     loaded = as_loaded(model, loading)
     feeds = _inputs_of(loaded, inputs)
     parts: tuple[str | None, ...] = (None,)
@@ -161,7 +167,7 @@ def export_model(
     companions = companions if companions is not None else loaded.folder
     notes = [*loaded.notes]
     if companions is None:
-        companions, problem = folder_of(loaded.model)
+        companions, problem = folder_of(loaded.model) if loaded.hub is None else companions_of(loaded.hub)
         notes += [problem] if problem else []
     for one in prepared.values():
         one.details.update({**loaded.details, **(details or {})})

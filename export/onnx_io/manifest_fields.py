@@ -103,11 +103,19 @@ class _Quantized(_Fields):
     left: dict[Text, int] = {}
 
 
+class _Hub(_Fields):
+    name: Text
+    revision: Text | None = None
+    subfolder: Text | None = None
+    commit: Text
+
+
 class ManifestFields(_Fields):
     """A manifest."""
 
     model: str = "model.onnx"  # these two may be file names that are not UTF-8
     source: str | None = None
+    hub: _Hub | None = None
     target: Text | None = None
     dtype: Text | None = None
     elements: dict[Text, int] = {}

@@ -16,7 +16,7 @@ from .header import read_header
 from .mapped_file import map_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _LISTED = 5
 _pickles_allowed: ContextVar[bool] = ContextVar("pickles_allowed", default=False)
 
@@ -77,7 +77,7 @@ def refuse_pickles(folder: Path) -> None:
     Raises:
         UsageError: it has weights in `pytorch_model.bin` and none in safetensors.
     """
-    pickled = [name for name in _PICKLED if (folder / name).is_file()]
+    pickled = [name for name in PICKLED if (folder / name).is_file()]
     if pickled and not weight_files_of(folder):
         raise UsageError(
             f"{folder} has its weights in {pickled[0]}, a pickle, which can run any code when it is loaded and cannot "

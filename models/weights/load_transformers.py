@@ -13,38 +13,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from .checkpoint import INDEX, SINGLE, stored_tensors, weight_files_of
+from .checkpoint import stored_tensors, weight_files_of
 from .mapped_file import is_mapped, release_pages
 from .side_file import SideFile
 
 # Computed tensors of fewer bytes stay in memory.
 _SMALL = 1 << 20
-
-
-def downloaded(name: str) -> Path | None:
-    """The folder, in the hub's cache, of a checkpoint's config and safetensors files, which are downloaded if needed.
-
-    Args:
-        name: a hub name.
-
-    Returns:
-        None for a checkpoint without safetensors files.
-
-    Raises:
-        OSError: the hub cannot be reached, or has no such model.
-    """
-    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
-
-    folder = Path(cached_file(name, "config.json")).parent
-    single, index, _ = (
-        cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-        for file in (SINGLE, INDEX, "generation_config.json")
-    )
-    if single is None and index is None:
-        return None
-    if single is None:
-        get_checkpoint_shard_files(name, index)
-    return folder
 
 
 def can_stay_at_rest(cls: Any, config: Any, folder: Path) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...models.builtin import addition_task as addition
 from ...models.errors import EnvironmentMissingError, UsageError
+from ...models.hub.options import hub_keywords, hub_options, without_token
 from ...models.regular_files import read_json
 
 _ADDITION_MODEL = "builtin:addition"
@@ -76,10 +77,12 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> To
             'loading a tokenizer requires transformers. Install it with: pip install "rmsnorm-deploy[hf]"'
         ) from error
     name = str(folder) if folder.exists() else str(source)
+    hub = hub_options(name)
+    given = {} if folder.exists() else hub_keywords(hub)
     try:
-        return _HubTokenizer(AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
+        return _HubTokenizer(AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **given))
     except Exception as error:  # transformers raises many kinds; all mean that there is no tokenizer of this name
-        first = " ".join(str(error).split())[:300]
+        first = " ".join(without_token(str(error), hub).split())[:300]
         raise UsageError(f"transformers could not load the tokenizer of {source}: {first}") from error
 
 

@@ -18,6 +18,7 @@ from ...export.lowering.attention_table import check_attention, parse_attention
 from ...export.lowering.table import DEFAULT_TARGET, opset_for, parse_target
 from ...models.dtypes import norm_dtype
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError
+from ...models.hub.options import is_revision, is_subfolder
 from ..accuracy.lossy import PROFILES
 from ..inputs.arrays import ARRAY_SUFFIXES
 from ..packaging.api import Server
@@ -60,6 +61,7 @@ def _own_problems(model: Merged, base: Path) -> Iterator[Problem]:
         expected = "expected letters, digits, '.', '-' and '_' that begin with a letter or digit, at most 100"
         yield Problem(model.at("name"), f"{expected}, got {values['name'][:110]!r}")
     yield from _source(model, base)
+    yield from _of_hub(model, base)
     if "inputs" in values:
         yield from _inputs(model, base)
     for key, check in (("targets", parse_target), ("dtypes", norm_dtype), ("package", _server)):
@@ -100,6 +102,22 @@ def _source(model: Merged, base: Path) -> Iterator[Problem]:
                 )
         case "file" | "module" | "folder" | "hub":
             pass
+
+
+def _of_hub(model: Merged, base: Path) -> Iterator[Problem]:
+    """Problems of what only a model with a hub name has."""
+    source = model.values.get("source")
+    for key, is_valid, what in (
+        ("revision", is_revision, "a branch, a tag or a commit"),
+        ("subfolder", is_subfolder, "a relative path in the repository"),
+    ):
+        value = model.values.get(key)
+        if value is None:
+            continue
+        if source is not None and source_kind(source, base) not in ("hub", "missing"):
+            yield Problem(model.at(key), f"expected a source with a hub name (owner/model), got {source!r}")
+        elif not is_valid(value):
+            yield Problem(model.at(key), f"expected {what}, got {value!r}")
 
 
 def _results_in_source(model: Merged, base: Path, output: Path) -> Iterator[Problem]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...models.errors import UsageError
+from ...models.hub.options import HubOptions
 from ...models.regular_files import read_json
 from .recipe_file import parse_recipe
 from .sources import located, source_kind
@@ -24,6 +25,8 @@ targets = ["ort"]  # primitives, standard, ort, plugin: see `rmsnorm targets`
 [[model]]
 name = {name}
 source = {source}  # a folder, file.py:factory, package.module:factory, builtin:NAME or a hub name
+{revision}
+{subfolder}
 # dtypes = ["float32", "float16"]  # a row for each; the checkpoint's dtype if omitted
 {with_past}
 # attention = "node"  # or decomposed; in-place for target ort with_past
@@ -40,15 +43,16 @@ _NO_PAST = "# with_past = true  # for decoders of transformers: the KV cache is 
 _PACKAGE = "package = {servers}  # folders for servers: genai (with_past), triton, trtexec"
 
 
-def first_recipe(model: str, path: Path) -> str:
+def first_recipe(model: str, path: Path, hub: HubOptions | None = None) -> str:
     """The text of a recipe for one model, which `read_recipe` accepts.
 
     Args:
         model: as MODEL of `rmsnorm export`; a relative path is relative to the working directory.
         path: where the recipe will be; paths in it are relative to its folder.
+        hub: the revision and subfolder of a hub name.
 
     Raises:
-        UsageError: there is no such model, or its config cannot be read.
+        UsageError: there is no such model, or it has no revision, or its config cannot be read.
     """
     here = Path.cwd()
     kind = source_kind(model, here)
@@ -56,6 +60,7 @@ def first_recipe(model: str, path: Path) -> str:
         raise UsageError(
             f"MODEL: expected an existing folder or file.py:factory, or a hub name (owner/model), got {model!r}."
         )
+    hub = hub or HubOptions()
     config = _config(Path(located(model, here))) if kind == "folder" else {}
     is_decoder = _is_text_decoder(config)
     servers = ["genai"] if is_decoder and config.get("eos_token_id") is not None else []
@@ -63,11 +68,18 @@ def first_recipe(model: str, path: Path) -> str:
         output=_quoted("dist"),
         name=_quoted(_name(model)),
         source=_quoted(_source(model, kind, here, path)),
+        revision=_given("revision", hub.revision, "main", "of a hub name: a branch, a tag or a commit"),
+        subfolder=_given("subfolder", hub.subfolder, "small", "of a hub name: a folder in its repository"),
         with_past=_WITH_PAST if is_decoder else _NO_PAST,
         package=("" if servers else "# ") + _PACKAGE.format(servers=json.dumps(servers or ["triton"])),
     )
     parse_recipe(text, path)
     return text
+
+
+def _given(key: str, value: str | None, example: str, comment: str) -> str:
+    """The line of a field; a comment if it has no value."""
+    return f"{'# ' if value is None else ''}{key} = {_quoted(value or example)}  # {comment}"
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...export.onnx_io.manifest_fields import field_problem
 from ...models.errors import UsageError
+from ...models.hub.options import TOKEN_VARIABLE
 from ...models.regular_files import read_bytes
 from .checks import value_problems
 from .positions import Path as Keys
@@ -31,6 +32,8 @@ class Settings(_Fields):
     """The fields of a model that `[defaults]` may have too; None where the file does not say."""
 
     source: str | None = None
+    revision: str | None = None
+    subfolder: str | None = None
     targets: list[str] | None = None
     dtypes: list[str] | None = None
     with_past: bool | None = None
@@ -130,6 +133,8 @@ def _problem(row: Mapping[str, Any]) -> Problem:
     path: Keys = tuple(row["loc"])
     if row["type"] == "extra_forbidden":
         fields = _fields_of(path[:-1])
+        if "token" in str(path[-1]).lower():
+            return Problem(path, f"a recipe has no token, as it is kept and shared; set the variable {TOKEN_VARIABLE}")
         return Problem(path, f"unknown key; expected one of {', '.join(fields)}{suggestion(str(path[-1]), fields)}")
     if row["type"] == "missing":
         what = "at least one [[model]]" if path == ("model",) else "a value"

@@ -55,9 +55,9 @@ def rows_of(recipe: Recipe) -> list[Row]:
 
     Returns:
         JSON values: `row` (its name), `model`, `folder` (of its results), `source` and `inputs` (with absolute paths),
-        `target`, `dtype`, `with_past`, `attention`, `quantize`, `opset`, `validate`, `lossy`, `package`,
-        `trust_remote_code`; `needs`, what it occupies of a cluster (`cpus`, `gpus`, `memory` in GB); `facts`, what
-        decides whether results are still those of this row; and `key`, their hash.
+        `revision`, `subfolder`, `target`, `dtype`, `with_past`, `attention`, `quantize`, `opset`, `validate`, `lossy`,
+        `package`, `trust_remote_code`; `needs`, what it occupies of a cluster (`cpus`, `gpus`, `memory` in GB);
+        `facts`, what decides whether results are still those of this row; and `key`, their hash.
 
     Raises:
         UsageError: a source cannot be read.
@@ -72,6 +72,8 @@ def rows_of(recipe: Recipe) -> list[Row]:
         inputs = base / Path(model["inputs"]).expanduser() if "inputs" in model else None
         for name, given, dtype in _variants(model):
             options = {
+                "revision": model.get("revision"),
+                "subfolder": model.get("subfolder"),
                 "target": parse_target(given),
                 "dtype": None if dtype is None else norm_dtype(dtype),
                 "with_past": model.get("with_past", False),

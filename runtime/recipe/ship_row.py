@@ -19,6 +19,7 @@ from ...models.errors import (
     UnsupportedError,
     explained,
 )
+from ...models.hub.options import HubOptions, showing_downloads, using_hub
 from .row_record import (
     EARLIER,
     EXPORT,
@@ -125,7 +126,8 @@ def _run(row: Mapping[str, Any], state: RowState, progress: Progress) -> list[Re
         start = time.monotonic()
         try:
             kind, _, server = name.partition(":")
-            result = _STEPS[kind](row, server, progress)
+            with using_hub(_hub_of(row), row["source"]), showing_downloads(progress):
+                result = _STEPS[kind](row, server, progress)
             seconds = round(time.monotonic() - start, 3)
             record.steps[name] = DoneStep(seconds=seconds, result=result)
             record.save(Path(row["folder"]))
@@ -133,6 +135,10 @@ def _run(row: Mapping[str, Any], state: RowState, progress: Progress) -> list[Re
         except (Exception, SystemExit) as error:
             found.append(_failed(name, error, round(time.monotonic() - start, 3)))
     return found
+
+
+def _hub_of(row: Mapping[str, Any]) -> HubOptions:
+    return HubOptions(revision=row["revision"], subfolder=row["subfolder"])
 
 
 def _step(name: str, status: str, seconds: float, result: Result | None = None, error: Result | None = None) -> Result:
@@ -172,6 +178,7 @@ def _export(row: Mapping[str, Any], server: str, progress: Progress) -> Result:
     )
     manifest = made.manifest
     kept = {name: manifest.get(name) for name in ("dtype", "opset", "notes")}
+    kept |= {"hub": manifest["hub"]} if "hub" in manifest else {}
     return {"folder": MODEL, "bytes": _size(folder), "norms": len(manifest.get("sites", ())), **kept}
 
 

@@ -15,6 +15,7 @@ from ...models.calling.parts import part_of
 from ...models.calling.wrappers import look_through
 from ...models.dtypes import norm_dtype, torch_name
 from ...models.errors import UsageError
+from ...models.hub.options import recorded_options
 from ...models.loading import LoadedModel, check_eval_mode, load_model, names_python
 from ...models.outliers import apply_recorded
 from ...models.precision import model_dtype, saved_elements
@@ -312,18 +313,20 @@ def load_against(
     source: str, dtype: str | None, exported: Exported | None, trust_remote_code: bool, *, own_dtype: bool = False
 ) -> LoadedModel:
     """Load the PyTorch model in the requested dtype, or else in the exported dtype, with the outliers that the export
-    injected into its weights. With `own_dtype` the model keeps its own dtype instead of the exported one.
+    injected into its weights. With `own_dtype` the model keeps its own dtype instead of the exported one. Of a model
+    with a hub name, the exported commit is loaded, unless another revision is asked for.
 
     Raises:
         UsageError: as in `load_model`.
     """
     dtype = None if dtype is None else norm_dtype(dtype)
-    loaded = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    hub = recorded_options(source, None if exported is None else exported.manifest.get("hub"))
+    loaded = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code, hub=hub)
     own = dtype_of(loaded.model)
     wanted = exported.dtype if exported is not None and not own_dtype else None
     if dtype is None and own is not None and wanted not in (None, own):
         # Load it again only if the dtype differs: a cast would change a model that mixes dtypes.
-        loaded = load_model(source, dtype=wanted, trust_remote_code=trust_remote_code)
+        loaded = load_model(source, dtype=wanted, trust_remote_code=trust_remote_code, hub=hub)
     if exported is not None:
         apply_recorded(loaded.model, exported.manifest)
     return loaded

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
+    from rmsnorm_deploy.models.hub.options import HubOptions
     from rmsnorm_deploy.models.loading import load_model
     from rmsnorm_deploy.models.recognition.find_norms import find_norms
     from rmsnorm_deploy.models.reference import reference
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from rmsnorm_deploy.runtime.generation.api import Generation, Generator, generate, generate_batch
     from rmsnorm_deploy.runtime.inputs.cases import Case
     from rmsnorm_deploy.runtime.packaging.api import Package, package_model
+    from rmsnorm_deploy.runtime.packaging.push import Push, push_folder
     from rmsnorm_deploy.runtime.recipe.ship import Shipment, ship
     from rmsnorm_deploy.runtime.report.compare import compare
     from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
@@ -54,6 +56,7 @@ _HOME = {
     "reference": "models.reference",
     "find_norms": "models.recognition.find_norms",
     "load_model": "models.loading",
+    "HubOptions": "models.hub.options",
     "load_weights": "models.weights.checkpoint",
     "export_model": "export.from_torch.export_model",
     "ExportOptions": "export.from_torch.export_model",
@@ -63,6 +66,8 @@ _HOME = {
     "rewrite_model": "runtime.rewriting.rewrite_file",
     "package_model": "runtime.packaging.api",
     "Package": "runtime.packaging.api",
+    "push_folder": "runtime.packaging.push",
+    "Push": "runtime.packaging.push",
     "ship": "runtime.recipe.ship",
     "Shipment": "runtime.recipe.ship",
     "run_dataset": "runtime.dataset.run_dataset",
@@ -103,6 +108,7 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "reference",
     "find_norms",
     "load_model",
+    "HubOptions",
     "load_weights",
     "export_model",
     "ExportOptions",
@@ -114,6 +120,8 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "DatasetRun",
     "package_model",
     "Package",
+    "push_folder",
+    "Push",
     "ship",
     "Shipment",
     "use_kernel",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rmsnorm_deploy.models.dtypes import norm_dtype
+from rmsnorm_deploy.models.hub.options import HubOptions, using_hub
 
 Model = Annotated[
     str,
@@ -77,6 +81,77 @@ AllowPickle = Annotated[
         help="Read weights that are pickled (pytorch_model.bin): loading a pickle can run code that is in it.",
     ),
 ]
+# The options that become fields of `HubOptions`, by parameter name.
+HUB: dict[str, Any] = {
+    "revision": Annotated[
+        str | None,
+        typer.Option(
+            "--revision",
+            metavar="REV",
+            help="Of a hub name, a branch, a tag or a commit.",
+            show_default="the default branch; for an export that is validated, the exported commit",
+        ),
+    ],
+    "subfolder": Annotated[
+        str | None,
+        typer.Option("--subfolder", metavar="DIR", help="Of a hub name, the folder of the model in its repository."),
+    ],
+    "cache_dir": Annotated[
+        Path | None,
+        typer.Option(
+            "--cache-dir", metavar="DIR", help="The cache of hub models.", show_default="that of huggingface_hub"
+        ),
+    ],
+    "token_file": Annotated[
+        Path | None,
+        typer.Option(
+            "--token-file",
+            metavar="FILE",
+            help="A file with the hub's token, which is never an argument, because shells and process lists keep "
+            "arguments.",
+            show_default="the environment variable HF_TOKEN, or the login of hf auth login",
+        ),
+    ],
+    "offline": Annotated[
+        bool, typer.Option("--offline", help="Read hub models from the cache alone, as HF_HUB_OFFLINE=1 does.")
+    ],
+}
+
+
+def takes_hub(*without: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the options in `HUB`; they hold for the model that it names, until it ends.
+
+    Args:
+        without: options in `HUB` that the command does not have.
+    """
+    names = [name for name in HUB if name not in without]
+    defaults = HubOptions()
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def run(**arguments: Any) -> Any:
+            options = HubOptions(**{name: arguments.pop(name) for name in names})
+            model = arguments.get("against") or arguments.get("model")
+            with using_hub(options, model):
+                return command(**arguments)
+
+        signature = inspect.signature(command, eval_str=True)
+        own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values()]
+        added = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=getattr(defaults, name), annotation=HUB[name]
+            )
+            for name in names
+        ]
+        last = [p for p in own if p.name in ("quiet", "as_json")]
+        parameters = [*(p for p in own if p not in last), *added, *last]
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": signature.return_annotation}
+        return run
+
+    return decorate
+
+
 Provider = Annotated[
     str,
     typer.Option(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rmsnorm_deploy.cli.failures import Failure
+from rmsnorm_deploy.models.hub.options import HubOptions, showing_downloads, without_token
 from rmsnorm_deploy.runtime.report.page import aligned, fits, folded, is_whole
 from rmsnorm_deploy.runtime.report.printed import brief
 from rmsnorm_deploy.runtime.report.text import printable, size_text
@@ -88,7 +89,7 @@ class Screen:
         """Show progress on stderr while the block runs; output of libraries is redirected to stderr.
 
         Without a terminal, steps are printed only if the environment variable RMSNORM_PROGRESS is set to 1; in quiet
-        mode, neither steps nor output of libraries are printed.
+        mode, neither steps nor output of libraries are printed. Downloads are steps, except with `as_json`.
 
         Args:
             first: the first step.
@@ -103,19 +104,24 @@ class Screen:
         if not sys.stderr.isatty():
             step = _plain_step if os.environ.get(PROGRESS_VARIABLE) == "1" else _no_step
             step(first)
-            with redirect_stdout(sys.stderr):
+            with redirect_stdout(sys.stderr), showing_downloads(None if self.as_json else step):
                 yield step
             return
         from rich.console import Console
         from rich.text import Text
 
         with redirect_stdout(sys.stderr), Console(stderr=True).status(Text(printable(first))) as status:
-            yield lambda text: status.update(Text(printable(text)))
+
+            def show(text: str) -> None:
+                status.update(Text(printable(text)))
+
+            with showing_downloads(None if self.as_json else show):
+                yield show
 
     def failure(self, failure: Failure, error: BaseException) -> None:
         """Print an error as a line on stderr, and with `as_json` as an object on stdout."""
         if os.environ.get(DEBUG_VARIABLE):
-            traceback.print_exception(error)
+            print(without_token("".join(traceback.format_exception(error)), HubOptions()), file=sys.stderr)
         if isinstance(error, BrokenPipeError):
             _discard_stdout()
             return

@@ -19,6 +19,7 @@ from rmsnorm_deploy.cli.commands.targets import targets
 from rmsnorm_deploy.cli.commands.validate import validate
 from rmsnorm_deploy.cli.delivery.init import init
 from rmsnorm_deploy.cli.delivery.package import package
+from rmsnorm_deploy.cli.delivery.push import push
 from rmsnorm_deploy.cli.delivery.serve import serve
 from rmsnorm_deploy.cli.delivery.serve_report import serve_report
 from rmsnorm_deploy.cli.delivery.ship import ship
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "build": build,
     "package": package,
     "verify": verify,
+    "push": push,
     "init": init,
     "ship": ship,
     "serve-report": serve_report,

@@ -10,6 +10,7 @@ from rmsnorm_deploy.runtime.accuracy.tolerances import KINDS_OF_LIMITS
 from rmsnorm_deploy.runtime.validation.options import ValidationOptions
 
 
+@options.takes_hub()
 @validation.takes_options(*KINDS_OF_LIMITS, "outputs_only")
 def bisect(
     given: ValidationOptions,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SCHEMA = "rmsnorm_deploy.export/1"
 
 
+@options.takes_hub()
 def export(
     model: options.Model,
     output: Annotated[

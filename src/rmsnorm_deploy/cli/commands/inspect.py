@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SCHEMA = "rmsnorm_deploy.inspect/1"
 
 
+@options.takes_hub()
 def inspect(
     model: Annotated[
         str,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rmsnorm_deploy.runtime.validation.replay import Replay
 
 
+@options.takes_hub()
 @validation.takes_options()
 def validate(
     given: ValidationOptions,

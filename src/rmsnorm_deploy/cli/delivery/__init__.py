@@ -2,6 +2,7 @@
 
 init: `rmsnorm init`.
 package: `rmsnorm package`.
+push: `rmsnorm push`.
 serve: `rmsnorm serve`.
 serve_report: `rmsnorm serve-report`.
 ship: `rmsnorm ship`.

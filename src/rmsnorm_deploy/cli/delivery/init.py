@@ -13,6 +13,7 @@ from rmsnorm_deploy.cli.screen import Screen
 SCHEMA = "rmsnorm_deploy.init/1"
 
 
+@options.takes_hub("cache_dir", "token_file", "offline")
 def init(
     model: options.Model,
     output: Annotated[
@@ -24,11 +25,12 @@ def init(
     """Write a recipe for one model, which `rmsnorm ship` exports, validates and packages."""
     from rmsnorm_deploy.export.onnx_io.atomic_files import new_file
     from rmsnorm_deploy.export.onnx_io.destinations import check_new_file
+    from rmsnorm_deploy.models.hub.options import hub_options
     from rmsnorm_deploy.runtime.recipe.first_recipe import first_recipe
 
     screen = Screen(as_json, quiet)
     check_new_file(output)
-    text = first_recipe(model, output)
+    text = first_recipe(model, output, hub_options(model))
     with new_file(output) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
     payload = {"schema": SCHEMA, "recipe": str(output), "model": model}
