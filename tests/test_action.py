@@ -68,3 +68,18 @@ def test_every_expression_names_something() -> None:
     assert set(_EXPRESSION.findall(text)) <= known
     assert all(set(step) <= {"name", "id", "uses", "with", "if", "shell", "env", "run"} for step in steps)
     assert all(step["shell"] == "bash" for step in steps if "run" in step)
+
+
+def test_the_job_of_gitlab_in_the_readme_ships_the_recipe(tmp_path: Path) -> None:
+    """Its last command is run, and the files that it keeps are those that were written."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (text,) = [block for block in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL) if "artifacts:" in block]
+    (job,) = yaml.safe_load(text).values()
+    assert job["script"][0].startswith('pip install "rmsnorm-deploy[')
+    small_model(tmp_path, "models")
+    row = '[[model]]\nname = "right"\nsource = "models.py:net"\nvalidate = false\n'
+    (tmp_path / "rmsnorm.toml").write_text(row)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(job["script"][1], shell=True, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    kept = [*job["artifacts"]["paths"], job["artifacts"]["reports"]["junit"], *job["cache"]["paths"]]
+    assert [path for path in kept if not (tmp_path / path).exists()] == []
