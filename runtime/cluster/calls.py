@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...models.errors import EnvironmentMissingError
+from ...models.errors import EnvironmentMissingError, UnsupportedError
 
 Progress = Callable[[str], None]
 ATTEMPTS = 4
-# Seconds after which a wait looks whether what is left can run at all.
-_LOOK = 10.0
+# Seconds to wait for a node that is large enough, and after which the nodes are looked at again.
+PATIENCE, _LOOK = 600.0, 10.0
 _GB = 10**9
 
 
@@ -75,7 +77,12 @@ class Outcome:
 
 
 def run_calls(
-    ray: Any, calls: Sequence[Call], *, attempts: int = ATTEMPTS, progress: Progress | None = None
+    ray: Any,
+    calls: Sequence[Call],
+    *,
+    attempts: int = ATTEMPTS,
+    patience: float = PATIENCE,
+    progress: Progress | None = None,
 ) -> Iterator[Outcome]:
     """Run calls on the connected cluster; yields what became of each, in the order in which they end.
 
@@ -86,17 +93,20 @@ def run_calls(
         ray: the module, see `connected`.
         calls: the calls.
         attempts: how often a call is run at most.
+        patience: seconds to wait for a node that is large enough for a call, while none runs; a cluster may grow.
         progress: called with a line of text where a worker was lost, and where no node is large enough.
     """
     say = progress or (lambda _: None)
     exceptions = ray.exceptions
     running: dict[Any, tuple[Call, int]] = {_submit(ray, call): (call, 1) for call in calls}
-    told: set[str] = set()
+    waits = _Waits(ray, patience, say)
     try:
         while running:
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK)
-            if not ready:
-                _tell_what_waits(ray, [call for call, _ in running.values()], told, say)
+            for reference in [found for found, (call, _) in running.items() if waits.too_long(call)]:
+                call, _ = running.pop(reference)
+                ray.cancel(reference, force=True)
+                yield Outcome(call, error=UnsupportedError(f"{waits.reason(call)}."))
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK) if running else ([], [])
             for reference in ready:
                 call, attempt = running.pop(reference)
                 try:
@@ -110,7 +120,7 @@ def run_calls(
                         running[_submit(ray, call)] = (call, attempt + 1)
                         continue
                     lost = f"its worker was lost {attempts} times, the last time: {reason}."
-                    outcome = Outcome(call, error=EnvironmentMissingError(f"{call.name}: {lost}"))
+                    outcome = Outcome(call, error=EnvironmentMissingError(lost))
                 yield outcome
     finally:
         for reference in running:
@@ -134,10 +144,31 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
 
 
-def _tell_what_waits(ray: Any, waiting: Sequence[Call], told: set[str], say: Progress) -> None:
-    """Name the calls for which no node of today is large enough; a cluster that grows may get one."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for call in waiting:
-        if call.name not in told and not any(call.needs.fits(node) for node in nodes):
-            told.add(call.name)
-            say(f"{call.name}: waits for a node with {call.needs}; no node of the cluster has as much")
+class _Waits:
+    """The calls for which no node is large enough."""
+
+    def __init__(self, ray: Any, patience: float, say: Progress) -> None:
+        self._ray, self._patience, self._say = ray, patience, say
+        self._since: dict[str, float] = {}
+        self._nodes: list[dict[str, float]] = []
+        self._looked = -math.inf
+
+    def too_long(self, call: Call) -> bool:
+        """Whether a call has waited for such a node as long as it may; the user is told when it begins to."""
+        now = time.monotonic()
+        if now - self._looked >= _LOOK:
+            self._nodes, self._looked = [node["Resources"] for node in self._ray.nodes() if node["Alive"]], now
+        if any(call.needs.fits(node) for node in self._nodes):
+            self._since.pop(call.name, None)
+            return False
+        if call.name not in self._since:
+            self._since[call.name] = now
+            self._say(f"{call.name}: {self.reason(call)}; waiting up to {self._patience:g} s for one")
+        return now - self._since[call.name] >= self._patience
+
+    def reason(self, call: Call) -> str:
+        """Why it waits."""
+        most = [max((node.get(name, 0.0) for node in self._nodes), default=0.0) for name in ("CPU", "GPU", "memory")]
+        return (
+            f"expected a node with {call.needs}, got none: the largest have {Needs(most[0], most[1], most[2] // _GB)}"
+        )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,7 +70,8 @@ def connected(address: str) -> Iterator[Any]:
     options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
     _check_answers(address)
     try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=_debugging(), **options)
+        with _own_signal_handlers():
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=_debugging(), **options)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError, OSError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
@@ -93,6 +96,20 @@ def _check_answers(address: str) -> None:
             f"ray: expected the address of a cluster that runs, got {address!r}, where nothing answers: {reason}. "
             "Start a cluster with: ray start --head"
         ) from error
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Keep the handlers of this process, which end it in order; Ray's print a stack and end it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _debugging() -> bool:

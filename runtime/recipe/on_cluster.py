@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cluster.calls import Call, Needs, run_calls
-from ..cluster.connection import SharedFolder, check_node, connected, shared_folder
+from ..cluster.calls import PATIENCE, Call, Needs, run_calls
+from ..cluster.connection import LOCAL, SharedFolder, check_node, connected, shared_folder
 from .rows import Row
 from .ship_row import Progress, Result, failed_row, ship_row
 
@@ -36,8 +36,9 @@ def rows_on_cluster(
         nodes = [node for node in ray.nodes() if node["Alive"]]
         cores = sum(node["Resources"].get("CPU", 0) for node in nodes)
         say(f"{len(rows)} rows on {len(nodes)} nodes with {cores:g} CPUs")
+        patience = 0.0 if address == LOCAL else PATIENCE  # this machine does not grow
         calls = [Call(row["row"], _ship_there, (row, folder, force), Needs(**row["needs"])) for row in rows]
-        for number, outcome in enumerate(run_calls(ray, calls, progress=progress), 1):
+        for number, outcome in enumerate(run_calls(ray, calls, patience=patience, progress=progress), 1):
             row = by_name[outcome.call.name]
             result = outcome.value if outcome.error is None else failed_row(row, outcome.error)
             say(f"{number} of {len(rows)}: {row['row']}: {result['status']} in {result['seconds']:.1f} s")

@@ -58,7 +58,7 @@ def test_a_lost_worker_is_replaced_and_an_error_is_not(ray: Any, tmp_path: Path)
     found = {outcome.call.name: outcome for outcome in run_calls(ray, calls, attempts=2, progress=told.append)}
     assert (found["sum"].value, found["once"].value) == (5, 2)
     assert isinstance(found["never"].error, EnvironmentMissingError)
-    assert "never: its worker was lost 2 times" in str(found["never"].error)
+    assert "its worker was lost 2 times" in str(found["never"].error)
     assert type(found["wrong"].error) is UsageError
     assert str(found["wrong"].error) == "expected something else, got this."
     assert (tmp_path / "wrong").read_text() == "x"
@@ -101,6 +101,13 @@ def test_a_data_set_on_workers_has_the_rows_of_one_process(ray: Any, tmp_path: P
 
 
 def test_what_no_node_can_do(ray: Any, tmp_path: Path) -> None:
+    told: list[str] = []
+    calls = [Call("sum", remote.add, (2, 3)), Call("large", remote.add, (2, 3), Needs(cpus=64, memory=1))]
+    found = {outcome.call.name: outcome for outcome in run_calls(ray, calls, patience=0, progress=told.append)}
+    assert found["sum"].value == 5
+    expected = "expected a node with 64 CPUs, 1 GB, got none: the largest have 2 CPUs, "
+    assert str(found["large"].error).startswith(expected)
+    assert told[0].startswith(f"large: {expected}")
     assert Needs(cpus=2).copies({"CPU": 5.0}) == 2
     assert not Needs(gpus=1).fits({"CPU": 5.0})
     assert Needs(cpus=0.5, memory=1).copies({"CPU": 2.0, "memory": 3e9}) == 3
