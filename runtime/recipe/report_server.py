@@ -66,7 +66,7 @@ class ReportServer(HttpServer):
         environment()
         self.folder = Path(folder).expanduser().absolute()
         read_summary(self.folder)
-        super().__init__(host, port, _Handler, waits=False)
+        super().__init__(host, port, _Handler)
         self._is_local = _is_loopback(self.address.rpartition(":")[0])
 
     def get(self, target: str, host: str | None = None) -> Answer:

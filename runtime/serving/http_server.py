@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -19,20 +22,20 @@ class HttpServer:
         host: the address to listen on.
         port: the port; 0 for any that is free.
         handler: answers the requests of a connection; its `server.owner` is this object.
-        waits: whether `run` ends only when all connections have, also those on which nothing comes.
+
 
     Raises:
         UsageError: the address is in use, or is not one of this machine.
     """
 
-    def __init__(self, host: str, port: int, handler: type[Handler], *, waits: bool = True) -> None:
+    def __init__(self, host: str, port: int, handler: type[Handler]) -> None:
         try:
             self._http = _Http((host, port), handler)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UsageError(f"{host}:{port}: cannot listen there: {reason}. Choose another with --port.") from error
         self._http.owner = self
-        self._http.daemon_threads, self._http.block_on_close = not waits, waits
+        self._answering, self._changed = 0, threading.Condition()
 
     @property
     def address(self) -> str:
@@ -41,19 +44,37 @@ class HttpServer:
         return f"{host if isinstance(host, str) else host.decode()}:{port}"
 
     def run(self) -> None:
-        """Answer requests until `stop` is called from another thread, or an interrupt."""
+        """Answer requests until `stop` is called from another thread, or an interrupt.
+
+        It ends once what is being answered is sent; connections on which nothing comes are not waited for.
+        """
         try:
             self._http.serve_forever(poll_interval=0.2)
         finally:
-            self._http.server_close()  # waits for what is being answered
+            self._http.server_close()
+            with self._changed:
+                self._changed.wait_for(lambda: not self._answering, timeout=_SECONDS)
 
     def stop(self) -> None:
         """End `run`, once what is being answered is sent."""
         self._http.shutdown()
 
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """While a request is answered, for which the end of `run` waits."""
+        with self._changed:
+            self._answering += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._answering -= 1
+                self._changed.notify_all()
+
 
 class _Http(ThreadingHTTPServer):
     request_queue_size = 128
+    daemon_threads, block_on_close = True, False
     owner: HttpServer
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -75,19 +96,23 @@ class Handler(BaseHTTPRequestHandler):
         raise NotImplementedError
 
     def do_GET(self) -> None:
-        self.respond()
+        self._answer()
 
     def do_HEAD(self) -> None:
-        self.respond()
+        self._answer()
 
     def do_POST(self) -> None:
-        self.respond()
+        self._answer()
 
     def do_PUT(self) -> None:
-        self.respond()
+        self._answer()
 
     def do_DELETE(self) -> None:
-        self.respond()
+        self._answer()
+
+    def _answer(self) -> None:
+        with self.server.owner.answering():
+            self.respond()
 
     def log_message(self, format: str, *args: Any) -> None:
         """One line for each request, to the log rather than to stderr."""

@@ -181,3 +181,34 @@ def test_numbers_that_json_does_not_have(server: Server, monkeypatch: pytest.Mon
     results = {"logits": np.array([[np.inf, np.nan]], np.float32)}
     monkeypatch.setattr(server._runner, "run", lambda feeds: results)
     assert "infinities or NaN, which JSON does not" in _post(server, _body())[1]
+
+
+def test_the_end_waits_for_answers_and_not_for_connections(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(source.partition(":")[0]).parent / "package"
+    with serve_folder(folder, port=0) as running:
+        began, free = threading.Event(), threading.Event()
+        run = running._runner.run
+
+        def slow(feeds: Any) -> Any:
+            began.set()
+            free.wait(10)
+            return run(feeds)
+
+        monkeypatch.setattr(running._runner, "run", slow)
+        thread = threading.Thread(target=running.run)
+        thread.start()
+        idle = http.client.HTTPConnection(running.address, timeout=10)
+        idle.request("GET", "/v2/health/live")
+        idle.getresponse().read()  # and the connection stays
+        found: list[int] = []
+        asking = threading.Thread(target=lambda: found.append(_post(running, _body())[0]))
+        asking.start()
+        began.wait(10)
+        running.stop()
+        thread.join(0.3)
+        assert thread.is_alive()
+        free.set()
+        thread.join(5)
+        asking.join(5)
+        assert (thread.is_alive(), found) == (False, [200])
+        idle.close()
