@@ -227,7 +227,7 @@ def _there(
         rows = data.from_items([dataclasses.asdict(part) for part in parts], override_num_blocks=len(parts))
         done = rows.map_batches(
             PartRunner,
-            fn_constructor_args=(dataclasses.replace(options, shared=shared),),
+            fn_constructor_args=(dataclasses.replace(options, shared=shared, threads=max(1, int(needs.cpus))),),
             batch_size=1,
             concurrency=workers,
             **needs.options(),

@@ -16,6 +16,7 @@ from ..cluster.connection import SharedFolder, check_node
 from ..inputs.exported import open_exported
 from ..inputs.synthetic import cast_feeds
 from ..runners.base import Array, TensorInfo
+from ..runners.threads import using_threads
 from ..tensorrt.on_demand import open_model
 from .columns import cells, to_column
 from .parts import MARK, Part, is_written, read_part
@@ -38,6 +39,7 @@ class PartOptions:
         runner: see `open_model`.
         provider: see `open_model`.
         shared: the folder, where parts run on several nodes.
+        threads: of ONNX Runtime; 0 is one for each core.
     """
 
     model: str
@@ -50,6 +52,7 @@ class PartOptions:
     runner: str | None = None
     provider: str = "cpu"
     shared: SharedFolder | None = None
+    threads: int = 0
 
 
 class PartRunner:
@@ -59,8 +62,9 @@ class PartRunner:
         if options.shared is not None:
             check_node(options.shared)
         self.options = options
-        self.opened = open_model(open_exported(options.model), options.runner, options.provider)
-        self.opened.__enter__()
+        with using_threads(options.threads):
+            self.opened = open_model(open_exported(options.model), options.runner, options.provider)
+            self.opened.__enter__()
         self.inputs = self.opened.inputs()
 
     def close(self) -> None:

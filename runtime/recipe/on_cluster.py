@@ -8,6 +8,7 @@ from typing import Any
 
 from ..cluster.calls import PATIENCE, Call, Needs, run_calls
 from ..cluster.connection import LOCAL, SharedFolder, check_node, connected, shared_folder
+from ..runners.threads import using_threads
 from .rows import Row
 from .ship_row import Progress, Result, failed_row, ship_row
 
@@ -47,4 +48,5 @@ def rows_on_cluster(
 
 def _ship_there(row: dict[str, Any], folder: SharedFolder, force: bool) -> Result:
     check_node(folder)
-    return ship_row(row, force=force)
+    with using_threads(max(1, int(row["needs"]["cpus"]))):
+        return ship_row(row, force=force)

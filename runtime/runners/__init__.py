@@ -4,6 +4,7 @@ base: the `Runner` and `OnnxSession` protocols, `TensorInfo`, and `check_feeds`,
 open: `open_runner`, which chooses the backend for a model.
 onnxruntime: `OrtRunner` for ONNX models, and `optimized_op_counts`, the operators that ONNX Runtime runs.
 providers: `chosen_providers`, ONNX Runtime's execution providers as users name them; `reduced_precision`.
+threads: `using_threads`, the threads of sessions where nothing else says so.
 torch: `TorchRunner` for PyTorch modules, and the conversions `to_torch` and `to_numpy`.
 tensorrt: `TensorRTRunner` for engines.
 ort_binding: `Binding`, inputs and outputs that stay bound from one run to the next.

@@ -40,6 +40,7 @@ from .ort_decoding import OrtDecoding
 from .ort_errors import cause_of, load_error
 from .ort_graph import file_record, has_large_weights, op_counts
 from .providers import chosen_providers, open_session, with_plugin_library
+from .threads import default_threads
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -363,7 +364,7 @@ def _session_options(ort: ModuleType, wanted: Mapping[str, Any], file: ModelFile
         raise UsageError(f"graph_optimization_level: expected one of {', '.join(_LEVELS)}, got {level!r}.")
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[level])
     for name in ("intra_op_num_threads", "inter_op_num_threads"):
-        threads = wanted.get(name, 0)
+        threads = wanted.get(name, default_threads() if name == "intra_op_num_threads" else 0)
         if not isinstance(threads, int) or threads < 0:
             raise UsageError(f"{name}: expected an integer of at least 0 (0: one per core), got {threads!r}.")
         setattr(options, name, threads)

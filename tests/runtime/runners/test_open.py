@@ -16,6 +16,7 @@ from rmsnorm_deploy.models.errors import EnvironmentMissingError, UsageError
 from rmsnorm_deploy.runtime.runners.base import Runner
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 from rmsnorm_deploy.runtime.runners.open import has_large_weights, open_runner
+from rmsnorm_deploy.runtime.runners.threads import using_threads
 from rmsnorm_deploy.runtime.runners.torch import TorchRunner
 
 TEXT = '<ir_version: 8, opset_import: ["" : 18]> g (float[n,2] x) => (float[n,2] y) { y = Add(x, x) }'
@@ -135,3 +136,13 @@ def sized(folder: Path, *sizes: int) -> list[Path]:
 )
 def test_weights_are_large_beyond_one_gib_together(tmp_path: Path, sizes: tuple[int, ...], large: bool) -> None:
     assert has_large_weights(sized(tmp_path, *sizes)) is large
+
+
+def test_threads_where_nothing_else_says_so(path: Path) -> None:
+    def threads(**options: Any) -> int:
+        with OrtRunner(path, **options) as runner:
+            return int(runner._session.get_session_options().intra_op_num_threads)
+
+    with using_threads(3):
+        assert (threads(), threads(session_options={"intra_op_num_threads": 1})) == (3, 1)
+    assert threads() == 0
