@@ -7,7 +7,6 @@ all.
 from __future__ import annotations
 
 import itertools
-import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +24,7 @@ from rmsnorm_deploy.models.errors import UnsupportedError
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner, optimized_op_counts
 from rmsnorm_deploy.runtime.validation.api import validate
+from tests.helpers.extent import EVERY
 from tests.helpers.models.families import CACHED, FAMILIES, VOCABULARY, build
 
 DTYPES = ("float32", "float16")
@@ -36,7 +36,7 @@ FUSED = ("SimplifiedLayerNormalization", "RMSNormalization")
 def cases(names: Iterable[str], first: int) -> list[tuple[str, str]]:
     """Families with their dtypes; in turns one of them, beginning with this one, if not all are tested."""
     every = [[(name, dtype) for dtype in DTYPES] for name in names]
-    if os.environ.get("RMSNORM_TESTS") == "all":
+    if EVERY:
         return list(itertools.chain.from_iterable(every))
     turn = {name: number for number, name in enumerate(FAMILIES)}
     return [pair[(first + turn[pair[0][0]]) % len(DTYPES)] for pair in every]
@@ -44,7 +44,7 @@ def cases(names: Iterable[str], first: int) -> list[tuple[str, str]]:
 
 def targets_of(name: str, first: int) -> tuple[str, ...]:
     """The targets of a test of a family: all, or one of them, in turns beginning with this one."""
-    if os.environ.get("RMSNORM_TESTS") == "all":
+    if EVERY:
         return TARGETS
     return (TARGETS[(first + list(FAMILIES).index(name)) % len(TARGETS)],)
 
@@ -59,7 +59,7 @@ def test_every_norm_is_recognized_and_nothing_else(name: str) -> None:
     assert {site.path for site in found.sites} == named
 
 
-WITHOUT_CACHE = [name for name in FAMILIES if name not in CACHED or os.environ.get("RMSNORM_TESTS") == "all"]
+WITHOUT_CACHE = [name for name in FAMILIES if name not in CACHED or EVERY]
 
 
 @pytest.mark.parametrize(("name", "dtype"), cases(WITHOUT_CACHE, 0))

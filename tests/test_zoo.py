@@ -17,6 +17,7 @@ from benchmarks.zoo.run import main
 from benchmarks.zoo.tokens import STEPS, Greedy, difference, torch_tokens
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.recognition.find_norms import find_norms
+from tests.helpers.extent import EVERY
 
 QUICK = [name for name, entry in ENTRIES.items() if entry.quick]
 OTHER_LIBRARIES = [name for name, entry in ENTRIES.items() if entry.requires]
@@ -39,7 +40,7 @@ def test_the_norms_found_are_the_norms_there(name: str) -> None:
     assert len(find_norms(model).sites) == norms_there(entry, model)
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", QUICK if EVERY else QUICK[:2])
 def test_a_quick_entry_goes_through_all_steps(name: str) -> None:
     steps = ("export", "validate", "cache", "tokens") if ENTRIES[name].kind in ("decoder", "state") else (
         "export", "validate")  # fmt: skip

@@ -19,6 +19,7 @@ from torch import nn
 from rmsnorm_deploy import export_model
 from rmsnorm_deploy.export.capture import capture as capturing
 from rmsnorm_deploy.export.capture import quick_exporters as quick
+from tests.helpers.extent import EVERY
 from tests.helpers.models.families import build
 from tests.helpers.runtime.feeds import feeds_of
 
@@ -52,10 +53,11 @@ class _InPlace(nn.Module):
 _SIZES = ("Concat", "Identity", "Reshape", "Shape")
 _MODELS = {
     "llama with a cache": (functools.partial(build, "llama"), {"with_past": True}),
-    "gpt_oss": (functools.partial(build, "gpt_oss"), {}),
     "several results": (_Several, {"inputs": (torch.randn(3, 16),)}),
     "in place": (_InPlace, {"inputs": (torch.randn(3, 8),)}),
 }
+if EVERY:
+    _MODELS["gpt_oss"] = (functools.partial(build, "gpt_oss"), {})
 
 
 @pytest.mark.parametrize("name", _MODELS)

@@ -25,6 +25,7 @@ from rmsnorm_deploy.export.onnx_io.destinations import check_destination, check_
 from rmsnorm_deploy.export.onnx_io.manifest import write_manifest
 from rmsnorm_deploy.export.onnx_io.owned_files import MANIFEST
 from rmsnorm_deploy.models.errors import UsageError
+from tests.helpers.extent import EVERY
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -376,7 +377,7 @@ def whole(folder: Path) -> set[str]:
 def test_kills_lose_nothing_and_leave_nothing_half_written(exchanges: bool, tmp_path: Path) -> None:
     """Fifty of them with `RMSNORM_TESTS=all`."""
     random = Random(exchanges)
-    for _ in range(50 if os.environ.get("RMSNORM_TESTS") == "all" else 20):
+    for _ in range(50 if EVERY else 12):
         with subprocess.Popen(
             [sys.executable, "-c", WRITER, tmp_path, str(exchanges)], stdout=subprocess.PIPE, text=True
         ) as process:

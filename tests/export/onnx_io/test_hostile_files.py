@@ -19,6 +19,7 @@ from rmsnorm_deploy.export.from_onnx.rewrite import rewrite
 from rmsnorm_deploy.export.onnx_io.check_graph import DEEPEST_GRAPH, MOST_NODES, check_graph
 from rmsnorm_deploy.export.onnx_io.read_model import read_model, to_ir
 from rmsnorm_deploy.models.errors import RmsnormDeployError, UnsupportedError, UsageError
+from tests.helpers.extent import EVERY
 
 WIDTH = 8
 
@@ -403,9 +404,11 @@ def test_functions_that_grow_without_end_when_inlined_are_refused(tmp_path: Path
     refused(tmp_path, model, UnsupportedError, f"more than {MOST_NODES} nodes")
 
 
-def test_a_thousand_damaged_files_are_rewritten_or_refused(tmp_path: Path) -> None:
-    outcomes = fuzz(0, tmp_path / "crashes", lambda number: number < 1000)
+def test_damaged_files_are_rewritten_or_refused(tmp_path: Path) -> None:
+    """A thousand of them with `RMSNORM_TESTS=all`."""
+    count = 1000 if EVERY else 400
+    outcomes = fuzz(0, tmp_path / "crashes", lambda number: number < count)
     assert outcomes.crashes == {}, str(outcomes)
-    assert sum(outcomes.counts.values()) == 1000
-    assert outcomes.counts["written, same numbers"] > 50
-    assert outcomes.counts["refused (UsageError)"] > 300
+    assert sum(outcomes.counts.values()) == count
+    assert outcomes.counts["written, same numbers"] > count / 20
+    assert outcomes.counts["refused (UsageError)"] > 0.3 * count

@@ -5,7 +5,6 @@ Every other one is planted; `RMSNORM_TESTS=all` plants all of them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.mutations import catalog, judging, subjects
+from tests.helpers.extent import EVERY
 
 # Faults of the families that these two models do not have; some of them only the widest inputs show.
 SAMPLE = [
@@ -48,9 +48,7 @@ def _sampled(family: str, name: str, variant: str) -> Any:
     return next(f for f in catalog.FAMILIES[family] if f.name == name and f.variant == variant)
 
 
-@pytest.mark.parametrize(
-    "sampled", SAMPLE if os.environ.get("RMSNORM_TESTS") == "all" else SAMPLE[::2], ids=lambda sampled: sampled[1]
-)
+@pytest.mark.parametrize("sampled", SAMPLE if EVERY else SAMPLE[::2], ids=lambda sampled: sampled[1])
 def test_a_fault_that_only_some_inputs_show_is_alive_and_caught(sampled: Any, exports: Any) -> None:
     result = judging.judge_fault(_sampled(*sampled), exports)
     assert result.alive == "outputs"
