@@ -29,7 +29,9 @@ def companion_files(folder: Path) -> tuple[list[Path], list[str]]:
     """
     found, notes = [], []
     allowed = [Path(os.path.realpath(folder))]
-    allowed += [inner.parent.parent / "blobs" for inner in (allowed[0], *allowed[0].parents) if _is_snapshot(inner)]
+    if allowed[0].parent.name == "snapshots":
+        allowed.append(allowed[0].parent.parent / "blobs")
+    allowed += [inner.parent.parent / "blobs" for inner in allowed[0].parents if _is_snapshot(inner)]
     for name in COMPANIONS:
         file = folder / name
         real = Path(os.path.realpath(file))
