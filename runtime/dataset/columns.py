@@ -31,42 +31,44 @@ def cells(column: Any, name: str) -> list[Array]:
 
 def _cells(whole: Any, name: str) -> list[Array]:
     import pyarrow as pa
-
-    if whole.null_count:
-        row = next(index for index in range(len(whole)) if not whole[index].is_valid)
-        raise UsageError(f"column {name}: expected a value in every row, got none in row {row}.")
-    kind = whole.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        lengths = (
-            np.fromiter((len(item) for item in whole), np.int64, len(whole)) if not len(whole) else _lengths(whole)
-        )
-        inner = _cells(whole.flatten(), name)
-        ends = np.cumsum(lengths)
-        return [
-            _joined(inner[end - length : end], kind, name)
-            for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)
-        ]
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-        raise UsageError(f"column {name}: expected numbers, or lists of numbers, got {kind}.")
-    return list(whole.to_numpy(zero_copy_only=False))
-
-
-def _lengths(whole: Any) -> Array:
     import pyarrow.compute as pc
 
-    lengths: Array = pc.list_value_length(whole).to_numpy(zero_copy_only=False).astype(np.int64)
-    return lengths
+    kind = whole.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return list(_numbers(whole, name))
+    _refuse_missing(whole, name)
+    lengths = pc.list_value_length(whole).to_numpy(zero_copy_only=False).astype(np.int64)
+    ends = np.cumsum(lengths)
+    places = list(zip((ends - lengths).tolist(), ends.tolist(), strict=True))
+    inner = whole.flatten()
+    if not pa.types.is_nested(inner.type):
+        values = _numbers(inner, name)
+        return [values[start:end] for start, end in places]
+    items = _cells(inner, name)
+    return [_joined(items[start:end], name) for start, end in places]
 
 
-def _joined(items: Sequence[Array], kind: Any, name: str) -> Array:
-    """The items of one list as one array."""
+def _numbers(whole: Any, name: str) -> Array:
     import pyarrow as pa
 
+    kind = whole.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        raise UsageError(f"column {name}: expected numbers, or lists of numbers, got {kind}.")
+    _refuse_missing(whole, name)
+    numbers: Array = whole.to_numpy(zero_copy_only=False)
+    return numbers
+
+
+def _refuse_missing(whole: Any, name: str) -> None:
+    if whole.null_count:
+        place = whole.is_null().index(True).as_py()
+        raise UsageError(f"column {name}: expected a value everywhere, got none at {place}.")
+
+
+def _joined(items: Sequence[Array], name: str) -> Array:
+    """The lists of one row as one array."""
     if not items:
-        inner = kind.value_type
-        if pa.types.is_nested(inner):
-            raise UsageError(f"column {name}: expected lists of lists with elements, got an empty one.")
-        return np.empty(0, inner.to_pandas_dtype())
+        raise UsageError(f"column {name}: expected lists of lists with elements, got an empty one.")
     shapes = {item.shape for item in items}
     if len(shapes) > 1:
         two = " and ".join(str(list(shape)) for shape in sorted(shapes)[:2])
