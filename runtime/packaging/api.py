@@ -15,18 +15,17 @@ from ...export.onnx_io.manifest import write_manifest
 from ...export.onnx_io.owned_files import MANIFEST
 from ...models.errors import UsageError
 from ..engines.engine_file import is_engine
-from ..report.report_file import VALIDATE_SCHEMA, read_report
 from .contents import VERSION, Contents, Source, of_engine, of_folder
 from .genai import FILE as GENAI
 from .genai import genai_config, genai_notes
 from .ort_server import SCRIPT as SERVE
 from .ort_server import server_texts
+from .reports import REPORT, report_on
 from .triton import ENGINE, Backend, add_triton
 from .trtexec import FILE as BUILD
 from .trtexec import build_script
 
 Server = Literal["genai", "triton", "trtexec", "ort-server"]
-REPORT = "report.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -151,16 +150,7 @@ def _checked_name(name: str) -> str:
 
 def _checked_report(path: Path, contents: Contents) -> str:
     """The verdict of a report of this model."""
-    content = read_report(path)
-    if content["schema"] != VALIDATE_SCHEMA:
-        raise UsageError(f"{path}: expected a report of rmsnorm validate, got one of {content['schema']}.")
-    candidate = (content.get("provenance") or {}).get("candidate") or {}
-    got = (candidate.get("model") or {}).get("sha256")
-    if got is None or got != contents.sha256:
-        raise UsageError(
-            f"{path}: expected a report on the model in {contents.source} (sha256 {str(contents.sha256)[:12]}), got "
-            f"one on {content.get('model')} (sha256 {str(got)[:12]}). Validate it again."
-        )
+    content = report_on(path, {contents.sha256}, contents.source)
     if content["verdict"] != "pass":
         raise UsageError(f"{path}: expected the verdict pass, got {content['verdict']!r}. Repair the model first.")
     return str(content["verdict"])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ...export.onnx_io.manifest import read_manifest
 from ...export.onnx_io.owned_files import sha256
 from ...export.onnx_io.verify import verify_folder
-from ...models.errors import UnsupportedError, UsageError
+from ...models.errors import UnsupportedError, UsageError, few
 from ..engines.engine_file import open_engine_file, record_of
 
 VERSION = "1"
@@ -68,17 +68,9 @@ def of_folder(source: Path, inner: str) -> Contents:
             f"{source}: expected one model, got several: {', '.join(manifest['components'])}. Package each of them, "
             f"such as {source / manifest['components'][0]}."
         )
-    broken = [file for file in verify_folder(source) if file.problem is not None]
-    if broken:
-        raise UsageError(f"{source / broken[0].name}: {broken[0].problem}. Restore the file, or export again.")
+    check_files(source, manifest)
     model = str(manifest.get("model", "model.onnx"))
     linked = set((manifest.get("weights") or {}).get("files") or {})
-    missing = sorted(linked - set(manifest["files"]))
-    if missing:
-        raise UnsupportedError(
-            f"{source}: its weights stay in the checkpoint's own files ({', '.join(missing[:3])}), which are not "
-            "files of the export. Export with --weights copy or pack."
-        )
     files = {}
     for name, row in manifest["files"].items():
         of_model = name == model or name in linked or name.startswith(f"{model}.")
@@ -90,6 +82,24 @@ def of_folder(source: Path, inner: str) -> Contents:
             moved = {inner + name: row for name, row in manifest["weights"]["files"].items()}
             fields["weights"] = {**manifest["weights"], "files": moved}
     return Contents(source, inner + model, fields, files, (manifest["files"].get(model) or {}).get("sha256"))
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Check that an exported folder has every file as it was exported, its weights too.
+
+    Raises:
+        UsageError: a file is missing or was changed.
+        UnsupportedError: its weights are elsewhere.
+    """
+    broken = [file for file in verify_folder(folder) if file.problem is not None]
+    if broken:
+        raise UsageError(f"{folder / broken[0].name}: {broken[0].problem}. Restore the file, or export again.")
+    missing = sorted(set((manifest.get("weights") or {}).get("files") or {}) - set(manifest["files"]))
+    if missing:
+        raise UnsupportedError(
+            f"{folder}: its weights stay in the checkpoint's own files ({few(missing)}), which are not files of the "
+            "export. Export with --weights copy or pack."
+        )
 
 
 def of_engine(source: Path, inner: str, model: str) -> Contents:

@@ -13,15 +13,14 @@ from typing import Any
 
 from ...export.onnx_io.manifest import read_manifest
 from ...export.onnx_io.owned_files import MANIFEST, sha256
-from ...export.onnx_io.verify import verify_folder
-from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UnsupportedError, UsageError, few
+from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UsageError
 from ...models.hub.download import is_offline, refusal
 from ...models.hub.options import TOKEN_VARIABLE, HubOptions, is_revision, token_of, without_token
-from ..report.report_file import VALIDATE_SCHEMA, read_report
+from .contents import check_files
 from .model_card import FILE as CARD
 from .model_card import MARK, model_card
+from .reports import REPORT, report_on
 
-REPORT = "report.json"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _MAIN = "main"
 _LISTED = 3
@@ -95,7 +94,7 @@ def push_folder(
     _check_installed()
     manifest = read_manifest(place)
     say(f"comparing the files of {place}")
-    _check_files(place, manifest)
+    check_files(place, manifest)
     content = _report(place, manifest, None if report is None else Path(report))
     notes = _notes(manifest)
     files = {name: place / name for name in sorted({*manifest["files"], MANIFEST})}
@@ -132,45 +131,11 @@ def _check_installed() -> None:
         ) from error
 
 
-def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    broken = [file for file in verify_folder(folder) if file.problem is not None]
-    if broken:
-        raise UsageError(f"{folder / broken[0].name}: {broken[0].problem}. Restore the file, or export again.")
-    missing = sorted(set((manifest.get("weights") or {}).get("files") or {}) - set(manifest["files"]))
-    if missing:
-        raise UnsupportedError(
-            f"{folder}: its weights stay in the checkpoint's own files ({few(missing, _LISTED)}), which are not files "
-            "of the export. Export with --weights copy or pack."
-        )
-
-
 def _report(folder: Path, manifest: Mapping[str, Any], path: Path | None) -> dict[str, Any] | None:
     """The report of a validation of this model, with any verdict; None without one."""
     if path is None and REPORT not in manifest["files"]:
         return None
-    path = path or folder / REPORT
-    content = read_report(path)
-    if content["schema"] != VALIDATE_SCHEMA:
-        raise UsageError(f"{path}: expected a report of rmsnorm validate, got one of {content['schema']}.")
-    known = {row.get("sha256") for row in manifest["files"].values()} - {None}
-    got = set(_models_of((content.get("provenance") or {}).get("candidate")))
-    if not got or not got <= known:
-        raise UsageError(
-            f"{path}: expected a report on the model in {folder}, got one on {content.get('model')}. Validate it again."
-        )
-    return content
-
-
-def _models_of(candidate: Any) -> Iterator[str]:
-    """The hashes of the models of a report, which may be on several parts or runtimes."""
-    if not isinstance(candidate, dict):
-        return
-    model = candidate.get("model")
-    if isinstance(model, dict) and isinstance(model.get("sha256"), str):
-        yield model["sha256"]
-        return
-    for inner in candidate.values():
-        yield from _models_of(inner)
+    return report_on(path or folder / REPORT, {row.get("sha256") for row in manifest["files"].values()}, folder)
 
 
 def _notes(manifest: Mapping[str, Any]) -> list[str]:
