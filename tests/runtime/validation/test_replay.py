@@ -148,7 +148,7 @@ def test_remote_code_is_trusted_by_who_runs_it_and_never_by_a_report(
 ) -> None:
     trusted: list[bool] = []
 
-    def load(source: str, *, dtype: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
+    def load(source: str, *, trust_remote_code: bool = False, **options: Any) -> LoadedModel:
         trusted.append(trust_remote_code)
         return LoadedModel(Residual().eval(), source, "python")
 
