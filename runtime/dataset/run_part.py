@@ -116,21 +116,17 @@ class PartRunner:
             for start in range(0, len(rows), self.options.batch):
                 chosen = rows[start : start + self.options.batch]
                 for name, array in self._run(given, chosen, part).items():
-                    if not self.options.outputs or name in self.options.outputs:
-                        of_rows = results.setdefault(name, [None] * part.rows)
-                        for row, value in zip(chosen, array, strict=True):
-                            of_rows[row] = value
+                    of_rows = results.setdefault(name, [None] * part.rows)
+                    for row, value in zip(chosen, array, strict=True):
+                        of_rows[row] = value
         return results
 
     def _run(self, given: Mapping[str, Sequence[Array]], rows: Sequence[int], part: Part) -> dict[str, Array]:
         feeds = {name: np.stack([values[row] for row in rows]) for name, values in given.items()}
         if MASK in {info.name for info in self.inputs} and MASK not in feeds:
             feeds[MASK] = np.ones_like(feeds[TOKENS])
-        where = (
-            f"{part.file}: rows {part.start + rows[0]} and {len(rows) - 1} more"
-            if len(rows) > 1
-            else f"{part.file}: row {part.start + rows[0]}"
-        )
+        more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+        where = f"{part.file}: row {part.start + rows[0]}{more}"
         try:
             results = self.opened.run(cast_feeds(feeds, self.inputs))
         except UsageError as error:

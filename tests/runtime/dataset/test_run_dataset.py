@@ -122,7 +122,7 @@ def test_results_of_another_run_stay(change: str, exported: Path, data: Path, tm
         ({"input_ids": [[[1]], []]}, {}, r"expected lists of lists with elements, got an empty one"),
         ({"input_ids": [[[1], [2, 3]]]}, {}, r"expected the lists of a row to have one length, got \[1\] and \[2\]"),
         ({"input_ids": [[[1], [2]]]}, {}, r"data\.parquet: row 0: .*rank 2"),
-        ({"input_ids": [[1], [99]]}, {}, r"data\.parquet: rows 0 and 1 more: .*"),
+        ({"input_ids": [[1], [99]]}, {}, r"data\.parquet: row 0 and 1 more: .*"),
         ({"input_ids": [[1]]}, {"columns": {"ids": "input_ids"}}, r"columns: expected inputs of input_ids, got ids"),
         ({"input_ids": [[1]]}, {"outputs": ["logit"]}, r"outputs: expected some of .*, got logit"),
         ({"input_ids": [[1]]}, {"batch": 0}, r"batch: expected at least 1, got 0"),
