@@ -136,3 +136,11 @@ def onnx_dtype(name: str) -> ir.DataType:
 def onnx_name(dtype: ir.DataType) -> str:
     """This package's name for an onnx_ir dtype; ONNX's own name in lower case where the table does not contain it."""
     return _BY_ONNX_NUMBER.get(int(dtype), dtype.name.lower())
+
+
+# The names of dtypes in KServe's inference protocol, version 2; Triton's configuration has them behind `TYPE_`.
+KSERVE_NAMES: Final = {
+    "bool": "BOOL", "float16": "FP16", "bfloat16": "BF16", "float32": "FP32", "float64": "FP64",
+    **{f"int{bits}": f"INT{bits}" for bits in (8, 16, 32, 64)},
+    **{f"uint{bits}": f"UINT{bits}" for bits in (8, 16, 32, 64)},
+}  # fmt: skip

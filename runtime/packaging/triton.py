@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...export.graph.sizes import size_limits_of
+from ...models.dtypes import KSERVE_NAMES
 from ...models.errors import UnsupportedError
 from .contents import VERSION, Contents, plugin_place
 
@@ -20,11 +21,7 @@ from rmsnorm_deploy.runtime.serving.triton_backend import TritonPythonModel
 __all__ = ["TritonPythonModel"]
 '''
 # Triton's names of the element types.
-_TYPES = {
-    "bool": "TYPE_BOOL", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "float32": "TYPE_FP32",
-    "float64": "TYPE_FP64", **{f"int{bits}": f"TYPE_INT{bits}" for bits in (8, 16, 32, 64)},
-    **{f"uint{bits}": f"TYPE_UINT{bits}" for bits in (8, 16, 32, 64)},
-}  # fmt: skip
+_TYPES = {dtype: f"TYPE_{name}" for dtype, name in KSERVE_NAMES.items()}
 # The size of a dynamic dim in the run before the first request.
 _WARM = 8
 

@@ -14,18 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from ...models.dtypes import numpy_dtype
+from ...models.dtypes import KSERVE_NAMES, numpy_dtype
 from ...models.errors import UsageError
 from ..runners.base import Array, TensorInfo
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-# The protocol's names of the element types.
-DATATYPES = {
-    "bool": "BOOL", "float16": "FP16", "bfloat16": "BF16", "float32": "FP32", "float64": "FP64",
-    **{f"int{bits}": f"INT{bits}" for bits in (8, 16, 32, 64)},
-    **{f"uint{bits}": f"UINT{bits}" for bits in (8, 16, 32, 64)},
-}  # fmt: skip
-_DTYPES = {datatype: dtype for dtype, datatype in DATATYPES.items()}
+_DTYPES = {datatype: dtype for dtype, datatype in KSERVE_NAMES.items()}
 _SIZE, _BINARY, _ALL_BINARY = "binary_data_size", "binary_data", "binary_data_output"
 
 
@@ -135,7 +129,7 @@ def metadata(name: str, version: str, inputs: Sequence[TensorInfo], outputs: Seq
 
 def _described(info: TensorInfo) -> dict[str, Any]:
     shape = [dim if isinstance(dim, int) else -1 for dim in info.shape or ()]
-    return {"name": info.name, "datatype": DATATYPES.get(info.dtype, info.dtype), "shape": shape}
+    return {"name": info.name, "datatype": KSERVE_NAMES.get(info.dtype, info.dtype), "shape": shape}
 
 
 def _head(row: Any) -> tuple[str, tuple[int, ...], Any]:
@@ -197,7 +191,7 @@ def _to_json(array: Array, name: str) -> list[Any]:
 
 
 def _datatype(array: Array, name: str) -> str:
-    found = DATATYPES.get(array.dtype.name)
+    found = KSERVE_NAMES.get(array.dtype.name)
     if found is None:
         raise UsageError(f"output {name}: expected a dtype of the protocol, got {array.dtype.name}.")
     return found
