@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,12 +14,14 @@ from pathlib import Path
 
 from ...export.onnx_io.owned_files import sha256
 from ...export.onnx_io.partial_files import claimed
-from ...models.errors import EnvironmentMissingError, UsageError
+from ...export.onnx_io.read_model import read_model
+from ...models import errors
+from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UsageError
 from ...models.regular_files import read_json
 from ...models.versions import installed_version
 from ..cluster.calls import Needs
 from ..cluster.connection import connected, shared_folder
-from ..inputs.exported import open_exported
+from ..inputs.exported import Exported, open_exported
 from ..report.text import write_text
 from ..runners.base import TensorInfo
 from ..tensorrt.on_demand import open_model
@@ -99,13 +102,12 @@ def run_dataset(
     start, place = time.monotonic(), Path(output).expanduser().absolute()
     files = dataset_files(Path(dataset))
     parts, schema = plan_parts(files, rows)
-    exported = open_exported(Path(model))
-    with open_model(exported, runner, provider) as opened:
-        inputs, names = opened.inputs(), [info.name for info in opened.outputs()]
+    exported = open_exported(Path(model).expanduser().absolute())  # other nodes have other working folders
+    inputs, names = _signature(exported, runner, provider)
     renamed = dict(columns or {})
     keep = _checked(schema.names, inputs, names, renamed, outputs, str(dataset), str(exported.model))
     facts = {
-        "model": sha256(exported.model),
+        "model": [sha256(path) for path in _model_files(exported)],
         "files": [[path.name, sha256(path)] for path in files],
         "rows": rows, "columns": renamed, "outputs": list(outputs), "version": installed_version("rmsnorm-deploy"),
     }  # fmt: skip
@@ -129,6 +131,22 @@ def run_dataset(
         record |= {"parts": len(parts), **{name: facts[name] for name in ("columns", "outputs", "version")}}
         write_text(json.dumps(record, indent=2) + "\n", place / RECORD)
     return DatasetRun(place, count, len(parts), ran, round(time.monotonic() - start, 3))
+
+
+def _signature(exported: Exported, runner: str | None, provider: str) -> tuple[list[TensorInfo], list[str]]:
+    """The inputs, and the names of the outputs; of the manifest if it has them, as this machine may lack the GPU."""
+    rows = exported.manifest.get("inputs"), exported.manifest.get("outputs")
+    if rows[0] and rows[1]:
+        inputs = [TensorInfo(row["name"], row["dtype"], tuple(row["shape"])) for row in rows[0]]
+        return inputs, [row["name"] for row in rows[1]]
+    with open_model(exported, runner, provider) as opened:
+        return opened.inputs(), [info.name for info in opened.outputs()]
+
+
+def _model_files(exported: Exported) -> list[Path]:
+    """The files that decide what the model computes: its own, and those of its weights."""
+    weights = [] if exported.is_engine else read_model(exported.model).external_files
+    return [exported.model, *weights]
 
 
 def _check_pyarrow() -> None:
@@ -222,8 +240,8 @@ def _there(
             raise UsageError(f"ray: expected a node with {needs}, got a cluster of {address} without.")
         workers = min(workers, len(parts))
         say(f"{len(parts)} parts on {workers} workers")
-        context = data.DataContext.get_current()
-        context.enable_progress_bars = False
+        data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # errors of rows are those that are raised here
         rows = data.from_items([dataclasses.asdict(part) for part in parts], override_num_blocks=len(parts))
         done = rows.map_batches(
             PartRunner,
@@ -232,12 +250,10 @@ def _there(
             concurrency=workers,
             **needs.options(),
         )
-        try:
-            for row in done.iter_rows():
-                yield int(row["rows"]), bool(row["ran"])
-        except ray.exceptions.RayTaskError as error:
-            cause = getattr(error, "cause", None)
-            raise (cause if isinstance(cause, UsageError | EnvironmentMissingError) else error) from error
+        for row in done.iter_rows():
+            if row["error"]:
+                raise getattr(errors, row["error"], RmsnormDeployError)(row["message"])
+            yield int(row["rows"]), bool(row["ran"])
 
 
 def _check_all(parts: Sequence[Part], place: Path, key: str) -> int:

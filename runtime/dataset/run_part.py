@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...export.onnx_io.atomic_files import new_file
-from ...models.errors import UsageError
+from ...models.errors import RmsnormDeployError, UsageError, explained
 from ..cluster.connection import SharedFolder, check_node
 from ..inputs.exported import open_exported
 from ..inputs.synthetic import cast_feeds
-from ..runners.base import Array, TensorInfo
+from ..runners.base import Array, Runner, TensorInfo
 from ..runners.threads import using_threads
 from ..tensorrt.on_demand import open_model
 from .columns import cells, to_column
@@ -56,25 +57,39 @@ class PartOptions:
 
 
 class PartRunner:
-    """A model that stays open from part to part."""
+    """A model that is opened by the first part, and stays open from part to part."""
 
     def __init__(self, options: PartOptions) -> None:
-        if options.shared is not None:
-            check_node(options.shared)
         self.options = options
-        with using_threads(options.threads):
-            self.opened = open_model(open_exported(options.model), options.runner, options.provider)
-            self.opened.__enter__()
-        self.inputs = self.opened.inputs()
+
+    @cached_property
+    def opened(self) -> Runner:
+        """The model."""
+        if self.options.shared is not None:
+            check_node(self.options.shared)
+        with using_threads(self.options.threads):
+            return open_model(open_exported(self.options.model), self.options.runner, self.options.provider).__enter__()
+
+    @cached_property
+    def inputs(self) -> list[TensorInfo]:
+        """Its inputs."""
+        return self.opened.inputs()
 
     def close(self) -> None:
-        """Release the model."""
-        self.opened.__exit__(None, None, None)
+        """Release the model, if it was opened."""
+        if "opened" in self.__dict__:
+            self.opened.__exit__(None, None, None)
 
     def __call__(self, batch: dict[str, Array]) -> dict[str, Array]:
-        """Run the parts of a batch of Ray Data; see `run`."""
-        ran = [self.run(Part(*row)) for row in zip(*(batch[name].tolist() for name in Part.__slots__), strict=True)]
-        return {"number": batch["number"], "rows": batch["rows"], "ran": np.array(ran)}
+        """Run the part of a batch of Ray Data; see `run`. An error is a value: what Ray raises is another one."""
+        (row,) = zip(*(batch[name].tolist() for name in Part.__slots__), strict=True)
+        ran, kind, message = False, "", ""
+        try:
+            ran = self.run(Part(*row))
+        except RmsnormDeployError as error:
+            kind, message, _ = explained(error)
+        values = {"rows": row[-1], "ran": ran, "error": kind, "message": message}
+        return {name: np.array([value]) for name, value in values.items()}
 
     def run(self, part: Part) -> bool:
         """Write the result of a part; False if it was there.

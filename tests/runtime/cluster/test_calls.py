@@ -98,6 +98,10 @@ def test_a_data_set_on_workers_has_the_rows_of_one_process(ray: Any, tmp_path: P
     found, expected = pq.read_table(tmp_path / "there"), pq.read_table(tmp_path / "here")
     assert found.equals(expected)
     assert found["id"].to_pylist() == list(range(25))
+    pq.write_table(pa.table({"input_ids": [[1, 2], [3, 99]]}), tmp_path / "data.parquet")
+    with pytest.raises(UsageError, match=r"data\.parquet: row 0 and 1 more: "):
+        run_dataset(tmp_path / "exported", tmp_path / "data.parquet", tmp_path / "wrong", ray="local")
+    assert list((tmp_path / "wrong").iterdir()) == []
 
 
 def test_what_no_node_can_do(ray: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from rmsnorm_deploy import export_model, run_dataset
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.models.loading import load_model
+from rmsnorm_deploy.runtime.dataset import run_dataset as module
 from rmsnorm_deploy.runtime.dataset import run_part
 from tests.helpers.models.factory_file import small_model
 
@@ -88,6 +90,34 @@ def test_a_run_that_was_killed_goes_on(
     assert (out / "part-000000.parquet").stat().st_mtime_ns == before
     assert _read(out)["name"].to_pylist() == [f"row {index}" for index in range(11)]
     assert run_dataset(exported, data, out, rows=3).ran == 0
+
+
+def test_results_of_other_weights_stay(exported: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path / "exported")
+    run_dataset(tmp_path / "exported", data, tmp_path / "out", rows=3)
+    weights = tmp_path / "exported" / "model.onnx.data"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UsageError, match="those of another run"):
+        run_dataset(tmp_path / "exported", data, tmp_path / "out", rows=3)
+
+
+def test_the_model_is_not_opened_where_its_manifest_says_what_it_reads(
+    exported: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine that starts a run may lack the GPU of the workers."""
+    started: list[str] = []
+
+    def there(parts: Any, options: Any, address: str, *others: Any) -> Any:
+        started.append(address)
+        return iter(())
+
+    monkeypatch.setattr(module, "_there", there)
+    monkeypatch.setattr(module, "open_model", lambda *arguments: pytest.fail("opened"))
+    with pytest.raises(UsageError, match=r"part-000000\.parquet is missing"):
+        run_dataset(exported, data, tmp_path / "out", provider="cuda", ray="HOST:6379")
+    assert started == ["HOST:6379"]
 
 
 @pytest.mark.parametrize("change", ["rows", "data", "outputs", "foreign"])
