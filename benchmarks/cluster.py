@@ -109,7 +109,7 @@ def ship_once(
 ) -> tuple[float, str]:
     """Ship on a new cluster into an output of its own; the seconds, and a row of the table."""
     from rmsnorm_deploy import ship
-    from rmsnorm_deploy.runtime.recipe.ship import plan
+    from rmsnorm_deploy.runtime.shipping.ship import plan
 
     text = recipe.read_text()
     own = recipe.with_name(f"{workers}-{'lost' if lose else 'whole'}-{len(list(recipe.parent.glob('*.toml')))}.toml")

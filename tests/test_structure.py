@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runtime.tensorrt",),
     ("runtime.validation", "runtime.generation", "runtime.packaging", "runtime.dataset", "runtime.serving"),
     ("runtime.recipe",),
+    ("runtime.shipping",),
     ("runtime",),
     ("", "cli", "cli.commands", "cli.delivery"),
 )

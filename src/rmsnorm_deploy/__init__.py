@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from rmsnorm_deploy.runtime.inputs.cases import Case
     from rmsnorm_deploy.runtime.packaging.api import Package, package_model
     from rmsnorm_deploy.runtime.packaging.push import Push, push_folder
-    from rmsnorm_deploy.runtime.recipe.ship import Shipment, ship
     from rmsnorm_deploy.runtime.report.compare import compare
     from rmsnorm_deploy.runtime.rewriting.rewrite_file import rewrite_model
     from rmsnorm_deploy.runtime.risk.report import RiskReport, risk
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
     from rmsnorm_deploy.runtime.runners.open import open_runner
     from rmsnorm_deploy.runtime.runners.torch import TorchRunner
+    from rmsnorm_deploy.runtime.shipping.ship import Shipment, ship
     from rmsnorm_deploy.runtime.tensorrt.build import build_engine
     from rmsnorm_deploy.runtime.validation.api import bisect, validate
     from rmsnorm_deploy.runtime.validation.options import ValidationOptions
@@ -68,8 +68,8 @@ _HOME = {
     "Package": "runtime.packaging.api",
     "push_folder": "runtime.packaging.push",
     "Push": "runtime.packaging.push",
-    "ship": "runtime.recipe.ship",
-    "Shipment": "runtime.recipe.ship",
+    "ship": "runtime.shipping.ship",
+    "Shipment": "runtime.shipping.ship",
     "run_dataset": "runtime.dataset.run_dataset",
     "DatasetRun": "runtime.dataset.run_dataset",
     "use_kernel": "plugins.torch.swap",

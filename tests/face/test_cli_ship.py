@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rmsnorm_deploy import verify_folder
-from rmsnorm_deploy.runtime.recipe import ship_row
+from rmsnorm_deploy.runtime.shipping import ship_row
 from tests.helpers.interface.command_line import CommandLine
 from tests.helpers.interface.shipped_sample import sample_row, ship_sample
 from tests.helpers.models.factory_file import SMALL_MODEL

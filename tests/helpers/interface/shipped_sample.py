@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rmsnorm_deploy.runtime.recipe.summary import SCHEMA, write_summary
+from rmsnorm_deploy.runtime.shipping.summary import SCHEMA, write_summary
 from tests.helpers.interface.report_sample import sample_report, with_margins
 
 Row = dict[str, Any]

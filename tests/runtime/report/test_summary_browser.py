@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rmsnorm_deploy.runtime.recipe.report_server import ReportServer
+from rmsnorm_deploy.runtime.shipping.report_server import ReportServer
 from tests.helpers.interface.browser import BROWSER, Browser
 from tests.helpers.interface.shipped_sample import failed_step, sample_row, ship_sample, write_report
 

@@ -28,7 +28,7 @@ def serve_report(
     Nothing is changed, and nothing is sent but the summary, its history and the reports of its rows. There is no
     password: who reaches the address can read them.
     """
-    from rmsnorm_deploy.runtime.recipe.report_server import ReportServer
+    from rmsnorm_deploy.runtime.shipping.report_server import ReportServer
 
     screen = Screen(as_json, quiet)
     server = ReportServer(folder, host, port)

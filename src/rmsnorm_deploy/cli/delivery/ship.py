@@ -37,8 +37,8 @@ def ship(
     What has not changed is skipped, and what was interrupted goes on where it stopped. The exit code is that of the
     worst row. Write a first recipe with: rmsnorm init MODEL
     """
-    from rmsnorm_deploy.runtime.recipe.ship import plan
-    from rmsnorm_deploy.runtime.recipe.ship import ship as ship_recipe
+    from rmsnorm_deploy.runtime.shipping.ship import plan
+    from rmsnorm_deploy.runtime.shipping.ship import ship as ship_recipe
 
     screen = Screen(as_json, quiet)
     if dry_run:
@@ -62,8 +62,8 @@ def _print_plan(screen: Screen, rows: list[dict[str, Any]]) -> None:
 
 
 def _print(screen: Screen, summary: dict[str, Any], quiet: bool) -> None:
-    from rmsnorm_deploy.runtime.recipe.summary import step_word
     from rmsnorm_deploy.runtime.report.text import size_text
+    from rmsnorm_deploy.runtime.shipping.summary import step_word
 
     rows = summary["rows"]
     if not quiet:

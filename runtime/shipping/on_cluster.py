@@ -8,8 +8,8 @@ from typing import Any
 
 from ..cluster.calls import PATIENCE, Call, Needs, run_calls
 from ..cluster.connection import LOCAL, SharedFolder, check_node, connected, shared_folder
+from ..recipe.rows import Row
 from ..runners.threads import using_threads
-from .rows import Row
 from .ship_row import Progress, Result, failed_row, ship_row
 
 

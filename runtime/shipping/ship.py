@@ -14,10 +14,10 @@ from ...export.onnx_io.destinations import check_new_file
 from ...export.onnx_io.owned_files import is_own_report
 from ...export.onnx_io.partial_files import claimed
 from ...models.errors import UsageError
-from .recipe import Recipe, suggestion
-from .recipe_file import RECIPE, read_recipe
+from ..recipe.recipe import Recipe, suggestion
+from ..recipe.recipe_file import RECIPE, read_recipe
+from ..recipe.rows import Row, rows_of
 from .row_record import examine, read_record, steps_of
-from .rows import Row, rows_of
 from .ship_row import Progress, ship_row, worst
 from .summary import FILES, SCHEMA, write_progress, write_summary
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, MismatchError, UnsupportedError
-from rmsnorm_deploy.runtime.recipe import ship_row as module
 from rmsnorm_deploy.runtime.recipe.recipe_file import parse_recipe
 from rmsnorm_deploy.runtime.recipe.rows import rows_of
-from rmsnorm_deploy.runtime.recipe.ship_row import ship_row, worst
-from rmsnorm_deploy.runtime.recipe.summary import junit
+from rmsnorm_deploy.runtime.shipping import ship_row as module
+from rmsnorm_deploy.runtime.shipping.ship_row import ship_row, worst
+from rmsnorm_deploy.runtime.shipping.summary import junit
 
 
 @pytest.fixture

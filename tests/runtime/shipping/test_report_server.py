@@ -18,7 +18,7 @@ from tests.helpers.interface.shipped_sample import sample_row, ship_sample, writ
 
 pytest.importorskip("jinja2")
 
-from rmsnorm_deploy.runtime.recipe.report_server import ReportServer
+from rmsnorm_deploy.runtime.shipping.report_server import ReportServer
 
 
 @pytest.fixture

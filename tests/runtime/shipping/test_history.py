@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from rmsnorm_deploy.models.errors import UsageError
-from rmsnorm_deploy.runtime.recipe import history
-from rmsnorm_deploy.runtime.recipe.history import Run, RunRow, append, own_file, read_history, row_report, run_of
+from rmsnorm_deploy.runtime.shipping import history
+from rmsnorm_deploy.runtime.shipping.history import Run, RunRow, append, own_file, read_history, row_report, run_of
 from tests.helpers.interface.shipped_sample import failed_step, sample_row, write_report
 
 
