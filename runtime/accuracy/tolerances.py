@@ -210,7 +210,11 @@ def parse_limits(
     texts = {"atol": atol, "rtol": rtol, "ulp": ulp, **others}
     given = {label: _by_output(label, values) for label, values in texts.items()}
     names = dict.fromkeys(name for by_output in given.values() for name in by_output)
-    own = {name: Limits(**{label: by.get(name) for label, by in given.items()}) for name in names}
+    return with_inherited({name: Limits(**{label: by.get(name) for label, by in given.items()}) for name in names})
+
+
+def with_inherited(own: Mapping[str, Limits]) -> dict[str, Limits]:
+    """Limits by output, each with those for every output (`*`) where it has none of that kind; see `parse_limits`."""
     every = own.get(EVERY_OUTPUT, Limits())
     return {name: limits.over(_inherited(every, name)) for name, limits in own.items()}
 

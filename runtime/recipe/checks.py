@@ -6,26 +6,32 @@ problem names the key that is wrong.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from ...export.lowering.attention_table import check_attention, parse_attention
-from ...export.lowering.table import DEFAULT_TARGET, opset_for, parse_target
+from ...export.lowering.attention_table import parse_attention
+from ...export.lowering.table import parse_target
 from ...models.dtypes import norm_dtype
-from ...models.errors import EnvironmentMissingError, RmsnormDeployError
+from ...models.errors import UsageError
 from ...models.hub.options import is_revision, is_subfolder
-from ..accuracy.lossy import PROFILES
+from ..engines.api import RUNNERS, flavor_name
 from ..inputs.arrays import ARRAY_SUFFIXES
 from ..packaging.api import Server
+from ..packaging.triton import Backend
+from .combinations import together
+from .fields import REPORTS
 from .positions import Path as Keys
-from .recipe import Merged, Problem, suggestion
+from .recipe import Merged, Problem, refused, scheme_of, suggestion
 from .rows import NEEDS, row_names
-from .sources import located, source_kind
+from .sources import Kind, located, source_kind
+from .step_options import build_options
+from .steps import FIELDS
 
 SERVERS: tuple[str, ...] = get_args(Server)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -45,7 +51,7 @@ def value_problems(models: Sequence[Merged], base: Path, output: Path, wrong: Co
     problems = []
     sound = [model._replace(values=_sound(model, wrong)) for model in models]
     for model in sound:
-        problems += [*_own_problems(model, base), *_together(model), *_results_in_source(model, base, output)]
+        problems += [*_own_problems(model, base), *together(model, base), *_results_in_source(model, base, output)]
     return [*problems, *_same_names([model for model in sound if "name" in model.values])]
 
 
@@ -61,21 +67,27 @@ def _own_problems(model: Merged, base: Path) -> Iterator[Problem]:
         expected = "expected letters, digits, '.', '-' and '_' that begin with a letter or digit, at most 100"
         yield Problem(model.at("name"), f"{expected}, got {values['name'][:110]!r}")
     yield from _source(model, base)
+    yield from _against(model, base)
     yield from _of_hub(model, base)
-    if "inputs" in values:
-        yield from _inputs(model, base)
-    for key, check in (("targets", parse_target), ("dtypes", norm_dtype), ("package", _server)):
+    yield from _inputs(model, base)
+    for key, check in _LISTS.items():
         yield from _list(model, key, check)
+    for key, known in _CHOICES.items():
+        if key in values and values[key] not in known:
+            hint = suggestion(values[key], known)
+            yield Problem(model.at(key), f"expected one of {', '.join(known)}, got {values[key]!r}{hint}")
     if "attention" in values:
-        yield from _refused(model.at("attention"), lambda: parse_attention(values["attention"]))
+        yield from refused(model.at("attention"), lambda: parse_attention(values["attention"]))
     if "quantize" in values:
-        yield from _refused(model.at("quantize"), lambda: _scheme(values["quantize"]))
-    for key in NEEDS:
+        yield from refused(model.at("quantize"), lambda: scheme_of(values["quantize"]))
+    if "provider" in values:
+        yield from refused(model.at("provider"), lambda: _provider(values["provider"]))
+    for key in FIELDS["build"]:
+        if key in values:
+            yield from refused(model.at(key), lambda key=key: build_options({key: values[key]}, "rtx"))  # type: ignore[misc]
+    for key in (*NEEDS, "max_batch"):
         if key in values and not (math.isfinite(values[key]) and values[key] >= 0):
             yield Problem(model.at(key), f"expected a number of at least 0, got {values[key]}")
-    if "lossy" in values and values["lossy"] not in PROFILES:
-        hint = suggestion(values["lossy"], PROFILES)
-        yield Problem(model.at("lossy"), f"expected one of {', '.join(PROFILES)}, got {values['lossy']!r}{hint}")
 
 
 def _source(model: Merged, base: Path) -> Iterator[Problem]:
@@ -87,8 +99,10 @@ def _source(model: Merged, base: Path) -> Iterator[Problem]:
         return
     match source_kind(source, base):
         case "missing":
-            what = "an existing folder or file.py:factory, or a hub name (owner/model)"
+            what = "an existing folder, .onnx file or file.py:factory, or a hub name (owner/model)"
             yield Problem(model.at("source"), f"expected {what}, got {source!r}, searched for in {base.absolute()}")
+        case "arrays":
+            yield Problem(model.at("source"), f"expected a model, got a file of arrays, {source!r}")
         case "builtin":
             from ...models.loading import BUILTINS
 
@@ -100,13 +114,21 @@ def _source(model: Merged, base: Path) -> Iterator[Problem]:
                 yield Problem(
                     model.at("with_past"), f"expected a decoder of transformers, got {source!r}, without a cache"
                 )
-        case "file" | "module" | "folder" | "hub":
+        case "file" | "module" | "folder" | "hub" | "onnx":
             pass
+
+
+def _against(model: Merged, base: Path) -> Iterator[Problem]:
+    source = model.values.get("against")
+    kind: Kind | None = None if source is None else source_kind(source, base)
+    if kind in ("missing", "arrays", "onnx"):
+        what = "a PyTorch model: an existing folder or file.py:factory, or a hub name (owner/model)"
+        yield Problem(model.at("against"), f"expected {what}, got {source!r}, searched for in {base.absolute()}")
 
 
 def _of_hub(model: Merged, base: Path) -> Iterator[Problem]:
     """Problems of what only a model with a hub name has."""
-    source = model.values.get("source")
+    source = model.values.get("against", model.values.get("source"))
     for key, is_valid, what in (
         ("revision", is_revision, "a branch, a tag or a commit"),
         ("subfolder", is_subfolder, "a relative path in the repository"),
@@ -136,11 +158,19 @@ def _results_in_source(model: Merged, base: Path, output: Path) -> Iterator[Prob
 
 
 def _inputs(model: Merged, base: Path) -> Iterator[Problem]:
-    path = base / Path(model.values["inputs"]).expanduser()
-    if path.suffix not in ARRAY_SUFFIXES:
-        yield Problem(model.at("inputs"), f"expected a file {' or '.join(ARRAY_SUFFIXES)}, got {path.name!r}")
-    elif not path.is_file():
-        yield Problem(model.at("inputs"), f"expected a file, got none at {path.absolute()}")
+    """Problems of the files of inputs."""
+    for key, kinds, more in (
+        ("inputs", ("arrays",), ""),
+        ("test_inputs", ("arrays", "folder", "file", "module"), ", a folder of them, or file.py:function"),
+    ):
+        given = model.values.get(key)
+        if given is None or source_kind(given, base) in kinds:
+            continue
+        path = base / Path(given).expanduser()
+        if path.suffix in ARRAY_SUFFIXES:
+            yield Problem(model.at(key), f"expected a file, got none at {path.absolute()}")
+        else:
+            yield Problem(model.at(key), f"expected a file {' or '.join(ARRAY_SUFFIXES)}{more}, got {path.name!r}")
 
 
 def _list(model: Merged, key: str, check: Callable[[str], str]) -> Iterator[Problem]:
@@ -148,11 +178,11 @@ def _list(model: Merged, key: str, check: Callable[[str], str]) -> Iterator[Prob
     if key not in model.values:
         return
     given, place = model.values[key], model.at(key)
-    if not given and key != "package":
+    if not given and key not in ("package", "build", "reports"):
         yield Problem(place, "expected at least one, got none; omit the key for the default")
     names = []
     for number, text in enumerate(given):
-        found = list(_refused((*place, number), lambda text=text: names.append(check(text))))  # type: ignore[misc]
+        found = list(refused((*place, number), lambda text=text: names.append(check(text))))  # type: ignore[misc]
         yield from found
     for name, count in Counter(names).items():
         if count > 1:
@@ -166,58 +196,32 @@ def _server(text: str) -> str:
     return text
 
 
-def _scheme(text: str | None) -> Any:
-    from ...export.lowering.weight_quantizer import parse_quantize
+def _one_of(known: Sequence[str]) -> Callable[[str], str]:
+    """A check that a text is one of some."""
 
-    return parse_quantize(text)
+    def check(text: str) -> str:
+        if text not in known:
+            raise UsageError(f"expected one of {', '.join(known)}, got {text!r}{suggestion(text, known)}")
+        return text
 
-
-def _refused(place: Keys, check: Callable[[], Any], remedy: str = "") -> Iterator[Problem]:
-    """The problem that a check of the command line names, without the options of the command line."""
-    try:
-        check()
-    except EnvironmentMissingError:
-        return  # not a problem of the recipe: the row says so
-    except RmsnormDeployError as error:
-        first = re.split(r"\. |; |\.$", str(error))[0] if remedy else str(error)
-        text = re.sub(r"^(target|dtype|for|attention|quantize|opset): ", "", first)
-        yield Problem(place, text + (f". {remedy}" if remedy else ""))
+    return check
 
 
-def _together(model: Merged) -> Iterator[Problem]:
-    """Problems of several values, where each of them alone is one that exists."""
-    values = model.values
-    servers, with_past = values.get("package") or [], values.get("with_past", False)
-    if "genai" in servers and not with_past:
-        yield Problem(model.at("package"), "genai runs decoders with a cache: expected with_past = true, got false")
-    try:
-        targets = [parse_target(target) for target in values.get("targets") or [DEFAULT_TARGET]]
-        dtypes: list[str | None] = [norm_dtype(dtype) for dtype in values.get("dtypes") or []] or [None]
-        mode = parse_attention(values.get("attention", "node"))
-        scheme = _scheme(values.get("quantize"))
-    except RmsnormDeployError:
-        return
-    if mode == "in-place":
-        remedy = 'Expected targets = ["ort"] and with_past = true.'
-        yield from _refused(model.at("attention"), lambda: check_attention(mode, targets, with_past=with_past), remedy)
-    for target in targets:
-        remedy = "Omit opset, or use another target."
-        yield from _refused(model.at("opset"), lambda target=target: opset_for(target, values.get("opset")), remedy)  # type: ignore[misc]
-    for dtype in dtypes if scheme is not None else []:
-        from ...export.lowering.weight_quantizer import check_quantize
+def _provider(text: str) -> None:
+    with contextlib.suppress(ImportError):  # the row says that it is missing
+        import onnxruntime
 
-        remedy = 'Use targets = ["ort"] and dtypes = ["float32"], or omit quantize.'
-        yield from _refused(
-            model.at("quantize"),
-            lambda dtype=dtype: check_quantize(scheme, targets, dtype),  # type: ignore[misc]
-            remedy,
-        )
-    if "trtexec" in servers and "ort" in targets:
-        yield Problem(
-            model.at("package"), "trtexec parses the targets standard, primitives and plugin, got the target ort"
-        )
-    if "trtexec" in servers and scheme is not None:
-        yield Problem(model.at("package"), f"trtexec does not run quantize = {values['quantize']!r}; omit one of them")
+        from ..runners.providers import chosen_providers
+
+        chosen_providers(onnxruntime, [text])
+
+
+# The check of each element of a list, and the values of a field that has one of a few.
+_LISTS: Mapping[str, Callable[[str], str]] = {
+    "targets": parse_target, "dtypes": norm_dtype, "build": flavor_name, "runners": _one_of(RUNNERS),
+    "package": _server, "reports": _one_of(REPORTS),
+}  # fmt: skip
+_CHOICES: Mapping[str, Sequence[str]] = {"backend": get_args(Backend)}
 
 
 def _same_names(models: Sequence[Merged]) -> Iterator[Problem]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...models.errors import EnvironmentMissingError, RmsnormDeployError
 from .positions import Path as Keys
 
 
@@ -56,3 +58,33 @@ def suggestion(given: str, known: Iterable[str]) -> str:
     """The question whether the nearest of some names was meant; empty if none is near."""
     near = difflib.get_close_matches(given, list(known), 1)
     return f". Did you mean {near[0]!r}?" if near else ""
+
+
+def refused(place: Keys, check: Callable[[], Any], remedy: str = "") -> Iterator[Problem]:
+    """The problem that a check of the commands names, without the options of the command line.
+
+    Args:
+        place: the path of the value.
+        check: raises an error of this package where the value is wrong. What is missing on this machine is not a
+            problem of the recipe: the row says so.
+        remedy: what to do in a recipe, in place of what the error says.
+    """
+    try:
+        check()
+    except EnvironmentMissingError:
+        return
+    except RmsnormDeployError as error:
+        first = re.split(r"\. |; |\.$", str(error))[0] if remedy else str(error)
+        text = re.sub(r"^[a-z_]+: ", "", first)  # the name of the option
+        yield Problem(place, text + (f". {remedy}" if remedy else ""))
+
+
+def scheme_of(quantize: str | None) -> Any:
+    """The quantization that a field names; None without one.
+
+    Raises:
+        UsageError: it names none.
+    """
+    from ...export.lowering.weight_quantizer import parse_quantize
+
+    return parse_quantize(quantize)

@@ -1,4 +1,4 @@
-"""Read a recipe (`read_recipe`): its fields with their types, and every problem in it with its line and column."""
+"""Read a recipe (`read_recipe`), with every problem in it by its line and column."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from ...export.onnx_io.manifest_fields import field_problem
 from ...models.errors import UsageError
 from ...models.hub.options import TOKEN_VARIABLE
 from ...models.regular_files import read_bytes
 from .checks import value_problems
+from .fields import LimitFields, ModelFields, RecipeFields, Settings, names_of
 from .positions import Path as Keys
 from .positions import Position, Positions
 from .recipe import Merged, Problem, Recipe, suggestion
@@ -22,46 +23,6 @@ from .recipe import Merged, Problem, Recipe, suggestion
 RECIPE = "rmsnorm.toml"
 _LARGEST = 16 << 20
 _PLACE = re.compile(r" \(at line (\d+), column (\d+)\)$")
-
-
-class _Fields(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class Settings(_Fields):
-    """The fields of a model that `[defaults]` may have too; None where the file does not say."""
-
-    source: str | None = None
-    revision: str | None = None
-    subfolder: str | None = None
-    targets: list[str] | None = None
-    dtypes: list[str] | None = None
-    with_past: bool | None = None
-    attention: str | None = None
-    quantize: str | None = None
-    opset: int | None = None
-    inputs: str | None = None
-    validate_: bool | None = Field(default=None, alias="validate")
-    lossy: str | None = None
-    package: list[str] | None = None
-    trust_remote_code: bool | None = None
-    cpus: float | None = None
-    gpus: float | None = None
-    memory: float | None = None
-
-
-class ModelFields(Settings):
-    """A `[[model]]`."""
-
-    name: str
-
-
-class RecipeFields(_Fields):
-    """A recipe."""
-
-    output: str = "dist"
-    defaults: Settings = Settings()
-    model: list[ModelFields]
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -146,9 +107,9 @@ def _problem(row: Mapping[str, Any]) -> Problem:
 
 def _fields_of(table: Keys) -> list[str]:
     """The names of the fields of a table, as the file has them."""
-    kinds: dict[int, type[BaseModel]] = {0: RecipeFields, 1: Settings, 2: ModelFields}
-    fields = kinds[len(table)].model_fields
-    return sorted(field.alias or name for name, field in fields.items())
+    if "limits" in table:
+        return sorted(names_of(LimitFields))
+    return sorted(names_of((RecipeFields, Settings, ModelFields)[len(table)]))
 
 
 def _listed(path: Path, positions: Positions, problems: Iterable[Problem]) -> str:

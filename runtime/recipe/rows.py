@@ -8,17 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...export.lowering.table import DEFAULT_TARGET, parse_target
+from ...export.lowering.table import parse_target
 from ...models.dtypes import norm_dtype
 from ...models.errors import UsageError
-from ...models.versions import installed_version
-from .sources import file_fingerprint, fingerprint, located
+from ..engines.api import ORT
+from .fields import Settings, default_of, names_of
+from .sources import fingerprint, located, source_kind
+from .steps import Step, library_versions, steps_of
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
 Row = dict[str, Any]
 NEEDS = ("cpus", "gpus", "memory")
+# The fields of a model that its rows do not have under the same name.
+_OF_MODELS = ("targets", "dtypes", "validate", *NEEDS)
 
 
 def row_names(model: Mapping[str, Any]) -> list[str]:
@@ -31,7 +35,7 @@ def row_names(model: Mapping[str, Any]) -> list[str]:
 
 def _variants(model: Mapping[str, Any]) -> list[tuple[str, str, str | None]]:
     """Name, target and dtype of each row."""
-    targets, dtypes = model.get("targets") or [DEFAULT_TARGET], model.get("dtypes") or []
+    targets, dtypes = model.get("targets") or default_of("targets"), model.get("dtypes") or []
     found = []
     for target in targets:
         for dtype in dtypes or [None]:
@@ -50,61 +54,77 @@ def _one_name(dtype: str) -> str:
         return dtype
 
 
+def is_validated(model: Mapping[str, Any], *, is_onnx: bool) -> bool:
+    """Whether a model is compared with PyTorch: unless it says otherwise, wherever a PyTorch model is known."""
+    return bool(model.get("validate", not is_onnx or "against" in model))
+
+
+def runners_of(model: Mapping[str, Any], *, is_onnx: bool) -> list[str]:
+    """What is compared with PyTorch: `ort` for the file, and the runtimes of engines."""
+    if not is_validated(model, is_onnx=is_onnx):
+        return []
+    return list(model.get("runners") or [ORT, *model.get("build", ())])
+
+
 def rows_of(recipe: Recipe) -> list[Row]:
     """The rows, in the order of the file.
 
     Returns:
-        JSON values: `row` (its name), `model`, `folder` (of its results), `source` and `inputs` (with absolute paths),
-        `revision`, `subfolder`, `target`, `dtype`, `with_past`, `attention`, `quantize`, `opset`, `validate`, `lossy`,
-        `package`, `trust_remote_code`; `needs`, what it occupies of a cluster (`cpus`, `gpus`, `memory` in GB);
-        `facts`, what decides whether results are still those of this row; and `key`, their hash.
+        JSON values: `row` (its name), `model`, `folder` (of its results); the fields of the model, where paths are
+        absolute, with `target` and `dtype` in place of the lists, and `runners`, empty where nothing is validated;
+        `is_onnx`, whether the source is an .onnx file; `needs`, what the row occupies of a cluster (`cpus`, `gpus`,
+        `memory` in GB); and `steps`, see `Step`, with the hashes of their facts.
 
     Raises:
         UsageError: a source cannot be read.
     """
-
-    base, rows = recipe.path.parent, []
+    rows = []
     prints: dict[str, Any] = {}
     for model in recipe.models:
-        source = model["source"]
-        if source not in prints:
-            prints[source] = fingerprint(source, base)
-        inputs = base / Path(model["inputs"]).expanduser() if "inputs" in model else None
         for name, given, dtype in _variants(model):
-            options = {
-                "revision": model.get("revision"),
-                "subfolder": model.get("subfolder"),
-                "target": parse_target(given),
-                "dtype": None if dtype is None else norm_dtype(dtype),
-                "with_past": model.get("with_past", False),
-                "attention": model.get("attention", "node"),
-                "quantize": model.get("quantize"),
-                "opset": model.get("opset"),
-                "validate": model.get("validate", True),
-                "lossy": model.get("lossy"),
-                "package": list(model.get("package", [])),
-                "trust_remote_code": model.get("trust_remote_code", False),
-            }
-            facts = {
-                **options,
-                "source": [source, prints[source]],
-                "inputs": None if inputs is None else [model["inputs"], file_fingerprint(inputs)],
-                "version": installed_version("rmsnorm-deploy"),
-            }
-            rows.append(
-                {
-                    "row": name,
-                    "model": model["name"],
-                    "folder": str(recipe.output / name),
-                    **options,
-                    "source": located(source, base),
-                    "inputs": None if inputs is None else str(inputs.absolute()),
-                    "needs": {"cpus": 1, "gpus": 0, "memory": 0, **{key: model[key] for key in NEEDS if key in model}},
-                    "facts": {fact: _digest(value) for fact, value in facts.items()},
-                    "key": _digest(facts),
-                }
-            )
+            rows.append(_row(recipe, model, name, given, dtype, prints))
     return rows
+
+
+def _row(
+    recipe: Recipe, model: Mapping[str, Any], name: str, target: str, dtype: str | None, prints: dict[str, Any]
+) -> Row:
+    base, source = recipe.path.parent, model["source"]
+    is_onnx = source_kind(source, base) == "onnx"
+    options: Row = {key: model.get(key, default_of(key)) for key in names_of(Settings) if key not in _OF_MODELS}
+    options |= {
+        "target": parse_target(target),
+        "dtype": None if dtype is None else norm_dtype(dtype),
+        "attention": options["attention"] or ("decomposed" if is_onnx else "node"),
+        "runners": runners_of(model, is_onnx=is_onnx),
+    }
+    steps = steps_of(options, is_onnx=is_onnx)
+    facts = {**options, **library_versions(steps)}
+    for key in ("source", "against", "inputs", "test_inputs"):
+        if options[key] is not None:
+            facts[key] = [options[key], _print(options[key], base, prints)]
+            options[key] = located(options[key], base)
+    return {
+        "row": name,
+        "model": model["name"],
+        "folder": str(recipe.output / name),
+        **options,
+        "is_onnx": is_onnx,
+        "needs": {key: model.get(key, default_of(key)) for key in NEEDS},
+        "steps": [_with_hashes(step, facts) for step in steps],
+    }
+
+
+def _print(source: str, base: Path, prints: dict[str, Any]) -> Any:
+    """The fingerprint of what a field names; each is made once."""
+    if source not in prints:
+        prints[source] = fingerprint(source, base)
+    return prints[source]
+
+
+def _with_hashes(step: Step, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A step with the hash of each of its facts."""
+    return {**step.to_dict(), "facts": {fact: _digest(facts[fact]) for fact in step.facts}}
 
 
 def _digest(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What the source of a model names (`source_kind`, `located`), and whether it changed since (`fingerprint`)."""
+"""What the source of a model or of inputs names (`source_kind`, `located`), and whether it changed (`fingerprint`)."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...export.onnx_io.owned_files import sha256
-from ...models.errors import UsageError
+from ...models.errors import RmsnormDeployError, UsageError
+from ..inputs.arrays import ARRAY_SUFFIXES
 
-Kind = Literal["builtin", "file", "module", "folder", "hub", "missing"]
+Kind = Literal["builtin", "file", "module", "folder", "onnx", "arrays", "hub", "missing"]
 # Files up to this size are hashed; of larger ones, size and time are compared.
 _HASHED_BYTES = 1 << 20
 
 
 def source_kind(source: str, base: Path) -> Kind:
-    """What a source names, as `load_model` reads it.
+    """What a source names, as `load_model`, `rewrite_model` and `load_cases` read it.
 
     Args:
         source: the text.
         base: the folder that relative paths are relative to.
 
     Returns:
-        `builtin`; `file` (`file.py:factory`); `module` (`package.module:factory`); `folder`; `hub`; or `missing`, a
-        path at which there is no folder or no file.
+        `builtin`; `file` (`file.py:factory`); `module` (`package.module:factory`); `folder`; `onnx` and `arrays`, by
+        the suffix of a file; `hub`; or `missing`, a path at which there is no folder or no such file.
     """
     name, colon, _ = source.rpartition(":")
     place = _place(source, base)
@@ -32,6 +33,8 @@ def source_kind(source: str, base: Path) -> Kind:
         return "builtin"
     if source and place.is_dir():
         return "folder"
+    if place.suffix in (".onnx", *ARRAY_SUFFIXES):
+        return "missing" if not place.is_file() else "onnx" if place.suffix == ".onnx" else "arrays"
     if colon and name.endswith(".py"):
         return "file" if _place(name, base).is_file() else "missing"
     if colon and name:
@@ -43,7 +46,7 @@ def source_kind(source: str, base: Path) -> Kind:
 def located(source: str, base: Path) -> str:
     """The source with an absolute path, where it names a folder or a file."""
     match source_kind(source, base):
-        case "folder":
+        case "folder" | "onnx" | "arrays":
             return str(_place(source, base))
         case "file":
             name, _, factory = source.rpartition(":")
@@ -55,8 +58,9 @@ def located(source: str, base: Path) -> str:
 def fingerprint(source: str, base: Path) -> Any:
     """A JSON value that differs when the source does.
 
-    Of a folder, the names, sizes and times of its files, and the hash of small ones; of `file.py:factory`, the hash of
-    the file, not of what it imports or reads; of others, the text.
+    Of files, of the files of a folder, and of the external data of an .onnx file, the names, sizes and times, and the
+    hash of small ones; of `file.py:factory`, the hash of the file, not of what it imports or reads; of others, the
+    text.
 
     Raises:
         UsageError: a file cannot be read.
@@ -65,6 +69,10 @@ def fingerprint(source: str, base: Path) -> Any:
         match source_kind(source, base):
             case "folder":
                 return _folder(_place(source, base))
+            case "arrays":
+                return file_fingerprint(_place(source, base))
+            case "onnx":
+                return _onnx(_place(source, base))
             case "file":
                 return sha256(_place(source.rpartition(":")[0], base))
             case "builtin" | "module" | "hub" | "missing":
@@ -84,6 +92,17 @@ def file_fingerprint(path: Path) -> list[Any]:
         return [stat.S_IFMT(status.st_mode)]
     digest = [sha256(path)] if status.st_size <= _HASHED_BYTES else []
     return [status.st_size, status.st_mtime_ns, *digest]
+
+
+def _onnx(path: Path) -> list[list[Any]]:
+    """The file, and its external data; the file alone, if it is not one that can be read, which its row says."""
+    from ...export.onnx_io.read_model import read_model
+
+    try:
+        others = sorted(read_model(path).external_files)
+    except RmsnormDeployError:
+        others = []
+    return [file_fingerprint(path), *([str(other), *file_fingerprint(other)] for other in others)]
 
 
 def _folder(folder: Path) -> dict[str, list[Any]]:

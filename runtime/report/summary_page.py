@@ -17,24 +17,25 @@ from .trend import HEIGHT, WIDTH, chart
 
 # The runs that a trend shows, the norms of a row, and the changes of each kind of a comparison.
 RUNS, _NORMS, _CHANGES = 30, 3, 12
-_KINDS = ("export", "validate", "package")
 _MARKS = {"pass": "✓", "fail": "✗", "unjudged": "?"}
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class RowPages:
-    """What is known of a row besides its result.
+class ReportLinks:
+    """A report of a row.
 
     Attributes:
-        html, json: links to its report, relative to the page; None without one.
-        near: how near it is to its limits; None without a report.
-        drift: the comparison of its report with that of the validation before, see `compare`; None without one.
+        runner: what was compared with PyTorch: `ort`, the file in ONNX Runtime, or the runtime of an engine.
+        json, html: links to it, relative to the page; None where it was not written as a page.
+        near: how near it is to its limits; None if it cannot be read.
+        drift: its comparison with the validation before, see `compare`; None without one.
     """
 
+    runner: str
+    json: str
     html: str | None = None
-    json: str | None = None
     near: Nearness | None = None
     drift: Row | None = None
 
@@ -45,7 +46,8 @@ class Results:
 
     Attributes:
         summary: the content of `summary.json`.
-        pages: by the names of its rows.
+        reports: by the names of its rows.
+        kinds: the kinds of steps, in order.
         runs: from the first to the last, that of the summary included; each with `created`, `verdict` and `rows`, see
             `history.jsonl`.
         files: names of files beside the page to link to.
@@ -54,7 +56,8 @@ class Results:
     """
 
     summary: Row
-    pages: Mapping[str, RowPages]
+    reports: Mapping[str, Sequence[ReportLinks]]
+    kinds: Sequence[str]
     runs: Sequence[Row]
     files: Sequence[str] = ()
     notes: Sequence[str] = field(default_factory=list)
@@ -68,7 +71,8 @@ def render(results: Results) -> str:
         EnvironmentMissingError: jinja2 is not installed.
     """
     summary = results.summary
-    rows = [_row(row, results.pages.get(row["row"], RowPages())) for row in summary["rows"]]
+    rows = [_row(row, results.reports.get(row["row"], ()), results.kinds) for row in summary["rows"]]
+    reports = [(_named(row, report), report) for row in rows for report in row["reports"]]
     names = [row["row"] for row in rows]
     kind, word = _verdict(summary)
     return _page(
@@ -83,10 +87,11 @@ def render(results: Results) -> str:
         rows=rows,
         errors=[error for row in rows for error in row["errors"]],
         notes=[*results.notes, *(f"{row['row']}: {note}" for row in rows for note in row["notes"])],
-        norms=[(row["row"], norm) for row in rows if row["near"] for norm in row["near"].norms[:_NORMS]],
-        without=[row["row"] for row in rows if row["near"] is not None and row["near"].worst is None],
+        kinds=results.kinds,
+        norms=[(name, norm) for name, report in reports if report.near for norm in report.near.norms[:_NORMS]],
+        without=[name for name, report in reports if report.near is not None and report.near.worst is None],
         drifts=_since(results.runs, names),
-        comparisons=[(row["row"], _comparison(row["drift"])) for row in rows if row["drift"] is not None],
+        comparisons=[(name, _comparison(report.drift)) for name, report in reports if report.drift is not None],
         trends=_trends(results.runs[-RUNS:], names),
         runs=_numbered(results.runs),
         shown_runs=min(len(results.runs), RUNS),
@@ -133,22 +138,26 @@ def _told(rows: Sequence[Row]) -> str:
     return f"{counted(len(rows), 'row')}: {found}" if rows else "no rows"
 
 
-def _row(row: Row, pages: RowPages) -> dict[str, Any]:
+def _named(row: Row, report: ReportLinks) -> str:
+    """The name of a report's row, with the runtime, where the row has several reports."""
+    return f"{row['row']}, {report.runner}" if len(row["reports"]) > 1 else str(row["row"])
+
+
+def _row(row: Row, reports: Sequence[ReportLinks], kinds: Sequence[str]) -> dict[str, Any]:
     """A row of the table."""
     mark, word = _row_verdict(row)
+    shares = [report.near.worst for report in reports if report.near is not None and report.near.worst is not None]
     return {
         **row,
         "mark": mark,
         "word": word,
         "sign": {**_MARKS, "plain": "–"}[mark],
-        "kinds": [(kind, _steps(row, kind)) for kind in _KINDS],
+        "kinds": [(kind, _steps(row, kind)) for kind in kinds],
         "errors": [
             {"row": row["row"], "step": step["step"], **step["error"]} for step in row["steps"] if step["error"]
         ],
-        "html": pages.html,
-        "json": pages.json,
-        "near": pages.near,
-        "drift": pages.drift,
+        "reports": reports,
+        "worst": max(shares, default=None),
     }
 
 
@@ -160,7 +169,8 @@ def _row_verdict(row: Row) -> tuple[str, str]:
         return "fail", "mismatch" if mismatch else "error"
     if "not run" in statuses.values():
         return "unjudged", "not complete"
-    return ("pass", "pass") if "validate" in statuses else ("plain", "not validated")
+    is_validated = any(name.partition(":")[0] == "validate" for name in statuses)
+    return ("pass", "pass") if is_validated else ("plain", "not validated")
 
 
 def _steps(row: Row, kind: str) -> str:

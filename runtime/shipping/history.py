@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,11 +18,13 @@ from ...export.onnx_io.owned_files import is_own_report
 from ...models.errors import UsageError
 from ...models.regular_files import LARGEST_JSON, FileStamp, read_bytes
 from ..accuracy.error_stats import json_value
+from ..engines.api import ORT
+from ..recipe.steps import VALIDATE, kind_of, subject_of
 from ..report.compare import compare
 from ..report.margins import Nearness, nearness
 from ..report.report_fields import Number
 from ..report.report_file import read_report
-from .row_record import EARLIER, FILE, REPORT, VALIDATE
+from .row_record import FILE, report_name
 
 SCHEMA = "rmsnorm_deploy.ship_history/1"
 HISTORY = "history.jsonl"
@@ -74,9 +76,8 @@ def run_of(summary: Mapping[str, Any], output: Path) -> Run:
     """
     rows = []
     for row in summary["rows"]:
-        found = row_nearness(row, output)
         seconds = round(sum(step["seconds"] for step in row["steps"]), 3)
-        worst = None if found is None else found.worst
+        worst = worst_of(row_nearness(row, output, runner) for runner in runners_of(row))
         rows.append(RunRow(row=row["row"], status=row["status"], seconds=seconds, bytes=row["bytes"], worst=worst))
     return Run(created=summary["created"], verdict=summary["verdict"], rows=rows)
 
@@ -118,13 +119,30 @@ def read_history(output: Path) -> tuple[list[Run], int]:
     return runs, others
 
 
-def row_report(row: Mapping[str, Any], output: Path) -> Path | None:
+def runners_of(row: Mapping[str, Any]) -> list[str]:
+    """What a row compares with PyTorch: `ort` for the file, and the runtimes of engines."""
+    return [subject_of(step["step"]) for step in row["steps"] if kind_of(step["step"]) == VALIDATE]
+
+
+def worst_of(found: Iterable[Nearness | None]) -> float | None:
+    """The largest share of a limit; None without any."""
+    return max((near.worst for near in found if near is not None and near.worst is not None), default=None)
+
+
+def row_report(row: Mapping[str, Any], output: Path, runner: str = ORT) -> Path | None:
     """The report of the validation that a row's result tells of; None if there is none.
 
     Where the validation failed, the report is its own only if it was written after the row's last finished step.
     """
-    status = next((step["status"] for step in row["steps"] if step["step"] == VALIDATE), None)
-    report, record = own_file(output, row["row"], REPORT), own_file(output, row["row"], FILE)
+    status = next(
+        (
+            step["status"]
+            for step in row["steps"]
+            if kind_of(step["step"]) == VALIDATE and subject_of(step["step"]) == runner
+        ),
+        None,
+    )
+    report, record = own_file(output, row["row"], report_name(runner)), own_file(output, row["row"], FILE)
     if report is None or status in ("done", "unchanged"):
         return report
     try:
@@ -147,18 +165,19 @@ def own_file(output: Path, *parts: str) -> Path | None:
     return path if os.path.realpath(path) == str(path) and path.is_file() else None
 
 
-def row_nearness(row: Mapping[str, Any], output: Path) -> Nearness | None:
+def row_nearness(row: Mapping[str, Any], output: Path, runner: str = ORT) -> Nearness | None:
     """How near a row is to its limits; None without a report that can be read."""
-    path = row_report(row, output)
+    path = row_report(row, output, runner)
     try:
         return None if path is None else _nearness(FileStamp.of(path))
     except (OSError, UsageError, KeyError, TypeError, ValueError, AttributeError):
         return None
 
 
-def row_drift(row: Mapping[str, Any], output: Path) -> dict[str, Any] | None:
+def row_drift(row: Mapping[str, Any], output: Path, runner: str = ORT) -> dict[str, Any] | None:
     """The comparison of a row's report with that of its validation before; None where one is missing or unreadable."""
-    path, earlier = row_report(row, output), own_file(output, row["row"], EARLIER)
+    path = row_report(row, output, runner)
+    earlier = own_file(output, row["row"], report_name(runner, ".before.json"))
     try:
         return None if path is None or earlier is None else _drift(FileStamp.of(earlier), FileStamp.of(path))
     except (OSError, UsageError):

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...models.hub.options import HubOptions, hub_options, using_hub
 from ..cluster.calls import PATIENCE, Call, Needs, run_calls
 from ..cluster.connection import LOCAL, SharedFolder, check_node, connected, shared_folder
 from ..recipe.rows import Row
 from ..runners.threads import using_threads
-from .ship_row import Progress, Result, failed_row, ship_row
+from .ship_row import failed_row, ship_row
+from .steps import Progress, Result
 
 
 def rows_on_cluster(
@@ -38,7 +40,8 @@ def rows_on_cluster(
         cores = sum(node["Resources"].get("CPU", 0) for node in nodes)
         say(f"{len(rows)} rows on {len(nodes)} nodes with {cores:g} CPUs")
         patience = 0.0 if address == LOCAL else PATIENCE  # this machine does not grow
-        calls = [Call(row["row"], _ship_there, (row, folder, force), Needs(**row["needs"])) for row in rows]
+        given = (folder, force, hub_options(""))
+        calls = [Call(row["row"], _ship_there, (row, *given), Needs(**row["needs"])) for row in rows]
         for number, outcome in enumerate(run_calls(ray, calls, patience=patience, progress=progress), 1):
             row = by_name[outcome.call.name]
             result = outcome.value if outcome.error is None else failed_row(row, outcome.error)
@@ -46,7 +49,7 @@ def rows_on_cluster(
             yield result
 
 
-def _ship_there(row: dict[str, Any], folder: SharedFolder, force: bool) -> Result:
+def _ship_there(row: dict[str, Any], folder: SharedFolder, force: bool, hub: HubOptions) -> Result:
     check_node(folder)
-    with using_threads(max(1, int(row["needs"]["cpus"]))):
+    with using_hub(hub), using_threads(max(1, int(row["needs"]["cpus"]))):
         return ship_row(row, force=force)

@@ -17,16 +17,19 @@ from urllib.parse import parse_qs, unquote
 
 from ...models.errors import RmsnormDeployError, UsageError
 from ...models.regular_files import LARGEST_JSON, read_bytes
+from ..engines.api import RUNNERS
 from ..serving.http_server import Handler, HttpServer
 from .history import HISTORY, own_file, read_history
-from .row_record import HTML, REPORT
+from .row_record import report_name
 from .summary import JUNIT, PAGE, SUMMARY, page, read_summary
 
 _log = logging.getLogger(__name__)
 _JSON, _PAGE, _TEXT = "application/json", "text/html; charset=utf-8", "text/plain; charset=utf-8"
 # What is sent of the folder, and of that of a row.
 _FILES = {SUMMARY: _JSON, JUNIT: "application/xml", HISTORY: "application/x-ndjson"}
-_ROW_FILES = {REPORT: _JSON, HTML: _PAGE}
+_ROW_FILES = {
+    report_name(runner, suffix): kind for runner in RUNNERS for suffix, kind in ((".json", _JSON), (".html", _PAGE))
+}
 _PORT = re.compile(r":\d*$")
 _HEADERS = {
     "Cache-Control": "no-store",

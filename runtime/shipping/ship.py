@@ -17,8 +17,9 @@ from ...models.errors import UsageError
 from ..recipe.recipe import Recipe, suggestion
 from ..recipe.recipe_file import RECIPE, read_recipe
 from ..recipe.rows import Row, rows_of
-from .row_record import examine, read_record, steps_of
-from .ship_row import Progress, ship_row, worst
+from .row_record import examine, read_record, valid_steps
+from .ship_row import not_run, ship_row, step_result, worst
+from .steps import Progress
 from .summary import FILES, SCHEMA, write_progress, write_summary
 
 
@@ -67,7 +68,9 @@ def ship(
     ray: str | None = None,
     progress: Progress | None = None,
 ) -> Shipment:
-    """Export, validate and package every row of a recipe, and write `summary.json`, `junit.xml` and `summary.html`.
+    """Export or rewrite, build, validate and package every row of a recipe, and write the summary.
+
+    It is in `summary.json`, `junit.xml` and `summary.html`.
 
     `summary.json` is written as rows end; `history.jsonl` gets a line for each run.
 
@@ -170,12 +173,12 @@ def _check_output(recipe: Recipe) -> None:
 def _not_run(row: Row) -> dict[str, Any]:
     """The result of a row that an interrupt kept from ending: what its record says is done, and what is not run."""
     record = read_record(Path(row["folder"]))
-    done = record.steps if record is not None and record.key == row["key"] else {}
+    done = {} if record is None else valid_steps(row, record)
     steps = [
-        {"step": name, "status": "done", "seconds": done[name].seconds, "result": done[name].result, "error": None}
-        if name in done
-        else {"step": name, "status": "not run", "seconds": 0.0, "result": None, "error": None}
-        for name in steps_of(row)
+        step_result(step, "done", done[step["step"]].seconds, done[step["step"]].result)
+        if step["step"] in done
+        else not_run(step)
+        for step in row["steps"]
     ]
     same = {name: row[name] for name in ("row", "model", "folder", "target", "dtype")}
     rest = {"exit_code": 0, "seconds": 0.0, "bytes": 0, "notes": [], "steps": steps}

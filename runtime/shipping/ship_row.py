@@ -1,42 +1,23 @@
-"""Export, validate and package one row (`ship_row`): plain data in and out, so that it may run anywhere."""
+"""Do the steps of one row (`ship_row`): plain data in and out, so that it may run anywhere."""
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...export.onnx_io.atomic_files import new_file
-from ...export.onnx_io.owned_files import is_own_report, sha256
 from ...export.onnx_io.partial_files import claimed
-from ...models.errors import (
-    EnvironmentMissingError,
-    MismatchError,
-    RmsnormDeployError,
-    UnsupportedError,
-    explained,
-)
-from ...models.hub.options import HubOptions, showing_downloads, using_hub
-from .row_record import (
-    EARLIER,
-    EXPORT,
-    HTML,
-    MODEL,
-    PACKAGE,
-    REPORT,
-    VALIDATE,
-    DoneStep,
-    RowRecord,
-    RowState,
-    examine,
-    steps_of,
-)
+from ...models.checkpoint_keys import allowing_missing
+from ...models.errors import explained
+from ...models.hub.options import hub_options, showing_downloads, using_hub
+from ...models.weights.checkpoint import allowing_pickles
+from .row_record import DoneStep, RowRecord, RowState, examine
+from .steps import STEPS, Progress, Result
 
-Progress = Callable[[str], None]
-Result = dict[str, Any]
+Step = Mapping[str, Any]
 # From the worst to the best: a mismatch is worse than what could not be tried.
 _WORST = (70, 1, 2, 4, 3, 0)
 
@@ -71,7 +52,8 @@ def ship_row(row: Mapping[str, Any], *, force: bool = False, progress: Progress 
 
 def failed_row(row: Mapping[str, Any], error: BaseException) -> Result:
     """The result of a row, as that of `ship_row`, which an error ended before its first step."""
-    return _result(row, RowState([]), [_failed(EXPORT, error, 0.0), *map(_not_run, steps_of(row)[1:])], [], 0.0)
+    first, *others = row["steps"]
+    return _result(row, RowState([]), [_failed(first, error, 0.0), *map(not_run, others)], [], 0.0)
 
 
 def _result(row: Mapping[str, Any], state: RowState, steps: list[Result], notes: list[str], seconds: float) -> Result:
@@ -108,129 +90,57 @@ def _prepare(row: Mapping[str, Any], state: RowState) -> list[str]:
             number += 1
         place.rename(aside)
         notes.append(f"{place.name} was changed since it was written; it was kept as {aside.name}")
-    RowRecord(row=row["row"], key=row["key"], facts=dict(row["facts"]), steps=state.done).save(folder)
+    RowRecord(row=row["row"], steps=state.done).save(folder)
     return notes
 
 
 def _run(row: Mapping[str, Any], state: RowState, progress: Progress) -> list[Result]:
     """Every step with what became of it."""
-    record = RowRecord(row=row["row"], key=row["key"], facts=dict(row["facts"]), steps=dict(state.done))
+    record = RowRecord(row=row["row"], steps=dict(state.done))
     found: list[Result] = []
-    for name in steps_of(row):
+    for step in row["steps"]:
+        name = step["step"]
         if name in state.done:
-            found.append(_step(name, "unchanged", state.done[name].seconds, state.done[name].result))
+            found.append(step_result(step, "unchanged", state.done[name].seconds, state.done[name].result))
             continue
-        if any(step["status"] == "failed" and not step["step"].startswith(PACKAGE) for step in found):
-            found.append(_not_run(name))
+        if not all(before in record.steps for before in step["after"]):
+            found.append(not_run(step))
             continue
         start = time.monotonic()
         try:
-            kind, _, server = name.partition(":")
-            with using_hub(_hub_of(row), row["source"]), showing_downloads(progress):
-                result = _STEPS[kind](row, server, progress)
+            with _loading(row), showing_downloads(progress):
+                result = STEPS[step["kind"]](row, step, progress)
             seconds = round(time.monotonic() - start, 3)
-            record.steps[name] = DoneStep(seconds=seconds, result=result)
+            record.steps[name] = DoneStep(seconds=seconds, facts=step["facts"], result=result)
             record.save(Path(row["folder"]))
-            found.append(_step(name, "done", seconds, result))
+            found.append(step_result(step, "done", seconds, result))
         except (Exception, SystemExit) as error:
-            found.append(_failed(name, error, round(time.monotonic() - start, 3)))
+            found.append(_failed(step, error, round(time.monotonic() - start, 3)))
     return found
 
 
-def _hub_of(row: Mapping[str, Any]) -> HubOptions:
-    return HubOptions(revision=row["revision"], subfolder=row["subfolder"])
+@contextmanager
+def _loading(row: Mapping[str, Any]) -> Iterator[None]:
+    """Load the row's model as its fields say, with the options of the hub that hold already."""
+    model = row["against"] or row["source"]
+    options = replace(hub_options(model), revision=row["revision"], subfolder=row["subfolder"])
+    pickles = allowing_pickles() if row["allow_pickle"] else nullcontext()
+    with using_hub(options, model), allowing_missing(row["allow_missing"]), pickles:
+        yield
 
 
-def _step(name: str, status: str, seconds: float, result: Result | None = None, error: Result | None = None) -> Result:
-    return {"step": name, "status": status, "seconds": seconds, "result": result, "error": error}
+def step_result(
+    step: Step, status: str, seconds: float, result: Result | None = None, error: Result | None = None
+) -> Result:
+    """What became of a step, see `ship_row`."""
+    return {"step": step["step"], "status": status, "seconds": seconds, "result": result, "error": error}
 
 
-def _failed(name: str, error: BaseException, seconds: float) -> Result:
+def not_run(step: Step) -> Result:
+    """A step that was not run."""
+    return step_result(step, "not run", 0.0)
+
+
+def _failed(step: Step, error: BaseException, seconds: float) -> Result:
     kind, message, code = explained(error)
-    return _step(name, "failed", seconds, error={"kind": kind, "message": message, "exit_code": code})
-
-
-def _not_run(name: str) -> Result:
-    return _step(name, "not run", 0.0)
-
-
-def _export(row: Mapping[str, Any], server: str, progress: Progress) -> Result:
-    from ...export.from_torch.export_model import ExportOptions, export_model
-    from ..inputs.arrays import read_arrays
-
-    options = ExportOptions(
-        dtype=row["dtype"],
-        opset=row["opset"],
-        with_past=row["with_past"],
-        attention=row["attention"],
-        quantize=row["quantize"],
-    )
-    folder = Path(row["folder"]) / MODEL
-    inputs = None if row["inputs"] is None else read_arrays(Path(row["inputs"]))
-    made = export_model(
-        row["source"],
-        folder,
-        options,
-        target=row["target"],
-        inputs=inputs,
-        trust_remote_code=row["trust_remote_code"],
-        progress=progress,
-    )
-    manifest = made.manifest
-    kept = {name: manifest.get(name) for name in ("dtype", "opset", "notes")}
-    kept |= {"hub": manifest["hub"]} if "hub" in manifest else {}
-    return {"folder": MODEL, "bytes": _size(folder), "norms": len(manifest.get("sites", ())), **kept}
-
-
-def _validate(row: Mapping[str, Any], server: str, progress: Progress) -> Result:
-    from ..report.html import check_installed
-    from ..validation.api import validate
-
-    folder = Path(row["folder"])
-    with_html = True
-    try:
-        check_installed()
-    except EnvironmentMissingError:
-        with_html = False
-    report = validate(
-        folder / MODEL,
-        row["source"],
-        lossy=row["lossy"],
-        depth=with_html,
-        trust_remote_code=row["trust_remote_code"],
-        progress=progress,
-    )
-    if is_own_report(folder / REPORT):
-        with new_file(folder / EARLIER, is_own_report) as partial:
-            shutil.copyfile(folder / REPORT, partial)
-    report.save(folder / REPORT)
-    if with_html:
-        report.to_html(folder / HTML)
-    if report.verdict != "pass":
-        kind: type[RmsnormDeployError] = MismatchError if report.verdict == "fail" else UnsupportedError
-        raise kind(f"{report.summary} See {folder / (HTML if with_html else REPORT)}.")
-    written = {"report": REPORT, "sha256": sha256(folder / REPORT), "html": HTML if with_html else None}
-    return {"verdict": report.verdict, "summary": report.summary, **written}
-
-
-def _package(row: Mapping[str, Any], server: str, progress: Progress) -> Result:
-    from ..packaging.api import package_model
-
-    progress(f"packaging for {server}")
-    folder = Path(row["folder"])
-    report = folder / REPORT if row["validate"] else None
-    made = package_model(folder / MODEL, server, folder / server, name=row["row"], report=report)  # type: ignore[arg-type]
-    return {"folder": server, "bytes": _size(folder / server), "validated": made.validated, "notes": made.notes}
-
-
-_STEPS: dict[str, Callable[[Mapping[str, Any], str, Progress], Result]] = {
-    EXPORT: _export, VALIDATE: _validate, PACKAGE: _package,
-}  # fmt: skip
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_size if path.is_file() else 0
-    return total
+    return step_result(step, "failed", seconds, error={"kind": kind, "message": message, "exit_code": code})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,25 @@ from pydantic import BaseModel, ConfigDict, Field
 from ...export.onnx_io.manifest_fields import Text, checked
 from ...models.errors import EnvironmentMissingError, UsageError
 from ...models.regular_files import read_json
+from ..recipe.steps import EXPORT, KINDS, PACKAGE, VALIDATE, kind_of
 from ..report.junit import Case, document
 from ..report.text import counted, write_text
-from .history import HISTORY, Amount, append, own_file, read_history, row_drift, row_nearness, row_report, run_of
-from .row_record import EXPORT, HTML, PACKAGE, REPORT, VALIDATE
+from .history import (
+    HISTORY,
+    Amount,
+    append,
+    own_file,
+    read_history,
+    row_drift,
+    row_nearness,
+    row_report,
+    run_of,
+    runners_of,
+)
+from .row_record import report_name
 
 if TYPE_CHECKING:
-    from ..report.summary_page import RowPages
+    from ..report.summary_page import ReportLinks
 
 SCHEMA = "rmsnorm_deploy.ship/1"
 SUMMARY, JUNIT, PAGE = "summary.json", "junit.xml", "summary.html"
@@ -66,13 +78,19 @@ class SummaryFields(_Fields):
 
 
 def junit(summary: Mapping[str, Any]) -> str:
-    """The summary as JUnit XML: suites `export`, `validate` and `package`, with a case for each row and step."""
-    suites: dict[str, list[Case]] = {EXPORT: [], VALIDATE: [], PACKAGE: []}
+    """The summary as JUnit XML: a suite for each kind of step, with a case for each row and step."""
+    suites: dict[str, list[Case]] = {kind: [] for kind in kinds_in(summary)}
     for row in summary["rows"]:
         for step in row["steps"]:
-            kind, _, server = step["step"].partition(":")
-            suites[kind].append(_case(f"{row['row']}: {server}" if server else row["row"], step))
+            kind, _, subject = step["step"].partition(":")
+            suites[kind].append(_case(f"{row['row']}: {subject}" if subject else row["row"], step))
     return document(suites, summary)
+
+
+def kinds_in(summary: Mapping[str, Any]) -> list[str]:
+    """The kinds of steps that a summary's table shows: those that a row has, and those of most recipes."""
+    used = {kind_of(step["step"]) for row in summary["rows"] for step in row["steps"]} | {EXPORT, VALIDATE, PACKAGE}
+    return [kind for kind in KINDS if kind in used]
 
 
 def _case(name: str, step: Mapping[str, Any]) -> Case:
@@ -127,7 +145,8 @@ def page(summary: Mapping[str, Any], output: Path, *, is_served: bool = False) -
     return render(
         Results(
             summary,
-            {row["row"]: _row_pages(row, output) for row in summary["rows"]},
+            {row["row"]: [*_report_links(row, output)] for row in summary["rows"]},
+            kinds_in(summary),
             [run.model_dump() for run in runs],
             files,
             notes,
@@ -136,13 +155,15 @@ def page(summary: Mapping[str, Any], output: Path, *, is_served: bool = False) -
     )
 
 
-def _row_pages(row: Mapping[str, Any], output: Path) -> RowPages:
-    from ..report.summary_page import RowPages
+def _report_links(row: Mapping[str, Any], output: Path) -> Iterator[ReportLinks]:
+    from ..report.summary_page import ReportLinks
 
-    if row_report(row, output) is None:
-        return RowPages()
-    html = f"{row['row']}/{HTML}" if own_file(output, row["row"], HTML) else None
-    return RowPages(html, f"{row['row']}/{REPORT}", row_nearness(row, output), row_drift(row, output))
+    for runner in runners_of(row):
+        if row_report(row, output, runner) is not None:
+            page, name = report_name(runner, ".html"), row["row"]
+            html = f"{name}/{page}" if own_file(output, name, page) else None
+            near, drift = row_nearness(row, output, runner), row_drift(row, output, runner)
+            yield ReportLinks(runner, f"{name}/{report_name(runner)}", html, near, drift)
 
 
 def read_summary(output: Path) -> dict[str, Any]:
@@ -165,7 +186,7 @@ def read_summary(output: Path) -> dict[str, Any]:
 
 def step_word(row: Mapping[str, Any], kind: str) -> str:
     """What became of the steps of one kind: the first of `failed`, `not run`, `done` and `unchanged`; else a dash."""
-    found = [step["status"] for step in row["steps"] if step["step"].partition(":")[0] == kind]
+    found = [step["status"] for step in row["steps"] if kind_of(step["step"]) == kind]
     for status in ("failed", "not run", "done", "unchanged"):
         if status in found:
             return status

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +13,8 @@ from ...models.errors import UsageError
 from ..accuracy.lossy import PROFILES, limits_with
 from ..accuracy.tolerances import PARTS, Limits
 from ..engines.api import RUNNERS
+
+_SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +123,21 @@ class ValidationOptions:
         values["limits"] = {name: dataclasses.asdict(limits) for name, limits in self.limits.items()}
         values["shapes"] = None if self.shapes is None else [list(shape) for shape in self.shapes]
         return {**values, "prompts": list(self.prompts), "runners": list(self.runners)}
+
+
+def parse_shapes(texts: Sequence[str] | None) -> tuple[tuple[int, int], ...] | None:
+    """Batch and length in texts such as `3x33`; None if there is no text.
+
+    Raises:
+        UsageError: a text has another form.
+    """
+    found = []
+    for text in texts or ():
+        match = _SHAPE.fullmatch(text.lower())
+        if match is None:
+            raise UsageError(f"shape: expected a batch and a length of at least 1, such as 3x33, got {text!r}.")
+        found.append((int(match[1]), int(match[2])))
+    return tuple(found) or None
 
 
 def with_own_profile(options: ValidationOptions, folder: Path) -> ValidationOptions:

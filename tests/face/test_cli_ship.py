@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rmsnorm_deploy import verify_folder
-from rmsnorm_deploy.runtime.shipping import ship_row
+from rmsnorm_deploy.runtime.shipping import steps
 from tests.helpers.interface.command_line import CommandLine
 from tests.helpers.interface.shipped_sample import sample_row, ship_sample
 from tests.helpers.models.factory_file import SMALL_MODEL
@@ -150,15 +150,14 @@ def test_an_interrupted_run_keeps_what_is_done(
         seen.append(_words(json.loads((recipe.parent / "dist" / "summary.json").read_text())))
         raise KeyboardInterrupt
 
-    steps = ship_row._STEPS
-    monkeypatch.setattr(ship_row, "_STEPS", {**steps, "package": interrupted})
+    monkeypatch.setitem(steps.STEPS, "package", interrupted)
     outcome = rmsnorm("ship", recipe)
     assert outcome.code == 130
     # Rows that end are in the summary at once, for those who watch, and if the run is killed.
     assert seen == [{"first": ["done"], "second": ["not run", "not run"]}]
     summary = json.loads((recipe.parent / "dist" / "summary.json").read_text())
     assert (summary["verdict"], _words(summary)) == ("fail", {"first": ["done"], "second": ["done", "not run"]})
-    monkeypatch.setattr(ship_row, "_STEPS", steps)
+    monkeypatch.undo()
     assert _words(rmsnorm("ship", recipe, "--json").json) == {"first": ["unchanged"], "second": ["unchanged", "done"]}
     assert list(recipe.parent.rglob(".*")) == []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +20,7 @@ from rmsnorm_deploy.models.checkpoint_keys import allowing_missing
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.accuracy.tolerances import KINDS_OF_LIMITS, parse_limits
 from rmsnorm_deploy.runtime.report.printed import print_validation
-from rmsnorm_deploy.runtime.validation.options import ValidationOptions
-
-_SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
+from rmsnorm_deploy.runtime.validation.options import ValidationOptions, parse_shapes
 
 Candidate = Annotated[
     str | None,
@@ -200,7 +197,7 @@ def options_of(values: Mapping[str, Any]) -> ValidationOptions:
     """
     fields = dict(values)
     limits = {name: fields.pop(name, None) or () for name in KINDS_OF_LIMITS}
-    shapes, prompts = shapes_of(fields.pop("shape")), tuple(fields.pop("prompt") or ())
+    shapes, prompts = parse_shapes(fields.pop("shape")), tuple(fields.pop("prompt") or ())
     runners = tuple(fields.pop("runner") or ())
     return ValidationOptions(**fields, shapes=shapes, prompts=prompts, runners=runners, limits=parse_limits(**limits))
 
@@ -214,21 +211,6 @@ Replay = Annotated[
     Path | None,
     typer.Option("--replay", metavar="REPORT.json", help="Repeat the run of a JSON report, and compare."),
 ]
-
-
-def shapes_of(texts: Sequence[str] | None) -> tuple[tuple[int, int], ...] | None:
-    """Batch and length in texts such as `3x33`; None if there is no text.
-
-    Raises:
-        UsageError: a text has another form.
-    """
-    found = []
-    for text in texts or ():
-        match = _SHAPE.fullmatch(text.lower())
-        if match is None:
-            raise UsageError(f"--shape: expected a batch and a length of at least 1, such as 3x33, got {text!r}.")
-        found.append((int(match[1]), int(match[2])))
-    return tuple(found) or None
 
 
 def required(candidate: str | None, command: str) -> str:

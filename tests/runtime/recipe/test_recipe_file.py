@@ -10,6 +10,7 @@ from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.recipe.recipe_file import parse_recipe, read_recipe
 
 _HUB = '[[model]]\nname = "a"\nsource = "owner/name"\n'
+_ONNX = '[[model]]\nname = "a"\nsource = "net.onnx"\n'
 _MODEL = '[[model]]\nname = "a"\nsource = "builtin:small"\n'
 
 
@@ -18,6 +19,7 @@ def path(tmp_path: Path) -> Path:
     (tmp_path / "models.py").write_text("")
     (tmp_path / "folder").mkdir()
     (tmp_path / "inputs.npz").write_bytes(b"")
+    (tmp_path / "net.onnx").write_bytes(b"")
     return tmp_path / "rmsnorm.toml"
 
 
@@ -32,11 +34,11 @@ _MISTAKES = {
     "numbers": ("model = [1]\n", "1:10: [[model]] 1: expected a table, got 1."),
     "unknown key": (
         _MODEL + "with_pst = true\n",
-        "4:1: with_pst: unknown key; expected one of attention, cpus, dtypes,",
+        "4:1: with_pst: unknown key; expected one of against, allow_missing, allow_pickle,",
     ),
     "nearest key": (_MODEL + "targts = ['ort']\n", "Did you mean 'targets'?"),
     "unknown table": (_MODEL + "[default]\n", "4:1: default: unknown key; expected one of defaults, model, output."),
-    "name in defaults": ("[defaults]\nname = 'b'\n" + _MODEL, "2:1: name: unknown key; expected one of attention,"),
+    "name in defaults": ("[defaults]\nname = 'b'\n" + _MODEL, "2:1: name: unknown key; expected one of against,"),
     "no name": ('[[model]]\nsource = "builtin:small"\n', "1:1: name: expected a value, got none."),
     "no source": ('[[model]]\nname = "a"\n', "1:1: source: expected a model, as MODEL of rmsnorm export, got none."),
     "a text for a flag": (_MODEL + 'with_past = "yes"\n', "4:1: with_past: expected a valid boolean, got 'yes'."),
@@ -88,7 +90,7 @@ _MISTAKES = {
     "all GPUs": (_MODEL + "gpus = 'all'\n", "4:1: gpus: expected a valid number, got 'all'."),
     "unknown profile": (
         _MODEL + "lossy = 'in8'\n",
-        "4:1: lossy: expected one of int8, int4, fp16, bf16, got 'in8'. Did you mean 'int8'?",
+        "4:1: lossy: expected one of int8, int4, fp16, bf16, or none, got 'in8'.",
     ),
     "opset too high": (
         _MODEL + "opset = 99\n",
@@ -112,15 +114,15 @@ _MISTAKES = {
     ),
     "no such folder": (
         '[[model]]\nname = "a"\nsource = "./nosuch"\n',
-        "3:1: source: expected an existing folder or file.py:factory",
+        "3:1: source: expected an existing folder, .onnx file or file.py:factory",
     ),
     "no such module file": (
         '[[model]]\nname = "a"\nsource = "nosuch.py:net"\n',
-        "3:1: source: expected an existing folder or file.py",
+        "3:1: source: expected an existing folder, .onnx file or file.py",
     ),
     "a file as a source": (
         '[[model]]\nname = "a"\nsource = "models.py"\n',
-        "3:1: source: expected an existing folder or file.py:factory",
+        "3:1: source: expected an existing folder, .onnx file or file.py:factory",
     ),
     "no such inputs": (_MODEL + "inputs = 'no.npz'\n", "4:1: inputs: expected a file, got none at"),
     "inputs of another kind": (
@@ -154,6 +156,128 @@ _MISTAKES = {
     "in-place without a cache": (
         _MODEL + "attention = 'in-place'\ntargets = ['ort']\n",
         "4:1: attention: in-place writes the KV cache in place",
+    ),
+    "a file of arrays as a source": (
+        _MODEL.replace("builtin:small", "inputs.npz"),
+        "3:1: source: expected a model, got a file of arrays, 'inputs.npz'.",
+    ),
+    "no such .onnx file": (
+        _MODEL.replace("builtin:small", "other.onnx"),
+        "3:1: source: expected an existing folder, .onnx file or file.py:factory",
+    ),
+    "against for PyTorch": (
+        _MODEL + "against = 'models.py:net'\n",
+        "4:1: against: expected a source that is an .onnx file, got 'builtin:small'.",
+    ),
+    "against a file": (
+        _ONNX + "against = 'net.onnx'\n",
+        "4:1: against: expected a PyTorch model: an existing folder or file.py:factory",
+    ),
+    "a dtype for a file": (
+        _ONNX + "dtypes = ['fp16']\n",
+        "4:1: dtypes: an .onnx file keeps what it has: expected none for such a source, got ['fp16'].",
+    ),
+    "a file compared with nothing": (
+        _ONNX + "validate = true\n",
+        "4:1: validate: an .onnx file is compared with PyTorch where against names the model: expected against, got",
+    ),
+    "packed weights of a file": (_ONNX + "weights = 'pack'\n", "4:1: weights: expected one of copy, link, got 'pack'."),
+    "weights elsewhere": (
+        _MODEL + "weights = 'reference'\n",
+        "4:1: weights: expected one of link, copy, pack, got 'reference'.",
+    ),
+    "attention of a file": (
+        _ONNX + "attention = 'node'\n",
+        "4:1: attention: node is for target ort, which has an operator for attention, got target primitives",
+    ),
+    "a style without plugin": (
+        _MODEL + "ort_trt = true\n",
+        "4:1: ort_trt: expected the target plugin for ort_trt = true, got none.",
+    ),
+    "no functions without plugin": (
+        _MODEL + "function = false\n",
+        "4:1: function: expected the target plugin for function = false, got none.",
+    ),
+    "unknown runtime": (_MODEL + "build = ['trt']\n", "4:10: build[0]: expected tensorrt or rtx, got 'trt'."),
+    "shapes of no engine": (
+        _MODEL + "profiles = ['x:1,2,3']\n",
+        '4:1: profiles: expected build = ["rtx"] or ["tensorrt"], without which profiles has no effect, got none.',
+    ),
+    "architectures of TensorRT": (
+        _MODEL + "build = ['tensorrt']\narchitectures = ['sm_90']\n",
+        "5:1: architectures: TensorRT builds for the GPU of the machine: expected none, got sm_90.",
+    ),
+    "no such architecture": (
+        _MODEL + "build = ['rtx']\narchitectures = ['ada']\n",
+        "5:1: architectures: expected a text such as sm_86, got 'ada'.",
+    ),
+    "unknown norm": (
+        _MODEL + "build = ['rtx']\nnorm = 'fused'\n",
+        "5:1: norm: expected one of auto, plugin, native, got 'fused'.",
+    ),
+    "no memory for layers": (
+        _MODEL + "build = ['rtx']\nworkspace = 0\n",
+        "5:1: workspace: expected at least 1 MiB, got 0.",
+    ),
+    "an engine of int4": (
+        _MODEL + "quantize = 'int4'\nbuild = ['rtx']\n",
+        "5:1: build: TensorRT does not run quantize = 'int4'; omit one of them",
+    ),
+    "unknown runner": (
+        _MODEL + "runners = ['onnx']\n",
+        "4:12: runners[0]: expected one of ort, tensorrt, rtx, got 'onnx'.",
+    ),
+    "a runner without engine": (
+        _MODEL + "runners = ['ort', 'rtx']\n",
+        '4:1: runners: expected build = ["rtx"] for the runner rtx, got none.',
+    ),
+    "no runner": (_MODEL + "runners = []\n", "4:1: runners: expected at least one, got none; omit the key"),
+    "limits without validation": (
+        _MODEL + "validate = false\nlossy = 'fp16'\n",
+        "5:1: lossy: expected validate = true, without which lossy has no effect, got none.",
+    ),
+    "unknown provider": (
+        _MODEL + "provider = 'gpu'\n",
+        "4:1: provider: unknown execution provider 'gpu': expected one of",
+    ),
+    "a limit below 0": (
+        _MODEL + "limits = {logits = {atol = -1}}\n",
+        "4:21: atol: expected a number of at least 0, got -1.",
+    ),
+    "unknown limit": (
+        _MODEL + "[model.limits.logits]\natl = 1\n",
+        "5:1: atl: unknown key; expected one of atol, max_kl, max_rel, max_rms, min_cosine, min_top1, rtol, ulp",
+    ),
+    "a limit of no output": (_MODEL + "limits = {atol = 1}\n", "4:11: atol: expected a table, got 1."),
+    "bad shape": (
+        _MODEL + "shapes = ['3']\n",
+        "4:1: shapes: expected a batch and a length of at least 1, such as 3x33",
+    ),
+    "bad seed": (_MODEL + "seed = -1\n", "4:1: seed: expected a number of at least 0, got -1."),
+    "two kinds of inputs": (
+        _MODEL + "prompts = ['a']\ntest_inputs = 'inputs.npz'\n",
+        "1:1: [[model]] 1: inputs and prompts are both given; give only one of them.",
+    ),
+    "no such inputs of the comparison": (
+        _MODEL + "test_inputs = 'no.safetensors'\n",
+        "4:1: test_inputs: expected a file, got none at",
+    ),
+    "unknown report": (_MODEL + "reports = ['pdf']\n", "4:12: reports[0]: expected one of html, junit, got 'pdf'."),
+    "unknown backend": (
+        _MODEL + "package = ['triton']\nbackend = 'torch'\n",
+        "5:1: backend: expected one of onnxruntime, python, tensorrt, got 'torch'.",
+    ),
+    "a backend of no server": (
+        _MODEL + "backend = 'python'\n",
+        '4:1: backend: expected package = ["triton"], without which backend has no effect, got none.',
+    ),
+    "an engine for Triton that is not built": (
+        _MODEL + "package = ['triton']\nbackend = 'tensorrt'\n",
+        '5:1: backend: tensorrt runs an engine: expected build = ["tensorrt"], got none.',
+    ),
+    "a batch below 0": (
+        _MODEL + "package = ['triton']\nmax_batch = -1\n",
+        "5:1: max_batch: expected a number of at least 0, got -1.",
     ),
     "in defaults": ("[defaults]\npackage = ['genai']\n" + _MODEL, "2:1: package: genai runs decoders with a cache"),
 }

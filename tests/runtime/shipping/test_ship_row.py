@@ -13,6 +13,7 @@ import pytest
 from rmsnorm_deploy.models.errors import EnvironmentMissingError, MismatchError, UnsupportedError
 from rmsnorm_deploy.runtime.recipe.recipe_file import parse_recipe
 from rmsnorm_deploy.runtime.recipe.rows import rows_of
+from rmsnorm_deploy.runtime.recipe.steps import KINDS
 from rmsnorm_deploy.runtime.shipping import ship_row as module
 from rmsnorm_deploy.runtime.shipping.ship_row import ship_row, worst
 from rmsnorm_deploy.runtime.shipping.summary import junit
@@ -29,15 +30,16 @@ def _steps(monkeypatch: pytest.MonkeyPatch, **errors: BaseException) -> list[str
     ran: list[str] = []
 
     def of(kind: str) -> Any:
-        def step(row: Any, server: str, progress: Any) -> dict[str, Any]:
-            ran.append(server or kind)
-            if (server or kind) in errors:
-                raise errors[server or kind]
+        def work(row: Any, step: Any, progress: Any) -> dict[str, Any]:
+            name = step["step"].removeprefix("package:")
+            ran.append(name)
+            if name in errors:
+                raise errors[name]
             return {"bytes": 3, "notes": ["a note"]}
 
-        return step
+        return work
 
-    monkeypatch.setattr(module, "_STEPS", {kind: of(kind) for kind in ("export", "validate", "package")})
+    monkeypatch.setattr(module, "STEPS", {kind: of(kind) for kind in KINDS})
     return ran
 
 
@@ -49,9 +51,10 @@ def test_the_steps_of_a_row(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     assert result["notes"] == ["a note"]
     record = json.loads((Path(row["folder"]) / "row.json").read_text())
     assert next(iter(record)) == "schema"
-    assert (record["schema"], record["key"], list(record["steps"])) == (
-        "rmsnorm_deploy.row/1", row["key"], ["export", "validate", "package:genai", "package:triton"],
+    assert (record["schema"], list(record["steps"])) == (
+        "rmsnorm_deploy.row/2", ["export", "validate", "package:genai", "package:triton"],
     )  # fmt: skip
+    assert [done["facts"] for done in record["steps"].values()] == [step["facts"] for step in row["steps"]]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_a_record_that_is_not_one_is_replaced_only_if_it_is_ours(
     _steps(monkeypatch)
     file = Path(row["folder"]) / "row.json"
     file.parent.mkdir(parents=True)
-    file.write_text('{"schema": "rmsnorm_deploy.row/1", "steps": 3}')
+    file.write_text('{"schema": "rmsnorm_deploy.row/2", "steps": 3}')
     assert ship_row(row)["status"] == "done"
     file.write_text("{}")
     result = ship_row(row)

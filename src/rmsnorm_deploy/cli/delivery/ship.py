@@ -1,4 +1,4 @@
-"""`rmsnorm ship`: export, validate and package the models of a recipe."""
+"""`rmsnorm ship`: export, build, validate and package the models of a recipe."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rmsnorm_deploy.cli.screen import Screen
 SCHEMA = "rmsnorm_deploy.ship_plan/1"
 
 
+@options.takes_hub("revision", "subfolder")
 def ship(
     recipe: Annotated[Path, typer.Argument(metavar="[FILE]", help="The recipe.")] = Path("rmsnorm.toml"),
     only: Annotated[
@@ -32,7 +33,7 @@ def ship(
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> int:
-    """Export, validate and package the models of a recipe.
+    """Export or rewrite, build, validate and package the models of a recipe.
 
     What has not changed is skipped, and what was interrupted goes on where it stopped. The exit code is that of the
     worst row. Write a first recipe with: rmsnorm init MODEL
@@ -63,11 +64,11 @@ def _print_plan(screen: Screen, rows: list[dict[str, Any]]) -> None:
 
 def _print(screen: Screen, summary: dict[str, Any], quiet: bool) -> None:
     from rmsnorm_deploy.runtime.report.text import size_text
-    from rmsnorm_deploy.runtime.shipping.summary import step_word
+    from rmsnorm_deploy.runtime.shipping.summary import kinds_in, step_word
 
     rows = summary["rows"]
     if not quiet:
-        kinds = ("export", "validate", "package")
+        kinds = kinds_in(summary)
         screen.table(
             ("row", *kinds, "seconds", "size"),
             [

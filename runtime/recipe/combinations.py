@@ -1,0 +1,161 @@
+"""Values of a recipe that exclude each other, where each of them alone is possible (`together`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ...export.lowering.attention_table import AttentionMode, check_attention, parse_attention
+from ...export.lowering.plugin_functions import plugin_style
+from ...export.lowering.table import DEFAULT_TARGET, opset_for, parse_target
+from ...models.dtypes import norm_dtype
+from ...models.errors import RmsnormDeployError
+from ..accuracy.tolerances import Limits
+from ..engines.api import FLAVORS, RUNTIMES, flavor_name
+from .recipe import Merged, Problem, refused, scheme_of
+from .rows import is_validated
+from .sources import source_kind
+from .step_options import validation_options
+from .steps import FIELDS, TRITON
+
+_EXPORTS_ONLY = ("dtypes", "with_past", "quantize", "static")
+_WEIGHTS = {True: ("copy", "link"), False: ("link", "copy", "pack")}
+
+
+def together(model: Merged, base: Path) -> Iterator[Problem]:
+    """The problems of a model whose values are each possible.
+
+    Args:
+        model: the model with its defaults.
+        base: the folder that paths are relative to.
+    """
+    source = model.values.get("source")
+    is_onnx = source is not None and source_kind(source, base) == "onnx"
+    yield from _of_source(model, is_onnx)
+    yield from _of_file(model, is_onnx)
+    yield from _of_engines(model)
+    yield from _of_validation(model, is_onnx)
+    yield from _of_packages(model, is_onnx)
+
+
+def _of_source(model: Merged, is_onnx: bool) -> Iterator[Problem]:
+    """Fields that models of PyTorch alone have, or files alone."""
+    values = model.values
+    if not is_onnx:
+        if "against" in values:
+            yield Problem(model.at("against"), f"expected a source that is an .onnx file, got {values.get('source')!r}")
+    else:
+        for key in _EXPORTS_ONLY:
+            if values.get(key):
+                what = "an .onnx file keeps what it has: expected none for such a source"
+                yield Problem(model.at(key), f"{what}, got {values[key]!r}")
+        if values.get("validate") and "against" not in values:
+            what = "an .onnx file is compared with PyTorch where against names the model: expected against"
+            yield Problem(model.at("validate"), f"{what}, got none. The rewriting compares it before and after")
+    allowed = _WEIGHTS[is_onnx]
+    if "weights" in values and values["weights"] not in allowed:
+        yield Problem(model.at("weights"), f"expected one of {', '.join(allowed)}, got {values['weights']!r}")
+
+
+def _of_file(model: Merged, is_onnx: bool) -> Iterator[Problem]:
+    """The form of the norms and attentions, and the dtypes."""
+    values = model.values
+    try:
+        targets = [parse_target(target) for target in values.get("targets") or [DEFAULT_TARGET]]
+        dtypes: list[str | None] = [norm_dtype(dtype) for dtype in values.get("dtypes") or []] or [None]
+        mode = parse_attention(values.get("attention") or ("decomposed" if is_onnx else "node"))
+        scheme = scheme_of(values.get("quantize"))
+    except RmsnormDeployError:
+        return
+    yield from _attention(model, mode, targets, is_onnx)
+    for target in targets:
+        remedy = "Omit opset, or use another target."
+        yield from refused(model.at("opset"), lambda target=target: opset_for(target, values.get("opset")), remedy)  # type: ignore[misc]
+    for key, style in (("function", {"function": values.get("function", True), "ort_trt": False}),
+                       ("ort_trt", {"function": True, "ort_trt": values.get("ort_trt", False)})):  # fmt: skip
+        if any(refused(model.at(key), lambda style=style: plugin_style(**style, targets=targets))):  # type: ignore[misc]
+            yield Problem(model.at(key), f"expected the target plugin for {key} = {str(values[key]).lower()}, got none")
+    for dtype in dtypes if scheme is not None else []:
+        from ...export.lowering.weight_quantizer import check_quantize
+
+        remedy = 'Use targets = ["ort"] and dtypes = ["float32"], or omit quantize.'
+        yield from refused(
+            model.at("quantize"),
+            lambda dtype=dtype: check_quantize(scheme, targets, dtype),  # type: ignore[misc]
+            remedy,
+        )
+
+
+def _attention(model: Merged, mode: AttentionMode, targets: list[Any], is_onnx: bool) -> Iterator[Problem]:
+    if is_onnx:
+        from ...export.from_onnx.rewrite_attentions import check_rewriting
+
+        for target in targets:
+            yield from refused(model.at("attention"), lambda target=target: check_rewriting(mode, target))  # type: ignore[misc]
+    elif mode == "in-place":
+        remedy, with_past = 'Expected targets = ["ort"] and with_past = true.', model.values.get("with_past", False)
+        yield from refused(model.at("attention"), lambda: check_attention(mode, targets, with_past=with_past), remedy)
+
+
+def _of_engines(model: Merged) -> Iterator[Problem]:
+    values = model.values
+    build = values.get("build") or []
+    yield from _without_effect(model, FIELDS["build"], 'build = ["rtx"] or ["tensorrt"]', has_effect=bool(build))
+    if build and values.get("quantize") is not None:
+        what = f"TensorRT does not run quantize = {values['quantize']!r}"
+        yield Problem(model.at("build"), f"{what}; omit one of them, or have a [[model]] for each")
+    for runtime in (name for name in build if name in RUNTIMES):
+        flavor = FLAVORS[flavor_name(runtime)]
+        if values.get("architectures") and not flavor.architectures:
+            what = f"{flavor.title} builds for the GPU of the machine: expected none"
+            yield Problem(model.at("architectures"), f"{what}, got {', '.join(values['architectures'])}")
+
+
+def _of_validation(model: Merged, is_onnx: bool) -> Iterator[Problem]:
+    values = model.values
+    own = tuple(key for key in FIELDS["validate"] if key not in FIELDS["export"] and key != "against")
+    is_compared = is_validated(values, is_onnx=is_onnx)
+    yield from _without_effect(model, (*own, "runners", "provider"), "validate = true", has_effect=is_compared)
+    for name in values.get("runners") or []:
+        if name in RUNTIMES and name not in values.get("build", ()):
+            yield Problem(model.at("runners"), f'expected build = ["{name}"] for the runner {name}, got none')
+    found = [
+        problem
+        for name, kinds in values.get("limits", {}).items()
+        for kind, limit in kinds.items()
+        for problem in refused((*model.at("limits"), name, kind), partial(Limits, **{kind: limit}))
+    ]
+    found += [
+        problem
+        for key in own
+        if key in values and key != "limits"
+        for problem in refused(model.at(key), partial(validation_options, {key: values[key]}))
+    ]
+    yield from found or refused(model.header, partial(validation_options, values))
+
+
+def _of_packages(model: Merged, is_onnx: bool) -> Iterator[Problem]:
+    values = model.values
+    servers = values.get("package") or []
+    if "genai" in servers and not is_onnx and not values.get("with_past", False):
+        yield Problem(model.at("package"), "genai runs decoders with a cache: expected with_past = true, got false")
+    yield from _without_effect(model, ("backend", "max_batch"), 'package = ["triton"]', has_effect=TRITON in servers)
+    if values.get("backend") == "tensorrt" and TRITON in servers and "tensorrt" not in values.get("build", ()):
+        yield Problem(model.at("backend"), 'tensorrt runs an engine: expected build = ["tensorrt"], got none')
+    if "trtexec" not in servers:
+        return
+    if "ort" in (target.lower() for target in values.get("targets") or ()):
+        yield Problem(
+            model.at("package"), "trtexec parses the targets standard, primitives and plugin, got the target ort"
+        )
+    if values.get("quantize") is not None:
+        yield Problem(model.at("package"), f"trtexec does not run quantize = {values['quantize']!r}; omit one of them")
+
+
+def _without_effect(model: Merged, keys: tuple[str, ...], needs: str, *, has_effect: bool) -> Iterator[Problem]:
+    """Fields of the model itself that nothing reads; defaults need not fit every model."""
+    for key in keys if not has_effect else ():
+        if model.places.get(key, ("defaults",))[0] == "model":
+            yield Problem(model.at(key), f"expected {needs}, without which {key} has no effect, got none")
