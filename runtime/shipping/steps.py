@@ -130,14 +130,19 @@ def _validate(row: Row, step: Step, progress: Progress) -> Result:
         check_installed()
     except EnvironmentMissingError:
         with_html = False
-    report = validate(
-        folder / MODEL if runner == ORT else folder / runner / ENGINE,
-        row["against"] or row["source"],
-        validation_options(row),
-        depth=with_html and not row["outputs_only"],
-        trust_remote_code=row["trust_remote_code"],
-        progress=progress,
-    )
+    try:
+        report = validate(
+            folder / MODEL if runner == ORT else folder / runner / ENGINE,
+            row["against"] or row["source"],
+            validation_options(row),
+            depth=with_html and not row["outputs_only"],
+            trust_remote_code=row["trust_remote_code"],
+            progress=progress,
+        )
+    except EnvironmentMissingError as error:
+        if runner == ORT:
+            raise
+        raise EnvironmentMissingError(f'{error} To ship without comparing engines, set runners = ["ort"].') from error
     path, html = folder / report_name(runner), folder / report_name(runner, ".html")
     if is_own_report(path):
         with new_file(folder / report_name(runner, ".before.json"), is_own_report) as partial:
