@@ -1,10 +1,11 @@
-"""The pages that are generated while the site is built: every command, the public Python names, the tables of targets.
+"""The pages that are generated while the site is built: commands, public Python names, fields of recipes, tables.
 
 `mkdocs.yml` names this file as a hook. Without mkdocs, `pages` and `with_tables` give the same text to the tests.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,9 @@ import typer
 import rmsnorm_deploy
 from rmsnorm_deploy.cli.application import app
 from rmsnorm_deploy.cli.commands.targets import attention_markdown_table, markdown_table
+from rmsnorm_deploy.runtime.recipe.fields import GROUPS, default_of, field_of, names_of
+
+RECIPE = "recipe_fields.md"
 
 # A line of a page that is replaced by a table.
 TABLES: dict[str, Callable[[], str]] = {
@@ -35,7 +39,7 @@ _EXIT_CODE = re.compile(r", (?=\d)")
 
 def pages() -> dict[str, str]:
     """The text of every generated page, by its path in the site's sources."""
-    return {**command_pages(), **python_pages()}
+    return {**command_pages(), **python_pages(), RECIPE: recipe_page()}
 
 
 # ------------------------------------------------------------------------------------------------------- commands
@@ -137,6 +141,23 @@ def _identifier(name: str) -> str:
     return f"rmsnorm_deploy.{rmsnorm_deploy._HOME[name]}.{name}"
 
 
+# -------------------------------------------------------------------------------------------------------- recipes
+
+
+def recipe_page() -> str:
+    """The fields of a recipe, from the model that reads it."""
+    told = "`name` and these are the fields of a `[[model]]`; `[defaults]` may have them too."
+    lines = ["# Fields of a recipe", "", told]
+    for group in GROUPS:
+        title = _escaped((group.__doc__ or "").rstrip("."))
+        lines += ["", f"## {title}", "", "| field | default | meaning |", "|---|---|---|"]
+        for name in names_of(group):
+            default = default_of(name)
+            shown = "" if default is None else f"`{json.dumps(default)}`"
+            lines.append(f"| `{name}` | {shown} | {_prose(field_of(name).description)} |")
+    return _joined([*lines, "", "`rmsnorm init --schema` prints the JSON Schema of a recipe, for editors."])
+
+
 # ----------------------------------------------------------------------------------------------------- for mkdocs
 
 
@@ -151,6 +172,7 @@ def with_tables(markdown: str) -> str:
 def on_config(config: Any) -> Any:
     """Put the generated pages into the navigation, behind the pages that `mkdocs.yml` lists."""
     made = list(pages())
+    config["nav"].append({"Recipe": RECIPE})
     for title, folder in (("Commands", "commands/"), ("Python", "python/")):
         config["nav"].append({title: [path for path in made if path.startswith(folder)]})
     return config

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ...models.errors import UsageError
 from .error_stats import Figures, FiguresOf, is_logits, json_value
 from .errors import errors_of, is_exact, kind_of, pieces
-from .pass_rules import Arrays, AsGood, Equal, InPlace, Margin, Rule, Within
+from .pass_rules import Arrays, AsGood, Equal, InPlace, Margin, Nearest, Rule, Within
 from .tolerances import Limits
 
 __all__ = ["Figures", "OutputVerdict", "all_passed", "brief", "figures", "judge"]
@@ -62,6 +62,7 @@ class OutputVerdict:
         figures: error statistics of the candidate; None if the arrays could not be compared.
         baseline_figures: those of the baseline; None as above.
         margin: the errors that the default rule compares; None where another rule decided.
+        nearest: the explicit limit that is nearest to being exceeded; None where another rule decided.
     """
 
     name: str
@@ -70,6 +71,7 @@ class OutputVerdict:
     figures: Figures | None
     baseline_figures: Figures | None
     margin: Margin | None = None
+    nearest: Nearest | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON values."""
@@ -78,6 +80,7 @@ class OutputVerdict:
             "passed": self.passed,
             "reason": self.reason,
             "margin": None if self.margin is None else json_value(self.margin._asdict()),
+            "nearest": None if self.nearest is None else json_value(self.nearest._asdict()),
             "figures": self.figures and self.figures.to_dict(),
             "baseline_figures": self.baseline_figures and self.baseline_figures.to_dict(),
         }
@@ -164,7 +167,8 @@ def judge(
     if candidate.dtype != baseline.dtype:
         reason += f"; the candidate is {candidate.dtype.name}, the baseline {baseline.dtype.name}"
     margin = rule.margin if isinstance(rule, AsGood) else None
-    return OutputVerdict(name, passed, reason, found, own.result(), margin)
+    nearest = rule.nearest(found) if isinstance(rule, Within) else None
+    return OutputVerdict(name, passed, reason, found, own.result(), margin, nearest)
 
 
 def _incomparable(candidate: NDArray[Any], reference: NDArray[Any], baseline: NDArray[Any]) -> str | None:

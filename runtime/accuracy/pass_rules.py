@@ -51,6 +51,22 @@ class Margin(NamedTuple):
     allowed_rms: float
 
 
+class Nearest(NamedTuple):
+    """Of explicit limits the one that is nearest to being exceeded, or exceeded most.
+
+    Attributes:
+        figure: the field of `Limits`; `atol` where `atol` and `rtol` together limit each element.
+        value: the element's error, its ULPs, or the statistic.
+        limit: the largest that passes; of `min_cosine` and `min_top1`, the least.
+        share: `value` divided by `limit`; of those two, the distance from 1 divided by that of the limit.
+    """
+
+    figure: str
+    value: float
+    limit: float
+    share: float
+
+
 class Rule(Protocol):
     """A condition on an output."""
 
@@ -149,6 +165,7 @@ class Within:
         self._size = arrays.candidate.size
         self._beyond = _Places(arrays.candidate.shape)
         self._first = ""
+        self._elements: list[Nearest] = []
 
     def add(self, part: slice, candidate: Errors, baseline: Errors) -> None:
         limits = self._limits
@@ -157,11 +174,14 @@ class Within:
         beyond = np.zeros(candidate.size.shape, dtype=bool)
         if limits.is_absolute:
             with np.errstate(invalid="ignore"):  # infinity times a reference of zero
-                beyond |= candidate.size > (limits.atol or 0.0) + (limits.rtol or 0.0) * np.abs(candidate.scale)
+                allowed = (limits.atol or 0.0) + (limits.rtol or 0.0) * np.abs(candidate.scale)
+                beyond |= candidate.size > allowed
+            self._elements += _nearest_element("atol", candidate.size, allowed)
         ulps = None
         if limits.ulp is not None:
             ulps = ulps_of(candidate, self._dtype)
             beyond |= ulps > limits.ulp
+            self._elements += _nearest_element("ulp", ulps, np.full_like(ulps, limits.ulp))
         if beyond.any() and not self._beyond.count:
             at = int(np.argmax(beyond))
             self._first = f"{candidate.size[at]:.3g}" + ("" if ulps is None else f", {ulps[at]:.3g} ULP")
@@ -187,6 +207,35 @@ class Within:
         )
         order = (passed, False, None, True)
         return passed, "; ".join(reason for _, reason in sorted(parts, key=lambda part: order.index(part[0])))
+
+    def nearest(self, figures: Figures) -> Nearest | None:
+        """The limit that is nearest to being exceeded; None if nothing that it limits is defined."""
+        found = list(self._elements)
+        for label, limit in self._limits.on_figures.items():
+            value = getattr(figures, FIGURE_LIMITS[label].figure)
+            if value is not None:
+                at_least = FIGURE_LIMITS[label].at_least
+                share = _ratio(1.0 - value, 1.0 - limit) if at_least else _ratio(value, limit)
+                found.append(Nearest(label, float(value), float(limit), share))
+        return max(found, key=lambda row: row.share, default=None)
+
+
+def _nearest_element(figure: str, errors: Float64, allowed: Float64) -> list[Nearest]:
+    """The element whose error is nearest to what it may be; none without a finite one."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shares = np.where(errors > 0.0, errors / allowed, 0.0)
+    shares = np.where(np.isfinite(errors), shares, -1.0)
+    at = int(np.argmax(shares)) if shares.size else 0
+    if not shares.size or shares[at] < 0.0:
+        return []
+    return [Nearest(figure, float(errors[at]), float(allowed[at]), float(shares[at]))]
+
+
+def _ratio(value: float, limit: float) -> float:
+    """A value as a share of its limit: of a limit of 0, infinity, unless the value is 0 or less."""
+    if value <= 0.0:
+        return 0.0
+    return value / limit if limit > 0.0 else math.inf
 
 
 def _of_figure(label: str, limit: float, figures: Figures) -> tuple[bool | None, str]:

@@ -133,7 +133,20 @@ def _of_validation(model: Merged, is_onnx: bool) -> Iterator[Problem]:
         if key in values and key != "limits"
         for problem in refused(model.at(key), partial(validation_options, {key: values[key]}))
     ]
+    if not found:
+        found += _inputs_twice(model)
     yield from found or refused(model.header, partial(validation_options, values))
+
+
+def _inputs_twice(model: Merged) -> Iterator[Problem]:
+    """Several sources of the inputs of the comparison, of which only one can be used."""
+    values = model.values
+    given = [key for key in ("test_inputs", "prompts", "shapes") if values.get(key)]
+    if {"test_inputs", "prompts"} <= set(given):
+        yield Problem(model.at("test_inputs"), "expected only one of test_inputs and prompts, got both")
+    if values.get("thorough") and given:
+        what = "thorough adds generated inputs: expected no test_inputs, prompts or shapes beside it"
+        yield Problem(model.at("thorough"), f"{what}, got {' and '.join(given)}")
 
 
 def _of_packages(model: Merged, is_onnx: bool) -> Iterator[Problem]:

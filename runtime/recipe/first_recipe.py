@@ -5,49 +5,37 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from ...models.errors import UsageError
 from ...models.hub.options import HubOptions
 from ...models.regular_files import read_json
+from .fields import GROUPS, RecipeFields, field_of, names_of
 from .recipe_file import parse_recipe
 from .sources import located, source_kind
 
-_TEXT = """\
+_HEAD = """\
 # The models that `rmsnorm ship` exports, validates and packages. `rmsnorm ship --dry-run` says what it would do.
-output = {output}  # the folder of the results, relative to this file
+output = "dist"  # {output}
 
 # Fields that a [[model]] does not have are those of [defaults].
 [defaults]
-targets = ["ort"]  # primitives, standard, ort, plugin: see `rmsnorm targets`
+targets = ["ort"]  # {targets}
 
 [[model]]
-name = {name}
-source = {source}  # a folder, file.py:factory, package.module:factory, builtin:NAME or a hub name
-{revision}
-{subfolder}
-# dtypes = ["float32", "float16"]  # a row for each; the checkpoint's dtype if omitted
-{with_past}
-# attention = "node"  # or decomposed; in-place for target ort with_past
-# quantize = "int4"  # or int8: for ONNX Runtime alone
-# opset = 23  # the target's default if omitted
-# inputs = "inputs.npz"  # example inputs of a model that does not read tokens
-# validate = true  # compare the exported model with PyTorch
-# lossy = "int4"  # limits of int8, int4, fp16 or bf16 instead of PyTorch's own error
-{package}
-# trust_remote_code = false  # run Python code that comes with the checkpoint
+name = {name}  # {named}
 """
-_WITH_PAST = "with_past = true  # the KV cache is an input and an output"
-_NO_PAST = "# with_past = true  # for decoders of transformers: the KV cache is an input and an output"
-_PACKAGE = "package = {servers}  # folders for servers: genai (with_past), triton, trtexec"
 
 
 def first_recipe(model: str, path: Path, hub: HubOptions | None = None) -> str:
     """The text of a recipe for one model, which `read_recipe` accepts.
 
     Args:
-        model: as MODEL of `rmsnorm export`; a relative path is relative to the working directory.
+        model: as MODEL of `rmsnorm export`, or an .onnx file; a relative path is relative to the working directory.
         path: where the recipe will be; paths in it are relative to its folder.
         hub: the revision and subfolder of a hub name.
 
@@ -56,30 +44,44 @@ def first_recipe(model: str, path: Path, hub: HubOptions | None = None) -> str:
     """
     here = Path.cwd()
     kind = source_kind(model, here)
-    if kind == "missing":
+    if kind in ("missing", "arrays"):
         raise UsageError(
-            f"MODEL: expected an existing folder or file.py:factory, or a hub name (owner/model), got {model!r}."
+            f"MODEL: expected an existing folder, .onnx file or file.py:factory, or a hub name (owner/model), got "
+            f"{model!r}."
         )
     hub = hub or HubOptions()
     config = _config(Path(located(model, here))) if kind == "folder" else {}
     is_decoder = _is_text_decoder(config)
-    servers = ["genai"] if is_decoder and config.get("eos_token_id") is not None else []
-    text = _TEXT.format(
-        output=_quoted("dist"),
-        name=_quoted(_name(model)),
-        source=_quoted(_source(model, kind, here, path)),
-        revision=_given("revision", hub.revision, "main", "of a hub name: a branch, a tag or a commit"),
-        subfolder=_given("subfolder", hub.subfolder, "small", "of a hub name: a folder in its repository"),
-        with_past=_WITH_PAST if is_decoder else _NO_PAST,
-        package=("" if servers else "# ") + _PACKAGE.format(servers=json.dumps(servers or ["triton"])),
-    )
+    given: dict[str, Any] = {"source": _source(model, kind, here, path)}
+    given |= {name: value for name in ("revision", "subfolder") if (value := getattr(hub, name)) is not None}
+    if is_decoder:
+        given["with_past"] = True
+        given |= {"package": ["genai"]} if config.get("eos_token_id") is not None else {}
+    text = _head(_name(model)) + "".join(_section(group, given) for group in GROUPS)
     parse_recipe(text, path)
     return text
 
 
-def _given(key: str, value: str | None, example: str, comment: str) -> str:
-    """The line of a field; a comment if it has no value."""
-    return f"{'# ' if value is None else ''}{key} = {_quoted(value or example)}  # {comment}"
+def _head(name: str) -> str:
+    fields = RecipeFields.model_fields
+    return _HEAD.format(
+        output=fields["output"].description,
+        targets=field_of("targets").description,
+        name=_toml(name),
+        named=field_of("name").description,
+    )
+
+
+def _section(group: type[BaseModel], given: Mapping[str, Any]) -> str:
+    """The fields of a group: those that are given, and the others as comments with an example."""
+    lines = [f"\n# {group.__doc__}"]
+    for name in names_of(group):
+        if name != "targets":  # it is among the defaults
+            field = field_of(name)
+            example = (field.examples or [None])[0]
+            line = f"{name} = {_toml(given.get(name, example))}  # {field.description}"
+            lines.append(line if name in given else f"# {line}")
+    return "\n".join(lines) + "\n"
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def _is_text_decoder(config: dict[str, Any]) -> bool:
 
 def _source(model: str, kind: str, here: Path, path: Path) -> str:
     """The source as the recipe says it: a relative path is relative to the recipe, and begins with a dot."""
-    if kind not in ("folder", "file") or os.path.isabs(os.path.expanduser(model)):
+    if kind not in ("folder", "file", "onnx") or os.path.isabs(os.path.expanduser(model)):
         return model
     relative = Path(os.path.relpath(located(model, here), path.absolute().parent)).as_posix()
     return relative if relative.startswith(".") else f"./{relative}"
@@ -113,8 +115,23 @@ def _source(model: str, kind: str, here: Path, path: Path) -> str:
 
 def _name(model: str) -> str:
     """A name of the letters and digits of a source."""
-    last = re.split(r"[/:\\]", model.rstrip("/"))[-1] or "model"
+    last = re.split(r"[/:\\]", model.rstrip("/").removesuffix(".onnx"))[-1] or "model"
     return re.sub(r"^[^A-Za-z0-9]+", "", re.sub(r"[^A-Za-z0-9._-]+", "-", last))[:100].strip("-.") or "model"
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML has it."""
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            return _quoted(value)
+        case list():
+            return f"[{', '.join(map(_toml, value))}]"
+        case dict():
+            return f"{{{', '.join(f'{key} = {_toml(item)}' for key, item in value.items())}}}"
+        case _:
+            return repr(value)
 
 
 def _quoted(text: str) -> str:

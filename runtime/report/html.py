@@ -38,7 +38,7 @@ def render(report: Mapping[str, Any]) -> str:
     """The report as an HTML page; the same report gives the same text.
 
     Args:
-        report: a report of schema `rmsnorm_deploy.validate/6` or `rmsnorm_deploy.bisect/5`. `schema`, `verdict` and
+        report: a report of schema `rmsnorm_deploy.validate/7` or `rmsnorm_deploy.bisect/6`. `schema`, `verdict` and
             `outputs` are required; sections that are missing or empty are omitted.
 
     Raises:

@@ -43,7 +43,7 @@ def render(report: Mapping[str, Any]) -> str:
     """The report as JUnit XML.
 
     Args:
-        report: a report of schema `rmsnorm_deploy.validate/6` or `rmsnorm_deploy.bisect/5`.
+        report: a report of schema `rmsnorm_deploy.validate/7` or `rmsnorm_deploy.bisect/6`.
 
     Returns:
         The XML with its declaration. Suites `outputs`, `norms`, `attentions` and `segments`, each omitted if it has no

@@ -21,9 +21,9 @@ class NormRisk(NamedTuple):
         name: its name, see `label`.
         on: the kind of input.
         passed: whether it passed there.
-        figure: `max` or `rms`, whichever is nearer to its limit.
-        error, limit: that figure and the largest that passes, in eps x row scale.
-        share: error divided by limit.
+        figure: `max` or `rms`, whichever is nearer to its limit; or the explicit limit, see `Limits`.
+        error, limit: that figure and the largest that passes, in eps x row scale; or as the explicit limit.
+        share: error divided by limit, see `Nearest`.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class Nearness:
     Attributes:
         verdict: the report's.
         worst: the largest error divided by its limit, over all outputs, norms, attentions and segments; None where
-            other rules decided everything, such as explicit limits.
+            nothing has a limit, such as integers, which are equal or not.
         where: the place of the worst; empty without one.
         norms: norms and attentions with the largest shares, one entry for each, in descending order.
     """
@@ -57,6 +57,16 @@ class Nearness:
 def limit_share(margin: Mapping[str, Any]) -> float:
     """How near the errors of a `margin` are to what they may be: 1 is the limit, infinity a NaN."""
     return max(_share(margin, pair) for pair in _PAIRS)
+
+
+def row_share(row: Mapping[str, Any]) -> float | None:
+    """How near the errors of a row are to what they may be; None if nothing limits them."""
+    if row.get("margin") is not None:
+        return limit_share(row["margin"])
+    if row.get("nearest") is None:
+        return None
+    share = float(row["nearest"]["share"])
+    return math.inf if math.isnan(share) else share
 
 
 def nearness(report: Mapping[str, Any], most: int) -> Nearness:
@@ -85,18 +95,26 @@ def _norms(report: Mapping[str, Any]) -> Iterator[NormRisk]:
             judged = list(_judged(row.get("inputs") or ()))
             if judged:
                 part, share = max(judged, key=lambda found: found[1])
-                margin = part["margin"]
-                pair = max(_PAIRS, key=lambda pair: _share(margin, pair))
-                error, limit = (float(margin[key]) for key in pair)
-                figure = "max" if pair[0] == "worst" else "rms"
+                figure, error, limit = _nearest(part)
                 yield NormRisk(kind, label(row), str(part["kind"]), part["passed"], figure, error, limit, share)
 
 
+def _nearest(row: Mapping[str, Any]) -> tuple[str, float, float]:
+    """The figure of a row that is nearest to its limit, its value and the limit."""
+    if row.get("nearest") is not None:
+        return str(row["nearest"]["figure"]), float(row["nearest"]["value"]), float(row["nearest"]["limit"])
+    margin = row["margin"]
+    pair = max(_PAIRS, key=lambda pair: _share(margin, pair))
+    error, limit = (float(margin[key]) for key in pair)
+    return "max" if pair[0] == "worst" else "rms", error, limit
+
+
 def _judged(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], float]]:
-    """The rows that the default rule judged, each with its share."""
+    """The rows that have limits, each with its share."""
     for row in rows:
-        if row["passed"] is not None and row.get("margin") is not None:
-            yield row, limit_share(row["margin"])
+        share = row_share(row)
+        if row["passed"] is not None and share is not None:
+            yield row, share
 
 
 def _share(margin: Mapping[str, Any], pair: tuple[str, str]) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ...models.errors import few
-from .margins import limit_share
+from .margins import row_share
 from .norm_providers import cpu_notes, norm_lines
 from .page import Page, TextPage
 from .text import counted, label, verdict_word
@@ -178,9 +178,9 @@ def _shown_outputs(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _closeness(row: Mapping[str, Any]) -> float:
-    """How near the errors of a row are to what they may be, 1 being the limit; without a margin, their size."""
-    margin = row.get("margin")
-    return _size(row) if margin is None else limit_share(margin)
+    """How near the errors of a row are to what they may be, 1 being the limit; without a limit, their size."""
+    share = row_share(row)
+    return _size(row) if share is None else share
 
 
 def _print_reasons(page: Page, rows: Iterable[tuple[str, str]]) -> None:

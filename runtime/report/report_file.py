@@ -8,8 +8,8 @@ from typing import Any
 from ...models.errors import UsageError
 from ...models.regular_files import read_json
 
-VALIDATE_SCHEMA = "rmsnorm_deploy.validate/6"
-BISECT_SCHEMA = "rmsnorm_deploy.bisect/5"
+VALIDATE_SCHEMA = "rmsnorm_deploy.validate/7"
+BISECT_SCHEMA = "rmsnorm_deploy.bisect/6"
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ ABSENT = "–"
 
 
 def command(report: Mapping[str, Any]) -> str:
-    """The command that made a report, from its schema: `rmsnorm_deploy.validate/6` -> `rmsnorm validate`."""
+    """The command that made a report, from its schema: `rmsnorm_deploy.validate/7` -> `rmsnorm validate`."""
     return "rmsnorm " + str(report["schema"]).partition(".")[2].partition("/")[0]
 
 

@@ -85,7 +85,7 @@ class ValidationReport(Shown):
         deviations: known deviations of the target, from the manifest.
         settings: the arguments of the validation, from which it can be run again.
         provenance: versions, files and options of both sides.
-        schema: `rmsnorm_deploy.validate/6` or `rmsnorm_deploy.bisect/5`.
+        schema: `rmsnorm_deploy.validate/7` or `rmsnorm_deploy.bisect/6`.
         runners: the verdict by the runtime that ran the candidate, if there were several.
         unchecked: why no norm was checked; empty if one was, or if only outputs were asked for.
         hint: that the export came from another model than the one that is compared; else empty.

@@ -214,7 +214,7 @@ def test_a_report_is_written_in_three_forms(report: rd.ValidationReport, tmp_pat
     report.to_html(tmp_path / "report.html")
     report.to_junit(tmp_path / "report.xml")
     content = json.loads((tmp_path / "report.json").read_text())
-    assert (content["schema"], content["verdict"]) == ("rmsnorm_deploy.validate/6", "pass")
+    assert (content["schema"], content["verdict"]) == ("rmsnorm_deploy.validate/7", "pass")
     assert "<html" in (tmp_path / "report.html").read_text()
     suites = ElementTree.parse(tmp_path / "report.xml").getroot().findall("testsuite")
     assert {suite.get("failures") for suite in suites} == {"0"}

@@ -189,7 +189,7 @@ def test_export_inputs_and_static(rmsnorm: CommandLine, models: Path, tmp_path: 
 def test_validate_passes(rmsnorm: CommandLine, models: Path, exported: Path, target: str) -> None:
     outcome = rmsnorm("validate", exported / target, "--against", f"{models}:net", "--json")
     assert outcome.code == 0
-    assert (outcome.json["schema"], outcome.json["verdict"]) == ("rmsnorm_deploy.validate/6", "pass")
+    assert (outcome.json["schema"], outcome.json["verdict"]) == ("rmsnorm_deploy.validate/7", "pass")
     assert [len(outcome.json[part]) for part in ("outputs", "norms", "segments")] == [7, 1, 2]
 
 

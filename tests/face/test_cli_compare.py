@@ -25,7 +25,7 @@ def files(tmp_path: Path) -> Path:
 def report(path: Path, passed: bool, ulp: float) -> Path:
     row = {"case": "1x7", "name": "logits", "passed": passed, "reason": "it is so", "figures": {"max_ulp": ulp}}
     content: dict[str, Any] = {
-        "schema": "rmsnorm_deploy.validate/6", "verdict": "pass" if passed else "fail", "summary": "a summary",
+        "schema": "rmsnorm_deploy.validate/7", "verdict": "pass" if passed else "fail", "summary": "a summary",
         "settings": {"seed": int(ulp)}, "outputs": [row],
     }  # fmt: skip
     path.write_text(json.dumps(content))
@@ -104,7 +104,7 @@ def test_rows_that_come_and_go(rmsnorm: CommandLine, tmp_path: Path) -> None:
         (("a.npz",), "CANDIDATE"),
         (("a.npz", "nosuch.npz"), "no such file"),
         (("a.npz", "r.json"), "not of one kind"),
-        (("old.json", "r.json"), "rmsnorm_deploy.bisect/5, got 'rmsnorm_deploy.validate/1'"),
+        (("old.json", "r.json"), "rmsnorm_deploy.bisect/6, got 'rmsnorm_deploy.validate/1'"),
         (("r.json", "r.json", "--ulp", "1"), "limits are for arrays"),
         (("a.npz", "near.npz", "--ulp", "logits:much"), "--ulp logits:much: expected a number"),
         (("a.npz", "near.npz", "--atol", "logit:1"), "no such output. The outputs are: logits, ids"),

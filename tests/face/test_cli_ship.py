@@ -239,7 +239,7 @@ def test_a_first_recipe_of_other_sources(
 def test_a_first_recipe_needs_a_model(rmsnorm: CommandLine, tmp_path: Path) -> None:
     outcome = rmsnorm("init", "./nosuch", "-o", tmp_path / "new.toml")
     assert (outcome.code, list(tmp_path.iterdir())) == (2, [])
-    assert "MODEL: expected an existing folder or file.py:factory, or a hub name" in outcome.err
+    assert "MODEL: expected an existing folder, .onnx file or file.py:factory, or a hub name" in outcome.err
 
 
 def _history(output: Path) -> list[dict[str, Any]]:

@@ -81,7 +81,7 @@ def test_bisect_prints_the_culprit(rmsnorm: CommandLine, models: Path, honest: A
     assert outcome.out.endswith("error is introduced in norm.\nverdict: fail\n")
     assert "as the whole model runs, at" in outcome.out
     content = rmsnorm("bisect", wrong, "--against", f"{models}:net", "--json").json
-    assert content["schema"] == "rmsnorm_deploy.bisect/5"
+    assert content["schema"] == "rmsnorm_deploy.bisect/6"
     assert [(row["kind"], row["name"]) for row in content["culprits"]] == [("norm", "norm")]
     outcome = rmsnorm("bisect", *honest)
     assert outcome.code == 0
@@ -206,7 +206,7 @@ def test_replay_that_cannot_be(rmsnorm: CommandLine, report: Path, tmp_path: Pat
     for text, message in (
         (
             json.dumps({**content, "schema": "rmsnorm_deploy.validate/1"}),
-            "rmsnorm_deploy.bisect/5, got 'rmsnorm_deploy.validate/1'",
+            "rmsnorm_deploy.bisect/6, got 'rmsnorm_deploy.validate/1'",
         ),
         (report.read_text()[:-40], "cannot be read as JSON"),
         (json.dumps({**content, "settings": {**content["settings"], "trust_remote_code": True}}), "trust_remote_code"),

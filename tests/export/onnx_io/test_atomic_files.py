@@ -358,7 +358,7 @@ for number in range(1_000_000):
             (partial / name).write_text(f"{number}\\n" * 200)
         write_manifest(partial, {"number": number})
     with atomic_files.new_file(folder / "report.json", is_own_report) as file:
-        file.write_text('{"schema": "rmsnorm_deploy.validate/6",' + f' "numbers": {[number] * 200}}}')
+        file.write_text('{"schema": "rmsnorm_deploy.validate/7",' + f' "numbers": {[number] * 200}}}')
 """
 
 

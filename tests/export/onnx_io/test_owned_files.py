@@ -88,7 +88,7 @@ def test_reports_and_arrays_are_recognized(tmp_path: Path) -> None:
 def test_files_of_others_are_not(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.zeros(2))
     (tmp_path / "b.json").write_text('{"schema": "rmsnorm_deploy.manifest/2"}')
-    (tmp_path / "c.md").write_text("How we use rmsnorm-deploy: rmsnorm_deploy.validate/6")
+    (tmp_path / "c.md").write_text("How we use rmsnorm-deploy: rmsnorm_deploy.validate/7")
     (tmp_path / "d.html").write_text("<!doctype html><title>mine</title>")
     (tmp_path / "e.xml").write_text('<?xml version="1.0"?><testsuites/>')
     (tmp_path / "f.zip").write_bytes(b"PK damaged")

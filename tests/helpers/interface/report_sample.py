@@ -10,7 +10,7 @@ EDGES: list[float | str] = [0, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512,
 
 
 def sample_report(passed: bool = True, norms: int = 9) -> dict[str, Any]:
-    """A report of schema `rmsnorm_deploy.validate/6`, with three outputs and two segments.
+    """A report of schema `rmsnorm_deploy.validate/7`, with three outputs and two segments.
 
     Args:
         passed: whether everything passed; else the norm in the middle, all outputs and the second segment failed.
@@ -20,7 +20,7 @@ def sample_report(passed: bool = True, norms: int = 9) -> dict[str, Any]:
     paths = _paths(norms)
     bad = None if passed else paths[norms // 2]
     return {
-        "schema": "rmsnorm_deploy.validate/6",
+        "schema": "rmsnorm_deploy.validate/7",
         "created": "2026-11-23T04:00:00+00:00",
         "verdict": "pass" if passed else "fail",
         "summary": (

@@ -175,3 +175,33 @@ def test_nan_fails_statistics_however_wide() -> None:
     broken = NEAR.copy()
     broken[1, 0] = np.nan
     assert limited(candidate=broken, min_cosine=0.0, max_rms=1e9)[0] is False
+
+
+@pytest.mark.parametrize(
+    ("limits", "figure", "limit", "share"),
+    [
+        ({"atol": 4.0}, "atol", 4.0, 0.5),
+        ({"rtol": 0.5}, "atol", 2.0, 1.0),
+        ({"max_rel": 4.0, "atol": 8.0}, "atol", 8.0, 0.25),
+        ({"max_rms": 0.1, "atol": 8.0}, "max_rms", 0.1, 2.5),
+        ({"min_cosine": 0.9}, "min_cosine", 0.9, (1.0 - 18.0 / math.sqrt(336.0)) / 0.1),
+        ({"ulp": 2.0**22}, "ulp", 2.0**22, 1.0),
+        ({"atol": 0.0}, "atol", 0.0, math.inf),
+    ],
+)
+def test_the_nearest_limit_and_its_share(limits: dict[str, float], figure: str, limit: float, share: float) -> None:
+    reference = np.array([[4.0, 4.0, 4.0, 4.0]])
+    candidate = np.array([[4.0, 4.0, 4.0, 6.0]], np.float32)
+    verdict = judge("y", candidate, reference, reference.astype(np.float32), limits=Limits(**limits))
+    assert verdict.nearest is not None
+    assert (verdict.nearest.figure, verdict.nearest.limit) == (figure, limit)
+    assert verdict.nearest.share == pytest.approx(share)
+    assert (verdict.passed, verdict.nearest.share <= 1) in ((True, True), (False, False))
+
+
+def test_without_explicit_limits_or_errors_there_is_no_nearest_limit() -> None:
+    same, whole = np.ones((1, 4), np.float32), np.ones((1, 4), np.int64)
+    assert judge("y", same, same.astype(np.float64), same).nearest is None
+    assert judge("y", whole, whole, whole, limits=Limits(atol=1.0)).nearest is None
+    verdict = judge("y", same, same.astype(np.float64), same, limits=Limits(atol=1.0))
+    assert verdict.nearest == ("atol", 0.0, 1.0, 0.0)

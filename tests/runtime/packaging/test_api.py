@@ -89,7 +89,7 @@ def test_without_a_report_the_user_is_told(exported: Path, tmp_path: Path) -> No
     [
         ({"verdict": "fail"}, "expected the verdict pass, got 'fail'"),
         ({"provenance": {}}, r"expected a report on the model in .* got one on .* \(sha256 None\)"),
-        ({"schema": "rmsnorm_deploy.bisect/5"}, "expected a report of rmsnorm validate"),
+        ({"schema": "rmsnorm_deploy.bisect/6"}, "expected a report of rmsnorm validate"),
     ],
 )
 def test_a_report_that_proves_nothing(

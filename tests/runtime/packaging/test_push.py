@@ -180,7 +180,7 @@ def test_without_a_token_that_may_write(
 
 
 def test_a_report_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
-    report = {"schema": "rmsnorm_deploy.validate/6", "verdict": "pass", "model": "x"}
+    report = {"schema": "rmsnorm_deploy.validate/7", "verdict": "pass", "model": "x"}
     report["provenance"] = {"candidate": {"model": {"sha256": "0" * 64}}}  # type: ignore[assignment]
     (tmp_path / "report.json").write_text(json.dumps(report))
     with pytest.raises(UsageError, match=r"expected a report on the model in .*small, got one on x"):

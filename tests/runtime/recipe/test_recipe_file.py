@@ -256,7 +256,15 @@ _MISTAKES = {
     "bad seed": (_MODEL + "seed = -1\n", "4:1: seed: expected a number of at least 0, got -1."),
     "two kinds of inputs": (
         _MODEL + "prompts = ['a']\ntest_inputs = 'inputs.npz'\n",
-        "1:1: [[model]] 1: inputs and prompts are both given; give only one of them.",
+        "5:1: test_inputs: expected only one of test_inputs and prompts, got both.",
+    ),
+    "thorough and shapes": (
+        _MODEL + "thorough = true\nshapes = ['3x33']\n",
+        "4:1: thorough: thorough adds generated inputs: expected no test_inputs, prompts or shapes beside it, got",
+    ),
+    "limits on what is not compared": (
+        _MODEL + "outputs_only = true\nlimits = {'@norms' = {ulp = 1}}\n",
+        "1:1: [[model]] 1: limits are given for @norms, but outputs_only skips norms and segments; omit one.",
     ),
     "no such inputs of the comparison": (
         _MODEL + "test_inputs = 'no.safetensors'\n",

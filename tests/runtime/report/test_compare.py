@@ -121,7 +121,7 @@ def figures(size: float) -> dict[str, Any]:
 
 
 REPORT: dict[str, Any] = {
-    "schema": "rmsnorm_deploy.validate/6",
+    "schema": "rmsnorm_deploy.validate/7",
     "created": "2026-01-01T00:00:00+00:00",
     "verdict": "pass",
     "summary": "everything passed",
@@ -266,17 +266,17 @@ def test_settings_and_provenance_that_differ(tmp_path: Path) -> None:
     ]
 
 
-_READS = "expected the schema rmsnorm_deploy.validate/6 or rmsnorm_deploy.bisect/5, got"
+_READS = "expected the schema rmsnorm_deploy.validate/7 or rmsnorm_deploy.bisect/6, got"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"schema": "rmsnorm_deploy.validate/1"}, f"{_READS} 'rmsnorm_deploy.validate/1'. Write the report again"),
-        ({"schema": "rmsnorm_deploy.validate/7"}, f"{_READS} 'rmsnorm_deploy.validate/7'"),
+        ({"schema": "rmsnorm_deploy.validate/8"}, f"{_READS} 'rmsnorm_deploy.validate/8'"),
         ({"schema": "rmsnorm_deploy.run/1"}, f"{_READS} 'rmsnorm_deploy.run/1'"),
         ({"schema": None}, f"{_READS} None"),
-        ({"schema": "rmsnorm_deploy.bisect/5"}, "compare two reports of one schema"),
+        ({"schema": "rmsnorm_deploy.bisect/6"}, "compare two reports of one schema"),
         ({"verdict": "maybe"}, "b.json: verdict: expected 'pass', 'fail' or 'cannot be judged', got 'maybe'"),
         ({"verdict": None}, "not a complete report"),
         ({"outputs": [{"name": "logits", "passed": True}]}, "outputs.0.case: missing"),

@@ -59,7 +59,7 @@ def test_the_sections_are_in_order(failing: str) -> None:
 def test_a_small_report_has_no_empty_sections() -> None:
     row = {"case": "1x1", "name": "y", "passed": False, "reason": "shape mismatch", "figures": None,
            "baseline_figures": None}  # fmt: skip
-    page = html.render({"schema": "rmsnorm_deploy.bisect/5", "verdict": "fail", "outputs": [row]})
+    page = html.render({"schema": "rmsnorm_deploy.bisect/6", "verdict": "fail", "outputs": [row]})
     assert _sections(page) == ["outputs", "notes", "refusals", "again"]
     assert _text(page, "//section[h2/@id='notes']") == "Notes none"
     assert _text(page, "//section[h2/@id='refusals']").endswith(" none")

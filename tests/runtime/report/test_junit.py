@@ -24,7 +24,7 @@ def _root(report: dict[str, Any]) -> ET.Element:
 
 
 def _reports() -> list[dict[str, Any]]:
-    small = {"schema": "rmsnorm_deploy.bisect/5", "verdict": "fail", "outputs": []}
+    small = {"schema": "rmsnorm_deploy.bisect/6", "verdict": "fail", "outputs": []}
     return [sample_report(), sample_report(passed=False), sample_report(norms=1), small]
 
 
@@ -127,7 +127,7 @@ def test_a_failing_verdict_is_never_a_green_file() -> None:
     report.update(verdict="fail", summary="no output could be compared")
     (failure,) = _root(report).iter("failure")
     assert failure.get("message") == "no output could be compared"
-    small = _root({"schema": "rmsnorm_deploy.validate/6", "verdict": "fail", "outputs": []})
+    small = _root({"schema": "rmsnorm_deploy.validate/7", "verdict": "fail", "outputs": []})
     assert [case.get("name") for case in small.iter("testcase")] == ["verdict"]
     assert [failure.get("message") for failure in small.iter("failure")] == ["the verdict is: fail"]
 
@@ -135,7 +135,7 @@ def test_a_failing_verdict_is_never_a_green_file() -> None:
 def test_the_properties_are_the_verdict_and_the_plain_settings() -> None:
     suite = _root(sample_report())[2]
     assert {entry.get("name"): entry.get("value") for entry in suite.iter("property")} == {
-        "schema": "rmsnorm_deploy.validate/6",
+        "schema": "rmsnorm_deploy.validate/7",
         "verdict": "pass",
         "settings.model": "out/model.onnx",
         "settings.against": "Qwen/Qwen3-0.6B",

@@ -44,6 +44,18 @@ def test_outputs_and_segments_count_for_the_worst() -> None:
     assert nearness(report, 3).worst == 1.5
 
 
+def test_explicit_limits_have_a_share_too() -> None:
+    report = sample_report()
+    near = {"figure": "max_rms", "value": 9e-4, "limit": 1e-3, "share": 0.9}
+    report["norms"][4]["inputs"][2].update(margin=None, nearest=near)
+    report["outputs"][1].update(margin=None, nearest={"figure": "max_kl", "value": 2.0, "limit": 1.0, "share": 2.0})
+    report["outputs"][0].update(margin=None, nearest={**near, "share": "inf"}, passed=None)
+    found = nearness(report, 3)
+    (norm,) = found.norms
+    assert (norm.figure, norm.error, norm.limit, norm.share) == ("max_rms", 9e-4, 1e-3, 0.9)
+    assert (found.worst, found.where) == (2.0, "output 1x7, logits")
+
+
 def test_what_is_not_judged_by_a_margin_does_not_count() -> None:
     report = with_margins(sample_report())
     report["norms"][0]["inputs"][0].update(passed=None, margin=_margin(4000.0, 1.0))

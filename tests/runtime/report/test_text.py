@@ -26,8 +26,8 @@ from rmsnorm_deploy.runtime.report.text import (
 @pytest.mark.parametrize(
     ("schema", "expected"),
     [
-        ("rmsnorm_deploy.validate/6", "rmsnorm validate"),
-        ("rmsnorm_deploy.bisect/5", "rmsnorm bisect"),
+        ("rmsnorm_deploy.validate/7", "rmsnorm validate"),
+        ("rmsnorm_deploy.bisect/6", "rmsnorm bisect"),
         ("rmsnorm_deploy.risk/1", "rmsnorm risk"),
     ],
 )
@@ -128,7 +128,7 @@ def test_text_is_utf8_with_plain_line_ends(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["report"]
 
 
-REPORT = '{\n  "schema": "rmsnorm_deploy.validate/6",\n  "note": "%s"\n}\n'
+REPORT = '{\n  "schema": "rmsnorm_deploy.validate/7",\n  "note": "%s"\n}\n'
 
 
 def test_an_earlier_report_is_replaced_and_keeps_its_mode(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def one_up(values: Array) -> Array:
 def test_an_honest_export_passes_and_reports(folder: Path, model: Residual) -> None:
     report = validate(folder, model)
     rows = report.to_dict()
-    assert rows["schema"] == "rmsnorm_deploy.validate/6"
+    assert rows["schema"] == "rmsnorm_deploy.validate/7"
     assert (rows["verdict"], rows["culprits"], rows["notes"]) == ("pass", [], [])
     assert rows["summary"] == "6 of 6 outputs, 2 of 2 norms, 3 of 3 segments as accurate as PyTorch."
     assert [row["case"] for row in rows["outputs"]] == ["1x1", "1x7", "2x33", "1x2", "1x2 of other values", "5x7"]
@@ -95,7 +95,7 @@ def test_an_honest_export_passes_and_reports(folder: Path, model: Residual) -> N
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_passes_with_all_its_parts(exports: dict[str, Path], model: Residual, target: str) -> None:
     report = bisect(exports[target], model)
-    assert report.schema == "rmsnorm_deploy.bisect/5"
+    assert report.schema == "rmsnorm_deploy.bisect/6"
     assert (report.verdict, report.culprits) == ("pass", [])
     assert [segment.name for segment in report.segments] == SEGMENTS
     assert [norm.form for norm in report.norms] == ["residual_add" if target == "plugin" else "plain"] * 2

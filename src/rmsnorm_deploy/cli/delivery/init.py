@@ -13,12 +13,32 @@ from rmsnorm_deploy.cli.screen import Screen
 SCHEMA = "rmsnorm_deploy.init/1"
 
 
+def _print_schema(value: bool) -> None:
+    """Print the JSON Schema of recipes, and end: no model is needed."""
+    if value:
+        import json
+
+        from rmsnorm_deploy.runtime.recipe.fields import recipe_schema
+
+        typer.echo(json.dumps(recipe_schema(), indent=2))
+        raise typer.Exit
+
+
 @options.takes_hub("cache_dir", "token_file", "offline")
 def init(
     model: options.Model,
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="FILE", help="The recipe, which must not exist.")
     ] = Path("rmsnorm.toml"),
+    schema: Annotated[
+        bool,
+        typer.Option(
+            "--schema",
+            is_eager=True,
+            callback=_print_schema,
+            help="Print the JSON Schema of recipes, for editors, and exit.",
+        ),
+    ] = False,
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
