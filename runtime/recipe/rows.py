@@ -72,7 +72,8 @@ def rows_of(recipe: Recipe) -> list[Row]:
     Returns:
         JSON values: `row` (its name), `model`, `folder` (of its results); the fields of the model, where paths are
         absolute, with `target` and `dtype` in place of the lists, and `runners`, empty where nothing is validated;
-        `is_onnx`, whether the source is an .onnx file; `needs`, what the row occupies of a cluster (`cpus`, `gpus`,
+        `is_onnx`, whether the source is an .onnx file; `must_be_proven`, whether its rewriting is, because nothing else
+        compares it; `needs`, what the row occupies of a cluster (`cpus`, `gpus`,
         `memory` in GB); and `steps`, see `Step`, with the hashes of their facts.
 
     Raises:
@@ -97,6 +98,7 @@ def _row(
         "dtype": None if dtype is None else norm_dtype(dtype),
         "attention": options["attention"] or ("decomposed" if is_onnx else "node"),
         "runners": runners_of(model, is_onnx=is_onnx),
+        "must_be_proven": is_onnx and "against" not in model and model.get("validate") is not False,
     }
     steps = steps_of(options, is_onnx=is_onnx)
     facts = {**options, **library_versions(steps)}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..accuracy.tolerances import Limits, with_inherited
+from ..engines.api import ORT
 from .steps import FIELDS
 
 if TYPE_CHECKING:
@@ -29,18 +30,19 @@ def build_options(values: Mapping[str, Any], runtime: str) -> BuildOptions:
     return BuildOptions(runtime=runtime, **given)  # type: ignore[arg-type]
 
 
-def validation_options(values: Mapping[str, Any]) -> ValidationOptions:
+def validation_options(values: Mapping[str, Any], runner: str = ORT) -> ValidationOptions:
     """How the result is compared with PyTorch.
 
     Args:
         values: fields of a model or a row; the others have their defaults.
+        runner: what is compared: `ort`, the file, which the field `provider` is for; or the runtime of an engine.
 
     Raises:
         UsageError: a value is invalid, or two exclude each other.
     """
     from ..validation.options import ValidationOptions, parse_shapes
 
-    names = ("provider", "lossy", "seed", "thorough", "outputs_only", "prompts")
+    names = ("lossy", "seed", "thorough", "outputs_only", "prompts", *(("provider",) if runner == ORT else ()))
     given = {name: values[name] for name in names if values.get(name) is not None}
     return ValidationOptions(
         inputs=values.get("test_inputs"),

@@ -22,7 +22,7 @@ _LOADING = ("revision", "subfolder", "trust_remote_code", "allow_missing", "allo
 _WRITTEN = ("source", "target", "attention", "opset", "function", "ort_trt", "inputs", "weights")
 FIELDS: Final[dict[Kind, tuple[str, ...]]] = {
     "export": (*_WRITTEN, "dtype", "with_past", "quantize", "static", *_LOADING),
-    "rewrite": _WRITTEN,
+    "rewrite": (*_WRITTEN, "must_be_proven"),
     "build": (
         "profiles", "architectures", "norm", "plugin", "float64_as_float32", "version_compatible", "refit", "workspace",
         "memory_limit",

@@ -72,7 +72,14 @@ def _rewrite(row: Row, step: Step, progress: Progress) -> Result:
     )
     manifest = made.manifest
     proof = manifest["proof"]
+    if proof["verdict"] != "pass" and row["must_be_proven"]:
+        raise UnsupportedError(
+            f"{folder}: it was written, but not proven to compute the same: {proof['reason']}. Name the PyTorch model "
+            "with against, or accept it with validate = false."
+        )
     notes = [*manifest.get("notes", ()), *_left(manifest)]
+    if proof["verdict"] != "pass":
+        notes.append(f"the rewriting is {proof['verdict']}: {proof['reason']}")
     if row["against"] is None:
         notes.append("it was compared before and after the rewriting, not with PyTorch: add against = MODEL for that")
     return {**_written(folder, {**manifest, "notes": notes}), "proof": proof["verdict"], "reason": proof["reason"]}
@@ -134,7 +141,7 @@ def _validate(row: Row, step: Step, progress: Progress) -> Result:
         report = validate(
             folder / MODEL if runner == ORT else folder / runner / ENGINE,
             row["against"] or row["source"],
-            validation_options(row),
+            validation_options(row, runner),
             depth=with_html and not row["outputs_only"],
             trust_remote_code=row["trust_remote_code"],
             progress=progress,

@@ -63,7 +63,7 @@ def test_names_of_steps() -> None:
 def test_every_field_is_a_fact_of_a_step_or_says_which_steps_there_are() -> None:
     known = {fact for names in FIELDS.values() for fact in names} | {"provider", "backend", "max_batch"}
     which = {"targets", "dtypes", "build", "validate", "runners", "package"}
-    assert set(names_of(Settings)) == (known - {"target", "dtype"}) | which | set(NEEDS)
+    assert set(names_of(Settings)) == (known - {"target", "dtype", "must_be_proven"}) | which | set(NEEDS)
 
 
 def test_defaults_are_those_of_the_commands() -> None:

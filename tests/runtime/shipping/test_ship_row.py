@@ -14,6 +14,7 @@ from rmsnorm_deploy.models.errors import EnvironmentMissingError, MismatchError,
 from rmsnorm_deploy.runtime.recipe.recipe_file import parse_recipe
 from rmsnorm_deploy.runtime.recipe.rows import rows_of
 from rmsnorm_deploy.runtime.recipe.steps import KINDS
+from rmsnorm_deploy.runtime.shipping import row_record
 from rmsnorm_deploy.runtime.shipping import ship_row as module
 from rmsnorm_deploy.runtime.shipping.ship_row import ship_row, worst
 from rmsnorm_deploy.runtime.shipping.summary import junit
@@ -135,3 +136,36 @@ def test_another_process_that_writes_there_ends_the_row(
     assert (refused["status"], refused["exit_code"], ran) == ("failed", 2, [])
     assert "another process is writing there" in refused["steps"][0]["error"]["message"]
     assert ship_row(row)["status"] == "done"
+
+
+def test_only_what_reads_a_failed_step_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        '[[model]]\nname = "a"\nsource = "owner/name"\nbuild = ["rtx", "tensorrt"]\npackage = ["triton", "trtexec"]\n'
+    )
+    row = rows_of(parse_recipe(text + 'backend = "tensorrt"\n', tmp_path / "rmsnorm.toml"))[0]
+    ran = _steps(monkeypatch, **{"build:tensorrt": EnvironmentMissingError("x")})
+    result = ship_row(row)
+    assert ran == ["export", "validate", "build:rtx", "validate:rtx", "build:tensorrt", "trtexec"]
+    statuses = {step["step"]: step["status"] for step in result["steps"] if step["status"] != "done"}
+    assert statuses == {"build:tensorrt": "failed", "validate:tensorrt": "not run", "package:triton": "not run"}
+    assert result["exit_code"] == 4
+
+
+def test_the_row_that_follows_does_what_is_left(
+    row: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(row_record, "_problem", lambda *_: "")
+    _steps(monkeypatch, genai=UnsupportedError("x"))
+    ship_row(row)
+    ran = _steps(monkeypatch)
+    assert (ship_row(row)["reason"], ran) == ("continued", ["genai"])
+    # A fact of the validation is one of what reads its report, and not of the export.
+    for step in row["steps"]:
+        if "lossy" in step["facts"]:
+            step["facts"]["lossy"] = "other"
+    ran = _steps(monkeypatch)
+    assert (ship_row(row)["reason"], ran) == ("changed: lossy", ["validate", "genai", "triton"])
+    # A step of a row that is no longer asked for stays as it is.
+    row["steps"].pop()
+    ran = _steps(monkeypatch)
+    assert (ship_row(row)["status"], ran) == ("unchanged", [])
