@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
-
-from .hub.options import hub_keywords, hub_options, without_token
-
-if TYPE_CHECKING:
-    from torch import nn
+from typing import Final
 
 COMPANIONS: Final = (
     "config.json", "generation_config.json", "genai_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -52,29 +46,3 @@ def _is_snapshot(folder: Path) -> bool:
 def saved_weights(folder: Path) -> list[Path]:
     """The files with weights in a folder, safetensors or pickled, whether a checkpoint names them or not."""
     return sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
-
-
-def folder_of(model: nn.Module) -> tuple[Path | None, str]:
-    """The folder of config and tokenizer files of a module that transformers' `from_pretrained` loaded.
-
-    Where the module names a checkpoint of the hub, these files are downloaded, unless they are in the cache.
-
-    Returns:
-        The folder, and an empty text; or None and, where the module names a checkpoint whose files are not available,
-        the reason.
-    """
-    name = getattr(model, "name_or_path", "")
-    if not isinstance(name, str) or not name:
-        return None, ""
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser(), ""
-    if name.startswith((".", "/", "~")):
-        return None, f"config and tokenizer files were not copied: the folder {name} does not exist"
-    options = replace(hub_options(name), subfolder=None)
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, allow_patterns=list(COMPANIONS), **hub_keywords(options))), ""
-    except Exception as error:  # the hub's client raises many kinds, requests' among them
-        first = without_token(" ".join(str(error).split())[:200], options)
-        return None, f"config and tokenizer files of {name} could not be downloaded: {type(error).__name__}: {first}"

@@ -20,10 +20,9 @@ from ...models.calling.media_parts import check_parts, media_record, modality_re
 from ...models.calling.modalities import TEXT_INPUTS, left_out, text_only_note
 from ...models.calling.parts import parts_for
 from ...models.calling.rotary import RESTART_FIELD, restart_length
-from ...models.companions import folder_of
 from ...models.dtypes import norm_dtype, torch_dtype, torch_name
 from ...models.errors import MismatchError, UnsupportedError, UsageError
-from ...models.hub.download import companions_of
+from ...models.hub.download import companions_of, companions_of_module
 from ...models.hub.options import HubOptions
 from ...models.loading import LoadedModel, LoadOptions, as_loaded, cast_floats
 from ...models.precision import converted, model_dtype, saved_elements
@@ -167,7 +166,7 @@ def export_model(
     companions = companions if companions is not None else loaded.folder
     notes = [*loaded.notes]
     if companions is None:
-        companions, problem = folder_of(loaded.model) if loaded.hub is None else companions_of(loaded.hub)
+        companions, problem = companions_of_module(loaded.model) if loaded.hub is None else companions_of(loaded.hub)
         notes += [problem] if problem else []
     for one in prepared.values():
         one.details.update({**loaded.details, **(details or {})})

@@ -10,12 +10,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..companions import COMPANIONS
 from ..errors import EnvironmentMissingError, UsageError, few
 from ..weights.checkpoint import INDEX, PICKLED, SINGLE
-from .options import TOKEN_VARIABLE, HubOptions, HubSource, download_progress, hub_keywords, is_commit, without_token
+from .options import (
+    TOKEN_VARIABLE,
+    HubOptions,
+    HubSource,
+    download_progress,
+    hub_keywords,
+    hub_options,
+    is_commit,
+    without_token,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
 
 CONFIG = "config.json"
 _LISTED = 3
@@ -86,18 +98,42 @@ def companions_of(source: HubSource) -> tuple[Path, str]:
     Returns:
         The folder, and an empty text, or the reason why some may be missing.
     """
+    _, problem = _download_companions(source.name, source.options)
+    return source.folder, problem
+
+
+def companions_of_module(model: nn.Module) -> tuple[Path | None, str]:
+    """The folder of config and tokenizer files of a module that transformers' `from_pretrained` loaded.
+
+    Where the module names a checkpoint of the hub, these files are downloaded, unless they are in the cache.
+
+    Returns:
+        The folder, and an empty text; or None and, where the module names a checkpoint whose files are not available,
+        the reason.
+    """
+    name = getattr(model, "name_or_path", "")
+    if not isinstance(name, str) or not name:
+        return None, ""
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser(), ""
+    if name.startswith((".", "/", "~")):
+        return None, f"config and tokenizer files were not copied: the folder {name} does not exist"
+    return _download_companions(name, replace(hub_options(name), subfolder=None))
+
+
+def _download_companions(name: str, options: HubOptions) -> tuple[Path | None, str]:
+    """The folder of a repository in the cache; or None, and why its files could not be downloaded."""
     from huggingface_hub import snapshot_download
 
-    keywords = hub_keywords(source.options)
+    keywords = hub_keywords(options)
     inner = keywords.pop("subfolder", None)
     patterns = [f"{inner.strip('/')}/{file}" if inner else file for file in COMPANIONS]
     try:
         with _quiet_logs():
-            snapshot_download(source.name, allow_patterns=patterns, **keywords)
+            return Path(snapshot_download(name, allow_patterns=patterns, **keywords)), ""
     except Exception as error:  # the hub's client raises many kinds
-        reason = f"{type(error).__name__}: {_short(error, source.options)}"
-        return source.folder, f"config and tokenizer files of {source.name} could not be downloaded: {reason}"
-    return source.folder, ""
+        reason = f"{type(error).__name__}: {_short(error, options)}"
+        return None, f"config and tokenizer files of {name} could not be downloaded: {reason}"
 
 
 def _file(name: str, file: str, options: HubOptions, *, needed: bool = True) -> Path | None:

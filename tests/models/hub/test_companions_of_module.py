@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from rmsnorm_deploy.models.companions import COMPANIONS, folder_of
+from rmsnorm_deploy.models.companions import COMPANIONS
+from rmsnorm_deploy.models.hub.download import companions_of_module
 
 
 def named(name: Any) -> nn.Module:
@@ -19,12 +20,12 @@ def named(name: Any) -> nn.Module:
 
 @pytest.mark.parametrize("model", [nn.Identity(), named(""), named(None)])
 def test_a_module_that_names_no_checkpoint_has_none(model: nn.Module) -> None:
-    assert folder_of(model) == (None, "")
+    assert companions_of_module(model) == (None, "")
 
 
 def test_a_local_folder(tmp_path: Path) -> None:
-    assert folder_of(named(str(tmp_path))) == (tmp_path, "")
-    folder, reason = folder_of(named(str(tmp_path / "gone")))
+    assert companions_of_module(named(str(tmp_path))) == (tmp_path, "")
+    folder, reason = companions_of_module(named(str(tmp_path / "gone")))
     assert folder is None
     assert reason.endswith(f"the folder {tmp_path / 'gone'} does not exist")
 
@@ -39,7 +40,7 @@ def test_a_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert folder_of(named("owner/model")) == (tmp_path, "")
-    folder, reason = folder_of(named("owner/gone"))
+    assert companions_of_module(named("owner/model")) == (tmp_path, "")
+    folder, reason = companions_of_module(named("owner/gone"))
     assert (folder, reason.partition(": ")[2]) == (None, "FileNotFoundError: no such repository")
     assert asked == [("owner/model", list(COMPANIONS)), ("owner/gone", list(COMPANIONS))]
