@@ -11,22 +11,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...export.onnx_io.owned_files import sha256
 from ...export.onnx_io.partial_files import claimed
 from ...export.onnx_io.read_model import read_model
 from ...models import errors
+from ...models.companions import companion_files
 from ...models.errors import EnvironmentMissingError, RmsnormDeployError, UsageError
 from ...models.regular_files import read_json
 from ...models.versions import installed_version
 from ..cluster.calls import Needs
 from ..cluster.connection import connected, shared_folder
+from ..inputs.cases import PER_TOKEN
 from ..inputs.exported import Exported, open_exported
 from ..report.text import write_text
 from ..runners.base import TensorInfo
 from ..tensorrt.on_demand import open_model
 from .parts import Part, dataset_files, foreign_parts, is_written, plan_parts
-from .run_part import MASK, TOKENS, PartOptions, PartRunner, problem_of_model, rows_at_once
+from .run_part import MASK, PartOptions, PartRunner, problem_of_model, rows_at_once
+from .texts import TOKENS, tokenizer_of
 
 SCHEMA = "rmsnorm_deploy.dataset/1"
 RECORD = "_dataset.json"  # readers of Parquet folders skip names that begin so
@@ -64,6 +68,8 @@ def run_dataset(
     outputs: Sequence[str] = (),
     runner: str | None = None,
     provider: str = "cpu",
+    tokenizer: str | os.PathLike[str] | None = None,
+    max_tokens: int | None = None,
     ray: str | None = None,
     needs: Needs | None = None,
     progress: Progress | None = None,
@@ -73,7 +79,7 @@ def run_dataset(
     The data set is cut into parts; the result of a part is one file, written completely or not at all. Called again, it
     goes on with the parts that are missing, so that every row has one result whatever was killed. Rows of one shape are
     run together; nothing is padded. Other columns are copied to the results, and a missing
-    `attention_mask` is all ones.
+    `attention_mask` is all ones. A column of texts for `input_ids` is tokenized, and copied too.
 
     Args:
         model: an exported folder, an .onnx file or an engine.
@@ -86,6 +92,8 @@ def run_dataset(
         outputs: the outputs that are written; empty for all.
         runner: see `open_model`.
         provider: see `open_model`.
+        tokenizer: that of texts, a folder or a hub name; None for that of the exported folder.
+        max_tokens: the most tokens of a text, the rest of which is cut off; None for all.
         ray: the address of a cluster of Ray, see `connected`; None for this process.
         needs: what a worker of the cluster occupies; one core when None.
         progress: called with a line of text as parts end.
@@ -96,8 +104,8 @@ def run_dataset(
     """
     say = progress or (lambda _: None)
     _check_pyarrow()
-    for name, value in (("batch", batch), ("rows", rows)):
-        if value < 1:
+    for name, value in (("batch", batch), ("rows", rows), ("max_tokens", max_tokens)):
+        if value is not None and value < 1:
             raise UsageError(f"{name}: expected at least 1, got {value}.")
     start, place = time.monotonic(), Path(output).expanduser().absolute()
     files = dataset_files(Path(dataset))
@@ -105,16 +113,22 @@ def run_dataset(
     exported = open_exported(Path(model).expanduser().absolute())  # other nodes have other working folders
     inputs, names = _signature(exported, runner, provider)
     renamed = dict(columns or {})
-    keep = _checked(schema.names, inputs, names, renamed, outputs, str(dataset), str(exported.model))
+    texts = renamed.get(TOKENS, TOKENS)
+    reader = tokenizer_of(schema, texts, None if tokenizer is None else str(tokenizer), exported)
+    keep = _checked(
+        schema.names, inputs, names, renamed, outputs, str(dataset), str(exported.model), texts if reader else None
+    )
     facts = {
         "model": [sha256(path) for path in _model_files(exported)],
         "files": [[path.name, sha256(path)] for path in files],
         "rows": rows, "columns": renamed, "outputs": list(outputs), "version": installed_version("rmsnorm-deploy"),
+        "tokenizer": None if reader is None else [*_tokenizer_facts(reader), max_tokens],
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     options = PartOptions(
         str(exported.folder or exported.model) if not exported.is_engine else str(exported.model),
-        str(place), key, rows_at_once(inputs, batch), renamed, tuple(outputs), keep, runner, provider,
+        str(place), key, rows_at_once(inputs, batch), renamed, tuple(outputs), keep, runner, provider, reader,
+        max_tokens,
     )  # fmt: skip
     _prepare(place, parts, key)
     with claimed(place):
@@ -149,6 +163,14 @@ def _model_files(exported: Exported) -> list[Path]:
     return [exported.model, *weights]
 
 
+def _tokenizer_facts(reader: str) -> list[Any]:
+    """What decides the tokens: the files of a folder, or the name of the hub."""
+    folder = Path(reader)
+    if not folder.is_dir():
+        return [reader]
+    return [[path.name, sha256(path)] for path in companion_files(folder)[0]]
+
+
 def _check_pyarrow() -> None:
     try:
         import pyarrow.parquet  # noqa: F401
@@ -166,8 +188,9 @@ def _checked(
     wanted: Sequence[str],
     dataset: str,
     model: str,
+    texts: str | None,
 ) -> tuple[str, ...]:
-    """Check that a data set has what a model reads; returns the other columns."""
+    """Check that a data set has what a model reads; returns the other columns, and that of the texts."""
     problem = problem_of_model(inputs)
     if problem is not None:
         raise UsageError(f"{model}: {problem}. Export it without --with-past and with a dynamic batch.")
@@ -175,11 +198,12 @@ def _checked(
     unknown = [name for name in renamed if name not in names]
     if unknown:
         raise UsageError(f"columns: expected inputs of {', '.join(names)}, got {', '.join(unknown)}.")
+    made = (MASK,) if texts is None else PER_TOKEN
     read = {name: renamed.get(name, name) for name in names}
     missing = [
         f"{column} (for the input {name})" if column != name else column
         for name, column in read.items()
-        if column not in columns and not (name == MASK and TOKENS in names and name not in renamed)
+        if column not in columns and not (name in made and TOKENS in names and name not in renamed)
     ]
     if missing:
         raise UsageError(
@@ -189,7 +213,7 @@ def _checked(
     strange = [name for name in wanted if name not in outputs]
     if strange:
         raise UsageError(f"outputs: expected some of {', '.join(outputs)}, got {', '.join(strange)}.")
-    keep = tuple(column for column in columns if column not in read.values())
+    keep = tuple(column for column in columns if column not in read.values() or column == texts)
     twice = [column for column in keep if column in (wanted or outputs)]
     if twice:
         raise UsageError(

@@ -16,13 +16,15 @@ from ...models.errors import RmsnormDeployError, UsageError, explained
 from ..cluster.connection import SharedFolder, check_node
 from ..inputs.exported import open_exported
 from ..inputs.synthetic import cast_feeds
+from ..inputs.tokenizer import Tokenizer, load_tokenizer
 from ..runners.base import Array, Runner, TensorInfo
 from ..runners.threads import using_threads
 from ..tensorrt.on_demand import open_model
 from .columns import cells, to_column
 from .parts import MARK, Part, is_written, read_part
+from .texts import TOKENS, per_token, token_cells
 
-MASK, TOKENS = "attention_mask", "input_ids"
+MASK = "attention_mask"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class PartOptions:
         keep: the columns that are written beside them.
         runner: see `open_model`.
         provider: see `open_model`.
+        tokenizer: that of texts in the column of `input_ids`; None where it holds tokens.
+        max_tokens: the most tokens of a text; None for all.
         shared: the folder, where parts run on several nodes.
         threads: of ONNX Runtime; 0 is one for each core.
     """
@@ -52,6 +56,8 @@ class PartOptions:
     keep: tuple[str, ...] = ()
     runner: str | None = None
     provider: str = "cpu"
+    tokenizer: str | None = None
+    max_tokens: int | None = None
     shared: SharedFolder | None = None
     threads: int = 0
 
@@ -74,6 +80,12 @@ class PartRunner:
     def inputs(self) -> list[TensorInfo]:
         """Its inputs."""
         return self.opened.inputs()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the texts."""
+        assert self.options.tokenizer is not None
+        return load_tokenizer(self.options.tokenizer)
 
     def close(self) -> None:
         """Release the model, if it was opened."""
@@ -121,7 +133,9 @@ class PartRunner:
         """The outputs of each row, by name."""
         names = {info.name: self.options.columns.get(info.name, info.name) for info in self.inputs}
         given = {
-            name: cells(table.column(column), column) for name, column in names.items() if column in table.column_names
+            name: self._cells(table.column(column), name, column)
+            for name, column in names.items()
+            if column in table.column_names
         }
         groups: dict[tuple[tuple[int, ...], ...], list[int]] = defaultdict(list)
         for row in range(part.rows):
@@ -136,10 +150,16 @@ class PartRunner:
                         of_rows[row] = value
         return results
 
+    def _cells(self, values: Any, name: str, column: str) -> list[Array]:
+        """The value of each row of a column."""
+        if name == TOKENS and self.options.tokenizer is not None:
+            return token_cells(values, column, self.tokenizer, self.options.max_tokens)
+        return cells(values, column)
+
     def _run(self, given: Mapping[str, Sequence[Array]], rows: Sequence[int], part: Part) -> dict[str, Array]:
         feeds = {name: np.stack([values[row] for row in rows]) for name, values in given.items()}
-        if MASK in {info.name for info in self.inputs} and MASK not in feeds:
-            feeds[MASK] = np.ones_like(feeds[TOKENS])
+        if TOKENS in feeds:
+            feeds |= per_token(feeds[TOKENS], feeds, self.inputs)
         more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
         where = f"{part.file}: row {part.start + rows[0]}{more}"
         try:

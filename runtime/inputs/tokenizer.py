@@ -20,8 +20,8 @@ _FILES = ("tokenizer.json", "tokenizer_config.json")
 class Tokenizer(Protocol):
     """Text to token ids and back."""
 
-    def encode(self, text: str) -> list[int]:
-        """The token ids of a text; at least one.
+    def encode(self, text: str, most: int | None = None) -> list[int]:
+        """The token ids of a text; at least one, and at most `most`, beyond which the text is cut off.
 
         Raises:
             UsageError: the text has no tokens, or it contains characters that the tokenizer does not support.
@@ -111,8 +111,8 @@ class _AdditionTokenizer:
 
     of_transformers = None
 
-    def encode(self, text: str) -> list[int]:
-        return token_ids(addition.encode([text])[0])
+    def encode(self, text: str, most: int | None = None) -> list[int]:
+        return token_ids(addition.encode([text])[0])[:most]
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         raise UsageError("the tokenizer of the addition task has no chat template; give a prompt without --chat.")
@@ -127,8 +127,9 @@ class _HubTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self.of_transformers = tokenizer
 
-    def encode(self, text: str) -> list[int]:
-        return token_ids(self.of_transformers(text)["input_ids"])
+    def encode(self, text: str, most: int | None = None) -> list[int]:
+        cut = {} if most is None else {"truncation": True, "max_length": most}
+        return token_ids(self.of_transformers(text, **cut)["input_ids"])
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         if not getattr(self.of_transformers, "chat_template", None):

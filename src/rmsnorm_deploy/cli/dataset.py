@@ -20,6 +20,8 @@ class DatasetOptions:
     rows: int
     columns: tuple[str, ...]
     outputs: tuple[str, ...]
+    tokenizer: str | None
+    max_tokens: int | None
     ray: str | None
     worker: str | None
 
@@ -29,19 +31,22 @@ def run_on_dataset(
 ) -> None:
     """Run, and print what was done."""
     from rmsnorm_deploy.runtime.dataset.run_dataset import run_dataset
+    from rmsnorm_deploy.runtime.report.text import counted
 
     columns = dict(_pair(text) for text in options.columns)
     with screen.working(f"reading {dataset}") as progress:
         done = run_dataset(
             path, dataset, output, batch=options.batch, rows=options.rows, columns=columns, outputs=options.outputs,
-            runner=runner, provider=provider, ray=options.ray, needs=_needs(options.worker), progress=progress,
+            runner=runner, provider=provider, tokenizer=options.tokenizer, max_tokens=options.max_tokens,
+            ray=options.ray, needs=_needs(options.worker), progress=progress,
         )  # fmt: skip
     payload = {
         "schema": SCHEMA, "output": str(done.output), "rows": done.rows, "parts": done.parts, "ran": done.ran,
         "seconds": done.seconds,
     }  # fmt: skip
     there = f", {done.parts - done.ran} were there" if done.ran < done.parts else ""
-    line = f"{done.output}: {done.rows} rows in {done.parts} files; {done.ran} run now{there}, in {done.seconds:.1f} s"
+    what = f"{counted(done.rows, 'row')} in {counted(done.parts, 'file')}"
+    line = f"{done.output}: {what}; {done.ran} run now{there}, in {done.seconds:.1f} s"
     screen.result(payload, lambda: screen.line(line))
 
 

@@ -57,6 +57,21 @@ def run(
             "--outputs", metavar="NAME", help="With --dataset: an output to write; all if omitted. Repeatable."
         ),
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            metavar="MODEL",
+            help="With --dataset: folder or hub name of the tokenizer of a column of texts for input_ids.",
+            show_default="that of the export",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens", metavar="N", min=1, help="With --dataset: the most tokens of a text; the rest is cut off."
+        ),
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -86,7 +101,9 @@ def run(
     if dataset is not None:
         from rmsnorm_deploy.cli.dataset import DatasetOptions, run_on_dataset
 
-        options_ = DatasetOptions(batch, rows, tuple(column or ()), tuple(outputs or ()), ray, worker)
+        options_ = DatasetOptions(
+            batch, rows, tuple(column or ()), tuple(outputs or ()), tokenizer, max_tokens, ray, worker
+        )
         run_on_dataset(path, dataset, output, options_, runner, provider, screen)
         return
     assert inputs is not None
