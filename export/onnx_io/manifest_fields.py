@@ -129,6 +129,7 @@ class ManifestFields(_Fields):
     image_sizes: list[list[int]] | None = None
     image_merge_size: int | None = None
     components: list[Annotated[str, StringConstraints(pattern=r"^[a-z_]+$")]] = []
+    models: dict[Text, str] = {}
     tokenizer: Text | None = None
     inputs: list[_Tensor] = []
     outputs: list[_Tensor] = []

@@ -92,7 +92,9 @@ def _models(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
     parts = manifest.get("components", [])
     for part in parts:
         yield f"{part}/{read_manifest(folder / part).get('model', 'model.onnx')}"
-    if not parts:
+    if manifest.get("models"):  # of a package of several
+        yield from manifest["models"].values()
+    elif not parts:
         yield manifest.get("model", "model.onnx")
 
 

@@ -53,6 +53,9 @@ def open_exported(path: str | Path) -> Exported:
             raise UsageError(
                 f"{place} holds several models: {', '.join(parts)}. Name one of them, such as {place / parts[-1]}."
             )
+        if manifest.get("models"):
+            names = [str(place / file) for file in manifest["models"].values()]
+            raise UsageError(f"{place} holds several models for a server. Name one of them: {', '.join(names)}.")
         name = manifest.get("model", "model.onnx")
         model = place / name
         try:

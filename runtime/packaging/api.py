@@ -15,7 +15,8 @@ from ...export.onnx_io.manifest import write_manifest
 from ...export.onnx_io.owned_files import MANIFEST
 from ...models.errors import UsageError
 from ..engines.engine_file import is_engine
-from .contents import VERSION, Contents, Source, of_engine, of_folder
+from ..inputs.exported import component_folders
+from .contents import VERSION, Contents, Source, of_engine, of_folder, of_parts
 from .genai import FILE as GENAI
 from .genai import genai_config, genai_notes
 from .ort_server import SCRIPT as SERVE
@@ -67,7 +68,8 @@ def package_model(
     every file, so that `verify_folder` checks it on the machine that serves it; it is an exported folder too.
 
     Args:
-        folder: an exported folder; for `triton` also an engine of TensorRT that `rmsnorm build` wrote.
+        folder: an exported folder; for `triton` also an engine of TensorRT that `rmsnorm build` wrote, and the export
+            of an encoder and its decoder, which become the models NAME-encoder and NAME-decoder of one repository.
         server: `genai` (onnxruntime-genai); `triton` (a model repository of Triton Inference Server, with a script that
             starts it); `trtexec` (a script that builds an engine with TensorRT's own tool, and the plugin's library
             where the file needs it and it is built); or `ort-server` (a script that serves the folder with `rmsnorm
@@ -93,7 +95,10 @@ def package_model(
     given = source.resolve().name if not is_engine(source) else source.stem
     wanted = _checked_name(name if name is not None else given)
     inner = f"{wanted}/{VERSION}/" if server == "triton" else ""
-    contents = of_engine(source, inner, ENGINE) if chosen == "tensorrt" else of_folder(source, inner)
+    if server == "triton" and component_folders(source):
+        contents = of_parts(source, wanted)
+    else:
+        contents = of_engine(source, inner, ENGINE) if chosen == "tensorrt" else of_folder(source, inner)
     validated = None if report is None else _checked_report(Path(report), contents)
     _add_texts(contents, server, wanted, chosen, max_batch)
     contents.manifest["package"] = {"for": server, "name": wanted, "validated": validated}
@@ -150,7 +155,7 @@ def _checked_name(name: str) -> str:
 
 def _checked_report(path: Path, contents: Contents) -> str:
     """The verdict of a report of this model."""
-    content = report_on(path, {contents.sha256}, contents.source)
+    content = report_on(path, contents.hashes, contents.source)
     if content["verdict"] != "pass":
         raise UsageError(f"{path}: expected the verdict pass, got {content['verdict']!r}. Repair the model first.")
     return str(content["verdict"])
@@ -163,7 +168,12 @@ def _add_texts(contents: Contents, server: Server, name: str, backend: Backend, 
             contents.texts[GENAI] = json.dumps(genai_config(contents.source), indent=2) + "\n"
             contents.notes += genai_notes(contents.source)
         case "triton":
-            add_triton(contents, name, backend, max_batch)
+            for part, inner in (contents.parts or {name: contents}).items():
+                add_triton(inner, part, backend, max_batch)
+                contents.texts |= inner.texts
+                contents.scripts |= inner.scripts
+                contents.notes += inner.notes if inner is not contents else []
+            contents.notes = list(dict.fromkeys(contents.notes))
         case "trtexec":
             script = build_script(contents.source, contents.model)
             contents.texts[BUILD] = script.text

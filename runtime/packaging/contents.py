@@ -38,6 +38,7 @@ class Contents:
         scripts: those of the texts that are programs.
         notes: remarks for the user.
         record: of an engine, what `rmsnorm build` wrote about it.
+        parts: of an export of several models, the contents of each, by the name that it has in the package.
     """
 
     source: Path
@@ -49,6 +50,46 @@ class Contents:
     scripts: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Contents] = field(default_factory=dict)
+
+    @property
+    def hashes(self) -> set[str | None]:
+        """The hashes of the models, by which validation reports name them."""
+        return {part.sha256 for part in self.parts.values()} or {self.sha256}
+
+
+def of_parts(source: Path, name: str) -> Contents:
+    """The files of an exported folder of several models, such as an encoder and its decoder.
+
+    Args:
+        source: the folder.
+        name: of the package: its models are NAME-PART, in folders of these names.
+
+    Raises:
+        UsageError: a file is missing or was changed.
+        UnsupportedError: weights are not in it.
+    """
+    manifest = read_manifest(source)
+    whole = Contents(source, "", {}, {}, None)
+    for part in manifest["components"]:
+        whole.parts[f"{name}-{part}"] = of_folder(source / part, f"{name}-{part}/{VERSION}/")
+    inner = tuple(f"{part}/" for part in manifest["components"])
+    check_files(source, manifest)
+    for file, row in manifest["files"].items():
+        if not file.startswith(inner):
+            whole.files[file] = Source(Path(os.path.realpath(source / file)), row.get("sha256"))
+    weights: dict[str, Any] = {}
+    for contents in whole.parts.values():
+        whole.files |= contents.files
+        weights |= (contents.manifest.get("weights") or {}).get("files") or {}
+    left_out = ("schema", "files", "components", "weights")
+    whole.manifest = {key: value for key, value in manifest.items() if key not in left_out}
+    whole.manifest["models"] = {
+        part: contents.model for part, contents in zip(manifest["components"], whole.parts.values(), strict=True)
+    }
+    if weights:
+        whole.manifest["weights"] = {"mode": "copy", "files": weights}
+    return whole
 
 
 def of_folder(source: Path, inner: str) -> Contents:
@@ -63,10 +104,14 @@ def of_folder(source: Path, inner: str) -> Contents:
         UnsupportedError: the folder has several models, or its weights are not in it.
     """
     manifest = read_manifest(source)
+    if manifest.get("models"):
+        raise UnsupportedError(
+            f"{source}: expected an exported folder, got a package. Package the folder it was made of."
+        )
     if manifest.get("components"):
         raise UnsupportedError(
             f"{source}: expected one model, got several: {', '.join(manifest['components'])}. Package each of them, "
-            f"such as {source / manifest['components'][0]}."
+            f"such as {source / manifest['components'][0]}, or all of them for triton."
         )
     check_files(source, manifest)
     model = str(manifest.get("model", "model.onnx"))

@@ -81,8 +81,9 @@ def _facts(manifest: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "KV cache", "input and output" if manifest.get("with_past") else "none"
     if manifest.get("quantized"):
         yield "quantized", _code(manifest["quantized"].get("profile"))
-    if manifest.get("components"):
-        yield "models", ", ".join(map(_code, manifest["components"]))
+    parts = manifest.get("components") or list(manifest.get("models") or ())
+    if parts:
+        yield "models", ", ".join(map(_code, parts))
     for package, version in (manifest.get("requires") or {}).items():
         yield f"requires {_plain(package)}", _code(version)
 

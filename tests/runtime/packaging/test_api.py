@@ -17,6 +17,7 @@ from rmsnorm_deploy.runtime.inputs.exported import open_exported
 from rmsnorm_deploy.runtime.inputs.synthetic import make_feeds
 from rmsnorm_deploy.runtime.runners.onnxruntime import OrtRunner
 from tests.helpers.models.factory_file import small_model
+from tests.helpers.models.families import build
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +139,41 @@ def test_a_folder_that_holds_something_else_is_not_replaced(exported: Path, tmp_
     assert (tmp_path / "repository" / "notes.txt").read_text() == "mine"
 
 
-def test_several_models_are_packaged_one_by_one(exported: Path, tmp_path: Path) -> None:
+def test_an_encoder_and_its_decoder_are_one_repository(tmp_path: Path) -> None:
+    build("t5").save_pretrained(tmp_path / "checkpoint")
+    folder = tmp_path / "parts"
+    export_model(str(tmp_path / "checkpoint"), folder, target="ort", with_past=True)
+    report = tmp_path / "report.json"
+    validate(folder, str(tmp_path / "checkpoint"), shapes=((2, 5),), outputs_only=True).save(report)
+    place = tmp_path / "repository"
+    made = package_model(folder, "triton", place, name="t5", report=report)
+    assert (made.validated, made.notes) == ("pass", [])
+    for part in ("encoder", "decoder"):
+        config = (place / f"t5-{part}" / "config.pbtxt").read_text()
+        assert f'name: "t5-{part}"\nbackend: "onnxruntime"\n' in config
+        one = open_exported(place / f"t5-{part}" / "1" / "model.onnx")
+        with OrtRunner(one.model) as runner:
+            assert all(f'name: "{info.name}"' in config for info in (*runner.inputs(), *runner.outputs()))
+    assert all(file.problem is None for file in verify_folder(place))
+    assert {file.name for file in verify_folder(place)} == {*made.files} - {"manifest.json"}
+    with pytest.raises(UsageError, match=r"holds several models for a server\. Name one of them: .*t5-encoder"):
+        open_exported(place)
+    with pytest.raises(UnsupportedError, match="expected an exported folder, got a package"):
+        package_model(place, "ort-server", tmp_path / "again")
+    with (place / "t5-decoder" / "1" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
+    assert [file.name for file in verify_folder(place) if file.problem] == ["t5-decoder/1/model.safetensors"]
+    other = tmp_path / "other"
+    export_model(str(tmp_path / "checkpoint"), other, target="standard", with_past=True)
+    with pytest.raises(UsageError, match="expected a report on the model in"):
+        package_model(other, "triton", tmp_path / "again", report=report)
+
+
+def test_several_models_are_packaged_one_by_one_for_other_servers(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     manifest = json.loads((exported / "manifest.json").read_text())
     content = json.dumps({**manifest, "components": ["encoder", "decoder"]})
     (tmp_path / "parts" / "manifest.json").write_text(content)
     with pytest.raises(UnsupportedError, match=r"got several: encoder, decoder\. Package each of them"):
-        package_model(tmp_path / "parts", "triton", tmp_path / "repository")
+        package_model(tmp_path / "parts", "ort-server", tmp_path / "repository")
