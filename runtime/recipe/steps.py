@@ -16,6 +16,7 @@ Kind = Literal["export", "rewrite", "build", "validate", "package"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 EXPORT, REWRITE, BUILD, VALIDATE, PACKAGE = KINDS
 TRITON: Final = "triton"
+OWN: Final = "rmsnorm-deploy"
 
 # The fields of a row that decide what a step makes, besides the files that it reads and the libraries that it uses.
 _LOADING = ("revision", "subfolder", "trust_remote_code", "allow_missing", "allow_pickle")
@@ -90,7 +91,7 @@ def steps_of(options: Mapping[str, Any], *, is_onnx: bool) -> list[Step]:
 
 
 def _step(kind: Kind, subject: str = "", after: Iterable[str] = ()) -> Step:
-    facts = ["version", *FIELDS[kind], *(library for library in _LIBRARIES[kind])]
+    facts = [OWN, *FIELDS[kind], *_LIBRARIES[kind]]
     match kind:
         case "build":
             facts += FLAVORS[flavor_name(subject)].distributions
@@ -119,8 +120,7 @@ def subject_of(name: str) -> str:
 
 def library_versions(steps: Iterable[Step]) -> dict[str, str | None]:
     """The installed version of each distribution that is a fact of a step; None where it is not installed."""
-    known = {"version": "rmsnorm-deploy"}
-    known |= {name: name for names in _LIBRARIES.values() for name in names}
-    known |= {name: name for flavor in FLAVORS.values() for name in flavor.distributions}
+    known = {OWN, *(name for names in _LIBRARIES.values() for name in names)}
+    known |= {name for flavor in FLAVORS.values() for name in flavor.distributions}
     facts = dict.fromkeys(fact for step in steps for fact in step.facts if fact in known)
-    return {fact: installed_version(known[fact]) for fact in facts}
+    return {fact: installed_version(fact) for fact in facts}
