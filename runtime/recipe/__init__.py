@@ -6,6 +6,7 @@ positions: `Positions`, the line and column of each key and value of a TOML text
 recipe: `Recipe`, and the `Problem` of a key.
 checks: the values of a recipe that no export, validation or package could have.
 combinations: values that exclude each other.
+hashes: `Hashes`, those of the files that a recipe reads, kept between runs.
 sources: what a model's source names (`source_kind`), and whether it changed (`fingerprint`).
 steps: `steps_of`, the steps of a row, and the facts by which their results stay valid.
 step_options: the options of a build and of a validation.

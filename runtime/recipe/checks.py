@@ -26,6 +26,7 @@ from ..packaging.api import Server
 from ..packaging.triton import Backend
 from .combinations import together
 from .fields import REPORTS
+from .hashes import HASHES
 from .positions import Path as Keys
 from .recipe import Merged, Problem, refused, scheme_of, suggestion
 from .rows import NEEDS, row_names
@@ -36,7 +37,7 @@ from .steps import FIELDS
 SERVERS: tuple[str, ...] = get_args(Server)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Files in the folder of the results, beside the folders of the rows.
-RESERVED = ("summary.json", "junit.xml", "summary.html", "history.jsonl")
+RESERVED = ("summary.json", "junit.xml", "summary.html", "history.jsonl", HASHES)
 
 
 def value_problems(models: Sequence[Merged], base: Path, output: Path, wrong: Collection[Keys]) -> list[Problem]:

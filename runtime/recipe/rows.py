@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...export.lowering.table import parse_target
@@ -13,6 +12,7 @@ from ...models.dtypes import norm_dtype
 from ...models.errors import UsageError
 from ..engines.api import ORT
 from .fields import Settings, default_of, names_of
+from .hashes import Hashes
 from .sources import fingerprint, located, source_kind
 from .steps import Step, library_versions, steps_of
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 NEEDS = ("cpus", "gpus", "memory")
 # The fields of a model that its rows do not have under the same name.
+_NAMING_FILES = ("source", "against", "inputs", "test_inputs")
 _OF_MODELS = ("targets", "dtypes", "validate", *NEEDS)
 
 
@@ -66,8 +67,12 @@ def runners_of(model: Mapping[str, Any], *, is_onnx: bool) -> list[str]:
     return list(model.get("runners") or [ORT, *model.get("build", ())])
 
 
-def rows_of(recipe: Recipe) -> list[Row]:
+def rows_of(recipe: Recipe, hashes: Hashes | None = None) -> list[Row]:
     """The rows, in the order of the file.
+
+    Args:
+        recipe: the recipe.
+        hashes: those of the files of earlier runs; those in the folder of the results, if None.
 
     Returns:
         JSON values: `row` (its name), `model`, `folder` (of its results); the fields of the model, where paths are
@@ -81,14 +86,18 @@ def rows_of(recipe: Recipe) -> list[Row]:
     """
     rows = []
     prints: dict[str, Any] = {}
+    hashes = hashes or Hashes(recipe.output)
     for model in recipe.models:
+        for key in _NAMING_FILES:
+            if key in model and model[key] not in prints:
+                prints[model[key]] = fingerprint(model[key], recipe.path.parent, hashes)
         for name, given, dtype in _variants(model):
             rows.append(_row(recipe, model, name, given, dtype, prints))
     return rows
 
 
 def _row(
-    recipe: Recipe, model: Mapping[str, Any], name: str, target: str, dtype: str | None, prints: dict[str, Any]
+    recipe: Recipe, model: Mapping[str, Any], name: str, target: str, dtype: str | None, prints: Mapping[str, Any]
 ) -> Row:
     base, source = recipe.path.parent, model["source"]
     is_onnx = source_kind(source, base) == "onnx"
@@ -102,9 +111,9 @@ def _row(
     }
     steps = steps_of(options, is_onnx=is_onnx)
     facts = {**options, **library_versions(steps)}
-    for key in ("source", "against", "inputs", "test_inputs"):
+    for key in _NAMING_FILES:
         if options[key] is not None:
-            facts[key] = [options[key], _print(options[key], base, prints)]
+            facts[key] = [options[key], prints[options[key]]]
             options[key] = located(options[key], base)
     return {
         "row": name,
@@ -115,13 +124,6 @@ def _row(
         "needs": {key: model.get(key, default_of(key)) for key in NEEDS},
         "steps": [_with_hashes(step, facts) for step in steps],
     }
-
-
-def _print(source: str, base: Path, prints: dict[str, Any]) -> Any:
-    """The fingerprint of what a field names; each is made once."""
-    if source not in prints:
-        prints[source] = fingerprint(source, base)
-    return prints[source]
 
 
 def _with_hashes(step: Step, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,24 @@ from typing import Any, Literal
 from ...export.onnx_io.owned_files import sha256
 from ...models.errors import RmsnormDeployError, UsageError
 from ..inputs.arrays import ARRAY_SUFFIXES
+from .hashes import Hashes
 
 Kind = Literal["builtin", "file", "module", "folder", "onnx", "arrays", "hub", "missing"]
-# Files up to this size are hashed; of larger ones, size and time are compared.
-_HASHED_BYTES = 1 << 20
+# Files of this size count by their content only if a model may be loaded from them, unlike the state of an optimizer.
+_LARGE = 1 << 20
+_READ = (
+    ".safetensors",
+    ".bin",
+    ".json",
+    ".model",
+    ".txt",
+    ".py",
+    ".jinja",
+    ".tiktoken",
+    ".onnx",
+    ".data",
+    *ARRAY_SUFFIXES,
+)
 
 
 def source_kind(source: str, base: Path) -> Kind:
@@ -55,12 +69,12 @@ def located(source: str, base: Path) -> str:
             return source
 
 
-def fingerprint(source: str, base: Path) -> Any:
-    """A JSON value that differs when the source does.
+def fingerprint(source: str, base: Path, hashes: Hashes) -> Any:
+    """A JSON value that differs when the source does; it has no times, which each checkout of a repository changes.
 
-    Of files, of the files of a folder, and of the external data of an .onnx file, the names, sizes and times, and the
-    hash of small ones; of `file.py:factory`, the hash of the file, not of what it imports or reads; of others, the
-    text.
+    Of files, of the files of a folder, and of the external data of an .onnx file, the names and hashes; of large files
+    in a folder that no model is loaded from, the sizes; of `file.py:factory`, the hash of the file, not of what it
+    imports or reads; of others, the text.
 
     Raises:
         UsageError: a file cannot be read.
@@ -68,11 +82,11 @@ def fingerprint(source: str, base: Path) -> Any:
     try:
         match source_kind(source, base):
             case "folder":
-                return _folder(_place(source, base))
+                return _folder(_place(source, base), hashes)
             case "arrays":
-                return file_fingerprint(_place(source, base))
+                return _hash(_place(source, base), hashes)
             case "onnx":
-                return _onnx(_place(source, base))
+                return _onnx(_place(source, base), hashes)
             case "file":
                 return sha256(_place(source.rpartition(":")[0], base))
             case "builtin" | "module" | "hub" | "missing":
@@ -81,20 +95,13 @@ def fingerprint(source: str, base: Path) -> Any:
         raise UsageError(f"{error.filename}: cannot be read: {error.strerror or error}.") from error
 
 
-def file_fingerprint(path: Path) -> list[Any]:
-    """Size and time in ns of a file, and the hash of a small one; its kind alone, if it is not a regular file.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        return [stat.S_IFMT(status.st_mode)]
-    digest = [sha256(path)] if status.st_size <= _HASHED_BYTES else []
-    return [status.st_size, status.st_mtime_ns, *digest]
+def _hash(path: Path, hashes: Hashes) -> str:
+    """The hash of a file; its kind, if it is not a regular file."""
+    mode = path.stat().st_mode
+    return hashes.of(path) if stat.S_ISREG(mode) else f"kind {stat.S_IFMT(mode)}"
 
 
-def _onnx(path: Path) -> list[list[Any]]:
+def _onnx(path: Path, hashes: Hashes) -> list[Any]:
     """The file, and its external data; the file alone, if it is not one that can be read, which its row says."""
     from ...export.onnx_io.read_model import read_model
 
@@ -102,18 +109,24 @@ def _onnx(path: Path) -> list[list[Any]]:
         others = sorted(read_model(path).external_files)
     except RmsnormDeployError:
         others = []
-    return [file_fingerprint(path), *([str(other), *file_fingerprint(other)] for other in others)]
+    return [_hash(path, hashes), *([os.path.relpath(other, path.parent), _hash(other, hashes)] for other in others)]
 
 
-def _folder(folder: Path) -> dict[str, list[Any]]:
+def _folder(folder: Path, hashes: Hashes) -> dict[str, str]:
     found = {}
     for place, folders, files in os.walk(folder):
         folders.sort()
         for name in sorted(files):
             path = Path(place) / name
             relative = os.fsencode(path.relative_to(folder)).decode("utf-8", "backslashreplace")
-            found[relative] = file_fingerprint(path) if path.exists() else []
+            found[relative] = _file_in_folder(path, hashes) if path.exists() else "missing"
     return found
+
+
+def _file_in_folder(path: Path, hashes: Hashes) -> str:
+    size = path.stat().st_size
+    is_read = size < _LARGE or path.suffix in _READ
+    return _hash(path, hashes) if is_read else f"{size} bytes"
 
 
 def _place(path: str, base: Path) -> Path:

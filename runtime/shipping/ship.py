@@ -14,6 +14,7 @@ from ...export.onnx_io.destinations import check_new_file
 from ...export.onnx_io.owned_files import is_own_report
 from ...export.onnx_io.partial_files import claimed
 from ...models.errors import UsageError
+from ..recipe.hashes import HASHES, Hashes
 from ..recipe.recipe import Recipe, suggestion
 from ..recipe.recipe_file import RECIPE, read_recipe
 from ..recipe.rows import Row, rows_of
@@ -92,10 +93,12 @@ def ship(
         EnvironmentMissingError: Ray is not installed.
     """
     read = read_recipe(Path(recipe))
-    rows = chosen(rows_of(read), only)
+    hashes = Hashes(read.output)
+    rows = chosen(rows_of(read, hashes), only)
     _check_output(read)
     done: dict[str, dict[str, Any]] = {}
     with claimed(read.output):
+        hashes.save()
         try:
             for result in _results(rows, read.output, force, ray, progress):
                 done[result["row"]] = result
@@ -166,7 +169,7 @@ def _check_output(recipe: Recipe) -> None:
         recipe.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{recipe.output}: cannot be created: {error.strerror or error}.") from error
-    for name in FILES:
+    for name in (*FILES, HASHES):
         check_new_file(recipe.output / name, is_own_report)
 
 

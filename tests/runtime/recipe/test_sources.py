@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rmsnorm_deploy.runtime.recipe.hashes import Hashes
 from rmsnorm_deploy.runtime.recipe.sources import fingerprint, located, source_kind
 
 
@@ -15,8 +17,9 @@ def base(tmp_path: Path) -> Path:
     (tmp_path / "models.py").write_text("def net(): ...")
     (tmp_path / "owner" / "model").mkdir(parents=True)
     (tmp_path / "owner" / "model" / "config.json").write_text("{}")
-    with (tmp_path / "owner" / "model" / "weights.bin").open("wb") as file:
-        file.truncate((1 << 20) + 1)
+    for name in ("weights.bin", "optimizer.pt"):
+        with (tmp_path / "owner" / "model" / name).open("wb") as file:
+            file.truncate((1 << 20) + 1)
     return tmp_path
 
 
@@ -38,25 +41,56 @@ def test_paths_become_absolute(base: Path) -> None:
     assert located("other/model", base) == "other/model"
 
 
-def test_small_files_are_compared_by_their_bytes_and_large_ones_by_their_time(base: Path) -> None:
+def _print(source: str, base: Path) -> Any:
+    return fingerprint(source, base, Hashes(base / "dist"))
+
+
+def test_files_are_compared_by_their_bytes_and_not_by_their_times(base: Path) -> None:
     folder = base / "owner" / "model"
-    before = fingerprint("owner/model", base)
-    assert before == fingerprint("owner/model", base)
-    assert sorted(before) == ["config.json", "weights.bin"]
-    status = (folder / "config.json").stat()
+    before = _print("owner/model", base)
+    assert sorted(before) == ["config.json", "optimizer.pt", "weights.bin"]
+    for path in folder.iterdir():
+        os.utime(path, ns=(1, 1))
+    assert _print("owner/model", base) == before
     (folder / "config.json").write_text("[]")
-    os.utime(folder / "config.json", ns=(status.st_atime_ns, status.st_mtime_ns))
-    other = fingerprint("owner/model", base)
+    other = _print("owner/model", base)
     assert [name for name in before if before[name] != other[name]] == ["config.json"]
-    os.utime(folder / "weights.bin", ns=(1, 1))
-    last = fingerprint("owner/model", base)
+    _change(folder / "weights.bin")
+    last = _print("owner/model", base)
     assert [name for name in before if other[name] != last[name]] == ["weights.bin"]
 
 
+def test_large_files_that_no_model_is_loaded_from_count_by_their_size(base: Path) -> None:
+    folder = base / "owner" / "model"
+    before = _print("owner/model", base)
+    _change(folder / "optimizer.pt")
+    assert _print("owner/model", base) == before
+    with (folder / "optimizer.pt").open("ab") as file:
+        file.write(b"x")
+    assert _print("owner/model", base) != before
+
+
+def _change(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"other")
+
+
 def test_python_files_and_names(base: Path) -> None:
-    before = fingerprint("models.py:net", base)
+    before = _print("models.py:net", base)
     (base / "models.py").touch()
-    assert fingerprint("models.py:net", base) == before
+    assert _print("models.py:net", base) == before
     (base / "models.py").write_text("def net(): pass")
-    assert fingerprint("models.py:net", base) != before
-    assert fingerprint("other/model", base) == "other/model"
+    assert _print("models.py:net", base) != before
+    assert _print("other/model", base) == "other/model"
+
+
+def test_the_kinds_of_files(base: Path) -> None:
+    for name, kind in (("a.onnx", "onnx"), ("a.npz", "arrays"), ("b.onnx", "missing"), ("b.safetensors", "missing")):
+        if kind != "missing":
+            (base / name).write_bytes(b"1")
+        assert source_kind(name, base) == kind
+    before = [_print(name, base) for name in ("a.onnx", "a.npz")]
+    assert located("a.onnx", base) == str(base / "a.onnx")
+    for name in ("a.onnx", "a.npz"):
+        (base / name).write_bytes(b"2")
+    assert all(one != other for one, other in zip(before, (_print("a.onnx", base), _print("a.npz", base)), strict=True))
