@@ -149,7 +149,7 @@ def recipe_page() -> str:
     told = "`name` and these are the fields of a `[[model]]`; `[defaults]` may have them too."
     lines = ["# Fields of a recipe", "", told]
     for group in GROUPS:
-        title = _escaped((group.__doc__ or "").rstrip("."))
+        title = _prose((group.__doc__ or "").rstrip("."))
         lines += ["", f"## {title}", "", "| field | default | meaning |", "|---|---|---|"]
         for name in names_of(group):
             default = default_of(name)
