@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -78,14 +79,14 @@ def _own_problems(model: Merged, base: Path) -> Iterator[Problem]:
             hint = suggestion(values[key], known)
             yield Problem(model.at(key), f"expected one of {', '.join(known)}, got {values[key]!r}{hint}")
     if "attention" in values:
-        yield from refused(model.at("attention"), lambda: parse_attention(values["attention"]))
+        yield from refused(model.at("attention"), partial(parse_attention, values["attention"]))
     if "quantize" in values:
-        yield from refused(model.at("quantize"), lambda: scheme_of(values["quantize"]))
+        yield from refused(model.at("quantize"), partial(scheme_of, values["quantize"]))
     if "provider" in values:
-        yield from refused(model.at("provider"), lambda: _provider(values["provider"]))
+        yield from refused(model.at("provider"), partial(_provider, values["provider"]))
     for key in FIELDS["build"]:
         if key in values:
-            yield from refused(model.at(key), lambda key=key: build_options({key: values[key]}, "rtx"))  # type: ignore[misc]
+            yield from refused(model.at(key), partial(build_options, {key: values[key]}, "rtx"))
     for key in (*NEEDS, "max_batch"):
         if key in values and not (math.isfinite(values[key]) and values[key] >= 0):
             yield Problem(model.at(key), f"expected a number of at least 0, got {values[key]}")

@@ -72,20 +72,16 @@ def _of_file(model: Merged, is_onnx: bool) -> Iterator[Problem]:
     yield from _attention(model, mode, targets, is_onnx)
     for target in targets:
         remedy = "Omit opset, or use another target."
-        yield from refused(model.at("opset"), lambda target=target: opset_for(target, values.get("opset")), remedy)  # type: ignore[misc]
+        yield from refused(model.at("opset"), partial(opset_for, target, values.get("opset")), remedy)
     for key, style in (("function", {"function": values.get("function", True), "ort_trt": False}),
                        ("ort_trt", {"function": True, "ort_trt": values.get("ort_trt", False)})):  # fmt: skip
-        if any(refused(model.at(key), lambda style=style: plugin_style(**style, targets=targets))):  # type: ignore[misc]
+        if any(refused(model.at(key), partial(plugin_style, **style, targets=targets))):
             yield Problem(model.at(key), f"expected the target plugin for {key} = {str(values[key]).lower()}, got none")
     for dtype in dtypes if scheme is not None else []:
         from ...export.lowering.weight_quantizer import check_quantize
 
         remedy = 'Use targets = ["ort"] and dtypes = ["float32"], or omit quantize.'
-        yield from refused(
-            model.at("quantize"),
-            lambda dtype=dtype: check_quantize(scheme, targets, dtype),  # type: ignore[misc]
-            remedy,
-        )
+        yield from refused(model.at("quantize"), partial(check_quantize, scheme, targets, dtype), remedy)
 
 
 def _attention(model: Merged, mode: AttentionMode, targets: list[Any], is_onnx: bool) -> Iterator[Problem]:
@@ -93,10 +89,10 @@ def _attention(model: Merged, mode: AttentionMode, targets: list[Any], is_onnx: 
         from ...export.from_onnx.rewrite_attentions import check_rewriting
 
         for target in targets:
-            yield from refused(model.at("attention"), lambda target=target: check_rewriting(mode, target))  # type: ignore[misc]
+            yield from refused(model.at("attention"), partial(check_rewriting, mode, target))
     elif mode == "in-place":
         remedy, with_past = 'Expected targets = ["ort"] and with_past = true.', model.values.get("with_past", False)
-        yield from refused(model.at("attention"), lambda: check_attention(mode, targets, with_past=with_past), remedy)
+        yield from refused(model.at("attention"), partial(check_attention, mode, targets, with_past=with_past), remedy)
 
 
 def _of_engines(model: Merged) -> Iterator[Problem]:
