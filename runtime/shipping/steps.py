@@ -13,7 +13,7 @@ from ...export.onnx_io.owned_files import is_own_report, sha256
 from ...models.errors import EnvironmentMissingError, MismatchError, RmsnormDeployError, UnsupportedError, few
 from ..engines.api import ORT
 from ..recipe.step_options import build_options, validation_options
-from ..recipe.steps import BUILD, EXPORT, PACKAGE, REWRITE, VALIDATE
+from ..recipe.steps import BUILD, EXPORT, PACKAGE, REWRITE, TRITON, VALIDATE, kind_of, subject_of
 from .row_record import ENGINE, MODEL, folder_name, report_name
 
 Progress = Callable[[str], None]
@@ -171,15 +171,15 @@ def _package(row: Row, step: Step, progress: Progress) -> Result:
 
     folder, server = Path(row["folder"]), step["subject"]
     progress(f"packaging for {server}")
-    engine = next((name.partition(":")[2] for name in step["after"] if name.startswith(f"{BUILD}:")), None)
-    reports = [report_name(engine or ORT)] if any(name.startswith(VALIDATE) for name in step["after"]) else []
-    triton = {"backend": row["backend"], "max_batch": row["max_batch"]} if server == "triton" else {}
+    engine = next((subject_of(name) for name in step["after"] if kind_of(name) == BUILD), None)
+    is_validated = any(kind_of(name) == VALIDATE for name in step["after"])
+    triton = {"backend": row["backend"], "max_batch": row["max_batch"]} if server == TRITON else {}
     made = package_model(
         folder / MODEL if engine is None else folder / engine / ENGINE,
         server,
         folder / folder_name(step),
         name=row["row"],
-        report=folder / reports[0] if reports else None,
+        report=folder / report_name(engine or ORT) if is_validated else None,
         **triton,
     )
     return {"folder": server, "bytes": _size(folder / server), "validated": made.validated, "notes": made.notes}
