@@ -18,7 +18,7 @@ from typing import Any, get_args
 from ...export.lowering.attention_table import parse_attention
 from ...export.lowering.table import parse_target
 from ...models.dtypes import norm_dtype
-from ...models.errors import UsageError
+from ...models.errors import UsageError, few
 from ...models.hub.options import is_revision, is_subfolder
 from ..engines.api import RUNNERS, flavor_name
 from ..inputs.arrays import ARRAY_SUFFIXES
@@ -29,7 +29,7 @@ from .fields import REPORTS
 from .positions import Path as Keys
 from .recipe import Merged, Problem, refused, scheme_of, suggestion
 from .rows import NEEDS, row_names
-from .sources import Kind, located, source_kind
+from .sources import Kind, home_expanded, located, source_kind
 from .step_options import build_options
 from .steps import FIELDS
 
@@ -48,11 +48,21 @@ def value_problems(models: Sequence[Merged], base: Path, output: Path, wrong: Co
         output: the folder of the results.
         wrong: the paths of fields that have a problem already, and whose values are not looked at.
     """
-    problems = []
     sound = [model._replace(values=_sound(model, wrong)) for model in models]
+    names: dict[Problem, list[str]] = {}
     for model in sound:
-        problems += [*_own_problems(model, base), *together(model, base), *_results_in_source(model, base, output)]
+        shown = repr(model.values.get("name", f"[[model]] {int(model.header[1]) + 1}"))
+        for problem in (*_own_problems(model, base), *together(model, base), *_results_in_source(model, base, output)):
+            names.setdefault(problem, []).append(shown)
+    problems = [_of_some(problem, models, len(sound)) for problem, models in names.items()]
     return [*problems, *_same_names([model for model in sound if "name" in model.values])]
+
+
+def _of_some(problem: Problem, names: Sequence[str], count: int) -> Problem:
+    """A problem that says which models have it, where it is one of the defaults with some of the models."""
+    if problem.path[0] != "defaults" or len(names) == count:
+        return problem
+    return problem._replace(text=f"for the model {few(names)}: {problem.text}")
 
 
 def _sound(model: Merged, wrong: Collection[Keys]) -> dict[str, Any]:
@@ -166,7 +176,7 @@ def _inputs(model: Merged, base: Path) -> Iterator[Problem]:
         given = model.values.get(key)
         if given is None or source_kind(given, base) in kinds:
             continue
-        path = base / Path(given).expanduser()
+        path = base / home_expanded(given)
         if path.suffix in ARRAY_SUFFIXES:
             yield Problem(model.at(key), f"expected a file, got none at {path.absolute()}")
         else:
@@ -178,7 +188,7 @@ def _list(model: Merged, key: str, check: Callable[[str], str]) -> Iterator[Prob
     if key not in model.values:
         return
     given, place = model.values[key], model.at(key)
-    if not given and key not in ("package", "build", "reports"):
+    if not given and key in ("targets", "runners"):
         yield Problem(place, "expected at least one, got none; omit the key for the default")
     names = []
     for number, text in enumerate(given):
@@ -193,6 +203,13 @@ def _server(text: str) -> str:
     from ..packaging.api import check_server
 
     check_server(text)
+    return text
+
+
+def _profile(text: str) -> str:
+    from ..tensorrt.profiles import parse_profile
+
+    parse_profile(text)
     return text
 
 
@@ -219,7 +236,7 @@ def _provider(text: str) -> None:
 # The check of each element of a list, and the values of a field that has one of a few.
 _LISTS: Mapping[str, Callable[[str], str]] = {
     "targets": parse_target, "dtypes": norm_dtype, "build": flavor_name, "runners": _one_of(RUNNERS),
-    "package": _server, "reports": _one_of(REPORTS),
+    "profiles": _profile, "package": _server, "reports": _one_of(REPORTS),
 }  # fmt: skip
 _CHOICES: Mapping[str, Sequence[str]] = {"backend": get_args(Backend)}
 

@@ -14,14 +14,12 @@ from ...models.dtypes import norm_dtype
 from ...models.errors import RmsnormDeployError
 from ..accuracy.tolerances import Limits
 from ..engines.api import FLAVORS, RUNTIMES, flavor_name
+from .defaults import EXPORTS_ONLY, WEIGHTS
 from .recipe import Merged, Problem, refused, scheme_of
 from .rows import is_validated
 from .sources import source_kind
 from .step_options import validation_options
 from .steps import FIELDS, TRITON
-
-_EXPORTS_ONLY = ("dtypes", "with_past", "quantize", "static")
-_WEIGHTS = {True: ("copy", "link"), False: ("link", "copy", "pack")}
 
 
 def together(model: Merged, base: Path) -> Iterator[Problem]:
@@ -32,8 +30,10 @@ def together(model: Merged, base: Path) -> Iterator[Problem]:
         base: the folder that paths are relative to.
     """
     source = model.values.get("source")
-    is_onnx = source is not None and source_kind(source, base) == "onnx"
-    yield from _of_source(model, is_onnx)
+    kind = None if source is None else source_kind(source, base)
+    is_onnx = kind == "onnx"
+    if kind != "missing":
+        yield from _of_source(model, is_onnx)
     yield from _of_file(model, is_onnx)
     yield from _of_engines(model)
     yield from _of_validation(model, is_onnx)
@@ -47,14 +47,14 @@ def _of_source(model: Merged, is_onnx: bool) -> Iterator[Problem]:
         if "against" in values:
             yield Problem(model.at("against"), f"expected a source that is an .onnx file, got {values.get('source')!r}")
     else:
-        for key in _EXPORTS_ONLY:
+        for key in EXPORTS_ONLY:
             if values.get(key):
                 what = "an .onnx file keeps what it has: expected none for such a source"
                 yield Problem(model.at(key), f"{what}, got {values[key]!r}")
         if values.get("validate") and "against" not in values:
             what = "an .onnx file is compared with PyTorch where against names the model: expected against"
             yield Problem(model.at("validate"), f"{what}, got none. The rewriting compares it before and after")
-    allowed = _WEIGHTS[is_onnx]
+    allowed = WEIGHTS[is_onnx]
     if "weights" in values and values["weights"] not in allowed:
         yield Problem(model.at("weights"), f"expected one of {', '.join(allowed)}, got {values['weights']!r}")
 

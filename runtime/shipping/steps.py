@@ -10,7 +10,14 @@ from typing import Any, Final
 
 from ...export.onnx_io.atomic_files import new_file
 from ...export.onnx_io.owned_files import is_own_report, sha256
-from ...models.errors import EnvironmentMissingError, MismatchError, RmsnormDeployError, UnsupportedError, few
+from ...models.errors import (
+    EnvironmentMissingError,
+    MismatchError,
+    RmsnormDeployError,
+    UnsupportedError,
+    UsageError,
+    few,
+)
 from ..engines.api import ORT
 from ..recipe.step_options import build_options, validation_options
 from ..recipe.steps import BUILD, EXPORT, PACKAGE, REWRITE, VALIDATE
@@ -112,6 +119,8 @@ def _build(row: Row, step: Step, progress: Progress) -> Result:
         raise UnsupportedError(
             f"{folder / MODEL}: expected one model, got several: {', '.join(parts)}. Build each with rmsnorm build."
         )
+    if place.exists() and not place.is_dir():
+        raise UsageError(f"{place} exists and is not a folder; move it away, and ship again.")
     place.mkdir(exist_ok=True)
     engine = build_engine(
         folder / MODEL,

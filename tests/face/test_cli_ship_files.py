@@ -164,3 +164,14 @@ def test_a_rewriting_that_is_not_proven_is_not_a_pass(rmsnorm: CommandLine, reci
     code, steps, notes = _ship(rmsnorm, recipe, text + "validate = false\n")
     assert (code, [status for status, _ in steps.values()]) == (0, ["done", "done"])
     assert any(note.startswith("the rewriting is unproven: ") for note in notes)
+
+
+def test_a_file_where_an_engine_would_be_is_kept(rmsnorm: CommandLine, recipe: Path) -> None:
+    _given(recipe)
+    place = recipe.parent / "dist" / "given" / "rtx"
+    place.parent.mkdir(parents=True)
+    place.write_text("mine")
+    text = '[[model]]\nname = "given"\nsource = "given.onnx"\nbuild = ["rtx"]\narchitectures = ["sm_89"]\n'
+    code, steps, _ = _ship(rmsnorm, recipe, text)
+    assert (code, place.read_text()) == (2, "mine")
+    assert steps["build:rtx"][1]["message"].endswith("rtx exists and is not a folder; move it away, and ship again.")
