@@ -22,6 +22,7 @@ from ...models.errors import UsageError, few
 from ...models.hub.options import is_revision, is_subfolder
 from ..engines.api import RUNNERS, flavor_name
 from ..inputs.arrays import ARRAY_SUFFIXES
+from ..inputs.tokenizer import ADDITION_MODEL
 from ..packaging.api import Server
 from ..packaging.triton import Backend
 from .combinations import together
@@ -78,6 +79,7 @@ def _own_problems(model: Merged, base: Path) -> Iterator[Problem]:
         yield Problem(model.at("name"), f"{expected}, got {values['name'][:110]!r}")
     yield from _source(model, base)
     yield from _against(model, base)
+    yield from _tokenizer(model, base)
     yield from _of_hub(model, base)
     yield from _inputs(model, base)
     for key, check in _LISTS.items():
@@ -134,6 +136,14 @@ def _against(model: Merged, base: Path) -> Iterator[Problem]:
     if kind in ("missing", "arrays", "onnx"):
         what = "a PyTorch model: an existing folder or file.py:factory, or a hub name (owner/model)"
         yield Problem(model.at("against"), f"expected {what}, got {source!r}, searched for in {base.absolute()}")
+
+
+def _tokenizer(model: Merged, base: Path) -> Iterator[Problem]:
+    given = model.values.get("tokenizer")
+    if given is None or given == ADDITION_MODEL or source_kind(given, base) in ("folder", "hub"):
+        return
+    what = "an existing folder with a tokenizer, or a hub name (owner/model)"
+    yield Problem(model.at("tokenizer"), f"expected {what}, got {given!r}, searched for in {base.absolute()}")
 
 
 def _of_hub(model: Merged, base: Path) -> Iterator[Problem]:

@@ -142,6 +142,7 @@ def _inputs_twice(model: Merged) -> Iterator[Problem]:
     """Several sources of the inputs of the comparison, of which only one can be used."""
     values = model.values
     given = [key for key in ("test_inputs", "prompts", "shapes") if values.get(key)]
+    yield from _without_effect(model, ("tokenizer",), "prompts", has_effect="prompts" in given)
     if {"test_inputs", "prompts"} <= set(given):
         yield Problem(model.at("test_inputs"), "expected only one of test_inputs and prompts, got both")
     if values.get("thorough") and given:

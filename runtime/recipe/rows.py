@@ -97,12 +97,13 @@ def _row(
         "target": parse_target(target),
         "dtype": None if dtype is None else norm_dtype(dtype),
         "attention": options["attention"] or ("decomposed" if is_onnx else "node"),
+        "weights": options["weights"] or ("copy" if is_onnx else None),
         "runners": runners_of(model, is_onnx=is_onnx),
         "must_be_proven": is_onnx and "against" not in model and model.get("validate") is not False,
     }
     steps = steps_of(options, is_onnx=is_onnx)
     facts = {**options, **library_versions(steps)}
-    for key in ("source", "against", "inputs", "test_inputs"):
+    for key in ("source", "against", "inputs", "test_inputs", "tokenizer"):
         if options[key] is not None:
             facts[key] = [options[key], _print(options[key], base, prints)]
             options[key] = located(options[key], base)

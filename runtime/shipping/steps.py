@@ -72,7 +72,7 @@ def _rewrite(row: Row, step: Step, progress: Progress) -> Result:
         opset=row["opset"],
         function=row["function"] or not of_plugin,
         ort_trt=row["ort_trt"] and of_plugin,
-        weights=row["weights"] or "copy",
+        weights=row["weights"],
         attention=row["attention"],
         inputs=None if row["inputs"] is None else read_arrays(Path(row["inputs"])),
         progress=progress,

@@ -175,3 +175,16 @@ def test_a_file_where_an_engine_would_be_is_kept(rmsnorm: CommandLine, recipe: P
     code, steps, _ = _ship(rmsnorm, recipe, text)
     assert (code, place.read_text()) == (2, "mine")
     assert steps["build:rtx"][1]["message"].endswith("rtx exists and is not a folder; move it away, and ship again.")
+
+
+def test_prompts_are_read_with_the_tokenizer_that_the_recipe_names(rmsnorm: CommandLine, recipe: Path) -> None:
+    _given(recipe)
+    text = f'{_FILE.replace(chr(34) + "ort-server" + chr(34), "")}prompts = ["1+1"]\n'
+    code, steps, _ = _ship(rmsnorm, recipe, text)
+    assert (code, steps["validate"][0]) == (2, "failed")
+    assert "prompts require a tokenizer, and neither the candidate nor the PyTorch model has one" in (
+        steps["validate"][1]["message"]
+    )
+    assert "In a recipe, --tokenizer is tokenizer." in steps["validate"][1]["message"]
+    code, steps, _ = _ship(rmsnorm, recipe, f'{text}tokenizer = "builtin:addition"\n')
+    assert (code, [status for status, _ in steps.values()]) == (0, ["unchanged", "done"])

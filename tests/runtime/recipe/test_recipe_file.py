@@ -45,6 +45,11 @@ _MISTAKES = {
         _ONNX.replace("net.onnx", "none.onnx") + "against = 'models.py:net'\n",
         "3:1: source: expected an existing folder",
     ),
+    "no tokenizer": (
+        _MODEL + "prompts = ['a']\ntokenizer = 'models.py:net'\n",
+        "5:1: tokenizer: expected an existing folder with",
+    ),
+    "a tokenizer without prompts": (_MODEL + "tokenizer = 'owner/name'\n", "4:1: tokenizer: expected prompts, without"),
     "no profile": (_MODEL + "build = ['rtx']\nprofiles = ['x']\n", "5:13: profiles[0]: expected numbers separated"),
     "order of a profile": (
         _MODEL + "build = ['rtx']\nprofiles = ['a:1,2,3', 'a:1x3,1x2,1x4']\n",
