@@ -163,18 +163,25 @@ def _of_hub(model: Merged, base: Path) -> Iterator[Problem]:
 
 
 def _results_in_source(model: Merged, base: Path, output: Path) -> Iterator[Problem]:
-    """A source in which results would be written, so that it would never be the same again."""
-    source = model.values.get("source")
-    if source is None or "name" not in model.values or source_kind(source, base) != "folder":
+    """What is read, and where results would be written, so that it would never be the same again."""
+    if "name" not in model.values:
         return
-    place = Path(os.path.realpath(located(source, base)))
-    for name in row_names(model.values):
-        folder = Path(os.path.realpath(output / name))
-        if place == folder or place in folder.parents:
-            yield Problem(
-                model.at("source"), f"expected a folder without the results, got {source!r}, which holds {folder}"
-            )
-            return
+    folders = [Path(os.path.realpath(output / name)) for name in row_names(model.values)]
+    for key in ("source", "against", "test_inputs", "tokenizer"):
+        given = model.values.get(key)
+        kind = None if given is None else source_kind(given, base)
+        if given is None or kind not in ("folder", "onnx"):
+            continue
+        place = Path(os.path.realpath(located(given, base)))
+        for folder in folders:
+            if kind == "folder" and (place == folder or place in folder.parents):
+                text = f"expected a folder without the results, got {given!r}, which holds {folder}"
+            elif folder in place.parents and not (kind == "onnx" and place.parent == folder):
+                text = f"expected a place outside of the results, got {given!r}, which is in {folder}"
+            else:
+                continue
+            yield Problem(model.at(key), text)
+            break
 
 
 def _inputs(model: Merged, base: Path) -> Iterator[Problem]:

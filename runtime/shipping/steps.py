@@ -93,8 +93,10 @@ def _rewrite(row: Row, step: Step, progress: Progress) -> Result:
 
 
 def _left(manifest: Mapping[str, Any]) -> list[str]:
-    """That norms of the file were not rewritten."""
+    """That norms of the file were not rewritten, or that it has none."""
     refusals = manifest.get("refusals") or []
+    if not refusals and not manifest.get("sites"):
+        return ["no norm was rewritten: expected RMSNorms in the file, got none"]
     if not refusals:
         return []
     first = refusals[0]

@@ -182,9 +182,19 @@ def test_prompts_are_read_with_the_tokenizer_that_the_recipe_names(rmsnorm: Comm
     text = f'{_FILE.replace(chr(34) + "ort-server" + chr(34), "")}prompts = ["1+1"]\n'
     code, steps, _ = _ship(rmsnorm, recipe, text)
     assert (code, steps["validate"][0]) == (2, "failed")
-    assert "prompts require a tokenizer, and neither the candidate nor the PyTorch model has one" in (
-        steps["validate"][1]["message"]
+    assert (
+        "prompts require a tokenizer, and neither the candidate nor the PyTorch model has one"
+        in (steps["validate"][1]["message"])
     )
     assert "In a recipe, --tokenizer is tokenizer." in steps["validate"][1]["message"]
     code, steps, _ = _ship(rmsnorm, recipe, f'{text}tokenizer = "builtin:addition"\n')
     assert (code, [status for status, _ in steps.values()]) == (0, ["unchanged", "done"])
+
+
+def test_a_file_without_norms_says_so(rmsnorm: CommandLine, recipe: Path) -> None:
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 4]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "plain", [x], [y])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(model, recipe.parent / "given.onnx")
+    code, _, notes = _ship(rmsnorm, recipe, '[[model]]\nname = "given"\nsource = "given.onnx"\n')
+    assert (code, notes[0]) == (0, "no norm was rewritten: expected RMSNorms in the file, got none")

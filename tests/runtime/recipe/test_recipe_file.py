@@ -20,6 +20,8 @@ def path(tmp_path: Path) -> Path:
     (tmp_path / "folder").mkdir()
     (tmp_path / "inputs.npz").write_bytes(b"")
     (tmp_path / "net.onnx").write_bytes(b"")
+    (tmp_path / "a" / "model").mkdir(parents=True)
+    (tmp_path / "a" / "model" / "net.onnx").write_bytes(b"")
     return tmp_path / "rmsnorm.toml"
 
 
@@ -50,6 +52,14 @@ _MISTAKES = {
         "5:1: tokenizer: expected an existing folder with",
     ),
     "a tokenizer without prompts": (_MODEL + "tokenizer = 'owner/name'\n", "4:1: tokenizer: expected prompts, without"),
+    "a file among the results": (
+        "output = ''\n" + _ONNX.replace("net.onnx", "a/model/net.onnx"),
+        "4:1: source: expected a place outside of the results, got 'a/model/net.onnx', which is in ",
+    ),
+    "results in what it is compared with": (
+        "output = 'folder'\n" + _ONNX + "against = 'folder'\n",
+        "5:1: against: expected a folder without the results, got 'folder', which holds ",
+    ),
     "no profile": (_MODEL + "build = ['rtx']\nprofiles = ['x']\n", "5:13: profiles[0]: expected numbers separated"),
     "order of a profile": (
         _MODEL + "build = ['rtx']\nprofiles = ['a:1,2,3', 'a:1x3,1x2,1x4']\n",
