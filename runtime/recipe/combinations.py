@@ -12,7 +12,7 @@ from ...export.lowering.plugin_functions import plugin_style
 from ...export.lowering.table import DEFAULT_TARGET, opset_for, parse_target
 from ...models.dtypes import norm_dtype
 from ...models.errors import RmsnormDeployError
-from ..accuracy.tolerances import Limits
+from ..accuracy.tolerances import PARTS, Limits
 from ..engines.api import FLAVORS, RUNTIMES, flavor_name
 from .defaults import EXPORTS_ONLY, WEIGHTS
 from .recipe import Merged, Problem, refused, scheme_of
@@ -122,6 +122,11 @@ def _of_validation(model: Merged, is_onnx: bool) -> Iterator[Problem]:
         if name in RUNTIMES and name not in values.get("build", ()):
             yield Problem(model.at("runners"), f'expected build = ["{name}"] for the runner {name}, got none')
     found = [
+        Problem((*model.at("limits"), name), f"expected the name of an output, {' or '.join(PARTS)}, got {name!r}")
+        for name in values.get("limits", {})
+        if name.startswith("@") and name not in PARTS
+    ]
+    found += [
         problem
         for name, kinds in values.get("limits", {}).items()
         for kind, limit in kinds.items()

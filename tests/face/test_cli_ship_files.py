@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_an_engine_is_built_and_built_again_if_it_changed(rmsnorm: CommandLine, 
     assert "rtx was changed since it was written; it was kept as rtx.changed-1" in notes
     assert (engine.parent.with_name("rtx.changed-1") / "model.engine").read_bytes() == content[:-1]
     (engine.parent / "model.engine.json").unlink()
-    assert _plan(rmsnorm, recipe, text) == "net: build:rtx (model.engine.json is missing)"
+    assert _plan(rmsnorm, recipe, text) == "net: build:rtx (rtx/model.engine.json is missing)"
 
 
 def test_without_a_gpu_an_engine_is_not_compared_and_the_rest_is_done(rmsnorm: CommandLine, recipe: Path) -> None:
@@ -198,3 +199,12 @@ def test_a_file_without_norms_says_so(rmsnorm: CommandLine, recipe: Path) -> Non
     onnx.save(model, recipe.parent / "given.onnx")
     code, _, notes = _ship(rmsnorm, recipe, '[[model]]\nname = "given"\nsource = "given.onnx"\n')
     assert (code, notes[0]) == (0, "no norm was rewritten: expected RMSNorms in the file, got none")
+
+
+def test_a_folder_that_is_gone_is_made_again(rmsnorm: CommandLine, recipe: Path) -> None:
+    _given(recipe)
+    text = '[[model]]\nname = "given"\nsource = "given.onnx"\n'
+    assert _ship(rmsnorm, recipe, text)[0] == 0
+    shutil.rmtree(recipe.parent / "dist" / "given" / "model")
+    assert _plan(rmsnorm, recipe, text) == "given: rewrite (model is missing)"
+    assert _ship(rmsnorm, recipe, text)[0] == 0

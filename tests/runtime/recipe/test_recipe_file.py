@@ -60,6 +60,14 @@ _MISTAKES = {
         "output = 'folder'\n" + _ONNX + "against = 'folder'\n",
         "5:1: against: expected a folder without the results, got 'folder', which holds ",
     ),
+    "a share above 1": (
+        _MODEL + "limits = {logits = {min_top1 = 2}}\n",
+        "4:21: min_top1: expected a number from 0 to 1, got 2.",
+    ),
+    "limits of no part": (
+        _MODEL + "limits = {'@norm' = {max_rms = 1}}\n",
+        "4:11: @norm: expected the name of an output, @norms or @segments, got '@norm'.",
+    ),
     "no profile": (_MODEL + "build = ['rtx']\nprofiles = ['x']\n", "5:13: profiles[0]: expected numbers separated"),
     "order of a profile": (
         _MODEL + "build = ['rtx']\nprofiles = ['a:1,2,3', 'a:1x3,1x2,1x4']\n",
