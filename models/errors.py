@@ -50,6 +50,10 @@ class MismatchError(RmsnormDeployError):
     exit_code = 1
 
 
+# What Python says of a path such as ~name/file where there is no such user.
+_NO_HOME = "Could not determine home directory."
+
+
 def explained(error: BaseException) -> tuple[str, str, int]:
     """Kind, message and exit code of an error that some work ended with.
 
@@ -66,6 +70,8 @@ def explained(error: BaseException) -> tuple[str, str, int]:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return "UsageError", f"{where}{error.strerror}", 2
+    if isinstance(error, RuntimeError) and str(error) == _NO_HOME:
+        return "UsageError", "the home folder that a path with ~ begins with is not known; write the whole path.", 2
     if isinstance(error, MemoryError):
         cause = f" ({error})" if str(error) else ""
         return "UsageError", f"this needs more memory than there is{cause}. Use smaller files or shapes.", 2

@@ -11,12 +11,17 @@ from ...models.errors import UsageError
 from ..runners.base import Array
 
 
-def cells(column: Any, name: str) -> list[Array]:
+class _MissingError(Exception):
+    """A value is missing."""
+
+
+def cells(column: Any, name: str, first: int = 0) -> list[Array]:
     """The value of each row: a number as an array of rank 0, a list of rank 1, a list of lists of rank 2 and so on.
 
     Args:
         column: a chunked array of numbers, or of lists, of lists of lists, of numbers.
         name: of the column, for messages.
+        first: the number of the first row, for messages.
 
     Raises:
         UsageError: a value is missing, is not a number, or has rows of several lengths inside.
@@ -26,7 +31,22 @@ def cells(column: Any, name: str) -> list[Array]:
     whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(whole, pa.ChunkedArray):  # of no chunks, or of too many bytes for one
         whole = pa.concat_arrays(whole.chunks) if whole.num_chunks else pa.array([], whole.type)
-    return _cells(whole, name)
+    try:
+        return _cells(decoded(whole), name)
+    except _MissingError:
+        row = next(number for number, value in enumerate(whole.to_pylist()) if _has_none(value))
+        raise UsageError(f"column {name}: expected a value everywhere, got none in row {first + row}.") from None
+
+
+def decoded(values: Any) -> Any:
+    """An array without a dictionary of its values; as it is, if it has none."""
+    import pyarrow as pa
+
+    return values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
+
+
+def _has_none(value: Any) -> bool:
+    return any(map(_has_none, value)) if isinstance(value, list) else value is None
 
 
 def _cells(whole: Any, name: str) -> list[Array]:
@@ -36,11 +56,11 @@ def _cells(whole: Any, name: str) -> list[Array]:
     kind = whole.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         return list(_numbers(whole, name))
-    _refuse_missing(whole, name)
+    _refuse_missing(whole)
     lengths = pc.list_value_length(whole).to_numpy(zero_copy_only=False).astype(np.int64)
     ends = np.cumsum(lengths)
     places = list(zip((ends - lengths).tolist(), ends.tolist(), strict=True))
-    inner = whole.flatten()
+    inner = decoded(whole.flatten())
     if not pa.types.is_nested(inner.type):
         values = _numbers(inner, name)
         return [values[start:end] for start, end in places]
@@ -54,15 +74,14 @@ def _numbers(whole: Any, name: str) -> Array:
     kind = whole.type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
         raise UsageError(f"column {name}: expected numbers, or lists of numbers, got {kind}.")
-    _refuse_missing(whole, name)
+    _refuse_missing(whole)
     numbers: Array = whole.to_numpy(zero_copy_only=False)
     return numbers
 
 
-def _refuse_missing(whole: Any, name: str) -> None:
+def _refuse_missing(whole: Any) -> None:
     if whole.null_count:
-        place = whole.is_null().index(True).as_py()
-        raise UsageError(f"column {name}: expected a value everywhere, got none at {place}.")
+        raise _MissingError
 
 
 def _joined(items: Sequence[Array], name: str) -> Array:

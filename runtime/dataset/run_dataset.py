@@ -115,6 +115,8 @@ def run_dataset(
     renamed = dict(columns or {})
     texts = renamed.get(TOKENS, TOKENS)
     reader = tokenizer_of(schema, texts, None if tokenizer is None else str(tokenizer), exported)
+    if max_tokens is not None and reader is None:
+        raise UsageError(f"max_tokens: expected a column of texts for {TOKENS}, got none.")
     keep = _checked(
         schema.names, inputs, names, renamed, outputs, str(dataset), str(exported.model), texts if reader else None
     )

@@ -133,7 +133,7 @@ class PartRunner:
         """The outputs of each row, by name."""
         names = {info.name: self.options.columns.get(info.name, info.name) for info in self.inputs}
         given = {
-            name: self._cells(table.column(column), name, column)
+            name: self._cells(table.column(column), name, column, part)
             for name, column in names.items()
             if column in table.column_names
         }
@@ -150,11 +150,15 @@ class PartRunner:
                         of_rows[row] = value
         return results
 
-    def _cells(self, values: Any, name: str, column: str) -> list[Array]:
+    def _cells(self, values: Any, name: str, column: str, part: Part) -> list[Array]:
         """The value of each row of a column."""
-        if name == TOKENS and self.options.tokenizer is not None:
-            return token_cells(values, column, self.tokenizer, self.options.max_tokens)
-        return cells(values, column)
+        tokenizer = self.tokenizer if name == TOKENS and self.options.tokenizer is not None else None
+        try:
+            if tokenizer is not None:
+                return token_cells(values, column, tokenizer, self.options.max_tokens, part.start)
+            return cells(values, column, part.start)
+        except UsageError as error:
+            raise UsageError(f"{part.file}: {error}") from error
 
     def _run(self, given: Mapping[str, Sequence[Array]], rows: Sequence[int], part: Part) -> dict[str, Array]:
         feeds = {name: np.stack([values[row] for row in rows]) for name, values in given.items()}

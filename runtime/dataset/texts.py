@@ -29,9 +29,11 @@ def tokenizer_of(schema: Any, column: str, given: str | None, exported: Exported
     Raises:
         UsageError: the column holds texts and there is no tokenizer, or a tokenizer was given and it does not.
     """
-    if column not in schema.names or not _is_text(schema.field(column).type):
+    kind = schema.field(column).type if column in schema.names else None
+    if kind is None or not _is_text(kind):
         if given is not None:
-            raise UsageError(f"tokenizer: expected texts in a column for {TOKENS}, got no such column {column!r}.")
+            got = f"no column {column!r}" if kind is None else f"{kind} in the column {column!r}"
+            raise UsageError(f"tokenizer: expected texts in a column for {TOKENS}, got {got}.")
         return None
     if given is not None:
         folder = Path(given).expanduser()
@@ -47,10 +49,18 @@ def tokenizer_of(schema: Any, column: str, given: str | None, exported: Exported
 def _is_text(kind: Any) -> bool:
     import pyarrow as pa
 
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind in _views())
 
 
-def token_cells(column: Any, name: str, tokenizer: Tokenizer, most: int | None) -> list[Array]:
+def _views() -> list[Any]:
+    """The type of texts that older versions of pyarrow do not have."""
+    import pyarrow as pa
+
+    return [pa.string_view()] if hasattr(pa, "string_view") else []
+
+
+def token_cells(column: Any, name: str, tokenizer: Tokenizer, most: int | None, first: int = 0) -> list[Array]:
     """The tokens of each text, of rank 1.
 
     Args:
@@ -58,18 +68,19 @@ def token_cells(column: Any, name: str, tokenizer: Tokenizer, most: int | None) 
         name: of the column, for messages.
         tokenizer: with the special tokens that it adds to a text.
         most: the most tokens of a text, the rest of which is cut off; None for all.
+        first: the number of the first row, for messages.
 
     Raises:
         UsageError: a text is missing, or has no tokens.
     """
     found = []
-    for number, text in enumerate(column.to_pylist()):
+    for number, text in enumerate(column.to_pylist(), first):
         if text is None:
-            raise UsageError(f"column {name}: expected a text everywhere, got none at {number}.")
+            raise UsageError(f"column {name}: expected a text everywhere, got none in row {number}.")
         try:
             found.append(np.array(tokenizer.encode(text, most), np.int64))
         except UsageError as error:
-            raise UsageError(f"column {name}: the text at {number}: {error}") from error
+            raise UsageError(f"column {name}: the text in row {number}: {error}") from error
     return found
 
 

@@ -13,7 +13,7 @@ from ...models.errors import EnvironmentMissingError, UsageError
 from ...models.hub.options import hub_keywords, hub_options, without_token
 from ...models.regular_files import read_json
 
-_ADDITION_MODEL = "builtin:addition"
+ADDITION_MODEL = "builtin:addition"
 _FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -66,7 +66,7 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> To
         EnvironmentMissingError: transformers is not installed.
     """
     folder = Path(source).expanduser()
-    if str(source) == _ADDITION_MODEL or _is_addition(folder):
+    if str(source) == ADDITION_MODEL or _is_addition(folder):
         return _AdditionTokenizer()
     if folder.exists() and not has_tokenizer(folder):
         raise UsageError(f"{source} contains no tokenizer ({' or '.join(_FILES)}); name a folder that contains one.")

@@ -4,6 +4,7 @@ recipe_file: `read_recipe`, the recipe and every problem in it, with its place.
 fields: the fields of a recipe, each with its type, default and meaning.
 positions: `Positions`, the line and column of each key and value of a TOML text.
 recipe: `Recipe`, and the `Problem` of a key.
+defaults: `merged`, the models with the defaults that they can have.
 checks: the values of a recipe that no export, validation or package could have.
 combinations: values that exclude each other.
 hashes: `Hashes`, those of the files that a recipe reads, kept between runs.

@@ -19,10 +19,11 @@ from typing import Any, get_args
 from ...export.lowering.attention_table import parse_attention
 from ...export.lowering.table import parse_target
 from ...models.dtypes import norm_dtype
-from ...models.errors import UsageError
+from ...models.errors import UsageError, few
 from ...models.hub.options import is_revision, is_subfolder
 from ..engines.api import RUNNERS, flavor_name
 from ..inputs.arrays import ARRAY_SUFFIXES
+from ..inputs.tokenizer import ADDITION_MODEL
 from ..packaging.api import Server
 from ..packaging.triton import Backend
 from .combinations import together
@@ -31,7 +32,7 @@ from .hashes import HASHES
 from .positions import Path as Keys
 from .recipe import Merged, Problem, refused, scheme_of, suggestion
 from .rows import NEEDS, row_names
-from .sources import Kind, located, source_kind
+from .sources import Kind, home_expanded, located, source_kind
 from .step_options import build_options
 from .steps import FIELDS
 
@@ -50,11 +51,21 @@ def value_problems(models: Sequence[Merged], base: Path, output: Path, wrong: Co
         output: the folder of the results.
         wrong: the paths of fields that have a problem already, and whose values are not looked at.
     """
-    problems = []
     sound = [model._replace(values=_sound(model, wrong)) for model in models]
+    names: dict[Problem, list[str]] = {}
     for model in sound:
-        problems += [*_own_problems(model, base), *together(model, base), *_results_in_source(model, base, output)]
+        shown = repr(model.values.get("name", f"[[model]] {int(model.header[1]) + 1}"))
+        for problem in (*_own_problems(model, base), *together(model, base), *_results_in_source(model, base, output)):
+            names.setdefault(problem, []).append(shown)
+    problems = [_of_some(problem, models, len(sound)) for problem, models in names.items()]
     return [*problems, *_same_names([model for model in sound if "name" in model.values])]
+
+
+def _of_some(problem: Problem, names: Sequence[str], count: int) -> Problem:
+    """A problem that says which models have it, where it is one of the defaults with some of the models."""
+    if problem.path[0] != "defaults" or len(names) == count:
+        return problem
+    return problem._replace(text=f"for the model {few(names)}: {problem.text}")
 
 
 def _sound(model: Merged, wrong: Collection[Keys]) -> dict[str, Any]:
@@ -70,6 +81,7 @@ def _own_problems(model: Merged, base: Path) -> Iterator[Problem]:
         yield Problem(model.at("name"), f"{expected}, got {values['name'][:110]!r}")
     yield from _source(model, base)
     yield from _against(model, base)
+    yield from _tokenizer(model, base)
     yield from _of_hub(model, base)
     yield from _inputs(model, base)
     for key, check in _LISTS.items():
@@ -128,6 +140,14 @@ def _against(model: Merged, base: Path) -> Iterator[Problem]:
         yield Problem(model.at("against"), f"expected {what}, got {source!r}, searched for in {base.absolute()}")
 
 
+def _tokenizer(model: Merged, base: Path) -> Iterator[Problem]:
+    given = model.values.get("tokenizer")
+    if given is None or given == ADDITION_MODEL or source_kind(given, base) in ("folder", "hub"):
+        return
+    what = "an existing folder with a tokenizer, or a hub name (owner/model)"
+    yield Problem(model.at("tokenizer"), f"expected {what}, got {given!r}, searched for in {base.absolute()}")
+
+
 def _of_hub(model: Merged, base: Path) -> Iterator[Problem]:
     """Problems of what only a model with a hub name has."""
     source = model.values.get("against", model.values.get("source"))
@@ -145,18 +165,25 @@ def _of_hub(model: Merged, base: Path) -> Iterator[Problem]:
 
 
 def _results_in_source(model: Merged, base: Path, output: Path) -> Iterator[Problem]:
-    """A source in which results would be written, so that it would never be the same again."""
-    source = model.values.get("source")
-    if source is None or "name" not in model.values or source_kind(source, base) != "folder":
+    """What is read, and where results would be written, so that it would never be the same again."""
+    if "name" not in model.values:
         return
-    place = Path(os.path.realpath(located(source, base)))
-    for name in row_names(model.values):
-        folder = Path(os.path.realpath(output / name))
-        if place == folder or place in folder.parents:
-            yield Problem(
-                model.at("source"), f"expected a folder without the results, got {source!r}, which holds {folder}"
-            )
-            return
+    folders = [Path(os.path.realpath(output / name)) for name in row_names(model.values)]
+    for key in ("source", "against", "test_inputs", "tokenizer"):
+        given = model.values.get(key)
+        kind = None if given is None else source_kind(given, base)
+        if given is None or kind not in ("folder", "onnx"):
+            continue
+        place = Path(os.path.realpath(located(given, base)))
+        for folder in folders:
+            if kind == "folder" and (place == folder or place in folder.parents):
+                text = f"expected a folder without the results, got {given!r}, which holds {folder}"
+            elif folder in place.parents and not (kind == "onnx" and place.parent == folder):
+                text = f"expected a place outside of the results, got {given!r}, which is in {folder}"
+            else:
+                continue
+            yield Problem(model.at(key), text)
+            break
 
 
 def _inputs(model: Merged, base: Path) -> Iterator[Problem]:
@@ -168,7 +195,7 @@ def _inputs(model: Merged, base: Path) -> Iterator[Problem]:
         given = model.values.get(key)
         if given is None or source_kind(given, base) in kinds:
             continue
-        path = base / Path(given).expanduser()
+        path = base / home_expanded(given)
         if path.suffix in ARRAY_SUFFIXES:
             yield Problem(model.at(key), f"expected a file, got none at {path.absolute()}")
         else:
@@ -180,7 +207,7 @@ def _list(model: Merged, key: str, check: Callable[[str], str]) -> Iterator[Prob
     if key not in model.values:
         return
     given, place = model.values[key], model.at(key)
-    if not given and key not in ("package", "build", "reports"):
+    if not given and key in ("targets", "runners"):
         yield Problem(place, "expected at least one, got none; omit the key for the default")
     names = []
     for number, text in enumerate(given):
@@ -195,6 +222,13 @@ def _server(text: str) -> str:
     from ..packaging.api import check_server
 
     check_server(text)
+    return text
+
+
+def _profile(text: str) -> str:
+    from ..tensorrt.profiles import parse_profile
+
+    parse_profile(text)
     return text
 
 
@@ -221,7 +255,7 @@ def _provider(text: str) -> None:
 # The check of each element of a list, and the values of a field that has one of a few.
 _LISTS: Mapping[str, Callable[[str], str]] = {
     "targets": parse_target, "dtypes": norm_dtype, "build": flavor_name, "runners": _one_of(RUNNERS),
-    "package": _server, "reports": _one_of(REPORTS),
+    "profiles": _profile, "package": _server, "reports": _one_of(REPORTS),
 }  # fmt: skip
 _CHOICES: Mapping[str, Sequence[str]] = {"backend": get_args(Backend)}
 

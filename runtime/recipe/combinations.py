@@ -12,16 +12,14 @@ from ...export.lowering.plugin_functions import plugin_style
 from ...export.lowering.table import DEFAULT_TARGET, opset_for, parse_target
 from ...models.dtypes import norm_dtype
 from ...models.errors import RmsnormDeployError
-from ..accuracy.tolerances import Limits
+from ..accuracy.tolerances import PARTS, Limits
 from ..engines.api import FLAVORS, RUNTIMES, flavor_name
+from .defaults import EXPORTS_ONLY, WEIGHTS
 from .recipe import Merged, Problem, refused, scheme_of
 from .rows import is_validated
 from .sources import source_kind
 from .step_options import validation_options
 from .steps import FIELDS, TRITON
-
-_EXPORTS_ONLY = ("dtypes", "with_past", "quantize", "static")
-_WEIGHTS = {True: ("copy", "link"), False: ("link", "copy", "pack")}
 
 
 def together(model: Merged, base: Path) -> Iterator[Problem]:
@@ -32,8 +30,10 @@ def together(model: Merged, base: Path) -> Iterator[Problem]:
         base: the folder that paths are relative to.
     """
     source = model.values.get("source")
-    is_onnx = source is not None and source_kind(source, base) == "onnx"
-    yield from _of_source(model, is_onnx)
+    kind = None if source is None else source_kind(source, base)
+    is_onnx = kind == "onnx"
+    if kind != "missing":
+        yield from _of_source(model, is_onnx)
     yield from _of_file(model, is_onnx)
     yield from _of_engines(model)
     yield from _of_validation(model, is_onnx)
@@ -47,14 +47,14 @@ def _of_source(model: Merged, is_onnx: bool) -> Iterator[Problem]:
         if "against" in values:
             yield Problem(model.at("against"), f"expected a source that is an .onnx file, got {values.get('source')!r}")
     else:
-        for key in _EXPORTS_ONLY:
+        for key in EXPORTS_ONLY:
             if values.get(key):
                 what = "an .onnx file keeps what it has: expected none for such a source"
                 yield Problem(model.at(key), f"{what}, got {values[key]!r}")
         if values.get("validate") and "against" not in values:
             what = "an .onnx file is compared with PyTorch where against names the model: expected against"
             yield Problem(model.at("validate"), f"{what}, got none. The rewriting compares it before and after")
-    allowed = _WEIGHTS[is_onnx]
+    allowed = WEIGHTS[is_onnx]
     if "weights" in values and values["weights"] not in allowed:
         yield Problem(model.at("weights"), f"expected one of {', '.join(allowed)}, got {values['weights']!r}")
 
@@ -118,6 +118,11 @@ def _of_validation(model: Merged, is_onnx: bool) -> Iterator[Problem]:
         if name in RUNTIMES and name not in values.get("build", ()):
             yield Problem(model.at("runners"), f'expected build = ["{name}"] for the runner {name}, got none')
     found = [
+        Problem((*model.at("limits"), name), f"expected the name of an output, {' or '.join(PARTS)}, got {name!r}")
+        for name in values.get("limits", {})
+        if name.startswith("@") and name not in PARTS
+    ]
+    found += [
         problem
         for name, kinds in values.get("limits", {}).items()
         for kind, limit in kinds.items()
@@ -138,6 +143,7 @@ def _inputs_twice(model: Merged) -> Iterator[Problem]:
     """Several sources of the inputs of the comparison, of which only one can be used."""
     values = model.values
     given = [key for key in ("test_inputs", "prompts", "shapes") if values.get(key)]
+    yield from _without_effect(model, ("tokenizer",), "prompts", has_effect="prompts" in given)
     if {"test_inputs", "prompts"} <= set(given):
         yield Problem(model.at("test_inputs"), "expected only one of test_inputs and prompts, got both")
     if values.get("thorough") and given:

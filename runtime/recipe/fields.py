@@ -102,6 +102,7 @@ class ComparisonFields(_Fields):
     limits: dict[str, LimitFields] | None = _field({}, "explicit limits by output", {"logits": {"max_kl": 1e-3}})  # type: ignore[valid-type]
     test_inputs: str | None = _field(None, ".npz, .safetensors, a folder of them, or file.py:function", "tests.npz")
     prompts: list[str] | None = _field([], "texts to tokenize as inputs", ["Once upon a time"])
+    tokenizer: str | None = _field(None, "of the prompts, a folder or a hub name; the model's if omitted", "./model")
     shapes: list[str] | None = _field([], "batch and length of generated inputs", ["3x33"])
     seed: int | None = _field(0, "seed of generated inputs")
     thorough: bool | None = _field(False, "try generated inputs that take long too")

@@ -75,7 +75,7 @@ def refused(place: Keys, check: Callable[[], Any], remedy: str = "") -> Iterator
         return
     except RmsnormDeployError as error:
         first = re.split(r"\. |; |\.$", str(error))[0] if remedy else str(error)
-        text = re.sub(r"^[a-z_]+: ", "", first)  # the name of the option
+        text = re.sub(r"^[a-z_0-9]+: ", "", first)  # the name of the option
         yield Problem(place, text + (f". {remedy}" if remedy else ""))
 
 

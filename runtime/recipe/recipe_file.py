@@ -15,13 +15,17 @@ from ...models.errors import UsageError
 from ...models.hub.options import TOKEN_VARIABLE
 from ...models.regular_files import read_bytes
 from .checks import value_problems
+from .defaults import merged
 from .fields import LimitFields, ModelFields, RecipeFields, Settings, names_of
 from .positions import Path as Keys
 from .positions import Position, Positions
-from .recipe import Merged, Problem, Recipe, suggestion
+from .recipe import Problem, Recipe, suggestion
+from .sources import home_expanded
 
 RECIPE = "rmsnorm.toml"
 _LARGEST = 16 << 20
+# What TOML calls the types that pydantic expects.
+_AS_TOML = dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "Input should be a table")
 _PLACE = re.compile(r" \(at line (\d+), column (\d+)\)$")
 
 
@@ -53,32 +57,23 @@ def parse_recipe(text: str, path: Path) -> Recipe:
         text: the text.
         path: its file, for messages, and whose folder relative paths are relative to.
     """
+    text = text.removeprefix("\ufeff")  # a mark with which some editors begin a file
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(_syntax_problem(path, text, error)) from error
     problems = _field_problems(content)
     wrong = {problem.path[: 3 if problem.path[0] == "model" else 2] for problem in problems}
-    models = _merged(content)
+    models = merged(content, path.parent)
     given = content.get("output", RecipeFields.model_fields["output"].default)
-    output = Path(path.parent, Path(given if isinstance(given, str) else "").expanduser()).absolute()
+    if isinstance(given, str) and "\0" in given:
+        problems.append(Problem(("output",), f"expected a path without NUL characters, got {given!r}"))
+        given = ""
+    output = Path(path.parent, home_expanded(given if isinstance(given, str) else "")).absolute()
     problems += value_problems(models, path.parent, output, wrong)
     if problems:
         raise UsageError(_listed(path, Positions.of(text), problems))
     return Recipe(path, output, tuple(model.values for model in models))
-
-
-def _merged(content: Mapping[str, Any]) -> list[Merged]:
-    defaults, models = content.get("defaults", {}), content.get("model", [])
-    defaults = defaults if isinstance(defaults, dict) else {}
-    found = []
-    for number, model in enumerate(models if isinstance(models, list) else []):
-        if isinstance(model, dict):
-            header = ("model", number)
-            places: dict[str, Keys] = {key: ("defaults", key) for key in defaults}
-            places |= {key: (*header, key) for key in model}
-            found.append(Merged({**defaults, **model}, places, header))
-    return found
 
 
 def _field_problems(content: Mapping[str, Any]) -> list[Problem]:
@@ -100,9 +95,9 @@ def _problem(row: Mapping[str, Any]) -> Problem:
     if row["type"] == "missing":
         what = "at least one [[model]]" if path == ("model",) else "a value"
         return Problem(path, f"expected {what}, got none")
-    if row["type"] in ("model_type", "model_attributes_type"):
-        row = {**row, "msg": "Input should be a table"}
-    return Problem(path, field_problem(row))
+    if path == ("model",) and isinstance(row["input"], dict):
+        return Problem(path, "expected [[model]], of which there may be several, got one table, [model]")
+    return Problem(path, field_problem({**row, "msg": _AS_TOML.get(row["type"], row["msg"])}))
 
 
 def _fields_of(table: Keys) -> list[str]:

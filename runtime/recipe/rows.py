@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 NEEDS = ("cpus", "gpus", "memory")
+# The fields that may name files, which count by their content.
+_NAMING_FILES = ("source", "against", "inputs", "test_inputs", "tokenizer")
 # The fields of a model that its rows do not have under the same name.
-_NAMING_FILES = ("source", "against", "inputs", "test_inputs")
 _OF_MODELS = ("targets", "dtypes", "validate", *NEEDS)
 
 
@@ -106,6 +107,7 @@ def _row(
         "target": parse_target(target),
         "dtype": None if dtype is None else norm_dtype(dtype),
         "attention": options["attention"] or ("decomposed" if is_onnx else "node"),
+        "weights": options["weights"] or ("copy" if is_onnx else None),
         "runners": runners_of(model, is_onnx=is_onnx),
         "must_be_proven": is_onnx and "against" not in model and model.get("validate") is not False,
     }

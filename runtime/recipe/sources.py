@@ -43,17 +43,20 @@ def source_kind(source: str, base: Path) -> Kind:
     """
     name, colon, _ = source.rpartition(":")
     place = _place(source, base)
+    if "\0" in source:
+        return "missing"
     if colon and name == "builtin":
         return "builtin"
-    if source and place.is_dir():
+    # functions of os.path say False of a path that no system can have, such as one that is too long
+    if source and os.path.isdir(place):
         return "folder"
     if place.suffix in (".onnx", *ARRAY_SUFFIXES):
-        return "missing" if not place.is_file() else "onnx" if place.suffix == ".onnx" else "arrays"
+        return "missing" if not os.path.isfile(place) else "onnx" if place.suffix == ".onnx" else "arrays"
     if colon and name.endswith(".py"):
-        return "file" if _place(name, base).is_file() else "missing"
+        return "file" if os.path.isfile(_place(name, base)) else "missing"
     if colon and name:
         return "module"
-    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or not source or place.exists()
+    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or not source or os.path.exists(place)
     return "missing" if is_path else "hub"
 
 
@@ -130,4 +133,9 @@ def _file_in_folder(path: Path, hashes: Hashes) -> str:
 
 
 def _place(path: str, base: Path) -> Path:
-    return Path(os.path.abspath(base / Path(path).expanduser()))
+    return Path(os.path.abspath(base / home_expanded(path)))
+
+
+def home_expanded(path: str) -> Path:
+    """A path with the home folder in place of `~`; as it is, where that of a user is not known."""
+    return Path(os.path.expanduser(path))

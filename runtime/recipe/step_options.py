@@ -42,7 +42,8 @@ def validation_options(values: Mapping[str, Any], runner: str = ORT) -> Validati
     """
     from ..validation.options import ValidationOptions, parse_shapes
 
-    names = ("lossy", "seed", "thorough", "outputs_only", "prompts", *(("provider",) if runner == ORT else ()))
+    of_ort = ("provider",) if runner == ORT else ()
+    names = ("lossy", "seed", "thorough", "outputs_only", "prompts", "tokenizer", *of_ort)
     given = {name: values[name] for name in names if values.get(name) is not None}
     return ValidationOptions(
         inputs=values.get("test_inputs"),

@@ -29,8 +29,8 @@ FIELDS: Final[dict[Kind, tuple[str, ...]]] = {
         "memory_limit",
     ),
     "validate": (
-        "against", "lossy", "limits", "test_inputs", "prompts", "shapes", "seed", "thorough", "outputs_only", "reports",
-        *_LOADING,
+        "against", "lossy", "limits", "test_inputs", "prompts", "tokenizer", "shapes", "seed", "thorough",
+        "outputs_only", "reports", *_LOADING,
     ),
     "package": (),
 }  # fmt: skip

@@ -167,6 +167,8 @@ def _problem(folder: Path, step: Step, done: DoneStep) -> str:
     try:
         if step["kind"] == VALIDATE:
             return _report_problem(folder / report_name(step["subject"]), done)
+        if not place.is_dir():
+            return f"{place.name} is missing"
         if step["kind"] == BUILD:
             return _engine_problem(place / ENGINE)
         broken = [file for file in verify_folder(place) if file.problem is not None]
@@ -182,7 +184,7 @@ def _report_problem(path: Path, done: DoneStep) -> str:
 
 
 def _engine_problem(path: Path) -> str:
-    record, shown = read_engine_record(path), f"{path.parent.name}/{path.name}"
+    record, place = read_engine_record(path), path.parent.name
     if record is None or not path.is_file():
-        return f"{shown if record is not None else record_of(path).name} is missing"
-    return "" if sha256(path) == record["sha256"] else f"{shown} was changed"
+        return f"{place}/{path.name if record is not None else record_of(path).name} is missing"
+    return "" if sha256(path) == record["sha256"] else f"{place}/{path.name} was changed"

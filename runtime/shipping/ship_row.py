@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -14,10 +15,16 @@ from ...models.checkpoint_keys import allowing_missing
 from ...models.errors import explained
 from ...models.hub.options import hub_options, showing_downloads, using_hub
 from ...models.weights.checkpoint import allowing_pickles
+from ..recipe.fields import Settings, names_of
+from ..recipe.steps import VALIDATE
 from .row_record import DoneStep, RowRecord, RowState, examine
 from .steps import STEPS, Progress, Result
 
 Step = Mapping[str, Any]
+_OPTION = re.compile(r"--[a-z][a-z0-9-]*")
+# Fields whose options have other names than theirs, or those in the singular.
+_UNLIKE = {"arch": "architectures", "for": "package"}
+_COMMAND = re.compile(r"\brmsnorm [a-z]+ [^()]*")
 # From the worst to the best: a mismatch is worse than what could not be tried.
 _WORST = (70, 1, 2, 4, 3, 0)
 
@@ -143,4 +150,22 @@ def not_run(step: Step) -> Result:
 
 def _failed(step: Step, error: BaseException, seconds: float) -> Result:
     kind, message, code = explained(error)
-    return step_result(step, "failed", seconds, error={"kind": kind, "message": message, "exit_code": code})
+    return step_result(
+        step,
+        "failed",
+        seconds,
+        error={"kind": kind, "message": f"{message}{_fields_in(message, step['kind'])}", "exit_code": code},
+    )
+
+
+def _fields_in(message: str, kind: str) -> str:
+    """What the options of the command line in a message are called in a recipe; not those of a whole command."""
+    known = names_of(Settings)
+    fields = {}
+    for option in dict.fromkeys(_OPTION.findall(_COMMAND.sub("", message))):
+        name = option.removeprefix("--").replace("-", "_")
+        own = "test_inputs" if kind == VALIDATE and name == "inputs" else name
+        found = next((field for field in (own, f"{own}s", _UNLIKE.get(own)) if field in known), None)
+        if found is not None:
+            fields[option] = found
+    return f" In a recipe, {' and '.join(f'{option} is {field}' for option, field in fields.items())}." * bool(fields)

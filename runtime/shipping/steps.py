@@ -10,7 +10,14 @@ from typing import Any, Final
 
 from ...export.onnx_io.atomic_files import new_file
 from ...export.onnx_io.owned_files import is_own_report, sha256
-from ...models.errors import EnvironmentMissingError, MismatchError, RmsnormDeployError, UnsupportedError, few
+from ...models.errors import (
+    EnvironmentMissingError,
+    MismatchError,
+    RmsnormDeployError,
+    UnsupportedError,
+    UsageError,
+    few,
+)
 from ..engines.api import ORT
 from ..recipe.step_options import build_options, validation_options
 from ..recipe.steps import BUILD, EXPORT, PACKAGE, REWRITE, TRITON, VALIDATE, kind_of, subject_of
@@ -65,7 +72,7 @@ def _rewrite(row: Row, step: Step, progress: Progress) -> Result:
         opset=row["opset"],
         function=row["function"] or not of_plugin,
         ort_trt=row["ort_trt"] and of_plugin,
-        weights=row["weights"] or "copy",
+        weights=row["weights"],
         attention=row["attention"],
         inputs=None if row["inputs"] is None else read_arrays(Path(row["inputs"])),
         progress=progress,
@@ -86,8 +93,10 @@ def _rewrite(row: Row, step: Step, progress: Progress) -> Result:
 
 
 def _left(manifest: Mapping[str, Any]) -> list[str]:
-    """That norms of the file were not rewritten."""
+    """That norms of the file were not rewritten, or that it has none."""
     refusals = manifest.get("refusals") or []
+    if not refusals and not manifest.get("sites"):
+        return ["no norm was rewritten: expected RMSNorms in the file, got none"]
     if not refusals:
         return []
     first = refusals[0]
@@ -112,6 +121,8 @@ def _build(row: Row, step: Step, progress: Progress) -> Result:
         raise UnsupportedError(
             f"{folder / MODEL}: expected one model, got several: {', '.join(parts)}. Build each with rmsnorm build."
         )
+    if place.exists() and not place.is_dir():
+        raise UsageError(f"{place} exists and is not a folder; move it away, and ship again.")
     place.mkdir(exist_ok=True)
     engine = build_engine(
         folder / MODEL,

@@ -14,6 +14,8 @@ NormChoice = Literal["auto", "plugin", "native"]
 PluginChoice = Literal["auto", "library", "python"]
 NORM_CHOICES: tuple[NormChoice, ...] = get_args(NormChoice)
 PLUGIN_CHOICES: tuple[PluginChoice, ...] = get_args(PluginChoice)
+# TensorRT takes the number of bytes as a signed integer of 64 bits.
+_MOST_MIB = (1 << 43) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,8 @@ class BuildOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name}: expected at least 1 MiB, got {value}.")
+            if value is not None and value > _MOST_MIB:
+                raise UsageError(f"{name}: expected at most {_MOST_MIB} MiB, got {value}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON values, with lists in place of tuples."""

@@ -184,14 +184,16 @@ def _range_of(dim: int | str | None, ranges: Mapping[str, Range]) -> Range:
     return ranges[str(dim)]
 
 
-def _parse(text: str, inputs: Sequence[InputDims]) -> dict[str, Range]:
-    """Ranges by name, from parts that are separated by semicolons or spaces."""
-    by_name = {given.name: given for given in inputs}
-    names = {dim for given in inputs for dim in given.dims if isinstance(dim, str)}
-    ranges: dict[str, Range] = {}
+def parse_profile(text: str) -> list[tuple[str, str, list[Shape]]]:
+    """The parts of a profile's text: each part, the name in it, and its three shapes.
+
+    Raises:
+        UsageError: it does not have this form, or a shape is smaller than the one before.
+    """
     parts = [part for part in re.split(r"[;\s]+", text.strip()) if part]
     if not parts:
         raise UsageError("expected NAME:SMALLEST,USUAL,LARGEST, got nothing.")
+    found = []
     for part in parts:
         name, colon, values = part.rpartition(":")
         shapes = [_numbers(shape, part) for shape in values.split(",")]
@@ -199,6 +201,18 @@ def _parse(text: str, inputs: Sequence[InputDims]) -> dict[str, Range]:
             raise UsageError(
                 f"expected NAME:SMALLEST,USUAL,LARGEST, such as input_ids:1x1,4x512,16x4096, got {part!r}."
             )
+        for sizes in zip(*shapes, strict=False):  # shapes of several lengths are named with the input's dims
+            Range(*sizes)
+        found.append((part, name, shapes))
+    return found
+
+
+def _parse(text: str, inputs: Sequence[InputDims]) -> dict[str, Range]:
+    """Ranges by name, from parts that are separated by semicolons or spaces."""
+    by_name = {given.name: given for given in inputs}
+    names = {dim for given in inputs for dim in given.dims if isinstance(dim, str)}
+    ranges: dict[str, Range] = {}
+    for part, name, shapes in parse_profile(text):
         if name in by_name:
             found = _ranges_of_input(by_name[name], shapes, part)
         elif name in names:

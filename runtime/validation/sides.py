@@ -23,7 +23,7 @@ from ..inputs.cases import PER_TOKEN, factory_arrays, inputs_of, load_cases, mad
 from ..inputs.derived import FACTORY_CASE, derived_cases, factory_case
 from ..inputs.exported import Exported, open_exported
 from ..inputs.plan import Plan, plan_cases
-from ..inputs.tokenizer import has_tokenizer
+from ..inputs.tokenizer import ADDITION_MODEL, has_tokenizer
 from ..runners.base import Runner, TensorInfo
 from .candidate import Candidate, candidate_of
 from .options import ValidationOptions
@@ -292,7 +292,10 @@ def _tokenizer(sides: Sides, options: ValidationOptions) -> str:
         return options.tokenizer
     if sides.folder is not None and has_tokenizer(sides.folder):
         return str(sides.folder)
-    source = sides.against or str(getattr(sides.model, "name_or_path", ""))
+    against = sides.against or ""
+    is_factory = ":" in against and against != ADDITION_MODEL and not Path(against).expanduser().exists()
+    source = "" if is_factory else against
+    source = source or str(getattr(sides.model, "name_or_path", ""))
     if not source:
         raise UsageError(
             "prompts require a tokenizer, and neither the candidate nor the PyTorch model has one; name it "

@@ -393,3 +393,9 @@ def test_a_reader_that_closes_the_pipe_is_not_an_error() -> None:
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(timeout=60) == 141
+
+
+def test_a_home_folder_that_is_not_known(rmsnorm: CommandLine) -> None:
+    outcome = rmsnorm("export", "~no-such-user/model", "-o", "out")
+    assert (outcome.code, "a bug" in outcome.err) == (2, False)
+    assert "write the whole path" in outcome.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_an_engine_is_built_and_built_again_if_it_changed(rmsnorm: CommandLine, 
     assert "rtx was changed since it was written; it was kept as rtx.changed-1" in notes
     assert (engine.parent.with_name("rtx.changed-1") / "model.engine").read_bytes() == content[:-1]
     (engine.parent / "model.engine.json").unlink()
-    assert _plan(rmsnorm, recipe, text) == "net: build:rtx (model.engine.json is missing)"
+    assert _plan(rmsnorm, recipe, text) == "net: build:rtx (rtx/model.engine.json is missing)"
 
 
 def test_without_a_gpu_an_engine_is_not_compared_and_the_rest_is_done(rmsnorm: CommandLine, recipe: Path) -> None:
@@ -164,3 +165,46 @@ def test_a_rewriting_that_is_not_proven_is_not_a_pass(rmsnorm: CommandLine, reci
     code, steps, notes = _ship(rmsnorm, recipe, text + "validate = false\n")
     assert (code, [status for status, _ in steps.values()]) == (0, ["done", "done"])
     assert any(note.startswith("the rewriting is unproven: ") for note in notes)
+
+
+def test_a_file_where_an_engine_would_be_is_kept(rmsnorm: CommandLine, recipe: Path) -> None:
+    _given(recipe)
+    place = recipe.parent / "dist" / "given" / "rtx"
+    place.parent.mkdir(parents=True)
+    place.write_text("mine")
+    text = '[[model]]\nname = "given"\nsource = "given.onnx"\nbuild = ["rtx"]\narchitectures = ["sm_89"]\n'
+    code, steps, _ = _ship(rmsnorm, recipe, text)
+    assert (code, place.read_text()) == (2, "mine")
+    assert steps["build:rtx"][1]["message"].endswith("rtx exists and is not a folder; move it away, and ship again.")
+
+
+def test_prompts_are_read_with_the_tokenizer_that_the_recipe_names(rmsnorm: CommandLine, recipe: Path) -> None:
+    _given(recipe)
+    text = f'{_FILE.replace(chr(34) + "ort-server" + chr(34), "")}prompts = ["1+1"]\n'
+    code, steps, _ = _ship(rmsnorm, recipe, text)
+    assert (code, steps["validate"][0]) == (2, "failed")
+    assert (
+        "prompts require a tokenizer, and neither the candidate nor the PyTorch model has one"
+        in (steps["validate"][1]["message"])
+    )
+    assert "In a recipe, --tokenizer is tokenizer." in steps["validate"][1]["message"]
+    code, steps, _ = _ship(rmsnorm, recipe, f'{text}tokenizer = "builtin:addition"\n')
+    assert (code, [status for status, _ in steps.values()]) == (0, ["unchanged", "done"])
+
+
+def test_a_file_without_norms_says_so(rmsnorm: CommandLine, recipe: Path) -> None:
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 4]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "plain", [x], [y])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(model, recipe.parent / "given.onnx")
+    code, _, notes = _ship(rmsnorm, recipe, '[[model]]\nname = "given"\nsource = "given.onnx"\n')
+    assert (code, notes[0]) == (0, "no norm was rewritten: expected RMSNorms in the file, got none")
+
+
+def test_a_folder_that_is_gone_is_made_again(rmsnorm: CommandLine, recipe: Path) -> None:
+    _given(recipe)
+    text = '[[model]]\nname = "given"\nsource = "given.onnx"\n'
+    assert _ship(rmsnorm, recipe, text)[0] == 0
+    shutil.rmtree(recipe.parent / "dist" / "given" / "model")
+    assert _plan(rmsnorm, recipe, text) == "given: rewrite (model is missing)"
+    assert _ship(rmsnorm, recipe, text)[0] == 0

@@ -146,8 +146,8 @@ def test_results_of_another_run_stay(change: str, exported: Path, data: Path, tm
     [
         ({"tokens": [[1, 2]]}, {}, r"expected the columns input_ids, got tokens.*--column INPUT=COLUMN"),
         ({"input_ids": [["a"]]}, {}, r"column input_ids: expected numbers, or lists of numbers, got string"),
-        ({"input_ids": [[1], None]}, {}, r"column input_ids: expected a value everywhere, got none at 1"),
-        ({"input_ids": [[1], [2, None]]}, {}, r"column input_ids: expected a value everywhere, got none at 2"),
+        ({"input_ids": [[1], None]}, {}, r"column input_ids: expected a value everywhere, got none in row 1"),
+        ({"input_ids": [[1], [2, None]]}, {}, r"column input_ids: expected a value everywhere, got none in row 1"),
         ({"input_ids": [[[1], []], []]}, {}, r"expected the lists of a row to have one length, got \[0\] and \[1\]"),
         ({"input_ids": [[[1]], []]}, {}, r"expected lists of lists with elements, got an empty one"),
         ({"input_ids": [[[1], [2, 3]]]}, {}, r"expected the lists of a row to have one length, got \[1\] and \[2\]"),

@@ -73,14 +73,14 @@ def test_what_cannot_be_read(exported: tuple[Any, Path], tmp_path: Path) -> None
     _, folder = exported
     ask: dict[str, Any] = {"columns": {"input_ids": "text"}}
     for text, message in (
-        (None, r"column text: expected a text everywhere, got none at 1"),
-        ("", r"column text: the text at 1: the prompt is empty"),
+        (None, r"column text: expected a text everywhere, got none in row 1"),
+        ("", r"column text: the text in row 1: the prompt is empty"),
     ):
         with pytest.raises(UsageError, match=message):
             run_dataset(folder, _data(tmp_path, ["a", text]), tmp_path / "out", **ask)
     data = _data(tmp_path, ["a"])
     with pytest.raises(
-        UsageError, match="tokenizer: expected texts in a column for input_ids, got no such column 'id'"
+        UsageError, match="tokenizer: expected texts in a column for input_ids, got int64 in the column 'id'"
     ):
         run_dataset(folder, data, tmp_path / "ids", columns={"input_ids": "id"}, tokenizer=folder)
     for path in folder.glob("model*"):
@@ -89,6 +89,35 @@ def test_what_cannot_be_read(exported: tuple[Any, Path], tmp_path: Path) -> None
     with pytest.raises(UsageError, match=r"expected a tokenizer for its texts, got none in .*alone\.onnx"):
         run_dataset(tmp_path / "alone.onnx", data, tmp_path / "out2", **ask)
     assert run_dataset(tmp_path / "alone.onnx", data, tmp_path / "out2", tokenizer=folder, **ask).rows == 1
+
+
+@pytest.mark.parametrize("kind", ["large", "dictionary", "dictionary of large", "view"])
+def test_every_kind_of_text(kind: str, exported: tuple[Any, Path], tmp_path: Path) -> None:
+    _, folder = exported
+    column = pa.array(TEXTS, pa.large_string() if "large" in kind else pa.string())
+    if kind == "view":
+        column = column.cast(pa.string_view())
+    if kind.startswith("dictionary"):
+        column = column.dictionary_encode()
+    pq.write_table(pa.table({"text": column}), tmp_path / "kind.parquet")
+    plain = _data(tmp_path, list(TEXTS))
+    ask: dict[str, Any] = {"columns": {"input_ids": "text"}, "outputs": ["logits"]}
+    run_dataset(folder, tmp_path / "kind.parquet", tmp_path / "out", **ask)
+    run_dataset(folder, plain, tmp_path / "plain", **ask)
+    found, wanted = (pq.read_table(tmp_path / name) for name in ("out", "plain"))
+    assert found.column("logits").to_pylist() == wanted.column("logits").to_pylist()
+    assert found.column("text").to_pylist() == TEXTS
+
+
+def test_a_row_that_cannot_be_read_is_named_by_its_number_in_the_file(
+    exported: tuple[Any, Path], tmp_path: Path
+) -> None:
+    _, folder = exported
+    data = _data(tmp_path, ["a", "b", "hello", ""])
+    with pytest.raises(UsageError, match=r"data\.parquet: column text: the text in row 3: "):
+        run_dataset(folder, data, tmp_path / "out", columns={"input_ids": "text"}, rows=2)
+    with pytest.raises(UsageError, match="max_tokens: expected a column of texts for input_ids, got none"):
+        run_dataset(folder, data, tmp_path / "ids", columns={"input_ids": "id"}, max_tokens=2)
 
 
 def test_inputs_that_follow_from_tokens() -> None:

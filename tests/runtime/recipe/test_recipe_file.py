@@ -20,6 +20,8 @@ def path(tmp_path: Path) -> Path:
     (tmp_path / "folder").mkdir()
     (tmp_path / "inputs.npz").write_bytes(b"")
     (tmp_path / "net.onnx").write_bytes(b"")
+    (tmp_path / "a" / "model").mkdir(parents=True)
+    (tmp_path / "a" / "model" / "net.onnx").write_bytes(b"")
     return tmp_path / "rmsnorm.toml"
 
 
@@ -30,7 +32,52 @@ _MISTAKES = {
     "twice": ("output = 'a'\noutput = 'b'\n", "2:13: expected TOML, got: cannot overwrite a value."),
     "empty": ("", "1:1: model: expected at least one [[model]], got none."),
     "no models": ("model = []\n", "1:1: model: expected at least one [[model]], got none."),
-    "one table": ('[model]\nname = "a"\n', "1:1: model: expected a valid list, got {'name': 'a'}."),
+    "one table": ('[model]\nname = "a"\n', "1:1: model: expected [[model]], of which there may be several"),
+    "a mark before it": ("\ufeffopst = 1\n" + _MODEL, "1:1: opst: unknown key"),
+    "no table of limits": (_MODEL + "limits = 1\n", "4:1: limits: expected a table, got 1."),
+    "NUL in the output": (
+        "output = 'a\\u0000'\n".replace("'", '"') + _MODEL.replace("builtin:small", "folder"),
+        "1:1: output: expected a path",
+    ),
+    "NUL in a source": (_MODEL.replace("builtin:small", "a\\u0000"), "3:1: source: expected an existing folder"),
+    "unknown home": (_MODEL.replace("builtin:small", "~nobody/a"), "3:1: source: expected an existing folder"),
+    "unknown home of inputs": (_MODEL + "inputs = '~nobody/a.npz'\n", "4:1: inputs: expected a file, got none at"),
+    "a long path": (_MODEL + f"inputs = '{'a' * 5000}.npz'\n", "4:1: inputs: expected a file, got none at"),
+    "no file to compare": (
+        _ONNX.replace("net.onnx", "none.onnx") + "against = 'models.py:net'\n",
+        "3:1: source: expected an existing folder",
+    ),
+    "no tokenizer": (
+        _MODEL + "prompts = ['a']\ntokenizer = 'models.py:net'\n",
+        "5:1: tokenizer: expected an existing folder with",
+    ),
+    "a tokenizer without prompts": (_MODEL + "tokenizer = 'owner/name'\n", "4:1: tokenizer: expected prompts, without"),
+    "a file among the results": (
+        "output = ''\n" + _ONNX.replace("net.onnx", "a/model/net.onnx"),
+        "4:1: source: expected a place outside of the results, got 'a/model/net.onnx', which is in ",
+    ),
+    "results in what it is compared with": (
+        "output = 'folder'\n" + _ONNX + "against = 'folder'\n",
+        "5:1: against: expected a folder without the results, got 'folder', which holds ",
+    ),
+    "a share above 1": (
+        _MODEL + "limits = {logits = {min_top1 = 2}}\n",
+        "4:21: min_top1: expected a number from 0 to 1, got 2.",
+    ),
+    "limits of no part": (
+        _MODEL + "limits = {'@norm' = {max_rms = 1}}\n",
+        "4:11: @norm: expected the name of an output, @norms or @segments, got '@norm'.",
+    ),
+    "no profile": (_MODEL + "build = ['rtx']\nprofiles = ['x']\n", "5:13: profiles[0]: expected numbers separated"),
+    "order of a profile": (
+        _MODEL + "build = ['rtx']\nprofiles = ['a:1,2,3', 'a:1x3,1x2,1x4']\n",
+        "5:24: profiles[1]: expected smallest <= usual <= largest, none negative, got 3,2,4.",
+    ),
+    "huge workspace": (_MODEL + f"build = ['rtx']\nworkspace = {10**20}\n", "5:1: workspace: expected at most 87960"),
+    "default of some": (
+        "[defaults]\nbuild = ['rtx']\nrunners = ['rtx']\n" + _MODEL + _MODEL.replace('"a"', '"b"') + "build = []\n",
+        "3:1: runners: for the model 'b': expected build = [\"rtx\"] for the runner rtx, got none.",
+    ),
     "numbers": ("model = [1]\n", "1:10: [[model]] 1: expected a table, got 1."),
     "unknown key": (
         _MODEL + "with_pst = true\n",
@@ -330,6 +377,39 @@ def test_fields_come_from_the_model_and_else_from_the_defaults(path: Path) -> No
     assert recipe.models == (
         {"name": "a", "source": "models.py:net", "with_past": False, "inputs": "inputs.npz", **shared},
         {"name": "b", "source": "owner/b", "with_past": True, **shared},
+    )
+
+
+# A default that a model cannot have, and such a model.
+_UNFIT = {
+    "dtypes": ("dtypes = ['float16']\nstatic = true\nwith_past = true\nquantize = 'int4'", _ONNX),
+    "against": ("against = 'models.py:net'", _MODEL),
+    "weights": ("weights = 'pack'", _ONNX),
+    "validate": ("validate = true", _ONNX),
+    "revision": ("revision = 'main'\nsubfolder = 'small'", _MODEL),
+    "revision of a file": ("revision = 'main'", _ONNX + "against = 'models.py:net'\n"),
+    "cache": ("with_past = true", _MODEL),
+    "plugin": ("function = false\nort_trt = false", _MODEL),
+}
+
+
+@pytest.mark.parametrize("unfit", _UNFIT)
+def test_a_default_that_a_model_cannot_have_is_not_its(unfit: str, path: Path) -> None:
+    defaults, model = _UNFIT[unfit]
+    read = parse_recipe(f"[defaults]\n{defaults}\n{model}", path)
+    assert read.models == parse_recipe(model, path).models
+    own = f"{model}{defaults}\n"
+    with pytest.raises(UsageError, match=r"rmsnorm\.toml:[4-8]:1: "):
+        parse_recipe(own, path)
+
+
+def test_defaults_that_fit_stay(path: Path) -> None:
+    text = "[defaults]\nvalidate = false\nweights = 'copy'\nagainst = 'models.py:net'\nrevision = 'main'\n"
+    read = parse_recipe(text + _ONNX + _HUB.replace('"a"', '"b"') + "dtypes = []\n", path)
+    shared = {"validate": False, "weights": "copy"}
+    assert read.models == (
+        {"name": "a", "source": "net.onnx", "against": "models.py:net", **shared},
+        {"name": "b", "source": "owner/name", "revision": "main", "dtypes": [], **shared},
     )
 
 

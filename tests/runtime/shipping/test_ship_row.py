@@ -169,3 +169,25 @@ def test_the_row_that_follows_does_what_is_left(
     row["steps"].pop()
     ran = _steps(monkeypatch)
     assert (ship_row(row)["status"], ran) == ("unchanged", [])
+
+
+@pytest.mark.parametrize(
+    ("step", "message", "expected"),
+    [
+        (
+            "export",
+            "Omit --with-past, or --profile.",
+            " In a recipe, --with-past is with_past and --profile is profiles.",
+        ),
+        ("validate", "--inputs: expected arrays.", " In a recipe, --inputs is test_inputs."),
+        ("export", "--inputs: expected arrays.", " In a recipe, --inputs is inputs."),
+        ("export", "Try: rmsnorm build x --memory-limit 3", ""),
+        ("export", "Use --made-up.", ""),
+    ],
+)
+def test_options_of_the_command_line_have_the_names_of_fields(
+    step: str, message: str, expected: str, row: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _steps(monkeypatch, **{step: UnsupportedError(message)})
+    found = [done["error"]["message"] for done in ship_row(row)["steps"] if done["error"]]
+    assert found == [message + expected]
