@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ...export.lowering.attention_table import AttentionMode, check_attention, parse_attention
-from ...export.lowering.plugin_functions import plugin_style
 from ...export.lowering.table import DEFAULT_TARGET, opset_for, parse_target
 from ...models.dtypes import norm_dtype
 from ...models.errors import RmsnormDeployError
 from ..accuracy.tolerances import PARTS, Limits
 from ..engines.api import FLAVORS, RUNTIMES, flavor_name
-from .defaults import EXPORTS_ONLY, WEIGHTS
+from .defaults import EXPORTS_ONLY, OF_PLUGIN, WEIGHTS
+from .fields import default_of
 from .recipe import Merged, Problem, refused, scheme_of
 from .rows import is_validated
 from .sources import source_kind
@@ -73,9 +73,8 @@ def _of_file(model: Merged, is_onnx: bool) -> Iterator[Problem]:
     for target in targets:
         remedy = "Omit opset, or use another target."
         yield from refused(model.at("opset"), partial(opset_for, target, values.get("opset")), remedy)
-    for key, style in (("function", {"function": values.get("function", True), "ort_trt": False}),
-                       ("ort_trt", {"function": True, "ort_trt": values.get("ort_trt", False)})):  # fmt: skip
-        if any(refused(model.at(key), partial(plugin_style, **style, targets=targets))):
+    for key in OF_PLUGIN if "plugin" not in targets else ():
+        if values.get(key, default_of(key)) != default_of(key):
             yield Problem(model.at(key), f"expected the target plugin for {key} = {str(values[key]).lower()}, got none")
     for dtype in dtypes if scheme is not None else []:
         from ...export.lowering.weight_quantizer import check_quantize

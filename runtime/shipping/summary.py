@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ...export.onnx_io.manifest_fields import Text, checked
 from ...models.errors import EnvironmentMissingError, UsageError
 from ...models.regular_files import read_json
-from ..recipe.steps import EXPORT, KINDS, PACKAGE, VALIDATE, kind_of
+from ..recipe.steps import KINDS, VALIDATE, kind_of
 from ..report.junit import Case, document
 from ..report.text import counted, write_text
 from .history import (
@@ -88,8 +88,8 @@ def junit(summary: Mapping[str, Any]) -> str:
 
 
 def kinds_in(summary: Mapping[str, Any]) -> list[str]:
-    """The kinds of steps that a summary's table shows: those that a row has, and those of most recipes."""
-    used = {kind_of(step["step"]) for row in summary["rows"] for step in row["steps"]} | {EXPORT, VALIDATE, PACKAGE}
+    """The kinds of steps that a summary's table shows: those that a row has, and the comparison with PyTorch."""
+    used = {kind_of(step["step"]) for row in summary["rows"] for step in row["steps"]} | {VALIDATE}
     return [kind for kind in KINDS if kind in used]
 
 
