@@ -12,6 +12,9 @@ from .sources import source_kind
 
 # The fields of an export that a file has decided already.
 EXPORTS_ONLY: Final = ("dtypes", "with_past", "quantize", "static")
+# The fields that a model can have none of, although the defaults have one.
+WITHOUT: Final = ("quantize", "lossy")
+NONE: Final = "none"
 # The fields of the target plugin.
 OF_PLUGIN: Final = ("function", "ort_trt")
 # How the weights of an .onnx file (True) and of a model of PyTorch may be kept.
@@ -35,7 +38,9 @@ def merged(content: Mapping[str, Any], base: Path) -> list[Merged]:
             header = ("model", number)
             places: dict[str, Keys] = {key: ("defaults", key) for key in taken}
             places |= {key: (*header, key) for key in model}
-            found.append(Merged({**taken, **model}, places, header))
+            values = {**taken, **model}
+            none = [key for key in WITHOUT if values.get(key) == NONE]
+            found.append(Merged({key: value for key, value in values.items() if key not in none}, places, header))
     return found
 
 

@@ -66,7 +66,7 @@ class ExportFields(_Fields):
     attention: str | None = _field(
         None, "node, decomposed or in-place (target ort with_past); of .onnx files decomposed if omitted", "node"
     )
-    quantize: str | None = _field(None, "int4 or int8: for ONNX Runtime alone", "int4")
+    quantize: str | None = _field(None, "int4 or int8, for ONNX Runtime alone; or none", "int4")
     opset: int | None = _field(None, "the target's default if omitted", 23)
     function: bool | None = _field(True, "for target plugin: write local functions, which ONNX Runtime needs")
     ort_trt: bool | None = _field(False, "for target plugin: write for ONNX Runtime's TensorRT provider")
@@ -98,7 +98,9 @@ class ComparisonFields(_Fields):
     validate_: bool | None = _field(True, "compare the file and the engines with PyTorch", alias="validate")
     runners: list[str] | None = _field(None, "ort and the engines that are built; all of them if omitted", ["ort"])
     provider: str | None = _field("cpu", "ONNX Runtime's execution provider: cpu, cuda, tensorrt or rtx")
-    lossy: str | None = _field(None, "limits of int8, int4, fp16 or bf16 instead of PyTorch's own error", "int4")
+    lossy: str | None = _field(
+        None, "limits of int8, int4, fp16 or bf16 instead of PyTorch's own error; or none", "int4"
+    )
     limits: dict[str, LimitFields] | None = _field({}, "explicit limits by output", {"logits": {"max_kl": 1e-3}})  # type: ignore[valid-type]
     test_inputs: str | None = _field(None, ".npz, .safetensors, a folder of them, or file.py:function", "tests.npz")
     prompts: list[str] | None = _field([], "texts to tokenize as inputs", ["Once upon a time"])

@@ -116,7 +116,7 @@ def _run(row: Mapping[str, Any], state: RowState, progress: Progress) -> list[Re
         start = time.monotonic()
         try:
             with _loading(row), showing_downloads(progress):
-                result = STEPS[step["kind"]](row, step, progress)
+                result = _in_terms_of_fields(STEPS[step["kind"]](row, step, progress), step["kind"])
             seconds = round(time.monotonic() - start, 3)
             record.steps[name] = DoneStep(seconds=seconds, facts=step["facts"], result=result)
             record.save(Path(row["folder"]))
@@ -156,6 +156,12 @@ def _failed(step: Step, error: BaseException, seconds: float) -> Result:
         seconds,
         error={"kind": kind, "message": f"{message}{_fields_in(message, step['kind'])}", "exit_code": code},
     )
+
+
+def _in_terms_of_fields(result: Result, kind: str) -> Result:
+    """The result of a step, whose notes say what the options in them are called in a recipe."""
+    notes = [f"{note}.{more}" if (more := _fields_in(note, kind)) else note for note in result.get("notes") or ()]
+    return {**result, "notes": notes} if "notes" in result else result
 
 
 def _fields_in(message: str, kind: str) -> str:

@@ -421,3 +421,12 @@ def test_files_that_cannot_be_read(path: Path) -> None:
         read_recipe(path)
     with pytest.raises(UsageError, match="expected a regular file, got a folder"):
         read_recipe(path.parent)
+
+
+def test_a_model_can_have_none_of_a_default(path: Path) -> None:
+    text = "[defaults]\nquantize = 'int4'\nlossy = 'int4'\ntargets = ['ort']\n"
+    plain = _MODEL + "quantize = 'none'\nlossy = 'none'\ndtypes = ['fp16']\n"
+    first, second = parse_recipe(text + _MODEL.replace('"a"', '"b"') + plain, path).models
+    assert (first["quantize"], first["lossy"]) == ("int4", "int4")
+    assert {"quantize", "lossy"} & second.keys() == set()
+    assert parse_recipe(_MODEL + "quantize = 'none'\n", path).models[0].keys() == {"name", "source"}

@@ -191,3 +191,10 @@ def test_options_of_the_command_line_have_the_names_of_fields(
     _steps(monkeypatch, **{step: UnsupportedError(message)})
     found = [done["error"]["message"] for done in ship_row(row)["steps"] if done["error"]]
     assert found == [message + expected]
+
+
+def test_notes_say_what_options_are_called_in_a_recipe(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    _steps(monkeypatch)
+    note = "onnx.load needs --weights pack"
+    monkeypatch.setitem(module.STEPS, "export", lambda *_: {"bytes": 1, "notes": [note, "a note"]})
+    assert ship_row(row)["notes"] == [f"{note}. In a recipe, --weights is weights.", "a note"]
