@@ -30,6 +30,7 @@ Step = Mapping[str, Any]
 
 
 def _export(row: Row, step: Step, progress: Progress) -> Result:
+    """The model of PyTorch as an exported folder."""
     from ...export.from_torch.export_model import ExportOptions, export_model
     from ..inputs.arrays import read_arrays
 
@@ -60,6 +61,7 @@ def _export(row: Row, step: Step, progress: Progress) -> Result:
 
 
 def _rewrite(row: Row, step: Step, progress: Progress) -> Result:
+    """The .onnx file for the row's target, proven where nothing else compares it."""
     from ..inputs.arrays import read_arrays
     from ..rewriting.rewrite_file import rewrite_model
 
@@ -111,6 +113,7 @@ def _written(folder: Path, manifest: Mapping[str, Any]) -> Result:
 
 
 def _build(row: Row, step: Step, progress: Progress) -> Result:
+    """An engine of the file."""
     from ..inputs.exported import component_folders
     from ..tensorrt.build import build_engine
 
@@ -139,6 +142,7 @@ def _build(row: Row, step: Step, progress: Progress) -> Result:
 
 
 def _validate(row: Row, step: Step, progress: Progress) -> Result:
+    """The file, or an engine, beside PyTorch; the report of the comparison before is kept."""
     from ..report.html import check_installed
     from ..validation.api import validate
 
@@ -161,15 +165,17 @@ def _validate(row: Row, step: Step, progress: Progress) -> Result:
         if runner == ORT:
             raise
         raise EnvironmentMissingError(f'{error} To ship without comparing engines, set runners = ["ort"].') from error
-    path, html = folder / report_name(runner), folder / report_name(runner, ".html")
+    path, html, xml = (folder / report_name(runner, suffix) for suffix in (".json", ".html", ".junit.xml"))
     if is_own_report(path):
         with new_file(folder / report_name(runner, ".before.json"), is_own_report) as partial:
             shutil.copyfile(path, partial)
     report.save(path)
-    if with_html:
-        report.to_html(html)
-    if "junit" in row["reports"]:
-        report.to_junit(folder / report_name(runner, ".junit.xml"))
+    with_xml = "junit" in row["reports"]
+    for place, is_wanted, write in ((html, with_html, report.to_html), (xml, with_xml, report.to_junit)):
+        if is_wanted:
+            write(place)
+        elif is_own_report(place):
+            place.unlink()  # of an earlier comparison
     if report.verdict != "pass":
         kind: type[RmsnormDeployError] = MismatchError if report.verdict == "fail" else UnsupportedError
         raise kind(f"{report.summary} See {html if with_html else path}.")
@@ -178,6 +184,7 @@ def _validate(row: Row, step: Step, progress: Progress) -> Result:
 
 
 def _package(row: Row, step: Step, progress: Progress) -> Result:
+    """A folder for a server, of the file or of an engine, with the report on it."""
     from ..packaging.api import package_model
 
     folder, server = Path(row["folder"]), step["subject"]

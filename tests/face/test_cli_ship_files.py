@@ -91,6 +91,9 @@ def test_an_onnx_file_is_rewritten_compared_and_packaged(rmsnorm: CommandLine, r
     )
     code, steps, _ = _ship(rmsnorm, recipe, _FILE + 'limits = {"@norms" = {max_rms = 1e-30}}\n')
     assert (code, [status for status, _ in steps.values()]) == (1, ["unchanged", "failed", "not run"])
+    # A report that is no longer asked for would be that of an earlier comparison.
+    code, _, _ = _ship(rmsnorm, recipe, _FILE.replace('"junit"', ""))
+    assert (code, (row / "report.junit.xml").exists()) == (0, False)
     given.write_bytes(b"not a model")
     code, steps, _ = _ship(rmsnorm, recipe, _FILE)
     assert (code, [status for status, _ in steps.values()]) == (2, ["failed", "not run", "not run"])
