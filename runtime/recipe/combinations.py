@@ -10,14 +10,15 @@ from typing import Any
 from ...export.lowering.attention_table import AttentionMode, check_attention, parse_attention
 from ...export.lowering.table import DEFAULT_TARGET, opset_for, parse_target
 from ...models.dtypes import norm_dtype
-from ...models.errors import RmsnormDeployError
+from ...models.errors import RmsnormDeployError, UsageError
+from ...models.regular_files import read_json
 from ..accuracy.tolerances import PARTS, Limits
 from ..engines.api import FLAVORS, RUNTIMES, flavor_name
 from .defaults import EXPORTS_ONLY, OF_PLUGIN, WEIGHTS
 from .fields import default_of
 from .recipe import Merged, Problem, refused, scheme_of
 from .rows import is_validated
-from .sources import source_kind
+from .sources import located, source_kind
 from .step_options import validation_options
 from .steps import FIELDS, TRITON
 
@@ -38,6 +39,7 @@ def together(model: Merged, base: Path) -> Iterator[Problem]:
     yield from _of_engines(model)
     yield from _of_validation(model, is_onnx)
     yield from _of_packages(model, is_onnx)
+    yield from _of_two_models(model, base)
 
 
 def _of_source(model: Merged, is_onnx: bool) -> Iterator[Problem]:
@@ -166,6 +168,29 @@ def _of_packages(model: Merged, is_onnx: bool) -> Iterator[Problem]:
         )
     if values.get("quantize") is not None:
         yield Problem(model.at("package"), f"trtexec does not run quantize = {values['quantize']!r}; omit one of them")
+
+
+def _of_two_models(model: Merged, base: Path) -> Iterator[Problem]:
+    """What takes one model, where an export with a cache makes two, an encoder and its decoder."""
+    values = model.values
+    source = values.get("source")
+    if source is None or not values.get("with_past") or source_kind(source, base) != "folder":
+        return
+    try:
+        config = read_json(Path(located(source, base)) / "config.json", "")
+    except UsageError:
+        return  # the row says so
+    if not isinstance(config, dict) or config.get("is_encoder_decoder") is not True:
+        return
+    if values.get("build"):
+        what = "an encoder and its decoder are two models: expected no build, got"
+        yield Problem(model.at("build"), f"{what} {', '.join(values['build'])}. Build each of them with rmsnorm build")
+    others = [server for server in values.get("package") or () if server != TRITON]
+    if others:
+        what = "an encoder and its decoder are two models, which triton alone serves from one folder: expected triton"
+        yield Problem(
+            model.at("package"), f"{what}, got {', '.join(others)}. Package each of them with rmsnorm package"
+        )
 
 
 def _without_effect(model: Merged, keys: tuple[str, ...], needs: str, *, has_effect: bool) -> Iterator[Problem]:

@@ -18,6 +18,8 @@ _MODEL = '[[model]]\nname = "a"\nsource = "builtin:small"\n'
 def path(tmp_path: Path) -> Path:
     (tmp_path / "models.py").write_text("")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text('{"is_encoder_decoder": true}')
     (tmp_path / "inputs.npz").write_bytes(b"")
     (tmp_path / "net.onnx").write_bytes(b"")
     (tmp_path / "a" / "model").mkdir(parents=True)
@@ -333,6 +335,14 @@ _MISTAKES = {
     "a batch below 0": (
         _MODEL + "package = ['triton']\nmax_batch = -1\n",
         "5:1: max_batch: expected a number of at least 0, got -1.",
+    ),
+    "an engine of two models": (
+        _MODEL.replace("builtin:small", "./t5") + "with_past = true\nbuild = ['rtx']\n",
+        "5:1: build: an encoder and its decoder are two models: expected no build, got rtx. Build each of them with",
+    ),
+    "a folder for a server of two models": (
+        _MODEL.replace("builtin:small", "./t5") + "with_past = true\npackage = ['triton', 'genai']\n",
+        "5:1: package: an encoder and its decoder are two models, which triton alone serves from one folder: expected",
     ),
     "in defaults": ("[defaults]\npackage = ['genai']\n" + _MODEL, "2:1: package: genai runs decoders with a cache"),
 }
