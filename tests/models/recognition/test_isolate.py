@@ -138,9 +138,13 @@ def test_one_thread_and_as_many_as_before() -> None:
             assert torch.get_num_threads() == 1
             raise ArithmeticError
 
-    with pytest.raises(ArithmeticError):
-        failing()
-    assert torch.get_num_threads() == before
+    try:
+        torch.set_num_threads(3)
+        with pytest.raises(ArithmeticError):
+            failing()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_objects_are_copied_and_bound_methods_follow_the_copy() -> None:
