@@ -20,6 +20,7 @@ from benchmarks.norms_compared.training import Training, observe, train
 from benchmarks.norms_compared.variants import CONFIG, VARIANTS, Variant, build, norms_of
 from rmsnorm_deploy.models.builtin import train_addition as recipe
 from rmsnorm_deploy.models.builtin.decoder import Decoder, causal_mask, random_decoder, rotary_table
+from tests.helpers.extent import slow
 
 IDS = torch.arange(24).reshape(2, 12) % CONFIG.vocab_size
 WIDTH = CONFIG.hidden_size
@@ -180,6 +181,7 @@ def _cells(printed: str, title: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
+@slow
 def test_the_quick_look_measures_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--quick", "--json", str(tmp_path / "out.json")]) == 0
     printed = capsys.readouterr().out

@@ -12,7 +12,7 @@ import torch
 from rmsnorm_deploy.export.from_torch.export_model import export_model
 from rmsnorm_deploy.models.errors import UsageError
 from rmsnorm_deploy.runtime.generation.api import Generator, generate, generate_batch
-from tests.helpers.extent import EVERY
+from tests.helpers.extent import EVERY, slow
 from tests.helpers.models.encoder_decoders import PROMPTS, export_t5, t5
 from tests.helpers.models.families import VOCABULARY, build
 from tests.helpers.models.tokenizers import CHAT_TEMPLATE, save_tokenizer
@@ -89,6 +89,7 @@ def test_a_file_without_a_cache_reads_all_tokens_each_time(qwen: tuple[Any, Path
     assert [one.ids for one in made] == of_pytorch(model, BATCH, num_beams=2)
 
 
+@slow
 def test_an_encoder_reads_a_batch_and_beams(tmp_path: Path) -> None:
     model = t5()
     folder = export_t5(tmp_path)

@@ -20,6 +20,7 @@ from rmsnorm_deploy.runtime.report import html
 from rmsnorm_deploy.runtime.tensorrt.build import build_engine
 from rmsnorm_deploy.runtime.validation.api import bisect, validate
 from rmsnorm_deploy.runtime.validation.options import ValidationOptions
+from tests.helpers.extent import slow
 from tests.helpers.tensorrt.engines import PROFILES, DecoderEngine
 from tests.helpers.tensorrt.stand_in import StandIn
 
@@ -89,6 +90,7 @@ def test_one_report_of_two_runtimes(
     assert again.runners == ("ort", "rtx")
 
 
+@slow
 def test_a_fault_shows_in_its_runtime_only(stand_in: StandIn, decoder_engine: DecoderEngine) -> None:
     """The stand-in's product of the logits is off, as a wrong kernel's would be."""
     stand_in.behavior.change = lambda name, value: value * np.float32(1.001) if name == "logits" else value
