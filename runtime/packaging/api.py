@@ -170,10 +170,10 @@ def _add_texts(contents: Contents, server: Server, name: str, backend: Backend, 
         case "triton":
             for part, inner in (contents.parts or {name: contents}).items():
                 add_triton(inner, part, backend, max_batch)
+            for inner in contents.parts.values():
                 contents.texts |= inner.texts
                 contents.scripts |= inner.scripts
-                contents.notes += inner.notes if inner is not contents else []
-            contents.notes = list(dict.fromkeys(contents.notes))
+                contents.notes = list(dict.fromkeys([*contents.notes, *inner.notes]))
         case "trtexec":
             script = build_script(contents.source, contents.model)
             contents.texts[BUILD] = script.text

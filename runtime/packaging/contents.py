@@ -71,10 +71,12 @@ def of_parts(source: Path, name: str) -> Contents:
     """
     manifest = read_manifest(source)
     whole = Contents(source, "", {}, {}, None)
+    _check_unchanged(source)  # its models too
     for part in manifest["components"]:
-        whole.parts[f"{name}-{part}"] = of_folder(source / part, f"{name}-{part}/{VERSION}/")
+        own = read_manifest(source / part)
+        _check_weights(source / part, own)
+        whole.parts[f"{name}-{part}"] = _one_model(source / part, own, f"{name}-{part}/{VERSION}/")
     inner = tuple(f"{part}/" for part in manifest["components"])
-    check_files(source, manifest)
     for file, row in manifest["files"].items():
         if not file.startswith(inner):
             whole.files[file] = Source(Path(os.path.realpath(source / file)), row.get("sha256"))
@@ -114,6 +116,11 @@ def of_folder(source: Path, inner: str) -> Contents:
             f"such as {source / manifest['components'][0]}, or all of them for triton."
         )
     check_files(source, manifest)
+    return _one_model(source, manifest, inner)
+
+
+def _one_model(source: Path, manifest: Mapping[str, Any], inner: str) -> Contents:
+    """The files of a folder of one model that were checked; see `of_folder`."""
     model = str(manifest.get("model", "model.onnx"))
     linked = set((manifest.get("weights") or {}).get("files") or {})
     files = {}
@@ -136,9 +143,18 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
         UsageError: a file is missing or was changed.
         UnsupportedError: its weights are elsewhere.
     """
+    _check_unchanged(folder)
+    _check_weights(folder, manifest)
+
+
+def _check_unchanged(folder: Path) -> None:
     broken = [file for file in verify_folder(folder) if file.problem is not None]
     if broken:
         raise UsageError(f"{folder / broken[0].name}: {broken[0].problem}. Restore the file, or export again.")
+
+
+def _check_weights(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Check that the weights of a model are files of its own folder."""
     missing = sorted(set((manifest.get("weights") or {}).get("files") or {}) - set(manifest["files"]))
     if missing:
         raise UnsupportedError(

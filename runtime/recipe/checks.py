@@ -57,7 +57,7 @@ def value_problems(models: Sequence[Merged], base: Path, output: Path, wrong: Co
         shown = repr(model.values.get("name", f"[[model]] {int(model.header[1]) + 1}"))
         for problem in (*_own_problems(model, base), *together(model, base), *_results_in_source(model, base, output)):
             names.setdefault(problem, []).append(shown)
-    problems = [_of_some(problem, models, len(sound)) for problem, models in names.items()]
+    problems = [_of_some(problem, having, len(sound)) for problem, having in names.items()]
     return [*problems, *_same_names([model for model in sound if "name" in model.values])]
 
 
@@ -86,10 +86,8 @@ def _own_problems(model: Merged, base: Path) -> Iterator[Problem]:
     yield from _inputs(model, base)
     for key, check in _LISTS.items():
         yield from _list(model, key, check)
-    for key, known in _CHOICES.items():
-        if key in values and values[key] not in known:
-            hint = suggestion(values[key], known)
-            yield Problem(model.at(key), f"expected one of {', '.join(known)}, got {values[key]!r}{hint}")
+    if "backend" in values:
+        yield from refused(model.at("backend"), partial(_one_of(get_args(Backend)), values["backend"]))
     if "attention" in values:
         yield from refused(model.at("attention"), partial(parse_attention, values["attention"]))
     if "quantize" in values:
@@ -210,9 +208,12 @@ def _list(model: Merged, key: str, check: Callable[[str], str]) -> Iterator[Prob
     if not given and key in ("targets", "runners"):
         yield Problem(place, "expected at least one, got none; omit the key for the default")
     names = []
+
+    def take(text: str) -> None:
+        names.append(check(text))
+
     for number, text in enumerate(given):
-        found = list(refused((*place, number), lambda text=text: names.append(check(text))))  # type: ignore[misc]
-        yield from found
+        yield from refused((*place, number), partial(take, text))
     for name, count in Counter(names).items():
         if count > 1:
             yield Problem(place, f"expected each at most once, got {name!r} {count} times")
@@ -252,12 +253,11 @@ def _provider(text: str) -> None:
         chosen_providers(onnxruntime, [text])
 
 
-# The check of each element of a list, and the values of a field that has one of a few.
+# The check of each element of a list.
 _LISTS: Mapping[str, Callable[[str], str]] = {
     "targets": parse_target, "dtypes": norm_dtype, "build": flavor_name, "runners": _one_of(RUNNERS),
     "profiles": _profile, "package": _server, "reports": _one_of(REPORTS),
 }  # fmt: skip
-_CHOICES: Mapping[str, Sequence[str]] = {"backend": get_args(Backend)}
 
 
 def _same_names(models: Sequence[Merged]) -> Iterator[Problem]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -87,6 +87,11 @@ def nearness(report: Mapping[str, Any], most: int) -> Nearness:
     places += [(share, f"segment {row['name']}") for row, share in _judged(report.get("segments") or ())]
     worst, where = max(places, key=lambda place: place[0], default=(None, ""))
     return Nearness(str(report.get("verdict")), worst, where, tuple(norms[:most]))
+
+
+def worst_of(found: Iterable[Nearness | None]) -> float | None:
+    """The largest share of a limit in several reports; None without any."""
+    return max((near.worst for near in found if near is not None and near.worst is not None), default=None)
 
 
 def _norms(report: Mapping[str, Any]) -> Iterator[NormRisk]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .html import environment
-from .margins import Nearness
+from .margins import Nearness, worst_of
 from .text import clean, counted, short, size_text
 from .trend import HEIGHT, WIDTH, chart
 
@@ -146,7 +146,6 @@ def _named(row: Row, report: ReportLinks) -> str:
 def _row(row: Row, reports: Sequence[ReportLinks], kinds: Sequence[str]) -> dict[str, Any]:
     """A row of the table."""
     mark, word = _row_verdict(row)
-    shares = [report.near.worst for report in reports if report.near is not None and report.near.worst is not None]
     return {
         **row,
         "mark": mark,
@@ -157,7 +156,7 @@ def _row(row: Row, reports: Sequence[ReportLinks], kinds: Sequence[str]) -> dict
             {"row": row["row"], "step": step["step"], **step["error"]} for step in row["steps"] if step["error"]
         ],
         "reports": reports,
-        "worst": max(shares, default=None),
+        "worst": worst_of(report.near for report in reports),
     }
 
 

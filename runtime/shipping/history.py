@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ from ..accuracy.error_stats import json_value
 from ..engines.api import ORT
 from ..recipe.steps import VALIDATE, kind_of, subject_of
 from ..report.compare import compare
-from ..report.margins import Nearness, nearness
+from ..report.margins import Nearness, nearness, worst_of
 from ..report.report_fields import Number
 from ..report.report_file import read_report
 from .row_record import FILE, report_name
@@ -122,11 +122,6 @@ def read_history(output: Path) -> tuple[list[Run], int]:
 def runners_of(row: Mapping[str, Any]) -> list[str]:
     """What a row compares with PyTorch: `ort` for the file, and the runtimes of engines."""
     return [subject_of(step["step"]) for step in row["steps"] if kind_of(step["step"]) == VALIDATE]
-
-
-def worst_of(found: Iterable[Nearness | None]) -> float | None:
-    """The largest share of a limit; None without any."""
-    return max((near.worst for near in found if near is not None and near.worst is not None), default=None)
 
 
 def row_report(row: Mapping[str, Any], output: Path, runner: str = ORT) -> Path | None:
